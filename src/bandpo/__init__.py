@@ -1,0 +1,68 @@
+"""bandpo: trust regions for LLM reinforcement learning, as `bounds x surrogate x aggregation`.
+
+The names below are imported on first use, so that `bandpo --help` does not wait for torch.
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bandpo.advantages import group_advantages as group_advantages
+    from bandpo.bounds import DCPO as DCPO
+    from bandpo.bounds import Band as Band
+    from bandpo.bounds import Clip as Clip
+    from bandpo.bounds import RatioBounds as RatioBounds
+    from bandpo.bounds import in_band as in_band
+    from bandpo.bounds import ratio_bounds as ratio_bounds
+    from bandpo.divergences import CHI2 as CHI2
+    from bandpo.divergences import DIVERGENCES as DIVERGENCES
+    from bandpo.divergences import HELLINGER as HELLINGER
+    from bandpo.divergences import JEFFREYS as JEFFREYS
+    from bandpo.divergences import JS as JS
+    from bandpo.divergences import KL as KL
+    from bandpo.divergences import LE_CAM as LE_CAM
+    from bandpo.divergences import NEYMAN as NEYMAN
+    from bandpo.divergences import REVERSE_KL as REVERSE_KL
+    from bandpo.divergences import TV as TV
+    from bandpo.divergences import FDivergence as FDivergence
+    from bandpo.divergences import alpha as alpha
+    from bandpo.divergences import binary_divergence as binary_divergence
+    from bandpo.losses import aggregate as aggregate
+    from bandpo.losses import loss_normalizer as loss_normalizer
+    from bandpo.losses import policy_loss as policy_loss
+    from bandpo.losses import sequence_log_ratio as sequence_log_ratio
+    from bandpo.metrics import approx_kl as approx_kl
+    from bandpo.metrics import pass_at_k as pass_at_k
+    from bandpo.metrics import policy_metrics as policy_metrics
+    from bandpo.objectives import OBJECTIVES as OBJECTIVES
+    from bandpo.objectives import Objective as Objective
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "advantages": ["group_advantages"],
+    "bounds": ["Band", "Clip", "DCPO", "RatioBounds", "in_band", "ratio_bounds"],
+    "divergences": [
+        *("KL", "REVERSE_KL", "TV", "CHI2", "NEYMAN", "HELLINGER", "LE_CAM", "JS", "JEFFREYS"),
+        *("DIVERGENCES", "FDivergence", "alpha", "binary_divergence"),
+    ],
+    "losses": ["aggregate", "loss_normalizer", "policy_loss", "sequence_log_ratio"],
+    "metrics": ["approx_kl", "pass_at_k", "policy_metrics"],
+    "objectives": ["OBJECTIVES", "Objective"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_SUBMODULES = (*_HOME, "surrogates", "testing")
+
+__all__ = [*_MODULE_OF, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        return getattr(_import_module(f"bandpo.{_MODULE_OF[name]}"), name)
+    if name in _SUBMODULES:
+        return _import_module(f"bandpo.{name}")
+    raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES])

@@ -1,0 +1,177 @@
+"""What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from bandpo.bounds import Band, Bounds, RatioBounds
+from bandpo.divergences import FDivergence, binary_divergence
+
+PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
+"""Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
+
+PROB_BINS = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1", "0.1:0.5", "0.5:0.9", "0.9:0.99", ">=0.99")
+"""Their names, as they appear in metric keys."""
+
+# The word clip_ratio means three things across hosts; these are the ones that mean the same as ours.
+TRL_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "clip_fraction/low": "clip_ratio/low_mean",
+        "clip_fraction/high": "clip_ratio/high_mean",
+        "clip_fraction/any": "clip_ratio/region_mean",
+        "kl/ref": "kl",
+        "entropy": "entropy",
+        "loss/policy": "policy_loss",
+    }
+)
+VERL_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "clip_fraction/any": "actor/pg_clipfrac",
+        "kl/ref": "actor/kl_loss",
+        "entropy": "actor/entropy",
+        "loss/policy": "actor/pg_loss",
+    }
+)
+
+
+def policy_metrics(
+    *,
+    log_ratio: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    bounds: RatioBounds,
+    bounds_of: Bounds | None = None,
+    entropy: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of one batch over its valid tokens, as detached 0-d tensors, without a host sync.
+
+    A token counts as clipped where its gradient is: `A > 0` and `r > upper` (high), `A < 0` and `r < lower` (low).
+
+    * `clip_fraction/{low,high,any}` over all valid tokens; `clip_fraction_by_prob/{low,high,any}/BIN` over those of a bin of
+      p = π_old (NaN: no token there) and `token_fraction_by_prob/BIN`.
+    * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
+      side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
+    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
+    * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
+    * `nonfinite_fraction`: tokens with a log-ratio, advantage or bound that is NaN, or an infinite log-ratio.
+
+    Args:
+        log_ratio: `(batch, time)`, or `(batch, 1)` at sequence level.
+        old_logprobs: `(batch, time)`, the anchor.
+        advantages: `(batch, 1)` or `(batch, time)`.
+        mask: `(batch, time)`.
+        bounds: What the surrogate was given.
+        bounds_of: The object that made them; a `Band` adds its divergence and cap.
+        entropy: `(batch, time)`.
+    """
+    valid = mask != 0
+    log_ratio, advantages = log_ratio.expand(valid.shape), advantages.expand(valid.shape)
+    lower, upper = (b.expand(valid.shape) for b in bounds)
+    r, p = log_ratio.exp(), old_logprobs.exp()
+    pushed_up, pushed_down = (advantages > 0) & valid, (advantages < 0) & valid
+    low, high = pushed_down & (r < lower), pushed_up & (r > upper)
+    report = {
+        "clip_fraction/low": masked_mean(low, valid),
+        "clip_fraction/high": masked_mean(high, valid),
+        "clip_fraction/any": masked_mean(low | high, valid),
+        **_by_probability(low, high, p, valid),
+        "band/lower_mean": masked_mean(lower, valid),
+        "band/upper_mean": masked_mean(upper, valid),
+        "ratio/mean": masked_mean(r, valid),
+        "kl/old_new": masked_mean(approx_kl(log_ratio), valid),
+        "nonfinite_fraction": masked_mean(
+            ~log_ratio.isfinite() | advantages.isnan() | lower.isnan() | upper.isnan(), valid
+        ),
+    }
+    # A cap is met exactly; 1/p was rounded inward in float64 and here once more by exp and by the product.
+    capped = upper == getattr(bounds_of, "max_ratio", None)
+    saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
+    pushed = (pushed_up | pushed_down).sum().clamp_min(1)
+    cap = (pushed_up & capped).sum() / pushed
+    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).sum() / pushed
+    report |= {
+        "band/cap_fraction": cap,
+        "band/saturated_fraction": saturated,
+        "band/region_fraction": (pushed_up | pushed_down).any().to(cap.dtype) - cap - saturated,
+    }
+    if isinstance(bounds_of, Band):
+        used = _divergence_over_radius(bounds_of, log_ratio, old_logprobs)
+        report["band/divergence_mean"] = masked_mean(used, valid).to(r.dtype)
+        report["band/divergence_max"] = used.masked_fill(~valid, 0.0).amax().to(r.dtype) if used.numel() else r.sum()
+    if entropy is not None:
+        report["entropy"] = masked_mean(entropy.detach().to(r.dtype), valid)
+    return report
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` where `mask` is on; 0 for an empty mask. NaN elsewhere does not matter."""
+    total = x.masked_fill(~mask, 0).sum(dtype=None if x.is_floating_point() else torch.float32)
+    return total / mask.sum().clamp_min(1)
+
+
+def approx_kl(log_ratio: Tensor) -> Tensor:
+    """Schulman's k3 estimator `e^x - x - 1`, per token: with `x = log q - log p` and samples of `p`, of KL(p ‖ q).
+
+    Examples:
+        >>> approx_kl(torch.tensor([0.0, 0.1]))
+        tensor([0.0000, 0.0052])
+    """
+    return log_ratio.exp() - log_ratio - 1
+
+
+def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
+    """Unbiased pass@k of a prompt with `c` of `n` samples right, `1 - C(n-c, k) / C(n, k)` (arXiv:2107.03374, eq. 1).
+
+    Args:
+        n: Samples per prompt.
+        c: Right ones, an int or an integer tensor of any shape.
+        k: Draws without replacement, `1 <= k <= n`.
+
+    Returns:
+        float64 tensor of the shape of `c`.
+
+    Raises:
+        ValueError: If `k` is not in `[1, n]` or `c` not in `[0, n]`.
+
+    Examples:
+        >>> pass_at_k(8, torch.tensor([0, 1, 8]), 4)
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass_at_k: k must be between 1 and the number of samples n={n}, got k={k}")
+    right = torch.as_tensor(c, dtype=torch.float64)
+    if ((right < 0) | (right > n)).any():
+        raise ValueError(f"pass_at_k: the number of right samples must be between 0 and n={n}, got {c}")
+    all_wrong = torch.ones_like(right)
+    for i in range(k):  # C(n-c, k) / C(n, k) as a product of ratios: no big binomials
+        all_wrong = all_wrong * ((n - right - i) / (n - i)).clamp_min(0)
+    return 1 - all_wrong
+
+
+def _by_probability(low: Tensor, high: Tensor, p: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    edges = torch.tensor(PROB_EDGES, device=p.device, dtype=p.dtype)
+    bins = torch.bucketize(p, edges, right=True).flatten()
+    counted = torch.stack([low, high, valid]).flatten(1).to(torch.float32)
+    n_low, n_high, n = counted.new_zeros(3, len(PROB_BINS)).index_add(1, bins, counted)
+    report: dict[str, Tensor] = {}
+    for i, name in enumerate(PROB_BINS):
+        report[f"clip_fraction_by_prob/low/{name}"] = n_low[i] / n[i]
+        report[f"clip_fraction_by_prob/high/{name}"] = n_high[i] / n[i]
+        report[f"clip_fraction_by_prob/any/{name}"] = (n_low[i] + n_high[i]) / n[i]
+        report[f"token_fraction_by_prob/{name}"] = n[i] / n.sum().clamp_min(1)
+    return report
+
+
+def _divergence_over_radius(band: Band, log_ratio: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Realised binary divergence in units of the radius of the side the ratio is on; `inf` past the simplex."""
+    assert isinstance(band.divergence, FDivergence)
+    down, up = band.radius if isinstance(band.radius, tuple) else (band.radius, band.radius)
+    used = binary_divergence(log_ratio, old_logprobs, band.divergence)
+    # r > 1/p by rounding of the two log-probs, which no policy can reach: the divergence there is that of r = 1/p.
+    edge = binary_divergence(-old_logprobs, old_logprobs, band.divergence)
+    used = torch.where(log_ratio + old_logprobs >= 0, edge.nan_to_num(nan=math.inf), used)
+    return used / torch.where(log_ratio < 0, torch.as_tensor(down), torch.as_tensor(up)).to(used)
