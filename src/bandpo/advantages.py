@@ -36,7 +36,9 @@ def group_advantages(rewards: Tensor, group_size: int, *, kind: AdvantageKind = 
     if not rewards.is_floating_point():
         raise TypeError(f"rewards must have a float dtype, got {rewards.dtype}; convert with .float()")
     if group_size < 2:
-        raise ValueError(f"group_size must be at least 2 (one completion has nothing to be compared to), got {group_size}")
+        raise ValueError(
+            f"group_size must be at least 2 (one completion has nothing to be compared to), got {group_size}"
+        )
     if rewards.dim() != 1 or rewards.numel() % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not split into groups of {group_size}")
     groups = rewards.view(-1, group_size)

@@ -317,11 +317,8 @@ def _as_radius(radius: Radius, like: Tensor) -> Tensor:
     _check_radius(radius)
     if not isinstance(radius, Tensor):
         return torch.full((), radius, dtype=torch.float64, device=like.device)
-    try:
-        fits = torch.broadcast_shapes(radius.shape, like.shape) == like.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    ours, theirs = radius.shape[::-1], like.shape[::-1]
+    if len(ours) > len(theirs) or any(a not in (1, b) for a, b in zip(ours, theirs, strict=False)):
         raise ValueError(f"radius: shape {tuple(radius.shape)} does not broadcast to old_logprobs {tuple(like.shape)}")
     radius = radius.detach().to(like.device, torch.float64)
     return torch.where((radius > 0) & (radius < math.inf), radius, math.nan)

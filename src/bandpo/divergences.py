@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -52,6 +51,9 @@ class FDivergence:
     def __post_init__(self) -> None:
         if not callable(self.f):
             raise TypeError(f"FDivergence({self.name!r}): f must be a function of a tensor of ratios, got {self.f!r}")
+        if self.slope_at_infinity is None:
+            edge = torch.tensor(MAX_LOG, dtype=torch.float64)
+            object.__setattr__(self, "slope_at_infinity", float(self.of_log(edge) * (-edge).exp()))
 
     def __call__(self, u: Tensor) -> Tensor:
         """The generator at ratio `u`."""
@@ -61,13 +63,11 @@ class FDivergence:
         """The generator at log-ratio `t`: `f(exp(t))`."""
         return self.f(t.exp()) if self.f_exp is None else self.f_exp(t)
 
-    @cached_property
+    @property
     def recession(self) -> float:
         """`lim f(u)/u` for `u → ∞`: what probability costs where the old policy had none."""
-        if self.slope_at_infinity is not None:
-            return self.slope_at_infinity
-        edge = torch.tensor(MAX_LOG, dtype=torch.float64)
-        return float(self.of_log(edge) * (-edge).exp())
+        assert self.slope_at_infinity is not None
+        return self.slope_at_infinity
 
 
 def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDivergence) -> Tensor:
@@ -93,8 +93,9 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
     logp = old_logprobs.to(torch.float64).clamp(-MAX_LOG, 0.0)
     rest_shift = -x.expm1() / (-logp).expm1()  # (1-pr)/(1-p) - 1, from expm1: 1-p of a rounded p has lost the digits
     rest = -logp.expm1() * divergence.of_log(rest_shift.log1p())
-    # p = 1: all mass lost by the token lands where there was none.
-    rest = torch.where(logp < 0, rest, torch.where(x < 0, -x.expm1() * divergence.recession, 0.0 * x))
+    # p = 1: what the token loses lands where there was nothing, and there is nothing to gain.
+    lost = (-x.expm1() * divergence.recession).masked_fill(x == 0, 0.0).masked_fill(x > 0, math.nan)
+    rest = torch.where(logp < 0, rest, lost)
     return logp.exp() * divergence.of_log(x) + rest
 
 

@@ -1,6 +1,6 @@
 """From log-probabilities to a loss: `policy_loss` = bounds x surrogate x aggregation."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def policy_loss(
         ...     mask=torch.tensor([[True, True, False]]),
         ... )
         >>> loss
-        tensor(-1.8592, grad_fn=<NegBackward0>)
+        tensor(-1.8591, grad_fn=<NegBackward0>)
         >>> metrics["clip_fraction/high"]
         tensor(0.)
     """

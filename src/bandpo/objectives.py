@@ -12,9 +12,7 @@ from bandpo.bounds import DCPO, Band, Bounds, Clip
 from bandpo.divergences import CHI2, KL, TV
 from bandpo.surrogates import Surrogate, clip
 
-Aggregation = Literal[
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
+Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence"]
 Anchor = Literal["old", "rollout"]
 

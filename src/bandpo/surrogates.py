@@ -31,7 +31,7 @@ def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
 
 
 def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
-    """`clip`, and for `A < 0` at least `c·A`: a bad token of exploding ratio stops weighing (arXiv:1912.09729, eq. 5).
+    """As `clip`, and for `A < 0` at least `c·A`: a bad token whose ratio explodes stops weighing (arXiv:1912.09729, eq. 5).
 
     Give another `c` by `functools.partial(dual_clip, c=10.0)` (the BandPO paper's runs).
 

@@ -1,0 +1,199 @@
+"""Checks for what users bring: divergences, bounds, surrogates, inputs. They raise AssertionError or ValueError and say why."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bandpo.bounds import Bounds, ratio_bounds
+from bandpo.divergences import FDivergence, binary_divergence
+from bandpo.surrogates import Surrogate
+
+_RADII = (1e-4, 0.01, 0.05, 0.3, 2.0)
+_LOGPS = (-50.0, -20.0, -7.0, -3.0, -1.0, -math.log(2), -0.3, -0.05, -1e-3, -1e-6, -1e-10)
+
+
+def check_divergence(divergence: FDivergence) -> None:
+    """Check that a divergence is one, and that its bounds are right.
+
+    The generator: `f(1) = 0`, `f >= 0`, convex; `f_exp(t) = f(exp(t))` where given. The bounds, over a grid of p and δ:
+    bracket 1 within `[0, 1/p]`; lie on the ball's surface or at the simplex' edge (the residual); widen with δ, narrow
+    with p; mirror, `p·r_low(p) + (1-p)·r_up(1-p) = 1`; tend to `(0, ∞)` as `p → 0` and to `(r*, 1)` as `p → 1`, where
+    `f(r*) + (1-r*)·lim f(u)/u = δ`.
+
+    Args:
+        divergence: The divergence to check.
+
+    Raises:
+        AssertionError: Naming the property, the place and the value.
+
+    Examples:
+        >>> check_divergence(FDivergence("mine", lambda u: 2 * (1 + u) - 4 * u.sqrt()))
+        >>> check_divergence(FDivergence("concave", lambda u: -(u - 1).square()))
+        Traceback (most recent call last):
+        AssertionError: concave: f must be >= 0, but f(0.001) = -0.998
+    """
+    _check_generator(divergence)
+    logp = torch.tensor(_LOGPS, dtype=torch.float64)
+    previous = None
+    for radius in _RADII:
+        lower, upper = ratio_bounds(logp, divergence, radius, log=True)
+        where = f"{divergence.name}, radius {radius:g}: "
+        assert not (lower.isnan() | upper.isnan()).any(), f"{where}NaN bounds; f must be defined on all of u > 0"
+        assert (lower <= 0).all(), f"{where}a lower bound is above 1"
+        assert (upper >= 0).all(), f"{where}an upper bound is below 1"
+        assert (upper <= -logp).all(), f"{where}an upper bound leaves the simplex"
+        _check_residual(divergence, logp, lower, radius)
+        assert _at_most(lower[:-1], lower[1:]), f"{where}the lower bound must grow with p"
+        assert _at_most(upper[1:], upper[:-1]), f"{where}the upper bound must fall with p"
+        if previous is not None:
+            widens = _at_most(lower, previous[0]) and _at_most(previous[1], upper)
+            assert widens, f"{where}the interval must widen with the radius"
+        previous = lower, upper
+        _check_mirror(divergence, radius)
+        _check_limits(divergence, radius)
+
+
+def check_bounds(bounds: Bounds) -> None:
+    """Check that a bounds object maps log-probs to `0 <= lower <= 1 <= upper`, elementwise and without a gradient.
+
+    Raises:
+        AssertionError: Naming the property.
+
+    Examples:
+        >>> from bandpo import Clip
+        >>> check_bounds(Clip(0.2, 0.28))
+    """
+    logp = torch.tensor([-30.0, -3.0, -0.5, -0.01, -1e-6, 0.0], requires_grad=True)
+    lower, upper = bounds(logp)
+    for name, b in (("lower", lower), ("upper", upper)):
+        assert b.shape == logp.shape, f"{name} has shape {tuple(b.shape)}, the input {tuple(logp.shape)}"
+        assert b.dtype == logp.dtype, f"{name} has dtype {b.dtype}, the input {logp.dtype}"
+        assert not b.requires_grad, f"{name} carries a gradient: bounds are constants of the update"
+    assert ((lower >= 0) & (lower <= 1)).all(), f"lower must be in [0, 1], got {lower.tolist()}"
+    assert (upper >= 1).all(), f"upper must be >= 1, got {upper.tolist()}"
+    for i in range(len(logp)):
+        alone = bounds(logp[i : i + 1])
+        same = torch.equal(alone[0], lower[i : i + 1]) and torch.equal(alone[1], upper[i : i + 1])
+        assert same, f"the bounds of log p = {logp[i].item():g} depend on its neighbours"
+
+
+def check_surrogate(surrogate: Surrogate) -> None:
+    """Check that a surrogate is elementwise, finite, and on policy (`r = 1`) has the policy gradient, `A`.
+
+    Raises:
+        AssertionError: Naming the property.
+
+    Examples:
+        >>> from bandpo.surrogates import clip
+        >>> check_surrogate(clip)
+    """
+    from bandpo.bounds import RatioBounds
+
+    advantages = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64)
+    edge = RatioBounds(torch.full_like(advantages, 0.8), torch.full_like(advantages, 1.2))
+    x = torch.zeros_like(advantages, requires_grad=True)
+    value = surrogate(x, advantages, edge)
+    assert value.shape == x.shape, f"the value has shape {tuple(value.shape)}, the input {tuple(x.shape)}"
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    assert torch.allclose(slope, advantages), (
+        f"on policy the gradient must be A = {advantages.tolist()}, got {slope.tolist()}"
+    )
+    for log_ratio in (-40.0, -1.0, -0.3, 0.1, 0.3, 2.0, 40.0):
+        x = torch.full_like(advantages, log_ratio, requires_grad=True)
+        value = surrogate(x, advantages, edge)
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        assert value.isfinite().all(), f"at log r = {log_ratio} the value is {value.tolist()}"
+        assert slope.isfinite().all(), f"at log r = {log_ratio} the gradient is {slope.tolist()}"
+
+
+def check_logprobs(logprobs: Tensor, mask: Tensor | None = None, *, name: str = "logprobs") -> None:
+    """The checks of values that the hot path leaves out because they would stall the device.
+
+    Args:
+        logprobs: What should be log-probabilities.
+        mask: Where they count; all by default.
+        name: What to call them in the message.
+
+    Raises:
+        ValueError: If one is NaN or above 0 by more than rounding (1e-6).
+
+    Examples:
+        >>> check_logprobs(torch.tensor([0.3, -1.0]), name="old_logprobs")
+        Traceback (most recent call last):
+        ValueError: old_logprobs: 1 of 2 values are above 0 (the largest is 0.3); pass log-probabilities, not logits
+    """
+    values = logprobs.detach() if mask is None else logprobs.detach()[mask != 0]
+    if nans := int(values.isnan().sum()):
+        raise ValueError(f"{name}: {nans} of {values.numel()} values are NaN")
+    if above := int((values > 1e-6).sum()):
+        raise ValueError(
+            f"{name}: {above} of {values.numel()} values are above 0 (the largest is {values.max():.3g}); "
+            "pass log-probabilities, not logits"
+        )
+
+
+def _at_most(a: Tensor, b: Tensor) -> bool:
+    """`a <= b` up to the accuracy that is promised for log-bounds, with some room for an f that is less exact."""
+    return bool(((a <= b) | torch.isclose(a, b, rtol=1e-11, atol=1e-11)).all())
+
+
+def _check_generator(divergence: FDivergence) -> None:
+    name = divergence.name
+    u = torch.logspace(-3, 3, 601, dtype=torch.float64)
+    f = divergence(u)
+    assert f.shape == u.shape and f.dtype == u.dtype, f"{name}: f must be elementwise and keep the dtype"
+    one = divergence(torch.ones(1, dtype=torch.float64)).item()
+    assert abs(one) <= 1e-12, f"{name}: f(1) must be 0, got {one:g}"
+    lowest = int(f.argmin()) if f.min() < -1e-12 else None
+    first = int((f < -1e-12).to(torch.int8).argmax())
+    assert lowest is None, f"{name}: f must be >= 0, but f({u[first]:.3g}) = {f[first]:.3g}"
+    slope = f.diff() / u.diff()
+    bend = slope.diff()
+    worst = int(bend.argmin())
+    scale = slope[1:].abs() + slope[:-1].abs()
+    noise = 1e-9 * scale + 1e-15 * (f[1:-1] + 1) / u.diff()[:-1]
+    assert (bend >= -noise).all(), f"{name}: f must be convex, but its slope falls near u = {u[worst + 1]:.3g}"
+    if divergence.f_exp is not None:
+        # f in its plain form loses |f'|·ulp(u) and the rounding of the terms that cancel, each of order 1 + u + 1/u.
+        gap = (divergence.f_exp(u.log()) - f).abs()
+        worst = int((gap / (f + 1)).argmax())
+        assert (gap <= 1e-12 * (f + 1 + u)).all(), f"{name}: f_exp(log u) differs from f(u) at u = {u[worst]:.3g}"
+
+
+def _check_residual(divergence: FDivergence, logp: Tensor, lower: Tensor, radius: float) -> None:
+    """Inside, the divergence is at most δ; a little further it is more, or the bound is the simplex' edge."""
+    inner = binary_divergence(lower * (1 - 1e-9), logp, divergence)
+    outer = binary_divergence(lower * (1 + 1e-9) - 1e-12, logp, divergence)
+    where = f"{divergence.name}, radius {radius:g}, lower bound: "
+    assert (inner <= radius * (1 + 1e-9) + 1e-12).all(), f"{where}the divergence there is above the radius"
+    at_edge = lower.exp() == 0
+    missed = (outer < radius * (1 - 1e-6) - 1e-12) & ~at_edge
+    assert not missed.any(), f"{where}not the largest: log p = {logp[missed].tolist()}"
+
+
+def _check_mirror(divergence: FDivergence, radius: float) -> None:
+    p = torch.tensor([0.03, 0.2, 0.5, 0.8, 0.97], dtype=torch.float64)
+    lower, _ = ratio_bounds(p.log(), divergence, radius)
+    _, upper = ratio_bounds((1 - p).log(), divergence, radius)
+    gap = (p * lower + (1 - p) * upper - 1).abs().max().item()
+    assert gap <= 1e-11, f"{divergence.name}, radius {radius:g}: p·r_low(p) + (1-p)·r_up(1-p) is off 1 by {gap:.2g}"
+
+
+def _check_limits(divergence: FDivergence, radius: float) -> None:
+    where = f"{divergence.name}, radius {radius:g}: "
+    rare, certain = torch.tensor([-600.0, 0.0], dtype=torch.float64).unsqueeze(-1)
+    lower, upper = ratio_bounds(rare, divergence, radius)
+    # r_low ≤ ε needs f(ε) ≤ δ/p, which a slowly growing f reaches late: p = e^-600 is late.
+    assert lower.item() < 1e-6, f"{where}the lower bound must tend to 0 as p → 0, got {lower.item():g}"
+    assert upper.item() > 1e3, f"{where}the upper bound must grow without limit as p → 0, got {upper.item():g}"
+    lower, upper = ratio_bounds(certain, divergence, radius)
+    assert upper.item() == 1, f"{where}the upper bound of a certain token must be 1, got {upper.item():g}"
+    shift = 1 - lower.item()
+    cost = divergence(lower).item() + (shift * divergence.recession if shift else 0.0)
+    free = lower.item() == 0 and cost <= radius
+    full = math.isclose(cost, radius, rel_tol=1e-6, abs_tol=1e-11)
+    none = shift <= 1e-9 and divergence.recession * 1e-9 > radius
+    assert free or full or none, (
+        f"{where}the lower bound of a certain token is {lower.item():g}, where f costs {cost:g}"
+    )
