@@ -1,0 +1,5 @@
+"""`python -m bandpo`, also under `accelerate launch`."""
+
+from bandpo.cli import main
+
+raise SystemExit(main())

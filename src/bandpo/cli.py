@@ -1,0 +1,147 @@
+"""The command line. Heavy imports happen inside the commands: `bandpo --help` is instant."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bandpo
+
+_DESCRIPTION = """\
+Trust regions for LLM reinforcement learning.
+
+  bandpo train                 train a small language model with BandPO on the CPU, in about two minutes
+  bandpo train --config FILE   the same on any Hugging Face causal LM and dataset
+  bandpo evaluate MODEL        mean@k and pass@k of a saved model
+  bandpo bounds                the interval of a trust region, as a table and a figure
+  bandpo objectives            the named objectives: formula and paper
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status. Mistakes in the input end with one line and status 2."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if argv[:1] == ["train"]:  # its options are those of TRL: parsed where TRL is imported
+        return _guarded(_train, argv[1:])
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    return _guarded(options.run, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "bandpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"bandpo {bandpo.__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+
+    commands.add_parser("train", help="train a language model (bandpo train --help)", add_help=False)
+
+    evaluate = commands.add_parser("evaluate", help="mean@k and pass@k of a model on held-out prompts")
+    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub name of a causal LM")
+    evaluate.add_argument("--task", help="built-in task (default: countdown, unless --dataset is given)")
+    evaluate.add_argument("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file")
+    evaluate.add_argument("--dataset-config", help="configuration of a Hub dataset")
+    evaluate.add_argument("--dataset-split", default="test", help="split of a Hub dataset (default: test)")
+    evaluate.add_argument("--prompt-column", default="prompt", help="default: prompt")
+    evaluate.add_argument("--answer-column", default="answer", help="default: answer")
+    evaluate.add_argument("--system-prompt", help="put before text prompts")
+    evaluate.add_argument("--reward", help="math, a task's name, or package.module:NAME (default: the task's)")
+    evaluate.add_argument("--prompts", type=int, default=256, help="at most so many prompts (default: 256)")
+    evaluate.add_argument("--samples", type=int, default=8, help="samples of each prompt, the k of mean@k (default: 8)")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="of sampling, 0 is greedy (default: 1.0)")
+    evaluate.add_argument("--top-p", type=float, default=1.0, help="of sampling (default: 1.0)")
+    evaluate.add_argument("--max-new-tokens", type=int, help="default: the task's, or 1024")
+    evaluate.add_argument("--seed", type=int, default=1234, help="of sampling (default: 1234)")
+    evaluate.add_argument("--output", type=Path, help="write the summary here, as JSON")
+    evaluate.set_defaults(run=_evaluate)
+
+    bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")
+    bounds.add_argument("--divergence", default="kl", help="kl, reverse_kl, tv, chi2, ... or alpha:VALUE (default: kl)")
+    bounds.add_argument("--radius", type=float, default=0.05, help="δ, in the units of the divergence (default: 0.05)")
+    bounds.add_argument(
+        "--max-ratio", type=float, help="cap on the upper bound; the paper's runs use 10 (default: none)"
+    )
+    bounds.add_argument(
+        "--output", type=Path, default=Path("bounds.png"), help="figure: .png, .svg or .pdf (default: bounds.png)"
+    )
+    bounds.add_argument("--no-figure", action="store_true", help="table only")
+    bounds.set_defaults(run=_bounds)
+
+    objectives = commands.add_parser("objectives", help="the named objectives: formula and paper")
+    objectives.set_defaults(run=_objectives)
+    return parser
+
+
+def _guarded(run: Callable[[Any], object], options: Any) -> int:
+    try:
+        run(options)
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        print(f"bandpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bandpo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from bandpo.run.train import train
+
+    train(arguments)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from bandpo.run.commands import evaluate_model
+
+    evaluate_model(options)
+
+
+def _bounds(options: argparse.Namespace) -> None:
+    import torch
+
+    from bandpo.bounds import Band, Clip
+    from bandpo.divergences import alpha
+
+    name = options.divergence
+    try:
+        divergence = alpha(float(name.partition(":")[2])) if name.startswith("alpha:") else name
+    except ValueError as error:
+        raise ValueError(f"--divergence {name}: after 'alpha:' comes the order, a finite number ({error})") from None
+    band = Band(divergence, options.radius, max_ratio=options.max_ratio)
+    p = torch.tensor([1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999], dtype=torch.float64)
+    lower, upper = band(p.log())
+    label = f"{band.divergence.name}, radius {options.radius:g}"  # type: ignore[union-attr]
+    print(f"{label}{'' if options.max_ratio is None else f', cap {options.max_ratio:g}'}\n")
+    print(f"{'p':>7}  {'lower':>10}  {'upper':>10}  {'1/p':>10}  {'p·upper':>8}   Clip-Higher")
+    wide = Clip(0.2, 0.28)(p.log())
+    for row in zip(p, lower, upper, 1 / p, p * upper, wide.lower, wide.upper, strict=True):
+        values = [x.item() for x in row]
+        print(f"{values[0]:>7g}  {values[1]:>10.4g}  {values[2]:>10.4f}  {values[3]:>10.4f}  {values[4]:>8.4f}   "
+              f"{values[5]:.2f} … {values[6]:.2f}")  # fmt: skip
+    if not options.no_figure:
+        from bandpo.plots import plot_bounds
+
+        if options.output.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--output {options.output}: the figure must end in .png, .svg or .pdf")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        plot_bounds(band, f"band: {label}").savefig(options.output, dpi=150)
+        print(f"\nfigure: {options.output}")
+
+
+def _objectives(_: argparse.Namespace) -> None:
+    from bandpo.objectives import OBJECTIVES
+
+    for name, objective in OBJECTIVES.items():
+        print(f"{name}\n    {objective.formula}\n    {objective.paper}")
+        print(
+            f"    aggregation {objective.aggregation}, advantage {objective.advantage}, ratio per {objective.ratio_level}\n"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

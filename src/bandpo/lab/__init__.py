@@ -1,0 +1,1 @@
+"""Small models on procedurally generated tasks, to see on a laptop what each choice does."""

@@ -1,0 +1,135 @@
+"""The project's figures: the band, and what a run did. Needs the extra `plot`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+try:
+    import matplotlib as mpl
+except ImportError as error:
+    raise ImportError(f"bandpo.plots needs matplotlib: pip install 'bandpo[plot]' ({error})") from error
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bandpo.bounds import DCPO, Bounds, Clip
+from bandpo.metrics import PROB_BINS
+
+# Okabe and Ito's palette: told apart by everybody, and in grey by its lightness.
+BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a", "#222222"
+_STYLE: dict[str, Any] = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white",
+    "svg.fonttype": "path", "svg.hashsalt": "bandpo",
+}  # fmt: skip
+Log = Sequence[Mapping[str, Any]]
+
+
+def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[float]] | None = None) -> Figure:
+    """The interval of the ratio against p, over PPO's clip, Clip-Higher, DCPO and the simplex limit.
+
+    Args:
+        bounds: What to draw.
+        label: Its name in the legend.
+        tokens: "p", "ratio" and "clipped" (0 or 1) of a run's tokens, drawn as points.
+    """
+    logit = torch.linspace(-11.5, 7, 1000, dtype=torch.float64)
+    logp = torch.nn.functional.logsigmoid(logit)
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+        _draw_interval(axes, logit, bounds(logp), BLUE, label, fill=True)
+        for other, colour, style, name in (
+            (Clip(0.2), BLACK, ":", "PPO clip, 0.2"),
+            (Clip(0.2, 0.28), ORANGE, "--", "Clip-Higher, 0.2/0.28"),
+            (DCPO(), GREEN, "-.", "DCPO, 0.16/0.20"),
+        ):
+            _draw_interval(axes, logit, other(logp), colour, name, style=style)
+        axes.plot(logit, (-logp).exp(), color=GREY, lw=1, label="simplex limit, 1/p")
+        if tokens is not None and len(tokens["p"]):
+            p, ratio, clipped = (torch.tensor(tokens[k], dtype=torch.float64) for k in ("p", "ratio", "clipped"))
+            x = p.clamp(1e-5, 1 - 1e-3).logit()
+            for chosen, colour, size, name in (
+                (clipped == 0, PINK, 5, "tokens of this run"),
+                (clipped == 1, ORANGE, 14, "… whose gradient is clipped"),
+            ):
+                axes.scatter(x[chosen], ratio[chosen], s=size, color=colour, alpha=0.6, lw=0, label=name, zorder=3)
+        axes.set(
+            yscale="log", ylim=(0.02, 60), xlim=(-11.5, 7), xlabel="probability of the token under the old policy, p",
+            ylabel="ratio r = π/π_old",
+        )  # fmt: skip
+        ticks = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
+        axes.set_xticks(ticks.logit().tolist(), ["1e-5", "1e-4", "0.001", "0.01", "0.1", "0.5", "0.9", "0.99", "0.999"])
+        axes.set_yticks([0.05, 0.2, 0.5, 1, 2, 5, 10, 50], ["0.05", "0.2", "0.5", "1", "2", "5", "10", "50"])
+        axes.minorticks_off()
+        axes.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def plot_training(log: Log) -> Figure:
+    """Reward, entropy and clip fractions over the optimiser steps of a run."""
+    with mpl.rc_context(_STYLE):
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+        _draw_series(left, log, "reward", BLUE, "reward")
+        left.set(ylabel="mean reward of the rollout", title="Reward")
+        _draw_series(middle, log, "entropy", GREEN, "entropy")
+        middle.set(ylabel="nats per token", title="Entropy")
+        for key, colour, name in (
+            ("clip_ratio/high_mean", ORANGE, "A > 0, above the band"),
+            ("clip_ratio/low_mean", BLUE, "A < 0, below the band"),
+        ):
+            _draw_series(right, log, key, colour, name)
+        right.set(ylabel="share of tokens", title="Clipped gradient")
+        right.legend(fontsize=8)
+        for axes in (left, middle, right):
+            axes.set_xlabel("optimiser step")
+            axes.set_ylim(bottom=0)
+    return figure
+
+
+def plot_clip_by_probability(log: Log) -> Figure:
+    """Share of tokens whose gradient is clipped in bins of p, and how many tokens a bin has, over a whole run."""
+    low, high, share = ([_weighted(log, key, b) for b in PROB_BINS] for key in ("low", "high", None))
+    with mpl.rc_context(_STYLE):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, figsize=(7.6, 4.4), sharex=True, layout="constrained", height_ratios=[2, 1]
+        )
+        x = range(len(PROB_BINS))
+        top.bar([i - 0.2 for i in x], high, 0.4, color=ORANGE, label="A > 0, above the band")
+        top.bar([i + 0.2 for i in x], low, 0.4, color=BLUE, label="A < 0, below the band")
+        top.set(ylabel="share clipped\nin the bin")
+        top.legend(fontsize=8)
+        bottom.bar(x, share, 0.6, color=GREY)
+        bottom.set(ylabel="share of\nall tokens", xlabel="probability of the token under the old policy, p")
+        bottom.set_xticks(list(x), [b.replace(":", " to ") for b in PROB_BINS], rotation=20)
+        for axes in (top, bottom):
+            axes.grid(visible=False, axis="x")
+    return figure
+
+
+def _draw_interval(
+    axes: Axes, x: torch.Tensor, bounds: Any, colour: str, label: str, *, style: str = "-", fill: bool = False
+) -> None:
+    lower, upper = (b.clamp(1e-3, 1e6) for b in bounds)
+    if fill:
+        axes.fill_between(x, lower, upper, color=colour, alpha=0.12, lw=0)
+    axes.plot(x, upper, color=colour, ls=style, lw=2 if fill else 1.3, label=label)
+    axes.plot(x, lower, color=colour, ls=style, lw=2 if fill else 1.3)
+
+
+def _draw_series(axes: Axes, log: Log, key: str, colour: str, label: str) -> None:
+    points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=label)
+
+
+def _weighted(log: Log, side: str | None, bin_name: str) -> float:
+    """A bin's clip fraction over the run, rows weighted by its tokens; the mean share of tokens for side None."""
+    share_key, clip_key = f"token_fraction_by_prob/{bin_name}", f"clip_fraction_by_prob/{side}/{bin_name}"
+    shares = [row[share_key] for row in log if row.get(share_key) is not None]
+    if side is None:
+        return sum(shares) / max(1, len(shares))
+    rows = [(row[share_key], row[clip_key]) for row in log if row.get(share_key) and row.get(clip_key) is not None]
+    weight = sum(w for w, _ in rows)
+    return sum(w * v for w, v in rows) / weight if weight else 0.0

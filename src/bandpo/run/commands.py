@@ -1,0 +1,65 @@
+"""`bandpo evaluate`."""
+
+import argparse
+import json
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bandpo.lab.tasks import TASKS
+from bandpo.run.data import get_reward, load_prompts, load_task
+from bandpo.run.evaluate import evaluate
+from bandpo.run.progress import Progress
+
+
+def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
+    """Sample a model on held-out prompts, print the summary and write it where asked.
+
+    Args:
+        options: The options of `bandpo evaluate`.
+    """
+    if options.task is not None and options.dataset is not None:
+        raise ValueError(f"--task {options.task} and --dataset {options.dataset} are both set; choose one")
+    for name in ("prompts", "samples"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    task = options.task or (None if options.dataset else "countdown")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    if task is None and options.reward is None:
+        raise ValueError("--dataset needs --reward: math or package.module:NAME")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+    except OSError as error:
+        raise ValueError(f"cannot load {options.model}: {error}") from error
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    if task is not None:
+        _, rows = load_task(task, options.prompts)
+        length = options.max_new_tokens or TASKS[task].max_completion_length
+    else:
+        rows = load_prompts(
+            options.dataset, config=options.dataset_config, split=options.dataset_split, chat=tokenizer.chat_template is not None,
+            prompt_column=options.prompt_column, answer_column=options.answer_column, system_prompt=options.system_prompt,
+        )  # fmt: skip
+        rows = rows.select(range(min(options.prompts, len(rows))))
+        length = options.max_new_tokens or 1024
+    result = evaluate(
+        model, tokenizer, rows, get_reward(options.reward or task or ""), samples=options.samples, max_new_tokens=length,
+        temperature=options.temperature, top_p=options.top_p, seed=options.seed,
+    )  # fmt: skip
+    summary = result.summary()
+    progress = Progress()
+    progress.say(f"{options.model} on {len(rows)} prompts of {task or options.dataset}, {options.samples} samples each")
+    for name, value in summary.items():
+        progress.say(f"  {name:<20} {value:.4f}")
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(
+            json.dumps({"model": options.model, "prompts": len(rows), **summary}, indent=1) + "\n"
+        )
+    return summary

@@ -1,0 +1,132 @@
+"""Configuration of `bandpo train`: YAML and command line over two dataclasses, ours and TRL's."""
+
+import difflib
+import importlib.resources
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+from bandpo.integrations.trl import BandGRPOConfig
+from bandpo.lab.tasks import TASKS
+
+
+@dataclass
+class RunConfig:
+    """What to train on what. The options of TRL's GRPOConfig stand beside these."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of a causal LM. Default: a small model, warmed up on the task."},
+    )
+    task: str | None = field(default=None, metadata={"help": f"Built-in task: {', '.join(TASKS)}."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub name, or a .jsonl, .json, .parquet or .csv file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "As dataset. Default: prompts held out from dataset."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub eval_dataset."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt, text or messages."})
+    answer_column: str = field(default="answer", metadata={"help": "Column with the reference answer."})
+    system_prompt: str | None = field(default=None, metadata={"help": "Put before text prompts."})
+    reward: str | None = field(
+        default=None, metadata={"help": "'math', a task's name, or 'package.module:NAME'. Default: the task's."}
+    )
+    eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts."})
+    eval_samples: int = field(default=8, metadata={"help": "Samples of each held-out prompt, k of mean@k."})
+    eval_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the evaluation."})
+    lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0 trains all weights."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale."})
+    warm_up_steps: int = field(default=250, metadata={"help": "Supervised steps of the built-in small model."})
+    threads: int = field(default=1, metadata={"help": "CPU threads; two busy ones are often slower than one."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the configuration and stop."})
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.task not in TASKS:
+            raise ValueError(f"task: got {self.task!r}; choose one of {', '.join(TASKS)}")
+        if self.task is not None and self.dataset is not None:
+            raise ValueError(f"task={self.task!r} and dataset={self.dataset!r} are both set; choose one")
+        if self.task is None and self.dataset is None:
+            raise ValueError(f"nothing to train on: set dataset, or task to one of {', '.join(TASKS)}")
+        if self.task is None and self.model is None:
+            raise ValueError("dataset needs model: the built-in small model only knows the built-in tasks")
+        if self.task is None and self.reward is None:
+            raise ValueError("dataset needs reward: 'math' or 'package.module:NAME'")
+        for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
+
+
+def parse(arguments: list[str]) -> tuple[RunConfig, BandGRPOConfig, dict[str, Any]]:
+    """Our config, TRL's, and the settings as they were given (which repeat the run).
+
+    The file of `--config` (without it and without `--model`, the main job's) is read first, the command line wins.
+
+    Raises:
+        ValueError: If a key or option is unknown; the message names the nearest one.
+    """
+    arguments = list(arguments)
+    given = _read_yaml(arguments)
+    parser = TrlParser((RunConfig, BandGRPOConfig), prog="bandpo train", allow_abbrev=False)
+    known = {action.dest for action in parser._actions} - {"help"}
+    for key in given:
+        _check_known(key, known, "key")
+    options = [a.split("=")[0] for a in arguments if a.startswith("--")]
+    for option in options:
+        if option not in parser._option_string_actions:
+            _check_known(option.lstrip("-").replace("-", "_"), known, "option")
+    parser.set_defaults_with_config(**given)
+    run, trainer = parser.parse_args_into_dataclasses(arguments)
+    values = vars(parser.parse_args(arguments))
+    chosen = {parser._option_string_actions[o].dest for o in options}
+    return run, trainer, {**given, **{name: values[name] for name in sorted(chosen)}}
+
+
+def _read_yaml(arguments: list[str]) -> dict[str, Any]:
+    """Take `--config FILE` out of the arguments and read it; the main job's file stands in for none."""
+    for i, argument in enumerate(arguments):
+        if argument == "--config" or argument.startswith("--config="):
+            if argument == "--config" and i + 1 == len(arguments):
+                raise ValueError("--config needs a file")
+            path = Path(arguments[i + 1] if argument == "--config" else argument.partition("=")[2])
+            del arguments[i : i + (2 if argument == "--config" else 1)]
+            break
+    else:
+        if any(a.split("=")[0] in ("--model", "--dataset", "--help", "-h") for a in arguments):
+            return {}
+        path = Path(str(importlib.resources.files("bandpo.configs") / "main_job.yaml"))
+    try:
+        given = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--config: {path} must hold keys and values, got {type(given).__name__}")
+    # YAML reads 1e-6, without a dot, as text.
+    floats = {f.name for cls in (RunConfig, BandGRPOConfig) for f in fields(cls) if "float" in str(f.type)}
+    for key, value in given.items():
+        if key in floats and isinstance(value, str):
+            try:
+                given[key] = float(value)
+            except ValueError:
+                raise ValueError(f"{key}: {value!r} is not a number") from None
+    return given
+
+
+def _check_known(name: str, known: set[str], what: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {what} {name!r}{hint} (all of them: bandpo train --help)")
+
+
+def command_line() -> str:
+    """The command as it was typed, for reports."""
+    return " ".join(["bandpo", *sys.argv[1:]])

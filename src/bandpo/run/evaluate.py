@@ -1,0 +1,141 @@
+"""mean@k and pass@k on held-out prompts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from bandpo.metrics import pass_at_k
+from bandpo.run.data import RewardFunction
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Samples of every prompt and their rewards.
+
+    Args:
+        prompts: One for each row.
+        completions: k for each row.
+        rewards: k for each row; a sample counts as right from 0.5 on. NaN where the reward function gave None.
+    """
+
+    prompts: list[Any]
+    completions: list[list[str]]
+    rewards: list[list[float]]
+
+    @property
+    def samples(self) -> int:
+        """Samples of each prompt, k."""
+        return len(self.rewards[0])
+
+    def summary(self) -> dict[str, float]:
+        """`mean@k` (mean reward of all samples), `pass@j` for j = 1, 2, 4 … k (unbiased), share of prompts with signal.
+
+        Rows that the reward function could not score are left out; their number is `unscored`, where there are any.
+        """
+        rewards = torch.tensor(self.rewards, dtype=torch.float64)
+        scored = rewards[~rewards.isnan().any(1)]
+        k = self.samples
+        right = (scored >= 0.5).sum(1)
+        report = {f"mean@{k}": scored.mean().item()}
+        j = 1
+        while j <= k:
+            report[f"pass@{j}"] = pass_at_k(k, right, j).mean().item()
+            j *= 2
+        report["groups with signal"] = ((right > 0) & (right < k)).double().mean().item()
+        if len(scored) < len(rewards):
+            report["unscored"] = float(len(rewards) - len(scored))
+        return report
+
+    def write(self, path: Path, stage: str) -> None:
+        """Append the samples to a JSONL file, one prompt a line."""
+        with path.open("a") as file:
+            for prompt, completions, rewards in zip(self.prompts, self.completions, self.rewards, strict=True):
+                row = {"stage": stage, "prompt": prompt, "completions": completions, "rewards": rewards}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    reward: RewardFunction,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 512,
+    seed: int = 0,
+) -> Evaluation:
+    """Sample `samples` completions of every row and score them; the rows are divided among the processes.
+
+    Args:
+        model: A causal LM with `generate`.
+        tokenizer: Its tokenizer, padding on the left.
+        rows: Dataset with "prompt" and what the reward needs.
+        reward: A reward function.
+        samples: Completions of each prompt.
+        max_new_tokens: Their maximal length.
+        temperature: Of sampling; 0 is greedy.
+        top_p: Of sampling.
+        batch_size: Completions at once.
+        seed: Of sampling; the state of the random generators is restored.
+    """
+    state = PartialState()
+    mine = list(range(state.process_index, len(rows), state.num_processes))
+    at_once = max(1, batch_size // samples)
+    found: list[tuple[int, list[str], list[float]]] = []
+    was_training = model.training
+    model.eval()
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
+    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None):
+        torch.manual_seed(seed + state.process_index)
+        for first in range(0, len(mine), at_once):
+            chosen = mine[first : first + at_once]
+            batch = [rows[i] for i in chosen]
+            inputs = tokenize(tokenizer, [row["prompt"] for row in batch]).to(model.device)
+            repeated = {name: value.repeat_interleave(samples, 0) for name, value in inputs.items()}
+            output = model.generate(
+                **repeated, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id, **sampling,
+            )  # fmt: skip
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            columns = {c: [row[c] for row in batch for _ in range(samples)] for c in rows.column_names if c != "prompt"}
+            scores = reward([row["prompt"] for row in batch for _ in range(samples)], texts, **columns)
+            values = [float("nan") if s is None else float(s) for s in scores]
+            for j, i in enumerate(chosen):
+                part = slice(j * samples, (j + 1) * samples)
+                found.append((i, texts[part], values[part]))
+    model.train(was_training)
+    everything = sorted(gather_object(found)) if state.num_processes > 1 else found
+    return Evaluation(
+        [rows[i]["prompt"] for i, _, _ in everything], [t for _, t, _ in everything], [s for _, _, s in everything]
+    )
+
+
+def tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
+    """Prompts, texts or messages, as a left-padded batch."""
+    if isinstance(prompts[0], str):
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    else:
+        batch = tokenizer.apply_chat_template(
+            prompts,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            return_dict=True,
+        )
+    batch.pop("token_type_ids", None)
+    return batch

@@ -1,0 +1,90 @@
+"""What a run shows: a live bar on a terminal, plain lines elsewhere, and metrics.jsonl always."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_SHOWN = {
+    "reward": "reward",
+    "entropy": "entropy",
+    "clip_ratio/region_mean": "clipped",
+    "band/divergence_mean": "div/radius",
+}
+
+
+class Progress:
+    """Messages of the main process; the others are silent."""
+
+    def __init__(self, *, main: bool = True) -> None:
+        self.console = Console(quiet=not main, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, evaluation: dict[str, Any]) -> None:
+        """The held-out results before and after."""
+        table = Table(title=title)
+        table.add_column(f"{evaluation['prompts']} held-out prompts")
+        for name in ("before", "after", "change"):
+            table.add_column(name, justify="right")
+        for name, before in evaluation["before"].items():
+            after = evaluation["after"][name]
+            table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        self.console.print(table)
+
+
+class TrainingProgress(TrainerCallback):
+    """Writes every log of the trainer to metrics.jsonl and shows the important ones."""
+
+    def __init__(self, progress: Progress, path: Path) -> None:
+        self.progress, self.path = progress, path
+        self.bar: RichProgress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        # A resumed run goes over the steps after its checkpoint again.
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if self.progress.console.is_terminal:
+            self.bar = RichProgress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.progress.console,
+            )  # fmt: skip
+            self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+            self.bar.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        note = "  ".join(f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if logs.get(key) is not None)
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step, note=note)
+        elif note:
+            self.progress.say(f"step {state.global_step:>4}/{state.max_steps}  {note}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()

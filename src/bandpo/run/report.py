@@ -1,0 +1,85 @@
+"""One self-contained report.html from the files of a run."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from bandpo.bounds import Bounds
+from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
+
+
+def write_report(
+    folder: Path, *, title: str, bounds: Bounds, bounds_label: str, tokens: Mapping[str, list[float]]
+) -> Path:
+    """Write report.html and its figures (SVG) into a run's folder.
+
+    Reads metrics.jsonl, evaluation.json, samples.jsonl, config.yaml and env.json there. The page needs no network and runs
+    no script; completions are escaped.
+
+    Args:
+        folder: The run's folder.
+        title: Heading.
+        bounds: The trust region of the run, for the figure of the band.
+        bounds_label: Its name there.
+        tokens: Tokens of the run, as `plot_bounds` takes them.
+    """
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in log if "reward" in row or "entropy" in row]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    figures = {
+        "Training": plot_training(training),
+        "Who is clipped": plot_clip_by_probability(training),
+        "The band, with tokens of this run": plot_bounds(bounds, bounds_label, tokens=tokens),
+    }
+    pictures = {
+        name: _svg(figure, folder / "figures" / f"{i}.svg") for i, (name, figure) in enumerate(figures.items(), 1)
+    }
+    page = _environment().get_template("report.html.j2").render(
+        title=title,
+        evaluation=json.loads((folder / "evaluation.json").read_text()),
+        figures=pictures,
+        samples=_pairs(samples),
+        config=yaml.safe_load((folder / "config.yaml").read_text()),
+        environment=json.loads((folder / "env.json").read_text()),
+    )  # fmt: skip
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("bandpo.run"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+
+
+def _svg(figure: Figure, path: Path) -> str:
+    """Save a figure and return it as markup for the page."""
+    path.parent.mkdir(exist_ok=True)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    path.write_text(buffer.getvalue())
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _pairs(samples: list[dict[str, Any]], count: int = 12) -> list[dict[str, Any]]:
+    """The first prompts with their completions before and after training."""
+    after = {json.dumps(row["prompt"]): row for row in samples if row["stage"] == "after"}
+    before = [row for row in samples if row["stage"] == "before"]
+    pairs = [(b, after[json.dumps(b["prompt"])]) for b in before if json.dumps(b["prompt"]) in after]
+    return [
+        {
+            "prompt": b["prompt"] if isinstance(b["prompt"], str) else b["prompt"][-1]["content"],
+            "before": list(zip(b["completions"][:4], b["rewards"], strict=False)),
+            "after": list(zip(a["completions"][:4], a["rewards"], strict=False)),
+        }
+        for b, a in pairs[:count]
+    ]

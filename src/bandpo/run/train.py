@@ -1,0 +1,270 @@
+"""`bandpo train`: warm-up where needed, evaluation, BandPO training by TRL, evaluation, report."""
+
+import json
+import os
+import platform
+import random
+import subprocess
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork nothing; the warning about it is noise
+
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from bandpo.bounds import RatioBounds
+from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.lab.models import WarmUp, warmed_up_model
+from bandpo.run.config import RunConfig, command_line, parse
+from bandpo.run.data import RewardFunction, get_reward, load_prompts, load_task, split_prompts
+from bandpo.run.evaluate import Evaluation, evaluate
+from bandpo.run.progress import Progress, TrainingProgress
+from bandpo.run.report import write_report
+
+_TOKENS_KEPT = 4000
+
+
+def train(arguments: list[str]) -> Path:
+    """Run the job that the arguments describe; the folder of its results.
+
+    The folder holds config.yaml (which repeats the run), env.json, metrics.jsonl, samples.jsonl, evaluation.json, figures/,
+    report.html, the checkpoints and model/.
+
+    Args:
+        arguments: Command line after `bandpo train`.
+    """
+    started = time.monotonic()
+    _quiet_hosts()
+    run, args, given = parse(arguments)
+    if run.dry_run:
+        print(yaml.safe_dump(given, sort_keys=False), end="")
+        return Path(args.output_dir or ".")
+    torch.set_num_threads(run.threads)
+    progress = Progress(main=PartialState().is_main_process)
+    resume = _prepare_folder(run, args, given)
+    folder = Path(args.output_dir)
+    progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
+
+    model_name = run.model or str(_small_model(run, progress))
+    tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left", trust_remote_code=args.trust_remote_code)
+    prompts, held_out = _load_data(run, chat=tokenizer.chat_template is not None, seed=args.seed)
+    reward = get_reward(run.reward or run.task or "")
+    if run.model is None:  # tiny: load it here; a large one is loaded by TRL, with model_init_kwargs
+        model: Any = AutoModelForCausalLM.from_pretrained(model_name)
+    else:
+        model = model_name
+    args.disable_tqdm = True
+    trainer = _Trainer(
+        model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
+        peft_config=_lora(run), callbacks=[TrainingProgress(progress, folder / "metrics.jsonl")],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+
+    before = _evaluation_before(folder, trainer, tokenizer, held_out, reward, run, args, resumed=resume is not None)
+    progress.say(f"before training: {_line(before)}")
+    trainer.train(resume_from_checkpoint=resume)
+    after_samples = _evaluate(trainer, tokenizer, held_out, reward, run, args)
+    after = after_samples.summary()
+
+    trainer.save_model(str(folder / "model"))
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(folder / "model")
+        after_samples.write(folder / "samples.jsonl", "after")
+        evaluation = {
+            "before": before, "after": after, "prompts": len(held_out), "samples": run.eval_samples,
+            "temperature": run.eval_temperature,
+        }  # fmt: skip
+        _write_json(folder / "evaluation.json", evaluation)
+        _write_json(folder / "env.json", _environment(args, time.monotonic() - started))
+        label = trainer.objective.name
+        title = f"{label} on {run.task or run.dataset}, seed {args.seed}"
+        report = write_report(
+            folder, title=title, bounds=trainer.objective.bounds, bounds_label=label, tokens=trainer.tokens
+        )
+        progress.table(title, evaluation)
+        progress.say(f"report: {report}")
+        progress.say(f"model:  {folder / 'model'}")
+        progress.say(f"done in {time.monotonic() - started:.0f} s")
+    return folder
+
+
+def _quiet_hosts() -> None:
+    """Hide what transformers and TRL say to each other; our own messages and every other warning stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+
+
+class _Trainer(BandGRPOTrainer):
+    """Remembers some tokens of the last rollouts for the figure of the band."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
+        self._draw = random.Random(0)
+
+    def _log_band(self, new: Tensor, old: Tensor, bounds: RatioBounds, inputs: dict[str, Any]) -> None:
+        super()._log_band(new, old, bounds, inputs)
+        valid = inputs["completion_mask"] != 0
+        advantages = inputs["advantages"].unsqueeze(1).expand_as(new)[valid]
+        ratio, lower, upper = (new - old).exp()[valid], bounds.lower[valid], bounds.upper[valid]
+        clipped = ((advantages > 0) & (ratio > upper)) | ((advantages < 0) & (ratio < lower))
+        chosen = self._draw.sample(range(len(ratio)), min(len(ratio), _TOKENS_KEPT // 40))
+        for name, values in (("p", old.exp()[valid]), ("ratio", ratio), ("clipped", clipped.float())):
+            self.tokens[name] = (self.tokens[name] + values[chosen].tolist())[-_TOKENS_KEPT:]
+
+
+def _prepare_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any]) -> str | None:
+    """Choose and create the output folder; the checkpoint to resume from, if any.
+
+    Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed.
+    """
+    if "output_dir" not in given:
+        name = f"{args.objective.replace(':', '-')}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
+        args.output_dir = str(_free_folder(Path("runs") / name))
+    folder = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if resume == "latest":
+        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if resume is None:
+            raise ValueError(f"resume_from_checkpoint=latest: {folder} has no checkpoint")
+    if resume is None and (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"output_dir {folder} holds a run already; choose another, or go on with --resume_from_checkpoint latest"
+        )
+    if resume is not None and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint: {resume} is no folder")
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").touch()
+        if resume is None:
+            saved = {k: v for k, v in given.items() if k not in ("output_dir", "resume_from_checkpoint")}
+            (folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    PartialState().wait_for_everyone()
+    return resume
+
+
+def _free_folder(wanted: Path) -> Path:
+    """The folder itself, or with the first number behind it that is free."""
+    folder, number = wanted, 2
+    while (folder / "metrics.jsonl").exists():
+        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    return folder
+
+
+def _small_model(run: RunConfig, progress: Progress) -> Path:
+    assert run.task is not None
+    warm_up = WarmUp(task=run.task, steps=run.warm_up_steps)
+    if PartialState().is_main_process:
+        if not warm_up.path.exists():
+            progress.say(f"warming up a small model on {run.task} by supervised learning (once; cached)")
+        warmed_up_model(
+            warm_up, lambda step, loss: progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}")
+        )
+    PartialState().wait_for_everyone()
+    return warm_up.path
+
+
+def _load_data(run: RunConfig, *, chat: bool, seed: int) -> tuple[Dataset, Dataset]:
+    if run.task is not None:
+        return load_task(run.task, run.eval_prompts)
+    columns = {
+        "prompt_column": run.prompt_column,
+        "answer_column": run.answer_column,
+        "system_prompt": run.system_prompt,
+    }
+    assert run.dataset is not None
+    data = load_prompts(run.dataset, config=run.dataset_config, split=run.dataset_split, chat=chat, **columns)
+    if run.eval_dataset is None:
+        return split_prompts(data, run.eval_prompts, seed)
+    held_out = load_prompts(
+        run.eval_dataset, config=run.dataset_config, split=run.eval_dataset_split, chat=chat, **columns
+    )
+    return data, held_out.select(range(min(run.eval_prompts, len(held_out))))
+
+
+def _lora(run: RunConfig) -> Any:
+    if not run.lora_rank:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(f"lora_rank={run.lora_rank} needs peft: pip install peft ({error})") from error
+    return LoraConfig(r=run.lora_rank, lora_alpha=run.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _evaluate(
+    trainer: BandGRPOTrainer,
+    tokenizer: Any,
+    rows: Dataset,
+    reward: RewardFunction,
+    run: RunConfig,
+    args: BandGRPOConfig,
+) -> Evaluation:
+    return evaluate(
+        trainer.accelerator.unwrap_model(trainer.model), tokenizer, rows, reward, samples=run.eval_samples,
+        max_new_tokens=args.max_completion_length, temperature=run.eval_temperature, seed=1234,
+    )  # fmt: skip
+
+
+def _evaluation_before(
+    folder: Path, trainer: BandGRPOTrainer, tokenizer: Any, rows: Dataset, reward: RewardFunction, run: RunConfig,
+    args: BandGRPOConfig, *, resumed: bool,
+) -> dict[str, float]:  # fmt: skip
+    """The evaluation of the starting model; a resumed run reads it back from its folder."""
+    samples = folder / "samples.jsonl"
+    if resumed:
+        saved = [json.loads(line) for line in samples.read_text().splitlines()]
+        saved = [row for row in saved if row["stage"] == "before"]
+        found = Evaluation(
+            [r["prompt"] for r in saved], [r["completions"] for r in saved], [r["rewards"] for r in saved]
+        )
+        if PartialState().is_main_process:
+            samples.unlink()
+            found.write(samples, "before")
+        return found.summary()
+    found = _evaluate(trainer, tokenizer, rows, reward, run, args)
+    if PartialState().is_main_process:
+        found.write(samples, "before")
+    return found.summary()
+
+
+def _environment(args: BandGRPOConfig, seconds: float) -> dict[str, Any]:
+    """What a reader needs to trust or repeat the numbers."""
+    packages = ("bandpo", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym")
+    return {
+        "command": command_line(),
+        "seed": args.seed,
+        "seconds": round(seconds, 1),
+        "device": str(args.device),
+        "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "git": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """Revision of the working folder, where it is a git checkout."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _line(summary: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in summary.items())
