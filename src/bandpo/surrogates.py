@@ -19,7 +19,7 @@ def ratio(log_ratio: Tensor) -> Tensor:
 
 
 def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
-    """PPO's pessimistic surrogate, `min(r·A, clip(r, lower, upper)·A)` per token (arXiv:1707.06347, eq. 7).
+    """The pessimistic surrogate of PPO (arXiv:1707.06347, eq. 7): `min(r·A, r̃·A)` with `r̃` the ratio clamped to the bounds.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))

@@ -4,13 +4,12 @@ import argparse
 import json
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bandpo.lab.tasks import TASKS
 from bandpo.run.data import get_reward, load_prompts, load_task
 from bandpo.run.evaluate import evaluate
-from bandpo.run.progress import Progress
+from bandpo.run.progress import Progress, quiet_hosts
 
 
 def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
@@ -29,8 +28,7 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
         raise ValueError(f"--task {task}: choose one of {', '.join(TASKS)}")
     if task is None and options.reward is None:
         raise ValueError("--dataset needs --reward: math or package.module:NAME")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_hosts()
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(options.model)
@@ -43,9 +41,14 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
         length = options.max_new_tokens or TASKS[task].max_completion_length
     else:
         rows = load_prompts(
-            options.dataset, config=options.dataset_config, split=options.dataset_split, chat=tokenizer.chat_template is not None,
-            prompt_column=options.prompt_column, answer_column=options.answer_column, system_prompt=options.system_prompt,
-        )  # fmt: skip
+            options.dataset,
+            config=options.dataset_config,
+            split=options.dataset_split,
+            prompt_column=options.prompt_column,
+            answer_column=options.answer_column,
+            system_prompt=options.system_prompt,
+            chat=tokenizer.chat_template is not None,
+        )
         rows = rows.select(range(min(options.prompts, len(rows))))
         length = options.max_new_tokens or 1024
     result = evaluate(

@@ -1,9 +1,11 @@
 """What a run shows: a live bar on a terminal, plain lines elsewhere, and metrics.jsonl always."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -16,6 +18,13 @@ _SHOWN = {
     "clip_ratio/region_mean": "clipped",
     "band/divergence_mean": "div/radius",
 }
+
+
+def quiet_hosts() -> None:
+    """Hide what transformers and TRL say to each other; our own messages and every other warning stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 
 class Progress:

@@ -6,7 +6,6 @@ import platform
 import random
 import subprocess
 import time
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, command_line, parse
 from bandpo.run.data import RewardFunction, get_reward, load_prompts, load_task, split_prompts
 from bandpo.run.evaluate import Evaluation, evaluate
-from bandpo.run.progress import Progress, TrainingProgress
+from bandpo.run.progress import Progress, TrainingProgress, quiet_hosts
 from bandpo.run.report import write_report
 
 _TOKENS_KEPT = 4000
@@ -44,7 +43,7 @@ def train(arguments: list[str]) -> Path:
         arguments: Command line after `bandpo train`.
     """
     started = time.monotonic()
-    _quiet_hosts()
+    quiet_hosts()
     run, args, given = parse(arguments)
     if run.dry_run:
         print(yaml.safe_dump(given, sort_keys=False), end="")
@@ -96,13 +95,6 @@ def train(arguments: list[str]) -> Path:
         progress.say(f"model:  {folder / 'model'}")
         progress.say(f"done in {time.monotonic() - started:.0f} s")
     return folder
-
-
-def _quiet_hosts() -> None:
-    """Hide what transformers and TRL say to each other; our own messages and every other warning stay."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 
 class _Trainer(BandGRPOTrainer):

@@ -1,0 +1,33 @@
+"""A tiny causal LM and prompts for the hosts' tests."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def make_model(tokenizer, tmp_path):
+    def make(seed=0):
+        return build_model(WarmUp(hidden_size=32, layers=1, seed=seed), tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(1, 9) for b in range(1, 9)])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
