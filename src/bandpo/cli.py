@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside the commands: `bandpo --help` is instant."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +84,9 @@ def _guarded(run: Callable[[Any], object], options: Any) -> int:
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         print(f"bandpo: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python from complaining when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)
         return 130

@@ -76,8 +76,8 @@ def plot_training(log: Log) -> Figure:
         _draw_series(middle, log, "entropy", GREEN, "entropy")
         middle.set(ylabel="nats per token", title="Entropy")
         for key, colour, name in (
-            ("clip_ratio/high_mean", ORANGE, "A > 0, above the band"),
-            ("clip_ratio/low_mean", BLUE, "A < 0, below the band"),
+            ("clip_ratio/high_mean", ORANGE, "A > 0, above the upper bound"),
+            ("clip_ratio/low_mean", BLUE, "A < 0, below the lower bound"),
         ):
             _draw_series(right, log, key, colour, name)
         right.set(ylabel="share of tokens", title="Clipped gradient")
@@ -96,13 +96,13 @@ def plot_clip_by_probability(log: Log) -> Figure:
             2, 1, figsize=(7.6, 4.4), sharex=True, layout="constrained", height_ratios=[2, 1]
         )
         x = range(len(PROB_BINS))
-        top.bar([i - 0.2 for i in x], high, 0.4, color=ORANGE, label="A > 0, above the band")
-        top.bar([i + 0.2 for i in x], low, 0.4, color=BLUE, label="A < 0, below the band")
+        top.bar([i - 0.2 for i in x], high, 0.4, color=ORANGE, label="A > 0, above the upper bound")
+        top.bar([i + 0.2 for i in x], low, 0.4, color=BLUE, label="A < 0, below the lower bound")
         top.set(ylabel="share clipped\nin the bin")
         top.legend(fontsize=8)
         bottom.bar(x, share, 0.6, color=GREY)
         bottom.set(ylabel="share of\nall tokens", xlabel="probability of the token under the old policy, p")
-        bottom.set_xticks(list(x), [b.replace(":", " to ") for b in PROB_BINS], rotation=20)
+        bottom.set_xticks(list(x), [b.replace(":", " to ") for b in PROB_BINS], rotation=20, ha="right")
         for axes in (top, bottom):
             axes.grid(visible=False, axis="x")
     return figure

@@ -57,7 +57,9 @@ class WarmUp:
     @property
     def path(self) -> Path:
         """Where the model is cached: the user's cache directory, or $BANDPO_CACHE."""
-        key = hashlib.sha256(json.dumps([_FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+        task = TASKS[self.task]
+        decides = [_FORMAT, asdict(self), dict(task.config), task.train_size]
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         root = os.environ.get("BANDPO_CACHE") or platformdirs.user_cache_dir("bandpo")
         return Path(root) / "warmup" / f"{self.task}-{key}"
 

@@ -15,6 +15,7 @@ Row = dict[str, str]
 
 # Item i of a reasoning-gym dataset is drawn with seed + i: two splits share items unless their seeds lie far apart.
 SPLIT_SEEDS = {"train": 0, "eval": 10**8}
+_HELD_OUT = 512
 _SAFE_EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,64}")
 
 
@@ -94,7 +95,8 @@ def make_splits(
     Args:
         task: The task.
         train: Training prompts, all different; the task's own number by default.
-        evaluation: Held-out problems, all different, and the same for every seed.
+        evaluation: Held-out problems, all different: the first of a pool of 512 that is the same for every seed and that
+            no training row touches.
         seed: Of the training prompts, in `[0, 99]`.
 
     Returns:
@@ -105,10 +107,12 @@ def make_splits(
     """
     if not 0 <= seed < 100:
         raise ValueError(f"seed of a split must be in [0, 99], got {seed}")
-    held_out = _draw(task, "eval", evaluation, 0, unique=task.key, excluded=frozenset())
+    if not 1 <= evaluation <= _HELD_OUT:
+        raise ValueError(f"held-out problems of task {task.name!r}: at least 1, at most {_HELD_OUT}; got {evaluation}")
+    held_out = _draw(task, "eval", _HELD_OUT, 0, unique=task.key, excluded=frozenset())
     keys = frozenset(task.key(json.loads(row["metadata"])) for row in held_out)
     train = task.train_size if train is None else train
-    return _draw(task, "train", train, seed, unique=task.prompt, excluded=keys), held_out
+    return _draw(task, "train", train, seed, unique=task.prompt, excluded=keys), held_out[:evaluation]
 
 
 def _draw(
