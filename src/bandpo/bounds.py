@@ -35,10 +35,10 @@ def ratio_bounds(
     max_ratio: float | None = None,
     log: bool = False,
 ) -> RatioBounds:
-    r"""Widest interval of the sampled token's ratio inside an f-divergence ball.
+    """Widest interval of the sampled token's ratio inside an f-divergence ball.
 
-    The two solutions of $p f(r) + (1-p) f(\tfrac{1-pr}{1-p}) = \delta$ around $r = 1$, with $p = \pi_\text{old}(a \mid s)$,
-    saturated at the simplex, $0 \le r \le 1/p$ (BandPO, arXiv:2603.04918, Thm. 1 and Prop. 3). Closed forms where they
+    The two solutions of `p f(r) + (1-p) f((1-pr)/(1-p)) = δ` around `r = 1`, with `p = π_old(a|s)`,
+    saturated at the simplex, `0 <= r <= 1/p` (BandPO, arXiv:2603.04918, Thm. 1 and Prop. 3). Closed forms where they
     exist (TV, CHI2, NEYMAN, HELLINGER, LE_CAM), else one search for both sides: the lower bound is the furthest a token
     may shrink, the upper one the furthest everything else may.
 
@@ -99,9 +99,9 @@ def in_band(
     divergence: FDivergence | str = KL,
     radius: Radius = 0.05,
 ) -> Tensor:
-    r"""Whether each ratio lies inside the band, without solving for the bounds.
+    """Whether each ratio lies inside the band, without solving for the bounds.
 
-    Evaluates $p f(r) + (1-p) f(\tfrac{1-pr}{1-p}) \le \delta$ (arXiv:2603.04918, Thm. 1) once, in float64.
+    Evaluates `p f(r) + (1-p) f((1-pr)/(1-p)) <= δ` (arXiv:2603.04918, Thm. 1) once, in float64.
 
     Args:
         log_ratio: `log r`.
@@ -113,7 +113,8 @@ def in_band(
         Bool tensor; False where an input is NaN or `r > 1/p`.
 
     Raises:
-        TypeError, ValueError: As `ratio_bounds`; also if the two shapes differ.
+        TypeError: As `ratio_bounds`.
+        ValueError: As `ratio_bounds`, and if the two shapes differ.
 
     Examples:
         >>> p, r = torch.tensor([0.5, 0.5, 0.01]), torch.tensor([1.30, 1.31, 7.8])
@@ -203,9 +204,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class DCPO:
-    r"""Dynamic-adaptive clipping of DCPO (arXiv:2509.02333), from $|(r - 1)\,\pi| \le \epsilon$.
+    """Dynamic-adaptive clipping of DCPO (arXiv:2509.02333), from `|(r - 1)·π| <= ε`.
 
-    $r \in [\tfrac12 + \tfrac12\sqrt{\max(1 - 4ε_l/p, 0)},\ \tfrac12 + \tfrac12\sqrt{1 + 4ε_h/p}]$, the upper side capped.
+    `r` from `½ + ½√max(1 - 4ε_l/p, 0)` to `½ + ½√(1 + 4ε_h/p)`, the upper side capped.
     It may pass `1/p`: common tokens can be given ratios that no policy reaches.
 
     Args:

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=float, default=1.0, help="of sampling, 0 is greedy (default: 1.0)")
     evaluate.add_argument("--top-p", type=float, default=1.0, help="of sampling (default: 1.0)")
     evaluate.add_argument("--max-new-tokens", type=int, help="default: the task's, or 1024")
+    evaluate.add_argument("--batch-size", type=int, default=512, help="completions at once (default: 512)")
     evaluate.add_argument("--seed", type=int, default=1234, help="of sampling (default: 1234)")
     evaluate.add_argument("--output", type=Path, help="write the summary here, as JSON")
     evaluate.set_defaults(run=_evaluate)

@@ -16,7 +16,7 @@ LogBounds = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FDivergence:
-    r"""An f-divergence `D_f(π ‖ π_old) = Σ π_old f(π / π_old)`, given by its generator.
+    """An f-divergence `D_f(π ‖ π_old) = Σ π_old f(π / π_old)`, given by its generator.
 
     A user's own divergence needs `name` and `f` only; check it once with `bandpo.testing.check_divergence`.
 
@@ -71,9 +71,9 @@ class FDivergence:
 
 
 def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDivergence) -> Tensor:
-    r"""Divergence of the two-event policies {token, anything else}, the quantity that every bound inverts.
+    """Divergence of the two-event policies {token, anything else}, the quantity that every bound inverts.
 
-    $g_f(p, r) = p f(r) + (1-p) f(\tfrac{1-pr}{1-p})$ (BandPO, arXiv:2603.04918, Thm. 1), the smallest `D_f` of any policy
+    `g_f(p, r) = p f(r) + (1-p) f((1-pr)/(1-p))` (BandPO, arXiv:2603.04918, Thm. 1), the smallest `D_f` of any policy
     that gives the token the ratio `r`.
 
     Args:
@@ -240,7 +240,7 @@ JEFFREYS = FDivergence(
 
 
 def alpha(a: float) -> FDivergence:
-    r"""The α-divergence with generator `(u^α - αu - (1-α)) / (α(α-1))`.
+    """The α-divergence with generator `(u^α - αu - (1-α)) / (α(α-1))`.
 
     `alpha(0)` is KL, `alpha(1)` is REVERSE_KL, `alpha(2)` is ½ CHI2, `alpha(0.5)` is 2 HELLINGER and `alpha(-1)` is
     ½ NEYMAN; those three use their closed forms with the radius rescaled. A Rényi ball is an α-ball of another radius.

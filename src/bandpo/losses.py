@@ -23,12 +23,11 @@ def policy_loss(
     normalizer: Tensor | float | None = None,
     max_length: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""Policy loss to minimise, and detached 0-d metrics.
+    """Policy loss to minimise, and detached 0-d metrics.
 
-    $-\operatorname{agg}_t\, s(\log r_t, A_t, b(\log p_t)) + \beta\,\operatorname{agg}_t\, k_3(\pi_\text{ref}, \pi)_t$, with
-    the bounds $b$, surrogate $s$, ratio level, anchor and aggregation of the objective, $r = \pi / \pi_\text{anchor}$ and
-    $k_3 = e^x - x - 1$ at $x = \log \pi_\text{ref} - \log \pi$. Arguments are keyword-only: hosts disagree on the order of
-    new and old.
+    `-agg_t s(log r_t, A_t, b(log p_t)) + β agg_t k3_t`, with the bounds `b`, surrogate `s`, ratio level, anchor and
+    aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`. Arguments are
+    keyword-only: hosts disagree on the order of new and old.
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`, with gradient.
@@ -49,7 +48,8 @@ def policy_loss(
         The loss, a 0-d tensor in float32 (float64 for float64 input), and metrics as 0-d tensors (no host sync).
 
     Raises:
-        TypeError, ValueError: If shapes, dtypes or names do not fit, or the objective needs an input that is missing.
+        TypeError: If a dtype or the objective's type does not fit.
+        ValueError: If shapes or names do not fit, or the objective needs an input that is missing.
 
     Examples:
         >>> import torch

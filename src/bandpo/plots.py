@@ -120,8 +120,7 @@ def _draw_interval(
 
 def _draw_series(axes: Axes, log: Log, key: str, colour: str, label: str) -> None:
     points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), color=colour, lw=1.6, label=label)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, lw=1.6, label=label)
 
 
 def _weighted(log: Log, side: str | None, bin_name: str) -> float:

@@ -138,6 +138,13 @@ def test_named_objectives_with_fixed_bounds_are_trl_exactly(name, make_model, to
     assert got[0] == want[0]
     assert torch.equal(got[1], want[1])
     assert {k: got[2][k] for k in want[2]} == want[2]
+    # and the pure function is the same number without any trainer
+    x = token_logprobs(theirs.model, inputs)
+    loss, _ = policy_loss(
+        logprobs=x, old_logprobs=inputs["old_per_token_logps"], advantages=inputs["advantages"],
+        mask=inputs["completion_mask"], objective=name, max_length=6 if name == "dr_grpo" else None,
+    )  # fmt: skip
+    torch.testing.assert_close(loss.detach(), want[0], rtol=1e-5, atol=1e-6)
 
 
 def _named(folder, make_model, tokenizer, prompts, name, **changes):
@@ -147,16 +154,21 @@ def _named(folder, make_model, tokenizer, prompts, name, **changes):
     )
 
 
+def token_logprobs(model, inputs):
+    """From the model's logits, without TRL."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    logits = model(ids, attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)).logits
+    return logits[:, 3:-1].log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+
+
 @pytest.mark.parametrize("name", ["bandpo-kl", "bandpo-tv", "bandpo-chi2", "dcpo"])
 def test_band_in_trl_equals_policy_loss(name, make_model, tokenizer, prompts, tmp_path):
     """TRL with our bounds = our own loss on the same log-probs; kills swapped, ignored or rescaled bounds."""
     trainer = _named(tmp_path, make_model, tokenizer, prompts, name)
     inputs = rollout(tokenizer)
     loss, gradient, metrics = loss_and_gradient(trainer, inputs)
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     trainer.model.zero_grad()
-    logits = trainer.model(ids, attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)).logits
-    new = logits[:, 3:-1].log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    new = token_logprobs(trainer.model, inputs)
     want, ours = policy_loss(
         logprobs=new, old_logprobs=inputs["old_per_token_logps"], advantages=inputs["advantages"],
         mask=inputs["completion_mask"], objective=trainer.objective, normalizer=8,
@@ -170,6 +182,16 @@ def test_band_in_trl_equals_policy_loss(name, make_model, tokenizer, prompts, tm
     assert metrics["clip_ratio/region_mean"] > 0
     for key in ("band/lower_mean", "band/upper_mean", "band/region_fraction", "kl/old_new", "nonfinite_fraction"):
         assert metrics[key] == pytest.approx(ours[key].item(), rel=1e-4, abs=1e-6)
+
+
+def test_an_objective_given_as_an_object_decides_over_the_config(make_model, tokenizer, prompts, tmp_path):
+    inputs = rollout(tokenizer)
+    theirs = trl_trainer(tmp_path, make_model, tokenizer, prompts, loss_type="grpo", epsilon=0.1, epsilon_high=0.3)
+    mine = Objective(bounds=Clip(0.1, 0.3), aggregation="seq-mean-token-mean")
+    ours = band_trainer(tmp_path, make_model, tokenizer, prompts, objective=mine)
+    want, got = loss_and_gradient(theirs, inputs), loss_and_gradient(ours, inputs)
+    assert got[0] == want[0]
+    assert torch.equal(got[1], want[1])
 
 
 def test_other_surrogates_add_their_own_term(make_model, tokenizer, prompts, tmp_path):
@@ -243,12 +265,16 @@ def test_trainer_refuses_what_it_cannot_honour(make_model, tokenizer, prompts, t
     with pytest.raises(TypeError, match="BandGRPOConfig"):
         BandGRPOTrainer(model=make_model(), reward_funcs=reward, args=GRPOConfig(**settings(tmp_path)))
     with pytest.raises(ValueError, match="anchor='rollout'"):
-        make(objective=Objective(bounds=Band(), anchor="rollout"))
+        make(objective=Objective(bounds=Band(), anchor="rollout"), loss_type="dapo")
     with pytest.raises(ValueError, match="ratio_level='sequence'"):
-        make(objective=Objective(bounds=Clip(), ratio_level="sequence"))
+        make(objective=Objective(bounds=Clip(), ratio_level="sequence"), loss_type="dapo")
+    with pytest.raises(ValueError, match="aggregation='token-mean' differs from loss_type='grpo'"):
+        make(objective=Objective(bounds=Band()))
+    with pytest.raises(ValueError, match="advantage='mean' differs from scale_rewards='group'"):
+        make(objective=Objective(bounds=Band(), advantage="mean"), loss_type="dapo")
     for option in ({"delta": 4.0}, {"top_entropy_quantile": 0.2}, {"off_policy_mask_threshold": 0.5}):
         with pytest.raises(ValueError, match=next(iter(option))):
-            make(objective=Objective(bounds=Band(), surrogate=mask), **option)
+            make(objective=Objective(bounds=Band(), surrogate=mask), loss_type="dapo", **option)
     with pytest.raises(TypeError, match="learning_rat"):
         BandGRPOTrainer(model=make_model(), args=BandGRPOConfig(**settings(tmp_path)), learning_rat=1)
     patched = lambda self, model, inputs: None  # noqa: E731

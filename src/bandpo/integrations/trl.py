@@ -202,7 +202,7 @@ class BandGRPOTrainer(GRPOTrainer):
             )
         self.objective = args.resolve() if objective is None else objective
         self._last_logprobs: Tensor | None = None
-        _refuse_unsupported(self.objective, args)
+        _refuse_unsupported(self.objective, args, given=objective is not None)
         super().__init__(model, reward_funcs, args, **kwargs)
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
             warnings.warn(
@@ -225,6 +225,7 @@ class BandGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         old = inputs.get("old_per_token_logps")
         bounds = None if old is None else self.objective.bounds(old)
+        self._last_logprobs = None
         if self._goes_through_epsilon:
             with self._as_epsilon(bounds):
                 loss = super()._compute_loss(model, inputs)
@@ -232,7 +233,7 @@ class BandGRPOTrainer(GRPOTrainer):
             # With advantages 0 what is left is TRL's own: KL to the reference, entropy bonus, auxiliary losses, their metrics.
             silent = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
             loss = super()._compute_loss(model, silent)
-        new, self._last_logprobs = self._last_logprobs, None
+        new = self._last_logprobs
         if new is None:
             raise RuntimeError(
                 "GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies: this version of TRL is not "
@@ -249,11 +250,11 @@ class BandGRPOTrainer(GRPOTrainer):
     @contextmanager
     def _as_epsilon(self, bounds: RatioBounds | None) -> Iterator[None]:
         """TRL clamps the ratio to `[1 - epsilon_low, 1 + epsilon_high]`; both may be tensors of one entry per token."""
-        if bounds is None or isinstance(self.objective.bounds, Clip):  # ratio 1, or the constants that TRL already has
-            yield
-            return
         saved = self.epsilon_low, self.epsilon_high
-        self.epsilon_low, self.epsilon_high = 1 - bounds.lower, bounds.upper - 1
+        if isinstance(self.objective.bounds, Clip):  # one number for all tokens, and for whole sequences
+            self.epsilon_low, self.epsilon_high = self.objective.bounds.low, self.objective.bounds.high
+        elif bounds is not None:  # else every ratio is 1
+            self.epsilon_low, self.epsilon_high = 1 - bounds.lower, bounds.upper - 1
         try:
             yield
         finally:
@@ -301,7 +302,11 @@ class BandGRPOTrainer(GRPOTrainer):
         if not self._goes_through_epsilon:  # TRL counted clips under advantages of 0
             for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
                 log.pop(name, None)
-        values = self.accelerator.gather(torch.stack(list(report.values())).unsqueeze(0)).nanmean(0).tolist()
+        gathered = self.accelerator.gather(torch.stack(list(report.values())).unsqueeze(0))
+        means, maxima = gathered.nanmean(0), gathered.amax(0)
+        values = torch.where(
+            torch.tensor([n.endswith("_max") for n in report], device=means.device), maxima, means
+        ).tolist()
         for name, value in zip(report, values, strict=True):
             if name not in TRL_NAMES:
                 log[name].append(value)
@@ -349,7 +354,7 @@ def _refuse_ignored(given: dict[str, Any], objective: str, why: str) -> None:
         raise ValueError(f"{options} would be ignored: objective {objective!r} {why}")
 
 
-def _refuse_unsupported(objective: Objective, args: BandGRPOConfig) -> None:
+def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bool) -> None:
     """What TRL would silently not do is an error."""
     if not GRPOTrainer._compute_loss.__module__.startswith("trl."):
         raise ValueError(
@@ -360,10 +365,20 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig) -> None:
         raise ValueError(
             f"objective {objective.name!r} has anchor={objective.anchor!r}; BandGRPOTrainer measures against 'old'"
         )
-    if objective.ratio_level != args.importance_sampling_level:
+    # An objective given as an object can no longer set TRL's fields: they must say the same.
+    for field, ours, option, theirs in (
+        ("ratio_level", objective.ratio_level, "importance_sampling_level", args.importance_sampling_level),
+        ("aggregation", objective.aggregation, "loss_type", _AGGREGATION_OF[args.loss_type]),
+    ):
+        if ours != theirs and given:
+            raise ValueError(
+                f"the objective's {field}={ours!r} differs from {option}={getattr(args, option)!r} ({theirs}); "
+                f"set {option} in the BandGRPOConfig"
+            )
+    if given and args.scale_rewards not in ("batch", _SCALE_REWARDS_OF.get(objective.advantage)):
         raise ValueError(
-            f"the objective's ratio_level={objective.ratio_level!r} differs from importance_sampling_level="
-            f"{args.importance_sampling_level!r}; set the latter in the BandGRPOConfig"
+            f"the objective's advantage={objective.advantage!r} differs from scale_rewards={args.scale_rewards!r}; "
+            "set scale_rewards in the BandGRPOConfig"
         )
     if objective.surrogate is not clip:
         unsupported = {

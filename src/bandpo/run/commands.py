@@ -20,9 +20,9 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
     """
     if options.task is not None and options.dataset is not None:
         raise ValueError(f"--task {options.task} and --dataset {options.dataset} are both set; choose one")
-    for name in ("prompts", "samples"):
+    for name in ("prompts", "samples", "batch_size"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     task = options.task or (None if options.dataset else "countdown")
     if task is not None and task not in TASKS:
         raise ValueError(f"--task {task}: choose one of {', '.join(TASKS)}")
@@ -53,7 +53,7 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
         length = options.max_new_tokens or 1024
     result = evaluate(
         model, tokenizer, rows, get_reward(options.reward or task or ""), samples=options.samples, max_new_tokens=length,
-        temperature=options.temperature, top_p=options.top_p, seed=options.seed,
+        temperature=options.temperature, top_p=options.top_p, seed=options.seed, batch_size=options.batch_size,
     )  # fmt: skip
     summary = result.summary()
     progress = Progress()

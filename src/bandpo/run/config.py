@@ -36,7 +36,9 @@ class RunConfig:
     reward: str | None = field(
         default=None, metadata={"help": "'math', a task's name, or 'package.module:NAME'. Default: the task's."}
     )
-    eval_prompts: int = field(default=256, metadata={"help": "Held-out prompts."})
+    eval_prompts: int = field(
+        default=256, metadata={"help": "Held-out prompts; their batches follow per_device_eval_batch_size."}
+    )
     eval_samples: int = field(default=8, metadata={"help": "Samples of each held-out prompt, k of mean@k."})
     eval_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the evaluation."})
     lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0 trains all weights."})

@@ -71,7 +71,7 @@ def evaluate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch_size: int = 512,
+    batch_size: int = 64,
     seed: int = 0,
 ) -> Evaluation:
     """Sample `samples` completions of every row and score them; the rows are divided among the processes.
@@ -112,7 +112,8 @@ def evaluate(
             )  # fmt: skip
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             columns = {c: [row[c] for row in batch for _ in range(samples)] for c in rows.column_names if c != "prompt"}
-            scores = reward([row["prompt"] for row in batch for _ in range(samples)], texts, **columns)
+            asked = [row["prompt"] for row in batch for _ in range(samples)]
+            scores = reward(asked, [_as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
             values = [float("nan") if s is None else float(s) for s in scores]
             for j, i in enumerate(chosen):
                 part = slice(j * samples, (j + 1) * samples)
@@ -122,6 +123,11 @@ def evaluate(
     return Evaluation(
         [rows[i]["prompt"] for i, _, _ in everything], [t for _, t, _ in everything], [s for _, _, s in everything]
     )
+
+
+def _as_completion(prompt: Any, text: str) -> Any:
+    """As TRL hands it to a reward function: text for a text prompt, messages for messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def tokenize(tokenizer: Any, prompts: list[Any]) -> Any:

@@ -16,10 +16,12 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
+from trl.models import unwrap_model_for_generation
 
 from bandpo.bounds import RatioBounds
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
@@ -123,7 +125,7 @@ def _prepare_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any])
     """
     if "output_dir" not in given:
         name = f"{args.objective.replace(':', '-')}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
-        args.output_dir = str(_free_folder(Path("runs") / name))
+        [args.output_dir] = broadcast_object_list([str(_free_folder(Path("runs") / name))])
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     if resume == "latest":
@@ -136,6 +138,7 @@ def _prepare_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any])
         )
     if resume is not None and not Path(resume).is_dir():
         raise ValueError(f"resume_from_checkpoint: {resume} is no folder")
+    PartialState().wait_for_everyone()  # all have looked before anything is made
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
@@ -203,10 +206,18 @@ def _evaluate(
     run: RunConfig,
     args: BandGRPOConfig,
 ) -> Evaluation:
-    return evaluate(
-        trainer.accelerator.unwrap_model(trainer.model), tokenizer, rows, reward, samples=run.eval_samples,
-        max_new_tokens=args.max_completion_length, temperature=run.eval_temperature, seed=1234,
-    )  # fmt: skip
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        return evaluate(
+            model,
+            tokenizer,
+            rows,
+            reward,
+            samples=run.eval_samples,
+            max_new_tokens=args.max_completion_length,
+            temperature=run.eval_temperature,
+            seed=1234,
+            batch_size=args.per_device_eval_batch_size,
+        )
 
 
 def _evaluation_before(
@@ -221,6 +232,7 @@ def _evaluation_before(
         found = Evaluation(
             [r["prompt"] for r in saved], [r["completions"] for r in saved], [r["rewards"] for r in saved]
         )
+        PartialState().wait_for_everyone()  # all have read
         if PartialState().is_main_process:
             samples.unlink()
             found.write(samples, "before")
