@@ -230,15 +230,22 @@ def test_config_follows_the_objective(tmp_path):
     assert (made().objective, made().loss_type, made().scale_rewards) == ("bandpo-kl", "grpo", "group")
     assert (made(objective="dr_grpo").loss_type, made(objective="dr_grpo").scale_rewards) == ("dr_grpo", "none")
     assert made(objective="gspo").importance_sampling_level == "sequence"
-    assert (made(objective="dapo").epsilon, made(objective="dapo").epsilon_high) == (0.2, 0.28)
+    assert made(objective="dapo").resolve().bounds == Clip(0.2, 0.28)
+    assert made(objective="dapo", epsilon=0.1).resolve().bounds == Clip(0.1, 0.28)
+    assert made(objective="grpo", epsilon=0.1).resolve().bounds == Clip(0.1, 0.1)
+    assert made(objective="gspo", epsilon_high=0.2).resolve().bounds == Clip(3e-4, 0.2)
     assert made(objective="grpo", epsilon=0.1, epsilon_high=0.3).resolve().bounds == Clip(0.1, 0.3)
     assert made(loss_type="dapo").loss_type == "dapo"
     band = made(divergence="tv", radius=0.1, radius_upper=0.2, max_ratio=math.inf, relax=True).resolve().bounds
     assert band == Band(TV, (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28))
     assert made(objective="own_objective:MINE").resolve().name == "mine"
     # a config that went through its dict (checkpoints, `dataclasses.replace`) says the same
-    copy = made(objective="dapo")
-    assert made(objective="dapo", epsilon=copy.epsilon, epsilon_high=copy.epsilon_high).resolve() == copy.resolve()
+    first = made(objective="dapo", epsilon=0.1)
+    again = made(
+        objective="dapo", epsilon=first.epsilon, loss_type=first.loss_type, scale_rewards=first.scale_rewards,
+        importance_sampling_level=first.importance_sampling_level,
+    )  # fmt: skip
+    assert again.resolve() == first.resolve()
 
 
 @pytest.mark.parametrize(

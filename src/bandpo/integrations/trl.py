@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ _AGGREGATION_OF: dict[str, Aggregation] = {
     "dr_grpo": "seq-mean-token-sum-norm",
 }
 _SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
-_TRL_EPSILON = 0.2
 _ROLLOUT_FILE = "bandpo_rollout_{rank}.pt"
 
 
@@ -83,6 +81,12 @@ class BandGRPOConfig(GRPOConfig):
     scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's advantage scaling: group, batch or none. Default: the objective's."}
     )
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Width below 1 of an objective with fixed bounds. Default: the objective's."}
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Its width above 1. Default: the objective's, or epsilon where both are equal."}
+    )
     importance_sampling_level: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "token or sequence. Default: the objective's."}
     )
@@ -102,22 +106,18 @@ class BandGRPOConfig(GRPOConfig):
         }
         if self.relax:
             given["relax"] = True
-        moved = self.epsilon != _TRL_EPSILON or self.epsilon_high is not None
+        moved = {k: getattr(self, k) for k in ("epsilon", "epsilon_high") if getattr(self, k) is not None}
         if isinstance(bounds, Clip):
             _refuse_ignored(
                 given, self.objective, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective"
             )
-            if moved:
-                bounds = Clip(self.epsilon, self.epsilon_high)
-        elif moved:
-            _refuse_ignored(
-                {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high},
-                self.objective,
-                "has no fixed bounds; set radius",
-            )
+            low = moved.get("epsilon", bounds.low)
+            bounds = Clip(low, moved.get("epsilon_high", low if bounds.low == bounds.high else bounds.high))
         elif isinstance(bounds, Band):
+            _refuse_ignored(moved, self.objective, "has no fixed bounds; set radius")
             bounds = _override_band(bounds, given)
         else:
+            given |= moved
             _refuse_ignored(
                 given, self.objective, "has bounds of its own; pass an Objective to BandGRPOTrainer instead"
             )
@@ -150,8 +150,6 @@ class BandGRPOConfig(GRPOConfig):
                 f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
                 f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
             )
-        if isinstance(objective.bounds, Clip):
-            self.epsilon, self.epsilon_high = objective.bounds.low, objective.bounds.high
 
 
 class BandGRPOTrainer(GRPOTrainer):
@@ -201,6 +199,7 @@ class BandGRPOTrainer(GRPOTrainer):
                 f"args: pass a BandGRPOConfig (its fields are GRPOConfig's and more), got {type(args).__name__}"
             )
         self.objective = args.resolve() if objective is None else objective
+        self._goes_through_epsilon = self.objective.surrogate is clip
         self._last_logprobs: Tensor | None = None
         _refuse_unsupported(self.objective, args, given=objective is not None)
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -213,10 +212,6 @@ class BandGRPOTrainer(GRPOTrainer):
                 stacklevel=2,
             )
 
-    @cached_property
-    def _goes_through_epsilon(self) -> bool:
-        return self.objective.surrogate is clip
-
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._last_logprobs = out[0]
@@ -226,13 +221,12 @@ class BandGRPOTrainer(GRPOTrainer):
         old = inputs.get("old_per_token_logps")
         bounds = None if old is None else self.objective.bounds(old)
         self._last_logprobs = None
-        if self._goes_through_epsilon:
-            with self._as_epsilon(bounds):
-                loss = super()._compute_loss(model, inputs)
-        else:
+        theirs = inputs
+        if not self._goes_through_epsilon:
             # With advantages 0 what is left is TRL's own: KL to the reference, entropy bonus, auxiliary losses, their metrics.
-            silent = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
-            loss = super()._compute_loss(model, silent)
+            theirs = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
+        with self._as_epsilon(bounds):
+            loss = super()._compute_loss(model, theirs)
         new = self._last_logprobs
         if new is None:
             raise RuntimeError(
@@ -253,7 +247,9 @@ class BandGRPOTrainer(GRPOTrainer):
         saved = self.epsilon_low, self.epsilon_high
         if isinstance(self.objective.bounds, Clip):  # one number for all tokens, and for whole sequences
             self.epsilon_low, self.epsilon_high = self.objective.bounds.low, self.objective.bounds.high
-        elif bounds is not None:  # else every ratio is 1
+        elif bounds is None:  # every ratio is 1
+            self.epsilon_low, self.epsilon_high = 1.0, math.inf
+        else:
             self.epsilon_low, self.epsilon_high = 1 - bounds.lower, bounds.upper - 1
         try:
             yield
@@ -366,13 +362,13 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
             f"objective {objective.name!r} has anchor={objective.anchor!r}; BandGRPOTrainer measures against 'old'"
         )
     # An objective given as an object can no longer set TRL's fields: they must say the same.
-    for field, ours, option, theirs in (
+    for name, ours, option, theirs in (
         ("ratio_level", objective.ratio_level, "importance_sampling_level", args.importance_sampling_level),
         ("aggregation", objective.aggregation, "loss_type", _AGGREGATION_OF[args.loss_type]),
     ):
         if ours != theirs and given:
             raise ValueError(
-                f"the objective's {field}={ours!r} differs from {option}={getattr(args, option)!r} ({theirs}); "
+                f"the objective's {name}={ours!r} differs from {option}={getattr(args, option)!r} ({theirs}); "
                 f"set {option} in the BandGRPOConfig"
             )
     if given and args.scale_rewards not in ("batch", _SCALE_REWARDS_OF.get(objective.advantage)):
