@@ -175,6 +175,15 @@ def test_bad_yaml_is_named(text, words, tmp_path):
         parsed("--config", str(file))
 
 
+def test_help_of_train_starts_with_our_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "--config FILE.yaml" in shown
+    assert shown.index("--task") < shown.index("--learning_rate")
+    assert "--radius" in shown
+
+
 def test_dry_run_prints_the_configuration(capsys):
     assert main(["train", "--dry_run", "--seed", "5"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)

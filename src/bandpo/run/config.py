@@ -75,7 +75,14 @@ def parse(arguments: list[str]) -> tuple[RunConfig, BandGRPOConfig, dict[str, An
     """
     arguments = list(arguments)
     given = _read_yaml(arguments)
-    parser = TrlParser((RunConfig, BandGRPOConfig), prog="bandpo train", allow_abbrev=False)
+    parser = TrlParser(
+        (RunConfig, BandGRPOConfig),
+        prog="bandpo train",
+        usage="bandpo train [--config FILE.yaml] [--OPTION VALUE ...]",
+        description="Without --config, --model and --dataset: the main job, a small model on the CPU. Every option is also a "
+        "key of the YAML file, and the command line wins. The first options are bandpo's, the others TRL's GRPOConfig.",
+        allow_abbrev=False,
+    )
     known = {action.dest for action in parser._actions} - {"help"}
     for key in given:
         _check_known(key, known, "key")
