@@ -44,7 +44,7 @@ class RunConfig:
     lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0 trains all weights."})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale."})
     warm_up_steps: int = field(default=250, metadata={"help": "Supervised steps of the built-in small model."})
-    threads: int = field(default=1, metadata={"help": "CPU threads; two busy ones are often slower than one."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's."})
     dry_run: bool = field(default=False, metadata={"help": "Print the configuration and stop."})
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class RunConfig:
         if self.task is None and self.reward is None:
             raise ValueError("dataset needs reward: 'math' or 'package.module:NAME'")
         for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")

@@ -50,9 +50,10 @@ def train(arguments: list[str]) -> Path:
     if run.dry_run:
         print(yaml.safe_dump(given, sort_keys=False), end="")
         return Path(args.output_dir or ".")
-    torch.set_num_threads(run.threads)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
     progress = Progress(main=PartialState().is_main_process)
-    resume = _prepare_folder(run, args, given)
+    resume = _choose_folder(run, args, given)
     folder = Path(args.output_dir)
     progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
 
@@ -64,6 +65,7 @@ def train(arguments: list[str]) -> Path:
         model: Any = AutoModelForCausalLM.from_pretrained(model_name)
     else:
         model = model_name
+    _make_folder(folder, given, resumed=resume is not None)  # what can be wrong in the input has been read by now
     args.disable_tqdm = True
     trainer = _Trainer(
         model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
@@ -118,8 +120,8 @@ class _Trainer(BandGRPOTrainer):
             self.tokens[name] = (self.tokens[name] + values[chosen].tolist())[-_TOKENS_KEPT:]
 
 
-def _prepare_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any]) -> str | None:
-    """Choose and create the output folder; the checkpoint to resume from, if any.
+def _choose_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any]) -> str | None:
+    """Set the output folder; the checkpoint to resume from, if any.
 
     Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed.
     """
@@ -138,15 +140,18 @@ def _prepare_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any])
         )
     if resume is not None and not Path(resume).is_dir():
         raise ValueError(f"resume_from_checkpoint: {resume} is no folder")
+    return resume
+
+
+def _make_folder(folder: Path, given: dict[str, Any], *, resumed: bool) -> None:
     PartialState().wait_for_everyone()  # all have looked before anything is made
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
-        if resume is None:
+        if not resumed:
             saved = {k: v for k, v in given.items() if k not in ("output_dir", "resume_from_checkpoint")}
             (folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
     PartialState().wait_for_everyone()
-    return resume
 
 
 def _free_folder(wanted: Path) -> Path:

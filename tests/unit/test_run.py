@@ -1,0 +1,290 @@
+"""Whole runs of `bandpo train`, and the parts they are made of."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def bandpo(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "bandpo", *arguments], capture_output=True, text=True, check=False, timeout=300, **kwargs
+    )
+
+
+SMALL = [
+    "--max_steps", "8", "--per_device_train_batch_size", "16", "--num_generations", "4", "--warm_up_steps", "100",
+    "--eval_prompts", "6", "--eval_samples", "4", "--logging_steps", "2", "--save_steps", "3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("task", ["countdown", "chain_sum", "letter_counting"])
+def test_train_leaves_everything_it_promises(task, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = bandpo("train", "--task", task, *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == f"bandpo-kl-{task}-seed0"
+    assert "\x1b" not in result.stdout  # plain lines without a terminal
+    assert "step    2/8" in result.stdout
+    assert "mean@4" in result.stdout
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"reward", "entropy", "clip_ratio/region_mean", "band/divergence_mean", "band/region_fraction"} <= set(
+        rows[0]
+    )
+    assert [row["step"] for row in rows if "train_runtime" not in row] == [2, 4, 6, 8]
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert (
+        set(evaluation["before"])
+        == set(evaluation["after"])
+        == {"mean@4", "pass@1", "pass@2", "pass@4", "groups with signal"}
+    )
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["stage"] for s in samples] == ["before"] * 6 + ["after"] * 6
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["seed"] == 0
+    assert set(environment["versions"]) >= {"bandpo", "torch", "trl"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 8
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|<script""", page)  # nothing is fetched, nothing runs
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(folder / "model")
+    scored = bandpo(
+        "evaluate",
+        str(folder / "model"),
+        "--task",
+        task,
+        "--prompts",
+        "6",
+        "--samples",
+        "4",
+        "--output",
+        "e.json",
+        cwd=tmp_path,
+    )
+    assert scored.returncode == 0, scored.stderr
+    # the same prompts, the same seed: the very numbers of the run
+    assert json.loads((tmp_path / "e.json").read_text())["mean@4"] == evaluation["after"]["mean@4"]
+    # a second run goes beside the first, and into its folder only to resume
+    assert bandpo("train", "--task", task, "--output_dir", str(folder), *SMALL, cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.usefixtures("cache")
+def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
+    first = bandpo("train", *SMALL, "--output_dir", "a", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    again = bandpo("train", "--config", "a/config.yaml", "--output_dir", "b", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    (warmed_up,) = Path(os.environ["BANDPO_CACHE"], "warmup").glob("countdown-*/model.safetensors")
+    assert weights[0] != warmed_up.read_bytes()  # it did learn something to be equal in
+
+    def numbers(name):
+        timing = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in timing} for row in rows if "train_runtime" not in row]
+
+    assert numbers("a") == numbers("b")
+    # resume b's checkpoint of step 6, inside a rollout's optimisation steps: the run ends as it did
+    assert (tmp_path / "b" / "checkpoint-8").exists() or (tmp_path / "b" / "checkpoint-6").exists()
+    stopped = bandpo("train", *SMALL, "--output_dir", "c", "--save_total_limit", "5", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    resumed = bandpo(
+        "train",
+        *SMALL,
+        "--output_dir",
+        "c",
+        "--save_total_limit",
+        "5",
+        "--resume_from_checkpoint",
+        "c/checkpoint-3",
+        cwd=tmp_path,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "c" / "model" / "model.safetensors").read_bytes() == weights[0]
+    # transformers averages "loss" from the checkpoint on, where the uninterrupted run began at the last log
+    without_loss = [[{k: v for k, v in row.items() if k != "loss"} for row in numbers(name)] for name in ("c", "a")]
+    assert without_loss[0] == without_loss[1]
+    samples = (tmp_path / "c" / "samples.jsonl").read_text()
+    assert samples == (tmp_path / "a" / "samples.jsonl").read_text()
+
+
+@pytest.mark.usefixtures("cache")
+def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
+    from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"question": f"what is {i}+1?", "solution": str(i + 1)} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(prompts, completions, answer, **_):\n    return [float(len(c) < 5) for c in completions]\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        "model: model\ndataset: data.jsonl\nprompt_column: question\nanswer_column: solution\nreward: my_rewards:short\n"
+        "system_prompt: Be brief.\nobjective: bandpo-tv\nradius: 0.1\nmax_completion_length: 6\nnum_iterations: 2\n"
+        "per_device_train_batch_size: 8\nnum_generations: 4\nsteps_per_generation: 2\nmax_steps: 4\nuse_cpu: true\n"
+        "bf16: false\ngradient_checkpointing: false\nreport_to: none\neval_prompts: 8\neval_samples: 2\nlora_rank: 2\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = bandpo("train", "--config", "run.yaml", "--output_dir", "out", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "model" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "report.html").exists()
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert samples[0]["prompt"].startswith("Be brief.\n\nwhat is")
+
+
+def test_datasets_and_rewards_are_checked(tmp_path):
+    from bandpo.run.data import get_reward, load_prompts, math_reward, split_prompts
+
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "", "answer": "2"}\n')
+    common = {"config": None, "split": "train", "system_prompt": None, "chat": False}
+    with pytest.raises(ValueError, match="1 rows have no 'prompt', the first is row 1"):
+        load_prompts(str(file), prompt_column="prompt", answer_column="answer", **common)
+    with pytest.raises(ValueError, match="no column 'question'; set prompt_column"):
+        load_prompts(str(file), prompt_column="question", answer_column="answer", **common)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        load_prompts("nowhere.jsonl", prompt_column="prompt", answer_column="answer", **common)
+    file.write_text("".join(json.dumps({"prompt": f"q{i // 2}", "answer": "1"}) + "\n" for i in range(20)))
+    data = load_prompts(str(file), prompt_column="prompt", answer_column="answer", config=None, split="train",
+                        system_prompt="S", chat=True)  # fmt: skip
+    assert data[0]["prompt"] == [{"role": "system", "content": "S"}, {"role": "user", "content": "q0"}]
+    train, held_out = split_prompts(data, 4, seed=0)
+    assert (len(train), len(held_out)) == (12, 4)
+    assert not {str(p) for p in train["prompt"]} & {str(p) for p in held_out["prompt"]}
+    with pytest.raises(ValueError, match="10 different prompts; holding out 10"):
+        split_prompts(data, 10, seed=0)
+    with pytest.raises(ValueError, match="'maths' is unknown"):
+        get_reward("maths")
+    with pytest.raises(ValueError, match="could not be imported"):
+        get_reward("nowhere:f")
+    with pytest.raises(ValueError, match="must be a function"):
+        get_reward("math:pi")
+    wrong_right = [r"\boxed{2}", [{"role": "assistant", "content": r"\boxed{\frac{1}{2}}"}]]
+    assert math_reward(["", ""], wrong_right, ["$0.5$", "$0.5$"]) == [0.0, 1.0]
+
+
+def test_tasks_split_without_leakage_and_score_their_answers():
+    from bandpo.lab.tasks import TASKS, make_splits, score
+
+    for task in TASKS.values():
+        train, held_out = make_splits(task, 800)
+        keys = [{task.key(json.loads(row["metadata"])) for row in rows} for rows in (train, held_out)]
+        assert not keys[0] & keys[1]
+        assert len(keys[1]) == len(held_out) == 256
+        assert len({row["prompt"] for row in train}) == 800
+        assert all(score(task.name, row["answer"], row["metadata"]) == 1 for row in [*train[:100], *held_out])
+        assert all(len(row["answer"]) < task.max_completion_length for row in train)
+        for junk in ("", " ", "((", "9" * 80, "9**9**9", "__import__('os')", "1+", "nan", "\x00", "½"):
+            assert score(task.name, junk, held_out[0]["metadata"]) == 0
+        assert make_splits(task, 50)[0] != make_splits(task, 50, seed=1)[0]
+        assert make_splits(task, 50)[1] == make_splits(task, 50, seed=1)[1]
+    with pytest.raises(ValueError, match=r"only .* different train rows"):
+        make_splits(TASKS["chain_sum"], 50_000)
+    with pytest.raises(ValueError, match="at most 512"):
+        make_splits(TASKS["chain_sum"], 50, 513)
+    row = {"numbers": [2, 3, 4], "target": 5}
+    assert score("countdown", "4+3-2", json.dumps(row)) == 1  # another right answer than the generator's
+    assert score("countdown", "4+3-2+0", json.dumps(row)) == 0
+    assert score("countdown", "2+3", json.dumps(row)) == 0
+
+
+def test_report_escapes_what_models_write(tmp_path):
+    from bandpo import Band
+    from bandpo.run.report import write_report
+
+    folder = Path(tmp_path)
+    attack = "<script>alert(1)</script>"
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5, "entropy": 0.3}) + "\n")
+    (folder / "samples.jsonl").write_text(
+        "".join(
+            json.dumps({"stage": s, "prompt": attack, "completions": [attack], "rewards": [1.0]}) + "\n"
+            for s in ("before", "after")
+        )
+    )
+    numbers = {"mean@1": 0.5}
+    (folder / "evaluation.json").write_text(
+        json.dumps({"before": numbers, "after": numbers, "prompts": 1, "samples": 1, "temperature": 1.0})
+    )
+    (folder / "config.yaml").write_text(f"objective: '{attack}'\n")
+    (folder / "env.json").write_text(
+        json.dumps({"command": attack, "versions": {"bandpo": "0"}, "seconds": 1.0, "device": "cpu"})
+    )
+    page = write_report(
+        folder, title=attack, bounds=Band(), bounds_label="x", tokens={"p": [], "ratio": [], "clipped": []}
+    )
+    text = page.read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 7
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_main_job_learns(seed, tmp_path):
+    """`bandpo train` as `make train` runs it: held-out mean@8 rises by at least 0.10, for each of three seeds."""
+    result = bandpo("train", "--seed", str(seed), "--output_dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["after"]["mean@8"] >= evaluation["before"]["mean@8"] + 0.10
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["clip_ratio/region_mean"] for row in rows if "clip_ratio/region_mean" in row) > 0.001
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path):
+    import io
+
+    from rich.console import Console
+    from transformers import TrainerControl, TrainerState
+
+    from bandpo.run.progress import Progress, TrainingProgress
+
+    progress = Progress()
+    progress.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 3}\n')
+    callback = TrainingProgress(progress, tmp_path / "m.jsonl")
+    state, control = TrainerState(max_steps=4, global_step=2, is_world_process_zero=True), TrainerControl()
+    callback.on_train_begin(None, state, control)
+    state.global_step = 4
+    callback.on_log(None, state, control, logs={"reward": 0.25})
+    callback.on_train_end(None, state, control)
+    shown = progress.console.file.getvalue()
+    assert "4/4" in shown
+    assert "reward 0.250" in shown
+    # the steps after the checkpoint are run again, and so logged again
+    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [1, 4]
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_mistake_in_the_data_leaves_no_folder_behind(tmp_path):
+    result = bandpo("train", "--task", "chain_sum", "--reward", "nowhere:f", "--use_cpu", "true", "--bf16", "false", *SMALL,
+                    "--output_dir", "out", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 2
+    assert "could not be imported" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_kl_to_the_warmed_up_model(tmp_path):
+    result = bandpo("train", *SMALL, "--beta", "0.05", "--delta", "10", "--output_dir", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["kl"] > 0
