@@ -91,8 +91,8 @@ def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
     assert again.returncode == 0, again.stderr
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
-    (warmed_up,) = Path(os.environ["BANDPO_CACHE"], "warmup").glob("countdown-*/model.safetensors")
-    assert weights[0] != warmed_up.read_bytes()  # it did learn something to be equal in
+    starts = Path(os.environ["BANDPO_CACHE"], "warmup").glob("countdown-*/model.safetensors")
+    assert weights[0] not in [start.read_bytes() for start in starts]  # it did learn something to be equal in
 
     def numbers(name):
         timing = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -100,22 +100,11 @@ def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
         return [{k: v for k, v in row.items() if k not in timing} for row in rows if "train_runtime" not in row]
 
     assert numbers("a") == numbers("b")
-    # resume b's checkpoint of step 6, inside a rollout's optimisation steps: the run ends as it did
-    assert (tmp_path / "b" / "checkpoint-8").exists() or (tmp_path / "b" / "checkpoint-6").exists()
-    stopped = bandpo("train", *SMALL, "--output_dir", "c", "--save_total_limit", "5", cwd=tmp_path)
-    assert stopped.returncode == 0, stopped.stderr
-    resumed = bandpo(
-        "train",
-        *SMALL,
-        "--output_dir",
-        "c",
-        "--save_total_limit",
-        "5",
-        "--resume_from_checkpoint",
-        "c/checkpoint-3",
-        cwd=tmp_path,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    # step 3 falls inside a rollout's four optimisation steps: resumed from there, the run ends as it did
+    options = [*SMALL, "--output_dir", "c", "--save_total_limit", "5"]
+    for resume in ([], ["--resume_from_checkpoint", "c/checkpoint-3"]):
+        result = bandpo("train", *options, *resume, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
     assert (tmp_path / "c" / "model" / "model.safetensors").read_bytes() == weights[0]
     # transformers averages "loss" from the checkpoint on, where the uninterrupted run began at the last log
     without_loss = [[{k: v for k, v in row.items() if k != "loss"} for row in numbers(name)] for name in ("c", "a")]
