@@ -80,7 +80,7 @@ def ratio_bounds(
             _, log_upper = divergence.closed_form(logp.clamp_min(-MAX_LOG), radius_high)
         else:
             log_lower, log_upper = _solve(divergence, logp, radius_low, radius_high)
-        # Past what float64 can hold, p is 0 and every f leaves the token free (band.md 1.5).
+        # Past what float64 can hold, p is 0 and every f leaves the token free (docs/theory.md, limits).
         impossible = logp == -math.inf
         log_lower = log_lower.clamp_max(0.0).masked_fill(impossible, -math.inf)
         log_upper = torch.minimum(log_upper.clamp_min(0.0), -logp).masked_fill(impossible, math.inf)
@@ -241,7 +241,7 @@ def _solve(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius_hig
 
     The binary divergence of {token, rest} does not care which of the two events is called the token. So with
     `shrink(p)` the largest `y` such that an event of probability `p` may fall to `p e^-y`, the lower bound of `log r` is
-    `-shrink(p)`, and the upper one leaves the rest `(1-p) e^-shrink(1-p)`: the mirror identity (band.md 1.3), with no
+    `-shrink(p)`, and the upper one leaves the rest `(1-p) e^-shrink(1-p)`: the mirror identity (docs/theory.md), with no
     `1 - (nearly 1)` anywhere.
     """
     logp = logp.clamp_min(-MAX_LOG)

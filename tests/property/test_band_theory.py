@@ -1,4 +1,4 @@
-"""The theorems of the band as properties: monotonicity, mirror, saturation, limits, Theorem 1 (band.md 1.1 to 1.5)."""
+"""The theorems of the band as properties: monotonicity, mirror, saturation, limits, Theorem 1 (docs/theory.md)."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_generator_is_convex_in_u(divergence, logp, radius, a, b):
     assert f[2] <= (f[0] + f[1]) / 2 + 1e-13 * (1 + f[0] + f[1])
 
 
-SATURATION = {  # p_sat(δ) of band.md 1.5: the upper side is free from there on
+SATURATION = {  # p_sat(δ): the upper side is free from there on
     "REVERSE_KL": (REVERSE_KL, lambda d: math.exp(-d)),
     "TV": (TV, lambda d: 1 - d),
     "CHI2": (CHI2, lambda d: 1 / (1 + d)),
@@ -114,7 +114,7 @@ def test_infinite_at_zero_never_saturates(divergence):
     assert (lower > -math.inf).all()
 
 
-LIMITS = {  # q0 = lim p·r_up as p → 0, and r* = 1 - q0; band.md 1.5
+LIMITS = {  # q0 = lim p·r_up as p → 0, and r* = 1 - q0
     "KL": (KL, lambda d: 1 - math.exp(-d)),
     "TV": (TV, lambda d: d),
     "CHI2": (CHI2, lambda d: 0.0),
