@@ -70,7 +70,7 @@ def ratio_bounds(
     _check_logprobs(old_logprobs)
     divergence = _as_divergence(divergence)
     _check_max_ratio(max_ratio)
-    radii = radius if isinstance(radius, tuple) else (radius, radius)
+    radii = radius_of_sides(radius)
     with torch.no_grad():
         # Contiguous, because strided kernels may round differently: a token's bounds must not depend on its layout.
         logp = old_logprobs.detach().to(torch.float64).contiguous().clamp(max=0.0)
@@ -97,7 +97,7 @@ def in_band(
     log_ratio: Tensor,
     old_logprobs: Tensor,
     divergence: FDivergence | str = KL,
-    radius: Radius = 0.05,
+    radius: Radius | tuple[Radius, Radius] = 0.05,
 ) -> Tensor:
     """Whether each ratio lies inside the band, without solving for the bounds.
 
@@ -107,7 +107,7 @@ def in_band(
         log_ratio: `log r`.
         old_logprobs: `log p`, same shape.
         divergence: As in `ratio_bounds`.
-        radius: δ > 0, a float or a tensor that broadcasts.
+        radius: As in `ratio_bounds`; of a pair, the radius of the side the ratio is on.
 
     Returns:
         Bool tensor; False where an input is NaN or `r > 1/p`.
@@ -128,7 +128,8 @@ def in_band(
             "pass one ratio per token"
         )
     with torch.no_grad():
-        limit = _as_radius(radius, old_logprobs.detach().to(torch.float64))
+        down, up = (_as_radius(r, old_logprobs) for r in radius_of_sides(radius))
+        limit = torch.where(log_ratio < 0, down, up)
         return binary_divergence(log_ratio.detach(), old_logprobs.detach(), _as_divergence(divergence)) <= limit
 
 
@@ -156,10 +157,7 @@ class Band:
     def __post_init__(self) -> None:
         object.__setattr__(self, "divergence", _as_divergence(self.divergence))
         _check_max_ratio(self.max_ratio)
-        if isinstance(self.radius, tuple) and len(self.radius) != 2:
-            raise ValueError(f"radius: a tuple must be (lower, upper), got {len(self.radius)} values")
-        for radius in self.radius if isinstance(self.radius, tuple) else (self.radius,):
-            _check_radius(radius)
+        radius_of_sides(self.radius)
         if self.relax is not None and not isinstance(self.relax, Clip):
             raise TypeError(f"relax: pass a Clip such as Clip(0.2, 0.28), or None; got {self.relax!r}")
 
@@ -301,6 +299,17 @@ def _as_divergence(divergence: FDivergence | str) -> FDivergence:
     )
 
 
+def radius_of_sides(radius: Radius | tuple[Radius, Radius]) -> tuple[Radius, Radius]:
+    """The radius of the lower and of the upper side, checked."""
+    if not isinstance(radius, tuple):
+        radius = (radius, radius)
+    if len(radius) != 2:
+        raise ValueError(f"radius: a tuple must be (lower, upper), got {len(radius)} values")
+    for side in radius:
+        _check_radius(side)
+    return radius
+
+
 def _check_radius(radius: Radius) -> None:
     if isinstance(radius, Tensor):
         if not radius.is_floating_point():
@@ -315,7 +324,6 @@ def _check_radius(radius: Radius) -> None:
 
 def _as_radius(radius: Radius, like: Tensor) -> Tensor:
     """Radius as a float64 tensor that broadcasts to `like`; NaN where a tensor entry is not a radius."""
-    _check_radius(radius)
     if not isinstance(radius, Tensor):
         return torch.full((), radius, dtype=torch.float64, device=like.device)
     ours, theirs = radius.shape[::-1], like.shape[::-1]

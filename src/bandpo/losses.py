@@ -74,7 +74,7 @@ def policy_loss(
                 f"objective {objective.name!r} measures its ratio against the sampler (anchor='rollout'): pass rollout_logprobs"
             )
         old_logprobs = rollout_logprobs
-    if kl_coef < 0:
+    if not kl_coef >= 0:
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from bandpo.bounds import Band, Bounds, RatioBounds
+from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, binary_divergence
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
@@ -153,8 +153,8 @@ def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
 
 
 def _by_probability(low: Tensor, high: Tensor, p: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    edges = torch.tensor(PROB_EDGES, device=p.device, dtype=p.dtype)
-    bins = torch.bucketize(p, edges, right=True).flatten()
+    # Counted edge by edge: a tensor of edges would be copied to the device, and the host would wait for it.
+    bins = torch.stack([p >= edge for edge in PROB_EDGES]).sum(0).flatten()
     counted = torch.stack([low, high, valid]).flatten(1).to(torch.float32)
     n_low, n_high, n = counted.new_zeros(3, len(PROB_BINS)).index_add(1, bins, counted)
     report: dict[str, Tensor] = {}
@@ -169,9 +169,9 @@ def _by_probability(low: Tensor, high: Tensor, p: Tensor, valid: Tensor) -> dict
 def _divergence_over_radius(band: Band, log_ratio: Tensor, old_logprobs: Tensor) -> Tensor:
     """Realised binary divergence in units of the radius of the side the ratio is on; `inf` past the simplex."""
     assert isinstance(band.divergence, FDivergence)
-    down, up = band.radius if isinstance(band.radius, tuple) else (band.radius, band.radius)
+    down, up = radius_of_sides(band.radius)
     used = binary_divergence(log_ratio, old_logprobs, band.divergence)
     # r > 1/p by rounding of the two log-probs, which no policy can reach: the divergence there is that of r = 1/p.
     edge = binary_divergence(-old_logprobs, old_logprobs, band.divergence)
     used = torch.where(log_ratio + old_logprobs >= 0, edge.nan_to_num(nan=math.inf), used)
-    return used / torch.where(log_ratio < 0, torch.as_tensor(down), torch.as_tensor(up)).to(used)
+    return torch.where(log_ratio < 0, used / down, used / up)

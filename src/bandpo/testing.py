@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from bandpo.bounds import Bounds, ratio_bounds
+from bandpo.bounds import Bounds, RatioBounds, ratio_bounds
 from bandpo.divergences import FDivergence, binary_divergence
 from bandpo.surrogates import Surrogate
 
@@ -88,8 +88,6 @@ def check_surrogate(surrogate: Surrogate) -> None:
         >>> from bandpo.surrogates import clip
         >>> check_surrogate(clip)
     """
-    from bandpo.bounds import RatioBounds
-
     advantages = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64)
     edge = RatioBounds(torch.full_like(advantages, 0.8), torch.full_like(advantages, 1.2))
     x = torch.zeros_like(advantages, requires_grad=True)

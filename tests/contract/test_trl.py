@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import trl
 from trl import GRPOConfig, GRPOTrainer
 
 from bandpo import KL, TV, Band, Clip, Objective, RatioBounds, policy_loss
@@ -378,8 +377,3 @@ def test_eval_metrics_are_logged_apart(make_model, tokenizer, prompts, tmp_path)
     )  # fmt: skip
     metrics = trainer.evaluate()
     assert any(k.startswith("eval_band/") for k in (metrics | trainer.state.log_history[-1]))
-
-
-def test_supported_version_of_trl():
-    major, minor, *_ = map(int, trl.__version__.split(".")[:2])
-    assert (major, minor) >= (1, 12)

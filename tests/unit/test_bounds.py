@@ -235,6 +235,9 @@ def test_radius_for_each_side():
     bounds = Band(KL, radius=(0.01, 0.2), max_ratio=None)(logp)
     assert torch.equal(bounds.lower, ratio_bounds(logp, KL, 0.01).lower)
     assert torch.equal(bounds.upper, ratio_bounds(logp, KL, 0.2).upper)
+    lower, upper = ratio_bounds(logp, KL, (0.01, 0.2), log=True)
+    for log_ratio, inside in ((lower * 0.99, True), (lower * 1.01, False), (upper * 0.99, True), (upper * 1.01, False)):
+        assert (in_band(log_ratio, logp, KL, (0.01, 0.2)) == inside).all()
 
 
 def test_max_ratio_and_relax():
@@ -320,6 +323,8 @@ def test_shapes_dtypes_empty_scalar_and_permuted():
         (lambda x: ratio_bounds(x, max_ratio="10"), TypeError, "max_ratio"),
         (lambda x: ratio_bounds(x, detla=0.5), TypeError, "detla"),
         (lambda x: Band(radius=-1.0), ValueError, "radius.*-1.0"),
+        (lambda x: ratio_bounds(x, KL, (0.1, 0.1, 0.1)), ValueError, "lower, upper.*3 values"),
+        (lambda x: in_band(x, x, KL, (0.1, -0.1)), ValueError, "radius.*-0.1"),
         (lambda x: Band(radius=(0.1, 0.1, 0.1)), ValueError, "lower, upper"),
         (lambda x: Band(relax=0.2), TypeError, "relax.*Clip"),
         (lambda x: Clip(1.2), ValueError, "low.*1.2"),

@@ -372,6 +372,7 @@ def aggregate_weights(data):
         ({"advantages": torch.zeros(B, 3)}, ValueError, "advantages has shape"),
         ({"advantages": torch.zeros(T)}, ValueError, "advantages has shape"),
         ({"kl_coef": 0.1}, ValueError, "ref_logprobs"),
+        ({"kl_coef": math.nan, "ref_logprobs": torch.zeros(B, T)}, ValueError, "kl_coef.*nan"),
         ({"kl_coef": -0.1}, ValueError, "kl_coef.*-0.1"),
         ({"max_length": 5}, ValueError, "max_length=5"),
         ({"normalizer": 5, "objective": Objective(bounds=Clip(), aggregation="token-sum")}, ValueError, "token-sum"),
@@ -425,6 +426,27 @@ def test_loss_compiles_to_one_graph():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(data["logprobs"]), step(data["logprobs"]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_host_never_waits(name):
+    """Fake tensors have no values: a read (`.item()`, `if tensor`) raises. A tensor made from Python numbers, which a GPU
+    would have to be sent, shows as `lift_fresh`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoTransfers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten.lift_fresh.default, "a tensor was made from Python numbers"
+            return func(*args, **(kwargs or {}))
+
+    objective = OBJECTIVES[name]
+    with FakeTensorMode(), NoTransfers():
+        x = torch.empty(B, T)
+        policy_loss(
+            logprobs=x, old_logprobs=x, advantages=x, mask=x > 0, objective=objective, ref_logprobs=x, kl_coef=0.1,
+            max_length=max_length(objective.aggregation),
+        )  # fmt: skip
 
 
 def test_surrogates_gradcheck():
