@@ -1,14 +1,42 @@
-"""The numerical inversion behind the bounds that have no closed form."""
+"""The bounds in float64: closed forms where a divergence has one, else one search for both sides."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bandpo.divergences import MAX_LOG, FDivergence, LogBounds, binary_divergence, log_upper_of
+
 _FLOAT64_EXPONENT_BITS = 11
 # log-bounds are promised within 1e-12 ≈ 2^-39.9 relative; 44 digits leave the rounding of the divergence its share.
 _MANTISSA_BITS = 44
 _STEPS = _FLOAT64_EXPONENT_BITS + _MANTISSA_BITS
+
+
+def log_bounds(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius_high: Tensor) -> LogBounds:
+    """Bounds of `log r` at float64 `logp <= 0`, saturated at the simplex. NaN where `logp` or a radius is.
+
+    Args:
+        divergence: The divergence.
+        logp: Float64, any shape.
+        radius_low: Radius of the lower side, float64, broadcasting to `logp`.
+        radius_high: Radius of the upper side.
+    """
+    held = logp.clamp_min(-MAX_LOG)
+    if divergence.closed_form is None:
+        log_lower, log_upper = _search(divergence, held, radius_low, radius_high)
+    else:
+        log_lower, log_upper = divergence.closed_form(held, radius_low)
+        if radius_high is not radius_low:
+            _, log_upper = divergence.closed_form(held, radius_high)
+    # Past what float64 can hold, p is 0 and every f leaves the token free (docs/theory.md, limits).
+    impossible = logp == -math.inf
+    log_lower = log_lower.clamp_max(0.0).masked_fill(impossible, -math.inf)
+    log_upper = torch.minimum(log_upper.clamp_min(0.0), -logp).masked_fill(impossible, math.inf)
+    # A closed form may have lost a NaN or met 0·inf at a radius that is none: both sides say so.
+    bad = (radius_low + radius_high + logp).isnan()
+    return log_lower.masked_fill(bad, math.nan), log_upper.masked_fill(bad, math.nan)
 
 
 def largest_feasible(feasible: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
@@ -31,3 +59,24 @@ def largest_feasible(feasible: Callable[[Tensor], Tensor], like: Tensor) -> Tens
         candidate = digits | (1 << (62 - step))
         digits = torch.where(feasible(candidate.view(torch.float64)), candidate, digits)
     return digits.view(torch.float64)
+
+
+def log1mexp(logp: Tensor) -> Tensor:
+    """`log(1 - p)` from `log p`, exact to rounding at both ends (Mächler's split at p = ½)."""
+    return torch.where(logp > -math.log(2), (-logp.expm1()).log(), (-logp.exp()).log1p())
+
+
+def _search(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius_high: Tensor) -> LogBounds:
+    """Bounds of `log r` by one search over both sides.
+
+    The binary divergence of {token, rest} does not care which of the two events is called the token. So with
+    `shrink(p)` the largest `y` such that an event of probability `p` may fall to `p e^-y`, the lower bound of `log r` is
+    `-shrink(p)`, and the upper one leaves the rest `(1-p) e^-shrink(1-p)`: the mirror identity (docs/theory.md), with no
+    `1 - (nearly 1)` anywhere.
+    """
+    sides = torch.stack([logp, log1mexp(logp)])
+    radii = torch.stack([radius_low.expand_as(logp), radius_high.expand_as(logp)])
+    shrink_token, shrink_rest = largest_feasible(
+        lambda y: binary_divergence(-y, sides, divergence) <= radii, like=sides
+    ).unbind()
+    return -shrink_token, log_upper_of(logp, shrink_rest)

@@ -29,8 +29,8 @@ class FDivergence:
             then as exact as `f` itself near 1, and ratios below 1e-308 count as 0.
         slope_at_infinity: `lim f(u)/u` as `u → ∞`, which may be `inf`. It decides the lower bound of a certain token
             (`p = 1`). Without it `f(e^700)/e^700` is used.
-        closed_form: Maps float64 `log p <= 0` and the radius to `(log lower, log upper)` where an exact inverse is known.
-            The caller clips the result to the simplex; `-inf` and `+inf` are fine.
+        closed_form: Maps float64 `log p <= 0` and the radius to `(log lower, log upper)` where an inverse to full precision
+            is known. The caller clips the result to the simplex; `-inf` and `+inf` are fine.
 
     Raises:
         TypeError: If `f` is not callable.
@@ -149,6 +149,39 @@ def _le_cam_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
     return _log_of_shifts(down * inverse_p, up * inverse_p)
 
 
+# The residual of KL's two equations after two Halley steps is 2^-23 relative, after three 2^-51 (tests/unit/test_bounds.py).
+_KL_STEPS = 3
+
+
+def _kl_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
+    """Three Halley steps for each of two scalar equations, from starts that are exact to second order in δ.
+
+    With `m, M` the smaller and larger of `p, 1-p`: the event `m` grows until the other has `M e^-y`, where
+    `y - m log(1 + (e^y - 1)/m) = δ`; the event `M` grows until the other has `m e^-z`, where
+    `m z - M log(1 + m/M (1 - e^-z)) = δ`. If the token is `m`, its upper bound comes from `y` and its lower one is `e^-z`;
+    else the other way round.
+    """
+    p, rest = logp.exp(), -logp.expm1()
+    m, large = torch.minimum(p, rest).clamp_min(math.exp(-MAX_LOG)), torch.maximum(p, rest)
+    twice = radius + (radius * (radius + 8 * m * large)).sqrt()
+    y, z = twice / (2 * large), (twice / (2 * m)).clamp_max(1e300)
+    for _ in range(_KL_STEPS):
+        e = y.expm1()
+        gap = y - m * (e / m).clamp_max(1e300).log1p() - radius
+        y = y - gap * (m + e) * e / (large * e * e - 0.5 * gap * m * (1 + e))
+    for _ in range(_KL_STEPS):
+        d = -(-z).expm1()
+        gap = m * z - large * (m / large * d).log1p() - radius
+        z = z - gap * (large + m * d) * d / (m * d * d - 0.5 * gap * large * (1 - d))
+    shrink_rest, shrink_token = torch.where(p <= rest, y, z), torch.where(p <= rest, z, y)
+    return -shrink_token, log_upper_of(logp, shrink_rest)
+
+
+def log_upper_of(logp: Tensor, shrink: Tensor) -> Tensor:
+    """Log-ratio of a token when everything else keeps `(1-p) e^-shrink`: `log[(1 - (1-p) e^-shrink) / p]`."""
+    return ((-logp).expm1() * -(-shrink).expm1()).log1p()
+
+
 def _entropy_term(t: Tensor) -> Tensor:
     """`u log u` at `u = e^t`, with its limit 0 at `t = -inf`."""
     return t.clamp_min(-2 * MAX_LOG) * t.exp()
@@ -166,6 +199,7 @@ KL = FDivergence(
     f=lambda u: -u.log() + u - 1,
     f_exp=lambda t: t.expm1() - t,
     slope_at_infinity=1.0,
+    closed_form=_kl_bounds,
 )
 """D(π_old ‖ π), the direction of TRPO and of BandPO (arXiv:2603.04918)."""
 
