@@ -11,8 +11,8 @@ Why that suffices. Interpolation misses by at most `max|b⁗| h⁴ / 192`, `h` b
 `|b⁗|` is of the order of 1 (relative to the upper bound), and `h = 1/32` misses by the same 5e-9, a twelfth of a unit
 of float32 in the last place. Evaluation adds half a unit for the last addition and a little for the products. All of it
 is added to the constant term, inward, so that no result passes the true bound. A build evaluates every row where the
-error of a cubic interpolant peaks, and refuses a function that it misses by more than 4 units: then the caller solves. tests/unit/test_table.py compares 19
-divergences with the float64 bounds over the whole domain.
+error of a cubic interpolant peaks, and refuses a function that it misses by more than 4 units: then the caller solves.
+tests/unit/test_table.py compares 19 divergences with the float64 bounds over the whole domain.
 """
 
 import functools
@@ -31,12 +31,8 @@ _PIECES = 16  # per power of two of the distance to a center, and per unit of t
 _SHIFT = 23 - 4  # leaves the exponent and the first four bits of a float32's mantissa
 _FRACTION = (1 << _SHIFT) - 1
 _EXPONENT_ZERO = 127
-_SMALLEST = (
-    -64
-)  # distances below 2^-64 share one row: √(δ t), the steepest bound, moves by less than 2^-26 there up to δ = 4096
-_HALF_UNIT = (
-    2.0**-24
-)  # of float32 from 1 on, a whole one below; the contract: 4 units, relative above 1 and absolute below
+_SMALLEST = -64  # a token with -log p below 2^-64 counts as certain, p = 1
+_HALF_UNIT = 2.0**-24  # of float32 from 1 on, and a whole unit below
 _LARGEST = math.log(torch.finfo(torch.float32).max) - 1e-6
 
 
@@ -153,7 +149,7 @@ def _build(divergence: FDivergence, radius_low: float, radius_high: float) -> Ta
 def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
     """Float32 cubics, `(4, rows)`, that evaluate to no less than the `(rows, 9)` values; and by how much more at most."""
     powers = u.unsqueeze(0) ** torch.arange(4).unsqueeze(1)
-    through_nodes: Tensor = torch.linalg.inv(powers[:, 1::2])
+    through_nodes = torch.inverse(powers[:, 1::2])
     slopes = (values[:, 1::2] @ through_nodes)[:, 1:].float()
     slopes[pieces.width == 0] = 0.0
     missing = values - slopes.double() @ powers[1:]

@@ -89,8 +89,12 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
         >>> binary_divergence(r.log(), p.log(), KL)
         tensor([0.0500], dtype=torch.float64)
     """
-    x = log_ratio.to(torch.float64)
-    logp = old_logprobs.to(torch.float64).clamp(-MAX_LOG, 0.0)
+    return divergence_of_two(log_ratio.to(torch.float64), old_logprobs.to(torch.float64), divergence)
+
+
+def divergence_of_two(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tensor:
+    """`binary_divergence` in the dtype of its input; in float32 it is off by about `p·2^-24·|x|`, for statistics."""
+    logp = logp.clamp(-MAX_LOG, 0.0)
     rest_shift = -x.expm1() / (-logp).expm1()  # (1-pr)/(1-p) - 1, from expm1: 1-p of a rounded p has lost the digits
     rest = -logp.expm1() * divergence.of_log(rest_shift.log1p())
     # p = 1: what the token loses lands where there was nothing, and there is nothing to gain.

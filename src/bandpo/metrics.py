@@ -1,6 +1,5 @@
 """What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
-from bandpo.divergences import FDivergence, binary_divergence
+from bandpo.divergences import FDivergence, divergence_of_two
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
@@ -74,36 +73,47 @@ def policy_metrics(
     r, p = log_ratio.exp(), old_logprobs.exp()
     pushed_up, pushed_down = (advantages > 0) & valid, (advantages < 0) & valid
     low, high = pushed_down & (r < lower), pushed_up & (r > upper)
+    n_low, n_high, n = _count_by_probability(low, high, valid, p)
+    total = n.sum().clamp_min(1)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(valid, x, 0.0).sum() / total
+
+    strange = ~log_ratio.isfinite() | advantages.isnan() | lower.isnan() | upper.isnan()
     report = {
-        "clip_fraction/low": masked_mean(low, valid),
-        "clip_fraction/high": masked_mean(high, valid),
-        "clip_fraction/any": masked_mean(low | high, valid),
-        **_by_probability(low, high, p, valid),
-        "band/lower_mean": masked_mean(lower, valid),
-        "band/upper_mean": masked_mean(upper, valid),
-        "ratio/mean": masked_mean(r, valid),
-        "kl/old_new": masked_mean(approx_kl(log_ratio), valid),
-        "nonfinite_fraction": masked_mean(
-            ~log_ratio.isfinite() | advantages.isnan() | lower.isnan() | upper.isnan(), valid
-        ),
+        "clip_fraction/low": n_low.sum() / total,
+        "clip_fraction/high": n_high.sum() / total,
+        "clip_fraction/any": (n_low + n_high).sum() / total,
     }
-    # A cap is met exactly; 1/p was rounded inward in float64 and here once more by exp and by the product.
+    for i, name in enumerate(PROB_BINS):
+        report[f"clip_fraction_by_prob/low/{name}"] = n_low[i] / n[i]
+        report[f"clip_fraction_by_prob/high/{name}"] = n_high[i] / n[i]
+        report[f"clip_fraction_by_prob/any/{name}"] = (n_low[i] + n_high[i]) / n[i]
+        report[f"token_fraction_by_prob/{name}"] = n[i] / total
+    report |= {
+        "band/lower_mean": mean(lower),
+        "band/upper_mean": mean(upper),
+        "ratio/mean": mean(r),
+        "kl/old_new": mean(r - log_ratio - 1),
+        "nonfinite_fraction": (strange & valid).count_nonzero() / total,
+    }
+    # A cap is met exactly; 1/p was rounded inward and here once more by exp and by the product.
     capped = upper == getattr(bounds_of, "max_ratio", None)
     saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
-    pushed = (pushed_up | pushed_down).sum().clamp_min(1)
-    cap = (pushed_up & capped).sum() / pushed
-    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).sum() / pushed
+    pushed = (pushed_up | pushed_down).count_nonzero()
+    cap = (pushed_up & capped).count_nonzero() / pushed.clamp_min(1)
+    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero() / pushed.clamp_min(1)
     report |= {
         "band/cap_fraction": cap,
         "band/saturated_fraction": saturated,
-        "band/region_fraction": (pushed_up | pushed_down).any().to(cap.dtype) - cap - saturated,
+        "band/region_fraction": (pushed > 0).to(cap.dtype) - cap - saturated,
     }
     if isinstance(bounds_of, Band):
-        used = _divergence_over_radius(bounds_of, log_ratio, old_logprobs)
-        report["band/divergence_mean"] = masked_mean(used, valid).to(r.dtype)
-        report["band/divergence_max"] = used.masked_fill(~valid, 0.0).amax().to(r.dtype) if used.numel() else r.sum()
+        used = torch.where(valid, _divergence_over_radius(bounds_of, log_ratio, old_logprobs), 0.0)
+        report["band/divergence_mean"] = used.sum() / total
+        report["band/divergence_max"] = used.amax() if used.numel() else used.sum()
     if entropy is not None:
-        report["entropy"] = masked_mean(entropy.detach().to(r.dtype), valid)
+        report["entropy"] = mean(entropy.detach().to(r.dtype))
     return report
 
 
@@ -152,26 +162,24 @@ def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
     return 1 - all_wrong
 
 
-def _by_probability(low: Tensor, high: Tensor, p: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Clipped low, clipped high and all valid tokens in each bin of p, by one scatter."""
     # Counted edge by edge: a tensor of edges would be copied to the device, and the host would wait for it.
-    bins = torch.stack([p >= edge for edge in PROB_EDGES]).sum(0).flatten()
-    counted = torch.stack([low, high, valid]).flatten(1).to(torch.float32)
-    n_low, n_high, n = counted.new_zeros(3, len(PROB_BINS)).index_add(1, bins, counted)
-    report: dict[str, Tensor] = {}
-    for i, name in enumerate(PROB_BINS):
-        report[f"clip_fraction_by_prob/low/{name}"] = n_low[i] / n[i]
-        report[f"clip_fraction_by_prob/high/{name}"] = n_high[i] / n[i]
-        report[f"clip_fraction_by_prob/any/{name}"] = (n_low[i] + n_high[i]) / n[i]
-        report[f"token_fraction_by_prob/{name}"] = n[i] / n.sum().clamp_min(1)
-    return report
+    cell = low.to(torch.int32)
+    cell = (cell + 2 * high + 3 * ~valid) * len(PROB_BINS)
+    for edge in PROB_EDGES:
+        cell += p >= edge
+    ones = torch.ones((), dtype=torch.int64, device=p.device).expand(cell.numel())
+    counts = ones.new_zeros(4 * len(PROB_BINS)).index_add_(0, cell.flatten(), ones).to(torch.float32)
+    inside, n_low, n_high, _ = counts.view(4, -1)
+    return n_low, n_high, inside + n_low + n_high
 
 
 def _divergence_over_radius(band: Band, log_ratio: Tensor, old_logprobs: Tensor) -> Tensor:
     """Realised binary divergence in units of the radius of the side the ratio is on; `inf` past the simplex."""
     assert isinstance(band.divergence, FDivergence)
     down, up = radius_of_sides(band.radius)
-    used = binary_divergence(log_ratio, old_logprobs, band.divergence)
     # r > 1/p by rounding of the two log-probs, which no policy can reach: the divergence there is that of r = 1/p.
-    edge = binary_divergence(-old_logprobs, old_logprobs, band.divergence)
-    used = torch.where(log_ratio + old_logprobs >= 0, edge.nan_to_num(nan=math.inf), used)
+    reached = torch.minimum(log_ratio, -old_logprobs)
+    used = divergence_of_two(reached, old_logprobs, band.divergence)
     return torch.where(log_ratio < 0, used / down, used / up)
