@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from bandpo.divergences import FDivergence as FDivergence
     from bandpo.divergences import alpha as alpha
     from bandpo.divergences import binary_divergence as binary_divergence
+    from bandpo.logprobs import TokenLogprobs as TokenLogprobs
+    from bandpo.logprobs import token_logprobs as token_logprobs
     from bandpo.losses import aggregate as aggregate
     from bandpo.losses import loss_normalizer as loss_normalizer
     from bandpo.losses import policy_loss as policy_loss
@@ -46,6 +48,7 @@ _HOME = {
         *("KL", "REVERSE_KL", "TV", "CHI2", "NEYMAN", "HELLINGER", "LE_CAM", "JS", "JEFFREYS"),
         *("DIVERGENCES", "FDivergence", "alpha", "binary_divergence"),
     ],
+    "logprobs": ["TokenLogprobs", "token_logprobs"],
     "losses": ["aggregate", "loss_normalizer", "policy_loss", "sequence_log_ratio"],
     "metrics": ["approx_kl", "pass_at_k", "policy_metrics"],
     "objectives": ["OBJECTIVES", "Objective"],

@@ -95,12 +95,12 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
 def divergence_of_two(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tensor:
     """`binary_divergence` in the dtype of its input; in float32 it is off by about `p·2^-24·|x|`, for statistics."""
     logp = logp.clamp(-MAX_LOG, 0.0)
-    rest_shift = -x.expm1() / (-logp).expm1()  # (1-pr)/(1-p) - 1, from expm1: 1-p of a rounded p has lost the digits
+    gain = x.expm1()
+    rest_shift = -gain / (-logp).expm1()  # (1-pr)/(1-p) - 1, from expm1: 1-p of a rounded p has lost the digits
     rest = -logp.expm1() * divergence.of_log(rest_shift.log1p())
     # p = 1: what the token loses lands where there was nothing, and there is nothing to gain.
-    lost = (-x.expm1() * divergence.recession).masked_fill(x == 0, 0.0).masked_fill(x > 0, math.nan)
-    rest = torch.where(logp < 0, rest, lost)
-    return logp.exp() * divergence.of_log(x) + rest
+    lost = torch.where(gain == 0, 0.0, torch.where(gain > 0, math.nan, -gain * divergence.recession))
+    return logp.exp() * divergence.of_log(x) + torch.where(logp < 0, rest, lost)
 
 
 # Closed forms, in float64 (derivations: docs/theory.md). Each avoids the difference of nearly equal numbers: of the two roots
