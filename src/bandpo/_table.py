@@ -27,11 +27,11 @@ from torch import Tensor
 from bandpo._roots import largest_feasible, log1mexp, log_bounds
 from bandpo.divergences import MAX_LOG, FDivergence, binary_divergence
 
-_PIECES = 16  # per power of two of the distance to a center, and per unit of t
-_SHIFT = 23 - 4  # leaves the exponent and the first four bits of a float32's mantissa
-_FRACTION = (1 << _SHIFT) - 1
-_EXPONENT_ZERO = 127
+PIECES = 16  # per power of two of the distance to a center, and per unit of t
+SHIFT = 23 - 4  # leaves the exponent and the first four bits of a float32's mantissa
+FRACTION = (1 << SHIFT) - 1
 _SMALLEST = -64  # a token with -log p below 2^-64 counts as certain, p = 1
+FIRST_OCTAVE = ((127 + _SMALLEST) << 4) - 1  # the bits above SHIFT of 2^-64, less one for the row of x = 0
 _HALF_UNIT = 2.0**-24  # of float32 from 1 on, and a whole unit below
 _LARGEST = math.log(torch.finfo(torch.float32).max) - 1e-6
 
@@ -55,11 +55,11 @@ class Table(NamedTuple):
             first = torch.where(distance < x, side, first)
             x = torch.minimum(x, distance)
         bits = x.view(torch.int32)
-        octave = (bits >> _SHIFT).sub_(((_EXPONENT_ZERO + _SMALLEST) << 4) - 1).clamp_min_(0).add_(first)
-        scaled = t * _PIECES
+        octave = (bits >> SHIFT).sub_(FIRST_OCTAVE).clamp_min_(0).add_(first)
+        scaled = t * PIECES
         cell = scaled.to(torch.int32)
         fine = x < 1
-        u = torch.where(fine, (bits & _FRACTION) * 2.0**-_SHIFT, scaled.sub_(cell))
+        u = torch.where(fine, (bits & FRACTION) * 2.0**-SHIFT, scaled.sub_(cell))
         row = torch.where(fine, octave, cell.add_(self.uniform)).clamp_(
             0, self.coefficients.shape[1] - 1
         )  # NaN has no row
@@ -160,7 +160,7 @@ def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
     largest = torch.where(values.amax(1) > 0, largest.clamp_max(1 - 2.0**-30), largest)
     exponent: Tensor = torch.frexp(largest).exponent
     half_ulp = torch.ldexp(torch.ones_like(largest), exponent - 25).masked_fill(largest == 0, 0.0)
-    products = slopes.double().abs().sum(1) * _HALF_UNIT * (3 + _PIECES * pieces.rounds)
+    products = slopes.double().abs().sum(1) * _HALF_UNIT * (3 + PIECES * pieces.rounds)
     margin = half_ulp + products + (most - least) / 4  # the last for peaks between the nine points
     wanted = most + margin
     constant = wanted.float()
@@ -180,11 +180,11 @@ def _saturation_points(divergence: FDivergence, low: Tensor, high: Tensor) -> li
 
 def _lay_out(centers: list[float], end: float) -> tuple[_Pieces, list[tuple[int, int]], int]:
     """All pieces; the first rows on either side of each center; the offset of the uniform ones."""
-    step = torch.arange(_PIECES, dtype=torch.float64) / _PIECES
+    step = torch.arange(PIECES, dtype=torch.float64) / PIECES
     octaves = 2.0 ** torch.arange(_SMALLEST, 0, dtype=torch.float64).unsqueeze(1)
     zero = torch.zeros(1, dtype=torch.float64)
     start = torch.cat([zero, (octaves * (1 + step)).flatten()])
-    width = torch.cat([zero, octaves.expand(-1, _PIECES).flatten() / _PIECES])
+    width = torch.cat([zero, octaves.expand(-1, PIECES).flatten() / PIECES])
     points = torch.tensor([0.0, *centers], dtype=torch.float64)
     families = [(0.0, 1.0), *((c, sign) for c in centers for sign in (-1.0, 1.0))]
     parts = list[_Pieces]()
@@ -195,14 +195,14 @@ def _lay_out(centers: list[float], end: float) -> tuple[_Pieces, list[tuple[int,
         used = (to_nearest >= 0.875 * start) & ((start == 0) | (start >= spacing))
         at, signs = torch.full_like(start, center), torch.full_like(start, sign)
         parts.append(_Pieces(start, width, at, signs, used, used & (center > 0)))
-    cells = torch.arange(_PIECES, int(end * _PIECES) + 1, dtype=torch.float64) / _PIECES
-    edges = torch.stack([cells, cells + 1 / _PIECES])
+    cells = torch.arange(PIECES, int(end * PIECES) + 1, dtype=torch.float64) / PIECES
+    edges = torch.stack([cells, cells + 1 / PIECES])
     used = ((edges.unsqueeze(-1) - points).abs().amin(-1) >= 1).any(0)
     last = cells == end
     parts.append(
         _Pieces(
             torch.where(last, 0.0, cells),
-            torch.where(last, 0.0, 1 / _PIECES).double(),
+            torch.where(last, 0.0, 1 / PIECES).double(),
             torch.where(last, end, 0.0).double(),
             torch.ones_like(cells),
             used | last,
@@ -211,4 +211,4 @@ def _lay_out(centers: list[float], end: float) -> tuple[_Pieces, list[tuple[int,
     )
     pieces = _Pieces(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     firsts = [((2 * k + 1) * len(start), (2 * k + 2) * len(start)) for k in range(len(centers))]
-    return pieces, firsts, len(families) * len(start) - _PIECES
+    return pieces, firsts, len(families) * len(start) - PIECES

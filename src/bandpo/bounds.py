@@ -240,19 +240,19 @@ def _tabulated(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radiu
 
 def _finish(lower: Tensor, upper: Tensor, dtype: torch.dtype, cap: float | None) -> RatioBounds:
     """Bounds in float64 or float32 to the caller's dtype, rounded inward and capped."""
-    lower, upper = _round(lower, dtype, up=True), _round(upper, dtype, up=False)
+    lower, upper = round_inward(lower, dtype, up=True), round_inward(upper, dtype, up=False)
     if cap is not None:
         limit = torch.full((), cap, dtype=torch.float64, device=upper.device)
-        upper = torch.minimum(upper, _round(limit, dtype, up=False))
+        upper = torch.minimum(upper, round_inward(limit, dtype, up=False))
     return RatioBounds(lower, upper)
 
 
-def _round(x: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:
+def round_inward(x: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:
     """Cast to a narrower dtype, never past `x` in the wrong direction; 16-bit dtypes by way of float32."""
     if x.dtype == dtype:
         return x
     if x.dtype == torch.float64 and dtype != torch.float32:
-        x = _round(x, torch.float32, up=up)
+        x = round_inward(x, torch.float32, up=up)
     rounded = x.to(dtype)
     # One unit in the last place is one step of the bit pattern, away from 0 or towards it.
     away = rounded < 0 if not up else rounded >= 0

@@ -1,12 +1,16 @@
 """From log-probabilities to a loss: `policy_loss` = bounds x surrogate x aggregation."""
 
+import functools
+import importlib.util
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from bandpo.bounds import RatioBounds
 from bandpo.metrics import approx_kl, masked_mean, policy_metrics
 from bandpo.objectives import Aggregation, Objective, get_objective
+from bandpo.surrogates import clip
 
 
 def policy_loss(
@@ -82,10 +86,14 @@ def policy_loss(
     valid = mask != 0
     new, old = (_fill(x, valid) for x in (logprobs, old_logprobs.detach()))
     advantages = _fill(_as_tokens(advantages.detach(), logprobs), valid)
-    bounds = objective.bounds(old)
     token_log_ratio = new - old
     log_ratio = sequence_log_ratio(token_log_ratio, valid) if objective.ratio_level == "sequence" else token_log_ratio
-    per_token = objective.surrogate(log_ratio, advantages, bounds)
+    fused = _fused(logprobs, old_logprobs, advantages, valid, objective)
+    if fused is None:
+        bounds = objective.bounds(old)
+        per_token = objective.surrogate(log_ratio, advantages, bounds)
+    else:
+        per_token, bounds = fused
 
     def reduce(x: Tensor) -> Tensor:
         return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
@@ -102,6 +110,26 @@ def policy_loss(
         if kl_coef:
             loss = loss + kl_coef * reduce(kl)
     return loss, report
+
+
+def _fused(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
+) -> tuple[Tensor, RatioBounds] | None:
+    """Objective and bounds from one Triton kernel, on CUDA; None where it does not serve."""
+    on_cuda = logprobs.device.type == "cuda" and _has_triton()
+    if not on_cuda or torch.compiler.is_compiling():
+        return None
+    if objective.surrogate is not clip or objective.ratio_level != "token":
+        return None
+    from bandpo._kernel import clipped_objective
+
+    return clipped_objective(logprobs, old_logprobs.detach(), advantages, valid, objective.bounds)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether Triton is installed; without it CUDA tensors take the plain path."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def aggregate(

@@ -10,12 +10,12 @@ from bandpo.bounds import RatioBounds
 Surrogate = Callable[[Tensor, Tensor, RatioBounds], Tensor]
 
 # exp(60) = 1e26: squares and sums of such ratios stay finite in float32. Beyond it the ratio is held and has no gradient.
-_MAX_LOG_RATIO = 60.0
+MAX_LOG_RATIO = 60.0
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
     """`r = exp(log r)`, held at e^60 so that one exploded token cannot turn the batch's gradient into NaN."""
-    return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:

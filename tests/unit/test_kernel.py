@@ -1,0 +1,129 @@
+"""The Triton kernel against the plain path, in Triton's interpreter, on a CPU."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bandpo import CHI2, HELLINGER, JS, KL, OBJECTIVES, REVERSE_KL, TV, Band, Clip, FDivergence, losses, policy_loss
+from bandpo.surrogates import clip
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+B, T = 7, 331
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    # Triton reads the variable when a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from bandpo import _kernel
+
+    del os.environ["TRITON_INTERPRET"]
+    return _kernel
+
+
+def batch(dtype=torch.float32):
+    g = torch.Generator().manual_seed(3)
+    old = -torch.rand(B, T, generator=g).pow(-0.7) + 0.999
+    old[0, :5] = torch.tensor([0.0, -1e-9, -95.0, -2e-4, -30.0])
+    new = (old + 0.7 * torch.randn(B, T, generator=g)).clamp_max(-1e-6)
+    new[1, :3] += 80  # beyond the ratio that is held
+    mask = torch.rand(B, T, generator=g) < 0.8
+    new[~mask], old[~mask] = math.nan, -math.inf  # what is masked never matters
+    return new.to(dtype), old.to(dtype), torch.randn(B, T, generator=g), mask
+
+
+REGIONS = [
+    Band(KL, 0.05), Band(TV, 0.05), Band(CHI2, (0.02, 0.3), max_ratio=None), Band(JS, 0.01, max_ratio=4.0),
+    Band(REVERSE_KL, 0.5), Band(HELLINGER, 3.0, max_ratio=None), Clip(0.2, 0.28), Clip(1.0, math.inf),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bounds_of", REGIONS, ids=repr)
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_gradient_and_bounds_are_the_plain_paths(kernel, bounds_of, per_sequence, dtype):
+    new, old, advantages, mask = batch(dtype)
+    advantages = advantages[:, :1] if per_sequence else advantages
+    upstream = torch.randn(B, T, generator=torch.Generator().manual_seed(4))
+
+    x = new.clone().requires_grad_()
+    value, bounds = kernel.clipped_objective(x, old, advantages, mask, bounds_of)
+    (gradient,) = torch.autograd.grad((value * upstream).sum(), x)
+
+    y = new.clone().requires_grad_()
+    filled_new, filled_old = (torch.where(mask, v.float(), 0.0) for v in (y, old))
+    want_bounds = bounds_of(filled_old)
+    want = clip(filled_new - filled_old, torch.where(mask, advantages, 0.0), want_bounds)
+    (want_gradient,) = torch.autograd.grad((want * upstream).sum(), y)
+
+    assert torch.equal(bounds.lower, want_bounds.lower)
+    assert torch.equal(bounds.upper, want_bounds.upper)
+    torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)  # numpy's exp against torch's
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+    assert ((gradient == 0) == (want_gradient == 0)).all()
+
+
+def test_nan_and_impossible_tokens(kernel):
+    old = torch.tensor([[math.nan, -math.inf, -1.0, 1e-7]])
+    value, bounds = kernel.clipped_objective(
+        torch.tensor([[-1.0, -1.0, math.nan, 0.0]]),
+        old,
+        torch.ones(1, 1),
+        torch.ones(1, 4, dtype=torch.bool),
+        Band(KL, 0.05),
+    )
+    plain = Band(KL, 0.05)(old)
+    for a, b in zip(bounds, plain, strict=True):
+        assert torch.equal(a.nan_to_num(nan=-7), b.nan_to_num(nan=-7))
+    assert value.isnan().tolist() == [[True, False, True, False]]
+
+
+def test_declines_what_it_does_not_serve(kernel):
+    new, old, advantages, mask = batch()
+    for bounds_of in (
+        Band(KL, torch.full((T,), 0.05)), Band(KL, 0.05, relax=Clip(0.2)), lambda x: Clip(0.2)(x),
+    ):  # fmt: skip
+        assert kernel.clipped_objective(new, old, advantages, mask, bounds_of) is None
+    assert kernel.clipped_objective(new.double(), old, advantages, mask, Clip(0.2)) is None
+    kinked = Band(FDivergence("kinked too", lambda u: ((u - 1).abs() - 0.2).clamp_min(0) + (u - 1).abs() / 20), 0.05)
+    with pytest.warns(UserWarning, match="too sharply"):
+        assert kernel.clipped_objective(new, old, advantages, mask, kinked) is None
+    empty = kernel.clipped_objective(new[:0], old[:0], advantages[:0], mask[:0], Clip(0.2))
+    assert empty[0].shape == (0, T)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_policy_loss_with_the_kernel_is_policy_loss(kernel, name, monkeypatch):
+    """As on CUDA: every objective the kernel serves gives the same loss, gradient and metrics; the others do not use it."""
+    new, old, advantages, mask = batch()
+    objective = OBJECTIVES[name]
+    norm = {"max_length": T} if objective.aggregation == "seq-mean-token-sum-norm" else {}
+    results = []
+    for fused in (False, True):
+        if fused and objective.ratio_level == "token":
+            monkeypatch.setattr(
+                losses, "_fused", lambda a, b, c, d, o: kernel.clipped_objective(a, b.detach(), c, d, o.bounds)
+            )
+        x = new.clone().requires_grad_()
+        loss, metrics = policy_loss(
+            logprobs=x, old_logprobs=old, advantages=advantages, mask=mask, objective=objective, **norm
+        )
+        results.append([loss.detach(), *torch.autograd.grad(loss, x), *metrics.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7, equal_nan=True)
+
+
+def test_triton_is_never_imported_on_a_cpu():
+    code = (
+        "import sys, torch, bandpo; x = torch.zeros(1, 2, requires_grad=True);"
+        "bandpo.policy_loss(logprobs=x, old_logprobs=x.detach(), advantages=torch.ones(1), mask=torch.ones(1, 2));"
+        "print('bandpo._kernel' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
