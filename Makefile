@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint types docs format clean
+.PHONY: train test bench lint types docs format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
 
 test: $(VENV)/.installed  ## all tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.installed  ## paired timings, one table, benchmarks/results.json
+	$(BIN)/python -m pytest benchmarks -q -s -p no:xdist -o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(ARGS)
 
 lint: $(VENV)/.installed  ## style
 	$(BIN)/ruff check .

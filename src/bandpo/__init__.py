@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bandpo.logprobs import TokenLogprobs as TokenLogprobs
     from bandpo.logprobs import token_logprobs as token_logprobs
     from bandpo.losses import aggregate as aggregate
+    from bandpo.losses import compile as compile
     from bandpo.losses import loss_normalizer as loss_normalizer
     from bandpo.losses import policy_loss as policy_loss
     from bandpo.losses import sequence_log_ratio as sequence_log_ratio
@@ -49,7 +50,7 @@ _HOME = {
         *("DIVERGENCES", "FDivergence", "alpha", "binary_divergence"),
     ],
     "logprobs": ["TokenLogprobs", "token_logprobs"],
-    "losses": ["aggregate", "loss_normalizer", "policy_loss", "sequence_log_ratio"],
+    "losses": ["aggregate", "compile", "loss_normalizer", "policy_loss", "sequence_log_ratio"],
     "metrics": ["approx_kl", "pass_at_k", "policy_metrics"],
     "objectives": ["OBJECTIVES", "Objective"],
 }

@@ -85,7 +85,7 @@ class _ClippedObjective(torch.autograd.Function):
                 logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(), mask.contiguous().view(torch.uint8),
                 value, gradient, lower, upper, table.coefficients if table else value,
                 n, logprobs.shape[-1] if advantages.numel() < n else 1, fixed_lower, cap,
-                table.coefficients.shape[1] if table else 0, table.uniform if table else 0, table.end if table else 0.0,
+                table.last + 1 if table else 0, table.uniform if table else 0, table.end if table else 0.0,
                 *centers[0], *centers[1],
                 TABULATED=table is not None, CENTERS=len(table.centers) if table else 0, BLOCK=_BLOCK,
                 FIRST=FIRST_OCTAVE, BITS=SHIFT, FRACTION_BITS=FRACTION, PER_UNIT=PIECES, HOLD=MAX_LOG_RATIO,

@@ -42,7 +42,8 @@ class Table(NamedTuple):
     coefficients: Tensor  # (8, rows) float32: of the lower bound c0, c1, c2, c3, then of the upper one
     centers: tuple[tuple[float, int, int], ...]  # float32 center in t, first row to its left, first row to its right
     uniform: int  # first row of the uniform pieces, less the one that t = 0 would have
-    end: float  # from this t on one row holds
+    end: float  # from this t on the last row holds
+    last: int
 
     def bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the ratio at float32 `log p`, rounded inward. NaN stays NaN."""
@@ -60,9 +61,7 @@ class Table(NamedTuple):
         cell = scaled.to(torch.int32)
         fine = x < 1
         u = torch.where(fine, (bits & FRACTION) * 2.0**-SHIFT, scaled.sub_(cell))
-        row = torch.where(fine, octave, cell.add_(self.uniform)).clamp_(
-            0, self.coefficients.shape[1] - 1
-        )  # NaN has no row
+        row = torch.where(fine, octave, cell.add_(self.uniform)).clamp_(0, self.last)  # NaN has no row
         a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
         lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).clamp_max_(1.0)
         upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).clamp_min_(1.0)
@@ -143,7 +142,7 @@ def _build(divergence: FDivergence, radius_low: float, radius_high: float) -> Ta
             return f"the {name} one near log p = {-t[row, 4]:.4g} would be {4 * worst:.3g} units off, with 4 allowed"
     coefficients = torch.cat([above_lower, -above_upper]).contiguous()
     rows = tuple((c, left, right) for c, (left, right) in zip(centers, firsts, strict=True))
-    return Table(coefficients, rows, uniform, end)
+    return Table(coefficients, rows, uniform, end, last=coefficients.shape[1] - 1)
 
 
 def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:

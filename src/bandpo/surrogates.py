@@ -44,16 +44,22 @@ def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: flo
     return torch.where(advantages < 0, torch.maximum(pessimistic, c * advantages), pessimistic)
 
 
-def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
+def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor) -> Tensor:
     """`r·A` inside, 0 where the ratio has left on the side the advantage pushes to (DPPO, arXiv:2602.04879, eq. 12).
 
-    Its gradient is that of `clip` with the same bounds; the value differs by a constant of the policy.
+    Its gradient is that of `clip` with the same bounds; the value differs by a constant of the policy. For the gradient alone
+    nothing needs to be solved: pass the result of `in_band` instead of bounds.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
         >>> mask(torch.tensor([1.5, 1.1]).log(), torch.tensor([1.0, 1.0]), edge)
         tensor([0.0000, 1.1000])
+        >>> mask(torch.tensor([1.5, 1.1]).log(), torch.tensor([1.0, 1.0]), torch.tensor([False, True]))
+        tensor([0.0000, 1.1000])
     """
     r = ratio(log_ratio)
-    outside = torch.where(advantages > 0, r > bounds.upper, r < bounds.lower)
+    if isinstance(bounds, RatioBounds):
+        outside = torch.where(advantages > 0, r > bounds.upper, r < bounds.lower)
+    else:
+        outside = ~bounds & torch.where(advantages > 0, log_ratio > 0, log_ratio < 0)
     return (r * advantages).masked_fill(outside, 0.0)

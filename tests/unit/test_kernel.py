@@ -127,3 +127,35 @@ def test_triton_is_never_imported_on_a_cpu():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+COMPILE = """
+import warnings
+warnings.simplefilter("ignore")  # triton on its own defaults
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bandpo import _kernel as k
+settings = dict(BLOCK=1024, FIRST=k.FIRST_OCTAVE, BITS=k.SHIFT, FRACTION_BITS=k.FRACTION, PER_UNIT=k.PIECES, HOLD=60.0)
+floats = {"fixed_lower", "cap", "end", "center0", "center1"}
+for tabulated, centers in ((True, 0), (True, 2), (False, 0)):
+    constants = {**settings, "TABULATED": tabulated, "CENTERS": centers}
+    signature = {
+        name: "constexpr" if name in constants else "*u8" if name == "mask_ptr" else "*fp32" if name.endswith("_ptr")
+        else "fp32" if name in floats else "i32"
+        for name in k._kernel.arg_names
+    }
+    for capability in (80, 90):
+        source = ASTSource(k._kernel, signature=signature, constexprs=constants)
+        print(len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's assembler comes with its Linux wheels")
+def test_compiles_for_ampere_and_hopper_without_a_gpu(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    assert all(int(size) > 1000 for size in out.stdout.split())
+    assert len(out.stdout.split()) == 6

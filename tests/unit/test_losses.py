@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import bandpo
 from bandpo import (
+    CHI2,
     JS,
     KL,
     OBJECTIVES,
@@ -17,9 +19,11 @@ from bandpo import (
     Objective,
     aggregate,
     group_advantages,
+    in_band,
     loss_normalizer,
     pass_at_k,
     policy_loss,
+    ratio_bounds,
     sequence_log_ratio,
 )  # fmt: skip
 from bandpo.objectives import get_objective
@@ -118,6 +122,20 @@ def test_band_clip_has_the_gradient_of_the_dppo_binary_mask(divergence):
     assert ((run(official, data)[1] == 0) == ((want == 0) | (r > 10))).all()
     masked = Objective(bounds=Band(divergence, radius, max_ratio=None), surrogate=mask)
     torch.testing.assert_close(run(masked, data)[1], gradient, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("divergence", [KL, TV, JS, CHI2], ids=lambda d: d.name)
+def test_membership_gives_the_gradient_of_clip_without_a_solve(divergence):
+    g = torch.Generator().manual_seed(8)
+    old = -torch.rand(20_000, generator=g, dtype=torch.float64) * 9 - 1e-4
+    x = torch.minimum(torch.randn(20_000, generator=g, dtype=torch.float64), -old - 1e-7).requires_grad_()
+    advantages = torch.randn(20_000, generator=g, dtype=torch.float64)
+    radius = torch.rand(20_000, generator=g, dtype=torch.float64) * 0.2 + 1e-3  # one for each token: no table for these
+    clipped = clip(x, advantages, ratio_bounds(old, divergence, radius)).sum()
+    masked = mask(x, advantages, in_band(x, old, divergence, radius)).sum()
+    (a,), (b,) = (torch.autograd.grad(value, x) for value in (clipped, masked))
+    assert 0.02 < (a == 0).double().mean() < 0.5
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -455,3 +473,22 @@ def test_surrogates_gradcheck():
     for a in (1.0, -1.0):
         for surrogate in (clip, dual_clip, partial(dual_clip, c=1.05)):
             assert torch.autograd.gradcheck(lambda y, s=surrogate, a=a: s(y, torch.full((4,), a).double(), edge), (x,))
+
+
+@pytest.mark.slow
+def test_compile_is_policy_loss_for_batches_of_any_shape():
+    fast = bandpo.compile()
+    for rows, columns in ((6, 9), (3, 17), (4, 5)):
+        g = torch.Generator().manual_seed(rows)
+        old = -torch.rand(rows, columns, generator=g) * 5
+        data = {
+            "old_logprobs": old, "advantages": torch.randn(rows, generator=g),
+            "mask": torch.rand(rows, columns, generator=g) < 0.8,
+        }  # fmt: skip
+        results = []
+        for loss_of in (fast, policy_loss):
+            x = (old + 0.3).clamp_max(-1e-3).requires_grad_()
+            loss, metrics = loss_of(logprobs=x, **data)
+            results.append([loss.detach(), *torch.autograd.grad(loss, x), *metrics.values()])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
