@@ -43,7 +43,7 @@ class Table(NamedTuple):
     centers: tuple[tuple[float, int, int], ...]  # float32 center in t, first row to its left, first row to its right
     uniform: int  # first row of the uniform pieces, less the one that t = 0 would have
     end: float  # from this t on the last row holds
-    last: int
+    last: int  # number of rows, less one
 
     def bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the ratio at float32 `log p`, rounded inward. NaN stays NaN."""

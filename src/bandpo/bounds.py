@@ -96,7 +96,8 @@ def in_band(
 ) -> Tensor:
     """Whether each ratio lies inside the band, without solving for the bounds.
 
-    Evaluates `p f(r) + (1-p) f((1-pr)/(1-p)) <= δ` (arXiv:2603.04918, Thm. 1) once, in float64.
+    Evaluates `p f(r) + (1-p) f((1-pr)/(1-p)) <= δ` (arXiv:2603.04918, Thm. 1) once, in float64; for float32 and 16-bit input
+    with a float radius it compares `r` with the tabulated bounds, so that it decides as a clip to `ratio_bounds` does.
 
     Args:
         log_ratio: `log r`.
@@ -122,10 +123,16 @@ def in_band(
             f"in_band: log_ratio has shape {tuple(log_ratio.shape)} and old_logprobs {tuple(old_logprobs.shape)}; "
             "pass one ratio per token"
         )
+    divergence, radii = _as_divergence(divergence), radius_of_sides(radius)
     with torch.no_grad():
-        down, up = _as_radii(radius_of_sides(radius), old_logprobs)
-        limit = torch.where(log_ratio < 0, down, up)
-        return binary_divergence(log_ratio.detach(), old_logprobs.detach(), _as_divergence(divergence)) <= limit
+        log_ratio, old_logprobs = log_ratio.detach(), old_logprobs.detach()
+        if torch.float64 not in (log_ratio.dtype, old_logprobs.dtype):
+            bounds = _tabulated(old_logprobs.float().contiguous(), divergence, radii)
+            if bounds is not None:
+                r = log_ratio.float().exp()
+                return (r >= bounds[0]) & (r <= bounds[1])
+        down, up = _as_radii(radii, old_logprobs)
+        return binary_divergence(log_ratio, old_logprobs, divergence) <= torch.where(log_ratio < 0, down, up)
 
 
 @dataclass(frozen=True)

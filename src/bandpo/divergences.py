@@ -10,6 +10,7 @@ from torch import Tensor
 
 # exp(±700) is still a normal float64: beyond it a probability, or its complement, is treated as e^-700.
 MAX_LOG = 700.0
+MAX_LOG_FLOAT32 = 80.0  # the same for statistics in float32
 
 LogBounds = tuple[Tensor, Tensor]
 
@@ -18,7 +19,8 @@ LogBounds = tuple[Tensor, Tensor]
 class FDivergence:
     """An f-divergence `D_f(π ‖ π_old) = Σ π_old f(π / π_old)`, given by its generator.
 
-    A user's own divergence needs `name` and `f` only; check it once with `bandpo.testing.check_divergence`.
+    A user's own divergence needs `name` and `f` only; check it once with `bandpo.testing.check_divergence`. Make it once, too:
+    bounds are tabulated for each divergence object, and a new one with an equal-looking lambda is another divergence.
 
     Args:
         name: Name in messages, tables and plots.
@@ -94,13 +96,13 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
 
 def divergence_of_two(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tensor:
     """`binary_divergence` in the dtype of its input; in float32 it is off by about `p·2^-24·|x|`, for statistics."""
-    logp = logp.clamp(-MAX_LOG, 0.0)
+    logp = logp.clamp(-MAX_LOG if logp.dtype == torch.float64 else -MAX_LOG_FLOAT32, 0.0)
+    p, odds = logp.exp(), (-logp).expm1()  # odds = (1-p)/p, from expm1: 1-p of a rounded p has lost the digits
     gain = x.expm1()
-    rest_shift = -gain / (-logp).expm1()  # (1-pr)/(1-p) - 1, from expm1: 1-p of a rounded p has lost the digits
-    rest = -logp.expm1() * divergence.of_log(rest_shift.log1p())
+    rest = p * odds * divergence.of_log((-gain / odds).log1p())  # its ratio is (1-pr)/(1-p) = 1 - (r-1)/odds
     # p = 1: what the token loses lands where there was nothing, and there is nothing to gain.
     lost = torch.where(gain == 0, 0.0, torch.where(gain > 0, math.nan, -gain * divergence.recession))
-    return logp.exp() * divergence.of_log(x) + torch.where(logp < 0, rest, lost)
+    return p * divergence.of_log(x) + torch.where(logp < 0, rest, lost)
 
 
 # Closed forms, in float64 (derivations: docs/theory.md). Each avoids the difference of nearly equal numbers: of the two roots

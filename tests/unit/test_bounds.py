@@ -283,6 +283,18 @@ def test_in_band_agrees_with_the_bounds():
     assert in_band(torch.tensor([0.0, math.nan, 0.1]), torch.tensor([0.0, -1.0, 0.0])).tolist() == [True, False, False]
 
 
+def test_in_band_in_float32_decides_as_the_bounds_do():
+    g = torch.Generator().manual_seed(2)
+    logp = torch.rand(20_000, generator=g) * -10
+    x = torch.randn(20_000, generator=g)
+    for divergence in (KL, TV, JS):
+        lower, upper = ratio_bounds(logp, divergence, (0.02, 0.1))
+        inside = (x.exp() >= lower) & (x.exp() <= upper)
+        assert torch.equal(in_band(x, logp, divergence, (0.02, 0.1)), inside)
+        exact = in_band(x.double(), logp.double(), divergence, (0.02, 0.1))
+        assert (exact == inside).float().mean() > 0.999  # they may differ within 4 units of the edge
+
+
 def test_binary_divergence_is_the_kl_of_two_bernoullis():
     p, q = 0.3, 0.45
     want = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
