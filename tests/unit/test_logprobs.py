@@ -90,7 +90,9 @@ def test_bfloat16_softmax_is_float32():
 
 
 def test_equals_the_fused_head_of_trl():
-    host = pytest.importorskip("trl.trainer.utils")  # what GRPOTrainer scores tokens with, on by default since TRL 1.16
+    host = pytest.importorskip("trl.trainer.utils")  # what GRPOTrainer scores tokens with, always on since TRL 1.16
+    if not hasattr(host, "_ChunkedLogProbFunction"):
+        pytest.skip("this version of TRL has no fused head")
     hidden, weight, _, targets, (g, _) = inputs(torch.float32)
     results = []
     for ours in (True, False):
