@@ -8,7 +8,7 @@ import sys
 VOCABULARY, FEATURES, TOKENS, ROUNDS = 151_936, 1024, 4096, 2
 
 SCRIPT = """
-import json, resource, sys, time, torch
+import json, re, sys, time, torch
 from bandpo import token_logprobs
 torch.set_num_threads(1)
 vocabulary, features, tokens = map(int, sys.argv[2:])
@@ -16,7 +16,8 @@ g = torch.Generator().manual_seed(0)
 hidden = torch.empty(tokens, features).normal_(generator=g).requires_grad_()
 weight = torch.empty(vocabulary, features).normal_(0, 0.02, generator=g).requires_grad_()
 targets = torch.randint(vocabulary, (tokens,), generator=g)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# ru_maxrss would start from the parent's peak
+peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
 before, start = peak(), time.perf_counter()
 if sys.argv[1] == "ours":
     logprobs = token_logprobs(hidden, weight, targets).logprobs
