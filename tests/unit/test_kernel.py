@@ -19,6 +19,7 @@ B, T = 7, 331
 @pytest.fixture(scope="module")
 def kernel():
     # Triton reads the variable when a kernel is defined.
+    sys.modules.pop("bandpo._kernel", None)
     os.environ["TRITON_INTERPRET"] = "1"
     from bandpo import _kernel
 
