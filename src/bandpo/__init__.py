@@ -7,6 +7,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bandpo._inputs import needs as needs
     from bandpo.advantages import group_advantages as group_advantages
     from bandpo.bounds import DCPO as DCPO
     from bandpo.bounds import Band as Band
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from bandpo.bounds import RatioBounds as RatioBounds
     from bandpo.bounds import in_band as in_band
     from bandpo.bounds import ratio_bounds as ratio_bounds
+    from bandpo.calibration import match_radius as match_radius
+    from bandpo.composition import Objective as Objective
     from bandpo.divergences import CHI2 as CHI2
     from bandpo.divergences import DIVERGENCES as DIVERGENCES
     from bandpo.divergences import HELLINGER as HELLINGER
@@ -33,29 +36,37 @@ if TYPE_CHECKING:
     from bandpo.losses import compile as compile
     from bandpo.losses import loss_normalizer as loss_normalizer
     from bandpo.losses import policy_loss as policy_loss
-    from bandpo.losses import sequence_log_ratio as sequence_log_ratio
     from bandpo.metrics import approx_kl as approx_kl
     from bandpo.metrics import pass_at_k as pass_at_k
     from bandpo.metrics import policy_metrics as policy_metrics
     from bandpo.objectives import OBJECTIVES as OBJECTIVES
-    from bandpo.objectives import Objective as Objective
+    from bandpo.tokens import TokenObjective as TokenObjective
+    from bandpo.tokens import sequence_log_ratio as sequence_log_ratio
+    from bandpo.tokens import token_objective as token_objective
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "_inputs": ["needs"],
     "advantages": ["group_advantages"],
     "bounds": ["Band", "Clip", "DCPO", "RatioBounds", "in_band", "ratio_bounds"],
+    "calibration": ["match_radius"],
+    "composition": ["Objective"],
     "divergences": [
         *("KL", "REVERSE_KL", "TV", "CHI2", "NEYMAN", "HELLINGER", "LE_CAM", "JS", "JEFFREYS"),
         *("DIVERGENCES", "FDivergence", "alpha", "binary_divergence"),
     ],
     "logprobs": ["TokenLogprobs", "token_logprobs"],
-    "losses": ["aggregate", "compile", "loss_normalizer", "policy_loss", "sequence_log_ratio"],
+    "losses": ["aggregate", "compile", "loss_normalizer", "policy_loss"],
     "metrics": ["approx_kl", "pass_at_k", "policy_metrics"],
-    "objectives": ["OBJECTIVES", "Objective"],
+    "objectives": ["OBJECTIVES"],
+    "tokens": ["TokenObjective", "sequence_log_ratio", "token_objective"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_SUBMODULES = (*_HOME, "surrogates", "testing")
+_SUBMODULES = (
+    *(name for name in _HOME if not name.startswith("_")),
+    *("corrections", "groups", "regions", "schedules", "sequence_surrogates", "surrogates", "testing"),
+)
 
 __all__ = [*_MODULE_OF, "__version__"]
 

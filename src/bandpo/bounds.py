@@ -24,8 +24,8 @@ class RatioBounds(NamedTuple):
     upper: Tensor
 
 
-# Anything that maps the old log-probs of tokens to their intervals, a user's own function included.
-Bounds = Callable[[Tensor], RatioBounds]
+# Maps the old log-probs of tokens, and what it `needs` besides, to their intervals, or to whether they are inside one.
+Bounds = Callable[..., RatioBounds | Tensor]
 
 
 def ratio_bounds(
@@ -70,7 +70,7 @@ def ratio_bounds(
         tensor([0.0025, 0.6915, 0.9312])
     """
     _check_logprobs(old_logprobs)
-    divergence = _as_divergence(divergence)
+    divergence = as_divergence(divergence)
     _check_max_ratio(max_ratio)
     radii = radius_of_sides(radius)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def in_band(
             f"in_band: log_ratio has shape {tuple(log_ratio.shape)} and old_logprobs {tuple(old_logprobs.shape)}; "
             "pass one ratio per token"
         )
-    divergence, radii = _as_divergence(divergence), radius_of_sides(radius)
+    divergence, radii = as_divergence(divergence), radius_of_sides(radius)
     with torch.no_grad():
         log_ratio, old_logprobs = log_ratio.detach(), old_logprobs.detach()
         if torch.float64 not in (log_ratio.dtype, old_logprobs.dtype):
@@ -160,7 +160,7 @@ class Band:
     relax: "Clip | None" = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "divergence", _as_divergence(self.divergence))
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
         _check_max_ratio(self.max_ratio)
         radius_of_sides(self.radius)
         if self.relax is not None and not isinstance(self.relax, Clip):
@@ -281,7 +281,8 @@ def _check_logprobs(logprobs: Tensor) -> None:
         )
 
 
-def _as_divergence(divergence: FDivergence | str) -> FDivergence:
+def as_divergence(divergence: FDivergence | str) -> FDivergence:
+    """The divergence behind a name, or itself."""
     if isinstance(divergence, FDivergence):
         return divergence
     if isinstance(divergence, str) and divergence.lower() in DIVERGENCES:

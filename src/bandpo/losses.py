@@ -1,17 +1,15 @@
 """From log-probabilities to a loss: `policy_loss` = bounds x surrogate x aggregation."""
 
-import functools
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from bandpo.bounds import RatioBounds
+from bandpo.composition import Aggregation, Objective
 from bandpo.metrics import approx_kl, masked_mean, policy_metrics
-from bandpo.objectives import Aggregation, Objective, get_objective
-from bandpo.surrogates import clip
+from bandpo.objectives import get_objective
+from bandpo.tokens import fill, token_objective
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,11 +18,12 @@ R = TypeVar("R")
 def policy_loss(
     *,
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None = None,
     advantages: Tensor,
     mask: Tensor,
     objective: Objective | str = "bandpo-kl",
     rollout_logprobs: Tensor | None = None,
+    extras: Mapping[str, Tensor] | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     entropy: Tensor | None = None,
@@ -33,17 +32,20 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss to minimise, and detached 0-d metrics.
 
-    `-agg_t s(log r_t, A_t, b(log p_t)) + β agg_t k3_t`, with the bounds `b`, surrogate `s`, ratio level, anchor and
-    aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`. Arguments are
-    keyword-only: hosts disagree on the order of new and old.
+    `-agg_t w_t s(log r_t, A_t, b(log p_t)) + β agg_t k3_t`, with the bounds `b`, surrogate `s`, ratio level, anchor,
+    correction `w` and aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`.
+    Arguments are keyword-only: hosts disagree on the order of new and old.
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`, with gradient.
-        old_logprobs: The same under the policy before the update; no gradient flows into it.
+        old_logprobs: The same under the policy before the update; no gradient flows into it. May be left out for
+            objectives with `anchor="rollout"`, which then need no second forward pass.
         advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`.
         mask: `(batch, time)`, bool or 0/1: the tokens that count. What stands elsewhere never matters, NaN included.
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.
-        rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"`.
+        rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"` or a correction.
+        extras: What else the objective needs, named in `Objective.extras`; see `Objective.group_inputs` and
+            `bandpo.regions.TopK`.
         ref_logprobs: Log-probs under the reference policy, for the KL term.
         kl_coef: Its coefficient β >= 0.
         entropy: Per-token entropy, for the metrics only.
@@ -76,40 +78,27 @@ def policy_loss(
     objective = get_objective(objective)
     _check_shapes(logprobs, old_logprobs=old_logprobs, mask=mask, rollout_logprobs=rollout_logprobs,
                   ref_logprobs=ref_logprobs, entropy=entropy)  # fmt: skip
-    if objective.anchor == "rollout":
-        if rollout_logprobs is None:
-            raise ValueError(
-                f"objective {objective.name!r} measures its ratio against the sampler (anchor='rollout'): pass rollout_logprobs"
-            )
-        old_logprobs = rollout_logprobs
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")
 
-    valid = mask != 0
-    new, old = (_fill(x, valid) for x in (logprobs, old_logprobs.detach()))
-    advantages = _fill(_as_tokens(advantages.detach(), logprobs), valid)
-    token_log_ratio = new - old
-    log_ratio = sequence_log_ratio(token_log_ratio, valid) if objective.ratio_level == "sequence" else token_log_ratio
-    fused = _fused(logprobs, old_logprobs, advantages, valid, objective)
-    if fused is None:
-        bounds = objective.bounds(old)
-        per_token = objective.surrogate(log_ratio, advantages, bounds)
-    else:
-        per_token, bounds = fused
-
     def reduce(x: Tensor) -> Tensor:
         return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
 
-    loss = -reduce(per_token)
+    valid = mask != 0
+    terms = token_objective(
+        objective, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=valid,
+        rollout_logprobs=rollout_logprobs, extras=extras,
+    )  # fmt: skip
+    loss = -reduce(terms.value)
     report = policy_metrics(
-        log_ratio=log_ratio.detach(), old_logprobs=old, advantages=advantages, mask=valid, bounds=bounds,
-        bounds_of=objective.bounds, entropy=entropy,
+        log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
+        bounds=terms.bounds, bounds_of=objective.bounds, entropy=entropy, weights=terms.weights,
     )  # fmt: skip
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
-        kl = approx_kl(_fill(ref_logprobs.detach(), valid) - new)
+        kl = approx_kl(fill(ref_logprobs.detach(), valid) - fill(logprobs, valid))
         report["kl/ref"] = masked_mean(kl.detach(), valid)
         if kl_coef:
             loss = loss + kl_coef * reduce(kl)
@@ -140,26 +129,6 @@ def compile(
         >>> fast_loss = compile()  # call it as policy_loss
     """
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
-
-
-def _fused(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
-) -> tuple[Tensor, RatioBounds] | None:
-    """Objective and bounds from one Triton kernel, on CUDA; None where it does not serve."""
-    on_cuda = logprobs.device.type == "cuda" and _has_triton()
-    if not on_cuda or torch.compiler.is_compiling():
-        return None
-    if objective.surrogate is not clip or objective.ratio_level != "token":
-        return None
-    from bandpo._kernel import clipped_objective
-
-    return clipped_objective(logprobs, old_logprobs.detach(), advantages, valid, objective.bounds)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """Whether Triton is installed; without it CUDA tensors take the plain path."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def aggregate(
@@ -231,35 +200,6 @@ def loss_normalizer(mask: Tensor, aggregation: Aggregation) -> Tensor:
     valid = mask != 0
     count = valid.sum() if aggregation.startswith("token") else valid.any(-1).sum()
     return count.clamp_min(1)
-
-
-def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """Length-normalised log-ratio of each sequence, `mean_t log r_t`, `(batch, 1)` (GSPO, arXiv:2507.18071, eq. 7).
-
-    Examples:
-        >>> import torch
-        >>> sequence_log_ratio(torch.tensor([[0.1, 0.3, 9.0]]), torch.tensor([[1, 1, 0]]))
-        tensor([[0.2000]])
-    """
-    valid = mask != 0
-    total = log_ratio.masked_fill(~valid, 0.0).sum(-1, keepdim=True)
-    return total / valid.sum(-1, keepdim=True).clamp_min(1)
-
-
-def _fill(x: Tensor, valid: Tensor) -> Tensor:
-    """At least float32, and 0 where the mask is off, so that nothing there (NaN included) reaches value or gradient."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return torch.where(valid, wide, 0.0)
-
-
-def _as_tokens(advantages: Tensor, like: Tensor) -> Tensor:
-    column = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
-    if column.dim() != 2 or column.shape[0] != like.shape[0] or column.shape[1] not in (1, like.shape[1]):
-        raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}; with logprobs {tuple(like.shape)} it must be "
-            f"({like.shape[0]},), ({like.shape[0]}, 1) or {tuple(like.shape)}"
-        )
-    return column
 
 
 def _check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:

@@ -42,9 +42,10 @@ def policy_metrics(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    bounds: RatioBounds,
+    bounds: RatioBounds | Tensor,
     bounds_of: Bounds | None = None,
     entropy: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of one batch over its valid tokens, as detached 0-d tensors, without a host sync.
 
@@ -56,30 +57,39 @@ def policy_metrics(
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
     * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
+    * `correction/weight_mean`, `correction/zero_fraction`, where there are weights.
     * `nonfinite_fraction`: tokens with a log-ratio, advantage or bound that is NaN, or an infinite log-ratio.
+
+    Where the region only says who is inside (`TopK`), there is no edge, and the `band/` metrics are left out.
 
     Args:
         log_ratio: `(batch, time)`, or `(batch, 1)` at sequence level.
         old_logprobs: `(batch, time)`, the anchor.
         advantages: `(batch, 1)` or `(batch, time)`.
         mask: `(batch, time)`.
-        bounds: What the surrogate was given.
+        bounds: What the surrogate was given: an interval, or whether the token is inside.
         bounds_of: The object that made them; a `Band` adds its divergence and cap.
         entropy: `(batch, time)`.
+        weights: Of a correction, `(batch, time)` or `(batch, 1)`.
     """
     valid = mask != 0
     log_ratio, advantages = log_ratio.expand(valid.shape), advantages.expand(valid.shape)
-    lower, upper = (b.expand(valid.shape) for b in bounds)
     r, p = log_ratio.exp(), old_logprobs.exp()
     pushed_up, pushed_down = (advantages > 0) & valid, (advantages < 0) & valid
-    low, high = pushed_down & (r < lower), pushed_up & (r > upper)
+    strange = ~log_ratio.isfinite() | advantages.isnan()
+    if isinstance(bounds, RatioBounds):
+        lower, upper = (b.expand(valid.shape) for b in bounds)
+        strange = strange | lower.isnan() | upper.isnan()
+        low, high = pushed_down & (r < lower), pushed_up & (r > upper)
+    else:
+        lower = upper = None
+        low, high = pushed_down & (log_ratio < 0) & ~bounds, pushed_up & (log_ratio > 0) & ~bounds
     n_low, n_high, n = _count_by_probability(low, high, valid, p)
     total = n.sum().clamp_min(1)
 
     def mean(x: Tensor) -> Tensor:
         return torch.where(valid, x, 0.0).sum() / total
 
-    strange = ~log_ratio.isfinite() | advantages.isnan() | lower.isnan() | upper.isnan()
     report = {
         "clip_fraction/low": n_low.sum() / total,
         "clip_fraction/high": n_high.sum() / total,
@@ -91,29 +101,22 @@ def policy_metrics(
         report[f"clip_fraction_by_prob/any/{name}"] = (n_low[i] + n_high[i]) / n[i]
         report[f"token_fraction_by_prob/{name}"] = n[i] / total
     report |= {
-        "band/lower_mean": mean(lower),
-        "band/upper_mean": mean(upper),
         "ratio/mean": mean(r),
         "kl/old_new": mean(r - log_ratio - 1),
         "nonfinite_fraction": (strange & valid).count_nonzero() / total,
     }
-    # A cap is met exactly; 1/p was rounded inward and here once more by exp and by the product.
-    capped = upper == getattr(bounds_of, "max_ratio", None)
-    saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
-    pushed = (pushed_up | pushed_down).count_nonzero()
-    cap = (pushed_up & capped).count_nonzero() / pushed.clamp_min(1)
-    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero() / pushed.clamp_min(1)
-    report |= {
-        "band/cap_fraction": cap,
-        "band/saturated_fraction": saturated,
-        "band/region_fraction": (pushed > 0).to(cap.dtype) - cap - saturated,
-    }
+    if lower is not None and upper is not None:
+        report |= {"band/lower_mean": mean(lower), "band/upper_mean": mean(upper)}
+        report |= _what_binds(lower, upper, p, pushed_up, pushed_down, getattr(bounds_of, "max_ratio", None))
     if isinstance(bounds_of, Band):
         used = torch.where(valid, _divergence_over_radius(bounds_of, log_ratio, old_logprobs), 0.0)
         report["band/divergence_mean"] = used.sum() / total
         report["band/divergence_max"] = used.amax() if used.numel() else used.sum()
     if entropy is not None:
         report["entropy"] = mean(entropy.detach().to(r.dtype))
+    if weights is not None:
+        report["correction/weight_mean"] = mean(weights)
+        report["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
     return report
 
 
@@ -173,6 +176,23 @@ def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -
     counts = ones.new_zeros(4 * len(PROB_BINS)).index_add_(0, cell.flatten(), ones).to(torch.float32)
     inside, n_low, n_high, _ = counts.view(4, -1)
     return n_low, n_high, inside + n_low + n_high
+
+
+def _what_binds(
+    lower: Tensor, upper: Tensor, p: Tensor, pushed_up: Tensor, pushed_down: Tensor, max_ratio: float | None
+) -> dict[str, Tensor]:
+    """Shares of the pushed tokens whose edge is the cap, the simplex, or the region itself."""
+    # A cap is met exactly; 1/p was rounded inward and here once more by exp and by the product.
+    capped = upper == max_ratio
+    saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
+    pushed = (pushed_up | pushed_down).count_nonzero()
+    cap = (pushed_up & capped).count_nonzero() / pushed.clamp_min(1)
+    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero() / pushed.clamp_min(1)
+    return {
+        "band/cap_fraction": cap,
+        "band/saturated_fraction": saturated,
+        "band/region_fraction": (pushed > 0).to(cap.dtype) - cap - saturated,
+    }
 
 
 def _divergence_over_radius(band: Band, log_ratio: Tensor, old_logprobs: Tensor) -> Tensor:

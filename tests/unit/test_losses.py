@@ -1,5 +1,6 @@
 """The loss against a plain numpy reference, and the identities that tie the objectives together."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -27,36 +28,11 @@ from bandpo import (
     sequence_log_ratio,
 )  # fmt: skip
 from bandpo.objectives import get_objective
+from bandpo.sequence_surrogates import clip_cov
 from bandpo.surrogates import clip, dual_clip, mask
+from batches import B, T, batch, complete, deterministic, max_length, run
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-B, T = 6, 9
-
-
-def max_length(aggregation):
-    return 12 if aggregation == "seq-mean-token-sum-norm" else None
-
-
-def batch(seed=0, dtype=torch.float64, spread=0.6):
-    g = torch.Generator().manual_seed(seed)
-    old = -torch.rand(B, T, generator=g, dtype=torch.float64).pow(-0.7) + 1 - 1e-3
-    new = torch.minimum(old + spread * torch.randn(B, T, generator=g, dtype=torch.float64), torch.tensor(-1e-6))
-    lengths = torch.tensor([9, 3, 1, 7, 9, 5])
-    return {
-        "logprobs": new.to(dtype),
-        "old_logprobs": old.to(dtype),
-        "advantages": torch.randn(B, generator=g, dtype=torch.float64).to(dtype),
-        "mask": torch.arange(T) < lengths.unsqueeze(1),
-    }
-
-
-def run(objective, data, **kwargs):
-    x = data["logprobs"].clone().requires_grad_()
-    resolved = get_objective(objective)
-    kwargs.setdefault("max_length", max_length(resolved.aggregation))
-    loss, metrics = policy_loss(**{**data, "logprobs": x}, objective=resolved, **kwargs)
-    (gradient,) = torch.autograd.grad(loss, x)
-    return loss.detach(), gradient, metrics
 
 
 def reference(data, lower, upper, aggregation, c=None):
@@ -140,14 +116,23 @@ def test_membership_gives_the_gradient_of_clip_without_a_solve(divergence):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_on_policy_gradient_is_reinforce(name):
+    objective = OBJECTIVES[name]
+    if name == "clip-cov":  # it drops tokens, also on policy
+        objective = dataclasses.replace(objective, surrogate=partial(clip_cov, low=1e9, high=2e9))
     data = batch()
     data["logprobs"] = data["old_logprobs"].clone()
-    objective = OBJECTIVES[name]
+    data = complete(objective, data)
     _, gradient, metrics = run(objective, data)
     x = data["logprobs"].clone().requires_grad_()
-    weighted = data["advantages"].unsqueeze(1) * x
-    if objective.ratio_level == "sequence":  # every token carries the mean log-ratio of its sequence
-        weighted = (weighted * data["mask"]).sum(1, keepdim=True) / data["mask"].sum(1, keepdim=True)
+    advantages = data["advantages"].unsqueeze(1)
+    if name == "quatro-reading":  # a baseline of its own
+        advantages = advantages - data["extras"]["baseline"].unsqueeze(1)
+    weighted = advantages * x
+    if objective.correction is not None:
+        weighted = weighted * objective.correction(data["old_logprobs"] - data["rollout_logprobs"], data["mask"])
+    if objective.ratio_level != "token":  # every token carries the mean or the sum of its sequence
+        weighted = (weighted * data["mask"]).sum(1, keepdim=True)
+        weighted = weighted / data["mask"].sum(1, keepdim=True) if objective.ratio_level == "sequence" else weighted
     reinforce = -aggregate(weighted, data["mask"], objective.aggregation, max_length=max_length(objective.aggregation))
     (want,) = torch.autograd.grad(reinforce, x)
     torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-15)
@@ -174,15 +159,22 @@ def test_micro_batches_add_up_to_the_whole(aggregation):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("garbage", [0.0, 7.0, math.nan, math.inf, -math.inf])
 def test_padding_never_matters(name, garbage):
-    data = batch()
+    name = deterministic(name)
+    data = complete(name, batch())
     loss, gradient, metrics = run(name, data, ref_logprobs=data["old_logprobs"], entropy=torch.ones(B, T))
-    pad = torch.full((B, 4), garbage, dtype=torch.float64)
-    wide = {
-        "logprobs": torch.cat([data["logprobs"], pad], 1), "old_logprobs": torch.cat([data["old_logprobs"], pad], 1),
-        "advantages": data["advantages"], "mask": torch.cat([data["mask"], torch.zeros(B, 4, dtype=torch.bool)], 1),
-    }  # fmt: skip
-    for key in ("logprobs", "old_logprobs"):
-        wide[key][~wide["mask"]] = garbage
+
+    def widen(x):
+        if x.dim() < 2:  # one value for a row
+            return x
+        x = torch.cat([x, torch.zeros(B, 4, *x.shape[2:], dtype=x.dtype)], 1)
+        if x.dtype != torch.bool:
+            x[~wide["mask"]] = garbage
+        return x
+
+    wide = {"mask": torch.cat([data["mask"], torch.zeros(B, 4, dtype=torch.bool)], 1)}
+    wide |= {k: widen(v) for k, v in data.items() if k not in ("mask", "extras")}
+    if "extras" in data:
+        wide["extras"] = {k: widen(v) for k, v in data["extras"].items()}
     entropy = torch.where(wide["mask"], 1.0, garbage)
     padded, padded_gradient, padded_metrics = run(name, wide, ref_logprobs=wide["old_logprobs"], entropy=entropy)
     torch.testing.assert_close(padded, loss, rtol=1e-13, atol=0)
@@ -191,7 +183,9 @@ def test_padding_never_matters(name, garbage):
     for key, value in metrics.items():
         torch.testing.assert_close(padded_metrics[key], value, rtol=1e-6, atol=1e-7, equal_nan=True)
     # nor does a whole row of it
-    rows = {k: torch.cat([v, v[:1]]) for k, v in data.items()}
+    rows = {k: torch.cat([v, v[:1]]) for k, v in data.items() if k != "extras"}
+    if "extras" in data:
+        rows["extras"] = {k: torch.cat([v, v[:1]]) for k, v in data["extras"].items()}
     rows["mask"][-1] = False
     torch.testing.assert_close(run(name, rows)[0], loss, rtol=1e-13, atol=0)
 
@@ -200,7 +194,7 @@ def test_all_masked_is_zero_with_zero_gradient():
     data = batch()
     data["mask"] = torch.zeros_like(data["mask"])
     for name in OBJECTIVES:
-        loss, gradient, metrics = run(name, data)
+        loss, gradient, metrics = run(name, complete(name, data))
         assert loss == 0
         assert (gradient == 0).all()
         assert metrics["clip_fraction/any"] == 0
@@ -461,9 +455,11 @@ def test_the_host_never_waits(name):
     objective = OBJECTIVES[name]
     with FakeTensorMode(allow_non_fake_inputs=True), NoTransfers():  # the table is real
         x = torch.empty(B, T)
+        shapes = {"topk_logprobs": (B, T, 4), "old_topk_logprobs": (B, T, 4), "sampled_in_topk": (B, T)}
+        extras = {name: torch.empty(shapes.get(name, (B,))) for name in objective.extras}
         policy_loss(
             logprobs=x, old_logprobs=x, advantages=x, mask=x > 0, objective=objective, ref_logprobs=x, kl_coef=0.1,
-            max_length=max_length(objective.aggregation),
+            max_length=max_length(objective.aggregation), rollout_logprobs=x, extras=extras,
         )  # fmt: skip
 
 

@@ -1,0 +1,39 @@
+"""What a bounds object or a surrogate takes beyond its fixed arguments."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+# `policy_loss` has these for every objective; every other name is an extra that the caller passes.
+PROVIDED = ("logprobs", "old_logprobs", "log_ratio", "advantages", "mask")
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def needs(*names: str) -> Callable[[T], T]:
+    """Mark a surrogate (function) or bounds (class or function) as taking these keyword arguments as well.
+
+    `logprobs`, `old_logprobs`, `log_ratio`, `advantages` and `mask` are those of the batch, filled with 0 where the mask is
+    off; `advantages` are columns or per token. Any other name becomes an extra of the objective.
+
+    Examples:
+        >>> @needs("old_logprobs")
+        ... def surrogate(log_ratio, advantages, bounds, *, old_logprobs):
+        ...     return log_ratio.exp() * advantages * (old_logprobs > -5)
+        >>> from bandpo import Objective, Clip
+        >>> Objective(bounds=Clip(), surrogate=surrogate).surrogate_inputs
+        ('old_logprobs',)
+    """
+
+    def mark(component: T) -> T:
+        component.needs = names  # type: ignore[attr-defined]
+        return component
+
+    return mark
+
+
+def inputs_of(component: Callable[..., Any]) -> tuple[str, ...]:
+    """The names given to `needs`, also through `functools.partial`."""
+    while isinstance(component, partial):
+        component = component.func
+    return tuple(getattr(component, "needs", ()))
