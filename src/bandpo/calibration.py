@@ -102,7 +102,7 @@ def _match_bound(divergence: FDivergence, like: Bounds, side: str, where: str) -
 
 def _match_shift(divergence: FDivergence, like: Bounds) -> float:
     shift = max_shift(like)
-    if not 0 < shift < 1:
+    if not 0 < shift < 1 - 1e-9:
         raise ValueError(f"match_radius: {like!r} lets probabilities rise by {shift:g}; there is no ball to match")
 
     # p from 0 to 1 - s, by its logit there; D(p, 1 + s/p) is convex in p for every f, so it has one minimum.

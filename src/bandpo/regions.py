@@ -13,7 +13,7 @@ from torch import Tensor
 from bandpo._inputs import inputs_of, needs
 from bandpo._roots import log1mexp
 from bandpo.bounds import Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
-from bandpo.divergences import KL, FDivergence
+from bandpo.divergences import KL, MAX_LOG, FDivergence
 
 
 def log_clip(low: float = 0.4, high: float | None = None) -> Clip:
@@ -262,6 +262,5 @@ def topk_divergence(
             rest = log1mexp(known.logsumexp(-1, keepdim=True).clamp(max=-1e-300)).clamp_min(floor)
             parts.append(torch.cat([known, rest], -1))
         new, old = parts
-        absent = old == -math.inf  # the sampled token's second copy
-        terms = old.exp() * divergence.of_log(torch.where(absent, 0.0, new - old))
-        return torch.where(absent, 0.0, terms).sum(-1)
+        new, old = new.clamp_min(-MAX_LOG), old.clamp_min(-MAX_LOG)  # as in `binary_divergence`
+        return (old.exp() * divergence.of_log(new - old)).sum(-1)

@@ -104,7 +104,7 @@ def soft_edge(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, temper
     edge = torch.where(advantages > 0, bounds.upper, bounds.lower)
     outside = torch.where(advantages > 0, r > edge, r < edge)
     # The branch that is not taken must be finite too: its gradient is multiplied by 0.
-    safe = torch.where(outside, edge, r.detach())
+    safe = torch.where(outside, edge, 1.0)
     past = safe * (1 + temperature * ((r / safe - 1) / temperature).tanh())
     return torch.where(outside, past, r) * advantages
 
