@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test bench lint types docs format clean
+.PHONY: train test test-verl bench lint types docs format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
 
-test: $(VENV)/.installed  ## all tests
+test: $(VENV)/.installed test-verl  ## all tests; those against verl run first, in an environment of their own
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-verl: $(VENV)-verl/.installed
+	$(VENV)-verl/bin/python -m pytest tests/contract_verl -q -p no:cacheprovider -o filterwarnings=default
 
 bench: $(VENV)/.installed  ## paired timings, one table, benchmarks/results.json
 	$(BIN)/python -m pytest benchmarks -q -s -p no:xdist -o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(ARGS)
@@ -36,9 +39,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# verl wants an older transformers than TRL.
+$(VENV)-verl/.installed: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/python -m pip install --quiet -c constraints-verl.txt torch
+	$(VENV)-verl/bin/python -m pip install --quiet -c constraints-verl.txt -e '.[verl]' pytest hypothesis
+	touch $@
+
 $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) site runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl site runs .pytest_cache .ruff_cache .hypothesis
