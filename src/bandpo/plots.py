@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bandpo._inputs import inputs_of
 from bandpo.bounds import DCPO, Bounds, Clip
 from bandpo.metrics import PROB_BINS
 
@@ -31,7 +32,7 @@ def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[flo
     """The interval of the ratio against p, over PPO's clip, Clip-Higher, DCPO and the simplex limit.
 
     Args:
-        bounds: What to draw.
+        bounds: What to draw; a region that depends on more than p is left out.
         label: Its name in the legend.
         tokens: "p", "ratio" and "clipped" (0 or 1) of a run's tokens, drawn as points.
     """
@@ -39,7 +40,8 @@ def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[flo
     logp = torch.nn.functional.logsigmoid(logit)
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
-        _draw_interval(axes, logit, bounds(logp), BLUE, label, fill=True)
+        if not inputs_of(bounds):
+            _draw_interval(axes, logit, bounds(logp), BLUE, label, fill=True)
         for other, colour, style, name in (
             (Clip(0.2), BLACK, ":", "PPO clip, 0.2"),
             (Clip(0.2, 0.28), ORANGE, "--", "Clip-Higher, 0.2/0.28"),

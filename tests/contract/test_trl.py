@@ -3,7 +3,6 @@
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,63 +11,21 @@ from trl import GRPOConfig, GRPOTrainer
 from bandpo import KL, TV, Band, Clip, Objective, RatioBounds, policy_loss
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.surrogates import dual_clip, mask
+from trl_runs import (
+    band_trainer,
+    loss_and_gradient,
+    named,
+    reward,
+    rollout,
+    saved,
+    settings,
+    token_logprobs,
+    trl_trainer,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*pin_memory", "ignore:The trust region of"
 )
-
-
-def reward(prompts, completions, **_):
-    return [float(sum(map(ord, c)) % 3 == 0) + 0.1 * (len(c) % 4) for c in completions]
-
-
-def settings(folder, **changes):
-    return {
-        "output_dir": str(folder), "per_device_train_batch_size": 8, "num_generations": 4, "steps_per_generation": 2,
-        "num_iterations": 2, "max_completion_length": 6, "learning_rate": 1e-2, "use_cpu": True, "bf16": False,
-        "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-        "lr_scheduler_type": "constant", "max_steps": 4, **changes,
-    }  # fmt: skip
-
-
-def band_trainer(folder, make_model, tokenizer, prompts, *, objective=None, **changes):
-    return BandGRPOTrainer(
-        model=make_model(), reward_funcs=reward, args=BandGRPOConfig(**settings(folder, **changes)),
-        train_dataset=prompts, processing_class=tokenizer, objective=objective,
-    )  # fmt: skip
-
-
-def trl_trainer(folder, make_model, tokenizer, prompts, **changes):
-    return GRPOTrainer(
-        model=make_model(), reward_funcs=reward, args=GRPOConfig(**settings(folder, **changes)),
-        train_dataset=prompts, processing_class=tokenizer,
-    )  # fmt: skip
-
-
-def rollout(tokenizer, seed=0):
-    """What TRL hands to `_compute_loss`: a batch off policy, with padding."""
-    g = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, 60, (8, 4), generator=g)
-    completion = torch.randint(3, 60, (8, 6), generator=g)
-    lengths = torch.tensor([6, 2, 5, 1, 6, 3, 4, 6])
-    keep = (torch.arange(6) < lengths.unsqueeze(1)).long()
-    return {
-        "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": completion, "completion_mask": keep,
-        "advantages": torch.randn(8, generator=g), "num_items_in_batch": 2.0 * keep.sum(),
-        "old_per_token_logps": (-3.5 + 2.0 * torch.randn(8, 6, generator=g)).clamp(max=-0.05),
-        "ref_per_token_logps": -4.5 + 0.3 * torch.randn(8, 6, generator=g),
-    }  # fmt: skip
-
-
-def loss_and_gradient(trainer, inputs):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    trainer._metrics["train"].clear()
-    loss = trainer._compute_loss(trainer.model, dict(inputs))
-    loss.backward()
-    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-    return loss.detach(), gradient, {k: v[-1] for k, v in trainer._metrics["train"].items() if v}
 
 
 def constant(low, high):
@@ -80,13 +37,6 @@ CASES = [
     ("grpo", "grpo", "seq-mean-token-mean", 0.0), ("dapo", "dapo", "token-mean", 0.0), ("bnpo", "dapo", "token-mean", 0.04),
     ("dr_grpo", "dr_grpo", "seq-mean-token-sum-norm", 0.04), ("grpo", "grpo", "seq-mean-token-mean", 0.04),
 ]  # fmt: skip
-
-
-def saved(make_model, folder):
-    """A model that has a folder: TRL reloads the reference (beta > 0) from there."""
-    path = Path(folder) / "reference"
-    make_model().save_pretrained(path)
-    return lambda: str(path)
 
 
 @pytest.mark.parametrize(("loss_type", "name", "aggregation", "beta"), CASES)
@@ -130,7 +80,7 @@ def test_named_objectives_with_fixed_bounds_are_trl_exactly(name, make_model, to
         "no-clip": {"loss_type": "grpo", "epsilon": 1.0, "epsilon_high": math.inf},
     }[name]  # fmt: skip
     theirs = trl_trainer(tmp_path, make_model, tokenizer, prompts, **options)
-    ours = _named(tmp_path, make_model, tokenizer, prompts, name)
+    ours = named(tmp_path, make_model, tokenizer, prompts, name)
     assert ours.scale_rewards == theirs.scale_rewards
     inputs = rollout(tokenizer)
     want, got = loss_and_gradient(theirs, inputs), loss_and_gradient(ours, inputs)
@@ -146,24 +96,10 @@ def test_named_objectives_with_fixed_bounds_are_trl_exactly(name, make_model, to
     torch.testing.assert_close(loss.detach(), want[0], rtol=1e-5, atol=1e-6)
 
 
-def _named(folder, make_model, tokenizer, prompts, name, **changes):
-    args = BandGRPOConfig(**settings(folder, objective=name, **changes))
-    return BandGRPOTrainer(
-        model=make_model(), reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer
-    )
-
-
-def token_logprobs(model, inputs):
-    """From the model's logits, without TRL."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    logits = model(ids, attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)).logits
-    return logits[:, 3:-1].log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-
-
 @pytest.mark.parametrize("name", ["bandpo-kl", "bandpo-tv", "bandpo-chi2", "dcpo"])
 def test_band_in_trl_equals_policy_loss(name, make_model, tokenizer, prompts, tmp_path):
     """TRL with our bounds = our own loss on the same log-probs; kills swapped, ignored or rescaled bounds."""
-    trainer = _named(tmp_path, make_model, tokenizer, prompts, name)
+    trainer = named(tmp_path, make_model, tokenizer, prompts, name)
     inputs = rollout(tokenizer)
     loss, gradient, metrics = loss_and_gradient(trainer, inputs)
     trainer.model.zero_grad()
@@ -213,7 +149,7 @@ def test_other_surrogates_add_their_own_term(make_model, tokenizer, prompts, tmp
 
 
 def test_bounds_are_rebuilt_for_each_token_and_epsilon_is_restored(make_model, tokenizer, prompts, tmp_path):
-    trainer = _named(tmp_path, make_model, tokenizer, prompts, "bandpo-kl")
+    trainer = named(tmp_path, make_model, tokenizer, prompts, "bandpo-kl")
     before = trainer.epsilon_low, trainer.epsilon_high
     loss_and_gradient(trainer, rollout(tokenizer))
     assert (trainer.epsilon_low, trainer.epsilon_high) == before
@@ -270,8 +206,6 @@ def test_trainer_refuses_what_it_cannot_honour(make_model, tokenizer, prompts, t
     make = partial(band_trainer, tmp_path, make_model, tokenizer, prompts)
     with pytest.raises(TypeError, match="BandGRPOConfig"):
         BandGRPOTrainer(model=make_model(), reward_funcs=reward, args=GRPOConfig(**settings(tmp_path)))
-    with pytest.raises(ValueError, match="anchor='rollout'"):
-        make(objective=Objective(bounds=Band(), anchor="rollout"), loss_type="dapo")
     with pytest.raises(ValueError, match="ratio_level='sequence'"):
         make(objective=Objective(bounds=Clip(), ratio_level="sequence"), loss_type="dapo")
     with pytest.raises(ValueError, match="aggregation='token-mean' differs from loss_type='grpo'"):
@@ -307,7 +241,7 @@ def test_warns_when_the_region_can_never_bind(make_model, tokenizer, prompts, tm
 
 
 def train(folder, make_model, tokenizer, prompts, *, resume=None, **changes):
-    trainer = _named(folder, make_model, tokenizer, prompts, "bandpo-kl", **changes)
+    trainer = named(folder, make_model, tokenizer, prompts, "bandpo-kl", **changes)
     trainer.train(resume_from_checkpoint=resume)
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     return weights, trainer.state.log_history
@@ -347,7 +281,7 @@ def test_a_checkpoint_without_its_rollout_is_refused(make_model, tokenizer, prom
 
 
 def test_model_card_names_the_paper(make_model, tokenizer, prompts, tmp_path):
-    trainer = _named(tmp_path, make_model, tokenizer, prompts, "bandpo-kl")
+    trainer = named(tmp_path, make_model, tokenizer, prompts, "bandpo-kl")
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
     assert "2603.04918" in card

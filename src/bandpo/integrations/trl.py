@@ -10,146 +10,26 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
-try:
-    from trl import GRPOConfig, GRPOTrainer
-except ImportError as error:
-    raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
-
-from bandpo.bounds import Band, Clip, RatioBounds
-from bandpo.losses import aggregate, sequence_log_ratio
+from bandpo.bounds import Clip, RatioBounds
+from bandpo.composition import Objective
+from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
+from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
+from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, top_logprobs
+from bandpo.losses import aggregate
 from bandpo.metrics import TRL_NAMES, policy_metrics
-from bandpo.objectives import Aggregation, Objective, get_objective
+from bandpo.regions import TopK
+from bandpo.schedules import Adaptive, Schedule
 from bandpo.surrogates import clip
+from bandpo.tokens import TokenObjective, as_columns, fill, sequence_log_ratio, token_objective
 
-_LOSS_TYPE_OF: dict[str, str] = {
-    "seq-mean-token-mean": "grpo",
-    "token-mean": "dapo",
-    "seq-mean-token-sum-norm": "dr_grpo",
-}
-_AGGREGATION_OF: dict[str, Aggregation] = {
-    "grpo": "seq-mean-token-mean",
-    "dapo": "token-mean",
-    "bnpo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-}
-_SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
 _ROLLOUT_FILE = "bandpo_rollout_{rank}.pt"
-
-
-@dataclass
-class BandGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with an `objective`; its fields and defaults are TRL's except for the ones below.
-
-    `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
-    `epsilon_high` move the interval of an objective with fixed bounds (grpo, dapo, ...). Dual clip is TRL's `delta`, the KL to
-    a reference its `beta`.
-
-    Raises:
-        ValueError: If an option is set that the objective would ignore, or that no TRL loss can express.
-    """
-
-    objective: str = field(
-        default="bandpo-kl",
-        metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
-    )
-    divergence: str | None = field(
-        default=None,
-        metadata={"help": "Divergence of the band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ..."},
-    )
-    radius: float | None = field(
-        default=None, metadata={"help": "Radius δ of the band, in the units of the divergence."}
-    )
-    radius_upper: float | None = field(
-        default=None, metadata={"help": "Radius of the upper side, where it differs from `radius`."}
-    )
-    max_ratio: float | None = field(
-        default=None, metadata={"help": "Cap on the band's upper bound; inf for none. The paper's runs use 10."}
-    )
-    relax: bool = field(
-        default=False, metadata={"help": "Widen the band to at least [0.8, 1.28], the paper's ablation."}
-    )
-    loss_type: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "TRL's normalisation: grpo, dapo, bnpo or dr_grpo. Default: the objective's."}
-    )
-    scale_rewards: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "TRL's advantage scaling: group, batch or none. Default: the objective's."}
-    )
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Width below 1 of an objective with fixed bounds. Default: the objective's."}
-    )
-    epsilon_high: float | None = field(
-        default=None, metadata={"help": "Its width above 1. Default: the objective's, or epsilon where both are equal."}
-    )
-    importance_sampling_level: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "token or sequence. Default: the objective's."}
-    )
-
-    def __post_init__(self) -> None:
-        self._adopt(self.resolve())
-        super().__post_init__()
-
-    def resolve(self) -> Objective:
-        """The objective with the overrides of this config applied."""
-        objective = get_objective(self.objective)
-        bounds = objective.bounds
-        given = {
-            k: getattr(self, k)
-            for k in ("divergence", "radius", "radius_upper", "max_ratio")
-            if getattr(self, k) is not None
-        }
-        if self.relax:
-            given["relax"] = True
-        moved = {k: getattr(self, k) for k in ("epsilon", "epsilon_high") if getattr(self, k) is not None}
-        if isinstance(bounds, Clip):
-            _refuse_ignored(
-                given, self.objective, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective"
-            )
-            low = moved.get("epsilon", bounds.low)
-            bounds = Clip(low, moved.get("epsilon_high", low if bounds.low == bounds.high else bounds.high))
-        elif isinstance(bounds, Band):
-            _refuse_ignored(moved, self.objective, "has no fixed bounds; set radius")
-            bounds = _override_band(bounds, given)
-        else:
-            given |= moved
-            _refuse_ignored(
-                given, self.objective, "has bounds of its own; pass an Objective to BandGRPOTrainer instead"
-            )
-        return dataclasses.replace(objective, bounds=bounds)
-
-    def _adopt(self, objective: Objective) -> None:
-        """Fill TRL's fields from the objective where the user left them, and check those that were set."""
-        if self.loss_type is None:
-            if objective.aggregation not in _LOSS_TYPE_OF:
-                raise ValueError(
-                    f"objective {self.objective!r} aggregates by {objective.aggregation!r}, which no TRL loss_type does; "
-                    f"set loss_type to one of {', '.join(_AGGREGATION_OF)}"
-                )
-            self.loss_type = _LOSS_TYPE_OF[objective.aggregation]
-        if self.loss_type not in _AGGREGATION_OF:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} replaces the objective; with BandGRPOTrainer it only says how tokens are "
-                f"averaged: {', '.join(_AGGREGATION_OF)}"
-            )
-        if self.scale_rewards is None:
-            if objective.advantage not in _SCALE_REWARDS_OF:
-                raise ValueError(
-                    f"objective {self.objective!r}: TRL has no {objective.advantage!r} advantages; set scale_rewards"
-                )
-            self.scale_rewards = _SCALE_REWARDS_OF[objective.advantage]
-        if self.importance_sampling_level is None:
-            self.importance_sampling_level = objective.ratio_level
-        if self.importance_sampling_level != objective.ratio_level:
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
-                f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
-            )
 
 
 class BandGRPOTrainer(GRPOTrainer):
@@ -199,10 +79,14 @@ class BandGRPOTrainer(GRPOTrainer):
                 f"args: pass a BandGRPOConfig (its fields are GRPOConfig's and more), got {type(args).__name__}"
             )
         self.objective = args.resolve() if objective is None else objective
-        self._goes_through_epsilon = self.objective.surrogate is clip
+        self._goes_through_epsilon = _goes_through_epsilon(self.objective)
         self._last_logprobs: Tensor | None = None
+        self.last_rewards = torch.empty(0)
         _refuse_unsupported(self.objective, args, given=objective is not None)
         super().__init__(model, reward_funcs, args, **kwargs)
+        self._refill = Refill(self) if args.dynamic_sampling else None
+        self._radius_rule = args.radius_rule(self.objective, steps=1)
+        self._measured: list[float] = []
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
             warnings.warn(
                 f"The trust region of {self.objective.name!r} can never bind: with num_iterations={args.num_iterations}, "
@@ -217,9 +101,34 @@ class BandGRPOTrainer(GRPOTrainer):
         self._last_logprobs = out[0]
         return out
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        per_function = super()._calculate_rewards(*args, **kwargs)
+        self.last_rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        rollout = self._generate_with_extras(inputs)
+        if self.model.training:
+            if self._refill is not None:
+                rollout = self._refill(rollout, self._generate_with_extras)
+            if isinstance(self._radius_rule, Adaptive) and self._measured:
+                self._radius_rule.update(sum(self._measured) / len(self._measured))
+                self._measured.clear()
+        return rollout
+
+    def _generate_with_extras(self, inputs: Any) -> dict[str, Any]:
+        """TRL's rollout, and what the objective needs of it."""
+        rollout = super()._generate_and_score_completions(inputs)
+        rollout |= group_extras(self, rollout)
+        if isinstance(self.objective.bounds, TopK):
+            values, ids = top_logprobs(self, self.model, rollout, None, self.objective.bounds.k)
+            rollout |= {f"{PREFIX}top_logprobs": values, f"{PREFIX}top_ids": ids}
+        return rollout
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._move_radius()
         old = inputs.get("old_per_token_logps")
-        bounds = None if old is None else self.objective.bounds(old)
+        bounds = self.objective.bounds(old) if self._goes_through_epsilon and old is not None else None
         self._last_logprobs = None
         theirs = inputs
         if not self._goes_through_epsilon:
@@ -233,13 +142,55 @@ class BandGRPOTrainer(GRPOTrainer):
                 "GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies: this version of TRL is not "
                 "supported (pip install 'bandpo[trl]'), or a patch replaced the loss"
             )
-        if old is None or bounds is None:  # TRL leaves them out where every ratio is 1
-            old = new.detach()
-            bounds = self.objective.bounds(old)
-        if not self._goes_through_epsilon:
-            loss = loss + self._policy_term(new, old, bounds, inputs)
-        self._log_band(new.detach(), old, bounds, inputs)
+        old = new.detach() if old is None else old  # TRL leaves them out where every ratio is 1
+        if self._goes_through_epsilon:
+            terms = self._inherited_terms(new.detach(), old, bounds, inputs)
+        else:
+            terms = self._own_terms(model, new, old, inputs)
+            loss = loss + self._policy_term(terms.value, inputs)
+        self._log_band(terms, inputs)
         return loss
+
+    def _own_terms(self, model: Any, new: Tensor, old: Tensor, inputs: dict[str, Any]) -> TokenObjective:
+        """The objective of each token, with the sampler's log-probs and the extras that TRL carried along."""
+        # Without an inference engine the sampler is this model, at the weights of π_old: the same log-probs. vLLM sends NaN for
+        # a token that it could not score.
+        sampled = inputs.get("sampling_per_token_logps")
+        sampled = old if sampled is None else torch.where(sampled.isnan(), old, sampled)
+        extras = {name: inputs[PREFIX + name] for name in self.objective.extras if PREFIX + name in inputs}
+        if isinstance(self.objective.bounds, TopK):
+            ids = inputs[f"{PREFIX}top_ids"]
+            extras = {
+                "old_topk_logprobs": inputs[f"{PREFIX}top_logprobs"],
+                "topk_logprobs": top_logprobs(self, model, inputs, ids, self.objective.bounds.k)[0],
+                "sampled_in_topk": (ids == inputs["completion_ids"].unsqueeze(-1)).any(-1),
+            }
+        return token_objective(
+            self.objective, logprobs=new, old_logprobs=old, rollout_logprobs=sampled, advantages=inputs["advantages"],
+            mask=_mask_of(inputs), extras=extras,
+        )  # fmt: skip
+
+    def _inherited_terms(
+        self, new: Tensor, old: Tensor, bounds: RatioBounds | None, inputs: dict[str, Any]
+    ) -> TokenObjective:
+        """The same for the metrics, where TRL has computed the objective itself."""
+        valid = _mask_of(inputs) != 0
+        log_ratio, old = fill(new - old, valid), fill(old, valid)
+        if self.objective.ratio_level == "sequence":
+            log_ratio = sequence_log_ratio(log_ratio, valid)
+        bounds = self.objective.bounds(old) if bounds is None else bounds
+        return TokenObjective(log_ratio, log_ratio, bounds, old, as_columns(inputs["advantages"], old), None)
+
+    def _move_radius(self) -> None:
+        if self._radius_rule is None or not self.model.training:
+            return
+        rule = self._radius_rule
+        if isinstance(rule, Schedule):
+            radius = dataclasses.replace(rule, steps=self.state.max_steps)(self.state.global_step)
+        else:
+            radius = rule.value
+        # A tensor, because a table for each radius would take longer than to solve for it.
+        self.objective = self.objective.with_radius(torch.tensor(radius, dtype=torch.float64))
 
     @contextmanager
     def _as_epsilon(self, bounds: RatioBounds | None) -> Iterator[None]:
@@ -256,13 +207,9 @@ class BandGRPOTrainer(GRPOTrainer):
         finally:
             self.epsilon_low, self.epsilon_high = saved
 
-    def _policy_term(self, new: Tensor, old: Tensor, bounds: RatioBounds, inputs: dict[str, Any]) -> Tensor:
+    def _policy_term(self, value: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The policy loss of a surrogate that TRL does not know, normalised as TRL's `loss_type` is."""
-        mask, advantages = _mask_of(inputs), _column(inputs["advantages"])
-        log_ratio = torch.where(mask != 0, new - old, 0.0)
-        if self.objective.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, mask)
-        per_token = -self.objective.surrogate(log_ratio, advantages, bounds)
+        mask, per_token = _mask_of(inputs), -value
         if self.use_vllm and self.vllm_importance_sampling_correction:
             per_token = per_token * inputs["importance_sampling_ratio"]
         training = self.model.training
@@ -278,21 +225,17 @@ class BandGRPOTrainer(GRPOTrainer):
         return aggregate(
             per_token,
             mask,
-            _AGGREGATION_OF[self.loss_type],
+            AGGREGATION_OF[self.loss_type],
             normalizer=normalizer,
             max_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
         )
 
     @torch.no_grad()
-    def _log_band(self, new: Tensor, old: Tensor, bounds: RatioBounds, inputs: dict[str, Any]) -> None:
+    def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
         """Our metrics into TRL's log, averaged over processes, with one transfer to the host."""
-        mask = _mask_of(inputs) != 0
-        log_ratio, old = torch.where(mask, new - old, 0.0).float(), torch.where(mask, old, 0.0).float()
-        if self.objective.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, mask)
         report = policy_metrics(
-            log_ratio=log_ratio, old_logprobs=old, advantages=_column(inputs["advantages"]), mask=mask, bounds=bounds,
-            bounds_of=self.objective.bounds,
+            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages,
+            mask=_mask_of(inputs), bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
         )  # fmt: skip
         log = self._metrics["train" if self.model.training else "eval"]
         if not self._goes_through_epsilon:  # TRL counted clips under advantages of 0
@@ -308,12 +251,24 @@ class BandGRPOTrainer(GRPOTrainer):
                 log[name].append(value)
             elif not self._goes_through_epsilon and log[TRL_NAMES[name]]:
                 log[TRL_NAMES[name]][-1] = value
+        if self._radius_rule is not None and self.model.training:
+            radius = float(self.objective.bounds.radius)  # type: ignore[union-attr]
+            log["band/radius"].append(radius)
+            named = dict(zip(report, values, strict=True))
+            by_divergence = isinstance(self._radius_rule, Adaptive) and self._radius_rule.rises
+            self._measured.append(
+                named["band/divergence_mean"] * radius if by_divergence else named["clip_fraction/any"]
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         # TRL alone forgets the rollout that is being reused; a resumed run would go on with another one.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        state = {"step": self._step, "rollout": self._buffered_inputs, "metrics": dict(self._metrics["train"])}
+        state = {
+            "step": self._step, "rollout": self._buffered_inputs, "metrics": dict(self._metrics["train"]),
+            "drawn": self._refill.drawn if self._refill is not None else 0, "measured": self._measured,
+            "radius": self._radius_rule.state_dict() if isinstance(self._radius_rule, Adaptive) else {},
+        }  # fmt: skip
         torch.save(state, folder / _ROLLOUT_FILE.format(rank=self.accelerator.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -329,25 +284,17 @@ class BandGRPOTrainer(GRPOTrainer):
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         self._metrics["train"].update(state["metrics"])
+        self._measured = state["measured"]
+        if self._refill is not None:
+            self._refill.drawn = state["drawn"]
+        if isinstance(self._radius_rule, Adaptive):
+            self._radius_rule.load_state_dict(state["radius"])
 
 
-def _override_band(band: Band, given: dict[str, Any]) -> Band:
-    """A band with the fields of a config put over it; `max_ratio=inf` is no cap."""
-    changes: dict[str, Any] = {k: given[k] for k in ("divergence", "radius") if k in given}
-    if "radius_upper" in given:
-        lower = given.get("radius", band.radius[0] if isinstance(band.radius, tuple) else band.radius)
-        changes["radius"] = (lower, given["radius_upper"])
-    if "max_ratio" in given:
-        changes["max_ratio"] = None if math.isinf(given["max_ratio"]) else given["max_ratio"]
-    if given.get("relax"):
-        changes["relax"] = Clip(0.2, 0.28)
-    return dataclasses.replace(band, **changes)
-
-
-def _refuse_ignored(given: dict[str, Any], objective: str, why: str) -> None:
-    if given:
-        options = ", ".join(f"{k}={v}" for k, v in given.items())
-        raise ValueError(f"{options} would be ignored: objective {objective!r} {why}")
+def _goes_through_epsilon(objective: Objective) -> bool:
+    """Whether TRL computes the whole objective itself when it is handed the bounds."""
+    alone = objective.correction is None and not objective.bounds_inputs
+    return objective.surrogate is clip and objective.anchor == "old" and objective.ratio_level != "product" and alone
 
 
 def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bool) -> None:
@@ -357,26 +304,40 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
             f"GRPOTrainer._compute_loss comes from {GRPOTrainer._compute_loss.__module__}: a patched loss (unsloth?) would "
             "bypass the trust region. Import bandpo.integrations.trl without the patch."
         )
-    if objective.anchor != "old":
+    if objective.anchor == "rollout" or objective.correction is not None:
+        if args.use_vllm and args.vllm_importance_sampling_correction:
+            raise ValueError(
+                f"objective {objective.name!r} accounts for the sampler itself; TRL's correction on top would count the "
+                "mismatch twice: set vllm_importance_sampling_correction=False"
+            )
+        if objective.correction is not None and not args.use_vllm:
+            warnings.warn(
+                f"Objective {objective.name!r} corrects for a sampler that differs from the trainer, and without use_vllm the "
+                "trainer samples itself: all its weights will be 1.",
+                stacklevel=3,
+            )
+    if isinstance(objective.bounds, TopK) and args.use_vllm:
         raise ValueError(
-            f"objective {objective.name!r} has anchor={objective.anchor!r}; BandGRPOTrainer measures against 'old'"
+            f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not hand on from vLLM; "
+            "choose dppo-kl or dppo-tv, or use_vllm=False"
         )
+    level = "sequence" if objective.ratio_level == "sequence" else "token"
     # An objective given as an object can no longer set TRL's fields: they must say the same.
     for name, ours, option, theirs in (
-        ("ratio_level", objective.ratio_level, "importance_sampling_level", args.importance_sampling_level),
-        ("aggregation", objective.aggregation, "loss_type", _AGGREGATION_OF[args.loss_type]),
+        ("ratio_level", level, "importance_sampling_level", args.importance_sampling_level),
+        ("aggregation", objective.aggregation, "loss_type", AGGREGATION_OF[args.loss_type]),
     ):
         if ours != theirs and given:
             raise ValueError(
                 f"the objective's {name}={ours!r} differs from {option}={getattr(args, option)!r} ({theirs}); "
                 f"set {option} in the BandGRPOConfig"
             )
-    if given and args.scale_rewards not in ("batch", _SCALE_REWARDS_OF.get(objective.advantage)):
+    if given and args.scale_rewards not in ("batch", SCALE_REWARDS_OF.get(objective.advantage)):
         raise ValueError(
             f"the objective's advantage={objective.advantage!r} differs from scale_rewards={args.scale_rewards!r}; "
             "set scale_rewards in the BandGRPOConfig"
         )
-    if objective.surrogate is not clip:
+    if not _goes_through_epsilon(objective):
         unsupported = {
             "delta": args.delta is not None,
             "top_entropy_quantile": args.top_entropy_quantile < 1,
@@ -385,14 +346,10 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
         for name, is_set in unsupported.items():
             if is_set:
                 raise ValueError(
-                    f"{name}={getattr(args, name)} acts on TRL's own clipped loss, which this surrogate replaces"
+                    f"{name}={getattr(args, name)} acts on TRL's own clipped loss, which this objective replaces"
                 )
 
 
 def _mask_of(inputs: dict[str, Any]) -> Tensor:
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _column(advantages: Tensor) -> Tensor:
-    return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages

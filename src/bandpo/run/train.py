@@ -18,7 +18,6 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl.models import unwrap_model_for_generation
@@ -31,6 +30,7 @@ from bandpo.run.data import RewardFunction, get_reward, load_prompts, load_task,
 from bandpo.run.evaluate import Evaluation, evaluate
 from bandpo.run.progress import Progress, TrainingProgress, quiet_hosts
 from bandpo.run.report import write_report
+from bandpo.tokens import TokenObjective
 
 _TOKENS_KEPT = 4000
 
@@ -109,15 +109,20 @@ class _Trainer(BandGRPOTrainer):
         self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
         self._draw = random.Random(0)
 
-    def _log_band(self, new: Tensor, old: Tensor, bounds: RatioBounds, inputs: dict[str, Any]) -> None:
-        super()._log_band(new, old, bounds, inputs)
+    def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
+        super()._log_band(terms, inputs)
         valid = inputs["completion_mask"] != 0
-        advantages = inputs["advantages"].unsqueeze(1).expand_as(new)[valid]
-        ratio, lower, upper = (new - old).exp()[valid], bounds.lower[valid], bounds.upper[valid]
-        clipped = ((advantages > 0) & (ratio > upper)) | ((advantages < 0) & (ratio < lower))
-        chosen = self._draw.sample(range(len(ratio)), min(len(ratio), _TOKENS_KEPT // 40))
-        for name, values in (("p", old.exp()[valid]), ("ratio", ratio), ("clipped", clipped.float())):
-            self.tokens[name] = (self.tokens[name] + values[chosen].tolist())[-_TOKENS_KEPT:]
+        p = terms.anchor_logprobs.exp()
+        log_ratio, advantages = (x.detach().expand(valid.shape) for x in (terms.log_ratio, terms.advantages))
+        if isinstance(terms.bounds, RatioBounds):
+            lower, upper = (b.expand(valid.shape) for b in terms.bounds)
+            low, high = log_ratio.exp() < lower, log_ratio.exp() > upper
+        else:
+            low, high = ~terms.bounds & (log_ratio < 0), ~terms.bounds & (log_ratio > 0)
+        clipped = torch.where(advantages > 0, high, low & (advantages < 0)).float()
+        chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_KEPT // 40))
+        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped)):
+            self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]
 
 
 def _choose_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any]) -> str | None:

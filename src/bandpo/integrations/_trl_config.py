@@ -1,0 +1,216 @@
+"""Options of the TRL trainer: GRPOConfig's, and the trust region's."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+try:
+    from trl import GRPOConfig
+except ImportError as error:
+    raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
+
+from bandpo.bounds import Band, Clip
+from bandpo.composition import Aggregation, Objective
+from bandpo.objectives import get_objective
+from bandpo.regions import TopK
+from bandpo.schedules import Adaptive, Schedule
+from bandpo.surrogates import clip
+
+_LOSS_TYPE_OF: dict[str, str] = {
+    "seq-mean-token-mean": "grpo",
+    "token-mean": "dapo",
+    "seq-mean-token-sum-norm": "dr_grpo",
+    "seq-mean-token-sum": "luspo",
+}
+AGGREGATION_OF: dict[str, Aggregation] = {
+    "grpo": "seq-mean-token-mean",
+    "dapo": "token-mean",
+    "bnpo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum",
+}
+SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
+
+
+@dataclass
+class BandGRPOConfig(GRPOConfig):
+    """`GRPOConfig` with an `objective`; its fields and defaults are TRL's except for the ones below.
+
+    `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
+    `epsilon_high` move the interval of an objective with fixed bounds (grpo, dapo, ...). Dual clip is TRL's `delta`, the KL to
+    a reference its `beta`.
+
+    Raises:
+        ValueError: If an option is set that the objective would ignore, or that no TRL loss can express.
+    """
+
+    objective: str = field(
+        default="bandpo-kl",
+        metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
+    )
+    divergence: str | None = field(
+        default=None,
+        metadata={"help": "Divergence of the band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ..."},
+    )
+    radius: float | None = field(
+        default=None, metadata={"help": "Radius δ of the band, in the units of the divergence."}
+    )
+    radius_upper: float | None = field(
+        default=None, metadata={"help": "Radius of the upper side, where it differs from `radius`."}
+    )
+    max_ratio: float | None = field(
+        default=None, metadata={"help": "Cap on the band's upper bound; inf for none. The paper's runs use 10."}
+    )
+    relax: bool = field(
+        default=False, metadata={"help": "Widen the band to at least [0.8, 1.28], the paper's ablation."}
+    )
+    divergence_top_k: int | None = field(
+        default=None, metadata={"help": "Tokens of the sampler that a dppo-topk-* objective stores, K. Default: 20."}
+    )
+    radius_schedule: str = field(
+        default="constant",
+        metadata={"help": "How the radius goes to radius_end over the run: constant, linear, cosine."},
+    )
+    radius_end: float | None = field(default=None, metadata={"help": "Radius at the end of the schedule."})
+    radius_target: str | None = field(
+        default=None,
+        metadata={"help": "Adapt the radius after each rollout: clip_fraction=VALUE or divergence=VALUE (its mean)."},
+    )
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds of sampling other prompts for groups whose rewards are all equal (DAPO); 0 for none."
+        },
+    )
+    loss_type: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "TRL's normalisation: grpo, dapo, bnpo, dr_grpo or luspo. Default: the objective's."},
+    )
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "TRL's advantage scaling: group, batch or none. Default: the objective's."}
+    )
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Width below 1 of an objective with fixed bounds. Default: the objective's."}
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Its width above 1. Default: the objective's, or epsilon where both are equal."}
+    )
+    importance_sampling_level: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "token or sequence. Default: the objective's."}
+    )
+
+    def __post_init__(self) -> None:
+        objective = self.resolve()
+        self._adopt(objective)
+        self.radius_rule(objective, steps=1)
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
+        super().__post_init__()
+
+    def resolve(self) -> Objective:
+        """The objective with the overrides of this config applied."""
+        objective = get_objective(self.objective)
+        bounds = objective.bounds
+        given = {
+            k: getattr(self, k)
+            for k in ("divergence", "radius", "radius_upper", "max_ratio", "divergence_top_k")
+            if getattr(self, k) is not None
+        }
+        if self.relax:
+            given["relax"] = True
+        moved = {k: getattr(self, k) for k in ("epsilon", "epsilon_high") if getattr(self, k) is not None}
+        if isinstance(bounds, Clip):
+            _refuse_ignored(
+                given, self.objective, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective"
+            )
+            if bounds == Clip(1.0, math.inf) and objective.surrogate is not clip:
+                _refuse_ignored(moved, self.objective, "has no interval")
+            low = moved.get("epsilon", bounds.low)
+            bounds = Clip(low, moved.get("epsilon_high", low if bounds.low == bounds.high else bounds.high))
+        elif isinstance(bounds, Band | TopK):
+            _refuse_ignored(moved, self.objective, "has no fixed bounds; set radius")
+            bounds = _override_ball(bounds, given, self.objective)
+        else:
+            given |= moved
+            _refuse_ignored(
+                given, self.objective, "has bounds of its own; pass an Objective to BandGRPOTrainer instead"
+            )
+        return dataclasses.replace(objective, bounds=bounds)
+
+    def radius_rule(self, objective: Objective, steps: int) -> Schedule | Adaptive | None:
+        """What moves the radius during training, None for a constant one."""
+        if self.radius_schedule == "constant" and self.radius_end is None and self.radius_target is None:
+            return None
+        radius = objective.bounds.radius if isinstance(objective.bounds, Band | TopK) else None
+        if not isinstance(radius, int | float):
+            raise ValueError(
+                f"radius_schedule, radius_end and radius_target move one number, and objective {self.objective!r} has "
+                f"{'no radius' if radius is None else f'the radius {radius}'}"
+            )
+        if self.radius_target is None:
+            return Schedule(radius, self.radius_end, steps, self.radius_schedule)  # type: ignore[arg-type]
+        if self.radius_schedule != "constant" or self.radius_end is not None:
+            raise ValueError(f"radius_target={self.radius_target!r} and a radius_schedule are both set; choose one")
+        name, _, value = self.radius_target.partition("=")
+        try:
+            target = float(value)
+        except ValueError:
+            target = math.nan
+        if name not in ("clip_fraction", "divergence") or not target > 0:
+            raise ValueError(f"radius_target={self.radius_target!r}: write clip_fraction=0.01 or divergence=0.001, say")
+        if name == "divergence" and not isinstance(objective.bounds, Band):
+            raise ValueError(f"radius_target={self.radius_target!r}: only a Band reports its realised divergence")
+        return Adaptive(radius, target, rises=name == "divergence", factor=1.25)
+
+    def _adopt(self, objective: Objective) -> None:
+        """Fill TRL's fields from the objective where the user left them, and check those that were set."""
+        if self.loss_type is None:
+            if objective.aggregation not in _LOSS_TYPE_OF:
+                raise ValueError(
+                    f"objective {self.objective!r} aggregates by {objective.aggregation!r}, which no TRL loss_type does; "
+                    f"set loss_type to one of {', '.join(AGGREGATION_OF)}"
+                )
+            self.loss_type = _LOSS_TYPE_OF[objective.aggregation]
+        if self.loss_type not in AGGREGATION_OF:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} replaces the objective; with BandGRPOTrainer it only says how tokens are "
+                f"averaged: {', '.join(AGGREGATION_OF)}"
+            )
+        if self.scale_rewards is None:
+            if objective.advantage not in SCALE_REWARDS_OF:
+                raise ValueError(
+                    f"objective {self.objective!r}: TRL has no {objective.advantage!r} advantages; set scale_rewards"
+                )
+            self.scale_rewards = SCALE_REWARDS_OF[objective.advantage]
+        level = "sequence" if objective.ratio_level == "sequence" else "token"
+        if self.importance_sampling_level is None:
+            self.importance_sampling_level = level
+        if self.importance_sampling_level != level:
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
+                f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
+            )
+
+
+def _override_ball(ball: Band | TopK, given: dict[str, Any], objective: str) -> Band | TopK:
+    """A ball with the fields of a config put over it; `max_ratio=inf` is no cap."""
+    foreign = ("max_ratio", "relax") if isinstance(ball, TopK) else ("divergence_top_k",)
+    _refuse_ignored({k: given[k] for k in foreign if k in given}, objective, f"has a {type(ball).__name__} region")
+    changes: dict[str, Any] = {k: given[k] for k in ("divergence", "radius") if k in given}
+    if "radius_upper" in given:
+        lower = given.get("radius", ball.radius[0] if isinstance(ball.radius, tuple) else ball.radius)
+        changes["radius"] = (lower, given["radius_upper"])
+    if "max_ratio" in given:
+        changes["max_ratio"] = None if math.isinf(given["max_ratio"]) else given["max_ratio"]
+    if "divergence_top_k" in given:
+        changes["k"] = given["divergence_top_k"]
+    if given.get("relax"):
+        changes["relax"] = Clip(0.2, 0.28)
+    return dataclasses.replace(ball, **changes)
+
+
+def _refuse_ignored(given: dict[str, Any], objective: str, why: str) -> None:
+    if given:
+        options = ", ".join(f"{k}={v}" for k, v in given.items())
+        raise ValueError(f"{options} would be ignored: objective {objective!r} {why}")
