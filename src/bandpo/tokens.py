@@ -64,7 +64,7 @@ def token_objective(
     new, old = fill(logprobs, valid), fill(anchor.detach(), valid)
     advantages = fill(as_columns(advantages.detach(), logprobs), valid)
     log_ratio = _at_level(new - old, valid, objective)
-    fused = None if objective.correction else _fused(logprobs, anchor, advantages, valid, objective)
+    fused = _fused(logprobs, anchor, advantages, valid, objective)
     if fused is not None:
         return TokenObjective(fused[0], log_ratio, fused[1], old, advantages, None)
     inputs = {
@@ -155,10 +155,8 @@ def _fused(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
 ) -> tuple[Tensor, RatioBounds] | None:
     """Objective and bounds from one Triton kernel, on CUDA; None where it does not serve."""
-    on_cuda = logprobs.device.type == "cuda" and _has_triton()
-    if not on_cuda or torch.compiler.is_compiling():
-        return None
-    if objective.surrogate is not clip or objective.ratio_level != "token":
+    serves = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
+    if not serves or torch.compiler.is_compiling() or not _runs_triton(logprobs.device.type):
         return None
     from bandpo._kernel import clipped_objective
 
@@ -166,6 +164,6 @@ def _fused(
 
 
 @functools.cache
-def _has_triton() -> bool:
-    """Whether Triton is installed; without it CUDA tensors take the plain path."""
-    return importlib.util.find_spec("triton") is not None
+def _runs_triton(device: str) -> bool:
+    """Whether the kernel can run; without Triton CUDA tensors take the plain path."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
