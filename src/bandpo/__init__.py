@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from bandpo.metrics import policy_metrics as policy_metrics
     from bandpo.objectives import OBJECTIVES as OBJECTIVES
     from bandpo.tokens import TokenObjective as TokenObjective
+    from bandpo.tokens import gradient_weight as gradient_weight
     from bandpo.tokens import sequence_log_ratio as sequence_log_ratio
     from bandpo.tokens import token_objective as token_objective
 
@@ -60,7 +61,7 @@ _HOME = {
     "losses": ["aggregate", "compile", "loss_normalizer", "policy_loss"],
     "metrics": ["approx_kl", "pass_at_k", "policy_metrics"],
     "objectives": ["OBJECTIVES"],
-    "tokens": ["TokenObjective", "sequence_log_ratio", "token_objective"],
+    "tokens": ["TokenObjective", "gradient_weight", "sequence_log_ratio", "token_objective"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _SUBMODULES = (

@@ -63,8 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")
-    bounds.add_argument("--divergence", default="kl", help="kl, reverse_kl, tv, chi2, ... or alpha:VALUE (default: kl)")
-    bounds.add_argument("--radius", type=float, default=0.05, help="δ, in the units of the divergence (default: 0.05)")
+    bounds.add_argument(
+        "--divergence",
+        default="kl",
+        help="kl, reverse_kl, tv, chi2, ... or alpha:VALUE; several by commas (default: kl)",
+    )
+    bounds.add_argument(
+        "--radius", type=float, default=0.05, help="δ, in the units of the (first) divergence (default: 0.05)"
+    )
+    bounds.add_argument(
+        "--match",
+        help="with several divergences, give the others the radius that does the same as the first: upper@P or lower@P (the "
+        "bound of a token of probability P) or max_shift (default: the same radius for all)",
+    )
     bounds.add_argument(
         "--max-ratio", type=float, help="cap on the upper bound; the paper's runs use 10 (default: none)"
     )
@@ -75,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     bounds.set_defaults(run=_bounds)
 
     objectives = commands.add_parser("objectives", help="the named objectives: formula and paper")
+    objectives.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="also draw the gradient weight of each over p and r: one figure (.png, .svg, .pdf), or a folder of them",
+    )
     objectives.set_defaults(run=_objectives)
     return parser
 
@@ -107,45 +124,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _bounds(options: argparse.Namespace) -> None:
-    import torch
+    from bandpo.run.tables import show_bounds
 
-    from bandpo.bounds import Band, Clip
-    from bandpo.divergences import alpha
-
-    name = options.divergence
-    try:
-        divergence = alpha(float(name.partition(":")[2])) if name.startswith("alpha:") else name
-    except ValueError as error:
-        raise ValueError(f"--divergence {name}: after 'alpha:' comes the order, a finite number ({error})") from None
-    band = Band(divergence, options.radius, max_ratio=options.max_ratio)
-    p = torch.tensor([1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999], dtype=torch.float64)
-    lower, upper = band(p.log())
-    label = f"{band.divergence.name}, radius {options.radius:g}"  # type: ignore[union-attr]
-    print(f"{label}{'' if options.max_ratio is None else f', cap {options.max_ratio:g}'}\n")
-    print(f"{'p':>7}  {'lower':>10}  {'upper':>10}  {'1/p':>10}  {'p·upper':>8}   Clip-Higher")
-    wide = Clip(0.2, 0.28)(p.log())
-    for row in zip(p, lower, upper, 1 / p, p * upper, wide.lower, wide.upper, strict=True):
-        values = [x.item() for x in row]
-        print(f"{values[0]:>7g}  {values[1]:>10.4g}  {values[2]:>10.4f}  {values[3]:>10.4f}  {values[4]:>8.4f}   "
-              f"{values[5]:.2f} … {values[6]:.2f}")  # fmt: skip
-    if not options.no_figure:
-        from bandpo.plots import plot_bounds
-
-        if options.output.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--output {options.output}: the figure must end in .png, .svg or .pdf")
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        plot_bounds(band, f"band: {label}").savefig(options.output, dpi=150)
-        print(f"\nfigure: {options.output}")
+    show_bounds(options)
 
 
-def _objectives(_: argparse.Namespace) -> None:
-    from bandpo.objectives import OBJECTIVES
+def _objectives(options: argparse.Namespace) -> None:
+    from bandpo.run.tables import show_objectives
 
-    for name, objective in OBJECTIVES.items():
-        print(f"{name}\n    {objective.formula}\n    {objective.paper}")
-        print(
-            f"    aggregation {objective.aggregation}, advantage {objective.advantage}, ratio per {objective.ratio_level}\n"
-        )
+    show_objectives(options)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,50 @@ def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[flo
             yscale="log", ylim=(0.02, 60), xlim=(-11.5, 7), xlabel="probability of the token under the old policy, p",
             ylabel="ratio r = π/π_old",
         )  # fmt: skip
-        ticks = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
-        axes.set_xticks(ticks.logit().tolist(), ["1e-5", "1e-4", "0.001", "0.01", "0.1", "0.5", "0.9", "0.99", "0.999"])
-        axes.set_yticks([0.05, 0.2, 0.5, 1, 2, 5, 10, 50], ["0.05", "0.2", "0.5", "1", "2", "5", "10", "50"])
-        axes.minorticks_off()
+        _probability_axes(axes)
         axes.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def plot_families(bands: Mapping[str, Bounds], *, matched: str | None = None) -> Figure:
+    """The intervals of several balls over p, for radii that were matched by `match_radius`.
+
+    Args:
+        bands: Label and bounds of each.
+        matched: By what, for the title.
+    """
+    logit = torch.linspace(-11.5, 7, 1000, dtype=torch.float64)
+    logp = torch.nn.functional.logsigmoid(logit)
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+        looks = [(c, s) for s in ("-", "--", ":") for c in (BLUE, ORANGE, GREEN, PINK, BLACK)]
+        for (label, band), (colour, style) in zip(bands.items(), looks, strict=False):
+            _draw_interval(axes, logit, band(logp), colour, label, style=style)
+        axes.plot(logit, (-logp).exp(), color=GREY, lw=1, label="simplex limit, 1/p")
+        axes.set(
+            yscale="log", ylim=(0.02, 60), xlim=(-11.5, 7), xlabel="probability of the token under the old policy, p",
+            ylabel="ratio r = π/π_old", title="the same radius" if matched is None else f"radii matched by {matched}",
+        )  # fmt: skip
+        _probability_axes(axes)
+        axes.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def plot_convergence(groups: Mapping[str, Mapping[str, Sequence[float]]], *, title: str = "") -> Figure:
+    """Distance to the optimal value over the outer steps of tabular PPO-Clip (`bandpo.lab.tabular`), on a log scale.
+
+    Args:
+        groups: For each group, drawn in a style of its own, the gaps of its runs; a run has the same colour in every group.
+        title: Of the figure.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+        for (group, runs), style in zip(groups.items(), ("-", "--", ":"), strict=False):
+            for (label, gaps), colour in zip(runs.items(), (BLUE, ORANGE, GREEN, PINK, BLACK), strict=False):
+                width = 3.0 if colour == BLUE else 1.5  # the second curve may lie on the first
+                axes.plot([max(g, 1e-16) for g in gaps], color=colour, ls=style, lw=width, label=f"{group}, {label}")
+        axes.set(yscale="log", xlabel="outer step n", ylabel="V* - V(π_n)", title=title)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(groups))
     return figure
 
 
@@ -108,6 +147,13 @@ def plot_clip_by_probability(log: Log) -> Figure:
         for axes in (top, bottom):
             axes.grid(visible=False, axis="x")
     return figure
+
+
+def _probability_axes(axes: Axes) -> None:
+    ticks = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
+    axes.set_xticks(ticks.logit().tolist(), ["1e-5", "1e-4", "0.001", "0.01", "0.1", "0.5", "0.9", "0.99", "0.999"])
+    axes.set_yticks([0.05, 0.2, 0.5, 1, 2, 5, 10, 50], ["0.05", "0.2", "0.5", "1", "2", "5", "10", "50"])
+    axes.minorticks_off()
 
 
 def _draw_interval(

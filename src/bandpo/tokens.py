@@ -86,6 +86,42 @@ def token_objective(
     return TokenObjective(value * weights, log_ratio, bounds, old, advantages, weights)
 
 
+def gradient_weight(
+    objective: Objective,
+    ratios: Tensor,
+    probabilities: Tensor,
+    advantage: float,
+    extras: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The weight w in `∇ = A·r·w(r, p, A)·∇log π` of tokens that are sequences of their own; the form all objectives share.
+
+    Args:
+        objective: Whose weight.
+        ratios: r > 0, any shape.
+        probabilities: p of the anchor, the same shape, in (0, 1); `p·r > 1` gives NaN, there is no such policy.
+        advantage: A, not 0.
+        extras: Extras of the objective, one row for each token.
+
+    Returns:
+        float64 tensor of the shape of `ratios`.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES
+        >>> gradient_weight(OBJECTIVES["grpo"], torch.tensor([1.1, 1.3]), torch.tensor([0.5, 0.5]), 1.0)
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    r, p = ratios.detach().to(torch.float64).reshape(-1, 1), probabilities.detach().to(torch.float64).reshape(-1, 1)
+    new = (p * r).log().requires_grad_()
+    a = torch.full_like(r, advantage)
+    value = token_objective(
+        objective, logprobs=new, old_logprobs=p.log(), rollout_logprobs=p.log(), advantages=a, mask=torch.ones_like(r),
+        extras=extras,
+    ).value  # fmt: skip
+    (gradient,) = torch.autograd.grad(value.sum(), new)
+    weight = torch.where(p * r > 1, torch.nan, gradient / (a * r))
+    return weight.view(ratios.shape)
+
+
 def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """Length-normalised log-ratio of each sequence, `mean_t log r_t`, `(batch, 1)` (GSPO, arXiv:2507.18071, eq. 7).
 

@@ -71,6 +71,30 @@ def test_bounds_prints_the_table_and_writes_the_figure(capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[3:] == alpha_rows
 
 
+def test_bounds_of_families_with_matched_radii(capsys, tmp_path):
+    figure = tmp_path / "families.svg"
+    command = ["bounds", "--divergence", "kl, tv,chi2", "--match", "upper@0.01", "--output", str(figure)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(label in out for label in ("KL, radius 0.05", "TV, radius 0.0681", "CHI2, radius 0.4684"))
+    row = next(line for line in out.splitlines() if line.split()[0] == "0.01")
+    assert row.count("7.8098") == 3
+    assert figure.read_text().startswith("<?xml")
+    assert main(["bounds", "--divergence", "kl,tv", "--no-figure"]) == 0
+    assert "TV, radius 0.05" in capsys.readouterr().out
+
+
+def test_objectives_plot_is_one_figure_or_a_folder(capsys, tmp_path):
+    from bandpo import OBJECTIVES
+
+    assert main(["objectives", "--plot", str(tmp_path / "new" / "zoo.svg")]) == 0
+    picture = (tmp_path / "new" / "zoo.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert main(["objectives", "--plot", str(tmp_path / "zoo")]) == 0
+    assert {p.stem for p in (tmp_path / "zoo").iterdir()} == set(OBJECTIVES)
+    assert "figures:" in capsys.readouterr().out
+
+
 def test_objectives_lists_name_formula_and_paper(capsys):
     from bandpo import OBJECTIVES
 
@@ -100,6 +124,10 @@ def test_no_command_prints_the_help_and_version_the_version(capsys):
         (["bounds", "--radius", "-1"], "radius.*-1"),
         (["bounds", "--max-ratio", "0.2", "--no-figure"], "max_ratio.*0.2"),
         (["bounds", "--output", "band.doc"], "must end in .png"),
+        (["bounds", "--match", "max_shift"], "--match max_shift needs several divergences"),
+        (["bounds", "--divergence", "kl,tv", "--match", "upper", "--no-figure"], "choose 'upper@P'"),
+        (["bounds", "--divergence", "kl,tvv"], "'tvv'"),
+        (["objectives", "--plot", "zoo.doc"], "must end in .png"),
         (["evaluate", "/no/such/model"], "cannot load /no/such/model"),
         (["evaluate", "x", "--task", "chess"], "chess.*countdown"),
         (["evaluate", "x", "--task", "countdown", "--dataset", "y"], "both set"),

@@ -1,6 +1,9 @@
 """What the README and the docs show runs, and every public name has an entry."""
 
 import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,9 +65,31 @@ def test_every_public_name_has_an_entry_in_the_api_page():
 
 
 def test_every_objective_and_divergence_has_a_row():
-    objectives, theory = (ROOT / "docs" / "objectives.md").read_text(), (ROOT / "docs" / "theory.md").read_text()
-    assert all(f"| `{name}` |" in objectives for name in bandpo.OBJECTIVES)
+    zoo, theory = (ROOT / "docs" / "zoo.md").read_text(), (ROOT / "docs" / "theory.md").read_text()
     assert all(f"| `{d.name}`" in theory for d in bandpo.DIVERGENCES.values())
+    rows = {row.split("|")[2].strip(" `"): row for row in zoo.splitlines() if row.startswith("| ![")}
+    assert list(rows) == list(bandpo.OBJECTIVES)
+    for name, objective in bandpo.OBJECTIVES.items():
+        for text in (objective.formula.replace("|", "∣"), objective.paper, objective.aggregation, f"zoo/{name}.png"):
+            assert text in rows[name], (name, text)
+
+
+def test_surrogates_and_regions_have_rows():
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    for objective in bandpo.OBJECTIVES.values():
+        surrogate = objective.surrogate
+        surrogate = surrogate.func if isinstance(surrogate, partial) else surrogate
+        assert f"`{surrogate.__name__}`" in page
+        assert re.search(rf"`(regions\.)?{type(objective.bounds).__name__}`", page)
+
+
+@pytest.mark.slow
+def test_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        out = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr
+        assert "figure:" in out.stdout
 
 
 def test_links_inside_the_docs_lead_somewhere():

@@ -30,6 +30,27 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dppo-topk-kl", ["--divergence_top_k", "5"]),  # a region that is no interval
+        ("quatro-reading", []),  # one ratio for a sequence, statistics of groups
+        ("bapo-reading", []),  # bounds of the batch
+        ("bandpo-kl", ["--radius_target", "clip_fraction=0.01", "--dynamic_sampling", "2"]),
+    ],
+)
+def test_any_region_trains_and_has_a_report(name, options, tmp_path):
+    result = bandpo("train", "--objective", name, *options, *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert name in (folder / "report.html").read_text()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert "clip_fraction_by_prob/any/0.1:0.5" in rows[0]
+    if options and name == "bandpo-kl":
+        assert {"band/radius", "dynamic_sampling/rounds"} <= {key for row in rows for key in row}
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("task", ["countdown", "chain_sum", "letter_counting"])
 def test_train_leaves_everything_it_promises(task, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
