@@ -1,0 +1,212 @@
+"""Learning problems of the lab as tensors: prompts of one length, demonstrations for the warm-up, a verifiable reward.
+
+`paths` and `addition` are built so that a rare way is the better one; the others are reasoning-gym's, from `bandpo.lab.tasks`.
+Train and held-out prompts never share a problem.
+"""
+
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from bandpo.lab.models import build_tokenizer
+from bandpo.lab.tasks import TASKS, make_splits, score
+
+PAD, END, FIRST = 0, 1, 3  # of the lab's tokenizer; FIRST is its first character
+VOCABULARY = 98
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Prompts, demonstrations and a reward.
+
+    Args:
+        name: For tables.
+        description: One line.
+        prompts: Training prompts, `(count, width)`.
+        held_out: Prompts of the evaluation.
+        demonstrations: Prompts and completions that the warm-up learns, `(count, width + length)`, padded with PAD.
+        length: Tokens of the longest completion, its end included.
+        reward: `(prompt tokens, completion tokens before END) -> 0 or 1`.
+        text: Shows tokens to people.
+        warm_up_steps: Supervised steps that leave most groups with a signal.
+    """
+
+    name: str
+    description: str
+    prompts: Tensor
+    held_out: Tensor
+    demonstrations: Tensor
+    length: int
+    reward: Callable[[tuple[int, ...], tuple[int, ...]], float]
+    text: Callable[[list[int]], str]
+    warm_up_steps: int
+
+    def rewards(self, prompts: Tensor, completions: Tensor) -> Tensor:
+        """Rewards of completions `(count, length)`; one that never ends is wrong."""
+        found = [
+            self.reward(tuple(p), tuple(c[: c.index(END)])) if END in c else 0.0
+            for p, c in zip(prompts.tolist(), completions.tolist(), strict=True)
+        ]
+        return torch.tensor(found)
+
+
+@lru_cache
+def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
+    """Walk from one node of a random graph to another; the demonstrations prefer each node's first edges, heavy-tailed.
+
+    A prompt is start and goal, a completion the nodes after the start. The demonstrations are random walks whose edges have
+    probabilities 1, 1/4, 1/9, 1/16 (normalised), so that most short ways use an edge which the warmed-up model finds unlikely.
+    """
+    draw = random.Random(seed)
+    edges = [draw.sample([j for j in range(nodes) if j != i], degree) for i in range(nodes)]
+    weights = [1 / (k + 1) ** 2 for k in range(degree)]
+    longest = 6
+    walks: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for _ in range(60_000):
+        walk = [draw.randrange(nodes)]
+        for _ in range(draw.randint(2, longest)):
+            walk.append(draw.choices(edges[walk[-1]], weights)[0])
+        if walk[0] != walk[-1] and walk[-1] not in walk[1:-1]:
+            walks.setdefault((walk[0], walk[-1]), []).append(tuple(walk[1:]))
+    pairs = sorted(walks)
+    draw.shuffle(pairs)
+    held_out, train = pairs[:192], pairs[192:]
+    demonstrations = [(*pair, *walk, END) for pair in train for walk in walks[pair]]
+
+    def reward(prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+        here, goal = (t - FIRST for t in prompt)
+        for token in completion:
+            if token - FIRST not in edges[here]:
+                return 0.0
+            here = token - FIRST
+        return float(bool(completion) and here == goal)
+
+    return Problem(
+        name="paths",
+        description=f"reach a node of a {nodes}-node graph, edges of heavy-tailed probability",
+        prompts=torch.tensor(train) + FIRST,
+        held_out=torch.tensor(held_out) + FIRST,
+        demonstrations=_pad([[t + FIRST for t in d[:-1]] + [END] for d in demonstrations]),
+        length=longest + 2,
+        reward=reward,
+        text=lambda tokens: "→".join(str(t - FIRST) for t in tokens if t >= FIRST),
+        warm_up_steps=400,
+    )
+
+
+@lru_cache
+def addition(rare: float = 0.02, right: float = 0.4, seed: int = 0) -> Problem:
+    """Add two three-digit numbers, directly or digit by digit from the right.
+
+    The demonstrations are mostly direct sums (`=579`) of which only a share is right, and rarely the sum with its digits
+    reversed and marked (`<975`), which is always right and easy to compute: a common weak strategy and a rare strong one.
+
+    Args:
+        rare: Share of demonstrations of the strong strategy.
+        right: Share of direct ones that are right.
+        seed: Of the numbers.
+    """
+    draw = random.Random(seed)
+    numbers = list({(draw.randint(100, 999), draw.randint(100, 999)) for _ in range(16_000)})
+    numbers.sort()
+    draw.shuffle(numbers)
+    held_out, train = numbers[:192], numbers[192:]
+    demonstrations: list[str] = []
+    for a, b in train:
+        total = a + b
+        if draw.random() < rare:
+            demonstrations.append(f"{a}+{b}<{str(total)[::-1]}")
+        else:
+            wrong = total + draw.choice([-1, 1]) * draw.choice([1, 10, 100])
+            demonstrations.append(f"{a}+{b}={total if draw.random() < right else wrong}")
+
+    def reward(prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+        a, b = _decode(prompt).split("+")
+        answer = _decode(completion)
+        total = str(int(a) + int(b))
+        return float(answer in (f"={total}", f"<{total[::-1]}"))
+
+    return Problem(
+        name="addition",
+        description=f"three-digit sums, {rare:.0%} of demonstrations by the strategy that works",
+        prompts=torch.tensor([_encode(f"{a}+{b}") for a, b in train]),
+        held_out=torch.tensor([_encode(f"{a}+{b}") for a, b in held_out]),
+        demonstrations=_pad([[*_encode(d), END] for d in demonstrations]),
+        length=6,
+        reward=reward,
+        text=lambda tokens: _decode(tuple(tokens)),
+        warm_up_steps=1500,
+    )
+
+
+@lru_cache
+def reasoning(task: str) -> Problem:
+    """One of `bandpo.lab.tasks`, its prompts filled up with spaces on the left to one length."""
+    chosen = TASKS[task]
+    train, held_out = make_splits(chosen, None, 192)
+    widest = max(len(row["prompt"]) for row in [*train, *held_out])
+    widest = min(widest, 26)  # a few long ones of letter_counting would make all others long
+    train, held_out = ([r for r in rows if len(r["prompt"]) <= widest] for rows in (train, held_out))
+    metadata = {r["prompt"]: r["metadata"] for r in [*train, *held_out]}
+
+    def reward(prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+        problem, answer = _decode(prompt).lstrip(), _decode(completion)
+        if task == "countdown":
+            return _countdown(problem, answer)
+        return score(task, answer, metadata[problem])
+
+    return Problem(
+        name=task,
+        description=chosen.description,
+        prompts=torch.tensor([_encode(r["prompt"].rjust(widest)) for r in train]),
+        held_out=torch.tensor([_encode(r["prompt"].rjust(widest)) for r in held_out]),
+        demonstrations=_pad([[*_encode(r["prompt"].rjust(widest) + r["answer"]), END] for r in train]),
+        length=chosen.max_completion_length,
+        reward=reward,
+        text=lambda tokens: _decode(tuple(tokens)).lstrip(),
+        warm_up_steps=250,
+    )
+
+
+PROBLEMS: Mapping[str, Callable[[], Problem]] = MappingProxyType(
+    {"paths": paths, "addition": addition, **{name: (lambda name=name: reasoning(name)) for name in TASKS}}
+)
+"""The learning problems by name; calling one makes it."""
+
+
+@lru_cache(maxsize=200_000)
+def _countdown(problem: str, answer: str) -> float:
+    """What reasoning-gym's scorer says of short sums of the given numbers (tests/lab/test_problems.py), a thousand times faster."""
+    numbers, target = problem.rstrip(":").split("=")
+    if not re.fullmatch(r"[+-]?\d+([+-]\d+)*", answer):
+        return 0.0
+    terms = re.findall(r"[+-]?\d+", answer)
+    used = sorted(int(t.lstrip("+-")) for t in terms)
+    return float(used == sorted(map(int, numbers.split(","))) and sum(map(int, terms)) == int(target))
+
+
+@lru_cache(maxsize=1)
+def _characters() -> tuple[dict[str, int], dict[int, str]]:
+    ids = {c: i for c, i in build_tokenizer().get_vocab().items() if len(c) == 1}
+    return ids, {i: c for c, i in ids.items()}
+
+
+def _encode(text: str) -> list[int]:
+    ids = _characters()[0]
+    return [ids[c] for c in text]
+
+
+def _decode(tokens: tuple[int, ...]) -> str:
+    characters = _characters()[1]
+    return "".join(characters.get(t, "") for t in tokens)
+
+
+def _pad(rows: list[list[int]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])

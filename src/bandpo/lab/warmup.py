@@ -1,0 +1,92 @@
+"""Supervised warm-up of several checkpoints of a problem at once, cached."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+from bandpo.lab.problems import PAD, PROBLEMS, Problem
+from bandpo.lab.stack import Adam, Stack
+
+_FORMAT = 1  # part of the cache's key: raise it when what is built from the same config changes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What decides a warmed-up model of the lab.
+
+    Args:
+        problem: A name in `PROBLEMS`.
+        seed: Of weights and batches.
+        hidden_size: Width.
+        layers: Depth.
+        batch_size: Demonstrations of a step.
+        learning_rate: Peak of its cosine schedule.
+    """
+
+    problem: str
+    seed: int = 0
+    hidden_size: int = 64
+    layers: int = 2
+    batch_size: int = 128
+    learning_rate: float = 4e-3
+
+    @property
+    def path(self) -> Path:
+        """Where it is cached: the user's cache directory, or $BANDPO_CACHE."""
+        problem = PROBLEMS[self.problem]()
+        data = hashlib.sha256(problem.demonstrations.numpy().tobytes()).hexdigest()
+        decides = json.dumps([_FORMAT, asdict(self), problem.warm_up_steps, data], sort_keys=True)
+        root = os.environ.get("BANDPO_CACHE") or platformdirs.user_cache_dir("bandpo")
+        return Path(root) / "lab" / f"{self.problem}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.pt"
+
+
+def warmed_up(checkpoints: list[Checkpoint]) -> Stack:
+    """A stack with one run for each checkpoint, all of one problem and size; those not in the cache are made together."""
+    missing = list(dict.fromkeys(c for c in checkpoints if not c.path.exists()))
+    tokenizer = build_tokenizer()
+
+    def fresh(c: Checkpoint) -> object:
+        size = WarmUp(hidden_size=c.hidden_size, layers=c.layers, seed=c.seed)
+        return build_model(size, tokenizer)
+
+    if missing:
+        stack = Stack.load([fresh(c) for c in missing])
+        _learn(stack, missing, PROBLEMS[missing[0].problem]())
+        for run, checkpoint in enumerate(missing):
+            checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=checkpoint.path.parent, delete=False) as aside:
+                torch.save({name: w[run].clone() for name, w in stack.weights.items()}, aside)
+            Path(aside.name).replace(checkpoint.path)
+    loaded = [torch.load(c.path, weights_only=True) for c in checkpoints]
+    shape = Stack.load([fresh(checkpoints[0])]).shape
+    return Stack({name: torch.stack([state[name] for state in loaded]) for name in loaded[0]}, shape)
+
+
+def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> None:
+    first = checkpoints[0]
+    rows, width = problem.demonstrations, problem.prompts.shape[1]
+    for w in stack.weights.values():
+        w.requires_grad_()
+    rates = torch.full((stack.runs,), first.learning_rate)
+    optimizer = Adam(stack.weights, rates)
+    draws = [torch.Generator().manual_seed(c.seed) for c in checkpoints]
+    for step in range(problem.warm_up_steps):
+        x = torch.stack([rows[torch.randint(len(rows), (first.batch_size,), generator=g)] for g in draws])
+        done = step / problem.warm_up_steps
+        optimizer.rates = rates * min(1.0, step / 50) * (1 + math.cos(math.pi * done)) / 2
+        logits = stack.logits(x[..., :-1], x.shape[-1] - width)
+        targets = x[..., width:]
+        loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD, reduction="none")
+        per_run = loss.view(stack.runs, -1).sum(1) / (targets != PAD).flatten(1).sum(1)
+        optimizer.step(torch.autograd.grad(per_run.sum(), list(stack.weights.values())))
+    for w in stack.weights.values():
+        w.requires_grad_(False)
