@@ -21,8 +21,8 @@ from bandpo.tokens import token_objective
 class Tree:
     """A chain of `depth` choices among `arms`; the best way takes the rare first arm each time.
 
-    A way's reward is `best` for the rare way, `weak` for the way that takes the second arm each time, else `other`. The reward is
-    that of a bandit with `arms` arms at depth 1. Policies are softmax tables, one for each prefix.
+    A way's reward is `best` for the rare way, `weak` for the way that takes the second arm each time, else `other`: at
+    depth 1, a bandit. Policies are softmax tables, one for each prefix.
 
     Args:
         arms: At each choice.
@@ -45,8 +45,10 @@ class Tree:
     def __post_init__(self) -> None:
         if self.arms < 3 or not 1 <= self.depth <= 4:
             raise ValueError(f"Tree: at least 3 arms and a depth of 1 to 4, got {self.arms} and {self.depth}")
-        if not (0 < self.rare and 0 < self.common and self.rare + self.common < 1):
-            raise ValueError(f"Tree: rare and common must be positive and below 1 together, got {self.rare}, {self.common}")
+        if not (self.rare > 0 and self.common > 0 and self.rare + self.common < 1):
+            raise ValueError(
+                f"Tree: rare and common must be positive and below 1 together, got {self.rare}, {self.common}"
+            )
 
     @property
     def prefixes(self) -> int:
@@ -108,7 +110,11 @@ def run_tree(
         raise ValueError(f"optimizer: got {optimizer!r}; choose adam or sgd")
     g = torch.Generator().manual_seed(seed)
     theta = tree.start().expand(seeds, -1, -1).clone().requires_grad_()
-    step = torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95)) if optimizer == "adam" else torch.optim.SGD([theta], lr=learning_rate)
+    step = (
+        torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
+        if optimizer == "adam"
+        else torch.optim.SGD([theta], lr=learning_rate)
+    )
     rows = queries * group
     total, discovery = torch.zeros(seeds), torch.full((seeds,), batches)
     curve: list[Tensor] = []
@@ -148,7 +154,7 @@ def run_tree(
 def largest_shift(bounds: Bounds, probabilities: Sequence[float]) -> list[float]:
     """How far one update may raise a token's probability before its gradient stops: `min(p·r_up, 1) - p`. The bottleneck.
 
-    Under a fixed clip it is `ε·p`, next to nothing for rare tokens; under a ball it tends to q₀, `1 - e^(-δ)` for KL and δ for TV.
+    Under a fixed clip it is `ε·p`, next to nothing for rare tokens; under a ball it tends to q₀: `1 - e^(-δ)` for KL, δ for TV.
     The policy can still move further by momentum and through other tokens; this is what its own gradient may do.
 
     Args:
@@ -189,7 +195,10 @@ def updates_to_common(bounds: Bounds, rare: float, common: float = 0.5, limit: i
 def _draw(tree: Tree, policy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Ways `(seeds, rows, depth)`, and the table that each choice is made from."""
     seeds, rows, depth = noise.shape
-    ways, tables = torch.zeros(seeds, rows, depth, dtype=torch.int64), torch.zeros(seeds, rows, depth, dtype=torch.int64)
+    ways, tables = (
+        torch.zeros(seeds, rows, depth, dtype=torch.int64),
+        torch.zeros(seeds, rows, depth, dtype=torch.int64),
+    )
     prefix, first = torch.zeros(seeds, rows, dtype=torch.int64), 0
     for d in range(depth):
         tables[..., d] = first + prefix

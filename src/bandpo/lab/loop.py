@@ -125,7 +125,9 @@ class Loop:
         self.setting, self.runs = setting, list(runs)
         for run in self.runs:
             if run.objective.extras and run.objective.group_stats is None:
-                raise ValueError(f"objective {run.objective.name!r} needs extras the lab does not have: {run.objective.extras}")
+                raise ValueError(
+                    f"objective {run.objective.name!r} needs extras the lab does not have: {run.objective.extras}"
+                )
         self.problem: Problem = PROBLEMS[setting.problem]()
         self.stack = warmed_up(
             [Checkpoint(setting.problem, r.warm_up, setting.hidden_size, setting.layers) for r in self.runs]
@@ -166,7 +168,10 @@ class Loop:
         for i, result in enumerate(self.results):
             result.reward.append(rewards[i].mean().item())
             result.entropy.append(-(rollout.logprobs[i].sum() / rollout.mask[i].sum()).item())
-        advantages = [group_advantages(r, s.group, kind=run.objective.advantage) for r, run in zip(rewards, self.runs, strict=True)]
+        advantages = [
+            group_advantages(r, s.group, kind=run.objective.advantage)
+            for r, run in zip(rewards, self.runs, strict=True)
+        ]
         extras = [
             run.objective.group_inputs(r, a, s.group) for run, r, a in zip(self.runs, rewards, advantages, strict=True)
         ]
@@ -220,8 +225,11 @@ class Loop:
         if self.setting.lag:
             self._past.append({name: w.detach().clone() for name, w in self.stack.weights.items()})
         sampler = Stack(self._past[0], self.stack.shape) if self.setting.lag else self.stack
-        noise = torch.stack([torch.rand(*prompts.shape[1:2], self.problem.length, generator=g) for g in self.draws])
-        return sampler.sample(prompts, noise, end=END, pad=PAD, temperature=self.setting.temperature)
+        noise = torch.stack([torch.rand(prompts.shape[1], self.problem.length, generator=g) for g in self.draws])
+        return sampler.sample(
+            prompts[:, :: self.setting.group], noise, end=END, pad=PAD, repeats=self.setting.group,
+            temperature=self.setting.temperature,
+        )  # fmt: skip
 
     def _evaluate(self, stage: str) -> None:
         k, held_out = self.setting.eval_samples, self.problem.held_out
@@ -229,8 +237,9 @@ class Loop:
         noise = torch.rand(len(prompts), self.problem.length, generator=torch.Generator().manual_seed(20_261_124))
         runs = len(self.runs)
         rollout = self.stack.sample(
-            prompts.expand(runs, -1, -1), noise.expand(runs, -1, -1), end=END, pad=PAD, temperature=self.setting.temperature
-        )
+            held_out.expand(runs, -1, -1), noise.expand(runs, -1, -1), end=END, pad=PAD, repeats=k,
+            temperature=self.setting.temperature,
+        )  # fmt: skip
         for i, result in enumerate(self.results):
             rewards = self.problem.rewards(prompts, rollout.tokens[i]).view(-1, k)
             right = rewards.sum(1).to(torch.int64)

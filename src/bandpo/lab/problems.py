@@ -96,7 +96,7 @@ def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
         length=longest + 2,
         reward=reward,
         text=lambda tokens: "→".join(str(t - FIRST) for t in tokens if t >= FIRST),
-        warm_up_steps=400,
+        warm_up_steps=1200,
     )
 
 
@@ -152,7 +152,10 @@ def reasoning(task: str) -> Problem:
     train, held_out = make_splits(chosen, None, 192)
     widest = max(len(row["prompt"]) for row in [*train, *held_out])
     widest = min(widest, 26)  # a few long ones of letter_counting would make all others long
-    train, held_out = ([r for r in rows if len(r["prompt"]) <= widest] for rows in (train, held_out))
+    known = set(_characters()[0])
+    train, held_out = (
+        [r for r in rows if len(r["prompt"]) <= widest and known.issuperset(r["prompt"])] for rows in (train, held_out)
+    )
     metadata = {r["prompt"]: r["metadata"] for r in [*train, *held_out]}
 
     def reward(prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
@@ -182,7 +185,7 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = MappingProxyType(
 
 @lru_cache(maxsize=200_000)
 def _countdown(problem: str, answer: str) -> float:
-    """What reasoning-gym's scorer says of short sums of the given numbers (tests/lab/test_problems.py), a thousand times faster."""
+    """What reasoning-gym's scorer says of sums without brackets (tests/lab/test_problems.py), a thousand times faster."""
     numbers, target = problem.rstrip(":").split("=")
     if not re.fullmatch(r"[+-]?\d+([+-]\d+)*", answer):
         return 0.0

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class Shape(NamedTuple):
     """What the weights do not say."""
@@ -66,12 +64,11 @@ class Stack:
 
     def logits(self, ids: Tensor, keep: int) -> Tensor:
         """Logits after each of the last `keep` positions of `(runs, sequences, time)` tokens without padding."""
-        x = self._embed(ids)
+        x, fused = self._embed(ids), self._fused()
         turn = self._turn(torch.arange(ids.shape[-1]))
         for layer in range(self.shape.layers):
-            q, k, v = self._project(layer, x, turn)
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = self._finish_layer(layer, x, mixed)
+            q, k, v = self._project(layer, x, turn, fused)
+            x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
         return self._head(x[..., -keep:, :])
 
     def logprobs(self, prompts: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
@@ -88,47 +85,74 @@ class Stack:
         return -(scores.exp() * scores).sum(-1)
 
     @torch.no_grad()
-    def sample(self, prompts: Tensor, noise: Tensor, *, end: int, pad: int, temperature: float = 1.0) -> Rollout:
+    def sample(
+        self, prompts: Tensor, noise: Tensor, *, end: int, pad: int, repeats: int = 1, temperature: float = 1.0
+    ) -> Rollout:
         """Completions drawn by inverting the distribution function at `noise`.
 
         Args:
-            prompts: `(runs, sequences, time)`, all of one length.
-            noise: `(runs, sequences, new)`, uniform in [0, 1): the same noise gives the same completions.
+            prompts: `(runs, prompts, time)`, all of one length; each is read once, whatever `repeats`.
+            noise: `(runs, prompts * repeats, new)`, uniform in [0, 1): the same noise gives the same completions.
             end: Token that ends a completion.
             pad: Token after it.
+            repeats: Completions of each prompt, consecutive.
             temperature: Of sampling; the log-probs are those at this temperature.
         """
-        runs, sequences, start = prompts.shape
-        new = noise.shape[-1]
-        width = self.weights["model.embed_tokens.weight"].shape[-1]
-        size = (runs * sequences, self.shape.heads, start + new, width // self.shape.heads)
-        caches = [(torch.empty(size), torch.empty(size)) for _ in range(self.shape.layers)]
+        runs, sequences, new = noise.shape
+        start = prompts.shape[-1]
+        fused = self._fused()
+        caches: list[tuple[Tensor, Tensor]] = []
+        x = self._embed(prompts)
+        turn = self._turn(torch.arange(start))
+        for layer in range(self.shape.layers):
+            q, k, v = self._project(layer, x, turn, fused)
+            x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
+            # Time first: what a step reads is contiguous.
+            room = [torch.empty(start + new, runs * sequences, y.shape[1], y.shape[-1]) for y in (k, v)]
+            for cache, y in zip(room, (k, v), strict=True):
+                cache[:start] = y.permute(2, 0, 1, 3).repeat_interleave(repeats, 1)
+            caches.append((room[0], room[1]))
+        scores = self._head(x[..., -1, :]).repeat_interleave(repeats, 1)
         tokens = torch.full((runs, sequences, new), pad)
         logprobs = torch.zeros(runs, sequences, new)
         mask = torch.zeros(runs, sequences, new, dtype=torch.bool)
         going = torch.ones(runs, sequences, dtype=torch.bool)
-        ids, seen = prompts, 0
         for t in range(new):
-            x = self._embed(ids)
-            turn = self._turn(torch.arange(seen, seen + ids.shape[-1]))
-            for layer, (keys, values) in enumerate(caches):
-                q, k, v = self._project(layer, x, turn)
-                keys[:, :, seen : seen + ids.shape[-1]], values[:, :, seen : seen + ids.shape[-1]] = k, v
-                now = seen + ids.shape[-1]
-                mixed = F.scaled_dot_product_attention(q, keys[:, :, :now], values[:, :, :now], is_causal=t == 0)
-                x = self._finish_layer(layer, x, mixed)
-            seen += ids.shape[-1]
-            scores = (self._head(x[..., -1, :]) / temperature).log_softmax(-1)
-            below = scores.exp().cumsum(-1) <= noise[..., t : t + 1]
-            drawn = below.sum(-1).clamp_max(scores.shape[-1] - 1)  # rounding may leave the sum below 1
+            scores = scores - scores.amax(-1, keepdim=True)
+            scores = scores / temperature if temperature != 1 else scores
+            sums = scores.exp().cumsum(-1)
+            total = sums[..., -1:]
+            drawn = (sums <= noise[..., t : t + 1] * total).sum(-1).clamp_max(scores.shape[-1] - 1)
+            chosen = (scores.gather(-1, drawn.unsqueeze(-1)) - total.log()).squeeze(-1)
             tokens[..., t] = torch.where(going, drawn, pad)
-            logprobs[..., t] = scores.gather(-1, drawn.unsqueeze(-1)).squeeze(-1).where(going, 0.0)
+            logprobs[..., t] = torch.where(going, chosen, 0.0)
             mask[..., t] = going
             going = going & (drawn != end)
-            if not going.any():
+            if t + 1 == new or not going.any():
                 break
-            ids = tokens[..., t : t + 1]
+            at = start + t
+            x = self._embed(tokens[..., t : t + 1])
+            turn = self._turn(torch.arange(at, at + 1))
+            for layer, (keys, values) in enumerate(caches):
+                q, k, v = self._project(layer, x, turn, fused)
+                keys[at], values[at] = k.squeeze(2), v.squeeze(2)
+                query = q.squeeze(2) / math.sqrt(q.shape[-1])
+                weight = torch.linalg.vecdot(keys[: at + 1], query).softmax(0)
+                mixed = (weight.unsqueeze(-1) * values[: at + 1]).sum(0)
+                x = self._finish_layer(layer, x, mixed.unsqueeze(2), fused)
+            scores = self._head(x[..., 0, :])
         return Rollout(tokens, logprobs, mask)
+
+    def _fused(self) -> list[tuple[Tensor, Tensor]]:
+        """For each layer the weights that read the same input, side by side."""
+        w = self.weights
+        return [
+            (
+                torch.cat([w[f"model.layers.{i}.self_attn.{n}_proj.weight"] for n in "qkv"], 1),
+                torch.cat([w[f"model.layers.{i}.mlp.{n}_proj.weight"] for n in ("gate", "up")], 1),
+            )
+            for i in range(self.shape.layers)
+        ]
 
     def _embed(self, ids: Tensor) -> Tensor:
         table = self.weights["model.embed_tokens.weight"]
@@ -136,46 +160,43 @@ class Stack:
         offset = (torch.arange(runs) * rows).view(-1, *([1] * (ids.dim() - 1)))
         return F.embedding(ids + offset, table.reshape(runs * rows, width))
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        weight = self.weights[name]
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        return torch.bmm(flat, weight.transpose(1, 2)).view(*x.shape[:-1], weight.shape[1])
-
     def _norm(self, name: str, x: Tensor) -> Tensor:
         scale = self.weights[name]
-        scale = scale.view(scale.shape[0], *([1] * (x.dim() - 2)), -1)
-        return x * (x.square().mean(-1, keepdim=True) + self.shape.epsilon).rsqrt() * scale
+        return F.rms_norm(x, x.shape[-1:], eps=self.shape.epsilon) * scale.view(len(scale), *([1] * (x.dim() - 2)), -1)
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         size = self.weights["model.embed_tokens.weight"].shape[-1] // self.shape.heads
         angle = positions.unsqueeze(-1) * self.shape.theta ** (-torch.arange(0, size, 2) / size)
         return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
 
-    def _project(self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        prefix = f"model.layers.{layer}"
-        h = self._norm(f"{prefix}.input_layernorm.weight", x)
-
-        def split(name: str) -> Tensor:  # (runs * sequences, heads, time, size)
-            y = self._linear(f"{prefix}.self_attn.{name}.weight", h)
-            return y.view(-1, x.shape[2], self.shape.heads, y.shape[-1] // self.shape.heads).transpose(1, 2)
-
-        def rotate(y: Tensor) -> Tensor:
-            first, second = y.chunk(2, -1)
-            return y * turn[0] + torch.cat([-second, first], -1) * turn[1]
-
-        return rotate(split("q_proj")), rotate(split("k_proj")), split("v_proj")
-
-    def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor) -> Tensor:
-        prefix = f"model.layers.{layer}"
-        x = x + self._linear(f"{prefix}.self_attn.o_proj.weight", mixed.transpose(1, 2).reshape(x.shape))
-        h = self._norm(f"{prefix}.post_attention_layernorm.weight", x)
-        gate = F.silu(self._linear(f"{prefix}.mlp.gate_proj.weight", h))
-        return x + self._linear(
-            f"{prefix}.mlp.down_proj.weight", gate * self._linear(f"{prefix}.mlp.up_proj.weight", h)
+    def _project(
+        self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], fused: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, `(runs * sequences, heads, time, size)`."""
+        mixed = _product(self._norm(f"model.layers.{layer}.input_layernorm.weight", x), fused[layer][0])
+        heads = mixed.view(-1, x.shape[2], 3 * self.shape.heads, mixed.shape[-1] // 3 // self.shape.heads).transpose(
+            1, 2
         )
+        both, v = heads[:, : 2 * self.shape.heads], heads[:, 2 * self.shape.heads :]
+        first, second = both.chunk(2, -1)
+        both = both * turn[0] + torch.cat([-second, first], -1) * turn[1]
+        return both[:, : self.shape.heads], both[:, self.shape.heads :], v
+
+    def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, fused: list[tuple[Tensor, Tensor]]) -> Tensor:
+        prefix = f"model.layers.{layer}"
+        x = x + _product(mixed.transpose(1, 2).reshape(x.shape), self.weights[f"{prefix}.self_attn.o_proj.weight"])
+        h = _product(self._norm(f"{prefix}.post_attention_layernorm.weight", x), fused[layer][1])
+        gate, up = h.chunk(2, -1)
+        return x + _product(F.silu(gate) * up, self.weights[f"{prefix}.mlp.down_proj.weight"])
 
     def _head(self, x: Tensor) -> Tensor:
-        return self._linear("lm_head.weight", self._norm("model.norm.weight", x))
+        return _product(self._norm("model.norm.weight", x), self.weights["lm_head.weight"])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Each run's `x Wᵀ`."""
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    return torch.bmm(flat, weight.transpose(1, 2)).view(*x.shape[:-1], weight.shape[1])
 
 
 class Adam:

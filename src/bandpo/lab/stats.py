@@ -95,9 +95,9 @@ def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int 
     for name, values in results.items():
         if name == baseline:
             continue
-        difference = np.asarray(values, dtype=np.float64) - base
         if len(values) != len(base):
             raise ValueError(f"{name} has {len(values)} runs and {baseline} {len(base)}: they cannot be paired")
+        difference = np.asarray(values, dtype=np.float64) - base
         deviation = float(np.std(difference, ddof=1)) if len(base) > 1 else math.nan
         mean = float(difference.mean())
         effect = mean / deviation if deviation else (0.0 if mean == 0 else math.copysign(math.inf, mean))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from bandpo.lab.models import WarmUp, build_model, build_tokenizer
 from bandpo.lab.problems import PAD, PROBLEMS, Problem

@@ -1,0 +1,150 @@
+"""Exact experiments against closed forms, and the statistics against scipy and known values."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats as scipy_stats
+
+from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective
+from bandpo.lab.exact import Tree, largest_shift, run_tree, updates_to_common, wilson
+from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm
+
+
+def test_the_bottleneck():
+    """Under a fixed clip the largest shift is εp; under a ball it tends to q₀, and it never leaves the simplex."""
+    p = [1e-6, 1e-4, 1e-2, 0.5, 0.99]
+    assert largest_shift(Clip(0.2, 0.28), p) == pytest.approx([min(0.28 * x, 1 - x) for x in p])
+    assert largest_shift(Band(TV, 0.05, None), p) == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.01])
+    kl = largest_shift(Band(KL, 0.05, None), p)
+    assert kl[0] == pytest.approx(1 - math.exp(-0.05), rel=1e-3)
+    assert kl[3] == pytest.approx(0.5 * math.sqrt(1 - math.exp(-0.1)), rel=1e-9)
+    assert largest_shift(DCPO(max_ratio=None), [1e-6])[0] == pytest.approx(math.sqrt(0.2 * 1e-6), rel=1e-2)
+    assert updates_to_common(Clip(0.2), 1e-3) == math.ceil(math.log(500) / math.log(1.2))
+    assert updates_to_common(Band(TV, 0.05, None), 1e-3) == 10
+    assert updates_to_common(Clip(0.2, 0.0), 1e-3) == 10_000
+    with pytest.raises(TypeError, match="no interval"):
+        largest_shift(lambda logp: logp > 0, [0.5])
+
+
+def test_tree_starts_as_told_and_pays_as_told():
+    tree = Tree(arms=4, depth=2, rare=0.02, common=0.5)
+    start = tree.start().softmax(-1)
+    assert start.shape == (5, 4)
+    torch.testing.assert_close(start[3], torch.tensor([0.02, 0.5, 0.24, 0.24]))
+    ways = torch.tensor([[0, 0], [1, 1], [0, 1], [2, 3]])
+    assert tree.rewards(ways).tolist() == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert tree.chance_of_best(tree.start()).item() == pytest.approx(0.0004, rel=1e-5)
+    deep = Tree(arms=3, depth=3, rare=0.1, common=0.3)
+    assert deep.chance_of_best(deep.start()).item() == pytest.approx(1e-3, rel=1e-5)
+    for bad in ({"arms": 2}, {"depth": 5}, {"rare": 0.7}):
+        with pytest.raises(ValueError, match="Tree"):
+            dataclasses.replace(Tree(), **bad)
+
+
+def test_tree_runs_are_deterministic_and_paired():
+    kwargs = {"seeds": 50, "batches": 12}
+    a, b = (run_tree(Tree(depth=2), OBJECTIVES["grpo"], **kwargs) for _ in range(2))
+    assert torch.equal(a.curve, b.curve)
+    assert (a.discovery <= 12).all() and a.curve.shape == (12, 50)
+    with pytest.raises(ValueError, match="optimizer"):
+        run_tree(Tree(), OBJECTIVES["grpo"], optimizer="rmsprop")
+
+
+def test_with_one_step_for_a_rollout_every_trust_region_is_inert():
+    found = {
+        name: run_tree(
+            Tree(),
+            dataclasses.replace(OBJECTIVES[name], advantage="std"),
+            seeds=40,
+            batches=10,
+            epochs=1,
+            minibatches=1,
+        )
+        for name in ("grpo", "bandpo-kl", "bandpo-tv", "no-clip")
+    }
+    for outcome in found.values():
+        torch.testing.assert_close(outcome.curve, found["no-clip"].curve)
+
+
+def test_without_a_signal_nothing_moves():
+    flat = Tree(best=0.5, weak=0.5, other=0.5)
+    outcome = run_tree(flat, OBJECTIVES["bandpo-kl"], seeds=20, batches=5)
+    torch.testing.assert_close(outcome.curve, torch.full((5, 20), 0.01))
+
+
+@pytest.mark.slow
+def test_the_clip_slows_a_rare_best_arm_and_the_band_does_not():
+    """Clipped share at the rare arm, by mechanism; and the ordering that shared first trials found: TV over GRPO over none."""
+    found = {
+        name: run_tree(Tree(), OBJECTIVES[name], seeds=400).commits.float().mean().item()
+        for name in ("grpo", "bandpo-tv", "no-clip")
+    }
+    assert found["bandpo-tv"] > found["grpo"] + 0.08 > found["no-clip"] + 0.16
+
+
+def test_a_gradient_step_of_the_tree_is_the_closed_form():
+    """One SGD step on one group: θ += lr · mean over ways of A (1[a] - π), exactly."""
+    tree, lr = Tree(arms=3, rare=0.2, common=0.5), 0.5
+    outcome = run_tree(
+        tree, Objective(bounds=Clip(0.2), advantage="mean"), learning_rate=lr, batches=1, queries=1, group=16, epochs=1,
+        minibatches=1, seeds=3, optimizer="sgd", seed=7,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(7)
+    noise = torch.rand(3, 16, 1, generator=g)
+    policy = tree.start()[0].softmax(-1)
+    arms = (policy.cumsum(-1) <= noise).sum(-1).clamp_max(2)
+    rewards = tree.rewards(arms.unsqueeze(-1))
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    step = (advantages.unsqueeze(-1) * (torch.nn.functional.one_hot(arms, 3) - policy)).mean(1)
+    want = (tree.start()[0] + lr * step).softmax(-1)[:, 0]
+    torch.testing.assert_close(outcome.curve[0], want, rtol=1e-5, atol=1e-7)
+
+
+def test_wilson_is_scipy_s():
+    for k, n in ((0, 10), (3, 10), (90, 100), (1000, 1000)):
+        want = scipy_stats.binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson(k, n) == pytest.approx((want.low, want.high), abs=1e-9)
+
+
+def test_iqm_interval_and_comparison():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=12)
+    assert iqm(x) == pytest.approx(np.mean(np.sort(x)[3:9]))
+    found = interval(list(x))
+    want = scipy_stats.bootstrap((x,), iqm, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    assert (found.low, found.high) == pytest.approx((want.low, want.high))
+    assert interval([0.5] * 5) == (0.5, 0.5, 0.5)
+    assert math.isnan(interval([1.0, 2.0]).low)
+    base = rng.normal(size=10)
+    results = {
+        "base": list(base),
+        "same": list(base),
+        "better": list(base + 1 + 0.1 * rng.normal(size=10)),
+        "noise": list(base + rng.normal(size=10)),
+    }
+    found = compare(results, "base")
+    assert found["same"].p == 1 and found["same"].mean.value == 0
+    assert found["better"].p == pytest.approx(2 / 2**10)  # the smallest that ten sign flips can give
+    assert found["better"].p_holm == pytest.approx(3 * found["better"].p)
+    difference = np.array(results["noise"]) - base
+    assert found["noise"].effect == pytest.approx(difference.mean() / difference.std(ddof=1))
+    flips = np.array(np.meshgrid(*[[-1, 1]] * 10)).reshape(10, -1).T @ difference
+    assert found["noise"].p == pytest.approx((np.abs(flips) >= abs(difference.sum()) - 1e-12).mean())
+    with pytest.raises(ValueError, match="baseline 'x'"):
+        compare(results, "x")
+    with pytest.raises(ValueError, match="cannot be paired"):
+        compare({"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0]}, "a")
+
+
+def test_holm_and_best_of_bootstrap():
+    from statistics import fmean
+
+    assert holm([]) == []
+    assert holm([0.9, 0.01, 0.02]) == pytest.approx([0.9, 0.03, 0.04])
+    one_of_32 = np.zeros((1, 32))
+    one_of_32[0, 0] = 1
+    draws = fmean(best_of_bootstrap(one_of_32, 32, seed=s) for s in range(20))
+    assert draws == pytest.approx(1 - (31 / 32) ** 32, abs=0.02)  # not 1, as pass@32 would be

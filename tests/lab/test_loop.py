@@ -1,0 +1,142 @@
+"""The lab's loop: paired, deterministic, resumable, and the loss of `policy_loss`."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bandpo import OBJECTIVES, policy_loss
+from bandpo.lab.loop import Loop, Run, Setting
+from bandpo.lab.problems import PROBLEMS, Problem
+
+
+def tiny():
+    """Say the prompt's first letter; the demonstrations are right in a third of the cases."""
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 9, (200, 2), generator=g)
+    said = torch.where(torch.rand(200, generator=g) < 0.34, prompts[:, 0], torch.randint(3, 9, (200,), generator=g))
+    demonstrations = torch.cat([prompts, said.unsqueeze(1), torch.ones(200, 1, dtype=torch.int64)], 1)
+    return Problem(
+        "tiny", "", prompts[:150], prompts[150:], demonstrations, 3, lambda p, c: float(c[:1] == p[:1]), str, 200
+    )
+
+
+@pytest.fixture(autouse=True)
+def problem(monkeypatch, tmp_path_factory):
+    made = tiny()
+    monkeypatch.setattr("bandpo.lab.loop.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
+    monkeypatch.setattr("bandpo.lab.warmup.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
+    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
+
+
+def setting(**changes):
+    small = {"updates": 6, "prompts": 8, "group": 4, "hidden_size": 32, "layers": 1, "eval_samples": 4}
+    return Setting(**{"problem": "tiny", **small, **changes})
+
+
+def runs(*names, seeds=(0, 1), rate=3e-3):
+    return [Run(OBJECTIVES[n], rate, s, warm_up=s) for n in names for s in seeds]
+
+
+def weights(loop):
+    return torch.cat([w.detach().flatten(1) for w in loop.stack.weights.values()], 1)
+
+
+def test_same_seed_same_run_bit_for_bit_and_pairs_start_alike():
+    first, second = (Loop(setting(), runs("grpo", "bandpo-kl")) for _ in range(2))
+    a, b = first.train(), second.train()
+    assert torch.equal(weights(first), weights(second))
+    assert [dataclasses.asdict(r) for r in a] == [dataclasses.asdict(r) for r in b]
+    assert a[0].reward[0] == a[2].reward[0] and a[1].reward[0] == a[3].reward[0]  # paired by seed
+    assert a[0].reward[0] != a[1].reward[0]
+    assert a[0].before == a[2].before
+
+
+def test_resume_is_bit_exact():
+    for lag in (0, 2):
+        shared = setting(lag=lag)
+        whole = Loop(shared, runs("bandpo-kl"))
+        results = whole.train()
+        half = Loop(shared, runs("bandpo-kl"))
+        half._evaluate("before")
+        for _ in range(3):
+            half.update()
+        resumed = Loop(shared, runs("bandpo-kl"))
+        resumed.load_state_dict(half.state_dict())
+        again = resumed.train()
+        assert torch.equal(weights(whole), weights(resumed))
+        assert [dataclasses.asdict(r) for r in results] == [dataclasses.asdict(r) for r in again]
+
+
+def test_a_run_is_the_same_alone_and_in_a_stack():
+    together = Loop(setting(), runs("grpo", "no-clip")).train()
+    alone = Loop(setting(), runs("no-clip", seeds=(1,))).train()
+    assert alone[0].reward[:2] == together[3].reward[:2]
+    assert alone[0].after["mean@4"] == pytest.approx(together[3].after["mean@4"], abs=0.1)  # float32, six updates on
+
+
+def test_one_step_is_policy_loss():
+    loop = Loop(setting(), runs("bandpo-kl", seeds=(0,)))
+    loop.update()  # off policy from here on
+    prompts = loop._prompts()
+    rollout = loop._rollout(prompts)
+    advantages = [torch.randn(32, generator=torch.Generator().manual_seed(5))]
+    seen = []
+    loop.optimizer.step = seen.append
+    part = torch.randperm(32, generator=torch.Generator().manual_seed(6))[:16].unsqueeze(0)
+    with torch.no_grad():
+        for w in loop.stack.weights.values():
+            w += 0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(7))
+    loop._step(prompts, rollout, advantages, [{}], part, last=False)
+    chosen = part[0]
+    new = loop.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0)
+    loss, _ = policy_loss(
+        logprobs=new[0], old_logprobs=rollout.logprobs[0, chosen], advantages=advantages[0][chosen],
+        mask=rollout.mask[0, chosen], objective="bandpo-kl",
+    )  # fmt: skip
+    want = torch.autograd.grad(loss, list(loop.stack.weights.values()))
+    for a, b in zip(seen[0], want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_stale_rollouts_come_from_older_weights():
+    loop = Loop(setting(lag=2), runs("grpo", seeds=(0,)))
+    start = weights(loop).clone()
+    for expected_age in (0, 1, 2, 2):
+        prompts = loop._prompts()
+        loop._rollout(prompts)
+        assert len(loop._past) == expected_age + 1
+        loop.optimizer.step([torch.ones_like(w) for w in loop.stack.weights.values()])
+    oldest = torch.cat([w.flatten(1) for w in loop._past[0].values()], 1)
+    assert not torch.equal(oldest, start)
+    assert not torch.equal(oldest, weights(loop))
+
+
+def test_it_learns():
+    shared = setting(updates=40, prompts=16)
+    for result in Loop(shared, runs("bandpo-kl")).train():
+        assert result.after["mean@4"] > result.before["mean@4"] + 0.2
+        assert result.after["entropy"] < result.before["entropy"]
+        assert len(result.reward) == len(result.entropy) == 40
+        assert sum(result.tokens.values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"problem": "chess"}, "chess.*countdown"),
+        ({"group": 1}, "group"),
+        ({"minibatches": 3}, "do not split into 3"),
+        ({"lag": -1}, "lag"),
+        ({"updates": 0}, "updates"),
+    ],
+)
+def test_settings_are_checked(changes, words):
+    with pytest.raises(ValueError, match=words):
+        setting(**changes)
+
+
+def test_objectives_that_need_more_than_groups_are_refused():
+    with pytest.raises(ValueError, match="topk_logprobs"):
+        Loop(setting(), runs("dppo-topk-kl"))
+    Loop(setting(updates=1), runs("quatro-reading", "etr-reading")).train()

@@ -1,0 +1,122 @@
+"""The stack of small models against transformers, run by run."""
+
+import pytest
+import torch
+
+from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+from bandpo.lab.stack import Adam, Stack
+
+END, PAD = 1, 0
+
+
+@pytest.fixture(scope="module")
+def models():
+    tokenizer = build_tokenizer()
+    return [build_model(WarmUp(hidden_size=64, layers=2, seed=s), tokenizer).eval() for s in range(3)]
+
+
+def hf_logprobs(model, prompts, completions):
+    logits = model(torch.cat([prompts, completions], 1)).logits[:, prompts.shape[1] - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, completions.unsqueeze(-1)).squeeze(-1)
+
+
+def batch(runs=3, prompts=5, width=4, repeats=3, new=6):
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(3, 90, (runs, prompts, width), generator=g), torch.rand(
+        runs, prompts * repeats, new, generator=g
+    )
+
+
+def test_logprobs_and_gradients_are_those_of_transformers(models):
+    stack = Stack.load(models)
+    prompts, noise = batch()
+    rollout = stack.sample(prompts, noise, end=END, pad=PAD, repeats=3)
+    for w in stack.weights.values():
+        w.requires_grad_()
+    full = prompts.repeat_interleave(3, 1)
+    ours = stack.logprobs(full, rollout.tokens) * rollout.mask
+    gradients = dict(zip(stack.weights, torch.autograd.grad(ours.sum(), list(stack.weights.values())), strict=True))
+    for run, model in enumerate(models):
+        theirs = hf_logprobs(model, full[run], rollout.tokens[run]) * rollout.mask[run]
+        torch.testing.assert_close(ours[run], theirs, rtol=0, atol=1e-5)
+        model.zero_grad()
+        theirs.sum().backward()
+        for name, p in model.named_parameters():
+            if "embed" in name:  # transformers gives the pad token's row no gradient, even where the token was drawn
+                gradients[name][run, PAD] = 0
+            scale = p.grad.abs().max().item()
+            torch.testing.assert_close(gradients[name][run], p.grad, rtol=1e-3, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_draws_from_the_policy_and_reports_its_logprobs(models, temperature):
+    stack = Stack.load(models[:1])
+    prompts = torch.randint(3, 90, (1, 1, 4), generator=torch.Generator().manual_seed(1))
+    n = 40_000
+    noise = torch.rand(1, n, 2, generator=torch.Generator().manual_seed(2))
+    rollout = stack.sample(prompts, noise, end=END, pad=PAD, repeats=n, temperature=temperature)
+    logits = models[0](prompts[0]).logits[0, -1] / temperature
+    want = logits.softmax(-1)
+    seen = torch.bincount(rollout.tokens[0, :, 0], minlength=len(want)) / n
+    assert ((seen - want).abs() < 5 * (want * (1 - want) / n).sqrt() + 1e-6).all()
+    again = stack.logprobs(prompts.expand(1, 64, 4), rollout.tokens[:, :64], temperature)
+    mask = rollout.mask[:, :64]
+    torch.testing.assert_close(again[mask], rollout.logprobs[:, :64][mask], rtol=0, atol=1e-5)
+
+
+def test_completions_end_once_and_are_padded(models):
+    stack = Stack.load(models)
+    prompts, noise = batch(prompts=40)
+    common = int(stack.sample(prompts, noise, end=-1, pad=PAD, repeats=3).tokens[..., 1].flatten().mode().values)
+    tokens, logprobs, mask = stack.sample(prompts, noise, end=common, pad=PAD, repeats=3)
+    for row, logp, valid in zip(tokens.flatten(0, 1), logprobs.flatten(0, 1), mask.flatten(0, 1), strict=True):
+        n = int(valid.sum())
+        assert valid[:n].all()
+        assert (row[n:] == PAD).all() and (logp[n:] == 0).all()
+        assert common not in row[: n - 1].tolist()
+        assert n == 6 or row[n - 1] == common
+    assert mask.flatten(0, 1).sum(1).unique().numel() > 1
+
+
+def test_a_run_does_not_depend_on_its_neighbours(models):
+    prompts, noise = batch()
+    together = Stack.load(models).sample(prompts, noise, end=END, pad=PAD, repeats=3)
+    for run, model in enumerate(models):
+        alone = Stack.load([model]).sample(prompts[run : run + 1], noise[run : run + 1], end=END, pad=PAD, repeats=3)
+        assert torch.equal(alone.tokens[0], together.tokens[run])
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[run], rtol=0, atol=1e-5)
+
+
+def test_weights_go_back_into_a_model(models):
+    stack = Stack.load(models)
+    target = build_model(WarmUp(hidden_size=64, layers=2, seed=9), build_tokenizer())
+    stack.write(2, target)
+    for a, b in zip(target.parameters(), models[2].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adam_is_torch_s_with_a_rate_and_a_norm_for_each_run():
+    g = torch.Generator().manual_seed(0)
+    rates = [1e-2, 3e-3]
+    weights = {"a": torch.randn(2, 4, 3, generator=g), "b": torch.randn(2, 5, generator=g)}
+    theirs = [[torch.nn.Parameter(w[r].clone()) for w in weights.values()] for r in range(2)]
+    optimizers = [torch.optim.Adam(p, lr=rate, betas=(0.9, 0.95)) for p, rate in zip(theirs, rates, strict=True)]
+    ours = Adam(weights, torch.tensor(rates))
+    for _ in range(20):
+        gradients = [3 * torch.randn(w.shape, generator=g) for w in weights.values()]
+        norms = ours.step(gradients)
+        for r, (parameters, optimizer) in enumerate(zip(theirs, optimizers, strict=True)):
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient[r].clone()
+            assert torch.nn.utils.clip_grad_norm_(parameters, 1.0).item() == pytest.approx(norms[r].item(), rel=1e-5)
+            optimizer.step()
+    for r in range(2):
+        for w, p in zip(weights.values(), theirs[r], strict=True):
+            torch.testing.assert_close(w[r], p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_exploded_stands_still_and_spares_the_others():
+    weights = {"a": torch.ones(2, 3)}
+    ours = Adam(weights, torch.full((2,), 0.1))
+    ours.step([torch.tensor([[1.0, 1.0, 1.0], [float("nan"), 1.0, 1.0]])])
+    assert (weights["a"][0] < 1).all() and (weights["a"][1] == 1).all()
