@@ -15,6 +15,7 @@ Trust regions for LLM reinforcement learning.
   bandpo train                 train a small language model with BandPO on the CPU, in about two minutes
   bandpo train --config FILE   the same on any Hugging Face causal LM and dataset
   bandpo evaluate MODEL        mean@k and pass@k of a saved model
+  bandpo compare               objectives against each other, over seeds, with intervals
   bandpo bounds                the interval of a trust region, as a table and a figure
   bandpo objectives            the named objectives: formula and paper
 """
@@ -61,6 +62,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=1234, help="of sampling (default: 1234)")
     evaluate.add_argument("--output", type=Path, help="write the summary here, as JSON")
     evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser(
+        "compare", help="objectives against each other on small models, with intervals",
+        description="Tunes, runs and compares objectives on tiny models, over paired seeds. Interrupted or extended "
+        "comparisons go on where they were: a run whose configuration has a result is not made again.",
+    )  # fmt: skip
+    compare.add_argument("--preset", default="quick", choices=("smoke", "quick", "full"),
+                         help="size: half a minute, some minutes, an hour or more (default: quick)")  # fmt: skip
+    compare.add_argument("--objectives", help="names by commas, see `bandpo objectives` (default: the preset's)")
+    compare.add_argument(
+        "--tasks", help="paths, addition, countdown, chain_sum, letter_counting (default: the preset's)"
+    )
+    compare.add_argument("--seeds", help="of the report, 0-9 or 0,3,5 (default: the preset's)")
+    compare.add_argument("--updates", type=int, help="rollouts of a run (default: the preset's)")
+    compare.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    compare.add_argument("--output", type=Path, help="folder (default: runs/compare-PRESET)")
+    compare.set_defaults(run=_compare)
 
     bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")
     bounds.add_argument(
@@ -121,6 +139,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bandpo.run.commands import evaluate_model
 
     evaluate_model(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from bandpo.run.compare import compare
+
+    compare(options)
 
 
 def _bounds(options: argparse.Namespace) -> None:

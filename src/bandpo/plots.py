@@ -20,7 +20,7 @@ from bandpo.metrics import PROB_BINS
 
 # Okabe and Ito's palette: told apart by everybody, and in grey by its lightness.
 BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a", "#222222"
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
     "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white",
     "svg.fonttype": "path", "svg.hashsalt": "bandpo",
@@ -38,7 +38,7 @@ def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[flo
     """
     logit = torch.linspace(-11.5, 7, 1000, dtype=torch.float64)
     logp = torch.nn.functional.logsigmoid(logit)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
         if not inputs_of(bounds):
             _draw_interval(axes, logit, bounds(logp), BLUE, label, fill=True)
@@ -75,7 +75,7 @@ def plot_families(bands: Mapping[str, Bounds], *, matched: str | None = None) ->
     """
     logit = torch.linspace(-11.5, 7, 1000, dtype=torch.float64)
     logp = torch.nn.functional.logsigmoid(logit)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
         looks = [(c, s) for s in ("-", "--", ":") for c in (BLUE, ORANGE, GREEN, PINK, BLACK)]
         for (label, band), (colour, style) in zip(bands.items(), looks, strict=False):
@@ -97,7 +97,7 @@ def plot_convergence(groups: Mapping[str, Mapping[str, Sequence[float]]], *, tit
         groups: For each group, drawn in a style of its own, the gaps of its runs; a run has the same colour in every group.
         title: Of the figure.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
         for (group, runs), style in zip(groups.items(), ("-", "--", ":"), strict=False):
             for (label, gaps), colour in zip(runs.items(), (BLUE, ORANGE, GREEN, PINK, BLACK), strict=False):
@@ -110,7 +110,7 @@ def plot_convergence(groups: Mapping[str, Mapping[str, Sequence[float]]], *, tit
 
 def plot_training(log: Log) -> Figure:
     """Reward, entropy and clip fractions over the optimiser steps of a run."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
         _draw_series(left, log, "reward", BLUE, "reward")
         left.set(ylabel="mean reward of the rollout", title="Reward")
@@ -132,7 +132,7 @@ def plot_training(log: Log) -> Figure:
 def plot_clip_by_probability(log: Log) -> Figure:
     """Share of tokens whose gradient is clipped in bins of p, and how many tokens a bin has, over a whole run."""
     low, high, share = ([_weighted(log, key, b) for b in PROB_BINS] for key in ("low", "high", None))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(7.6, 4.4), sharex=True, layout="constrained", height_ratios=[2, 1]
         )

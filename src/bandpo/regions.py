@@ -87,6 +87,33 @@ class BySign:
         return RatioBounds(lower, upper)
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The lower edge of one region and the upper edge of another, to see what each half does.
+
+    Args:
+        lower: Bounds whose lower edge counts, a function of the old log-probs alone.
+        upper: Bounds whose upper edge counts.
+
+    Examples:
+        >>> from bandpo import Band
+        >>> Sides(lower=Clip(0.2), upper=Band("tv", 0.05))(torch.tensor([0.1]).log())
+        RatioBounds(lower=tensor([0.8000]), upper=tensor([1.5000]))
+    """
+
+    lower: Bounds
+    upper: Bounds
+
+    def __post_init__(self) -> None:
+        for name in ("lower", "upper"):
+            if inputs_of(getattr(self, name)):
+                raise ValueError(f"Sides: {name}={getattr(self, name)!r} needs more than the old log-probs")
+
+    def __call__(self, old_logprobs: Tensor) -> RatioBounds:
+        (lower, _), (_, upper) = self.lower(old_logprobs), self.upper(old_logprobs)
+        return RatioBounds(lower, upper)
+
+
 @needs("advantages", "signal")
 @dataclass(frozen=True)
 class Elastic:

@@ -10,7 +10,7 @@ import torch
 from scipy.special import lambertw
 
 from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, needs, policy_loss, ratio_bounds, token_objective
-from bandpo.regions import Balanced, BySign, Elastic, kl3_clip
+from bandpo.regions import Balanced, BySign, Elastic, Sides, kl3_clip
 from bandpo.sequence_surrogates import clip_cov, geometric_mean, kl_cov
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
 from batches import B, T, batch, complete, run
@@ -251,6 +251,15 @@ def test_by_sign_is_either_region():
         assert run(four, pushed)[0] == run(Objective(bounds=alone), pushed)[0]
     with pytest.raises(ValueError, match="needs more than the old log-probs"):
         BySign(Clip(0.2), Elastic())
+
+
+def test_sides_are_the_edges_of_two_regions():
+    old = batch()["old_logprobs"]
+    both = Sides(lower=Clip(0.2), upper=Band(KL, 0.05))(old)
+    assert torch.equal(both.lower, Clip(0.2)(old).lower)
+    assert torch.equal(both.upper, Band(KL, 0.05)(old).upper)
+    with pytest.raises(ValueError, match="needs more than the old log-probs"):
+        Sides(Clip(0.2), Elastic())
 
 
 def test_elastic_without_signal_is_the_plain_clip_and_widens_with_it():

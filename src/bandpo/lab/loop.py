@@ -41,6 +41,7 @@ class Setting:
         hidden_size: Width of the model.
         layers: Its depth.
         eval_samples: k of mean@k and pass@k, on the held-out prompts.
+        warm_up_steps: Supervised steps before; None takes the problem's.
     """
 
     problem: str
@@ -54,6 +55,7 @@ class Setting:
     hidden_size: int = 64
     layers: int = 2
     eval_samples: int = 16
+    warm_up_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS:
@@ -130,7 +132,10 @@ class Loop:
                 )
         self.problem: Problem = PROBLEMS[setting.problem]()
         self.stack = warmed_up(
-            [Checkpoint(setting.problem, r.warm_up, setting.hidden_size, setting.layers) for r in self.runs]
+            [
+                Checkpoint(setting.problem, r.warm_up, setting.hidden_size, setting.layers, steps=setting.warm_up_steps)
+                for r in self.runs
+            ]
         )
         for w in self.stack.weights.values():
             w.requires_grad_()

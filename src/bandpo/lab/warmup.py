@@ -30,6 +30,7 @@ class Checkpoint:
         layers: Depth.
         batch_size: Demonstrations of a step.
         learning_rate: Peak of its cosine schedule.
+        steps: Of the warm-up; None takes the problem's.
     """
 
     problem: str
@@ -38,13 +39,15 @@ class Checkpoint:
     layers: int = 2
     batch_size: int = 128
     learning_rate: float = 4e-3
+    steps: int | None = None
 
     @property
     def path(self) -> Path:
         """Where it is cached: the user's cache directory, or $BANDPO_CACHE."""
         problem = PROBLEMS[self.problem]()
         data = hashlib.sha256(problem.demonstrations.numpy().tobytes()).hexdigest()
-        decides = json.dumps([_FORMAT, asdict(self), problem.warm_up_steps, data], sort_keys=True)
+        steps = problem.warm_up_steps if self.steps is None else self.steps
+        decides = json.dumps([_FORMAT, asdict(self), steps, data], sort_keys=True)
         root = os.environ.get("BANDPO_CACHE") or platformdirs.user_cache_dir("bandpo")
         return Path(root) / "lab" / f"{self.problem}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.pt"
 
@@ -79,9 +82,10 @@ def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> Non
     rates = torch.full((stack.runs,), first.learning_rate)
     optimizer = Adam(stack.weights, rates)
     draws = [torch.Generator().manual_seed(c.seed) for c in checkpoints]
-    for step in range(problem.warm_up_steps):
+    steps = problem.warm_up_steps if first.steps is None else first.steps
+    for step in range(steps):
         x = torch.stack([rows[torch.randint(len(rows), (first.batch_size,), generator=g)] for g in draws])
-        done = step / problem.warm_up_steps
+        done = step / steps
         optimizer.rates = rates * min(1.0, step / 50) * (1 + math.cos(math.pi * done)) / 2
         logits = stack.logits(x[..., :-1], x.shape[-1] - width)
         targets = x[..., width:]

@@ -1,0 +1,146 @@
+"""Figures of a comparison. Needs the extra `plot`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from bandpo.metrics import PROB_BINS
+from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
+
+_COLOURS = (BLUE, BLACK, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9", "#F0E442")
+
+
+def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Reward and entropy over the rollouts: mean and 95% t-interval over runs.
+
+    Args:
+        curves: For each arm `{"reward": [mean, low, high], "entropy": [mean, low, high]}`.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.0), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for panel, (name, title, unit) in zip(
+            axes,
+            (("reward", "Training reward", "mean reward of the rollout"), ("entropy", "Entropy", "nats per token")),
+            strict=True,
+        ):
+            for (label, found), colour in zip(curves.items(), _COLOURS, strict=False):
+                mean, low, high = found[name]
+                panel.plot(mean, color=colour, lw=1.5, label=label)
+                panel.fill_between(range(len(mean)), low, high, color=colour, alpha=0.12, lw=0)
+            panel.set(title=title, ylabel=unit, xlabel="rollout")
+        axes[0].legend(fontsize=8)
+    return figure
+
+
+def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, measure: str) -> Figure:
+    """Paired differences with a baseline: mean and BCa interval; filled where Holm's p is below 0.05.
+
+    Args:
+        differences: For each arm `{"mean": {"value", "low", "high"}, "p_holm": ...}`.
+        baseline: Its name.
+        measure: What is compared.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 0.9 + 0.28 * len(differences)), layout="constrained")
+        axes = figure.subplots()
+        for i, found in enumerate(differences.values()):
+            mean, clear = found["mean"], found["p_holm"] < 0.05
+            colour = GREY if not clear else BLUE if mean["value"] > 0 else ORANGE
+            axes.plot([mean["low"], mean["high"]], [i, i], color=colour, lw=2)
+            axes.plot(mean["value"], i, "o", color=colour, mfc=colour if clear else "white")
+        axes.axvline(0, color=BLACK, lw=0.8)
+        axes.set_yticks(range(len(differences)), list(differences))
+        axes.invert_yaxis()
+        axes.set(xlabel=f"{measure}: paired difference with {baseline}, mean and 95% interval")
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Share of tokens whose gradient is clipped, by probability of the token, for each arm."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 1.1 + 0.27 * len(clip)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, side, title in zip(
+            panels, ("high", "low"), ("A > 0, above the upper bound", "A < 0, below the lower bound"), strict=True
+        ):
+            grid = np.array([found[side] for found in clip.values()])
+            picture = axes.imshow(grid, cmap="Blues", vmin=0, vmax=max(0.3, float(grid.max())), aspect="auto")
+            for (i, j), value in np.ndenumerate(grid):
+                if value >= 0.005:
+                    axes.text(
+                        j,
+                        i,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if value > 0.25 else BLACK,
+                    )
+            axes.set_xticks(
+                range(len(PROB_BINS)), [b.replace(":", " to ") for b in PROB_BINS], rotation=30, ha="right", fontsize=8
+            )
+            axes.set_yticks(range(len(clip)), list(clip), fontsize=8)
+            axes.set_title(title, fontsize=10)
+            axes.grid(visible=False)
+        figure.colorbar(picture, ax=panels, label="share of the bin", shrink=0.8)
+        figure.supxlabel("probability of the token under the sampler", fontsize=9)
+    return figure
+
+
+def plot_robustness(
+    maps: Mapping[str, Mapping[str, Any]], rates: Sequence[float], reuse: Sequence[tuple[int, int]]
+) -> Figure:
+    """Gain in mean@k over the plane of learning rate and reuse, one panel for each objective."""
+    with mpl.rc_context(STYLE):
+        columns = min(5, len(maps))
+        rows = -(-len(maps) // columns)
+        figure = Figure(figsize=(2.4 * columns + 0.6, 2.1 * rows + 0.6), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+        limit = (
+            max((abs(c) for m in maps.values() for row in m["gain"] for c in row if c is not None), default=0.1) or 0.1
+        )
+        for axes in panels[len(maps) :]:
+            axes.set_axis_off()
+        for axes, (label, found) in zip(panels, maps.items(), strict=False):
+            grid = np.array([[np.nan if c is None else c for c in row] for row in found["gain"]])
+            picture = axes.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+            axes.set_title(f"{label}: {found['learns']:.0%} learn", fontsize=9)
+            axes.set_xticks(
+                range(len(reuse)),
+                [f"K{k}" + (f", lag {lag}" if lag else "") for k, lag in reuse],
+                rotation=45,
+                ha="right",
+                fontsize=7,
+            )
+            axes.set_yticks(range(len(rates)), [f"x{r:g}" for r in rates], fontsize=7)
+            axes.grid(visible=False)
+        figure.colorbar(picture, ax=list(panels), label="gain in mean@k", shrink=0.8)
+        figure.supylabel("learning rate", fontsize=9)
+    return figure
+
+
+def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The bandit: probability of the best arm over the batches, and the share of seeds that commit to it with its interval.
+
+    Args:
+        found: For each objective `{"curve": [...], "commit": [value, low, high]}`.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for i, ((label, row), colour) in enumerate(zip(found.items(), _COLOURS * 3, strict=False)):
+            left.plot(row["curve"], color=colour, lw=1.5, label=label)
+            value, low, high = row["commit"]
+            right.plot([low, high], [i, i], color=colour, lw=2)
+            right.plot(value, i, "o", color=colour)
+        left.set(xlabel="batch", ylabel="P(best arm), mean over seeds", title="A rare best arm")
+        right.set_yticks(range(len(found)), list(found))
+        right.invert_yaxis()
+        right.set(xlabel="share of seeds that commit to it, Wilson's 95%", xlim=(0, 1))
+        left.legend(fontsize=7)
+    return figure

@@ -1,0 +1,179 @@
+"""From the results of a comparison to its tables: intervals, paired differences, clip maps, robustness."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bandpo.lab.compare import Arm, Job, Plan, Study, jobs_of, report_arms
+from bandpo.lab.stats import best_of_bootstrap, compare, interval, iqm
+from bandpo.metrics import PROB_BINS
+
+BASELINE = "grpo"
+_COLLAPSED = 0.5  # a run that loses half of the mean@k it started with
+
+
+def summarise(study: Study, plan: Plan) -> dict[str, Any]:
+    """All tables of a comparison, as JSON; an arm without all of its runs is left out and named in `incomplete`.
+
+    Args:
+        study: Where the results lie.
+        plan: What was run.
+    """
+    tasks: dict[str, Any] = {}
+    incomplete: list[str] = []
+    for task in plan.tasks:
+        tuned = [study.tuned(plan, task, name) for name in dict.fromkeys((*plan.objectives, "no-clip"))]
+        arms = [*report_arms(plan), *(arm for arm in tuned if arm is not None)]
+        results: dict[str, list[dict[str, Any]]] = {}
+        chosen: dict[str, Arm] = {}
+        for arm in arms:
+            found = [study.result(job) for job in jobs_of(plan, task, [arm], plan.seeds)]
+            if any(r is None for r in found):
+                incomplete.append(f"{task}: {arm.label}")
+                continue
+            results[arm.label], chosen[arm.label] = [r for r in found if r is not None], arm
+        tasks[task] = _task(results, chosen, plan, study, task) if results else {}
+    return {"tasks": tasks, "incomplete": incomplete, "failures": study.failures}
+
+
+def _task(
+    results: dict[str, list[dict[str, Any]]], arms: dict[str, Arm], plan: Plan, study: Study, task: str
+) -> dict[str, Any]:
+    k = max(int(name.split("@")[1]) for name in next(iter(results.values()))[0]["after"] if name.startswith("mean@"))
+    values = {label: _measures(runs, k) for label, runs in results.items()}
+    measures = list(next(iter(values.values())))
+    baseline = BASELINE if BASELINE in results else next(iter(results))
+    table = {
+        label: {
+            "arm": {"objective": arms[label].objective, "variant": arms[label].variant, "width": arms[label].width,
+                    "rate": plan.rates[task] * arms[label].rate},
+            "runs": len(results[label]),
+            **{m: interval(v[m])._asdict() for m in measures},
+        }
+        for label, v in values.items()
+    }  # fmt: skip
+    differences = {
+        m: {label: {**d._asdict(), "mean": d.mean._asdict()} for label, d in
+            compare({label: v[m] for label, v in values.items()}, baseline).items()}
+        for m in (f"mean@{k}", f"pass@{k}", "entropy", "speed") if len(plan.seeds) > 1
+    }  # fmt: skip
+    before = results[baseline]
+    return {
+        "baseline": baseline,
+        "before": {
+            m: iqm([r["before"][m] for r in before]) for m in (f"mean@{k}", f"pass@{k}", "entropy", "groups with signal")
+        },
+        "table": table,
+        "differences": differences,
+        "curves": {label: _curves(runs) for label, runs in results.items()},
+        "clip": {label: _clip_map(runs) for label, runs in results.items()},
+        "samples": {label: runs[0]["samples"] for label, runs in results.items()},
+        "robustness": _robustness(study, plan, task),
+    }  # fmt: skip
+
+
+def _measures(runs: Sequence[dict[str, Any]], k: int) -> dict[str, list[float]]:
+    """One value for each run."""
+    return {
+        f"mean@{k}": [r["after"][f"mean@{k}"] for r in runs],
+        f"pass@{k}": [r["after"][f"pass@{k}"] for r in runs],
+        f"best@{k} (official bootstrap)": [best_of_bootstrap(np.array(r["rewards"]), k) for r in runs],
+        "entropy": [r["after"]["entropy"] for r in runs],
+        "speed": [float(np.mean(r["reward"])) for r in runs],
+        "collapsed": [float(r["after"][f"mean@{k}"] < _COLLAPSED * r["before"][f"mean@{k}"]) for r in runs],
+    }
+
+
+def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Mean over runs and its 95% t-interval, at each rollout."""
+    from scipy import stats
+
+    curves: dict[str, list[list[float]]] = {}
+    for name in ("reward", "entropy"):
+        x = np.array([r[name] for r in runs])
+        half = (
+            stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.zeros(x.shape[1])
+        )
+        curves[name] = [x.mean(0).tolist(), (x.mean(0) - half).tolist(), (x.mean(0) + half).tolist()]
+    return curves
+
+
+def _clip_map(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Share of clipped tokens in each bin of p, runs weighted by their tokens there, and the share of tokens."""
+    weight = np.array([[r["tokens"][b] for b in PROB_BINS] for r in runs])
+    found = {"tokens": weight.mean(0).tolist()}
+    for side in ("low", "high"):
+        x = np.array([[r["clip"][side][b] for b in PROB_BINS] for r in runs])
+        found[side] = ((x * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)).tolist()
+    return found
+
+
+def robust_jobs(plan: Plan, task: str) -> dict[tuple[str, float, tuple[int, int]], list[Job]]:
+    """Cells of the robustness maps: objective x learning rate x (epochs, lag)."""
+    seeds = list(range(500, 500 + plan.robust_seeds))
+    return {
+        (name, rate, reuse): jobs_of(plan, task, [Arm(name, rate=rate)], seeds, epochs=reuse[0], lag=reuse[1])
+        for name in dict.fromkeys((*plan.objectives, "no-clip"))
+        for rate in plan.robust_rates
+        for reuse in plan.robust_reuse
+    }
+
+
+def _robustness(study: Study, plan: Plan, task: str) -> dict[str, Any]:
+    """Gain in mean@k over the start in each cell, and the share of cells where the method still learns."""
+    maps: dict[str, Any] = {}
+    for (name, _, _), jobs in robust_jobs(plan, task).items():
+        found = [study.result(job) for job in jobs]
+        gains = [
+            next(r["after"][m] - r["before"][m] for m in r["after"] if m.startswith("mean@"))
+            for r in found
+            if r is not None
+        ]
+        maps.setdefault(name, []).append(float(np.mean(gains)) if len(gains) == len(jobs) else None)
+    shape = (len(plan.robust_rates), len(plan.robust_reuse))
+    return {
+        name: {
+            "gain": [cells[i * shape[1] : (i + 1) * shape[1]] for i in range(shape[0])],
+            "learns": sum(c is not None and c > 0.02 for c in cells) / len(cells),
+        }
+        for name, cells in maps.items()
+    }
+
+
+def write_tables(summary: dict[str, Any], folder: Path) -> None:
+    """summary.json, table.csv and table.md."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    rows = [
+        {"task": task, "arm": label, "runs": row["runs"], "learning_rate": row["arm"]["rate"], "width": row["arm"]["width"],
+         **{f"{m}{end}": value[part] for m, value in row.items() if isinstance(value, dict) and "value" in value
+            for part, end in (("value", ""), ("low", " low"), ("high", " high"))}}
+        for task, found in summary["tasks"].items() for label, row in found.get("table", {}).items()
+    ]  # fmt: skip
+    text = io.StringIO()
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "table.csv").write_text(text.getvalue())
+    (folder / "table.md").write_text(markdown(summary))
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The main table of each task."""
+    parts: list[str] = []
+    for task, found in summary["tasks"].items():
+        if not found:
+            continue
+        measures = [m for m, v in next(iter(found["table"].values())).items() if isinstance(v, dict) and "value" in v]
+        parts.append(f"### {task}\n\n| arm | runs | {' | '.join(measures)} |\n|---|---|{'---|' * len(measures)}")
+        for label, row in found["table"].items():
+            cells = [f"{row[m]['value']:.3f} [{row[m]['low']:.3f}, {row[m]['high']:.3f}]" for m in measures]
+            parts.append(f"| {label} | {row['runs']} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,130 @@
+"""`bandpo compare`: the protocol's parts, and the smoke preset end to end."""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip
+from bandpo.cli import main
+from bandpo.lab.compare import PRESETS, Arm, Plan, Study, jobs_of, matched, report_arms, scaled, tuning_arms
+
+
+def test_widths_scale_epsilon_or_delta_and_leave_the_rest():
+    assert scaled(OBJECTIVES["bandpo-kl"], 0.5).bounds == Band(KL, 0.025)
+    assert scaled(OBJECTIVES["dapo"], 2.0).bounds == Clip(0.4, 0.56)
+    assert scaled(OBJECTIVES["grpo"], 8.0).bounds == Clip(1.0, 1.6)
+    assert scaled(OBJECTIVES["dcpo"], 0.5).bounds == DCPO(0.08, 0.1)
+    assert scaled(OBJECTIVES["no-clip"], 0.5) == OBJECTIVES["no-clip"]
+
+
+def test_matched_radii_have_ppo_s_upper_bound_at_one_half():
+    import torch
+
+    half = torch.tensor([0.5], dtype=torch.float64).log()
+    for name in ("bandpo-kl", "bandpo-tv", "bandpo-chi2", "dppo-kl"):
+        objective = matched(OBJECTIVES[name])
+        assert objective.bounds(half).upper.item() == pytest.approx(1.2, rel=1e-9)
+    assert matched(OBJECTIVES["bandpo-tv"]).bounds.radius == pytest.approx(0.1)
+    assert matched(OBJECTIVES["bandpo-tv"]).bounds.divergence is TV
+
+
+def test_arms_of_the_report_and_equal_budgets_of_the_tuning():
+    plan = Plan()
+    labels = [a.label for a in report_arms(plan)]
+    assert {"no-clip", "bandpo-kl upper", "bandpo-kl lower", "bandpo-kl matched", "dppo-kl matched"} <= set(labels)
+    assert len(labels) == len(set(labels))
+    sizes = {name: len(tuning_arms(plan, name)) for name in plan.objectives}
+    assert sizes.pop("no-clip") == 3
+    assert set(sizes.values()) == {12}
+    upper, lower = (Arm("bandpo-kl", side).build().bounds for side in ("upper", "lower"))
+    assert (upper.lower, upper.upper) == (Clip(0.2), Band(KL, 0.05))
+    assert (lower.lower, lower.upper) == (Band(KL, 0.05), Clip(0.2))
+    no_clip = dataclasses.replace(plan, objectives=("grpo",))
+    assert "no-clip" in [a.label for a in report_arms(no_clip)]
+
+
+def test_jobs_are_paired_and_their_keys_say_what_they_are():
+    plan = Plan()
+    a, b = (jobs_of(plan, "paths", [Arm(n)], plan.seeds) for n in ("grpo", "bandpo-kl"))
+    assert [(j.seed, j.warm_up) for j in a] == [(j.seed, j.warm_up) for j in b]
+    assert {j.warm_up for j in a} == {0, 1, 2}
+    assert len({j.key for j in a + b}) == 20
+    assert a[0].key == jobs_of(plan, "paths", [Arm("grpo")], [0])[0].key
+    assert a[0].key != jobs_of(plan, "paths", [Arm("grpo")], [0], lag=1)[0].key
+
+
+def test_tuning_takes_the_best_on_the_tuning_seeds(tmp_path):
+    plan, study = PRESETS["smoke"], Study(tmp_path)
+    arms = tuning_arms(plan, "grpo")
+    assert study.tuned(plan, "paths", "grpo") is None
+    for arm, value in zip(arms, (0.3, 0.6), strict=True):
+        for job in jobs_of(plan, "paths", [arm], [1000]):
+            (tmp_path / "runs" / f"{job.key}.json").write_text(json.dumps({"result": {"after": {"mean@4": value}}}))
+    assert study.tuned(plan, "paths", "grpo") == arms[1]
+
+
+def test_a_failure_stays_where_it_happened(tmp_path):
+    plan = dataclasses.replace(PRESETS["smoke"], updates=1)
+    study = Study(tmp_path, workers=1, say=lambda _: None)
+    bad = jobs_of(plan, "paths", [Arm("dppo-topk-kl")], [0])
+    good = jobs_of(plan, "paths", [Arm("grpo")], [0], epochs=1)
+    study.run([*bad, *good], "both")
+    assert study.result(good[0]) is not None and study.result(bad[0]) is None
+    assert len(study.failures) == 1 and "topk_logprobs" in study.failures[0]
+    assert "topk_logprobs" in (tmp_path / "runs" / f"{bad[0].key}.error").read_text()
+
+
+@pytest.mark.slow
+def test_smoke_preset_end_to_end_and_again(tmp_path):
+    command = [sys.executable, "-m", "bandpo", "compare", "--preset", "smoke", "--output", str(tmp_path / "out")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert first.returncode == 0, first.stderr
+    assert "paths, report: 36 runs, 36 to make" in first.stdout
+    folder = tmp_path / "out"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["failures"] == summary["incomplete"] == []
+    found = summary["tasks"]["paths"]
+    assert set(found["table"]) == {
+        "grpo", "bandpo-kl", "no-clip", "bandpo-kl matched", "bandpo-kl upper", "bandpo-kl lower", "grpo tuned",
+        "bandpo-kl tuned", "no-clip tuned",
+    }  # fmt: skip
+    for row in found["table"].values():
+        assert row["mean@4"]["low"] <= row["mean@4"]["value"] <= row["mean@4"]["high"]
+    for difference in found["differences"]["mean@4"].values():
+        assert 0 < difference["p"] <= difference["p_holm"] <= 1
+        assert difference["pairs"] == 4
+    rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    assert len(rows) == 9 and math.isfinite(float(rows[0]["mean@4"]))
+    assert set(summary["exact"]) == {"grpo", "bandpo-kl", "no-clip"}
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == page.count("<figure>") == 7  # exact, curves, four forests, clip map
+    assert "<script" not in page and not re.search(r'(src|href)="http', page)
+    assert "bandpo compare" in page or "compare --preset smoke" in page
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert "36 runs, 0 to make" in again.stdout
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--objectives", "grpo,foo"], "'foo' is unknown"),
+        (["--objectives", "dppo-topk-kl"], "which the lab does not have"),
+        (["--tasks", "chess"], "'chess' is unknown; choose from paths"),
+        (["--seeds", "x"], "write 0-9"),
+        (["--seeds", "0-2000"], "from 0 to 999"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--updates", "0"], "updates must be at least 1"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, words, capsys, tmp_path):
+    assert main(["compare", *arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error)
+    assert error.count("\n") == 1
