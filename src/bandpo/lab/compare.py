@@ -131,7 +131,7 @@ PRESETS: Mapping[str, Plan] = MappingProxyType(
         "full": Plan(robust_rates=(0.5, 1.0, 2.0, 4.0)),
     }
 )  # fmt: skip
-"""Sizes of a comparison: half a minute, some minutes, at most an hour and a half on two cores."""
+"""Sizes of a comparison: half a minute, some minutes, and (by the count of its runs, not yet timed) an hour and a half."""
 
 
 @dataclass(frozen=True)

@@ -65,22 +65,16 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.1 + 0.27 * len(clip)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
+        top = max([0.3, *(share for found in clip.values() for side in ("high", "low") for share in found[side])])
         for axes, side, title in zip(
             panels, ("high", "low"), ("A > 0, above the upper bound", "A < 0, below the lower bound"), strict=True
         ):
             grid = np.array([found[side] for found in clip.values()])
-            picture = axes.imshow(grid, cmap="Blues", vmin=0, vmax=max(0.3, float(grid.max())), aspect="auto")
+            picture = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
             for (i, j), value in np.ndenumerate(grid):
                 if value >= 0.005:
-                    axes.text(
-                        j,
-                        i,
-                        f"{value:.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="white" if value > 0.25 else BLACK,
-                    )
+                    colour = "white" if value > 0.6 * top else BLACK
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
             axes.set_xticks(
                 range(len(PROB_BINS)), [b.replace(":", " to ") for b in PROB_BINS], rotation=30, ha="right", fontsize=8
             )
