@@ -1,5 +1,9 @@
 """A tiny causal LM and prompts for the hosts' tests."""
 
+import os
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # GMPO's trainer lives there, and says so at its import
+
 import pytest
 import torch
 from datasets import Dataset

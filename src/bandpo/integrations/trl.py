@@ -251,11 +251,13 @@ class BandGRPOTrainer(GRPOTrainer):
                 log[name].append(value)
             elif not self._goes_through_epsilon and log[TRL_NAMES[name]]:
                 log[TRL_NAMES[name]][-1] = value
-        if self._radius_rule is not None and self.model.training:
-            radius = float(self.objective.bounds.radius)  # type: ignore[union-attr]
-            log["band/radius"].append(radius)
+        if self._radius_rule is None or not self.model.training:
+            return
+        radius = float(self.objective.bounds.radius)  # type: ignore[union-attr]
+        log["band/radius"].append(radius)
+        if isinstance(self._radius_rule, Adaptive):
             named = dict(zip(report, values, strict=True))
-            by_divergence = isinstance(self._radius_rule, Adaptive) and self._radius_rule.rises
+            by_divergence = self._radius_rule.rises
             self._measured.append(
                 named["band/divergence_mean"] * radius if by_divergence else named["clip_fraction/any"]
             )
