@@ -38,7 +38,7 @@ TUNING_SEEDS = 1000  # tuning uses seeds from here on, the report those below
 _RATES = MappingProxyType(
     {"paths": 4e-4, "addition": 2e-4, "countdown": 3e-4, "chain_sum": 3e-4, "letter_counting": 3e-4}
 )
-_SETTING = MappingProxyType({"prompts": 32, "group": 8, "epochs": 2, "minibatches": 2})
+_SETTING = MappingProxyType({"prompts": 64, "group": 8, "epochs": 2, "minibatches": 2})
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ PRESETS: Mapping[str, Plan] = MappingProxyType(
         ),
         "quick": Plan(
             ("grpo", "dapo", "bandpo-kl", "bandpo-tv", "no-clip"), ("paths",), tuple(range(6)), tuning_seeds=1,
-            tuning_rates=(1.0,), updates=30,
+            tuning_rates=(1.0,), updates=18,
         ),
         "full": Plan(robust_rates=(0.5, 1.0, 2.0, 4.0)),
     }

@@ -96,7 +96,7 @@ def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
         length=longest + 2,
         reward=reward,
         text=lambda tokens: "→".join(str(t - FIRST) for t in tokens if t >= FIRST),
-        warm_up_steps=1200,
+        warm_up_steps=600,
     )
 
 
