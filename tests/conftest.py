@@ -2,7 +2,11 @@
 
 import os
 
+import torch
 from hypothesis import settings
+
+# Two contended threads make small tensors fifty times slower than one, and two workers share two cores.
+torch.set_num_threads(1)
 
 # CI repeats the same examples, so that a red run can be looked into; on a developer's machine each run draws new ones.
 settings.register_profile("ci", derandomize=True)

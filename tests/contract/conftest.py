@@ -5,7 +5,6 @@ import os
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # GMPO's trainer lives there, and says so at its import
 
 import pytest
-import torch
 from datasets import Dataset
 
 from bandpo.lab.models import WarmUp, build_model, build_tokenizer
@@ -27,11 +26,3 @@ def make_model(tokenizer, tmp_path):
 @pytest.fixture(scope="session")
 def prompts():
     return Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(1, 9) for b in range(1, 9)])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -39,7 +39,7 @@ def test_the_same_largest_shift(divergence, like):
 
 
 def test_known_shifts():
-    assert max_shift(Band(KL, 0.05, max_ratio=None)) == pytest.approx(0.1577, abs=5e-5)  # shared/methods/band.md, 1.8
+    assert max_shift(Band(KL, 0.05, max_ratio=None)) == pytest.approx(0.1577, abs=5e-5)  # of an independent oracle
     assert max_shift(Band(KL, 0.2, max_ratio=None)) == pytest.approx(0.3127, abs=5e-5)
     assert max_shift(Clip(0.25)) == pytest.approx(0.2, rel=1e-9)  # p = 1/1.25
     assert match_radius(TV, like=Band(TV, 0.07, max_ratio=None)) == pytest.approx(0.07, rel=1e-9)

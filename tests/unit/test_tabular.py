@@ -10,14 +10,6 @@ from bandpo import KL, Band, Clip
 from bandpo.lab.tabular import Problem, ppo_clip, random_mdp, safe_step_sum
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def problem(regularizer, seed=0, strength=0.2):
     g = torch.Generator().manual_seed(7)
     reference = torch.randn(5, 4, generator=g, dtype=torch.float64).softmax(-1)
