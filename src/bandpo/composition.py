@@ -101,6 +101,9 @@ class Objective:
             advantages: The same shape, as the objective will be given them.
             group_size: Completions per prompt.
 
+        Raises:
+            ValueError: If the two shapes differ or do not split into groups.
+
         Examples:
             >>> import torch
             >>> from bandpo import OBJECTIVES, group_advantages
@@ -108,6 +111,11 @@ class Objective:
             >>> OBJECTIVES["etr-reading"].group_inputs(rewards, group_advantages(rewards, 4), 4)
             {'signal': tensor([0.7500, 0.7500, 0.7500, 0.7500])}
         """
+        if rewards.dim() != 1 or rewards.shape != advantages.shape or group_size < 1 or rewards.numel() % group_size:
+            raise ValueError(
+                f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have one and the same shape "
+                f"(prompts * group_size,); group_size is {group_size}"
+            )
         if self.group_stats is None:
             return {}
         shape = (-1, group_size)

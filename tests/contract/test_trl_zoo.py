@@ -98,16 +98,20 @@ THEIRS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", THEIRS)
-def test_cispo_sapo_and_luspo_are_trl_s(name, make_model, tokenizer, prompts, tmp_path):
-    theirs = trl_trainer(tmp_path, make_model, tokenizer, prompts, **THEIRS[name])
-    ours = named(tmp_path, make_model, tokenizer, prompts, name)
+def same_loss_and_gradient(theirs, ours, tokenizer):
     for seed in range(3):
         inputs = rollout(tokenizer, seed)
         want, got = loss_and_gradient(theirs, inputs), loss_and_gradient(ours, inputs)
         torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
         scale = want[1].abs().max().item()
         torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_cispo_sapo_and_luspo_are_trl_s(name, make_model, tokenizer, prompts, tmp_path):
+    theirs = trl_trainer(tmp_path, make_model, tokenizer, prompts, **THEIRS[name])
+    ours = named(tmp_path, make_model, tokenizer, prompts, name)
+    same_loss_and_gradient(theirs, ours, tokenizer)
 
 
 def test_gmpo_is_trl_s(make_model, tokenizer, prompts, tmp_path):
@@ -116,12 +120,7 @@ def test_gmpo_is_trl_s(make_model, tokenizer, prompts, tmp_path):
         train_dataset=prompts, processing_class=tokenizer,
     )  # fmt: skip
     ours = named(tmp_path, make_model, tokenizer, prompts, "gmpo")
-    for seed in range(3):
-        inputs = rollout(tokenizer, seed)
-        want, got = loss_and_gradient(theirs, inputs), loss_and_gradient(ours, inputs)
-        torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
-        scale = want[1].abs().max().item()
-        torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-6 * scale)
+    same_loss_and_gradient(theirs, ours, tokenizer)
 
 
 def generate(trainer, prompts, count):

@@ -379,6 +379,9 @@ def test_extras_are_checked():
     assert run("dppo-kl", {**without, "rollout_logprobs": data["old_logprobs"]})[0].isfinite()
     with pytest.raises(ValueError, match="does so already"):
         dataclasses.replace(OBJECTIVES["tis"], anchor="rollout")
+    for rewards, advantages, size in ((7, 7, 4), (8, 4, 4), (8, 8, 0)):
+        with pytest.raises(ValueError, match=f"group_size is {size}"):
+            OBJECTIVES["etr-reading"].group_inputs(torch.ones(rewards), torch.ones(advantages), size)
     with pytest.raises(ValueError, match="has no radius"):
         OBJECTIVES["grpo"].with_radius(0.1)
     assert OBJECTIVES["dppo-kl"].with_radius(0.1).bounds == Band(KL, 0.1, max_ratio=None)

@@ -301,6 +301,7 @@ def _run_stack(folder: Path, jobs: list[Job]) -> None:
         aside = path.with_suffix(".part")
         aside.write_text(json.dumps({"config": asdict(job), "result": asdict(result)}))
         aside.replace(path)
+    (folder / "runs" / f"{jobs[0].key}.error").unlink(missing_ok=True)
 
 
 @functools.lru_cache

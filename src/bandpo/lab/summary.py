@@ -147,7 +147,7 @@ def _robustness(study: Study, plan: Plan, task: str) -> dict[str, Any]:
 
 def write_tables(summary: dict[str, Any], folder: Path) -> None:
     """summary.json, table.csv and table.md."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(_strict(summary), indent=1, allow_nan=False) + "\n")
     rows = [
         {"task": task, "arm": label, "runs": row["runs"], "learning_rate": row["arm"]["rate"], "width": row["arm"]["width"],
          **{f"{m}{end}": value[part] for m, value in row.items() if isinstance(value, dict) and "value" in value
@@ -177,3 +177,12 @@ def markdown(summary: dict[str, Any]) -> str:
             parts.append(f"| {label} | {row['runs']} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """As JSON has it: an interval that too few runs cannot give is null, not NaN."""
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
