@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tunes, runs and compares objectives on tiny models, over paired seeds. Interrupted or extended "
         "comparisons go on where they were: a run whose configuration has a result is not made again.",
     )  # fmt: skip
-    compare.add_argument("--preset", default="quick", choices=("smoke", "quick", "full"),
+    compare.add_argument("--preset", default="quick", choices=("smoke", "quick", "paper", "full"),
                          help="size: half a minute, some minutes, an hour or more (default: quick)")  # fmt: skip
     compare.add_argument("--objectives", help="names by commas, see `bandpo objectives` (default: the preset's)")
     compare.add_argument(

@@ -12,7 +12,8 @@ import pytest
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip
 from bandpo.cli import main
-from bandpo.lab.compare import PRESETS, Arm, Plan, Study, jobs_of, matched, report_arms, scaled, tuning_arms
+from bandpo.lab.plan import PRESETS, Arm, Plan, jobs_of, matched, report_arms, scaled, tuning_arms
+from bandpo.lab.study import Study
 
 
 def test_widths_scale_epsilon_or_delta_and_leave_the_rest():

@@ -240,12 +240,15 @@ class Loop:
         k, held_out = self.setting.eval_samples, self.problem.held_out
         prompts = held_out.repeat_interleave(k, 0)
         noise = torch.rand(len(prompts), self.problem.length, generator=torch.Generator().manual_seed(20_261_124))
-        runs = len(self.runs)
-        rollout = self.stack.sample(
-            held_out.expand(runs, -1, -1), noise.expand(runs, -1, -1), end=END, pad=PAD, repeats=k,
+        # Before training, runs from one checkpoint are one model.
+        same = [r.warm_up for r in self.runs] if stage == "before" else list(range(len(self.runs)))
+        which = list(dict.fromkeys(same))
+        stack = Stack({n: w[[same.index(x) for x in which]] for n, w in self.stack.weights.items()}, self.stack.shape)
+        rollout = stack.sample(
+            held_out.expand(len(which), -1, -1), noise.expand(len(which), -1, -1), end=END, pad=PAD, repeats=k,
             temperature=self.setting.temperature,
         )  # fmt: skip
-        for i, result in enumerate(self.results):
+        for result, i in zip(self.results, (which.index(x) for x in same), strict=True):
             rewards = self.problem.rewards(prompts, rollout.tokens[i]).view(-1, k)
             right = rewards.sum(1).to(torch.int64)
             report = {f"mean@{k}": rewards.mean().item()}

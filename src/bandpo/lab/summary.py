@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bandpo.lab.compare import Arm, Job, Plan, Study, jobs_of, report_arms
+from bandpo.lab.plan import Arm, Plan, jobs_of, report_arms, robust_jobs
 from bandpo.lab.stats import best_of_bootstrap, compare, interval, iqm
+from bandpo.lab.study import Study
 from bandpo.metrics import PROB_BINS
 
 BASELINE = "grpo"
@@ -111,17 +112,6 @@ def _clip_map(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         x = np.array([[r["clip"][side][b] for b in PROB_BINS] for r in runs])
         found[side] = ((x * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)).tolist()
     return found
-
-
-def robust_jobs(plan: Plan, task: str) -> dict[tuple[str, float, tuple[int, int]], list[Job]]:
-    """Cells of the robustness maps: objective x learning rate x (epochs, lag)."""
-    seeds = list(range(500, 500 + plan.robust_seeds))
-    return {
-        (name, rate, reuse): jobs_of(plan, task, [Arm(name, rate=rate)], seeds, epochs=reuse[0], lag=reuse[1])
-        for name in dict.fromkeys((*plan.objectives, "no-clip"))
-        for rate in plan.robust_rates
-        for reuse in plan.robust_reuse
-    }
 
 
 def _robustness(study: Study, plan: Plan, task: str) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import torch
 from matplotlib.figure import Figure
 
 import bandpo
-from bandpo.lab.compare import PRESETS, TUNING_SEEDS, Plan, Study, describe, jobs_of, report_arms, tuning_arms
 from bandpo.lab.exact import Tree, run_tree, wilson
 from bandpo.lab.figures import plot_clip_maps, plot_curves, plot_exact, plot_forest, plot_robustness
+from bandpo.lab.plan import PRESETS, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.problems import PROBLEMS
-from bandpo.lab.summary import robust_jobs, summarise, write_tables
+from bandpo.lab.study import Study
+from bandpo.lab.summary import summarise, write_tables
 from bandpo.objectives import OBJECTIVES
 from bandpo.run.config import command_line
 from bandpo.run.progress import Progress
@@ -44,11 +45,7 @@ def compare(options: argparse.Namespace) -> Path:
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
     for task in plan.tasks:
-        seeds = list(range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds))
-        if seeds:
-            study.run(
-                [j for o in objectives for j in jobs_of(plan, task, tuning_arms(plan, o), seeds)], f"{task}, tuning"
-            )
+        study.run(tuning_jobs(plan, task), f"{task}, tuning")
         tuned = [arm for o in objectives if (arm := study.tuned(plan, task, o)) is not None]
         study.run(jobs_of(plan, task, [*report_arms(plan), *tuned], plan.seeds), f"{task}, report")
         study.run([j for jobs in robust_jobs(plan, task).values() for j in jobs], f"{task}, robustness")

@@ -1,0 +1,269 @@
+"""What a comparison runs: objectives and their arms, tasks, seeds, grids, and the presets."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+
+from bandpo.bounds import DCPO, Band, Clip
+from bandpo.calibration import match_radius
+from bandpo.composition import Objective
+from bandpo.lab.loop import Setting
+from bandpo.objectives import OBJECTIVES
+from bandpo.regions import Sides
+
+_FORMAT = 2  # part of every hash: raise it when the same configuration gives other numbers
+TUNING_SEEDS = 1000  # tuning uses seeds from here on, the report those below
+
+
+_RATES = MappingProxyType(
+    {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "letter_counting": 3e-4}
+)
+_SETTING = MappingProxyType({"prompts": 64, "group": 8, "epochs": 2, "minibatches": 2})
+_SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"addition": {"prompts": 32}, "countdown": {"epochs": 1, "minibatches": 4}}
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison runs.
+
+    Args:
+        objectives: Names; `no-clip` always belongs.
+        tasks: Names of problems.
+        seeds: Of the report, below 1000.
+        warm_ups: Checkpoints; seed s starts from checkpoint s modulo this.
+        rates: Learning rate of each task before tuning.
+        tuning_seeds: Seeds for tuning; 0 leaves the tuned arms out.
+        tuning_rates: Multiples of the rate that are tried.
+        tuning_widths: Multiples of ε or δ that are tried.
+        ablations: Whether the KL band's halves, radii, caps and relaxation are arms too.
+        robust_tasks: Tasks with robustness maps.
+        robust_rates: Multiples of the rate for the maps.
+        robust_reuse: (epochs, lag) of the maps.
+        robust_seeds: Seeds of each of their cells.
+        updates: Rollouts of a run.
+        exact_seeds: Of the bandit; 0 leaves it out.
+        sweep_seeds: Of each cell of the bandit's sweeps; 0 leaves them out.
+        setting: Other fields of `Setting`.
+        sizes: What a task changes in them.
+    """
+
+    objectives: tuple[str, ...] = (
+        "grpo",
+        "dapo",
+        "dcpo",
+        "bandpo-kl",
+        "bandpo-tv",
+        "bandpo-chi2",
+        "dppo-kl",
+        "cfpo",
+        "no-clip",
+    )
+    tasks: tuple[str, ...] = ("paths", "addition", "countdown")
+    seeds: tuple[int, ...] = tuple(range(10))
+    warm_ups: int = 3
+    rates: Mapping[str, float] = field(default_factory=lambda: _RATES)
+    tuning_seeds: int = 2
+    tuning_rates: tuple[float, ...] = (1.0, 2.0)
+    tuning_widths: tuple[float, ...] = (0.3, 1.0, 3.0)
+    ablations: bool = True
+    robust_tasks: tuple[str, ...] = ()
+    robust_rates: tuple[float, ...] = (1.0, 2.0, 4.0)
+    robust_reuse: tuple[tuple[int, int], ...] = ((1, 0), (4, 0), (2, 4))
+    robust_seeds: int = 2
+    updates: int = 30
+    exact_seeds: int = 1000
+    sweep_seeds: int = 0
+    setting: Mapping[str, Any] = field(default_factory=lambda: _SETTING)
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _SIZES)
+
+    def __post_init__(self) -> None:
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                raise ValueError(f"objectives: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+            if OBJECTIVES[name].extras and OBJECTIVES[name].group_stats is None:
+                raise ValueError(f"objectives: {name!r} needs {OBJECTIVES[name].extras}, which the lab does not have")
+        for task in self.tasks:
+            self.setting_of(task)
+        if not self.seeds or max(self.seeds) >= TUNING_SEEDS or min(self.seeds) < 0:
+            raise ValueError(f"seeds: at least one, from 0 to {TUNING_SEEDS - 1}; got {self.seeds}")
+
+    def setting_of(self, task: str, **changes: Any) -> Setting:
+        """The setting of a task's runs."""
+        return Setting(task, **{"updates": self.updates, **self.setting, **self.sizes.get(task, {}), **changes})
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan for JSON and for people."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+    return {**plain, "sizes": {task: dict(size) for task, size in plan.sizes.items()}}
+
+
+_TINY = MappingProxyType(
+    {
+        "prompts": 8,
+        "group": 4,
+        "epochs": 2,
+        "minibatches": 2,
+        "hidden_size": 32,
+        "layers": 1,
+        "eval_samples": 4,
+        "warm_up_steps": 300,
+    }
+)
+
+PRESETS: Mapping[str, Plan] = MappingProxyType(
+    {
+        "smoke": Plan(
+            ("grpo", "bandpo-kl", "no-clip"), ("paths",), tuple(range(4)), tuning_seeds=1, tuning_rates=(1.0,),
+            tuning_widths=(0.5, 1.0), ablations=False, updates=4, exact_seeds=100, setting=_TINY, sizes={},
+        ),
+        "quick": Plan(
+            ("grpo", "dapo", "bandpo-kl", "bandpo-tv", "no-clip"), ("paths",), tuple(range(6)), tuning_seeds=1,
+            tuning_rates=(1.0,), ablations=False, updates=18,
+        ),
+        "paper": Plan(("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200),
+        "full": Plan(robust_tasks=("addition",), sweep_seeds=200),
+    }
+)  # fmt: skip
+"""Sizes of a comparison; docs/compare.md has what each takes."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A configuration of a method.
+
+    Args:
+        objective: Name of the objective it varies.
+        variant: `default`, `matched`, `tuned`, or one of `ABLATIONS`.
+        width: Multiple of the objective's own ε or δ.
+        rate: Multiple of the task's learning rate.
+    """
+
+    objective: str
+    variant: str = "default"
+    width: float = 1.0
+    rate: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return self.objective if self.variant == "default" else f"{self.objective} {self.variant}"
+
+    def build(self) -> Objective:
+        """The objective itself."""
+        base = OBJECTIVES[self.objective]
+        if self.variant == "matched":
+            return matched(base)
+        if self.variant in ABLATIONS:
+            assert isinstance(base.bounds, Band)
+            return dataclasses.replace(base, bounds=ABLATIONS[self.variant](base.bounds))
+        return scaled(base, self.width)
+
+
+ABLATIONS: Mapping[str, Callable[[Band], Any]] = MappingProxyType(
+    {
+        "upper": lambda band: Sides(Clip(0.2), band),
+        "lower": lambda band: Sides(band, Clip(0.2)),
+        "relax": lambda band: dataclasses.replace(band, relax=Clip(0.2, 0.28)),
+        "cap 2": lambda band: dataclasses.replace(band, max_ratio=2.0),
+        "no cap": lambda band: dataclasses.replace(band, max_ratio=None),
+        "δ/5": lambda band: dataclasses.replace(band, radius=0.2 * cast(float, band.radius)),
+        "4δ": lambda band: dataclasses.replace(band, radius=4 * cast(float, band.radius)),
+    }
+)
+"""What is changed in a band to see what each part of it does; a half keeps PPO's 0.2 on the other side."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and where its result lies."""
+
+    setting: Setting
+    arm: Arm
+    learning_rate: float
+    seed: int
+    warm_up: int
+
+    @property
+    def key(self) -> str:
+        """Name of its file."""
+        decides = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
+        return hashlib.sha256(decides.encode()).hexdigest()[:20]
+
+
+def scaled(objective: Objective, factor: float) -> Objective:
+    """The objective with its ε or δ multiplied; one without either is returned as it is."""
+    bounds = objective.bounds
+    if isinstance(bounds, Band) and isinstance(bounds.radius, float):
+        bounds = dataclasses.replace(bounds, radius=bounds.radius * factor)
+    elif isinstance(bounds, DCPO):
+        bounds = dataclasses.replace(bounds, low=bounds.low * factor, high=bounds.high * factor)
+    elif isinstance(bounds, Clip) and bounds.high is not None and math.isfinite(bounds.high):
+        bounds = Clip(min(1.0, bounds.low * factor), bounds.high * factor)
+    return dataclasses.replace(objective, bounds=bounds)
+
+
+def matched(objective: Objective) -> Objective:
+    """A ball with the radius whose upper bound at p = 0.5 is PPO's 1.2."""
+    assert isinstance(objective.bounds, Band) and not isinstance(objective.bounds.divergence, str)
+    radius = match_radius(objective.bounds.divergence, like=Clip(0.2), by="upper@0.5")
+    return dataclasses.replace(objective, bounds=dataclasses.replace(objective.bounds, radius=radius))
+
+
+def report_arms(plan: Plan) -> list[Arm]:
+    """Arms that need no tuning."""
+    arms = [Arm(name) for name in _objectives(plan)]
+    arms += [Arm(a.objective, "matched") for a in arms if isinstance(OBJECTIVES[a.objective].bounds, Band)]
+    if "bandpo-kl" in plan.objectives:
+        arms += [Arm("bandpo-kl", name) for name in (ABLATIONS if plan.ablations else ("upper", "lower"))]
+    return arms
+
+
+def tuning_arms(plan: Plan, objective: str) -> list[Arm]:
+    """The grid of one objective, of the same size for all: one without ε or δ has as many learning rates, spread wider."""
+    if scaled(OBJECTIVES[objective], 2.0) != OBJECTIVES[objective]:
+        return [Arm(objective, "tuned", width, rate) for width in plan.tuning_widths for rate in plan.tuning_rates]
+    count = len(plan.tuning_widths) * len(plan.tuning_rates)
+    rates = np.geomspace(min(plan.tuning_rates) / 2, max(plan.tuning_rates) * 2, count)
+    return [Arm(objective, "tuned", 1.0, round(float(rate), 3)) for rate in rates]
+
+
+def tuning_jobs(plan: Plan, task: str) -> list[Job]:
+    """All grids on the tuning seeds."""
+    seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
+    return [job for name in _objectives(plan) for job in jobs_of(plan, task, tuning_arms(plan, name), seeds)]
+
+
+def robust_jobs(plan: Plan, task: str) -> dict[tuple[str, float, tuple[int, int]], list[Job]]:
+    """Cells of the robustness maps: objective x learning rate x (epochs, lag)."""
+    if task not in plan.robust_tasks:
+        return {}
+    seeds = range(500, 500 + plan.robust_seeds)
+    return {
+        (name, rate, reuse): jobs_of(plan, task, [Arm(name, rate=rate)], seeds, epochs=reuse[0], lag=reuse[1])
+        for name in _objectives(plan)
+        for rate in plan.robust_rates
+        for reuse in plan.robust_reuse
+    }
+
+
+def jobs_of(plan: Plan, task: str, arms: Iterable[Arm], seeds: Iterable[int], **changes: Any) -> list[Job]:
+    """Every arm on every seed."""
+    setting = plan.setting_of(task, **changes)
+    return [
+        Job(setting, arm, plan.rates[task] * arm.rate, seed, seed % plan.warm_ups) for arm in arms for seed in seeds
+    ]
+
+
+def _objectives(plan: Plan) -> list[str]:
+    return list(dict.fromkeys((*plan.objectives, "no-clip")))

@@ -1,0 +1,123 @@
+"""A fair comparison: every arm through the same code, tuned with the same budget on other seeds, on the same fresh seeds.
+
+Work is cut into stacks of runs that share a setting. Each run leaves one JSON file named by the hash of its configuration, so a
+comparison that was interrupted, or is extended, makes only what is missing; a stack that fails leaves its error behind, and the
+others go on.
+"""
+
+import functools
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bandpo.composition import Objective
+from bandpo.lab.loop import Loop, Run, Setting
+from bandpo.lab.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
+
+_STACK = 12  # runs in one stack
+
+
+class Study:
+    """Runs jobs and reads their results.
+
+    Args:
+        folder: Where results lie, one file for each run.
+        workers: Processes.
+        say: Called with a line now and then.
+    """
+
+    def __init__(self, folder: Path, workers: int = 2, say: Callable[[str], None] = print) -> None:
+        self.folder, self.workers, self.say = folder, workers, say
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        self.failures: list[str] = []
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """A run's result, None where it has none."""
+        found = self._read(job)
+        return found["result"] if found else None
+
+    def core_seconds(self, jobs: Iterable[Job]) -> float:
+        """What the results of these jobs took, however many sessions made them."""
+        return sum(found["seconds"] for job in dict.fromkeys(jobs) if (found := self._read(job)))
+
+    def _read(self, job: Job) -> dict[str, Any] | None:
+        path = self.folder / "runs" / f"{job.key}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def run(self, jobs: Sequence[Job], what: str) -> None:
+        """Make the results that are missing."""
+        if not jobs:
+            return
+        missing = [job for job in dict.fromkeys(jobs) if self.result(job) is None]
+        stacks: list[list[Job]] = []
+        by_setting: dict[Setting, list[Job]] = {}
+        for job in missing:
+            by_setting.setdefault(job.setting, []).append(job)
+        for group in by_setting.values():
+            size = min(_STACK, math.ceil(len(group) / self.workers))
+            stacks += [group[i : i + size] for i in range(0, len(group), size)]
+        self.say(f"{what}: {len(jobs)} runs, {len(missing)} to make")
+        if not stacks:
+            return
+        started, done = time.monotonic(), 0
+        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            waiting: dict[Future[None], list[Job]] = {pool.submit(_run_stack, self.folder, s): s for s in stacks}
+            for future in as_completed(waiting):
+                error = future.exception()
+                if error is not None:
+                    self.failures.append(f"{what}, {waiting[future][0].arm.label} and others: {error!r}")
+                    self.say(f"  failed: {self.failures[-1]}")
+                done += len(waiting[future])
+                left = (time.monotonic() - started) * (len(missing) - done) / done
+                self.say(f"  {done}/{len(missing)} runs, about {left / 60:.1f} min left")
+
+    def tuned(self, plan: Plan, task: str, objective: str) -> Arm | None:
+        """The arm of the grid with the best mean@k over the tuning seeds, the first of equals."""
+        seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
+        means: dict[Arm, float] = {}
+        for arm in tuning_arms(plan, objective):
+            found = [self.result(job) for job in jobs_of(plan, task, [arm], list(seeds))]
+            if found and all(r is not None for r in found):
+                means[arm] = float(np.mean([score(r) for r in found if r is not None]))
+        return max(means, key=means.__getitem__) if means else None
+
+
+def score(result: Mapping[str, Any]) -> float:
+    """What tuning maximises: mean@k at the end."""
+    return next(v for k, v in result["after"].items() if k.startswith("mean@"))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _run_stack(folder: Path, jobs: list[Job]) -> None:
+    started = time.monotonic()
+    try:
+        runs = [Run(_objective(job.arm), job.learning_rate, job.seed, job.warm_up) for job in jobs]
+        results = Loop(jobs[0].setting, runs).train()
+    except Exception:
+        (folder / "runs" / f"{jobs[0].key}.error").write_text(traceback.format_exc())
+        raise
+    seconds = (time.monotonic() - started) / len(jobs)
+    for job, result in zip(jobs, results, strict=True):
+        path = folder / "runs" / f"{job.key}.json"
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps({"config": asdict(job), "result": asdict(result), "seconds": seconds}))
+        aside.replace(path)
+    (folder / "runs" / f"{jobs[0].key}.error").unlink(missing_ok=True)
+
+
+@functools.lru_cache
+def _objective(arm: Arm) -> Objective:
+    return arm.build()
