@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--updates", type=int, help="rollouts of a run (default: the preset's)")
     compare.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
     compare.add_argument("--output", type=Path, help="folder (default: runs/compare-PRESET)")
+    compare.add_argument("--evidence", type=Path, metavar="DIR",
+                         help="also write evidence.md, evidence.json and pictures there, as in docs/")  # fmt: skip
     compare.set_defaults(run=_compare)
 
     bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")

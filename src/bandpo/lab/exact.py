@@ -5,6 +5,7 @@ The bandit and the tree are one thing, a tree of depth 1 being a bandit.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,7 +89,8 @@ class Outcome(NamedTuple):
 
 def run_tree(
     tree: Tree, objective: Objective, *, learning_rate: float = 0.1, batches: int = 60, queries: int = 8, group: int = 8,
-    epochs: int = 2, minibatches: int = 4, seeds: int = 1000, seed: int = 0, optimizer: str = "adam", noise: float = 0.0,
+    epochs: int = 2, minibatches: int = 4, lag: int = 0, seeds: int = 1000, seed: int = 0, optimizer: str = "adam",
+    noise: float = 0.0,
 ) -> Outcome:  # fmt: skip
     """Policy gradients on a tree, thousands of seeds at once; the same seeds see the same noise under every objective.
 
@@ -101,6 +103,7 @@ def run_tree(
         group: Ways of a group.
         epochs: Passes over a rollout.
         minibatches: Steps of a pass.
+        lag: Batches that the sampler is behind.
         seeds: How many.
         seed: Of all of them.
         optimizer: `adam` or `sgd`.
@@ -108,6 +111,8 @@ def run_tree(
     """
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer: got {optimizer!r}; choose adam or sgd")
+    if lag < 0:
+        raise ValueError(f"lag must be at least 0, got {lag}")
     g = torch.Generator().manual_seed(seed)
     theta = tree.start().expand(seeds, -1, -1).clone().requires_grad_()
     step = (
@@ -118,9 +123,11 @@ def run_tree(
     rows = queries * group
     total, discovery = torch.zeros(seeds), torch.full((seeds,), batches)
     curve: list[Tensor] = []
+    past: deque[Tensor] = deque(maxlen=lag + 1)
     for batch in range(batches):
         with torch.no_grad():
-            policy = theta.log_softmax(-1)
+            past.append(theta.log_softmax(-1))
+            policy = past[0]
             ways, tables = _draw(tree, policy.exp(), torch.rand(seeds, rows, tree.depth, generator=g))
             old = _scores(policy, tables, ways)
             rewards = tree.rewards(ways)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bandpo.metrics import PROB_BINS
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
-_COLOURS = (BLUE, BLACK, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9", "#F0E442")
+_COLOURS = (BLUE, BLACK, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9", "#B8A800")
 
 
 def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -137,4 +137,77 @@ def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         right.invert_yaxis()
         right.set(xlabel="share of seeds that commit to it, Wilson's 95%", xlim=(0, 1))
         left.legend(fontsize=7)
+    return figure
+
+
+def plot_regimes(found: Mapping[str, Any]) -> Figure:
+    """Difference in commitment with the baseline over rarity and reuse, one panel for each objective."""
+    panels = {name: (np.array(cells)[..., 0], "") for name, cells in found["against"].items()}
+    return _grids(
+        panels, [f"{p:g}" for p in found["rarities"]], [f"K{k} M{m}" for k, m in found["reuse"]],
+        ("probability of the best arm at the start", "reuse", f"commits, less {found['baseline']}'s share"), "PuOr_r", None,
+    )  # fmt: skip
+
+
+def plot_planes(found: Mapping[str, Any]) -> Figure:
+    """Mean reward over learning rate and width, one panel for each objective."""
+    panels = {name: (np.array(cells), f": best {np.max(cells):.3f}") for name, cells in found["value"].items()}
+    return _grids(
+        panels, [f"x{w:g}" for w in found["widths"]], [f"{lr:g}" for lr in found["rates"]],
+        ("multiple of ε or δ", "learning rate", "mean reward"), "Blues", (0.4, 0.95),
+    )  # fmt: skip
+
+
+def _grids(
+    panels: Mapping[str, tuple[Any, str]], across: Sequence[str], up: Sequence[str], names: tuple[str, str, str],
+    colours: str, limits: tuple[float, float] | None,
+) -> Figure:  # fmt: skip
+    with mpl.rc_context(STYLE):
+        columns = min(4, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(2.6 * columns + 0.6, 2.0 * rows + 0.6), layout="constrained")
+        axes_of = figure.subplots(rows, columns, squeeze=False).ravel()
+        largest = max(np.abs(grid).max() for grid, _ in panels.values()) or 1.0
+        low, high = limits or (-largest, largest)
+        for axes in axes_of[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (label, (grid, note)) in zip(axes_of, panels.items(), strict=False):
+            picture = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
+            for (i, j), value in np.ndenumerate(grid):
+                far = value > (low + 2 * high) / 3 if limits else abs(value) > 0.6 * largest
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color="white" if far else BLACK)
+            axes.set_title(label + note, fontsize=9)
+            shown = across if grid.shape[1] == len(across) else [""] * grid.shape[1]
+            axes.set_xticks(range(len(shown)), shown, fontsize=7)
+            axes.set_yticks(range(len(up)), up, fontsize=7)
+            axes.grid(visible=False)
+        figure.colorbar(picture, ax=list(axes_of), label=names[2], shrink=0.8)
+        figure.supxlabel(names[0], fontsize=9)
+        figure.supylabel(names[1], fontsize=9)
+    return figure
+
+
+def plot_staleness(found: Mapping[str, Any], width: Mapping[str, Any], tuning: Mapping[str, Any]) -> Figure:
+    """The bandit: reward over the sampler's lag; over δ for each cap; and the best of n random settings."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12.5, 3.8), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        for (label, values), colour in zip(found["value"].items(), _COLOURS, strict=False):
+            left.plot(found["lags"], values, "o-", color=colour, lw=1.5, ms=4, label=label)
+        left.set(xlabel="batches the sampler is behind", ylabel="mean reward", title="Staleness")
+        left.legend(fontsize=7)
+        for cap, values, colour, style in zip(
+            width["caps"], width["value"], (ORANGE, BLUE, BLACK), ("-", "--", ":"), strict=True
+        ):
+            label = "no cap" if cap is None else f"cap {cap:g}"
+            middle.plot(width["radii"], values, style, color=colour, lw=2, label=label)
+        middle.set(xscale="log", xlabel="δ of the KL band", ylabel="mean reward", title="Radius and cap")
+        middle.legend(fontsize=8)
+        for (label, values), colour in zip(tuning["expected"].items(), (BLUE, ORANGE), strict=True):
+            right.plot(tuning["trials"], values, "o-", color=colour, lw=1.5, label=label)
+        right.set(
+            xlabel="random settings tried", ylabel="mean reward of the best, expected", title="Tuning", xscale="log"
+        )
+        right.set_xticks(tuning["trials"], [str(n) for n in tuning["trials"]])
+        right.legend(fontsize=8)
     return figure

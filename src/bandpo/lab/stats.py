@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 RESAMPLES = 9999
+Key = TypeVar("Key")
 
 
 class Interval(NamedTuple):
@@ -78,8 +79,6 @@ def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, se
 def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int = 0) -> dict[str, Difference]:
     """Every arm against a baseline, run by run: the same place in two sequences is the same seed and warm-up.
 
-    The test flips the signs of the differences: all 2^n ways up to n = 13, else 9999 random ones (scipy's permutation_test).
-
     Args:
         results: Values of each arm, in the same order of runs.
         baseline: The arm to compare with.
@@ -90,22 +89,37 @@ def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int 
     """
     if baseline not in results:
         raise ValueError(f"baseline {baseline!r} is not among {', '.join(results)}")
-    base = np.asarray(results[baseline], dtype=np.float64)
-    found: dict[str, tuple[Interval, float, float]] = {}
-    for name, values in results.items():
-        if name == baseline:
-            continue
-        if len(values) != len(base):
-            raise ValueError(f"{name} has {len(values)} runs and {baseline} {len(base)}: they cannot be paired")
-        difference = np.asarray(values, dtype=np.float64) - base
-        deviation = float(np.std(difference, ddof=1)) if len(base) > 1 else math.nan
+    return paired({name: (results[name], results[baseline]) for name in results if name != baseline}, seed=seed)
+
+
+def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> dict[Key, Difference]:
+    """Differences first - second of pairs of arms, corrected together.
+
+    The test flips the signs of the differences: all 2^n ways up to n = 13, else 9999 random ones (scipy's permutation_test).
+
+    Args:
+        pairs: Values of two arms, in the same order of runs.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If two arms have different numbers of runs.
+    """
+    found: dict[Key, tuple[Interval, float, float, int]] = {}
+    for name, (first, second) in pairs.items():
+        if len(first) != len(second):
+            raise ValueError(f"{name}: {len(first)} and {len(second)} runs cannot be paired")
+        difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+        count = len(difference)
+        deviation = float(np.std(difference, ddof=1)) if count > 1 else math.nan
         mean = float(difference.mean())
         effect = mean / deviation if deviation else (0.0 if mean == 0 else math.copysign(math.inf, mean))
-        found[name] = interval(list(difference), np.mean, seed=seed), _sign_flips(difference, seed), effect
-    corrected = holm([p for _, p, _ in found.values()])
+        found[name] = (
+            interval(list(difference), np.mean, seed=seed), _sign_flips(difference, seed), effect, count,
+        )  # fmt: skip
+    corrected = holm([p for _, p, _, _ in found.values()])
     return {
-        name: Difference(mean, p, q, effect, len(base))
-        for (name, (mean, p, effect)), q in zip(found.items(), corrected, strict=True)
+        name: Difference(mean, p, q, effect, count)
+        for (name, (mean, p, effect, count)), q in zip(found.items(), corrected, strict=True)
     }
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from bandpo.lab.plan import Arm, Plan, jobs_of, report_arms, robust_jobs
-from bandpo.lab.stats import best_of_bootstrap, compare, interval, iqm
+from bandpo.lab.plan import ABLATIONS, Arm, Plan, jobs_of, report_arms, robust_jobs
+from bandpo.lab.stats import Difference, best_of_bootstrap, compare, interval, iqm
 from bandpo.lab.study import Study
 from bandpo.metrics import PROB_BINS
 
 BASELINE = "grpo"
+ABLATED = "bandpo-kl"
 _COLLAPSED = 0.5  # a run that loses half of the mean@k it started with
+_RARE = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1")
 
 
 def summarise(study: Study, plan: Plan) -> dict[str, Any]:
@@ -48,6 +50,8 @@ def _task(
     k = max(int(name.split("@")[1]) for name in next(iter(results.values()))[0]["after"] if name.startswith("mean@"))
     values = {label: _measures(runs, k) for label, runs in results.items()}
     measures = list(next(iter(values.values())))
+    main = {label: v for label, v in values.items() if arms[label].variant not in ABLATIONS}
+    parts = {label: v for label, v in values.items() if label not in main or label == ABLATED}
     baseline = BASELINE if BASELINE in results else next(iter(results))
     table = {
         label: {
@@ -58,11 +62,9 @@ def _task(
         }
         for label, v in values.items()
     }  # fmt: skip
-    differences = {
-        m: {label: {**d._asdict(), "mean": d.mean._asdict()} for label, d in
-            compare({label: v[m] for label, v in values.items()}, baseline).items()}
-        for m in (f"mean@{k}", f"pass@{k}", "entropy", "speed") if len(plan.seeds) > 1
-    }  # fmt: skip
+    compared = [m for m in (f"mean@{k}", f"pass@{k}", "entropy", "speed") if len(plan.seeds) > 1]
+    differences = {m: _differences(main, baseline, m) for m in compared}
+    ablations = {m: _differences(parts, ABLATED, m) for m in compared} if len(parts) > 1 and ABLATED in parts else {}
     before = results[baseline]
     return {
         "baseline": baseline,
@@ -71,11 +73,23 @@ def _task(
         },
         "table": table,
         "differences": differences,
+        "ablations": ablations,
+        "values": values,
         "curves": {label: _curves(runs) for label, runs in results.items()},
         "clip": {label: _clip_map(runs) for label, runs in results.items()},
         "samples": {label: runs[0]["samples"] for label, runs in results.items()},
         "robustness": _robustness(study, plan, task),
     }  # fmt: skip
+
+
+def _differences(values: dict[str, dict[str, list[float]]], baseline: str, measure: str) -> dict[str, Any]:
+    found = compare({label: v[measure] for label, v in values.items()}, baseline)
+    return {label: as_dict(d) for label, d in found.items()}
+
+
+def as_dict(difference: Difference) -> dict[str, Any]:
+    """For JSON."""
+    return {**difference._asdict(), "mean": difference.mean._asdict()}
 
 
 def _measures(runs: Sequence[dict[str, Any]], k: int) -> dict[str, list[float]]:
@@ -86,8 +100,15 @@ def _measures(runs: Sequence[dict[str, Any]], k: int) -> dict[str, list[float]]:
         f"best@{k} (official bootstrap)": [best_of_bootstrap(np.array(r["rewards"]), k) for r in runs],
         "entropy": [r["after"]["entropy"] for r in runs],
         "speed": [float(np.mean(r["reward"])) for r in runs],
+        "rare clipped": [_rare_clipped(r) for r in runs],
         "collapsed": [float(r["after"][f"mean@{k}"] < _COLLAPSED * r["before"][f"mean@{k}"]) for r in runs],
     }
+
+
+def _rare_clipped(run: dict[str, Any]) -> float:
+    """Share of tokens of p < 0.1 that are above their upper bound with A > 0."""
+    tokens = sum(run["tokens"][b] for b in _RARE)
+    return sum(run["clip"]["high"][b] * run["tokens"][b] for b in _RARE) / tokens if tokens else 0.0
 
 
 def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
@@ -135,9 +156,11 @@ def _robustness(study: Study, plan: Plan, task: str) -> dict[str, Any]:
     }
 
 
-def write_tables(summary: dict[str, Any], folder: Path) -> None:
-    """summary.json, table.csv and table.md."""
-    (folder / "summary.json").write_text(json.dumps(_strict(summary), indent=1, allow_nan=False) + "\n")
+def write_tables(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """summary.json, table.csv and table.md; the summary as it was written, so that pages made now and later agree."""
+    text = json.dumps(_strict(summary), allow_nan=False)
+    (folder / "summary.json").write_text(text + "\n")
+    summary = json.loads(text)
     rows = [
         {"task": task, "arm": label, "runs": row["runs"], "learning_rate": row["arm"]["rate"], "width": row["arm"]["width"],
          **{f"{m}{end}": value[part] for m, value in row.items() if isinstance(value, dict) and "value" in value
@@ -152,6 +175,7 @@ def write_tables(summary: dict[str, Any], folder: Path) -> None:
         writer.writerows(rows)
     (folder / "table.csv").write_text(text.getvalue())
     (folder / "table.md").write_text(markdown(summary))
+    return summary
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -170,9 +194,11 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """As JSON has it: an interval that too few runs cannot give is null, not NaN."""
+    """As JSON has it, six digits: an interval that too few runs cannot give is null, not NaN."""
     if isinstance(value, dict):
         return {k: _strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value

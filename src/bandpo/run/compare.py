@@ -2,27 +2,29 @@
 
 import argparse
 import dataclasses
-import io
+import hashlib
 import json
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from matplotlib.figure import Figure
 
 import bandpo
-from bandpo.lab.exact import Tree, run_tree, wilson
-from bandpo.lab.figures import plot_clip_maps, plot_curves, plot_exact, plot_forest, plot_robustness
-from bandpo.lab.plan import PRESETS, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
+from bandpo.lab.claims import claims
+from bandpo.lab.exact import wilson
+from bandpo.lab.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.problems import PROBLEMS
 from bandpo.lab.study import Study
 from bandpo.lab.summary import summarise, write_tables
+from bandpo.lab.sweeps import bandit, sweep
 from bandpo.objectives import OBJECTIVES
+from bandpo.run.compare_report import claims_table, write_evidence, write_report
 from bandpo.run.config import command_line
 from bandpo.run.progress import Progress
+
+_FORMAT = 1  # of the sweeps
 
 
 def compare(options: argparse.Namespace) -> Path:
@@ -44,19 +46,29 @@ def compare(options: argparse.Namespace) -> Path:
     (folder / "plan.json").write_text(json.dumps(describe(plan), indent=1) + "\n")
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
+    made: list[list[Job]] = []
     for task in plan.tasks:
-        study.run(tuning_jobs(plan, task), f"{task}, tuning")
+        made.append(tuning_jobs(plan, task))
+        study.run(made[-1], f"{task}, tuning")
         tuned = [arm for o in objectives if (arm := study.tuned(plan, task, o)) is not None]
-        study.run(jobs_of(plan, task, [*report_arms(plan), *tuned], plan.seeds), f"{task}, report")
-        study.run([j for jobs in robust_jobs(plan, task).values() for j in jobs], f"{task}, robustness")
+        made.append(jobs_of(plan, task, [*report_arms(plan), *tuned], plan.seeds))
+        study.run(made[-1], f"{task}, report")
+        made.append([j for jobs in robust_jobs(plan, task).values() for j in jobs])
+        study.run(made[-1], f"{task}, robustness")
     summary = summarise(study, plan)
-    summary["exact"] = _exact(objectives, plan.exact_seeds) if plan.exact_seeds else {}
-    write_tables(summary, folder)
-    report = _write_report(folder, summary, plan, minutes=(time.monotonic() - started) / 60)
+    exact = [o for o in objectives if OBJECTIVES[o].ratio_level == "token" and not OBJECTIVES[o].extras]
+    summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
+    summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs) if plan.sweep_seeds else {}
+    summary["about"] = _about(study, plan, made)
+    summary = write_tables(summary, folder)
+    report = write_report(folder, summary)
     progress.say((folder / "table.md").read_text())
+    progress.say(claims_table(claims(summary)))
     for line in [*study.failures, *summary["incomplete"]]:
         progress.say(f"missing: {line}")
-    progress.say(f"report: {report}")
+    if options.evidence is not None:
+        progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
+    progress.say(f"report: {report}, {(time.monotonic() - started) / 60:.1f} min")
     return report
 
 
@@ -89,10 +101,7 @@ def _exact(names: list[str], seeds: int) -> dict[str, Any]:
     """The bandit of the bottleneck, at each objective's default width."""
     found: dict[str, Any] = {}
     for name in names:
-        objective = OBJECTIVES[name]
-        if objective.extras or objective.ratio_level != "token":
-            continue
-        outcome = run_tree(Tree(), dataclasses.replace(objective, advantage="std"), seeds=seeds)
+        outcome = bandit(OBJECTIVES[name], seeds)
         commits = int(outcome.commits.sum())
         found[name] = {
             "commit": [commits / seeds, *wilson(commits, seeds)],
@@ -104,61 +113,20 @@ def _exact(names: list[str], seeds: int) -> dict[str, Any]:
     return found
 
 
-def _write_report(folder: Path, summary: dict[str, Any], plan: Plan, *, minutes: float) -> Path:
-    tasks: dict[str, Any] = {}
-    for task, found in summary["tasks"].items():
-        if not found:
-            tasks[task] = {}
-            continue
-        table = next(iter(found["table"].values()))
-        default = {label: c for label, c in found["curves"].items() if " " not in label}
-        figures = {"Learning curves, default widths": plot_curves(default)}
-        figures |= {
-            f"{measure}, against {found['baseline']}": plot_forest(d, found["baseline"], measure)
-            for measure, d in found["differences"].items()
-        }
-        figures["Who is clipped"] = plot_clip_maps(found["clip"])
-        if found["robustness"]:
-            figures["Robustness"] = plot_robustness(found["robustness"], plan.robust_rates, plan.robust_reuse)
-        start = ", ".join(f"{name} {value:.3f}" for name, value in found["before"].items())
-        tasks[task] = {
-            **found,
-            "measures": [m for m, v in table.items() if isinstance(v, dict) and "value" in v],
-            "figures": {
-                name: _svg(figure, folder / "figures" / f"{task}-{i}.svg")
-                for i, (name, figure) in enumerate(figures.items())
-            },
-            "text": f"{PROBLEMS[task]().description}. Before training: {start}.",
-        }
-    exact = None
-    if summary["exact"]:
-        exact = {
-            "text": "Ten arms; the best has probability 0.01 at the start and reward 1, a common one (0.40) pays 0.6, the "
-            "others 0.2. Adam, rate 0.1, 60 batches of 8 groups of 8, 2 epochs of 4 mini-batches, "
-            f"{plan.exact_seeds} seeds, default widths.",
-            "figure": _svg(plot_exact(summary["exact"]), folder / "figures" / "exact.svg"),
-        }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bandpo.run"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+def _sweeps(names: list[str], seeds: int, folder: Path, workers: int) -> dict[str, Any]:
+    """The bandit's planes, kept in the folder as runs are."""
+    key = hashlib.sha256(json.dumps([_FORMAT, names, seeds]).encode()).hexdigest()[:20]
+    path = folder / f"sweeps-{key}.json"
+    if not path.exists():
+        path.write_text(json.dumps(sweep(names, seeds, workers)))
+    return json.loads(path.read_text())
+
+
+def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    revision = git.stdout.strip() if git.returncode == 0 else ""
-    about = {
-        "command": command_line(), "bandpo": bandpo.__version__, "torch": torch.__version__, "minutes": f"{minutes:.1f}",
-        "git": revision,
+    return {
+        "command": command_line(), "bandpo": bandpo.__version__, "torch": torch.__version__,
+        "git": git.stdout.strip() if git.returncode == 0 else "", "plan": describe(plan),
+        "runs": len({job for jobs in sets for job in jobs}),
+        "core_minutes": round(study.core_seconds([job for jobs in sets for job in jobs]) / 60, 1),
     }  # fmt: skip
-    page = environment.get_template("compare.html.j2").render(
-        title="Trust regions compared: " + ", ".join(plan.tasks), summary={**summary, "tasks": tasks}, exact=exact,
-        plan=describe(plan), environment=about,
-    )  # fmt: skip
-    path = folder / "report.html"
-    path.write_text(page)
-    return path
-
-
-def _svg(figure: Figure, path: Path) -> str:
-    path.parent.mkdir(exist_ok=True)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    path.write_text(buffer.getvalue())
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -1,0 +1,186 @@
+"""The bandit over its planes: reuse x rarity, learning rate x width, staleness, δ x cap, and how hard a region is to tune."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from bandpo.bounds import Band, Clip
+from bandpo.composition import Objective
+from bandpo.divergences import KL
+from bandpo.lab.exact import Outcome, Tree, run_tree
+from bandpo.lab.plan import matched, scaled
+from bandpo.objectives import OBJECTIVES
+
+RARITIES = (0.1, 0.03, 0.01, 0.003, 0.001)
+REUSE = ((1, 1), (1, 4), (2, 4), (4, 8))
+RATES = (0.03, 0.1, 0.3, 1.0)
+WIDTHS = (0.1, 0.3, 1.0, 3.0)
+LAGS = (0, 1, 2, 4)
+RADII = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+CAPS = (2.0, 10.0, None)
+EPSILONS = (0.05, 0.1, 0.2, 0.4)
+TRIALS = (1, 2, 4, 8)
+
+
+def bandit(objective: Objective, seeds: int, *, rare: float = 0.01, **changes: Any) -> Outcome:
+    """A bandit with a rare best arm; advantages are standardised whatever the objective, so that only the region differs."""
+    common = min(0.4, 0.8 - rare)
+    return run_tree(
+        Tree(rare=rare, common=common), dataclasses.replace(objective, advantage="std"), seeds=seeds, **changes
+    )
+
+
+def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Share of seeds that commit to the best arm, over its rarity and the reuse of a batch; balls matched to ε = 0.2.
+
+    `against` has each objective's paired difference with the first one, with a normal 95% interval.
+
+    Args:
+        names: Of objectives.
+        seeds: Of a cell.
+    """
+    commits: dict[str, Any] = {}
+    for name in names:
+        objective = OBJECTIVES[name]
+        objective = matched(objective) if isinstance(objective.bounds, Band) else objective
+        commits[name] = np.array(
+            [
+                [bandit(objective, seeds, rare=rare, epochs=k, minibatches=m).commits.numpy() for rare in RARITIES]
+                for k, m in REUSE
+            ],
+            dtype=float,
+        )
+    first = commits[names[0]]
+    return {
+        "rarities": RARITIES, "reuse": REUSE, "baseline": names[0],
+        "commit": {name: c.mean(-1).tolist() for name, c in commits.items()},
+        "against": {name: _normal(c - first).tolist() for name, c in commits.items() if name != names[0]},
+    }  # fmt: skip
+
+
+def planes(names: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Mean reward over the batches, over learning rate and multiples of ε or δ, 2 epochs of 4 mini-batches.
+
+    Args:
+        names: Of objectives.
+        seeds: Of a cell.
+    """
+    found: dict[str, Any] = {"rates": RATES, "widths": WIDTHS, "value": {}}
+    for name in names:
+        objective = OBJECTIVES[name]
+        widths = WIDTHS if scaled(objective, 2.0) != objective else (1.0,)
+        found["value"][name] = [
+            [bandit(scaled(objective, w), seeds, learning_rate=lr).value.mean().item() for w in widths] for lr in RATES
+        ]
+    return found
+
+
+def staleness(names: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Commitment and reward with a sampler that is some batches behind.
+
+    Args:
+        names: Of objectives.
+        seeds: Of a cell.
+    """
+    found: dict[str, Any] = {"lags": LAGS, "commit": {}, "value": {}}
+    for name in names:
+        outcomes = [bandit(OBJECTIVES[name], seeds, lag=lag) for lag in LAGS]
+        found["commit"][name] = [o.commits.double().mean().item() for o in outcomes]
+        found["value"][name] = [o.value.mean().item() for o in outcomes]
+    return found
+
+
+def radius_and_cap(seeds: int) -> dict[str, Any]:
+    """The KL band's δ and cap.
+
+    Args:
+        seeds: Of a cell.
+    """
+    base = OBJECTIVES["bandpo-kl"]
+    cells = [
+        [bandit(dataclasses.replace(base, bounds=Band(KL, radius, max_ratio=cap)), seeds) for radius in RADII]
+        for cap in CAPS
+    ]
+    return {
+        "radii": RADII, "caps": CAPS,
+        "commit": [[o.commits.double().mean().item() for o in row] for row in cells],
+        "value": [[o.value.mean().item() for o in row] for row in cells],
+    }  # fmt: skip
+
+
+def ease_of_tuning(seeds: int) -> dict[str, Any]:
+    """Reward expected of the best of n settings drawn at random: one δ from `RADII` against ε₋ and ε₊ from `EPSILONS` each.
+
+    The interval of the difference is a percentile bootstrap over seeds, which are paired.
+
+    Args:
+        seeds: Of a setting.
+    """
+    base = OBJECTIVES["bandpo-kl"]
+    families = {
+        "δ": [Band(KL, radius, max_ratio=10.0) for radius in RADII],
+        "ε₋, ε₊": [Clip(low, high) for low in EPSILONS for high in EPSILONS],
+    }
+    values = {
+        name: np.array([bandit(dataclasses.replace(base, bounds=b), seeds).value.numpy() for b in bounds], float)
+        for name, bounds in families.items()
+    }
+    draw = np.random.default_rng(0)
+    picks = draw.integers(0, seeds, (1000, seeds))
+    found: dict[str, Any] = {"trials": TRIALS, "expected": {n: best_of(v.mean(1)) for n, v in values.items()}}
+    resampled = np.array(
+        [
+            np.subtract(best_of(values["δ"][:, pick].mean(1)), best_of(values["ε₋, ε₊"][:, pick].mean(1)))
+            for pick in picks
+        ]
+    )
+    difference = np.subtract(*found["expected"].values())
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    found["difference"] = [list(row) for row in zip(difference.tolist(), low.tolist(), high.tolist(), strict=True)]
+    return found
+
+
+def _normal(differences: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Mean and 95% interval over the last axis, `(..., 3)`."""
+    mean = differences.mean(-1)
+    half = 1.959963984540054 * differences.std(-1, ddof=1) / np.sqrt(differences.shape[-1])
+    return np.stack([mean, mean - half, mean + half], -1)
+
+
+def best_of(values: np.ndarray[Any, Any]) -> list[float]:
+    """Expected best of n settings drawn with replacement, for each n in `TRIALS`: Σ v₍ᵢ₎ ((i/N)ⁿ - ((i-1)/N)ⁿ).
+
+    Examples:
+        >>> import numpy as np
+        >>> best_of(np.array([0.0, 1.0]))
+        [0.5, 0.75, 0.9375, 0.99609375]
+    """
+    ordered, count = np.sort(values), len(values)
+    share = np.arange(count + 1) / count
+    return [float((ordered * np.diff(share**n)).sum()) for n in TRIALS]
+
+
+def sweep(names: Sequence[str], seeds: int, workers: int = 1) -> dict[str, Any]:
+    """All of them.
+
+    Args:
+        names: Of objectives whose ratio is a token's and that need no extras; the first is the baseline.
+        seeds: Of a cell.
+        workers: Processes.
+    """
+    parts: dict[str, tuple[Any, ...]] = {  # the longest first
+        "regimes": (regimes, names, seeds), "planes": (planes, names, seeds), "staleness": (staleness, names, seeds),
+        "tuning": (ease_of_tuning, seeds), "radius and cap": (radius_and_cap, seeds),
+    }  # fmt: skip
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        waiting = {name: pool.submit(*part) for name, part in parts.items()}
+        return {"seeds": seeds, **{name: future.result() for name, future in waiting.items()}}
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
