@@ -12,7 +12,18 @@ import pytest
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip
 from bandpo.cli import main
-from bandpo.lab.plan import PRESETS, Arm, Plan, jobs_of, matched, report_arms, scaled, tuning_arms
+from bandpo.lab.plan import (
+    ABLATIONS,
+    PRESETS,
+    Arm,
+    Plan,
+    jobs_of,
+    matched,
+    report_arms,
+    robust_jobs,
+    scaled,
+    tuning_arms,
+)
 from bandpo.lab.study import Study
 
 
@@ -40,9 +51,10 @@ def test_arms_of_the_report_and_equal_budgets_of_the_tuning():
     labels = [a.label for a in report_arms(plan)]
     assert {"no-clip", "bandpo-kl upper", "bandpo-kl lower", "bandpo-kl matched", "dppo-kl matched"} <= set(labels)
     assert len(labels) == len(set(labels))
-    sizes = {name: len(tuning_arms(plan, name)) for name in plan.objectives}
-    assert sizes.pop("no-clip") == 3
-    assert set(sizes.values()) == {12}
+    assert {len(set(tuning_arms(plan, name))) for name in plan.objectives} == {6}
+    assert [a.rate for a in tuning_arms(plan, "no-clip")] == [0.5, 0.758, 1.149, 1.741, 2.639, 4.0]
+    assert set(ABLATIONS) == {a.variant for a in report_arms(plan)} - {"default", "matched"}
+    assert "bandpo-kl relax" not in [a.label for a in report_arms(dataclasses.replace(plan, ablations=False))]
     upper, lower = (Arm("bandpo-kl", side).build().bounds for side in ("upper", "lower"))
     assert (upper.lower, upper.upper) == (Clip(0.2), Band(KL, 0.05))
     assert (lower.lower, lower.upper) == (Band(KL, 0.05), Clip(0.2))
@@ -58,6 +70,18 @@ def test_jobs_are_paired_and_their_keys_say_what_they_are():
     assert len({j.key for j in a + b}) == 20
     assert a[0].key == jobs_of(plan, "paths", [Arm("grpo")], [0])[0].key
     assert a[0].key != jobs_of(plan, "paths", [Arm("grpo")], [0], lag=1)[0].key
+
+
+def test_a_task_has_its_own_size_and_only_some_have_maps():
+    full = PRESETS["full"]
+    assert (full.setting_of("paths").prompts, full.setting_of("addition").prompts) == (64, 32)
+    assert full.setting_of("countdown", lag=2).lag == 2
+    assert robust_jobs(full, "paths") == {}
+    cells = robust_jobs(full, "addition")
+    assert len(cells) == 9 * 3 * 3
+    assert {len(jobs) for jobs in cells.values()} == {2}
+    with pytest.raises(ValueError, match="do not split into 7 mini-batches"):
+        dataclasses.replace(full, sizes={"addition": {"minibatches": 7}})
 
 
 def test_tuning_takes_the_best_on_the_tuning_seeds(tmp_path):
@@ -104,7 +128,8 @@ def test_smoke_preset_end_to_end_and_again(tmp_path):
     assert len(rows) == 9 and math.isfinite(float(rows[0]["mean@4"]))
     assert set(summary["exact"]) == {"grpo", "bandpo-kl", "no-clip"}
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == page.count("<figure>") == 7  # exact, curves, four forests, clip map
+    assert page.count("<svg") == page.count("<figure>") == 11  # exact, curves, four forests of arms, four of parts, clip map
+    assert page.count("<figcaption") == 11
     assert "<script" not in page and not re.search(r'(src|href)="http', page)
     assert "bandpo compare" in page or "compare --preset smoke" in page
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
