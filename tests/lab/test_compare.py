@@ -128,7 +128,9 @@ def test_smoke_preset_end_to_end_and_again(tmp_path):
     assert len(rows) == 9 and math.isfinite(float(rows[0]["mean@4"]))
     assert set(summary["exact"]) == {"grpo", "bandpo-kl", "no-clip"}
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == page.count("<figure>") == 11  # exact, curves, four forests of arms, four of parts, clip map
+    assert (
+        page.count("<svg") == page.count("<figure>") == 11
+    )  # exact, curves, four forests of arms, four of parts, clip map
     assert page.count("<figcaption") == 11
     assert "<script" not in page and not re.search(r'(src|href)="http', page)
     assert "bandpo compare" in page or "compare --preset smoke" in page

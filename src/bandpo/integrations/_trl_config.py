@@ -3,19 +3,18 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 try:
     from trl import GRPOConfig
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
-from bandpo.bounds import Band, Clip
+from bandpo.bounds import Band
 from bandpo.composition import Aggregation, Objective
+from bandpo.integrations._overrides import Overrides
 from bandpo.objectives import get_objective
 from bandpo.regions import TopK
 from bandpo.schedules import Adaptive, Schedule
-from bandpo.surrogates import clip
 
 _LOSS_TYPE_OF: dict[str, str] = {
     "seq-mean-token-mean": "grpo",
@@ -110,33 +109,8 @@ class BandGRPOConfig(GRPOConfig):
 
     def resolve(self) -> Objective:
         """The objective with the overrides of this config applied."""
-        objective = get_objective(self.objective)
-        bounds = objective.bounds
-        given = {
-            k: getattr(self, k)
-            for k in ("divergence", "radius", "radius_upper", "max_ratio", "divergence_top_k")
-            if getattr(self, k) is not None
-        }
-        if self.relax:
-            given["relax"] = True
-        moved = {k: getattr(self, k) for k in ("epsilon", "epsilon_high") if getattr(self, k) is not None}
-        if isinstance(bounds, Clip):
-            _refuse_ignored(
-                given, self.objective, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective"
-            )
-            if bounds == Clip(1.0, math.inf) and objective.surrogate is not clip:
-                _refuse_ignored(moved, self.objective, "has no interval")
-            low = moved.get("epsilon", bounds.low)
-            bounds = Clip(low, moved.get("epsilon_high", low if bounds.low == bounds.high else bounds.high))
-        elif isinstance(bounds, Band | TopK):
-            _refuse_ignored(moved, self.objective, "has no fixed bounds; set radius")
-            bounds = _override_ball(bounds, given, self.objective)
-        else:
-            given |= moved
-            _refuse_ignored(
-                given, self.objective, "has bounds of its own; pass an Objective to BandGRPOTrainer instead"
-            )
-        return dataclasses.replace(objective, bounds=bounds)
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Overrides)}
+        return Overrides(**options).apply(get_objective(self.objective), self.objective)
 
     def radius_rule(self, objective: Objective, steps: int) -> Schedule | Adaptive | None:
         """What moves the radius during training, None for a constant one."""
@@ -191,26 +165,3 @@ class BandGRPOConfig(GRPOConfig):
                 f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
                 f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
             )
-
-
-def _override_ball(ball: Band | TopK, given: dict[str, Any], objective: str) -> Band | TopK:
-    """A ball with the fields of a config put over it; `max_ratio=inf` is no cap."""
-    foreign = ("max_ratio", "relax") if isinstance(ball, TopK) else ("divergence_top_k",)
-    _refuse_ignored({k: given[k] for k in foreign if k in given}, objective, f"has a {type(ball).__name__} region")
-    changes: dict[str, Any] = {k: given[k] for k in ("divergence", "radius") if k in given}
-    if "radius_upper" in given:
-        lower = given.get("radius", ball.radius[0] if isinstance(ball.radius, tuple) else ball.radius)
-        changes["radius"] = (lower, given["radius_upper"])
-    if "max_ratio" in given:
-        changes["max_ratio"] = None if math.isinf(given["max_ratio"]) else given["max_ratio"]
-    if "divergence_top_k" in given:
-        changes["k"] = given["divergence_top_k"]
-    if given.get("relax"):
-        changes["relax"] = Clip(0.2, 0.28)
-    return dataclasses.replace(ball, **changes)
-
-
-def _refuse_ignored(given: dict[str, Any], objective: str, why: str) -> None:
-    if given:
-        options = ", ".join(f"{k}={v}" for k, v in given.items())
-        raise ValueError(f"{options} would be ignored: objective {objective!r} {why}")

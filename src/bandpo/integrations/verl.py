@@ -1,0 +1,199 @@
+"""The objectives as policy losses of verl >= 0.9, found by its plug-in mechanism: nothing to import, nothing to fork.
+
+`pip install bandpo` puts an entry point into verl's group `verl.plugins`. Every worker loads it, and it registers `bandpo` and
+`bandpo:NAME` for each objective of the zoo. (verl older than 0.9: `VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl`.)
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=bandpo
+    actor_rollout_ref.actor.policy_loss._target_=bandpo.integrations.verl.BandPolicyLossConfig   # for the options below
+    +actor_rollout_ref.actor.policy_loss.radius=0.03
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+    from verl.workers.config import ActorConfig
+    from verl.workers.config.actor import PolicyLossConfig
+except ImportError as error:
+    raise ImportError(f"bandpo.integrations.verl needs verl >= 0.9: pip install 'bandpo[verl]' ({error})") from error
+
+from bandpo.composition import Objective
+from bandpo.integrations._overrides import Overrides
+from bandpo.metrics import policy_metrics
+from bandpo.objectives import OBJECTIVES, get_objective
+from bandpo.surrogates import clip, dual_clip
+from bandpo.tokens import TokenObjective, token_objective
+
+_WIDTHS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
+
+
+@dataclass
+class BandPolicyLossConfig(PolicyLossConfig):
+    """verl's options of a policy loss, and the region's.
+
+    `loss_agg_mode`, `clip_ratio_c` (dual clip, of objectives that clip) and the KL loss stay verl's, in `actor`.
+
+    Args:
+        loss_mode: `bandpo`, or `bandpo:NAME`, which is the same with `objective=NAME`.
+        objective: A name of `bandpo objectives`, or "package.module:NAME" of an `Objective`.
+        divergence: Of a band.
+        radius: δ of a ball.
+        radius_upper: Of its upper side.
+        max_ratio: Cap of a band; .inf for none.
+        relax: Widen a band to at least [0.8, 1.28].
+        epsilon: Width of a fixed interval below 1.
+        epsilon_high: Above 1.
+        bypass_mode: Whether verl takes the rollout's log-probs for the old ones. Say
+            `${algorithm.rollout_correction.bypass_mode}`; a worker cannot find it out. Objectives with `anchor="rollout"`
+            need it true, the others false.
+
+    Raises:
+        ValueError: If an option would be ignored, or the objective needs what verl does not give a loss.
+    """
+
+    loss_mode: str = "bandpo"
+    objective: str = "bandpo-kl"
+    divergence: str | None = None
+    radius: float | None = None
+    radius_upper: float | None = None
+    max_ratio: float | None = None
+    relax: bool = False
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    bypass_mode: bool | None = None
+
+    def __post_init__(self) -> None:
+        _resolve(self)
+
+
+def loss(
+    name: str | None, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+    loss_agg_mode: str = "token-mean", config: ActorConfig | None = None, rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """A policy loss as verl calls it.
+
+    Args:
+        name: Of the objective; None takes the configuration's.
+        old_log_prob: `(batch, time)`, of the policy before the update, or of the rollout in verl's bypass mode.
+        log_prob: With gradient.
+        advantages: Per token.
+        response_mask: Of valid tokens.
+        loss_agg_mode: verl's aggregation.
+        config: verl's.
+        rollout_is_weights: verl's weights for the sampler, multiplied in.
+
+    Returns:
+        The loss as `agg_loss` scales it for data parallelism, and metrics: floats under `actor/band/`, and verl's own two.
+    """
+    assert config is not None, "verl passes the actor's configuration"
+    objective = _objective(config, name)
+    valid = response_mask != 0
+    terms = token_objective(
+        objective, logprobs=log_prob, old_logprobs=old_log_prob, rollout_logprobs=old_log_prob, advantages=advantages,
+        mask=valid,
+    )  # fmt: skip
+    value = terms.value.expand(valid.shape)
+    if rollout_is_weights is not None:
+        value = value * rollout_is_weights
+    total = agg_loss(-value, response_mask, loss_agg_mode, **config.global_batch_info)
+    return total, _metrics(terms, valid, objective)
+
+
+def register() -> None:
+    """Register `bandpo` and `bandpo:NAME` with verl; done when this module is imported."""
+    register_policy_loss("bandpo")(partial(loss, None))
+    for name, objective in OBJECTIVES.items():
+        if not _missing(objective):
+            register_policy_loss(f"bandpo:{name}")(partial(loss, name))
+
+
+def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective) -> dict[str, Any]:
+    report = policy_metrics(
+        log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
+        bounds=terms.bounds, bounds_of=objective.bounds,
+    )  # fmt: skip
+    values = torch.stack([x.float() for x in report.values()]).tolist()  # one synchronisation
+    found = {f"actor/band/{name}": value for name, value in zip(report, values, strict=True)}
+    found["actor/pg_clipfrac"] = found["actor/band/clip_fraction/any"]
+    log_ratio = terms.log_ratio.detach().expand(valid.shape)
+    found["actor/ppo_kl"] = (-(log_ratio * valid).sum() / valid.sum().clamp_min(1)).item()
+    return found
+
+
+def _objective(config: ActorConfig, name: str | None) -> Objective:
+    """The objective of a configuration; the same one each step, so it is kept."""
+    options = config.policy_loss
+    own = isinstance(options, BandPolicyLossConfig)
+    asked = tuple((f, getattr(options, f)) for f in _OPTIONS) if own else ()
+    return _kept(name, asked, *(getattr(config, w) for w in _WIDTHS), config.clip_ratio_c)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(
+    name: str | None, options: tuple[tuple[str, Any], ...], width: float, low: float, high: float, dual: float | None
+) -> Objective:
+    given = dict(options)
+    if given and name is not None and given["objective"] not in (name, BandPolicyLossConfig.objective):
+        raise ValueError(f"policy_loss: loss_mode=bandpo:{name} and objective={given['objective']}; set one of them")
+    if (width, low, high) != (0.2, 0.2, 0.2):
+        raise ValueError(
+            f"actor: clip_ratio={width}, clip_ratio_low={low} and clip_ratio_high={high} would be ignored; set "
+            "policy_loss.epsilon and policy_loss.epsilon_high, and leave these at 0.2"
+        )
+    objective = _build(name or given.get("objective", BandPolicyLossConfig.objective), given)
+    if dual is not None and objective.surrogate is clip:
+        objective = dataclasses.replace(objective, surrogate=partial(dual_clip, c=dual))
+    return objective
+
+
+def _resolve(options: BandPolicyLossConfig) -> Objective:
+    name = options.loss_mode.partition(":")[2] or options.objective
+    return _build(name, {field: getattr(options, field) for field in _OPTIONS})
+
+
+def _build(name: str, given: dict[str, Any]) -> Objective:
+    objective = get_objective(name)
+    missing = _missing(objective)
+    if missing:
+        raise ValueError(f"objective {name!r} needs {missing}, which verl does not give a policy loss")
+    bypass = given.get("bypass_mode")
+    if objective.anchor == "rollout" and bypass is not True:
+        raise ValueError(
+            f"objective {name!r} takes its ratio against the rollout's log-probs (anchor='rollout'), but "
+            f"policy_loss.bypass_mode is {bypass}. Set algorithm.rollout_correction.bypass_mode=True, "
+            "actor_rollout_ref.rollout.calculate_log_probs=True and "
+            "+actor_rollout_ref.actor.policy_loss.bypass_mode='${algorithm.rollout_correction.bypass_mode}'"
+        )
+    if objective.anchor == "old" and bypass:
+        raise ValueError(
+            f"objective {name!r} takes its ratio against the policy before the update (anchor='old'), but verl's bypass "
+            "mode puts the rollout's log-probs there. Set algorithm.rollout_correction.bypass_mode=False, or choose an "
+            "objective with anchor='rollout'"
+        )
+    return Overrides(**{f.name: given[f.name] for f in dataclasses.fields(Overrides) if f.name in given}).apply(
+        objective, name
+    )
+
+
+def _missing(objective: Objective) -> str:
+    if objective.extras:
+        return ", ".join(objective.extras)
+    if objective.correction is not None:
+        return "rollout log-probs beside the old ones (for the correction use algorithm.rollout_correction.rollout_is)"
+    return ""
+
+
+_OPTIONS = (
+    "objective",
+    *(f.name for f in dataclasses.fields(Overrides) if f.name != "divergence_top_k"),
+    "bypass_mode",
+)
+
+register()
