@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-verl bench lint types docs format clean
+.PHONY: train test test-verl test-browser bench evidence lint types docs format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
@@ -15,8 +15,20 @@ test: $(VENV)/.installed test-verl  ## all tests; those against verl run first, 
 test-verl: $(VENV)-verl/.installed
 	$(VENV)-verl/bin/python -m pytest tests/contract_verl -q -p no:cacheprovider -o filterwarnings=default
 
+test-browser: $(VENV)/.installed $(VENV)-browser/.installed  ## the report in a headless Chromium (700 MB, so not part of `make test`)
+	$(BIN)/bandpo compare --preset smoke --output runs/browser
+	$(VENV)-browser/bin/python tests/open_report.py runs/browser/report.html runs/browser/report.png
+
+$(VENV)-browser/.installed:
+	$(PYTHON) -m venv $(VENV)-browser
+	$(VENV)-browser/bin/python -m pip install --quiet PySide6==6.12.0
+	touch $@
+
 bench: $(VENV)/.installed  ## paired timings, one table, benchmarks/results.json
 	$(BIN)/python -m pytest benchmarks -q -s -p no:xdist -o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(ARGS)
+
+evidence: $(VENV)/.installed  ## an hour or more: the full comparison, and the evidence page made from it
+	$(BIN)/bandpo compare --preset full --evidence docs $(ARGS)
 
 lint: $(VENV)/.installed  ## style
 	$(BIN)/ruff check .
@@ -51,4 +63,4 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl site runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-browser site runs .pytest_cache .ruff_cache .hypothesis
