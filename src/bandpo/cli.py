@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", help="of the report, 0-9 or 0,3,5 (default: the preset's)")
     compare.add_argument("--updates", type=int, help="rollouts of a run (default: the preset's)")
     compare.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    compare.add_argument("--backend", default="processes", choices=("processes", "ray"),
+                         help="of the runs; ray: RAY_ADDRESS's cluster or a local one (default: processes)")  # fmt: skip
     compare.add_argument("--output", type=Path, help="folder (default: runs/compare-PRESET)")
     compare.add_argument("--evidence", type=Path, metavar="DIR",
                          help="also write evidence.md, evidence.json and pictures there, as in docs/")  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip
 from bandpo.cli import main
+from bandpo.lab.backends import BACKENDS
 from bandpo.lab.plan import (
     ABLATIONS,
     PRESETS,
@@ -24,7 +25,7 @@ from bandpo.lab.plan import (
     scaled,
     tuning_arms,
 )
-from bandpo.lab.study import Study
+from bandpo.lab.study import Study, run_stack
 
 
 def test_widths_scale_epsilon_or_delta_and_leave_the_rest():
@@ -94,15 +95,20 @@ def test_tuning_takes_the_best_on_the_tuning_seeds(tmp_path):
     assert study.tuned(plan, "paths", "grpo") == arms[1]
 
 
-def test_a_failure_stays_where_it_happened(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failure_stays_where_it_happened_and_backends_agree(tmp_path, backend):
     plan = dataclasses.replace(PRESETS["smoke"], updates=1)
-    study = Study(tmp_path, workers=1, say=lambda _: None)
+    study = Study(tmp_path, workers=1, say=lambda _: None, backend=backend)
     bad = jobs_of(plan, "paths", [Arm("dppo-topk-kl")], [0])
     good = jobs_of(plan, "paths", [Arm("grpo")], [0], epochs=1)
     study.run([*bad, *good], "both")
-    assert study.result(good[0]) is not None and study.result(bad[0]) is None
+    assert study.result(bad[0]) is None
     assert len(study.failures) == 1 and "topk_logprobs" in study.failures[0]
     assert "topk_logprobs" in (tmp_path / "runs" / f"{bad[0].key}.error").read_text()
+    [alone] = run_stack(good)
+    assert study.result(good[0]) == json.loads(json.dumps(alone["result"]))
+    assert 0 < study.core_seconds(good) < 600
+    study.run(good, "again")  # nothing is missing, so nothing is started
 
 
 @pytest.mark.slow

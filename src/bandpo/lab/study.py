@@ -11,9 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 
 from bandpo.composition import Objective
+from bandpo.lab.backends import BACKENDS
 from bandpo.lab.loop import Loop, Run, Setting
 from bandpo.lab.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
 
@@ -34,10 +33,13 @@ class Study:
         folder: Where results lie, one file for each run.
         workers: Processes.
         say: Called with a line now and then.
+        backend: A name in `BACKENDS`.
     """
 
-    def __init__(self, folder: Path, workers: int = 2, say: Callable[[str], None] = print) -> None:
-        self.folder, self.workers, self.say = folder, workers, say
+    def __init__(
+        self, folder: Path, workers: int = 2, say: Callable[[str], None] = print, backend: str = "processes"
+    ) -> None:
+        self.folder, self.workers, self.say, self.backend = folder, workers, say, BACKENDS[backend]
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         self.failures: list[str] = []
 
@@ -70,16 +72,25 @@ class Study:
         if not stacks:
             return
         started, done = time.monotonic(), 0
-        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            waiting: dict[Future[None], list[Job]] = {pool.submit(_run_stack, self.folder, s): s for s in stacks}
-            for future in as_completed(waiting):
-                error = future.exception()
-                if error is not None:
-                    self.failures.append(f"{what}, {waiting[future][0].arm.label} and others: {error!r}")
-                    self.say(f"  failed: {self.failures[-1]}")
-                done += len(waiting[future])
-                left = (time.monotonic() - started) * (len(missing) - done) / done
-                self.say(f"  {done}/{len(missing)} runs, about {left / 60:.1f} min left")
+        for stack, made in self.backend(stacks, run_stack, self.workers):
+            self._keep(stack, made, what)
+            done += len(stack)
+            left = (time.monotonic() - started) * (len(missing) - done) / done
+            self.say(f"  {done}/{len(missing)} runs, about {left / 60:.1f} min left")
+
+    def _keep(self, stack: list[Job], made: list[dict[str, Any]] | Exception, what: str) -> None:
+        error = self.folder / "runs" / f"{stack[0].key}.error"
+        if isinstance(made, Exception):
+            error.write_text("".join(traceback.format_exception(made)))
+            self.failures.append(f"{what}, {stack[0].arm.label} and others: {made!r}")
+            self.say(f"  failed: {self.failures[-1]}")
+            return
+        for job, row in zip(stack, made, strict=True):
+            path = self.folder / "runs" / f"{job.key}.json"
+            aside = path.with_suffix(".part")
+            aside.write_text(json.dumps({"config": asdict(job), **row}))
+            aside.replace(path)
+        error.unlink(missing_ok=True)
 
     def tuned(self, plan: Plan, task: str, objective: str) -> Arm | None:
         """The arm of the grid with the best mean@k over the tuning seeds, the first of equals."""
@@ -97,25 +108,21 @@ def score(result: Mapping[str, Any]) -> float:
     return next(v for k, v in result["after"].items() if k.startswith("mean@"))
 
 
-def _one_thread() -> None:
+def run_stack(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Train jobs of one setting together.
+
+    Args:
+        jobs: Of one setting.
+
+    Returns:
+        For each `{"result": ..., "seconds": ...}`.
+    """
     torch.set_num_threads(1)
-
-
-def _run_stack(folder: Path, jobs: list[Job]) -> None:
     started = time.monotonic()
-    try:
-        runs = [Run(_objective(job.arm), job.learning_rate, job.seed, job.warm_up) for job in jobs]
-        results = Loop(jobs[0].setting, runs).train()
-    except Exception:
-        (folder / "runs" / f"{jobs[0].key}.error").write_text(traceback.format_exc())
-        raise
+    runs = [Run(_objective(job.arm), job.learning_rate, job.seed, job.warm_up) for job in jobs]
+    results = Loop(jobs[0].setting, runs).train()
     seconds = (time.monotonic() - started) / len(jobs)
-    for job, result in zip(jobs, results, strict=True):
-        path = folder / "runs" / f"{job.key}.json"
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps({"config": asdict(job), "result": asdict(result), "seconds": seconds}))
-        aside.replace(path)
-    (folder / "runs" / f"{jobs[0].key}.error").unlink(missing_ok=True)
+    return [{"result": asdict(result), "seconds": seconds} for result in results]
 
 
 @functools.lru_cache

@@ -42,7 +42,7 @@ def compare(options: argparse.Namespace) -> Path:
     folder = options.output or Path("runs") / f"compare-{options.preset}"
     progress = Progress()
     progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)} -> {folder}")
-    study = Study(folder, options.jobs, progress.say)
+    study = Study(folder, options.jobs, progress.say, options.backend)
     (folder / "plan.json").write_text(json.dumps(describe(plan), indent=1) + "\n")
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
