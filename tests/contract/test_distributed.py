@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "trl" / "two_cpus.yaml"
 SCRIPT = Path(__file__).parents[1] / "distributed_run.py"
 
 
@@ -17,13 +18,13 @@ def launch(tmp_path, objective, processes):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # accelerate's own --cpu --num_processes 2 starts one process without a word; --multi_gpu with use_cpu starts two
+    how = ["--config_file", str(RECIPE)] if processes == 2 else ["--cpu", "--num_processes", "1", "--num_machines", "1",
+           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-        *(["--multi_gpu"] if processes > 1 else ["--cpu"]), str(SCRIPT), str(out), str(tmp_path / f"run{processes}"),
+        sys.executable, "-m", "accelerate.commands.launch", *how, "--main_process_port", str(port), str(SCRIPT), str(out),
+        str(tmp_path / f"run{processes}"),
     ]  # fmt: skip
-    environment = {**os.environ, "OBJECTIVE": objective, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    environment = {**os.environ, "OBJECTIVE": objective, "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": str(SCRIPT.parent)}  # fmt: skip
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
