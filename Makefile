@@ -51,11 +51,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# verl wants an older transformers than TRL.
+# verl wants an older transformers than TRL; the last line is what its training loop imports beside its own requirements.
 $(VENV)-verl/.installed: pyproject.toml constraints-verl.txt
 	$(PYTHON) -m venv $(VENV)-verl
 	$(VENV)-verl/bin/python -m pip install --quiet -c constraints-verl.txt torch
-	$(VENV)-verl/bin/python -m pip install --quiet -c constraints-verl.txt -e '.[verl]' pytest hypothesis
+	$(VENV)-verl/bin/python -m pip install --quiet -c constraints-verl.txt -e '.[verl]' pytest hypothesis \
+		TransferQueue cachetools pyzmq msgspec fastapi uvicorn
 	touch $@
 
 $(VENV)/.docs-installed: $(VENV)/.installed
