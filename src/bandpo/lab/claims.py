@@ -171,7 +171,7 @@ def _tuning(sweeps: Mapping[str, Any]) -> Claim:
         return Claim(text, "arXiv:2603.04918", UNMEASURED, ["needs --preset paper or full"])
     found = sweeps["tuning"]
     evidence = [
-        f"bandit, mean reward of the best of {n} random settings, δ against (ε₋, ε₊): {d:+.4f} [{low:+.4f}, {high:+.4f}]"
+        f"bandit, mean reward of the best of {n} random settings, δ against (ε low, ε high): {d:+.4f} [{low:+.4f}, {high:+.4f}]"
         for n, (d, low, high) in zip(found["trials"], found["difference"], strict=True)
     ]
     better = [low > 0 for _, low, _ in found["difference"]]

@@ -209,5 +209,6 @@ def plot_staleness(found: Mapping[str, Any], width: Mapping[str, Any], tuning: M
             xlabel="random settings tried", ylabel="mean reward of the best, expected", title="Tuning", xscale="log"
         )
         right.set_xticks(tuning["trials"], [str(n) for n in tuning["trials"]])
+        right.minorticks_off()
         right.legend(fontsize=8)
     return figure

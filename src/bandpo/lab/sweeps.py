@@ -114,7 +114,7 @@ def radius_and_cap(seeds: int) -> dict[str, Any]:
 
 
 def ease_of_tuning(seeds: int) -> dict[str, Any]:
-    """Reward expected of the best of n settings drawn at random: one δ from `RADII` against ε₋ and ε₊ from `EPSILONS` each.
+    """Reward expected of the best of n settings drawn at random: one δ from `RADII` against ε low and ε high from `EPSILONS` each.
 
     The interval of the difference is a percentile bootstrap over seeds, which are paired.
 
@@ -124,7 +124,7 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
     base = OBJECTIVES["bandpo-kl"]
     families = {
         "δ": [Band(KL, radius, max_ratio=10.0) for radius in RADII],
-        "ε₋, ε₊": [Clip(low, high) for low in EPSILONS for high in EPSILONS],
+        "ε low, ε high": [Clip(low, high) for low in EPSILONS for high in EPSILONS],
     }
     values = {
         name: np.array([bandit(dataclasses.replace(base, bounds=b), seeds).value.numpy() for b in bounds], float)
@@ -135,7 +135,7 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"trials": TRIALS, "expected": {n: best_of(v.mean(1)) for n, v in values.items()}}
     resampled = np.array(
         [
-            np.subtract(best_of(values["δ"][:, pick].mean(1)), best_of(values["ε₋, ε₊"][:, pick].mean(1)))
+            np.subtract(best_of(values["δ"][:, pick].mean(1)), best_of(values["ε low, ε high"][:, pick].mean(1)))
             for pick in picks
         ]
     )
