@@ -114,7 +114,7 @@ def radius_and_cap(seeds: int) -> dict[str, Any]:
 
 
 def ease_of_tuning(seeds: int) -> dict[str, Any]:
-    """Reward expected of the best of n settings drawn at random: one δ from `RADII` against ε low and ε high from `EPSILONS` each.
+    """Reward expected of the best of n settings drawn at random: one δ of `RADII` against ε low and ε high of `EPSILONS`.
 
     The interval of the difference is a percentile bootstrap over seeds, which are paired.
 
