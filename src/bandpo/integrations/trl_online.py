@@ -1,0 +1,302 @@
+"""Rounds of sampling, labelling and fitting: on-policy preference learning and re-ranking, on TRL's DPO trainer."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from bandpo.integrations._generate import as_completion, sample_batches, score_completions
+from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
+from bandpo.preference.losses import reward_calibration
+from bandpo.preference.probe import LayerProbe, rerank
+from bandpo.preference.sampling import first_wins
+from bandpo.preference.tabular import estimate_concentrability
+
+RewardFunction = Callable[..., list[float | None]]
+
+
+@dataclass
+class OnlinePreferenceConfig(BandDPOConfig):
+    """`BandDPOConfig` and how the rounds go. `max_steps` and `num_train_epochs` are those of one round.
+
+    Raises:
+        ValueError: If an option is out of range, or the objective cannot be fitted in rounds.
+    """
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over a round's pairs."})
+    rounds: int = field(default=5, metadata={"help": "Rounds of sampling, labelling and fitting."})
+    resample: bool = field(
+        default=True, metadata={"help": "Sample anew each round; false keeps the first round's samples (off-policy)."}
+    )
+    data: str = field(
+        default="latest", metadata={"help": "Fit on the latest round's pairs, or on all: latest, accumulate."}
+    )
+    prompts_per_round: int = field(default=512, metadata={"help": "Prompts to sample for."})
+    samples_per_prompt: int = field(default=2, metadata={"help": "Completions of each."})
+    pairs_per_prompt: int = field(default=1, metadata={"help": "Best against worst, second against second, ..."})
+    labels: str = field(
+        default="reward",
+        metadata={"help": "reward (the better one wins), bradley-terry (with probability σ(gap)), or probe (RBRM)."},
+    )
+    probe_prompts: int = field(default=128, metadata={"help": "Prompts whose rewards teach the probe."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    generation_batch_size: int = field(default=256, metadata={"help": "Completions generated at once."})
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rounds", "prompts_per_round", "samples_per_prompt", "pairs_per_prompt", "probe_prompts", "max_completion_length",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in (("labels", ("reward", "bradley-terry", "probe")), ("data", ("latest", "accumulate"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.samples_per_prompt < 2 * self.pairs_per_prompt:
+            raise ValueError(
+                f"pairs_per_prompt={self.pairs_per_prompt} needs samples_per_prompt >= {2 * self.pairs_per_prompt}, "
+                f"got {self.samples_per_prompt}"
+            )
+        objective = self.resolve()
+        if (self.labels == "probe") != (objective.name == "rbrm"):
+            raise ValueError(
+                f"labels={self.labels!r} with objective {self.objective!r}: the probe labels for rbrm, and for it alone"
+            )
+        if self.data == "accumulate" and objective.reference == "previous":
+            raise ValueError(
+                f"data='accumulate': the reference of {self.objective!r} moves with the rounds; use latest"
+            )
+        self.save_strategy = "no"  # rounds are saved whole
+        self.precompute_ref_log_probs = True  # the rounds' data hold them: TRL needs no reference model
+        super().__post_init__()
+
+
+class OnlinePreferenceTrainer:
+    """Rounds of: sample pairs from the policy, label them, fit a preference objective with `BandDPOTrainer`.
+
+    arXiv:2601.08421, algorithm 1 (objective "dpo" or another with a fixed reference, latest batch only) and algorithm 3
+    ("pdfr", "rebel", "rdrc"); with `resample=False` off-policy training; with labels "probe" RBRM (arXiv:2503.10093): a probe
+    learns from the rewards of a few prompts, then ranks the samples of the others by the current policy's hidden states.
+
+    A round is done when its folder in `output_dir/rounds` has a `round.json`; `train(resume=True)` goes on after the last one,
+    with the same result as an uninterrupted run. Full weights, text, data parallel; sampling is transformers' `generate`.
+
+    Args:
+        model: A causal LM, or where to load it from.
+        reward_funcs: A reward function with TRL's signature.
+        args: An `OnlinePreferenceConfig`.
+        train_dataset: Prompts, with the columns that the reward function takes.
+        processing_class: The tokenizer.
+        callbacks: For each round's trainer. One with an attribute `offset` gets the steps of the rounds before.
+    """
+
+    def __init__(
+        self, model: Any, reward_funcs: RewardFunction, args: OnlinePreferenceConfig, train_dataset: Dataset,
+        processing_class: Any, callbacks: list[TrainerCallback] | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(args, OnlinePreferenceConfig):
+            raise TypeError(f"args: pass an OnlinePreferenceConfig, got {type(args).__name__}")
+        self.args, self.reward, self.tokenizer = args, reward_funcs, processing_class
+        self.prompts, self.callbacks = train_dataset, callbacks or []
+        self.objective = args.resolve()
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(
+                model, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {})
+            )
+        self.model = model.to(args.device)
+        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.probe: LayerProbe | None = None
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir) / "rounds"
+
+    def train(self, *, resume: bool = False) -> list[dict[str, float]]:
+        """Do the rounds; what each of them measured.
+
+        Args:
+            resume: Go on after the last complete round in `output_dir`.
+        """
+        start = self._restore() if resume else 0
+        for k in range(start, self.args.rounds):
+            set_seed(self.args.seed + 1000 * (k + 1))
+            pairs, measured = self._make_pairs(k)
+            data = [pairs] if self.args.data == "latest" else [*(self._load_pairs(j) for j in range(k)), pairs]
+            self._fit([row for part in data for row in part], k)
+            self._save(k, pairs, measured)
+        return self.history
+
+    def _make_pairs(self, k: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Rows of this round's data set, and what is worth a line in the log."""
+        samples = self._load_samples() if k and not self.args.resample else self._sample(k)
+        if k == 0 and not self.args.resample and PartialState().is_main_process:
+            self._write(self._folder / "samples.jsonl", samples)
+        prompt = [row["prompt_ids"] for row in samples for _ in row["completions"]]
+        completion = [c for row in samples for c in row["completions"]]
+        use_probe = self.args.labels == "probe"
+        policy, hidden = self._score(self.model, prompt, completion, hidden=use_probe)
+        fixed, _ = self._score(self.reference, prompt, completion)
+        shape = (len(samples), self.args.samples_per_prompt)
+        rewards = torch.tensor([row["rewards"] for row in samples], dtype=torch.float32)
+        scores = rewards
+        if use_probe:
+            assert hidden is not None
+            taught = min(self.args.probe_prompts, len(samples) - 1)
+            if k == 0:
+                self._teach_probe(hidden.view(*shape, *hidden.shape[1:])[:taught], rewards[:taught])
+            assert self.probe is not None
+            with torch.no_grad():
+                scores = self.probe(hidden.to(self.args.device)).cpu().view(shape)
+            scores[:taught] = torch.nan  # these prompts have taught the probe; only the others are re-ranked
+        ranked = rerank(
+            scores, top=self.args.pairs_per_prompt, bottom=self.args.pairs_per_prompt, ties=self.objective.needs_gap
+        )
+        first, second, gap = ranked.chosen, ranked.rejected, ranked.gap
+        if self.args.labels == "bradley-terry" and self.objective.target != "squared":
+            draw = torch.Generator().manual_seed(self.args.seed + 1000 * (k + 1))
+            wins = first_wins(gap * self.objective.label_scale, generator=draw)
+            first, second = torch.where(wins, first, second), torch.where(wins, second, first)
+        u = (policy - fixed).view(shape)
+        if self.objective.reference == "previous":
+            gap = reward_calibration(gap, u[ranked.group, first] - u[ranked.group, second], self.objective.calibration)
+        reference = (policy if self.objective.reference == "previous" else fixed).view(shape)
+        rows = [
+            {
+                "prompt_ids": samples[g]["prompt_ids"], "chosen_ids": samples[g]["completions"][a],
+                "rejected_ids": samples[g]["completions"][b], "reward_gap": d,
+                "ref_chosen_logps": reference[g, a].item(), "ref_rejected_logps": reference[g, b].item(),
+            }
+            for g, a, b, d in zip(ranked.group.tolist(), first.tolist(), second.tolist(), gap.tolist(), strict=True)
+        ]  # fmt: skip
+        if not rows:
+            raise ValueError(
+                f"round {k}: no prompt has completions of different rewards, so there is no pair to learn from; raise "
+                "samples_per_prompt or prompts_per_round, or start from a model that sometimes succeeds"
+            )
+        estimate = estimate_concentrability(u)
+        measured = {
+            "round": float(k), "reward": rewards.nanmean().item(), "pairs": float(len(rows)),
+            "unscored": float(rewards.isnan().sum()), "concentrability/mean": estimate.mean.item(),
+            "concentrability/max": estimate.maximum.item(), "concentrability/log_mean": estimate.log_mean.item(),
+        }  # fmt: skip
+        if use_probe:
+            right = rewards[ranked.group, first] > rewards[ranked.group, second]
+            differs = rewards[ranked.group, first] != rewards[ranked.group, second]
+            measured["probe/agrees_with_reward"] = (right & differs).sum().item() / max(1, differs.sum().item())
+        return rows, measured
+
+    def _sample(self, k: int) -> list[dict[str, Any]]:
+        """Prompts of this round, their completions' tokens and rewards, on every process alike."""
+        n, count = len(self.prompts), self.args.prompts_per_round
+        places = torch.arange(k * count, (k + 1) * count)
+        chosen: list[int] = []
+        for epoch in places.div(n, rounding_mode="floor").unique().tolist():
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed + 7919 * (epoch + 1)))
+            chosen += order[places[places.div(n, rounding_mode="floor") == epoch] % n].tolist()
+        rows = [self.prompts[i] for i in chosen]
+        found: list[tuple[int, list[int], list[list[int]], list[float]]] = []
+        for numbers, asked, completions in sample_batches(
+            self.model, self.tokenizer, [row["prompt"] for row in rows], samples=self.args.samples_per_prompt,
+            max_new_tokens=self.args.max_completion_length, temperature=self.args.temperature, top_p=self.args.top_p,
+            batch_size=self.args.generation_batch_size, seed=self.args.seed + 1000 * (k + 1),
+        ):  # fmt: skip
+            rewards = self._rewards([rows[i] for i in numbers], completions)
+            for j, i in enumerate(numbers):
+                part = slice(j * self.args.samples_per_prompt, (j + 1) * self.args.samples_per_prompt)
+                found.append((i, asked[j], completions[part], rewards[part]))
+        everything = sorted(gather_object(found)) if PartialState().num_processes > 1 else found
+        return [{"prompt_ids": p, "completions": c, "rewards": r} for _, p, c, r in everything]
+
+    def _rewards(self, rows: list[dict[str, Any]], completions: list[list[int]]) -> list[float]:
+        repeated = [row for row in rows for _ in range(self.args.samples_per_prompt)]
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "prompt"}
+        asked = [row["prompt"] for row in repeated]
+        values = self.reward(asked, [as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
+        return [float("nan") if v is None else float(v) for v in values]
+
+    def _score(
+        self, model: Any, prompts: list[list[int]], completions: list[list[int]], *, hidden: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return score_completions(
+            model, prompts, completions, pad=self.tokenizer.pad_token_id, hidden=hidden,
+            batch_size=self.args.generation_batch_size,
+        )  # fmt: skip
+
+    def _teach_probe(self, hidden: Tensor, rewards: Tensor) -> None:
+        """Fit the probe on the best and worst completions of the prompts whose rewards are known."""
+        pairs = rerank(rewards)
+        if len(pairs.group) < 4:
+            raise ValueError(
+                f"only {len(pairs.group)} of {len(rewards)} prompts have completions of different rewards to teach the "
+                "probe; raise probe_prompts or samples_per_prompt"
+            )
+        self.probe = LayerProbe(hidden.shape[-2], hidden.shape[-1], seed=self.args.seed).to(self.args.device)
+        chosen, rejected = (hidden[pairs.group, i].to(self.args.device) for i in (pairs.chosen, pairs.rejected))
+        self.probe.fit(chosen, rejected, seed=self.args.seed)
+
+    def _fit(self, rows: list[dict[str, Any]], k: int) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, "offset"):
+                callback.offset = int(sum(m["steps"] for m in self.history))  # type: ignore[attr-defined]
+        args = copy.copy(self.args)
+        args.output_dir = str(self._folder / f"{k}")
+        self._trainer = BandDPOTrainer(
+            model=self.model, args=args, objective=self.objective, probe=self.probe, train_dataset=Dataset.from_list(rows),
+            processing_class=self.tokenizer, callbacks=self.callbacks,
+        )  # fmt: skip
+        self._trainer.train()
+        self.model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    def _save(self, k: int, pairs: list[dict[str, Any]], measured: dict[str, float]) -> None:
+        self.history.append(measured | {"steps": float(self._trainer.state.global_step)})
+        folder = self._folder / f"{k}"
+        self._trainer.save_model(str(folder / "model"))
+        if PartialState().is_main_process:
+            self._write(folder / "pairs.jsonl", pairs)
+            if self.probe is not None:
+                torch.save(self.probe.state_dict(), folder / "probe.pt")
+            # Last, and in one step: a round without this file never happened.
+            (folder / "round.json.part").write_text(json.dumps(self.history))
+            (folder / "round.json.part").rename(folder / "round.json")
+            if k and self.args.save_total_limit is not None:
+                for old in range(k - self.args.save_total_limit + 1):
+                    shutil.rmtree(self._folder / f"{old}" / "model", ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+    def _restore(self) -> int:
+        """Load the last complete round; the number of the one to do next."""
+        done = sorted(int(p.parent.name) for p in self._folder.glob("*/round.json"))
+        if not done:
+            return 0
+        folder = self._folder / f"{done[-1]}"
+        self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
+        self.history = json.loads((folder / "round.json").read_text())
+        if (folder / "probe.pt").exists():
+            state = torch.load(folder / "probe.pt", map_location=self.args.device, weights_only=True)
+            self.probe = LayerProbe(*state["weight"].shape).to(self.args.device)
+            self.probe.load_state_dict(state)
+        return done[-1] + 1
+
+    def _load_samples(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self._folder / "samples.jsonl").read_text().splitlines()]
+
+    def _load_pairs(self, k: int) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self._folder / f"{k}" / "pairs.jsonl").read_text().splitlines()]
+
+    @staticmethod
+    def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,254 @@
+"""bandpo in TRL's DPO: `BandDPOTrainer` is `DPOTrainer` with any `PairObjective`, and nothing copied.
+
+TRL makes the batch, the forward pass and its metrics, with a loss of weight 0; the log-probs of that pass go into `pair_loss`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from trl import DPOConfig, DPOTrainer
+except ImportError as error:
+    raise ImportError(f"bandpo.integrations.trl_preference needs TRL: pip install 'bandpo[trl]' ({error})") from error
+
+from bandpo.integrations._generate import layer_states
+from bandpo.preference.links import as_link
+from bandpo.preference.losses import pair_loss, preference_confidence
+from bandpo.preference.objectives import PREFERENCES, PairObjective, get_pair_objective
+from bandpo.preference.probe import LayerProbe, pool_hidden
+
+_OWN_COLUMNS = ("reward_gap", "ref_chosen_logps", "ref_rejected_logps")
+_INERT = {"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "reverse_kl", "ld_alpha": None,
+          "use_weighting": False}  # fmt: skip
+
+
+@dataclass
+class BandDPOConfig(DPOConfig):
+    """`DPOConfig` with a preference `objective`; `beta` and `label_smoothing` follow the objective unless they are set.
+
+    Raises:
+        ValueError: If an option is set that the objective would ignore.
+    """
+
+    objective: str = field(default="chipo", metadata={"help": f"Named preference objective: {', '.join(PREFERENCES)}."})
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Regularisation β. Default: the objective's."}
+    )
+    link: str | None = field(
+        default=None, metadata={"help": "log, chi2-kl, chi2, forward-kl, js, alpha:A or chi2-kl:ALPHA,GAMMA."}
+    )
+    r_max: float | None = field(default=None, metadata={"help": "Clip the pair's logit to ±2 r_max. Default: no clip."})
+    label_smoothing: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "ε of cdpo and robust-dpo. Default: the objective's."}
+    )
+    label_scale: float | None = field(default=None, metadata={"help": "Scale of reward gaps (pdfr, rebel, rdrc, vcb)."})
+    calibration: float | None = field(default=None, metadata={"help": "γ_c of rdrc, the final temperature."})
+    confidence_alpha: float = field(default=7.5, metadata={"help": "Sharpness of the probe's confidence (rbrm)."})
+    confidence_level: str = field(
+        default="batch", metadata={"help": "Confidence of the batch, or of each pair (rbrm)."}
+    )
+    confidence_floor: float = field(default=0.5, metadata={"help": "Least confidence (rbrm)."})
+    probe_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Adam's, for the co-trained probe; 0 freezes it."}
+    )
+
+    def __post_init__(self) -> None:
+        objective = self.resolve()
+        for name, value in _INERT.items():
+            if getattr(self, name) not in (value, value[0] if isinstance(value, list) else value):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} acts on TRL's own loss, which objective {self.objective!r} replaces"
+                )
+        self.beta, self.label_smoothing = objective.beta, objective.label_smoothing
+        if objective.reference == "none":
+            self.precompute_ref_log_probs = True  # so that TRL loads no reference model; there is nothing to compute
+        super().__post_init__()
+
+    def resolve(self) -> PairObjective:
+        """The objective with the overrides of this config applied."""
+        objective = get_pair_objective(self.objective)
+        names = ("beta", "r_max", "label_smoothing", "label_scale", "calibration")
+        changes: dict[str, Any] = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        if self.link is not None:
+            changes["link"] = as_link(self.link)
+        return dataclasses.replace(objective, **changes)
+
+
+class BandDPOTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` with the loss of a bandpo preference objective; everything else is inherited.
+
+    A data set may hold more than pairs: "reward_gap" for objectives that distil rewards; "ref_chosen_logps" and
+    "ref_rejected_logps", which save the reference model; and "prompt_ids", "chosen_ids", "rejected_ids" instead of text.
+
+    Args:
+        model: As in `DPOTrainer`; so are all other arguments.
+        ref_model: As in `DPOTrainer`.
+        args: A `BandDPOConfig`.
+        objective: A `PairObjective` instead of the config's.
+        probe: RBRM's reward. It gives the confidence of each batch, from the policy's own hidden states at the last token, and
+            is trained along with an optimiser of its own.
+        **kwargs: The other arguments of `DPOTrainer`.
+
+    Raises:
+        TypeError: If `args` is no `BandDPOConfig`.
+        ValueError: If the objective needs a probe and has none, or the other way round.
+
+    Examples:
+        >>> BandDPOTrainer.__mro__[1].__name__
+        'DPOTrainer'
+    """
+
+    _tag_names = ["trl", "dpo", "bandpo"]  # noqa: RUF012 (TRL's convention)
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: BandDPOConfig | None = None, *,
+        objective: PairObjective | None = None, probe: LayerProbe | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        args = BandDPOConfig("BandDPO") if args is None else args
+        if not isinstance(args, BandDPOConfig):
+            raise TypeError(f"args: pass a BandDPOConfig (DPOConfig's fields and more), got {type(args).__name__}")
+        self.objective = args.resolve() if objective is None else objective
+        if probe is not None and self.objective.target != "soft":
+            raise ValueError(f"probe: objective {self.objective.name!r} has no soft target for its confidence")
+        if self.objective.name == "rbrm" and probe is None:
+            raise ValueError("objective 'rbrm' needs a probe: bandpo.preference.LayerProbe, fitted on labelled pairs")
+        self.probe = probe
+        self._probe_optimizer = (
+            torch.optim.Adam(probe.parameters(), lr=args.probe_learning_rate, weight_decay=0.01)
+            if probe is not None and args.probe_learning_rate
+            else None
+        )
+        super().__init__(model, ref_model, args, **kwargs)
+        if probe is not None:
+            probe.to(self.accelerator.device)
+        self.loss_weights = [0.0]
+        self.data_collator = _WithColumns(self.data_collator)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names or ()):
+            return dataset
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self.objective.reference == "none" or "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *_OWN_COLUMNS]))
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        gap = inputs.pop("reward_gap", None)
+        if "ref_chosen_logps" not in inputs:
+            if self.objective.reference == "none":
+                references = (torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device),) * 2
+            else:
+                references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
+        recorded = _Recorder(model)
+        with self._given_references(), self._hidden_states() as hidden:
+            host = super()._compute_loss(recorded, inputs, return_outputs)
+        losses, metrics = self._pair_loss(recorded.log_probs, inputs, gap, hidden)
+        self._log_pairs(metrics)
+        if return_outputs:
+            return host[0] + losses.mean(), host[1]
+        return host + losses.mean()  # the host's: 0 times its own loss, and a model's auxiliary one
+
+    def _pair_loss(
+        self, log_probs: Tensor, inputs: dict[str, Any], gap: Tensor | None, hidden: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = inputs["completion_mask"][:, 1:]
+        chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
+        lengths = mask.sum(1).chunk(2)
+        extras: dict[str, Tensor] = {}
+        if self.objective.reference != "none":
+            extras |= {f"ref_{s}_logprobs": inputs[f"ref_{s}_logps"] for s in ("chosen", "rejected")}
+        confidence, probe_metrics = self._confidence(hidden, inputs["attention_mask"])
+        if confidence is not None:
+            extras["confidence"] = confidence
+        elif gap is not None and self.objective.needs_gap and not self.objective.label_smoothing:
+            extras["reward_gap"] = gap
+        losses, metrics = pair_loss(
+            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1], **extras,
+        )  # fmt: skip
+        return losses, metrics | probe_metrics
+
+    def _confidence(self, hidden: list[Tensor], mask: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The probe's confidence in each pair, after a step of its own training."""
+        if self.probe is None:
+            return None, {}
+        chosen, rejected = pool_hidden(hidden, mask).chunk(2)
+        if self._probe_optimizer is not None and self.model.training:
+            with torch.enable_grad():
+                self._probe_optimizer.zero_grad()
+                self.probe.loss(chosen, rejected).backward()
+            self._probe_optimizer.step()
+        with torch.no_grad():
+            rewards = self.probe(chosen), self.probe(rejected)
+        confidence = preference_confidence(
+            *rewards,
+            alpha=self.args.confidence_alpha,
+            level=self.args.confidence_level,
+            floor=self.args.confidence_floor,
+        )
+        accuracy = (rewards[0] > rewards[1]).float().mean()
+        return confidence, {"probe/confidence": confidence.mean(), "probe/accuracy": accuracy}
+
+    @contextmanager
+    def _given_references(self) -> Iterator[None]:
+        saved, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = saved
+
+    def _hidden_states(self) -> Any:
+        if self.probe is None:
+            return nullcontext([])
+        return layer_states(self.accelerator.unwrap_model(self.model))
+
+    def _log_pairs(self, metrics: dict[str, Tensor]) -> None:
+        """Our metrics into TRL's log; implicit rewards take the place of TRL's, which know no link."""
+        log = self._metrics["train" if self.model.training else "eval"]
+        values = self.accelerator.gather(torch.stack([v.float() for v in metrics.values()]).unsqueeze(0)).mean(0)
+        for name, value in zip(metrics, values.tolist(), strict=True):
+            if name.startswith("rewards/"):
+                log[name][-1] = value
+            else:
+                log[f"pairs/{name}"].append(value)
+
+
+class _Recorder:
+    """Calls a model and keeps the log-probs it returned last."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.log_probs: Tensor = torch.empty(0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **kwargs)
+        if kwargs.get("fused_lm_head"):
+            self.log_probs = out.log_probs
+        return out
+
+
+@dataclass
+class _WithColumns:
+    """TRL's collator, and the reward gaps where the data set has them."""
+
+    collator: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        if "reward_gap" in examples[0]:
+            batch["reward_gap"] = torch.tensor([e["reward_gap"] for e in examples], dtype=torch.float32)
+        return batch

@@ -1,0 +1,161 @@
+"""Links: how far a log-ratio counts in a preference loss. The trust region of DPO and its relatives.
+
+A policy that maximises `E_π[r] - β D_f(π ‖ π_ref)` has `r(x, y) = β f'(π(y|x)/π_ref(y|x)) + Z(x)`. The link is `φ = f'`, taken
+as a function of `Δ = log π - log π_ref`; a difference of two of them is free of `Z`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# e^88 is the last power that float32 and bfloat16 hold; the experiments of arXiv:2407.13399 stop the exponential at 20.
+_LOW, _HIGH = -88.0, 20.0
+_MAX = 80.0  # TRL's limit for the α-divergence in float32
+_NEWTON = 12
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link `φ(π/π_ref)` as a function of the log-ratio, and its inverse.
+
+    Args:
+        name: For messages and tables.
+        formula: One line, `z` being the ratio.
+        of_log: `Δ -> φ(e^Δ)`, elementwise, increasing, for float32 or float64.
+        inverse_log: `u -> log φ⁻¹(u)`, elementwise; -inf and +inf where `u` lies outside of φ's range.
+
+    Examples:
+        >>> CHI2_KL(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.6321,  1.0000,  3.7183])
+    """
+
+    name: str
+    formula: str
+    of_log: Elementwise
+    inverse_log: Elementwise
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        """φ at the log-ratio, in its dtype; half-precision input is computed in float32 and returned in it."""
+        if not log_ratio.is_floating_point():
+            raise TypeError(f"link {self.name!r}: log_ratio must be a floating point tensor, got {log_ratio.dtype}")
+        wide = log_ratio.float() if log_ratio.dtype in (torch.float16, torch.bfloat16) else log_ratio
+        return self.of_log(wide)
+
+
+def chi2_kl(alpha: float = 1.0, gamma: float = 1.0) -> Link:
+    """Mixed chi-squared and KL link of χPO, `φ(z) = z^α + γ log z`.
+
+    arXiv:2407.13399: α = γ = 1 is the method (f(z) = ½(z-1)² + z log z); γ < 1 is its theorem H.1; the experiments take
+    α and γ in {¼, 1} x {0.1, 1} and compute `exp(clip(α log z, -88, 20)) + γ log z`. That the exponent is `α log z` is our
+    reading: only it gives φ at α = γ = 1. The KL part keeps the gradient alive where the exponential is clipped. The inverse,
+    by Lambert's W as `(γ/α) ω(αu/γ - log(γ/α))` for z^α, is that of the link without the clip.
+
+    Raises:
+        ValueError: If `alpha` or `gamma` is not positive. For γ = 0 use `CHI2`, whose inverse meets the constraint π >= 0.
+    """
+    for name, value in (("alpha", alpha), ("gamma", gamma)):
+        if not (0 < value < math.inf):
+            raise ValueError(f"chi2_kl: {name} must be a positive number, got {value}")
+    share = gamma / alpha
+
+    def of_log(log_ratio: Tensor) -> Tensor:
+        return (alpha * log_ratio).clamp(_LOW, _HIGH).exp() + gamma * log_ratio
+
+    def inverse_log(u: Tensor) -> Tensor:
+        return (math.log(share) + log_wright_omega(u / share - math.log(share))) / alpha
+
+    name = "chi2-kl" if alpha == gamma == 1 else f"chi2-kl({alpha:g},{gamma:g})"
+    return Link(name, f"z^{alpha:g} + {gamma:g} log z".replace("z^1 + 1 log", "z + log"), of_log, inverse_log)
+
+
+def alpha_link(a: float) -> Link:
+    """Link of the α-divergence as in f-DPO and TRL, `φ(z) = (z^(a-1) - 1)/(a - 1)`: log z at a = 1, z - 1 at a = 2.
+
+    Raises:
+        ValueError: If `a` is not finite or is 1, which is `LOG`.
+    """
+    if not math.isfinite(a) or a == 1:
+        raise ValueError(f"alpha_link: a must be a finite number other than 1 (which is LOG), got {a}")
+    k = a - 1
+
+    def of_log(log_ratio: Tensor) -> Tensor:
+        return (k * log_ratio).clamp(max=_MAX).expm1() / k
+
+    def inverse_log(u: Tensor) -> Tensor:
+        return (k * u).clamp(min=-1).log1p() / k
+
+    return Link(f"alpha({a:g})", f"(z^{k:g} - 1)/{k:g}", of_log, inverse_log)
+
+
+def log_wright_omega(x: Tensor) -> Tensor:
+    """`log ω(x)` for Wright's ω, the root of `w + log w = x`; so `ω(x) = W₀(e^x)` without overflow.
+
+    Newton's method on `y + e^y = x` from `min(x, log max(x, 1))`, where it converges from above without overshooting.
+
+    Args:
+        x: Floating point, any shape; solved in float64.
+
+    Examples:
+        >>> log_wright_omega(torch.tensor([-50.0, 2.0, 10.0], dtype=torch.float64))
+        tensor([-50.0000,   0.4429,   2.0706], dtype=torch.float64)
+    """
+    wide = x.to(torch.float64)
+    y = torch.where(wide > 1, wide.clamp(min=1).log(), wide)
+    for _ in range(_NEWTON):
+        y = y - (y + y.exp() - wide) / (1 + y.exp())
+    return torch.where(wide.isinf(), wide, y).to(x.dtype)
+
+
+def _js(log_ratio: Tensor) -> Tensor:
+    return math.log(2) + torch.nn.functional.logsigmoid(log_ratio)
+
+
+LOG = Link("log", "log z", lambda d: d * 1.0, lambda u: u * 1.0)
+"""Reverse KL, D(π ‖ π_ref): DPO's."""
+CHI2_KL = chi2_kl()
+"""Chi-squared and KL: χPO's, arXiv:2407.13399."""
+CHI2 = Link("chi2", "z - 1", lambda d: d.clamp(max=_MAX).expm1(), lambda u: u.clamp(min=-1).log1p())
+"""Pure chi-squared, ½(z-1)²: its optimum may give an action probability 0."""
+FORWARD_KL = Link(
+    "forward-kl", "1 - 1/z", lambda d: -(-d).clamp(max=_MAX).expm1(), lambda u: -(-u.clamp(max=1)).log1p()
+)
+"""D(π_ref ‖ π)."""
+JS = Link(
+    "js", "log(2z/(1 + z))", _js, lambda u: torch.where(u < math.log(2), u - (2 - u.exp()).clamp(min=0).log(), math.inf)
+)
+"""Jensen-Shannon, in TRL's units."""
+
+LINKS = {link.name: link for link in (LOG, CHI2_KL, CHI2, FORWARD_KL, JS)}
+"""The links without parameters, by name."""
+
+
+def as_link(link: Link | str) -> Link:
+    """A link, or the one of that name: log, chi2-kl, chi2, forward-kl, js, alpha:A, chi2-kl:ALPHA,GAMMA.
+
+    Raises:
+        ValueError: If there is none of that name.
+
+    Examples:
+        >>> as_link("alpha:0.5").formula
+        '(z^-0.5 - 1)/-0.5'
+    """
+    if isinstance(link, Link):
+        return link
+    if link in LINKS:
+        return LINKS[link]
+    kind, _, values = str(link).partition(":")
+    makers: dict[str, tuple[Callable[..., Link], int]] = {"alpha": (alpha_link, 1), "chi2-kl": (chi2_kl, 2)}
+    if kind in makers and values:
+        maker, count = makers[kind]
+        try:
+            numbers = [float(v) for v in values.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == count:
+            return maker(*numbers)
+    raise ValueError(f"link {link!r} is unknown: use {', '.join(LINKS)}, alpha:A or chi2-kl:ALPHA,GAMMA")

@@ -1,0 +1,155 @@
+"""Finite policies: exact optima of every link, concentrability, and the preference fit of a linear softmax policy."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bandpo.preference.links import CHI2_KL, LOG, Link
+
+_BISECTIONS = 200
+_NEWTON = 30
+
+
+def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float, link: Link = CHI2_KL) -> Tensor:
+    """Log-probs of the policy that maximises `E_π[r] - β D_f(π ‖ π_ref)`, with `f' = φ`.
+
+    `π = π_ref φ⁻¹((r - Z)/β)`, with Z by bisection; for χPO φ⁻¹ is Lambert's W (arXiv:2407.13399, eq. 7 and lemma F.2), and for
+    `LOG` it is π_ref exp(r/β) normalised.
+
+    Args:
+        rewards: `(..., actions)`.
+        ref_logprobs: The same shape; log-probs of the reference. -inf is an action that it never takes.
+        beta: β > 0.
+        link: φ.
+
+    Returns:
+        float64, `(..., actions)`.
+
+    Examples:
+        >>> r, uniform = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log()
+        >>> tabular_optimum(r, uniform, beta=0.1).exp()
+        tensor([9.9967e-01, 3.3490e-04], dtype=torch.float64)
+    """
+    if not (0 < beta < math.inf):
+        raise ValueError(f"tabular_optimum: beta must be a positive number, got {beta}")
+    if rewards.shape != ref_logprobs.shape:
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)} and ref_logprobs of {tuple(ref_logprobs.shape)} differ"
+        )
+    r, ref = rewards.to(torch.float64), ref_logprobs.to(torch.float64)
+    if link is LOG:
+        return (ref + r / beta).log_softmax(-1)
+    at_one = beta * link(torch.zeros((), dtype=torch.float64))
+    # At Z = max r - βφ(1) no ratio exceeds 1, at min r - βφ(1) none is below: the mass falls from >= 1 to <= 1 between them.
+    low, high = r.amin(-1, keepdim=True) - at_one, r.amax(-1, keepdim=True) - at_one
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        too_much = _policy(r, ref, middle, beta, link).logsumexp(-1, keepdim=True) > 0
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return _policy(r, ref, high, beta, link).log_softmax(-1)
+
+
+def _policy(r: Tensor, ref: Tensor, z: Tensor, beta: float, link: Link) -> Tensor:
+    return torch.where(ref.isinf(), -math.inf, ref + link.inverse_log((r - z) / beta))
+
+
+def concentrability(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """`C^π = E_π[π/π_ref] = 1 + 2 D_χ²(π ‖ π_ref)` of tabular policies `(..., actions)`, in their dtype (arXiv:2407.13399).
+
+    Examples:
+        >>> concentrability(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log())
+        tensor(1.6400)
+    """
+    return (2 * logprobs - ref_logprobs).logsumexp(-1).exp()
+
+
+class ConcentrabilityEstimate(NamedTuple):
+    """What a sample says of C^π; the mean alone is heavy-tailed."""
+
+    mean: Tensor
+    """`mean e^Δ`: unbiased, and dominated by a few completions."""
+    maximum: Tensor
+    """`max e^Δ`."""
+    log_mean: Tensor
+    """`mean Δ`: KL(π ‖ π_ref), a lower bound of log C^π."""
+
+
+def estimate_concentrability(log_ratio: Tensor) -> ConcentrabilityEstimate:
+    """C^π from completions that were sampled from π: their `Δ = log π - log π_ref`, any shape; exponents end at 80.
+
+    Examples:
+        >>> estimate_concentrability(torch.tensor([0.0, 1.0])).mean
+        tensor(1.8591)
+    """
+    ratio = log_ratio.detach().float().clamp(max=80.0).exp()
+    return ConcentrabilityEstimate(ratio.mean(), ratio.max(), log_ratio.detach().float().mean())
+
+
+def linear_softmax(theta: Tensor, features: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Log-probs of `π_θ(a|x) ∝ π₀(a|x) exp(θᵀφ(x, a))` (arXiv:2601.08421).
+
+    Args:
+        theta: `(..., d)`.
+        features: φ, `(prompts, actions, d)`.
+        ref_logprobs: log π₀, `(prompts, actions)`.
+
+    Returns:
+        `(..., prompts, actions)`.
+    """
+    return (ref_logprobs + torch.einsum("...d,xad->...xa", theta, features)).log_softmax(-1)
+
+
+def fit_pairs(differences: Tensor, wins: Tensor, losses: Tensor, *, beta: float, radius: float) -> Tensor:
+    """θ that minimises the DPO loss to π₀ on counted pairs, within a ball: `argmin_{‖θ‖ <= R} Σ -log σ(±β θᵀ(φ₁ - φ₂))`.
+
+    Without the ball the fit has no minimum where a pair was never lost, as it happens when only the newest batch counts. By
+    Newton's method with a ridge, whose weight is bisected where the free minimum lies outside. Soft labels are fractions.
+
+    Args:
+        differences: `φ₁ - φ₂` of each kind of pair, `(kinds, d)`, float64.
+        wins: How often the first won, `(..., kinds)`.
+        losses: How often the second did.
+        beta: β (γ in the paper).
+        radius: R > 0.
+
+    Returns:
+        `(..., d)`.
+    """
+    if not (beta > 0 and radius > 0):
+        raise ValueError(f"fit_pairs: beta and radius must be positive, got {beta} and {radius}")
+    x = beta * differences
+    scale = (wins + losses).sum(-1, keepdim=True).clamp(min=1)
+    won, lost = wins / scale, losses / scale
+
+    def ridge(log_weight: Tensor) -> Tensor:
+        theta = torch.zeros(*won.shape[:-1], x.shape[1], dtype=x.dtype)
+        eye = torch.eye(x.shape[1], dtype=x.dtype)
+        weight = log_weight.exp()
+
+        def loss(theta: Tensor) -> Tensor:
+            h = theta @ x.T
+            fit = (won * torch.nn.functional.softplus(-h) + lost * torch.nn.functional.softplus(h)).sum(-1)
+            return fit + (weight.squeeze(-1) * theta.square().sum(-1)) / 2
+
+        for _ in range(_NEWTON):
+            s = (theta @ x.T).sigmoid()
+            gradient = ((won + lost) * s - won) @ x + weight * theta
+            curvature = torch.einsum("...p,pi,pj->...ij", (won + lost) * s * (1 - s), x, x) + weight.unsqueeze(-1) * eye
+            step = torch.linalg.solve(curvature, gradient)
+            length, now = torch.ones_like(scale), loss(theta)
+            for _ in range(8):  # halve the step of the fits that it would make worse
+                worse = loss(theta - length * step) > now
+                length = torch.where(worse.unsqueeze(-1), length / 2, length)
+            theta = theta - length * step
+        return theta
+
+    low, high = torch.full_like(scale, math.log(1e-9)), torch.full_like(scale, math.log(1e3))
+    free = ridge(low)
+    inside = free.norm(dim=-1, keepdim=True) <= radius
+    for _ in range(40):
+        middle = (low + high) / 2
+        outside = ridge(middle).norm(dim=-1, keepdim=True) > radius
+        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
+    return torch.where(inside, free, ridge(high))
