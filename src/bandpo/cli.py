@@ -15,7 +15,9 @@ Trust regions for LLM reinforcement learning.
   bandpo train                 train a small language model with BandPO on the CPU, in about two minutes
   bandpo train --config FILE   the same on any Hugging Face causal LM and dataset
   bandpo evaluate MODEL        mean@k and pass@k of a saved model
+  bandpo train --method NAME   preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm
   bandpo compare               objectives against each other, over seeds, with intervals
+  bandpo lab preference        what links, samplers and labels do in preference learning, as figures
   bandpo bounds                the interval of a trust region, as a table and a figure
   bandpo objectives            the named objectives: formula and paper
 """
@@ -84,6 +86,18 @@ def _parser() -> argparse.ArgumentParser:
                          help="also write evidence.md, evidence.json and pictures there, as in docs/")  # fmt: skip
     compare.set_defaults(run=_compare)
 
+    lab = commands.add_parser("lab", help="experiments that show one thing each, as a figure and JSON")
+    topics = lab.add_subparsers(dest="topic", required=True, metavar="TOPIC")
+    preference = topics.add_parser(
+        "preference", help="preference learning: links, coverage, distillation, designs, re-ranking"
+    )
+    preference.add_argument("--only", help="names by commas: regret, concentrability, coverage, distillation, calibration, "
+                            "design, reranking (default: all, some minutes)")  # fmt: skip
+    preference.add_argument("--seeds", type=int, default=5, help="of the experiment on a transformer (default: 5)")
+    preference.add_argument("--output", type=Path, default=Path("runs/lab-preference"),
+                            help="folder (default: runs/lab-preference)")  # fmt: skip
+    preference.set_defaults(run=_lab_preference)
+
     bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")
     bounds.add_argument(
         "--divergence",
@@ -149,6 +163,12 @@ def _compare(options: argparse.Namespace) -> None:
     from bandpo.run.compare import compare
 
     compare(options)
+
+
+def _lab_preference(options: argparse.Namespace) -> None:
+    from bandpo.run.lab import lab_preference
+
+    lab_preference(options)
 
 
 def _bounds(options: argparse.Namespace) -> None:

@@ -129,6 +129,34 @@ def plot_training(log: Log) -> Figure:
     return figure
 
 
+def plot_preference(log: Log, unit: str = "round") -> Figure:
+    """Reward of the samples, distance from the reference and implicit rewards over a preference run.
+
+    Args:
+        log: Rows of its metrics.jsonl.
+        unit: What a step is: "round", or "step" of a run on given pairs, which samples nothing.
+    """
+    with mpl.rc_context(STYLE):
+        sampled = unit == "round"
+        figure, axes = plt.subplots(1, 3 if sampled else 2, figsize=(11 if sampled else 7.6, 3.2), layout="constrained")
+        if sampled:
+            _draw_series(axes[0], log, "reward", BLUE, "reward")
+            axes[0].set(ylabel="mean reward", title="Samples of the policy")
+            axes[0].set_ylim(bottom=0)
+            _draw_series(axes[1], log, "concentrability/log_mean", GREEN, "KL")
+            axes[1].set(ylabel="nats per completion", title="KL(policy to reference)")
+        else:
+            _draw_series(axes[0], log, "rewards/accuracies", BLUE, "accuracy")
+            axes[0].set(ylabel="share of pairs", title="First preferred by β φ")
+        for key, colour, name in (("rewards/chosen", BLUE, "chosen"), ("rewards/rejected", ORANGE, "rejected")):
+            _draw_series(axes[-1], log, key, colour, name)
+        axes[-1].set(ylabel="β φ", title="Implicit reward in training")
+        axes[-1].legend(fontsize=8)
+        for axis in axes:
+            axis.set_xlabel("round" if sampled else "optimiser step")
+    return figure
+
+
 def plot_clip_by_probability(log: Log) -> Figure:
     """Share of tokens whose gradient is clipped in bins of p, and how many tokens a bin has, over a whole run."""
     low, high, share = ([_weighted(log, key, b) for b in PROB_BINS] for key in ("low", "high", None))

@@ -8,8 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo.preference import (
-    HybridDesign, LayerProbe, Offline, OnPolicy, batch_schedule, feature_covariance, feature_coverage, first_wins, fit_pairs,
-    linear_softmax, mad_coverage, pool_hidden, preferential_g_optimal, relabel, rerank,
+    HybridDesign,
+    LayerProbe,
+    Offline,
+    OnPolicy,
+    batch_schedule,
+    feature_covariance,
+    feature_coverage,
+    first_wins,
+    fit_pairs,
+    linear_softmax,
+    mad_coverage,
+    pool_hidden,
+    preferential_g_optimal,
+    relabel,
+    rerank,
 )  # fmt: skip
 from bandpo.preference.probe import pair_accuracy
 
@@ -113,7 +126,10 @@ def test_a_design_that_does_not_converge_says_so():
 
 def frequencies(pairs, prompts, actions):
     cell = (pairs.prompts * actions + pairs.first) * actions + pairs.second
-    return torch.bincount(cell.flatten(), minlength=prompts * actions**2).double().view(prompts, actions, actions) / cell.numel()
+    return (
+        torch.bincount(cell.flatten(), minlength=prompts * actions**2).double().view(prompts, actions, actions)
+        / cell.numel()
+    )
 
 
 @pytest.mark.parametrize("pairing", ["iid_conditional", "same_component"])

@@ -12,8 +12,24 @@ from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
 from bandpo.preference import (
-    CHI2, CHI2_KL, FORWARD_KL, JS, LINKS, LOG, PREFERENCES, PairObjective, alpha_link, as_link, chi2_kl, concentrability,
-    estimate_concentrability, kto_loss, pair_loss, preference_confidence, reward_calibration, tabular_optimum,
+    CHI2,
+    CHI2_KL,
+    FORWARD_KL,
+    JS,
+    LINKS,
+    LOG,
+    PREFERENCES,
+    PairObjective,
+    alpha_link,
+    as_link,
+    chi2_kl,
+    concentrability,
+    estimate_concentrability,
+    kto_loss,
+    pair_loss,
+    preference_confidence,
+    reward_calibration,
+    tabular_optimum,
 )  # fmt: skip
 from bandpo.preference.links import log_wright_omega
 
@@ -201,7 +217,9 @@ def batch(seed=0, n=64, scale=3.0):
 
 
 def call(new, ref, objective, **extras):
-    references = {} if objective.reference == "none" else {"ref_chosen_logprobs": ref[0], "ref_rejected_logprobs": ref[1]}
+    references = (
+        {} if objective.reference == "none" else {"ref_chosen_logprobs": ref[0], "ref_rejected_logprobs": ref[1]}
+    )
     return pair_loss(chosen_logprobs=new[0], rejected_logprobs=new[1], objective=objective, **references, **extras)
 
 
@@ -220,7 +238,7 @@ def test_cross_checks_between_targets():
     torch.testing.assert_close(rbrm, call(new, ref, PREFERENCES["cdpo"])[0])
     pdfr = call(new, ref, PREFERENCES["pdfr"].replace(label_scale=2.0), reward_gap=gap)[0]
     torch.testing.assert_close(pdfr, call(new, ref, soft, confidence=(2 * gap).sigmoid())[0])
-    rebel = call(new, ref, PREFERENCES["rebel"], reward_gap=gap)[0]
+    rebel = call(new, ref, PREFERENCES["rebel"].replace(beta=0.1), reward_gap=gap)[0]
     torch.testing.assert_close(rebel, call(new, ref, PREFERENCES["vcb"], reward_gap=gap)[0])
 
 

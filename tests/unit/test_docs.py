@@ -26,7 +26,8 @@ def blocks(language):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "BandGRPOTrainer" in code:  # with a tiny local model in place of the Hub's, and one step
+    trained = re.search(r"Band(GRPO|DPO)Trainer", code)
+    if trained:  # with a tiny local model in place of the Hub's, and one step
         from datasets import Dataset
 
         from bandpo.lab.models import WarmUp, build_model, build_tokenizer
@@ -35,11 +36,15 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
         build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained("model")
         tokenizer.save_pretrained("model")
         code = re.sub(r'model="[^"]+"', 'model="model"', code)
-        tiny = "use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', max_steps=1, max_completion_length=4"
-        code = code.replace("args=BandGRPOConfig(", f"args=BandGRPOConfig({tiny}, ")
+        tiny = "use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', max_steps=1"
+        if trained[1] == "GRPO":
+            tiny += ", max_completion_length=4"
+        config = f"args=Band{trained[1]}Config("
+        code = code.replace(config, f"{config}{tiny}, ")
         scope = {
             "reward": lambda completions, **_: [float(len(c)) for c in completions],
             "dataset": Dataset.from_list([{"prompt": "1+1="}] * 16),
+            "pairs": Dataset.from_list([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}] * 16),
         }
         with pytest.warns(FutureWarning, match="gradient_checkpointing"):
             exec(code, scope)

@@ -3,19 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-
-def bandpo(*arguments, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "bandpo", *arguments], capture_output=True, text=True, check=False, timeout=300, **kwargs
-    )
-
+from command_line import bandpo
 
 SMALL = [
     "--max_steps", "8", "--per_device_train_batch_size", "16", "--num_generations", "4", "--warm_up_steps", "100",

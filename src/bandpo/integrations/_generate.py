@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from bandpo.preference.probe import pool_hidden
+from bandpo.preference.probe import Pooling, pool_hidden
 
 
 def sample_batches(
@@ -91,7 +91,7 @@ def score_completions(
     *,
     pad: int,
     batch_size: int = 64,
-    hidden: bool = False,
+    hidden: Pooling | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each completion, summed over its tokens, and its hidden states at the last token where asked.
 
@@ -101,7 +101,7 @@ def score_completions(
         completions: Token ids, none empty.
         pad: Token to fill with, on the right.
         batch_size: Sequences at once.
-        hidden: Also return `(completions, layers, width)`, what each layer puts out at the last token.
+        hidden: Also return `(completions, layers, width)`: what each layer puts out, pooled so over the completion.
 
     Returns:
         `(completions,)`, float32, and the hidden states or None; on the CPU.
@@ -125,7 +125,7 @@ def score_completions(
         each = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         sums.append((each * counted[:, 1:]).sum(1).cpu())
         if hidden:
-            states.append(pool_hidden(layers, attention).cpu())
+            states.append(pool_hidden(layers, counted, hidden).cpu())
     model.train(was_training)
     return torch.cat(sums), torch.cat(states) if hidden else None
 

@@ -13,14 +13,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from bandpo.integrations._generate import as_completion, sample_batches, score_completions
 from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
 from bandpo.preference.losses import reward_calibration
-from bandpo.preference.probe import LayerProbe, rerank
+from bandpo.preference.probe import LayerProbe, Pooling, rerank
 from bandpo.preference.sampling import first_wins
 from bandpo.preference.tabular import estimate_concentrability
+
+_KEPT = ("train_loss", "entropy", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -69,9 +71,11 @@ class OnlinePreferenceConfig(BandDPOConfig):
                 f"got {self.samples_per_prompt}"
             )
         objective = self.resolve()
-        if (self.labels == "probe") != (objective.name == "rbrm"):
+        if objective.name == "rbrm" and self.labels != "probe":
+            raise ValueError(f"objective 'rbrm' needs labels=probe, got {self.labels!r}")
+        if self.labels == "probe" and objective.target == "squared":
             raise ValueError(
-                f"labels={self.labels!r} with objective {self.objective!r}: the probe labels for rbrm, and for it alone"
+                f"labels=probe: objective {self.objective!r} distils rewards, which a probe's scores are not"
             )
         if self.data == "accumulate" and objective.reference == "previous":
             raise ValueError(
@@ -98,7 +102,7 @@ class OnlinePreferenceTrainer:
         args: An `OnlinePreferenceConfig`.
         train_dataset: Prompts, with the columns that the reward function takes.
         processing_class: The tokenizer.
-        callbacks: For each round's trainer. One with an attribute `offset` gets the steps of the rounds before.
+        callbacks: For each round's trainer.
     """
 
     def __init__(
@@ -117,6 +121,8 @@ class OnlinePreferenceTrainer:
         self.model = model.to(args.device)
         self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.probe: LayerProbe | None = None
+        self._optimizer: Any = None
+        self._optimizer_state: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
 
     @property
@@ -140,13 +146,16 @@ class OnlinePreferenceTrainer:
 
     def _make_pairs(self, k: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Rows of this round's data set, and what is worth a line in the log."""
-        samples = self._load_samples() if k and not self.args.resample else self._sample(k)
+        fresh = k == 0 or self.args.resample
+        samples = self._sample(k) if fresh else self._load_samples()
         if k == 0 and not self.args.resample and PartialState().is_main_process:
             self._write(self._folder / "samples.jsonl", samples)
         prompt = [row["prompt_ids"] for row in samples for _ in row["completions"]]
         completion = [c for row in samples for c in row["completions"]]
         use_probe = self.args.labels == "probe"
-        policy, hidden = self._score(self.model, prompt, completion, hidden=use_probe)
+        policy, hidden = self._score(
+            self.model, prompt, completion, hidden=self.args.probe_pooling if use_probe else None
+        )  # type: ignore[arg-type]
         fixed, _ = self._score(self.reference, prompt, completion)
         shape = (len(samples), self.args.samples_per_prompt)
         rewards = torch.tensor([row["rewards"] for row in samples], dtype=torch.float32)
@@ -154,8 +163,8 @@ class OnlinePreferenceTrainer:
         if use_probe:
             assert hidden is not None
             taught = min(self.args.probe_prompts, len(samples) - 1)
-            if k == 0:
-                self._teach_probe(hidden.view(*shape, *hidden.shape[1:])[:taught], rewards[:taught])
+            # Anew each round: the policy's hidden states have moved, and the rewards of these prompts are known anyway.
+            self._teach_probe(hidden.view(*shape, *hidden.shape[1:])[:taught], rewards[:taught])
             assert self.probe is not None
             with torch.no_grad():
                 scores = self.probe(hidden.to(self.args.device)).cpu().view(shape)
@@ -188,6 +197,7 @@ class OnlinePreferenceTrainer:
         estimate = estimate_concentrability(u)
         measured = {
             "round": float(k), "reward": rewards.nanmean().item(), "pairs": float(len(rows)),
+            "generated_tokens": float(sum(map(len, completion))) if fresh else 0.0,
             "unscored": float(rewards.isnan().sum()), "concentrability/mean": estimate.mean.item(),
             "concentrability/max": estimate.maximum.item(), "concentrability/log_mean": estimate.log_mean.item(),
         }  # fmt: skip
@@ -228,7 +238,7 @@ class OnlinePreferenceTrainer:
         return [float("nan") if v is None else float(v) for v in values]
 
     def _score(
-        self, model: Any, prompts: list[list[int]], completions: list[list[int]], *, hidden: bool = False
+        self, model: Any, prompts: list[list[int]], completions: list[list[int]], *, hidden: Pooling | None = None
     ) -> tuple[Tensor, Tensor | None]:
         return score_completions(
             model, prompts, completions, pad=self.tokenizer.pad_token_id, hidden=hidden,
@@ -237,7 +247,7 @@ class OnlinePreferenceTrainer:
 
     def _teach_probe(self, hidden: Tensor, rewards: Tensor) -> None:
         """Fit the probe on the best and worst completions of the prompts whose rewards are known."""
-        pairs = rerank(rewards)
+        pairs = rerank(rewards, top=self.args.pairs_per_prompt, bottom=self.args.pairs_per_prompt)
         if len(pairs.group) < 4:
             raise ValueError(
                 f"only {len(pairs.group)} of {len(rewards)} prompts have completions of different rewards to teach the "
@@ -248,32 +258,40 @@ class OnlinePreferenceTrainer:
         self.probe.fit(chosen, rejected, seed=self.args.seed)
 
     def _fit(self, rows: list[dict[str, Any]], k: int) -> None:
-        for callback in self.callbacks:
-            if hasattr(callback, "offset"):
-                callback.offset = int(sum(m["steps"] for m in self.history))  # type: ignore[attr-defined]
         args = copy.copy(self.args)
         args.output_dir = str(self._folder / f"{k}")
         self._trainer = BandDPOTrainer(
-            model=self.model, args=args, objective=self.objective, probe=self.probe, train_dataset=Dataset.from_list(rows),
-            processing_class=self.tokenizer, callbacks=self.callbacks,
+            model=self.model, args=args, objective=self.objective, probe=self.probe if self.objective.name == "rbrm" else None,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=self.tokenizer, callbacks=self.callbacks, optimizers=(self._optimizer, None),
         )  # fmt: skip
+        self._trainer.remove_callback(PrinterCallback)  # `history` has it all
+        if self._optimizer_state is not None:
+            self._trainer.create_optimizer().load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
         self._trainer.train()
-        self.model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        # One optimiser for all rounds: a fresh Adam takes its first steps at full length in every direction, and with a few
+        # steps in a round those are most of them.
+        self._optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+        vars(self.model).pop("forward", None)  # TRL patches it for each trainer, one patch over the other
 
     def _save(self, k: int, pairs: list[dict[str, Any]], measured: dict[str, float]) -> None:
-        self.history.append(measured | {"steps": float(self._trainer.state.global_step)})
+        log = self._trainer.state.log_history[-1]  # the means over the round
+        kept = {n: log[n] for n in log if n in _KEPT or n.startswith("pairs/")}
+        self.history.append(measured | kept | {"steps": float(self._trainer.state.global_step)})
         folder = self._folder / f"{k}"
         self._trainer.save_model(str(folder / "model"))
         if PartialState().is_main_process:
             self._write(folder / "pairs.jsonl", pairs)
+            torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
             if self.probe is not None:
                 torch.save(self.probe.state_dict(), folder / "probe.pt")
             # Last, and in one step: a round without this file never happened.
             (folder / "round.json.part").write_text(json.dumps(self.history))
             (folder / "round.json.part").rename(folder / "round.json")
-            if k and self.args.save_total_limit is not None:
-                for old in range(k - self.args.save_total_limit + 1):
-                    shutil.rmtree(self._folder / f"{old}" / "model", ignore_errors=True)
+            for old in range(k):  # only the last round can be gone on from
+                shutil.rmtree(self._folder / f"{old}" / "model", ignore_errors=True)
+                (self._folder / f"{old}" / "optimizer.pt").unlink(missing_ok=True)
         PartialState().wait_for_everyone()
 
     def _restore(self) -> int:
@@ -284,6 +302,7 @@ class OnlinePreferenceTrainer:
         folder = self._folder / f"{done[-1]}"
         self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
         self.history = json.loads((folder / "round.json").read_text())
+        self._optimizer_state = torch.load(folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
         if (folder / "probe.pt").exists():
             state = torch.load(folder / "probe.pt", map_location=self.args.device, weights_only=True)
             self.probe = LayerProbe(*state["weight"].shape).to(self.args.device)

@@ -54,6 +54,10 @@ class BandDPOConfig(DPOConfig):
         default="batch", metadata={"help": "Confidence of the batch, or of each pair (rbrm)."}
     )
     confidence_floor: float = field(default=0.5, metadata={"help": "Least confidence (rbrm)."})
+    probe_pooling: str = field(
+        default="mean",
+        metadata={"help": "What the probe sees of a completion's hidden states: their mean, or the last."},
+    )
     probe_learning_rate: float = field(
         default=1e-2, metadata={"help": "Adam's, for the co-trained probe; 0 freezes it."}
     )
@@ -171,7 +175,7 @@ class BandDPOTrainer(DPOTrainer):
         extras: dict[str, Tensor] = {}
         if self.objective.reference != "none":
             extras |= {f"ref_{s}_logprobs": inputs[f"ref_{s}_logps"] for s in ("chosen", "rejected")}
-        confidence, probe_metrics = self._confidence(hidden, inputs["attention_mask"])
+        confidence, probe_metrics = self._confidence(hidden, inputs["completion_mask"])
         if confidence is not None:
             extras["confidence"] = confidence
         elif gap is not None and self.objective.needs_gap and not self.objective.label_smoothing:
@@ -186,7 +190,7 @@ class BandDPOTrainer(DPOTrainer):
         """The probe's confidence in each pair, after a step of its own training."""
         if self.probe is None:
             return None, {}
-        chosen, rejected = pool_hidden(hidden, mask).chunk(2)
+        chosen, rejected = pool_hidden(hidden, mask, self.args.probe_pooling).chunk(2)
         if self._probe_optimizer is not None and self.model.training:
             with torch.enable_grad():
                 self._probe_optimizer.zero_grad()

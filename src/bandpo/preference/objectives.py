@@ -153,11 +153,11 @@ PREFERENCES: Mapping[str, PairObjective] = _named(
         paper="reward distillation, arXiv:2405.19316; VCB in arXiv:2601.08421",
     ),
     PairObjective(
-        name="rebel", target="squared", reference="previous", formula="(h - gap)², ratio to the last round's policy",
+        name="rebel", target="squared", reference="previous", beta=1.0, formula="(h - gap)², ratio to the last round's policy",
         paper="REBEL, arXiv:2404.16767",
     ),
     PairObjective(
-        name="rdrc", target="squared", reference="previous", calibration=0.02,
+        name="rdrc", target="squared", reference="previous", beta=1.0, calibration=0.1,
         formula="(h - gap + γ_c[u₁ - u₂])², u = log π_k/π₀, ratio to π_k", paper=f"RDRC, {_ONLINE}",
     ),
 )  # fmt: skip

@@ -12,7 +12,7 @@ _BISECTIONS = 200
 _NEWTON = 30
 
 
-def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float, link: Link = CHI2_KL) -> Tensor:
+def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float | Tensor, link: Link = CHI2_KL) -> Tensor:
     """Log-probs of the policy that maximises `E_π[r] - β D_f(π ‖ π_ref)`, with `f' = φ`.
 
     `π = π_ref φ⁻¹((r - Z)/β)`, with Z by bisection; for χPO φ⁻¹ is Lambert's W (arXiv:2407.13399, eq. 7 and lemma F.2), and for
@@ -21,7 +21,7 @@ def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float, link:
     Args:
         rewards: `(..., actions)`.
         ref_logprobs: The same shape; log-probs of the reference. -inf is an action that it never takes.
-        beta: β > 0.
+        beta: β > 0; a tensor broadcasts with the leading dimensions of `rewards`.
         link: φ.
 
     Returns:
@@ -32,18 +32,19 @@ def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float, link:
         >>> tabular_optimum(r, uniform, beta=0.1).exp()
         tensor([9.9967e-01, 3.3490e-04], dtype=torch.float64)
     """
-    if not (0 < beta < math.inf):
+    if not isinstance(beta, Tensor) and not (0 < beta < math.inf):
         raise ValueError(f"tabular_optimum: beta must be a positive number, got {beta}")
     if rewards.shape != ref_logprobs.shape:
         raise ValueError(
             f"rewards of shape {tuple(rewards.shape)} and ref_logprobs of {tuple(ref_logprobs.shape)} differ"
         )
     r, ref = rewards.to(torch.float64), ref_logprobs.to(torch.float64)
+    beta = torch.as_tensor(beta, dtype=torch.float64).unsqueeze(-1)
     if link is LOG:
         return (ref + r / beta).log_softmax(-1)
     at_one = beta * link(torch.zeros((), dtype=torch.float64))
     # At Z = max r - βφ(1) no ratio exceeds 1, at min r - βφ(1) none is below: the mass falls from >= 1 to <= 1 between them.
-    low, high = r.amin(-1, keepdim=True) - at_one, r.amax(-1, keepdim=True) - at_one
+    low, high = r.amin(-1, keepdim=True) - at_one, r.amax(-1, keepdim=True) - at_one  # broadcast with beta
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         too_much = _policy(r, ref, middle, beta, link).logsumexp(-1, keepdim=True) > 0
@@ -51,7 +52,7 @@ def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float, link:
     return _policy(r, ref, high, beta, link).log_softmax(-1)
 
 
-def _policy(r: Tensor, ref: Tensor, z: Tensor, beta: float, link: Link) -> Tensor:
+def _policy(r: Tensor, ref: Tensor, z: Tensor, beta: Tensor, link: Link) -> Tensor:
     return torch.where(ref.isinf(), -math.inf, ref + link.inverse_log((r - z) / beta))
 
 

@@ -11,13 +11,29 @@ import yaml
 from trl import TrlParser
 
 from bandpo.integrations.trl import BandGRPOConfig
+from bandpo.integrations.trl_online import OnlinePreferenceConfig
 from bandpo.lab.tasks import TASKS
+
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dpo": {"objective": "dpo", "resample": False},
+    "chipo": {"objective": "chipo", "resample": False},
+    "online-dpo": {"objective": "dpo"},
+    "pdfr": {"objective": "pdfr"},
+    "rebel": {"objective": "rebel"},
+    "rdrc": {"objective": "rdrc"},
+    "rbrm": {"objective": "rbrm", "labels": "probe", "resample": False},
+}
+"""What `bandpo train --method` stands for: grpo is policy gradient with the zoo's objectives, the others learn preferences."""
+
+TrainerConfig = BandGRPOConfig | OnlinePreferenceConfig
 
 
 @dataclass
 class RunConfig:
-    """What to train on what. The options of TRL's GRPOConfig stand beside these."""
+    """What to train on what. The options of TRL's GRPOConfig, or of its DPOConfig, stand beside these."""
 
+    method: str = field(default="grpo", metadata={"help": f"One of {', '.join(METHODS)}."})
     model: str | None = field(
         default=None,
         metadata={"help": "Hub name or folder of a causal LM. Default: a small model, warmed up on the task."},
@@ -36,6 +52,10 @@ class RunConfig:
     reward: str | None = field(
         default=None, metadata={"help": "'math', a task's name, or 'package.module:NAME'. Default: the task's."}
     )
+    pairs: str | None = field(
+        default=None,
+        metadata={"help": "For dpo and chipo: a dataset with columns chosen and rejected, in place of sampled pairs."},
+    )
     eval_prompts: int = field(
         default=256, metadata={"help": "Held-out prompts; their batches follow per_device_eval_batch_size."}
     )
@@ -48,6 +68,14 @@ class RunConfig:
     dry_run: bool = field(default=False, metadata={"help": "Print the configuration and stop."})
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: got {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.pairs is not None and self.method not in ("dpo", "chipo"):
+            raise ValueError(f"pairs={self.pairs!r}: method {self.method!r} samples its own; use dpo or chipo")
+        if self.method != "grpo" and self.lora_rank and self.pairs is None:
+            raise ValueError(
+                f"lora_rank={self.lora_rank}: method {self.method!r} trains all weights unless pairs are given"
+            )
         if self.task is not None and self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}; choose one of {', '.join(TASKS)}")
         if self.task is not None and self.dataset is not None:
@@ -65,22 +93,28 @@ class RunConfig:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 
 
-def parse(arguments: list[str]) -> tuple[RunConfig, BandGRPOConfig, dict[str, Any]]:
+def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any]]:
     """Our config, TRL's, and the settings as they were given (which repeat the run).
 
-    The file of `--config` (without it and without `--model`, the main job's) is read first, the command line wins.
+    The file of `--config` (without it and without `--model`, the method's default job) is read first, the command line wins.
 
     Raises:
         ValueError: If a key or option is unknown; the message names the nearest one.
     """
     arguments = list(arguments)
     given = _read_yaml(arguments)
+    method = str(_option(arguments, "--method") or given.get("method", "grpo"))
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; choose one of {', '.join(METHODS)}")
+    cls = BandGRPOConfig if method == "grpo" else OnlinePreferenceConfig
+    _as_floats(given, cls)
     parser = TrlParser(
-        (RunConfig, BandGRPOConfig),
+        (RunConfig, cls),
         prog="bandpo train",
-        usage="bandpo train [--config FILE.yaml] [--OPTION VALUE ...]",
+        usage="bandpo train [--method METHOD] [--config FILE.yaml] [--OPTION VALUE ...]",
         description="Without --config, --model and --dataset: the main job, a small model on the CPU. Every option is also a "
-        "key of the YAML file, and the command line wins. The first options are bandpo's, the others TRL's GRPOConfig.",
+        "key of the YAML file, and the command line wins. The first options are bandpo's; the others are those of TRL's "
+        "GRPOConfig, or with a preference method (--method dpo --help) of its DPOConfig.",
         allow_abbrev=False,
     )
     known = {action.dest for action in parser._actions} - {"help"}
@@ -90,11 +124,25 @@ def parse(arguments: list[str]) -> tuple[RunConfig, BandGRPOConfig, dict[str, An
     for option in options:
         if option not in parser._option_string_actions:
             _check_known(option.lstrip("-").replace("-", "_"), known, "option")
-    parser.set_defaults_with_config(**given)
+    chosen = {parser._option_string_actions[o].dest for o in options}
+    implied = METHODS[method]
+    for name in implied:
+        if name in chosen or name in given:
+            raise ValueError(f"{name} is what method {method!r} stands for ({name}={implied[name]}); leave it out")
+    parser.set_defaults_with_config(**given, **implied)
     run, trainer = parser.parse_args_into_dataclasses(arguments)
     values = vars(parser.parse_args(arguments))
-    chosen = {parser._option_string_actions[o].dest for o in options}
     return run, trainer, {**given, **{name: values[name] for name in sorted(chosen)}}
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option on the command line, before the parser for it is known."""
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _read_yaml(arguments: list[str]) -> dict[str, Any]:
@@ -109,7 +157,11 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
     else:
         if any(a.split("=")[0] in ("--model", "--dataset", "--help", "-h") for a in arguments):
             return {}
-        path = Path(str(importlib.resources.files("bandpo.configs") / "main_job.yaml"))
+        method = METHODS.get(_option(arguments, "--method") or "grpo", {})
+        job = (
+            "main_job" if not method else "preference_job" if method.get("resample", True) else "offline_preference_job"
+        )
+        path = Path(str(importlib.resources.files("bandpo.configs") / f"{job}.yaml"))
     try:
         given = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -118,15 +170,18 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
         raise ValueError(f"--config: {path} is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"--config: {path} must hold keys and values, got {type(given).__name__}")
-    # YAML reads 1e-6, without a dot, as text.
-    floats = {f.name for cls in (RunConfig, BandGRPOConfig) for f in fields(cls) if "float" in str(f.type)}
+    return given
+
+
+def _as_floats(given: dict[str, Any], cls: type) -> None:
+    """YAML reads 1e-6, without a dot, as text."""
+    floats = {f.name for c in (RunConfig, cls) for f in fields(c) if "float" in str(f.type)}
     for key, value in given.items():
         if key in floats and isinstance(value, str):
             try:
                 given[key] = float(value)
             except ValueError:
                 raise ValueError(f"{key}: {value!r} is not a number") from None
-    return given
 
 
 def _check_known(name: str, known: set[str], what: str) -> None:

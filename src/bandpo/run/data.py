@@ -46,13 +46,7 @@ def load_prompts(
         FileNotFoundError: If `name` looks like a file and is none.
         ValueError: If a column is missing, or a row lacks a prompt; the message counts them.
     """
-    suffix = Path(name).suffix
-    if suffix in _READERS:
-        if not Path(name).exists():
-            raise FileNotFoundError(f"dataset {name!r}: no such file")
-        data = datasets.load_dataset(_READERS[suffix], data_files=name, split="train")
-    else:
-        data = datasets.load_dataset(name, config, split=split)
+    data = _read(name, config, split)
     for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
         if column not in data.column_names:
             raise ValueError(
@@ -74,6 +68,36 @@ def load_prompts(
         return {"prompt": [*system, {"role": "user", "content": row["prompt"]}]}
 
     return data.map(as_messages)
+
+
+def load_pairs(name: str, *, split: str) -> Dataset:
+    """A dataset of pairs, in TRL's preference format: "chosen" and "rejected", with "prompt" or with it inside of both.
+
+    Args:
+        name: Hub name or file.
+        split: Split of a Hub dataset.
+
+    Raises:
+        FileNotFoundError: If `name` looks like a file and is none.
+        ValueError: If a column is missing, or a row lacks a completion; the message counts them.
+    """
+    data = _read(name, None, split)
+    for column in ("chosen", "rejected"):
+        if column not in data.column_names:
+            raise ValueError(f"pairs {name!r} have no column {column!r}, only {', '.join(data.column_names)}")
+        empty = [i for i, value in enumerate(data[column]) if not value]
+        if empty:
+            raise ValueError(f"pairs {name!r}: {len(empty)} rows have no {column!r}, the first is row {empty[0]}")
+    return data
+
+
+def _read(name: str, config: str | None, split: str) -> Dataset:
+    suffix = Path(name).suffix
+    if suffix not in _READERS:
+        return datasets.load_dataset(name, config, split=split)
+    if not Path(name).exists():
+        raise FileNotFoundError(f"dataset {name!r}: no such file")
+    return datasets.load_dataset(_READERS[suffix], data_files=name, split="train")
 
 
 def split_prompts(data: Dataset, evaluation: int, seed: int) -> tuple[Dataset, Dataset]:

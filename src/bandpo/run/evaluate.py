@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from bandpo.integrations._generate import as_completion, sample_batches
 from bandpo.metrics import pass_at_k
 from bandpo.run.data import RewardFunction
 
@@ -60,7 +61,6 @@ class Evaluation:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -89,59 +89,22 @@ def evaluate(
         seed: Of sampling; the state of the random generators is restored.
     """
     state = PartialState()
-    mine = list(range(state.process_index, len(rows), state.num_processes))
-    at_once = max(1, batch_size // samples)
     found: list[tuple[int, list[str], list[float]]] = []
-    was_training = model.training
-    model.eval()
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
-    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None):
-        torch.manual_seed(seed + state.process_index)
-        for first in range(0, len(mine), at_once):
-            chosen = mine[first : first + at_once]
-            batch = [rows[i] for i in chosen]
-            inputs = tokenize(tokenizer, [row["prompt"] for row in batch]).to(model.device)
-            repeated = {name: value.repeat_interleave(samples, 0) for name, value in inputs.items()}
-            output = model.generate(
-                **repeated, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, **sampling,
-            )  # fmt: skip
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            columns = {c: [row[c] for row in batch for _ in range(samples)] for c in rows.column_names if c != "prompt"}
-            asked = [row["prompt"] for row in batch for _ in range(samples)]
-            scores = reward(asked, [_as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
-            values = [float("nan") if s is None else float(s) for s in scores]
-            for j, i in enumerate(chosen):
-                part = slice(j * samples, (j + 1) * samples)
-                found.append((i, texts[part], values[part]))
-    model.train(was_training)
+    batches = sample_batches(
+        model, tokenizer, rows["prompt"], samples=samples, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    for chosen, _, completions in batches:
+        batch = [rows[i] for i in chosen]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        columns = {c: [row[c] for row in batch for _ in range(samples)] for c in rows.column_names if c != "prompt"}
+        asked = [row["prompt"] for row in batch for _ in range(samples)]
+        scores = reward(asked, [as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
+        values = [float("nan") if s is None else float(s) for s in scores]
+        for j, i in enumerate(chosen):
+            part = slice(j * samples, (j + 1) * samples)
+            found.append((i, texts[part], values[part]))
     everything = sorted(gather_object(found)) if state.num_processes > 1 else found
     return Evaluation(
         [rows[i]["prompt"] for i, _, _ in everything], [t for _, t, _ in everything], [s for _, _, s in everything]
     )
-
-
-def _as_completion(prompt: Any, text: str) -> Any:
-    """As TRL hands it to a reward function: text for a text prompt, messages for messages."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
-    """Prompts, texts or messages, as a left-padded batch."""
-    if isinstance(prompts[0], str):
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    else:
-        batch = tokenizer.apply_chat_template(
-            prompts,
-            add_generation_prompt=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            return_dict=True,
-        )
-    batch.pop("token_type_ids", None)
-    return batch

@@ -11,33 +11,19 @@ import yaml
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from bandpo.bounds import Bounds
-from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
 
-
-def write_report(
-    folder: Path, *, title: str, bounds: Bounds, bounds_label: str, tokens: Mapping[str, list[float]]
-) -> Path:
+def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> Path:
     """Write report.html and its figures (SVG) into a run's folder.
 
-    Reads metrics.jsonl, evaluation.json, samples.jsonl, config.yaml and env.json there. The page needs no network and runs
+    Reads evaluation.json, samples.jsonl, config.yaml and env.json there. The page needs no network and runs
     no script; completions are escaped.
 
     Args:
         folder: The run's folder.
         title: Heading.
-        bounds: The trust region of the run, for the figure of the band.
-        bounds_label: Its name there.
-        tokens: Tokens of the run, as `plot_bounds` takes them.
+        figures: By their headings; they are closed.
     """
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training = [row for row in log if "reward" in row or "entropy" in row]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    figures = {
-        "Training": plot_training(training),
-        "Who is clipped": plot_clip_by_probability(training),
-        "The band, with tokens of this run": plot_bounds(bounds, bounds_label, tokens=tokens),
-    }
     pictures = {
         name: _svg(figure, folder / "figures" / f"{i}.svg") for i, (name, figure) in enumerate(figures.items(), 1)
     }

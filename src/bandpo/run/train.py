@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import random
 import subprocess
 import time
 from importlib import metadata
@@ -13,26 +12,22 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork nothing; the warning about it is noise
 
 import torch
-import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
-from trl.models import unwrap_model_for_generation
 
-from bandpo.bounds import RatioBounds
-from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
-from bandpo.run.config import RunConfig, command_line, parse
-from bandpo.run.data import RewardFunction, get_reward, load_prompts, load_task, split_prompts
+from bandpo.run.config import RunConfig, TrainerConfig, command_line, parse
+from bandpo.run.data import RewardFunction, get_reward, load_pairs, load_prompts, load_task, split_prompts
 from bandpo.run.evaluate import Evaluation, evaluate
-from bandpo.run.progress import Progress, TrainingProgress, quiet_hosts
+from bandpo.run.grpo import GRPORun
+from bandpo.run.preference import PreferenceRun
+from bandpo.run.progress import Progress, quiet_hosts
 from bandpo.run.report import write_report
-from bandpo.tokens import TokenObjective
-
-_TOKENS_KEPT = 4000
 
 
 def train(arguments: list[str]) -> Path:
@@ -60,6 +55,8 @@ def train(arguments: list[str]) -> Path:
     model_name = run.model or str(_small_model(run, progress))
     tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left", trust_remote_code=args.trust_remote_code)
     prompts, held_out = _load_data(run, chat=tokenizer.chat_template is not None, seed=args.seed)
+    if run.pairs is not None:
+        prompts = load_pairs(run.pairs, split=run.dataset_split)
     reward = get_reward(run.reward or run.task or "")
     if run.model is None:  # tiny: load it here; a large one is loaded by TRL, with model_init_kwargs
         model: Any = AutoModelForCausalLM.from_pretrained(model_name)
@@ -67,19 +64,16 @@ def train(arguments: list[str]) -> Path:
         model = model_name
     _make_folder(folder, given, resumed=resume is not None)  # what can be wrong in the input has been read by now
     args.disable_tqdm = True
-    trainer = _Trainer(
-        model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
-        peft_config=_lora(run), callbacks=[TrainingProgress(progress, folder / "metrics.jsonl")],
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
+    kind = GRPORun if isinstance(args, BandGRPOConfig) else PreferenceRun
+    job = kind(run, args, model, tokenizer, prompts, reward, _lora(run), progress)  # type: ignore[arg-type]
 
-    before = _evaluation_before(folder, trainer, tokenizer, held_out, reward, run, args, resumed=resume is not None)
+    before = _evaluation_before(folder, job, tokenizer, held_out, reward, run, args, resumed=resume is not None)
     progress.say(f"before training: {_line(before)}")
-    trainer.train(resume_from_checkpoint=resume)
-    after_samples = _evaluate(trainer, tokenizer, held_out, reward, run, args)
+    job.train(resume)
+    after_samples = _evaluate(job, tokenizer, held_out, reward, run, args)
     after = after_samples.summary()
 
-    trainer.save_model(str(folder / "model"))
+    job.save(folder / "model")
     if PartialState().is_main_process:
         tokenizer.save_pretrained(folder / "model")
         after_samples.write(folder / "samples.jsonl", "after")
@@ -89,11 +83,9 @@ def train(arguments: list[str]) -> Path:
         }  # fmt: skip
         _write_json(folder / "evaluation.json", evaluation)
         _write_json(folder / "env.json", _environment(args, time.monotonic() - started))
-        label = trainer.objective.name
-        title = f"{label} on {run.task or run.dataset}, seed {args.seed}"
-        report = write_report(
-            folder, title=title, bounds=trainer.objective.bounds, bounds_label=label, tokens=trainer.tokens
-        )
+        title = f"{job.name} on {run.task or run.dataset}, seed {args.seed}"
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        report = write_report(folder, title=title, figures=job.figures(log))
         progress.table(title, evaluation)
         progress.say(f"report: {report}")
         progress.say(f"model:  {folder / 'model'}")
@@ -101,42 +93,21 @@ def train(arguments: list[str]) -> Path:
     return folder
 
 
-class _Trainer(BandGRPOTrainer):
-    """Remembers some tokens of the last rollouts for the figure of the band."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
-        self._draw = random.Random(0)
-
-    def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
-        super()._log_band(terms, inputs)
-        valid = inputs["completion_mask"] != 0
-        p = terms.anchor_logprobs.exp()
-        log_ratio, advantages = (x.detach().expand(valid.shape) for x in (terms.log_ratio, terms.advantages))
-        if isinstance(terms.bounds, RatioBounds):
-            lower, upper = (b.expand(valid.shape) for b in terms.bounds)
-            low, high = log_ratio.exp() < lower, log_ratio.exp() > upper
-        else:
-            low, high = ~terms.bounds & (log_ratio < 0), ~terms.bounds & (log_ratio > 0)
-        clipped = torch.where(advantages > 0, high, low & (advantages < 0)).float()
-        chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_KEPT // 40))
-        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped)):
-            self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]
-
-
-def _choose_folder(run: RunConfig, args: BandGRPOConfig, given: dict[str, Any]) -> str | None:
+def _choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> str | None:
     """Set the output folder; the checkpoint to resume from, if any.
 
     Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed.
     """
     if "output_dir" not in given:
-        name = f"{args.objective.replace(':', '-')}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
+        label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
+        name = f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
         [args.output_dir] = broadcast_object_list([str(_free_folder(Path("runs") / name))])
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     if resume == "latest":
         resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if resume is None and any(folder.glob("rounds/*/round.json")):  # a preference run goes on after its last round
+            resume = str(folder / "rounds")
         if resume is None:
             raise ValueError(f"resume_from_checkpoint=latest: {folder} has no checkpoint")
     if resume is None and (folder / "metrics.jsonl").exists():
@@ -209,14 +180,14 @@ def _lora(run: RunConfig) -> Any:
 
 
 def _evaluate(
-    trainer: BandGRPOTrainer,
+    job: GRPORun | PreferenceRun,
     tokenizer: Any,
     rows: Dataset,
     reward: RewardFunction,
     run: RunConfig,
-    args: BandGRPOConfig,
+    args: TrainerConfig,
 ) -> Evaluation:
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+    with job.for_sampling() as model:
         return evaluate(
             model,
             tokenizer,
@@ -231,8 +202,8 @@ def _evaluate(
 
 
 def _evaluation_before(
-    folder: Path, trainer: BandGRPOTrainer, tokenizer: Any, rows: Dataset, reward: RewardFunction, run: RunConfig,
-    args: BandGRPOConfig, *, resumed: bool,
+    folder: Path, job: GRPORun | PreferenceRun, tokenizer: Any, rows: Dataset, reward: RewardFunction, run: RunConfig,
+    args: TrainerConfig, *, resumed: bool,
 ) -> dict[str, float]:  # fmt: skip
     """The evaluation of the starting model; a resumed run reads it back from its folder."""
     samples = folder / "samples.jsonl"
@@ -247,13 +218,13 @@ def _evaluation_before(
             samples.unlink()
             found.write(samples, "before")
         return found.summary()
-    found = _evaluate(trainer, tokenizer, rows, reward, run, args)
+    found = _evaluate(job, tokenizer, rows, reward, run, args)
     if PartialState().is_main_process:
         found.write(samples, "before")
     return found.summary()
 
 
-def _environment(args: BandGRPOConfig, seconds: float) -> dict[str, Any]:
+def _environment(args: TrainerConfig, seconds: float) -> dict[str, Any]:
     """What a reader needs to trust or repeat the numbers."""
     packages = ("bandpo", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym")
     return {

@@ -1,0 +1,144 @@
+"""Stale pairs, re-ranked pairs, re-ranked with confidence, and fresh samples, on a tiny transformer: reward against tokens."""
+
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bandpo.integrations._generate import sample_batches
+from bandpo.integrations.trl_online import OnlinePreferenceConfig, OnlinePreferenceTrainer
+from bandpo.lab.models import build_tokenizer
+
+LENGTH = 8
+ARMS: dict[str, dict[str, Any]] = {
+    "stale": {"objective": "dpo", "resample": False},
+    "re-ranked": {"objective": "dpo", "resample": False, "labels": "probe"},
+    "re-ranked, confidence": {"objective": "rbrm", "resample": False, "labels": "probe"},
+    "online": {"objective": "dpo"},
+}
+"""What each arm trains on: pairs of the first samples by their rewards; by the probe, anew each round; pairs of new samples."""
+
+
+def safety(
+    prompts: list[str],  # noqa: ARG001 (TRL's signature)
+    completions: list[str],
+    **_: Any,
+) -> list[float | None]:
+    """Share of a completion's letters that are safe: lower case.
+
+    Examples:
+        >>> safety(["abc:"], ["xyzABxyz"])
+        [0.75]
+    """
+    return [sum(c.islower() for c in text[:LENGTH]) / LENGTH for text in completions]
+
+
+def rerank_against_online(
+    *, seeds: int = 5, rounds: int = 6, prompts: int = 256, probe_prompts: int = 96, arms: tuple[str, ...] = tuple(ARMS)
+) -> dict[str, Any]:
+    """Held-out safety and generated tokens of every arm of `ARMS`, with the same number of rounds and pairs.
+
+    A Llama of two layers learns a grammar whose texts turn between safe and unsafe letters. All arms then take DPO rounds
+    with 4 pairs of 8 samples of each prompt. The probe sees rewards of `probe_prompts` prompts alone and never of the
+    others; "stale" and "online" see the rewards of all.
+
+    Args:
+        seeds: Runs of each arm, paired: the same start and first samples.
+        rounds: Of each run.
+        prompts: Of each round.
+        probe_prompts: Prompts whose rewards teach the probe.
+        arms: Which.
+
+    Returns:
+        For each arm `safety` before and after, `tokens` generated, and how often the probe agreed with the reward, by seed.
+    """
+    tokenizer = build_tokenizer()
+    out: dict[str, Any] = {
+        "seeds": seeds,
+        "rounds": rounds,
+        "prompts": prompts,
+        "probe_prompts": probe_prompts,
+        "arms": {},
+    }
+    for name in arms:
+        rows: dict[str, list[float]] = {"before": [], "after": [], "tokens": [], "probe": []}
+        for seed in range(seeds):
+            train, held_out = _prompts(prompts, seed), _prompts(128, 1000 + seed)
+            model = grammar_model(seed, tokenizer)
+            rows["before"].append(_measure(model, tokenizer, held_out))
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                args = OnlinePreferenceConfig(
+                    folder, rounds=rounds, prompts_per_round=prompts, samples_per_prompt=8, pairs_per_prompt=4, seed=seed,
+                    probe_prompts=probe_prompts, max_completion_length=LENGTH + 1, generation_batch_size=512,
+                    per_device_train_batch_size=64, learning_rate=5e-4, lr_scheduler_type="constant", use_cpu=True,
+                    bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True, logging_steps=10_000,
+                    **ARMS[name],
+                )  # fmt: skip
+                trainer = OnlinePreferenceTrainer(model, safety, args, train, tokenizer)
+                history = trainer.train()
+            rows["after"].append(_measure(trainer.model, tokenizer, held_out))
+            rows["tokens"].append(sum(m["generated_tokens"] for m in history))
+            if "probe/agrees_with_reward" in history[-1]:
+                rows["probe"].append([m["probe/agrees_with_reward"] for m in history])
+        out["arms"][name] = rows
+    return out
+
+
+def grammar_model(seed: int, tokenizer: Any, steps: int = 300) -> LlamaForCausalLM:
+    """A tiny Llama that has learnt the grammar: three letters and a colon, then eight letters in runs of safe and unsafe ones.
+
+    A text begins unsafe one time in three and turns with probability 0.15 at each letter, so that a good model knows at each
+    place which kind it is in: what a probe of its hidden states can find.
+
+    Args:
+        seed: Of weights and texts.
+        tokenizer: From `build_tokenizer`.
+        steps: Of supervised learning.
+    """
+    g = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )  # fmt: skip
+    lower = torch.tensor(tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz")))
+    upper = torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")))
+    colon = tokenizer.convert_tokens_to_ids(":")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        asked = lower[torch.randint(26, (128, 3), generator=g)]
+        text = lower[torch.randint(26, (128, LENGTH), generator=g)]
+        turns = torch.rand(128, LENGTH, generator=g) < torch.tensor([0.33] + [0.15] * (LENGTH - 1))
+        unsafe = turns.long().cumsum(1) % 2 == 1
+        text = torch.where(unsafe, upper[torch.randint(26, (128, LENGTH), generator=g)], text)
+        ids = torch.cat([asked, torch.full((128, 1), colon), text, torch.full((128, 1), tokenizer.eos_token_id)], 1)
+        labels = ids.clone()
+        labels[:, :4] = -100
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def _prompts(count: int, seed: int) -> Dataset:
+    letters = torch.randint(26, (count, 3), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_list([{"prompt": "".join(chr(97 + i) for i in row) + ":"} for row in letters])
+
+
+def _measure(model: Any, tokenizer: Any, prompts: Dataset) -> float:
+    values: list[float] = []
+    for rows, _, completions in sample_batches(
+        model, tokenizer, prompts["prompt"], samples=8, max_new_tokens=LENGTH + 1, batch_size=1024, seed=7
+    ):
+        asked = [prompts["prompt"][i] for i in rows for _ in range(8)]
+        values += [v or 0.0 for v in safety(asked, tokenizer.batch_decode(completions, skip_special_tokens=True))]
+    return sum(values) / len(values)

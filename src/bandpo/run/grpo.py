@@ -1,0 +1,107 @@
+"""`bandpo train` with a policy-gradient objective: BandPO and the zoo."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from transformers import PrinterCallback
+from trl.models import unwrap_model_for_generation
+
+from bandpo.bounds import RatioBounds
+from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
+from bandpo.run.config import RunConfig
+from bandpo.run.data import RewardFunction
+from bandpo.run.progress import Progress, TrainingProgress
+from bandpo.tokens import TokenObjective
+
+_TOKENS_KEPT = 4000
+
+
+class GRPORun:
+    """One run, with what the job around it needs: a model to evaluate, training, saving.
+
+    Args:
+        _: The run's config, for other methods.
+        args: The trainer's.
+        model: A model, or where to load it from.
+        tokenizer: Its tokenizer.
+        prompts: To sample for.
+        reward: Scores the samples.
+        lora: A LoRA config, or None.
+        progress: For messages.
+    """
+
+    def __init__(
+        self, _: RunConfig, args: BandGRPOConfig, model: Any, tokenizer: Any, prompts: Dataset, reward: RewardFunction,
+        lora: Any, progress: Progress,
+    ) -> None:  # fmt: skip
+        metrics = Path(args.output_dir or ".") / "metrics.jsonl"
+        self.trainer = _Trainer(
+            model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
+            peft_config=lora, callbacks=[TrainingProgress(progress, metrics)],
+        )  # fmt: skip
+        self.trainer.remove_callback(PrinterCallback)
+
+    @property
+    def name(self) -> str:
+        """Of the objective."""
+        return self.trainer.objective.name
+
+    def train(self, resume: str | None) -> None:
+        """To the end.
+
+        Args:
+            resume: A checkpoint folder.
+        """
+        self.trainer.train(resume_from_checkpoint=resume)
+
+    def save(self, folder: Path) -> None:
+        """The model."""
+        self.trainer.save_model(str(folder))
+
+    @contextmanager
+    def for_sampling(self) -> Iterator[Any]:
+        """The model, ready to generate."""
+        with unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator) as model:
+            yield model
+
+    def figures(self, log: list[dict[str, Any]]) -> dict[str, Figure]:
+        """For the report."""
+        training = [row for row in log if "reward" in row or "entropy" in row]
+        return {
+            "Training": plot_training(training),
+            "Who is clipped": plot_clip_by_probability(training),
+            "The band, with tokens of this run": plot_bounds(
+                self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens
+            ),
+        }
+
+
+class _Trainer(BandGRPOTrainer):
+    """Remembers some tokens of the last rollouts for the figure of the band."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
+        self._draw = random.Random(0)
+
+    def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
+        super()._log_band(terms, inputs)
+        valid = inputs["completion_mask"] != 0
+        p = terms.anchor_logprobs.exp()
+        log_ratio, advantages = (x.detach().expand(valid.shape) for x in (terms.log_ratio, terms.advantages))
+        if isinstance(terms.bounds, RatioBounds):
+            lower, upper = (b.expand(valid.shape) for b in terms.bounds)
+            low, high = log_ratio.exp() < lower, log_ratio.exp() > upper
+        else:
+            low, high = ~terms.bounds & (log_ratio < 0), ~terms.bounds & (log_ratio > 0)
+        clipped = torch.where(advantages > 0, high, low & (advantages < 0)).float()
+        chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_KEPT // 40))
+        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped)):
+            self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]

@@ -1,0 +1,52 @@
+"""`bandpo lab`: experiments that show one thing each, as a figure and a JSON file."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+
+import bandpo
+from bandpo.lab.preference import EXPERIMENTS
+from bandpo.lab.preference_figures import FIGURES
+from bandpo.run.config import command_line
+from bandpo.run.progress import Progress, quiet_hosts
+
+
+def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the preference experiments; each leaves NAME.json and NAME.png in the output folder.
+
+    Args:
+        options: The options of `bandpo lab preference`.
+    """
+    names = [*EXPERIMENTS, "reranking"] if options.only is None else options.only.split(",")
+    unknown = [n for n in names if n not in FIGURES]
+    if unknown:
+        raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(FIGURES)}")
+    if options.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, for an interval; got {options.seeds}")
+    progress = Progress()
+    quiet_hosts()
+    torch.set_num_threads(1)
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    everything: dict[str, Any] = {}
+    for name in names:
+        started = time.monotonic()
+        if name == "reranking":
+            from bandpo.lab.reranking import rerank_against_online  # TRL, and minutes: only where it is asked for
+
+            found = rerank_against_online(seeds=options.seeds)
+        else:
+            found = EXPERIMENTS[name]()
+        seconds = round(time.monotonic() - started, 1)
+        everything[name] = {"command": command_line(), "bandpo": bandpo.__version__, "seconds": seconds, **found}
+        (folder / f"{name}.json").write_text(json.dumps(everything[name]) + "\n")
+        figure = FIGURES[name](found)
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+        progress.say(f"{name:<16} {seconds:>6.1f} s   {folder / f'{name}.png'}")
+    return everything
