@@ -27,6 +27,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     entropy: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     max_length: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,6 +50,8 @@ def policy_loss(
         ref_logprobs: Log-probs under the reference policy, for the KL term.
         kl_coef: Its coefficient β >= 0.
         entropy: Per-token entropy, for the metrics only.
+        sample_weight: `(batch,)`, multiplies all terms of a sequence; of a pruned batch (`bandpo.selection`), with the
+            `normalizer` of the batch before pruning.
         normalizer: Tokens (`token-mean`) or sequences (`seq-mean-*`) of the whole batch when this call sees a part of it
             (gradient accumulation, data parallelism): the parts' losses then add up to the whole's. See
             `loss_normalizer`.
@@ -83,7 +86,14 @@ def policy_loss(
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")
 
+    if sample_weight is not None and sample_weight.shape != logprobs.shape[:1]:
+        raise ValueError(
+            f"sample_weight has shape {tuple(sample_weight.shape)}; one for each of {len(logprobs)} sequences"
+        )
+
     def reduce(x: Tensor) -> Tensor:
+        if sample_weight is not None:
+            x = x * sample_weight.detach().unsqueeze(-1)
         return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
 
     valid = mask != 0

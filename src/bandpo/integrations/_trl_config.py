@@ -1,8 +1,10 @@
 """Options of the TRL trainer: GRPOConfig's, and the trust region's."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 try:
     from trl import GRPOConfig
@@ -15,6 +17,7 @@ from bandpo.integrations._overrides import Overrides
 from bandpo.objectives import get_objective
 from bandpo.regions import TopK
 from bandpo.schedules import Adaptive, Schedule
+from bandpo.selection.pruning import Pruning
 
 _LOSS_TYPE_OF: dict[str, str] = {
     "seq-mean-token-mean": "grpo",
@@ -82,6 +85,20 @@ class BandGRPOConfig(GRPOConfig):
             "help": "Rounds of sampling other prompts for groups whose rewards are all equal (DAPO); 0 for none."
         },
     )
+    pruning: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on fewer samples without bias, as {prompts: 0.5, completions: 0.5}: shares of the prompts with "
+            "little signal (not sampled) and of the completions with small |A| (not trained on). Also mode and until."
+        },
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Score sequences side by side in rows without padding, attention kept apart."}
+    )
+    packing_tokens: int | None = field(
+        default=None, metadata={"help": "Places of a packed row. Default: four times the padded width of the batch."}
+    )
+    packing_window: int = field(default=8, metadata={"help": "Sequences that the packer chooses from."})
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "TRL's normalisation: grpo, dapo, bnpo, dr_grpo or luspo. Default: the objective's."},
@@ -105,7 +122,42 @@ class BandGRPOConfig(GRPOConfig):
         self.radius_rule(objective, steps=1)
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
+        pruning = self.selector()
+        if pruning is not None and pruning.completions and self.beta:
+            raise ValueError(
+                f"pruning completions with beta={self.beta}: TRL's KL term has no weights and would be that of the kept "
+                "completions; set beta=0, or prune prompts only"
+            )
+        if pruning is not None and self.loss_type == "bnpo":
+            raise ValueError(
+                "pruning with loss_type='bnpo': its denominator is counted after pruning, a bias; use dapo"
+            )
+        for name in ("packing_tokens", "packing_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not self.packing and value not in (None, 8):
+                raise ValueError(f"{name}={value} would be ignored: set packing")
         super().__post_init__()
+
+    def selector(self) -> Pruning | None:
+        """What chooses prompts and completions, None for all of them."""
+        options = self.pruning
+        if options is None:
+            return None
+        if isinstance(options, str):
+            try:
+                options = json.loads(options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"pruning={self.pruning!r} is not JSON: {error}") from None
+        known = ("prompts", "completions", "mode", "until")
+        if not isinstance(options, dict) or set(options) - set(known):
+            raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(known)}")
+        if self.dynamic_sampling:
+            raise ValueError(
+                f"pruning={options} and dynamic_sampling={self.dynamic_sampling} both choose samples; set one"
+            )
+        return Pruning(**options)
 
     def resolve(self) -> Objective:
         """The objective with the overrides of this config applied."""

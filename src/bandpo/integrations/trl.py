@@ -22,6 +22,7 @@ from bandpo.composition import Objective
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, top_logprobs
+from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts, packed_scores
 from bandpo.losses import aggregate
 from bandpo.metrics import TRL_NAMES, policy_metrics
 from bandpo.regions import TopK
@@ -85,6 +86,8 @@ class BandGRPOTrainer(GRPOTrainer):
         _refuse_unsupported(self.objective, args, given=objective is not None)
         super().__init__(model, reward_funcs, args, **kwargs)
         self._refill = Refill(self) if args.dynamic_sampling else None
+        pruning = args.selector()
+        self._pruned = PrunedRollouts(self, pruning) if pruning is not None else None
         self._radius_rule = args.radius_rule(self.objective, steps=1)
         self._measured: list[float] = []
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
@@ -97,9 +100,24 @@ class BandGRPOTrainer(GRPOTrainer):
             )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self.args.packing:
+            out = self._packed_scores(*args, **kwargs)
+        else:
+            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._last_logprobs = out[0]
         return out
+
+    def _packed_scores(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
+        compute_entropy: bool = False, compute_aux_loss: bool = False, **more: Any,
+    ) -> Any:  # fmt: skip
+        extras = [name for name, value in more.items() if value is not None]
+        if extras or compute_aux_loss:
+            raise ValueError(
+                f"packing scores text without auxiliary losses; this batch has {extras or 'a router loss'}"
+            )
+        scores = packed_scores(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+        return *scores, None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         per_function = super()._calculate_rewards(*args, **kwargs)
@@ -107,7 +125,11 @@ class BandGRPOTrainer(GRPOTrainer):
         return per_function
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        rollout = self._generate_with_extras(inputs)
+        if self._pruned is None or not self.model.training:
+            rollout = self._generate_with_extras(inputs)
+        else:
+            inputs, weights = self._pruned.before(inputs)
+            rollout = self._pruned.after(inputs, self._generate_with_extras(inputs), weights)
         if self.model.training:
             if self._refill is not None:
                 rollout = self._refill(rollout, self._generate_with_extras)
@@ -131,6 +153,8 @@ class BandGRPOTrainer(GRPOTrainer):
         bounds = self.objective.bounds(old) if self._goes_through_epsilon and old is not None else None
         self._last_logprobs = None
         theirs = inputs
+        if WEIGHT in inputs and self._goes_through_epsilon:  # the clipped objective is linear in A
+            theirs = {**inputs, "advantages": inputs["advantages"] * inputs[WEIGHT]}
         if not self._goes_through_epsilon:
             # With advantages 0 what is left is TRL's own: KL to the reference, entropy bonus, auxiliary losses, their metrics.
             theirs = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
@@ -210,6 +234,8 @@ class BandGRPOTrainer(GRPOTrainer):
     def _policy_term(self, value: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The policy loss of a surrogate that TRL does not know, normalised as TRL's `loss_type` is."""
         mask, per_token = _mask_of(inputs), -value
+        if WEIGHT in inputs:
+            per_token = per_token * inputs[WEIGHT].unsqueeze(1)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             per_token = per_token * inputs["importance_sampling_ratio"]
         training = self.model.training
@@ -268,6 +294,7 @@ class BandGRPOTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         state = {
             "step": self._step, "rollout": self._buffered_inputs, "metrics": dict(self._metrics["train"]),
+            "pruning": self._pruned.prune.state_dict() if self._pruned is not None else {},
             "drawn": self._refill.drawn if self._refill is not None else 0, "measured": self._measured,
             "radius": self._radius_rule.state_dict() if isinstance(self._radius_rule, Adaptive) else {},
         }  # fmt: skip
@@ -287,6 +314,8 @@ class BandGRPOTrainer(GRPOTrainer):
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         self._metrics["train"].update(state["metrics"])
         self._measured = state["measured"]
+        if self._pruned is not None:
+            self._pruned.prune.load_state_dict(state["pruning"])
         if self._refill is not None:
             self._refill.drawn = state["drawn"]
         if isinstance(self._radius_rule, Adaptive):

@@ -1,0 +1,177 @@
+"""Pruned and packed batches in TRL: rows leave a rollout before it is split, forward passes run without padding."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from bandpo.integrations._trl_config import BandGRPOConfig
+from bandpo.integrations._trl_rollout import PREFIX
+from bandpo.selection.packing import pack_rows
+from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
+
+WEIGHT = f"{PREFIX}weight"
+
+
+class PrunedRollouts:
+    """Leaves out prompts before TRL samples and completions before it trains, on each process by itself.
+
+    Args:
+        trainer: The trainer.
+        prune: Rates, and the history of the prompts.
+    """
+
+    def __init__(self, trainer: Any, prune: Pruning) -> None:
+        self.trainer, self.prune = trainer, prune
+        args: BandGRPOConfig = trainer.args
+        if args.per_device_train_batch_size * args.steps_per_generation % args.num_generations:
+            raise ValueError("pruning needs whole groups on each process: make per_device_train_batch_size x "
+                             f"steps_per_generation a multiple of num_generations={args.num_generations}")  # fmt: skip
+
+    def before(self, inputs: list[Any]) -> tuple[list[Any], list[float]]:
+        """The prompts to sample, each `num_generations` times as TRL has them, and the weight of each row."""
+        size = self.trainer.num_generations
+        if not self.prune.prompts or self._over():
+            return inputs, [1.0] * len(inputs)
+        keys = [_key(row) for row in inputs[::size]]
+        chosen = self.prune.select_prompts(keys, generator=self._generator(0))
+        drop = (~chosen.keep).nonzero().flatten().tolist()
+        # Equal work on every process, and whole micro-batches: put back as many as that takes, at random.
+        least = min(gather_object([len(drop)]))
+        steps = self.trainer.args.steps_per_generation
+        while least and (len(keys) - least) * size % steps:
+            least -= 1
+        weight = _put_back(chosen, drop, least, self._generator(1), biased=self.prune.mode == "topk_biased")
+        rows = [i for i, w in enumerate(weight.tolist()) if w > 0]
+        log = self.trainer._metrics["train"]
+        log["selection/prompts_kept"].append(len(rows) / len(keys))
+        return [inputs[i * size + j] for i in rows for j in range(size)], [
+            float(weight[i]) for i in rows for _ in range(size)
+        ]
+
+    def after(self, inputs: list[Any], rollout: dict[str, Any], weights: list[float]) -> dict[str, Any]:
+        """The rollout without the completions that are left out, and the weight of each row beside it."""
+        trainer, size = self.trainer, self.trainer.num_generations
+        advantages = rollout["advantages"].view(-1, size)
+        keys = [_key(row) for row in inputs[::size]]
+        found = gather_object([(key, row) for key, row in zip(keys, advantages.tolist(), strict=True)])
+        self.prune.update([key for key, _ in found], torch.tensor([row for _, row in found]))
+        before = torch.tensor(weights, device=advantages.device)
+        tokens = (rollout["completion_mask"] * rollout.get("tool_mask", 1)).sum(1)
+        log = trainer._metrics["train"]
+        if not torch.equal(before, torch.ones_like(before)):
+            # Tokens that were never sampled cannot be counted: their number is estimated with the same weights.
+            everywhere = trainer.accelerator.gather(
+                torch.stack([(tokens * before).sum(), tokens.sum().float()]).unsqueeze(0)
+            )
+            estimate, seen = everywhere.sum(0)
+            rollout["num_items_in_batch"] = estimate.to(torch.float32)
+            log["selection/tokens_estimated"].append((estimate / seen.clamp(min=1)).item())
+        rows = torch.arange(len(before), device=before.device)
+        weight = before
+        if self.prune.completions and not self._over():
+            rewards = trainer.last_rewards[trainer.accelerator.process_index * len(before) :][: len(before)]
+            chosen = self.prune(rewards.view(-1, size), advantages, generator=self._generator(2))
+            drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
+            least = min(gather_object([len(drop)]))
+            least -= (least - len(before)) % trainer.args.steps_per_generation
+            flat = Selection(*(x.flatten() for x in chosen))
+            biased = self.prune.mode == "topk_biased"
+            weight = before * _put_back(flat, drop, max(least, 0), self._generator(3), biased=biased).to(before.device)
+            rows = weight.nonzero().flatten()
+        kept = tokens[rows].sum() / tokens.sum().clamp(min=1)
+        if trainer.loss_type != "dapo":  # the others divide by the rows that they are handed
+            full = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+            weight = weight * (len(rows) / full)
+            if self.prune.mode == "topk_biased":
+                weight = (weight > 0).to(weight.dtype)  # the baseline's mean is that of the survivors
+        log["selection/kept"].append(trainer.accelerator.gather(torch.tensor(len(rows) / len(before))).mean().item())
+        log["selection/tokens"].append(trainer.accelerator.gather(kept).mean().item())
+        log["selection/effective_sample_size"].append(
+            trainer.accelerator.gather(effective_sample_size(weight[rows])).mean().item()
+        )
+        out = {name: x[rows] if _has_rows(x, len(before)) else x for name, x in rollout.items()}
+        return out | {WEIGHT: weight[rows]}
+
+    def _over(self) -> bool:
+        state = self.trainer.state
+        return state.global_step >= self.prune.until * state.max_steps
+
+    def _generator(self, stream: int) -> torch.Generator:
+        trainer = self.trainer
+        seed = trainer.args.seed * 1_000_003 + trainer._step * 101 + trainer.accelerator.process_index * 7 + stream
+        return torch.Generator().manual_seed(seed)
+
+
+def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.Generator, *, biased: bool) -> Tensor:
+    """Weights when only `count` of the dropped entries stay dropped, chosen uniformly: P shrinks by the same factor."""
+    if not drop:
+        return chosen.weight
+    order = torch.randperm(len(drop), generator=generator)
+    returned = torch.tensor(drop, device=chosen.keep.device)[order[count:].to(chosen.keep.device)]
+    keep = chosen.keep.clone()
+    keep[returned] = True
+    if biased:
+        return keep.to(chosen.weight.dtype)
+    return (1 / (1 - chosen.dropping * (count / len(drop)))).masked_fill(~keep, 0.0)
+
+
+def _key(row: Any) -> str:
+    """What makes two rows the same prompt in the history."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else repr(prompt)
+
+
+def _has_rows(x: Any, rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows
+
+
+def packed_scores(
+    trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
+    compute_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Log-probs and entropies of the completions from packed rows, as TRL's `_get_per_token_logps_and_entropies` has them."""
+    logps: list[Tensor] = []
+    entropies: list[Tensor] = []
+    densities: list[float] = []
+    width = input_ids.shape[1]
+    capacity = trainer.args.packing_tokens or 4 * width
+    for ids, attention in zip(
+        input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids)), strict=True
+    ):
+        packed = pack_rows(
+            ids, attention, capacity=max(capacity, int(attention.sum(1).max())), window=trainer.args.packing_window
+        )
+        counted = attention.new_zeros(attention.shape).to(torch.bool)
+        counted[:, -logits_to_keep:] = attention[:, -logits_to_keep:] != 0
+        labels = packed.pack(ids.masked_fill(~counted, -100), -100)
+        labels[packed.position_ids == 0] = -100  # the first token of a sequence follows nothing
+        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+        if trainer.accelerator.unwrap_model(model).config._attn_implementation.startswith("flash"):
+            inputs = {name: packed.flat(x) for name, x in inputs.items()} | packed.varlen()
+            with trainer.accelerator.autocast():
+                out = model(**inputs, attention_mask=None, labels=packed.flat(labels), fused_lm_head=True)
+            logps.append(_from_flat(out.log_probs, packed)[:, -logits_to_keep:])
+            if compute_entropy:
+                entropies.append(_from_flat(out.entropy, packed)[:, -logits_to_keep:])
+        else:
+            bias = packed.attention_bias(next(model.parameters()).dtype)
+            with trainer.accelerator.autocast():
+                out = model(**inputs, attention_mask=bias, labels=labels, fused_lm_head=True)
+            for values, wanted in ((out.log_probs, logps), (out.entropy, entropies)):
+                if wanted is logps or compute_entropy:
+                    shifted = torch.nn.functional.pad(values, (1, 0))
+                    wanted.append(packed.unpack(shifted)[:, -logits_to_keep:])
+        densities.append(float(attention.sum()) / packed.input_ids.numel())
+    mode = "train" if trainer.model.training else "eval"
+    trainer._metrics[mode]["packing/density"].append(sum(densities) / len(densities))
+    trainer._metrics[mode]["packing/padded_density"].append(float(attention_mask.float().mean()))
+    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
+
+
+def _from_flat(values: Tensor, packed: Any) -> Tensor:
+    """Shifted values of the one flat row, `(1, tokens - 1)`, in the padded layout."""
+    out = values.new_zeros(packed.input_ids.shape)
+    out[packed.sequence_ids >= 0] = torch.nn.functional.pad(values, (1, 0))[0]
+    return packed.unpack(out)
