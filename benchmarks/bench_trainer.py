@@ -4,6 +4,7 @@ import statistics
 import time
 
 from bandpo.objectives import get_objective
+from bandpo.run import grpo
 from bandpo.run import train as job
 
 
@@ -11,7 +12,7 @@ def test_overhead_in_the_trainer(tmp_path, monkeypatch, report):
     differences, steps = [], []
     ours, theirs = get_objective("bandpo-kl"), get_objective("grpo")
 
-    class Paired(job._Trainer):
+    class Paired(grpo._Trainer):
         spent = 0.0
 
         def _compute_loss(self, model, inputs):
@@ -32,7 +33,7 @@ def test_overhead_in_the_trainer(tmp_path, monkeypatch, report):
             steps.append(time.perf_counter() - start - self.spent)
             return loss
 
-    monkeypatch.setattr(job, "_Trainer", Paired)
+    monkeypatch.setattr(grpo, "_Trainer", Paired)
     job.train(["--output_dir", str(tmp_path / "run"), "--max_steps", "40", "--save_strategy", "no"])
     median, step = statistics.median(differences), statistics.median(steps)
     note = f"{median * 1e3:+.2f} ms of {step * 1e3:.0f} ms a step, {len(steps)} steps"

@@ -1,8 +1,10 @@
 """Trains a tiny model on fixed completions, in as many processes as it is launched in; writes losses and weights.
 
-`torchrun --nproc_per_node N tests/distributed_run.py OUT FOLDER`: 16 sequences a step, whatever N.
+`torchrun --nproc_per_node N tests/distributed_run.py OUT FOLDER`: 16 sequences a step, whatever N. $OBJECTIVE names the
+objective, $OPTIONS has more options as JSON.
 """
 
+import json
 import os
 import sys
 import zlib
@@ -12,6 +14,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
@@ -44,17 +47,20 @@ def main(out: Path, folder: Path) -> None:
         processing_class=tokenizer,
         args=BandGRPOConfig(
             **settings(folder, gradient_accumulation_steps=accumulation, steps_per_generation=accumulation, optim="sgd",
-                       learning_rate=0.5, max_steps=6, max_grad_norm=0.0, objective=os.environ["OBJECTIVE"])
+                       learning_rate=0.5, max_grad_norm=0.0, objective=os.environ["OBJECTIVE"],
+                       **{"max_steps": 6, **json.loads(os.environ.get("OPTIONS", "{}"))})
         ),
     )  # fmt: skip
     trainer.train()
+    history = gather_object([trainer._pruned.prune.history]) if trainer._pruned is not None else []
     if PartialState().is_main_process:
         logs = [
-            {k: v for k, v in row.items() if k in ("loss", "reward")}
+            {k: v for k, v in row.items() if k in ("loss", "reward", "selection/kept", "selection/prompts_kept")}
             for row in trainer.state.log_history
             if "loss" in row
         ]
-        torch.save({"processes": processes, "logs": logs, "weights": trainer.model.state_dict()}, out)
+        found = {"processes": processes, "logs": logs, "weights": trainer.model.state_dict(), "history": history}
+        torch.save(found, out)
 
 
 if __name__ == "__main__":

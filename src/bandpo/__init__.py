@@ -66,7 +66,17 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _SUBMODULES = (
     *(name for name in _HOME if not name.startswith("_")),
-    *("corrections", "groups", "preference", "regions", "schedules", "sequence_surrogates", "surrogates", "testing"),
+    *(
+        "corrections",
+        "groups",
+        "preference",
+        "regions",
+        "schedules",
+        "selection",
+        "sequence_surrogates",
+        "surrogates",
+        "testing",
+    ),
 )
 
 __all__ = [*_MODULE_OF, "__version__"]

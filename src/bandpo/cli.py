@@ -18,6 +18,7 @@ Trust regions for LLM reinforcement learning.
   bandpo train --method NAME   preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm
   bandpo compare               objectives against each other, over seeds, with intervals
   bandpo lab preference        what links, samplers and labels do in preference learning, as figures
+  bandpo lab selection         what pruning and packing save, and cost
   bandpo bounds                the interval of a trust region, as a table and a figure
   bandpo objectives            the named objectives: formula and paper
 """
@@ -98,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
                             help="folder (default: runs/lab-preference)")  # fmt: skip
     preference.set_defaults(run=_lab_preference)
 
+    selection = topics.add_parser("selection", help="pruning and packing on the main job: reward, tokens, seconds")
+    selection.add_argument("--only", help="arms by semicolons, as the report names them (default: all, half an hour)")
+    selection.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
+    selection.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    selection.add_argument("--steps", type=int, help="optimiser steps of a run (default: the main job's)")
+    selection.add_argument("--output", type=Path, default=Path("runs/lab-selection"),
+                           help="folder (default: runs/lab-selection)")  # fmt: skip
+    selection.set_defaults(run=_lab_selection)
+
     bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")
     bounds.add_argument(
         "--divergence",
@@ -169,6 +179,12 @@ def _lab_preference(options: argparse.Namespace) -> None:
     from bandpo.run.lab import lab_preference
 
     lab_preference(options)
+
+
+def _lab_selection(options: argparse.Namespace) -> None:
+    from bandpo.run.lab import lab_selection
+
+    lab_selection(options)
 
 
 def _bounds(options: argparse.Namespace) -> None:

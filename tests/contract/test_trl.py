@@ -258,6 +258,7 @@ def test_resume_is_bit_exact_also_inside_a_rollout(at, make_model, tokenizer, pr
     drop = (
         "train_runtime",
         "step_time",
+        "update_time",
         "train_samples_per_second",
         "train_steps_per_second",
         "total_flos",

@@ -7,7 +7,14 @@ from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.selection import Informative
 from trl_runs import loss_and_gradient, reward, rollout, settings
 
-TIMES = ("train_runtime", "step_time", "train_samples_per_second", "train_steps_per_second", "total_flos")
+TIMES = (
+    "train_runtime",
+    "step_time",
+    "update_time",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "total_flos",
+)
 
 
 def band_trainer(folder, make_model, tokenizer, prompts, **changes):

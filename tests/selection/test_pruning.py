@@ -175,9 +175,10 @@ def test_fixed_counts_are_fixed_and_weights_add_up(size, rate, seed):
     torch.testing.assert_close(found.weight.sum(1), torch.full((7,), float(size)))  # in every draw, not only on average
 
 
-def test_groups_without_spread_are_kept():
+def test_groups_without_spread_go_where_they_carry_nothing_and_stay_where_they_do():
     zero = torch.zeros(2, 5)
-    assert Pruning(completions=0.9)(zero, zero).keep.all()
+    assert not Pruning(completions=0.9)(zero, zero).keep.any()
+    assert Pruning(completions=0.9, zeros=False)(zero, zero).keep.all()
     equal = torch.full((2, 5), 0.7)
     assert Pruning(completions=0.9)(equal, equal).keep.all()
 

@@ -89,7 +89,7 @@ class BandGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Train on fewer samples without bias, as {prompts: 0.5, completions: 0.5}: shares of the prompts with "
-            "little signal (not sampled) and of the completions with small |A| (not trained on). Also mode and until."
+            "little signal (not sampled) and of the completions with small |A| (not trained on). Also mode, zeros, until."
         },
     )
     packing: bool = field(
@@ -150,7 +150,7 @@ class BandGRPOConfig(GRPOConfig):
                 options = json.loads(options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"pruning={self.pruning!r} is not JSON: {error}") from None
-        known = ("prompts", "completions", "mode", "until")
+        known = ("prompts", "completions", "mode", "zeros", "until")
         if not isinstance(options, dict) or set(options) - set(known):
             raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(known)}")
         if self.dynamic_sampling:

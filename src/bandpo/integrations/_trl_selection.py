@@ -74,8 +74,9 @@ class PrunedRollouts:
             rewards = trainer.last_rewards[trainer.accelerator.process_index * len(before) :][: len(before)]
             chosen = self.prune(rewards.view(-1, size), advantages, generator=self._generator(2))
             drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
+            steps = trainer.args.steps_per_generation
             least = min(gather_object([len(drop)]))
-            least -= (least - len(before)) % trainer.args.steps_per_generation
+            least = min(least - (least - len(before)) % steps, len(before) - steps)
             flat = Selection(*(x.flatten() for x in chosen))
             biased = self.prune.mode == "topk_biased"
             weight = before * _put_back(flat, drop, max(least, 0), self._generator(3), biased=biased).to(before.device)
@@ -88,9 +89,8 @@ class PrunedRollouts:
                 weight = (weight > 0).to(weight.dtype)  # the baseline's mean is that of the survivors
         log["selection/kept"].append(trainer.accelerator.gather(torch.tensor(len(rows) / len(before))).mean().item())
         log["selection/tokens"].append(trainer.accelerator.gather(kept).mean().item())
-        log["selection/effective_sample_size"].append(
-            trainer.accelerator.gather(effective_sample_size(weight[rows])).mean().item()
-        )
+        size = effective_sample_size(weight[rows])
+        log["selection/effective_sample_size"].append(trainer.accelerator.gather(size).mean().item())
         out = {name: x[rows] if _has_rows(x, len(before)) else x for name, x in rollout.items()}
         return out | {WEIGHT: weight[rows]}
 
@@ -105,16 +105,25 @@ class PrunedRollouts:
 
 
 def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.Generator, *, biased: bool) -> Tensor:
-    """Weights when only `count` of the dropped entries stay dropped, chosen uniformly: P shrinks by the same factor."""
+    """Weights when only `count` of the dropped entries stay dropped.
+
+    Those that carry nothing come back first; of the others each is as likely, so their P shrinks by one factor.
+    """
     if not drop:
         return chosen.weight
-    order = torch.randperm(len(drop), generator=generator)
-    returned = torch.tensor(drop, device=chosen.keep.device)[order[count:].to(chosen.keep.device)]
+    nothing = [i for i in drop if chosen.dropping[i] == 1]
+    others = [i for i in drop if chosen.dropping[i] < 1]
+    back = len(drop) - count
+    returned = nothing[: min(back, len(nothing))]
+    rest = back - len(returned)
+    if rest:
+        returned += [others[i] for i in torch.randperm(len(others), generator=generator)[:rest].tolist()]
     keep = chosen.keep.clone()
     keep[returned] = True
     if biased:
         return keep.to(chosen.weight.dtype)
-    return (1 / (1 - chosen.dropping * (count / len(drop)))).masked_fill(~keep, 0.0)
+    dropping = torch.where(chosen.dropping == 1, 0.0, chosen.dropping * (1 - rest / max(1, len(others))))
+    return (1 / (1 - dropping)).masked_fill(~keep, 0.0)
 
 
 def _key(row: Any) -> str:

@@ -7,6 +7,7 @@ term to what TRL computes around it. Both are exact (tests/contract/test_trl.py)
 import dataclasses
 import math
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,11 +84,11 @@ class BandGRPOTrainer(GRPOTrainer):
         self._goes_through_epsilon = _goes_through_epsilon(self.objective)
         self._last_logprobs: Tensor | None = None
         self.last_rewards = torch.empty(0)
+        self._sampling_seconds = 0.0
         _refuse_unsupported(self.objective, args, given=objective is not None)
         super().__init__(model, reward_funcs, args, **kwargs)
         self._refill = Refill(self) if args.dynamic_sampling else None
-        pruning = args.selector()
-        self._pruned = PrunedRollouts(self, pruning) if pruning is not None else None
+        self._pruned = PrunedRollouts(self, pruning) if (pruning := args.selector()) is not None else None
         self._radius_rule = args.radius_rule(self.objective, steps=1)
         self._measured: list[float] = []
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
@@ -116,8 +117,7 @@ class BandGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 f"packing scores text without auxiliary losses; this batch has {extras or 'a router loss'}"
             )
-        scores = packed_scores(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
-        return *scores, None
+        return *packed_scores(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy), None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         per_function = super()._calculate_rewards(*args, **kwargs)
@@ -125,6 +125,13 @@ class BandGRPOTrainer(GRPOTrainer):
         return per_function
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        started = time.perf_counter()
+        rollout = self._chosen_rollout(inputs)
+        self._sampling_seconds = time.perf_counter() - started
+        return rollout
+
+    def _chosen_rollout(self, inputs: Any) -> dict[str, Any]:
+        """A rollout after pruning, or after dynamic sampling."""
         if self._pruned is None or not self.model.training:
             rollout = self._generate_with_extras(inputs)
         else:
@@ -146,6 +153,12 @@ class BandGRPOTrainer(GRPOTrainer):
             values, ids = top_logprobs(self, self.model, rollout, None, self.objective.bounds.k)
             rollout |= {f"{PREFIX}top_logprobs": values, f"{PREFIX}top_ids": ids}
         return rollout
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._sampling_seconds, started = 0.0, time.perf_counter()
+        out = super().training_step(*args, **kwargs)
+        self._metrics["train"]["update_time"].append(time.perf_counter() - started - self._sampling_seconds)
+        return out
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._move_radius()

@@ -12,8 +12,39 @@ from matplotlib import pyplot as plt
 import bandpo
 from bandpo.lab.preference import EXPERIMENTS
 from bandpo.lab.preference_figures import FIGURES
+from bandpo.lab.selection import ARMS, selection_on_the_main_job
+from bandpo.lab.selection_figures import plot_selection
 from bandpo.run.config import command_line
 from bandpo.run.progress import Progress, quiet_hosts
+
+
+def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
+    """Train the main job with pruning and packing; leaves selection.json, selection.png and the runs in the output folder.
+
+    Args:
+        options: The options of `bandpo lab selection`.
+    """
+    arms = list(ARMS) if options.only is None else [name.strip() for name in options.only.split(";")]
+    unknown = [a for a in arms if a not in ARMS]
+    if unknown:
+        raise ValueError(f"--only {';'.join(unknown)}: choose from {'; '.join(ARMS)}")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress()
+    steps = ["--max_steps", str(options.steps)] if options.steps else []
+    found = selection_on_the_main_job(
+        folder, seeds=options.seeds, jobs=options.jobs, arms=arms, options=steps, say=progress.say
+    )
+    found = {"command": command_line(), "bandpo": bandpo.__version__, **found}
+    (folder / "selection.json").write_text(json.dumps(found) + "\n")
+    figure = plot_selection(found)
+    figure.savefig(folder / "selection.png", dpi=120)
+    plt.close(figure)
+    progress.say(f"figure: {folder / 'selection.png'}")
+    return found
 
 
 def lab_preference(options: argparse.Namespace) -> dict[str, Any]:

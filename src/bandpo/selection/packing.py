@@ -5,6 +5,7 @@ A greedy packer that looks at a window of pending sequences, after arXiv:2603.04
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def window_pack(lengths: Sequence[int], capacity: int, window: int = 8) -> list[
     coming = len(pending)
     bins: list[list[int]] = []
     while pending:
-        chosen, room = [], capacity
+        chosen: list[int] = []
+        room = capacity
         pick: int | None = 0
         while pick is not None:
             i = pending.pop(pick)
@@ -135,7 +137,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, windo
     """
     mask = attention_mask != 0
     lengths = mask.sum(1)
-    bins = window_pack(lengths.tolist(), capacity, window)
+    bins = window_pack(cast("list[int]", lengths.tolist()), capacity, window)
     start = torch.zeros_like(lengths)
     home = torch.zeros_like(lengths)
     width = 0

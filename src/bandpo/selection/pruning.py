@@ -8,7 +8,7 @@ our reading, after InfoBatch (arXiv:2303.04947): what scores below the mean is t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -110,6 +110,8 @@ class Pruning:
         prompts: r_q, the share of low prompts to leave out.
         completions: r_o, the share of low completions.
         mode: See `stratified`.
+        zeros: Drop every completion with A = 0 for certain: it has no gradient, so nothing is lost. False where the loss has
+            another term, such as a KL per sample.
         until: Share of the run after which nothing is pruned any more; InfoBatch stops at 0.875.
         history: Scores by prompt; survives in `state_dict`.
 
@@ -126,6 +128,7 @@ class Pruning:
     prompts: float = 0.0
     completions: float = 0.0
     mode: Mode = "fixed_count"
+    zeros: bool = True
     until: float = 1.0
     history: dict[str, float] = field(default_factory=dict[str, float], repr=False)
 
@@ -140,11 +143,14 @@ class Pruning:
             raise ValueError(f"Pruning: until must be in (0, 1], got {self.until!r}")
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """Completions by |A|. A group without spread keeps all: none of it is below its mean."""
+        """Completions by |A|; equal ones are not below their mean, and all stay unless they are 0."""
         size = advantages.detach().abs()
+        nothing = (size == 0) & self.zeros & (self.completions > 0) & (self.mode != "topk_biased")
         # Against rounding: equal |A| are not below their own mean.
-        low = size < size.mean(-1, keepdim=True) * (1 - 1e-6)
-        return stratified(size, low, self.completions, mode=self.mode, generator=generator)
+        low = (size < size.mean(-1, keepdim=True) * (1 - 1e-6)) & ~nothing
+        found = stratified(size, low, self.completions, mode=self.mode, generator=generator)
+        keep = found.keep & ~nothing
+        return Selection(keep, found.weight.masked_fill(nothing, 0.0), found.dropping.masked_fill(nothing, 1.0))
 
     def select_prompts(self, keys: Sequence[str], *, generator: torch.Generator | None = None) -> Selection:
         """Prompts by their history, `(prompts,)`; one that was never sampled is kept."""
@@ -162,7 +168,8 @@ class Pruning:
         """
         if len(keys) != len(advantages):
             raise ValueError(f"{len(keys)} prompts and {len(advantages)} groups of advantages do not match")
-        self.history.update(zip(keys, advantages.detach().abs().mean(-1).tolist(), strict=True))
+        scores = cast("list[float]", advantages.detach().abs().mean(-1).tolist())
+        self.history.update(zip(keys, scores, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
