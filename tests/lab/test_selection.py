@@ -27,7 +27,6 @@ def test_published_runs_say_what_the_page_says(arms):
     full = arms["full"]
     for name in ("pruned 0.5", "pruned 0.7", "pruned 0.5, packed", "both 0.5, packed"):
         assert mean(arms[name], "tokens") < 0.5 * mean(full, "tokens"), name  # half the update tokens
-    assert mean(full, "update_seconds") > 1.5 * mean(arms["pruned 0.5"], "update_seconds")
     for name, rows in arms.items():
         assert mean(rows, "after") > mean(rows, "before") + 0.1, name  # all of them learn
     assert mean(arms["packed"], "tokens") == pytest.approx(mean(full, "tokens"), rel=0.05)

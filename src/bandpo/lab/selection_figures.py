@@ -18,7 +18,7 @@ _COLOURS = {
 
 
 def plot_selection(found: dict[str, Any]) -> Figure:
-    """Reward against update tokens, and what every arm ended with and spent, each seed a point.
+    """Reward against update tokens, and what every arm ended with and was trained on, each seed a point.
 
     Args:
         found: From `selection_on_the_main_job`.
@@ -34,7 +34,7 @@ def plot_selection(found: dict[str, Any]) -> Figure:
             reward = np.mean([[y for _, y in row["curve"]] for row in rows], axis=0)
             left.plot(tokens / 1e3, _smooth(reward), color=colour, label=name)
         order = list(arms)
-        for axes, key, scale in ((middle, "after", 1), (right, "update_seconds", 1)):
+        for axes, key, scale in ((middle, "after", 1), (right, "tokens", 1e3)):
             for i, name in enumerate(order):
                 values = [row[key] / scale for row in arms[name]]
                 axes.plot(values, [i] * len(values), "o", color=_COLOURS.get(name, GREY), alpha=0.7)
@@ -45,7 +45,7 @@ def plot_selection(found: dict[str, Any]) -> Figure:
                  title="Learning against tokens")  # fmt: skip
         left.legend(fontsize=7)
         middle.set(xlabel="mean@8 on held-out prompts", title="Where it ends")
-        right.set(xlabel="seconds of forward and backward passes", title="What the updates took", xlim=(0, None))
+        right.set(xlabel="thousand completion tokens in updates", title="What it was trained on", xlim=(0, None))
     return figure
 
 
