@@ -1,6 +1,7 @@
 """Whole runs of `bandpo train --method ...`."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -71,6 +72,21 @@ def test_pairs_of_your_own(extra, tmp_path):
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert "pairs/log_ratio/chosen" in log[0]
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_run_on_pairs_goes_on_from_its_checkpoint(tmp_path):
+    rows = [{"prompt": f"{a},1,1={a}:", "chosen": f"{a}+1-1", "rejected": f"{a}-1-1"} for a in range(2, 34)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    common = ["train", "--method", "dpo", "--pairs", "pairs.jsonl", "--max_steps", "4", "--save_steps", "2", *SMALL]
+    for name in ("whole", "part"):
+        assert bandpo(*common, "--output_dir", name, cwd=tmp_path).returncode == 0
+    shutil.rmtree(tmp_path / "part/checkpoint-4")
+    shutil.rmtree(tmp_path / "part/model")
+    resumed = bandpo(*common, "--output_dir", "part", "--resume_from_checkpoint", "latest", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.usefixtures("cache")

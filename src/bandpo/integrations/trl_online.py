@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from bandpo.integrations._generate import as_completion, sample_batches, score_completions
 from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
@@ -81,7 +82,6 @@ class OnlinePreferenceConfig(BandDPOConfig):
             raise ValueError(
                 f"data='accumulate': the reference of {self.objective!r} moves with the rounds; use latest"
             )
-        self.save_strategy = "no"  # rounds are saved whole
         self.precompute_ref_log_probs = True  # the rounds' data hold them: TRL needs no reference model
         super().__post_init__()
 
@@ -259,7 +259,7 @@ class OnlinePreferenceTrainer:
 
     def _fit(self, rows: list[dict[str, Any]], k: int) -> None:
         args = copy.copy(self.args)
-        args.output_dir = str(self._folder / f"{k}")
+        args.output_dir, args.save_strategy = str(self._folder / f"{k}"), SaveStrategy.NO  # rounds are saved whole
         self._trainer = BandDPOTrainer(
             model=self.model, args=args, objective=self.objective, probe=self.probe if self.objective.name == "rbrm" else None,
             train_dataset=Dataset.from_list(rows),
