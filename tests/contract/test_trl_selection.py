@@ -147,6 +147,7 @@ def test_resume_is_bit_exact(tmp_path, make_model, tokenizer, prompts):
     [
         ({"pruning": {"completions": 0.5}, "beta": 0.1}, "KL term has no weights"),
         ({"pruning": {"completions": 0.5}, "loss_type": "bnpo"}, "bnpo"),
+        ({"pruning": {"completions": 0.5, "mode": "bernoulli"}}, "fixed count"),
         ({"pruning": {"rows": 0.5}}, "use a mapping with"),
         ({"pruning": "{"}, "not JSON"),
         ({"pruning": {"completions": 1.5}}, r"\[0, 1\)"),

@@ -128,6 +128,10 @@ class BandGRPOConfig(GRPOConfig):
                 f"pruning completions with beta={self.beta}: TRL's KL term has no weights and would be that of the kept "
                 "completions; set beta=0, or prune prompts only"
             )
+        if pruning is not None and pruning.mode == "bernoulli":
+            raise ValueError(
+                "pruning mode 'bernoulli': TRL splits rollouts into equal parts, which takes a fixed count"
+            )
         if pruning is not None and self.loss_type == "bnpo":
             raise ValueError(
                 "pruning with loss_type='bnpo': its denominator is counted after pruning, a bias; use dapo"
