@@ -211,7 +211,8 @@ def test_tasks_split_without_leakage_and_score_their_answers():
 
 
 def test_report_escapes_what_models_write(tmp_path):
-    from bandpo import Band
+    from matplotlib.figure import Figure
+
     from bandpo.run.report import write_report
 
     folder = Path(tmp_path)
@@ -231,9 +232,7 @@ def test_report_escapes_what_models_write(tmp_path):
     (folder / "env.json").write_text(
         json.dumps({"command": attack, "versions": {"bandpo": "0"}, "seconds": 1.0, "device": "cpu"})
     )
-    page = write_report(
-        folder, title=attack, bounds=Band(), bounds_label="x", tokens={"p": [], "ratio": [], "clipped": []}
-    )
+    page = write_report(folder, title=attack, figures={attack: Figure()})
     text = page.read_text()
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 7
