@@ -113,18 +113,59 @@ def _match_shift(divergence: FDivergence, like: Bounds) -> float:
     return -_maximum(cost, -30.0, 30.0)
 
 
+def radius_for(divergence: FDivergence | str, target: float, batch: Mapping[str, Tensor]) -> float:
+    """Radius at which a ball clips a given share of a batch's tokens.
+
+    A token counts as clipped where its gradient is. δ lies between the divergence of the last token that is clipped and of the
+    first that is not.
+
+    Args:
+        divergence: An `FDivergence` or a name.
+        target: Share of the valid tokens, between 0 and 1.
+        batch: `log_ratio`, `old_logprobs`, `advantages` of tokens (any one shape, or advantages that broadcast), and
+            `mask` where some do not count.
+
+    Raises:
+        ValueError: If the batch has no token to clip, or not that many.
+
+    Examples:
+        >>> x = torch.linspace(-0.5, 0.5, 1001)
+        >>> batch = {"log_ratio": x, "old_logprobs": torch.full_like(x, -0.7), "advantages": x.sign()}
+        >>> round(radius_for("kl", 0.1, batch), 4)
+        0.136
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"radius_for: target must be between 0 and 1, got {target}")
+    distances, valid, _ = _pushed(as_divergence(divergence), batch)
+    count = round(target * int(valid.sum()))
+    if not 0 < count < len(distances):
+        raise ValueError(
+            f"radius_for: {target:g} of {int(valid.sum())} valid tokens are {count}, and {len(distances)} moved "
+            f"the way they are "
+            "pushed. Take more tokens, a batch further off policy, or another target."
+        )
+    return (distances[count - 1].item() + distances[count].item()) / 2
+
+
+def clip_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:
+    """Share of a batch's valid tokens whose gradient a trust region clips.
+
+    Args:
+        bounds: A function of the old log-probs alone.
+        batch: As in `radius_for`.
+
+    Examples:
+        >>> from bandpo import Clip
+        >>> x = torch.tensor([0.1, 0.3, -0.3, -0.1])
+        >>> clip_fraction(Clip(0.2), {"log_ratio": x, "old_logprobs": x - 1, "advantages": torch.ones(4)})
+        0.25
+    """
+    _, valid, clipped = _pushed(None, batch, bounds)
+    return (clipped.sum() / valid.sum().clamp_min(1)).item()
+
+
 def _match_clip_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[str, Tensor]) -> float:
-    names = {"log_ratio", "old_logprobs", "advantages"}
-    if not names <= set(batch) <= names | {"mask"}:
-        raise ValueError(f"match_radius: batch needs {sorted(names)} and may have 'mask', got {sorted(batch)}")
-    x, logp = (batch[k].detach().to(torch.float64) for k in ("log_ratio", "old_logprobs"))
-    a = batch["advantages"].detach().to(torch.float64).expand(x.shape)
-    valid = batch["mask"] != 0 if "mask" in batch else torch.ones_like(x, dtype=torch.bool)
-    bounds, r = _interval(like, logp), x.exp()
-    pushed = valid & (a * x > 0)
-    clipped = pushed & torch.where(a > 0, r > bounds.upper, r < bounds.lower)
-    reached = torch.minimum(x, -logp)  # rounding may put π above 1
-    distances = binary_divergence(reached, logp, divergence)[pushed].sort(descending=True).values
+    distances, _, clipped = _pushed(divergence, batch, like)
     count = int(clipped.sum())
     if not 0 < count < len(distances):
         raise ValueError(
@@ -132,6 +173,27 @@ def _match_clip_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[s
             "a clip fraction it must clip some of them and not all. Take a batch further off policy, or more of them."
         )
     return (distances[count - 1].item() + distances[count].item()) / 2
+
+
+def _pushed(
+    divergence: FDivergence | None, batch: Mapping[str, Tensor], bounds: Bounds | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergences of the tokens that moved the way they are pushed, largest first; which tokens are valid, and clipped."""
+    names = {"log_ratio", "old_logprobs", "advantages"}
+    if not names <= set(batch) <= names | {"mask"}:
+        raise ValueError(f"batch needs {sorted(names)} and may have 'mask', got {sorted(batch)}")
+    x, logp = (batch[k].detach().to(torch.float64) for k in ("log_ratio", "old_logprobs"))
+    a = batch["advantages"].detach().to(torch.float64).expand(x.shape)
+    valid = batch["mask"] != 0 if "mask" in batch else torch.ones_like(x, dtype=torch.bool)
+    pushed = valid & (a * x > 0)
+    clipped, distances = torch.zeros_like(pushed), x[:0]
+    if bounds is not None:
+        lower, upper = _interval(bounds, logp)
+        clipped = pushed & torch.where(a > 0, x.exp() > upper, x.exp() < lower)
+    if divergence is not None:
+        reached = torch.minimum(x, -logp)  # rounding may put π above 1
+        distances = binary_divergence(reached, logp, divergence)[pushed].sort(descending=True).values
+    return distances, valid, clipped
 
 
 def _interval(bounds: Bounds, logp: Tensor) -> RatioBounds:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bandpo
+from bandpo._errors import RunError
 
 _DESCRIPTION = """\
 Trust regions for LLM reinforcement learning.
@@ -19,6 +20,7 @@ Trust regions for LLM reinforcement learning.
   bandpo compare               objectives against each other, over seeds, with intervals
   bandpo lab preference        what links, samplers and labels do in preference learning, as figures
   bandpo lab selection         what pruning and packing save, and cost
+  bandpo doctor FILE...        does the trust region act? a configuration, a log, a batch, a run's folder
   bandpo bounds                the interval of a trust region, as a table and a figure
   bandpo objectives            the named objectives: formula and paper
 """
@@ -108,6 +110,25 @@ def _parser() -> argparse.ArgumentParser:
                            help="folder (default: runs/lab-selection)")  # fmt: skip
     selection.set_defaults(run=_lab_selection)
 
+    doctor = commands.add_parser(
+        "doctor", help="does the trust region act, and does the run look well?",
+        description="Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a "
+        "log (metrics.jsonl), "
+        "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line has what was seen, why, and what to set. "
+        "Status 1 where there is a problem (!!), else 0.",
+    )  # fmt: skip
+    doctor.add_argument("paths", nargs="+", metavar="FILE", help="or key=value, an override of the configuration")
+    doctor.add_argument("--target", type=float, default=0.01,
+                        help="share of tokens to clip, for the radius that a batch gives (default: 0.01)")  # fmt: skip
+    doctor.add_argument(
+        "--processes", type=int, default=1, help="that will train, for generation_batch_size (default: 1)"
+    )
+    doctor.add_argument(
+        "--vocabulary", type=int, help="of the model (default: that of its folder), for its logits' memory"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
     bounds = commands.add_parser("bounds", help="table and figure of a trust region's interval")
     bounds.add_argument(
         "--divergence",
@@ -144,17 +165,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _guarded(run: Callable[[Any], object], options: Any) -> int:
     try:
-        run(options)
+        found = run(options)
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         print(f"bandpo: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python from complaining when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (RunError, OSError) as error:  # a reward that fails, a full disk: not a mistake in the input
+        print(f"bandpo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return found if isinstance(found, int) else 0
 
 
 def _train(arguments: list[str]) -> None:
@@ -185,6 +209,12 @@ def _lab_selection(options: argparse.Namespace) -> None:
     from bandpo.run.lab import lab_selection
 
     lab_selection(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from bandpo.run.doctor import doctor
+
+    return doctor(options)
 
 
 def _bounds(options: argparse.Namespace) -> None:

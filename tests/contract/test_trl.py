@@ -273,12 +273,17 @@ def test_resume_is_bit_exact_also_inside_a_rollout(at, make_model, tokenizer, pr
     assert max(clipped) > 0  # the trust region acts in this test
 
 
-def test_a_checkpoint_without_its_rollout_is_refused(make_model, tokenizer, prompts, tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_true_takes_the_one_before(make_model, tokenizer, prompts, tmp_path):
     common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    train(tmp_path, make_model, tokenizer, prompts, **common)
-    (tmp_path / "checkpoint-2" / "bandpo_rollout_0.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"bandpo_rollout_0\.pt is missing"):
-        train(tmp_path, make_model, tokenizer, prompts, resume=str(tmp_path / "checkpoint-2"), **common)
+    whole, _ = train(tmp_path, make_model, tokenizer, prompts, **common)
+    state = tmp_path / "checkpoint-4" / "bandpo_state_0.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"checkpoint-4 cannot be gone on from: bandpo_state_0\.pt has \d+ bytes"):
+        train(tmp_path, make_model, tokenizer, prompts, resume=str(tmp_path / "checkpoint-4"), **common)
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is not used: bandpo_state_0\.pt has"):
+        resumed, log = train(tmp_path, make_model, tokenizer, prompts, resume=True, **common)
+    assert torch.equal(whole, resumed)
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_model_card_names_the_paper(make_model, tokenizer, prompts, tmp_path):

@@ -143,7 +143,10 @@ def test_no_command_prints_the_help_and_version_the_version(capsys):
         (["train", "--model", "x"], "nothing to train on"),
         (["train", "--model", "x", "--dataset", "y.jsonl"], "needs reward"),
         (["train", "--eval_prompts", "0"], "eval_prompts must be at least 1"),
-        (["train", "--resume_from_checkpoint", "latest", "--output_dir", "/no/such"], "has no checkpoint"),
+        (["train", "--resume_from_checkpoint", "/no/such"], "/no/such is no folder"),
+        (["train", "--output_dir", "/dev/null"], "/dev/null is a file"),
+        (["train", "--reward_errors", "ignore"], "reward_errors.*'ignore'.*stop, skip"),
+        (["train", "--reward_timeout", "0"], "reward_timeout must be a positive number"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):

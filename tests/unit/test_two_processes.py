@@ -37,8 +37,8 @@ def test_two_processes_train_one_model(tmp_path, tmp_path_factory):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [s["stage"] for s in samples] == ["before"] * 7 + ["after"] * 7
     assert len({s["prompt"] for s in samples}) == 7
-    assert {p.name for p in (folder / "checkpoint-4").glob("bandpo_rollout_*")} == {
-        "bandpo_rollout_0.pt",
-        "bandpo_rollout_1.pt",
+    assert {p.name for p in (folder / "checkpoint-4").glob("bandpo_state_*")} == {
+        "bandpo_state_0.pt",
+        "bandpo_state_1.pt",
     }
     assert (folder / "model" / "model.safetensors").exists()

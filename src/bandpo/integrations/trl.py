@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from trl import GRPOTrainer
 
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.composition import Objective
+from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, top_logprobs
@@ -31,10 +31,8 @@ from bandpo.schedules import Adaptive, Schedule
 from bandpo.surrogates import clip
 from bandpo.tokens import TokenObjective, as_columns, fill, sequence_log_ratio, token_objective
 
-_ROLLOUT_FILE = "bandpo_rollout_{rank}.pt"
 
-
-class BandGRPOTrainer(GRPOTrainer):
+class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """TRL's `GRPOTrainer` with the trust region of a bandpo objective; everything else is inherited.
 
     Args:
@@ -121,6 +119,10 @@ class BandGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         per_function = super()._calculate_rewards(*args, **kwargs)
+        # TRL leaves NaN out of its group statistics; an infinite reward is no score either, and would spoil its whole group.
+        per_function = per_function.masked_fill(per_function.isinf(), math.nan)
+        unscored = per_function.isnan().all(1).float().mean().item()
+        self._metrics["train" if self.model.training else "eval"]["reward/unscored"].append(unscored)
         self.last_rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
         return per_function
 
@@ -301,29 +303,16 @@ class BandGRPOTrainer(GRPOTrainer):
                 named["band/divergence_mean"] * radius if by_divergence else named["clip_fraction/any"]
             )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def state_to_keep(self) -> dict[str, Any]:
         # TRL alone forgets the rollout that is being reused; a resumed run would go on with another one.
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        state = {
+        return {
             "step": self._step, "rollout": self._buffered_inputs, "metrics": dict(self._metrics["train"]),
             "pruning": self._pruned.prune.state_dict() if self._pruned is not None else {},
             "drawn": self._refill.drawn if self._refill is not None else 0, "measured": self._measured,
             "radius": self._radius_rule.state_dict() if isinstance(self._radius_rule, Adaptive) else {},
         }  # fmt: skip
-        torch.save(state, folder / _ROLLOUT_FILE.format(rank=self.accelerator.process_index))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / _ROLLOUT_FILE.format(rank=self.accelerator.process_index)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: the checkpoint was not written by BandGRPOTrainer with this number of processes. "
-                "Start a new run from its weights instead (model=CHECKPOINT)."
-            )
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+    def take_state(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["rollout"]
         self._metrics["train"].update(state["metrics"])
         self._measured = state["measured"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from bandpo._files import latest_whole, read_jsonl, seal, unseal, write_jsonl, write_text
 from bandpo.integrations._generate import as_completion, sample_batches, score_completions
 from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
 from bandpo.preference.losses import reward_calibration
@@ -93,8 +95,9 @@ class OnlinePreferenceTrainer:
     ("pdfr", "rebel", "rdrc"); with `resample=False` off-policy training; with labels "probe" RBRM (arXiv:2503.10093): a probe
     learns from the rewards of a few prompts, then ranks the samples of the others by the current policy's hidden states.
 
-    A round is done when its folder in `output_dir/rounds` has a `round.json`; `train(resume=True)` goes on after the last one,
-    with the same result as an uninterrupted run. Full weights, text, data parallel; sampling is transformers' `generate`.
+    A round is done when its folder in `output_dir/rounds` is sealed (as a checkpoint is); `train(resume=True)` goes on
+    after the last one, with the same result as an uninterrupted run. Full weights, text, data parallel; sampling is
+    transformers' `generate`.
 
     Args:
         model: A causal LM, or where to load it from.
@@ -280,26 +283,28 @@ class OnlinePreferenceTrainer:
         kept = {n: log[n] for n in log if n in _KEPT or n.startswith("pairs/")}
         self.history.append(measured | kept | {"steps": float(self._trainer.state.global_step)})
         folder = self._folder / f"{k}"
+        if PartialState().is_main_process:
+            unseal(folder)
         self._trainer.save_model(str(folder / "model"))
         if PartialState().is_main_process:
             self._write(folder / "pairs.jsonl", pairs)
             torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
             if self.probe is not None:
                 torch.save(self.probe.state_dict(), folder / "probe.pt")
-            # Last, and in one step: a round without this file never happened.
-            (folder / "round.json.part").write_text(json.dumps(self.history))
-            (folder / "round.json.part").rename(folder / "round.json")
-            for old in range(k):  # only the last round can be gone on from
+            write_text(folder / "round.json", json.dumps(self.history))
+            seal(folder)  # last, and in one step: a round without it never happened
+            for old in range(k - 1):  # a run goes on from the last round, or the one before if that is damaged
                 shutil.rmtree(self._folder / f"{old}" / "model", ignore_errors=True)
                 (self._folder / f"{old}" / "optimizer.pt").unlink(missing_ok=True)
         PartialState().wait_for_everyone()
 
     def _restore(self) -> int:
         """Load the last complete round; the number of the one to do next."""
-        done = sorted(int(p.parent.name) for p in self._folder.glob("*/round.json"))
-        if not done:
+        folder = latest_whole(
+            [p for p in self._folder.glob("*") if p.name.isdecimal()], lambda p: int(p.name), self._say
+        )
+        if folder is None:
             return 0
-        folder = self._folder / f"{done[-1]}"
         self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
         self.history = json.loads((folder / "round.json").read_text())
         self._optimizer_state = torch.load(folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
@@ -307,15 +312,19 @@ class OnlinePreferenceTrainer:
             state = torch.load(folder / "probe.pt", map_location=self.args.device, weights_only=True)
             self.probe = LayerProbe(*state["weight"].shape).to(self.args.device)
             self.probe.load_state_dict(state)
-        return done[-1] + 1
+        return int(folder.name) + 1
+
+    def _say(self, text: str) -> None:
+        """Where messages go; a subclass has a better place."""
+        warnings.warn(text, stacklevel=2)
 
     def _load_samples(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self._folder / "samples.jsonl").read_text().splitlines()]
+        return read_jsonl(self._folder / "samples.jsonl")
 
     def _load_pairs(self, k: int) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self._folder / f"{k}" / "pairs.jsonl").read_text().splitlines()]
+        return read_jsonl(self._folder / f"{k}" / "pairs.jsonl")
 
     @staticmethod
     def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(path, rows)

@@ -18,6 +18,7 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl_preference needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo.integrations._generate import layer_states
+from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.preference.links import as_link
 from bandpo.preference.losses import pair_loss, preference_confidence
 from bandpo.preference.objectives import PREFERENCES, PairObjective, get_pair_objective
@@ -84,7 +85,7 @@ class BandDPOConfig(DPOConfig):
         return dataclasses.replace(objective, **changes)
 
 
-class BandDPOTrainer(DPOTrainer):
+class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     """TRL's `DPOTrainer` with the loss of a bandpo preference objective; everything else is inherited.
 
     A data set may hold more than pairs: "reward_gap" for objectives that distil rewards; "ref_chosen_logps" and
@@ -104,7 +105,7 @@ class BandDPOTrainer(DPOTrainer):
         ValueError: If the objective needs a probe and has none, or the other way round.
 
     Examples:
-        >>> BandDPOTrainer.__mro__[1].__name__
+        >>> BandDPOTrainer.__mro__[2].__name__
         'DPOTrainer'
     """
 

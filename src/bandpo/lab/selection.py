@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bandpo._files import read_jsonl
+
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
     "packed": {"packing": True},
@@ -47,7 +49,7 @@ def selection_on_the_main_job(
     def run(job: tuple[str, int]) -> dict[str, Any]:
         arm, seed = job
         place = folder / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
-        if not (place / "env.json").exists():
+        if not (place / "evaluation.json").exists():
             command = [
                 sys.executable,
                 "-m",
@@ -88,8 +90,8 @@ def measure(place: Path) -> dict[str, Any]:
     """
     evaluation = json.loads((place / "evaluation.json").read_text())
     score = next(name for name in evaluation["after"] if name.startswith("mean@"))
-    rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "update_time" in row]
+    seconds = {row["step"]: row["update_time"] for row in read_jsonl(place / "timings.jsonl") if "update_time" in row}
+    rows = [row for row in read_jsonl(place / "metrics.jsonl") if row["step"] in seconds]
     steps = np.diff([0, *(row["step"] for row in rows)])
     completions = 256  # of an optimiser step of the main job, before pruning
     kept = [row.get("selection/prompts_kept", 1.0) * row.get("selection/tokens", 1.0) for row in rows]
@@ -97,7 +99,7 @@ def measure(place: Path) -> dict[str, Any]:
     return {
         "before": evaluation["before"][score], "after": evaluation["after"][score], "tokens": float(tokens.sum()),
         "sampled_share": float(np.mean([row.get("selection/prompts_kept", 1.0) for row in rows])),
-        "update_seconds": float(sum(n * row["update_time"] for n, row in zip(steps, rows, strict=True))),
+        "update_seconds": float(sum(n * seconds[row["step"]] for n, row in zip(steps, rows, strict=True))),
         "density": float(np.mean([row.get("packing/density", np.nan) for row in rows])),
         "effective_sample_size": float(np.mean([row.get("selection/effective_sample_size", 1.0) for row in rows])),
         "curve": [[float(x), row["reward"]] for x, row in zip(tokens.cumsum(), rows, strict=True)],

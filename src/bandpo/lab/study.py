@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bandpo._files import write_text
 from bandpo.composition import Objective
 from bandpo.lab.backends import BACKENDS
 from bandpo.lab.loop import Loop, Run, Setting
@@ -54,7 +55,15 @@ class Study:
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         path = self.folder / "runs" / f"{job.key}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            return {"result": found["result"], "seconds": found["seconds"]}
+        except (ValueError, KeyError, TypeError):
+            self.say(f"  {path} is damaged: the run is made again")
+            path.unlink()
+            return None
 
     def run(self, jobs: Sequence[Job], what: str) -> None:
         """Make the results that are missing."""
@@ -86,10 +95,7 @@ class Study:
             self.say(f"  failed: {self.failures[-1]}")
             return
         for job, row in zip(stack, made, strict=True):
-            path = self.folder / "runs" / f"{job.key}.json"
-            aside = path.with_suffix(".part")
-            aside.write_text(json.dumps({"config": asdict(job), **row}))
-            aside.replace(path)
+            write_text(self.folder / "runs" / f"{job.key}.json", json.dumps({"config": asdict(job), **row}))
         error.unlink(missing_ok=True)
 
     def tuned(self, plan: Plan, task: str, objective: str) -> Arm | None:

@@ -1,15 +1,19 @@
 """`bandpo evaluate`."""
 
 import argparse
-import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bandpo._files import write_json
 from bandpo.lab.tasks import TASKS
-from bandpo.run.data import get_reward, load_prompts, load_task
+from bandpo.run.about import about
+from bandpo.run.data import load_prompts, load_task
 from bandpo.run.evaluate import evaluate
 from bandpo.run.progress import Progress, quiet_hosts
+from bandpo.run.rewards import CheckedReward, get_reward, unscored_line
 
 
 def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
@@ -29,6 +33,7 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
     if task is None and options.reward is None:
         raise ValueError("--dataset needs --reward: math or package.module:NAME")
     quiet_hosts()
+    progress = Progress()
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(options.model)
@@ -51,18 +56,25 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
         )
         rows = rows.select(range(min(options.prompts, len(rows))))
         length = options.max_new_tokens or 1024
+    name = options.reward or task or ""
+    reward = CheckedReward(get_reward(name), name, errors="skip", say=progress.say)
     result = evaluate(
-        model, tokenizer, rows, get_reward(options.reward or task or ""), samples=options.samples, max_new_tokens=length,
+        model, tokenizer, rows, reward, samples=options.samples, max_new_tokens=length,
         temperature=options.temperature, top_p=options.top_p, seed=options.seed, batch_size=options.batch_size,
     )  # fmt: skip
     summary = result.summary()
-    progress = Progress()
     progress.say(f"{options.model} on {len(rows)} prompts of {task or options.dataset}, {options.samples} samples each")
     for name, value in summary.items():
         progress.say(f"  {name:<20} {value:.4f}")
+    if (line := unscored_line(reward)) is not None:
+        progress.say(line)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            json.dumps({"model": options.model, "prompts": len(rows), **summary}, indent=1) + "\n"
-        )
+        found = {"model": options.model, "prompts": len(rows), **summary}
+        write_json(options.output, {**found, "about": about(seed=options.seed, options=_plain(options))})
     return summary
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    """Options as JSON."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("run", "command")}

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 import bandpo
+from bandpo._files import write_json
 from bandpo.lab.claims import claims
 from bandpo.lab.exact import wilson
 from bandpo.lab.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
@@ -20,8 +20,8 @@ from bandpo.lab.study import Study
 from bandpo.lab.summary import summarise, write_tables
 from bandpo.lab.sweeps import bandit, sweep
 from bandpo.objectives import OBJECTIVES
+from bandpo.run.about import about, command_line, git_revision
 from bandpo.run.compare_report import claims_table, write_evidence, write_report
-from bandpo.run.config import command_line
 from bandpo.run.progress import Progress
 
 _FORMAT = 1  # of the sweeps
@@ -43,7 +43,7 @@ def compare(options: argparse.Namespace) -> Path:
     progress = Progress()
     progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
-    (folder / "plan.json").write_text(json.dumps(describe(plan), indent=1) + "\n")
+    write_json(folder / "plan.json", describe(plan))
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
     made: list[list[Job]] = []
@@ -117,16 +117,19 @@ def _sweeps(names: list[str], seeds: int, folder: Path, workers: int) -> dict[st
     """The bandit's planes, kept in the folder as runs are."""
     key = hashlib.sha256(json.dumps([_FORMAT, names, seeds]).encode()).hexdigest()[:20]
     path = folder / f"sweeps-{key}.json"
-    if not path.exists():
-        path.write_text(json.dumps(sweep(names, seeds, workers)))
+    if path.exists():
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            path.unlink()  # damaged: made again
+    write_json(path, sweep(names, seeds, workers), indent=None)
     return json.loads(path.read_text())
 
 
 def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "command": command_line(), "bandpo": bandpo.__version__, "torch": torch.__version__,
-        "git": git.stdout.strip() if git.returncode == 0 else "", "plan": describe(plan),
+        "git": git_revision() or "", "environment": about(), "plan": describe(plan),
         "runs": len({job for jobs in sets for job in jobs}),
         "core_minutes": round(study.core_seconds([job for jobs in sets for job in jobs]) / 60, 1),
     }  # fmt: skip

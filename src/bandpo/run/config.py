@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.resources
-import sys
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,19 @@ class RunConfig:
     reward: str | None = field(
         default=None, metadata={"help": "'math', a task's name, or 'package.module:NAME'. Default: the task's."}
     )
+    reward_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds after which one call of the reward function counts as hung."}
+    )
+    reward_errors: str = field(
+        default="stop",
+        metadata={
+            "help": "A reward call that raises or hangs ends the run (stop), or leaves its samples unscored (skip)."
+        },
+    )
+    bad_rows: str = field(
+        default="error",
+        metadata={"help": "Rows without prompt or answer, or too long for the model: error, or skip (counted)."},
+    )
     pairs: str | None = field(
         default=None,
         metadata={"help": "For dpo and chipo: a dataset with columns chosen and rejected, in place of sampled pairs."},
@@ -89,6 +102,11 @@ class RunConfig:
         for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in (("reward_errors", ("stop", "skip")), ("bad_rows", ("error", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if not 0 < self.reward_timeout < math.inf:
+            raise ValueError(f"reward_timeout must be a positive number of seconds, got {self.reward_timeout}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 
@@ -133,6 +151,37 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
     run, trainer = parser.parse_args_into_dataclasses(arguments)
     values = vars(parser.parse_args(arguments))
     return run, trainer, {**given, **{name: values[name] for name in sorted(chosen)}}
+
+
+def run_keys() -> frozenset[str]:
+    """The keys of a `bandpo train` file that are ours and not TRL's."""
+    return frozenset(f.name for f in fields(RunConfig))
+
+
+def read_value(key: str, text: str) -> Any:
+    """A value of the command line, as YAML has it.
+
+    Raises:
+        ValueError: If it is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}={text}: not a value: {error}") from None
+
+
+def check_run(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a `bandpo train` file for a policy-gradient method, our part of them checked.
+
+    Raises:
+        ValueError: If a value is refused, or the method learns preferences.
+    """
+    given = dict(given)
+    _as_floats(given, BandGRPOConfig)
+    run = RunConfig(**{k: v for k, v in given.items() if k in run_keys()})
+    if run.method != "grpo":
+        raise ValueError(f"method={run.method!r} has no trust region on ratios; the doctor examines method=grpo")
+    return given
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -189,8 +238,3 @@ def _check_known(name: str, known: set[str], what: str) -> None:
         near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown {what} {name!r}{hint} (all of them: bandpo train --help)")
-
-
-def command_line() -> str:
-    """The command as it was typed, for reports."""
-    return " ".join(["bandpo", *sys.argv[1:]])

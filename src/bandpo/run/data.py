@@ -1,17 +1,16 @@
-"""Where prompts and rewards come from: a built-in task, or any Hugging Face dataset with a reward."""
+"""Where prompts come from: a built-in task, or any Hugging Face dataset."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset
-from trl.rewards import accuracy_reward
 
-from bandpo.lab.tasks import TASKS, make_splits, score
+from bandpo.lab.tasks import TASKS, make_splits
 
-RewardFunction = Callable[..., list[float | None]]
+Say = Callable[[str], None]
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -30,6 +29,8 @@ def load_prompts(
     answer_column: str,
     system_prompt: str | None,
     chat: bool,
+    skip_bad: bool = False,
+    say: Say = print,
 ) -> Dataset:
     """A Hub dataset or a local .jsonl, .json, .parquet or .csv file, with the columns "prompt" and "answer".
 
@@ -41,10 +42,13 @@ def load_prompts(
         answer_column: Column with the reference answer.
         system_prompt: Put before text prompts.
         chat: Turn text prompts into messages, for models with a chat template.
+        skip_bad: Leave rows without a prompt or an answer out, and say how many.
+        say: Takes that message.
 
     Raises:
         FileNotFoundError: If `name` looks like a file and is none.
-        ValueError: If a column is missing, or a row lacks a prompt; the message counts them.
+        ValueError: If the file cannot be read, a column is missing, or a row lacks a prompt or an answer; the message
+            counts them.
     """
     data = _read(name, config, split)
     for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
@@ -52,9 +56,13 @@ def load_prompts(
             raise ValueError(
                 f"dataset {name!r} has no column {column!r}; set {option} to one of {', '.join(data.column_names)}"
             )
-    empty = [i for i, prompt in enumerate(data[prompt_column]) if not prompt]
-    if empty:
-        raise ValueError(f"dataset {name!r}: {len(empty)} rows have no {prompt_column!r}, the first is row {empty[0]}")
+    for column in (prompt_column, answer_column):
+        empty = [i for i, value in enumerate(data[column]) if _is_missing(value)]
+        data = _without(data, empty, f"dataset {name!r}", f"have no {column!r}", skip_bad, say)
+    odd = [i for i, value in enumerate(data[prompt_column]) if not _is_prompt(value)]
+    data = _without(
+        data, odd, f"dataset {name!r}", f"have a {prompt_column!r} that is neither text nor messages", skip_bad, say
+    )
     for old, new in ((prompt_column, "prompt"), (answer_column, "answer")):
         if old != new:
             data = data.rename_column(old, new)
@@ -68,6 +76,67 @@ def load_prompts(
         return {"prompt": [*system, {"role": "user", "content": row["prompt"]}]}
 
     return data.map(as_messages)
+
+
+def fit_window(
+    data: Dataset, tokenizer: Any, window: int | None, completion: int, *, skip_bad: bool = False, say: Say = print
+) -> Dataset:
+    """The prompts that leave room for a completion in the model's window of positions.
+
+    Args:
+        data: With the column "prompt".
+        tokenizer: The model's.
+        window: Positions that the model knows; None where it has no limit.
+        completion: Tokens of the longest completion.
+        skip_bad: Leave longer prompts out, and say how many.
+        say: Takes that message.
+
+    Raises:
+        ValueError: If prompts are too long; the message counts them.
+    """
+    if window is None:
+        return data
+    if completion >= window:
+        raise ValueError(
+            f"max_completion_length={completion} leaves no room for a prompt in the model's window of {window}"
+        )
+    lengths = [_length(prompt, tokenizer) for prompt in data["prompt"]]
+    long = [i for i, n in enumerate(lengths) if n + completion > window]
+    what = f"are longer than {window - completion} tokens (window {window}, max_completion_length {completion})"
+    return _without(data, long, "prompts", what, skip_bad, say)
+
+
+def _length(prompt: Any, tokenizer: Any) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt).input_ids)
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _without(data: Dataset, bad: list[int], whose: str, what: str, skip: bool, say: Say) -> Dataset:
+    """The rows that are not bad; an error if there are bad ones and they are not to be skipped, or no row is left."""
+    if not bad:
+        return data
+    counted = f"{whose}: {len(bad)} rows {what}, the first is row {bad[0]}"
+    if not skip:
+        raise ValueError(f"{counted}; mend them, or set bad_rows: skip")
+    if len(bad) == len(data):
+        raise ValueError(f"{counted}; none is left")
+    say(f"{counted}; they are left out, {len(data) - len(bad)} are kept")
+    gone = set(bad)
+    return data.select([i for i in range(len(data)) if i not in gone])
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list) and not value)
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str | list)
+        for m in value
+    )
 
 
 def load_pairs(name: str, *, split: str) -> Dataset:
@@ -93,11 +162,18 @@ def load_pairs(name: str, *, split: str) -> Dataset:
 
 def _read(name: str, config: str | None, split: str) -> Dataset:
     suffix = Path(name).suffix
-    if suffix not in _READERS:
-        return datasets.load_dataset(name, config, split=split)
-    if not Path(name).exists():
-        raise FileNotFoundError(f"dataset {name!r}: no such file")
-    return datasets.load_dataset(_READERS[suffix], data_files=name, split="train")
+    try:
+        if suffix not in _READERS:
+            return datasets.load_dataset(name, config, split=split)
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"dataset {name!r}: no such file")
+        data = datasets.load_dataset(_READERS[suffix], data_files=name, split="train")
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError, StopIteration) as error:
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"dataset {name!r} cannot be read as {suffix.lstrip('.')}: {reason}") from error
+    if not len(data):
+        raise ValueError(f"dataset {name!r} has no rows")
+    return data
 
 
 def split_prompts(data: Dataset, evaluation: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -117,59 +193,3 @@ def split_prompts(data: Dataset, evaluation: int, seed: int) -> tuple[Dataset, D
     held_out = [groups[p][0] for p in order[:evaluation]]
     train = [i for p in order[evaluation:] for i in groups[p]]
     return data.select(sorted(train)), data.select(held_out)
-
-
-def get_reward(name: str) -> RewardFunction:
-    """The reward behind a task's name, "math" (math-verify on the column "answer") or "package.module:NAME".
-
-    A reward function has TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    if name in TASKS:
-        return _task_reward(name)
-    if name == "math":
-        return math_reward
-    if ":" not in name:
-        raise ValueError(
-            f"reward {name!r} is unknown: use 'math', a task ({', '.join(TASKS)}) or 'package.module:NAME'"
-        )
-    module, _, attribute = name.partition(":")
-    try:
-        reward = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} could not be imported: {error}") from error
-    if not callable(reward):
-        raise ValueError(f"reward {name!r} must be a function, got {reward!r}")
-    return reward
-
-
-def math_reward(prompts: list[Any], completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
-    r"""1 where math-verify finds the completion equal to the answer, else 0; None where it cannot read the answer.
-
-    Examples:
-        >>> math_reward(["1/2+1/2"], [r"It is $\boxed{1}$"], ["$1$"])
-        [1.0]
-    """
-    return accuracy_reward(
-        [[{"role": "assistant", "content": text_of(c)}] for c in completions], [str(a) for a in answer]
-    )
-
-
-def text_of(completion: Any) -> str:
-    """The text of a completion: itself, or of its messages.
-
-    Examples:
-        >>> text_of([{"role": "assistant", "content": "7"}])
-        '7'
-    """
-    return completion if isinstance(completion, str) else "".join(str(message["content"]) for message in completion)
-
-
-def _task_reward(task: str) -> RewardFunction:
-    def reward(prompts: list[str], completions: list[str], metadata: list[str], **_: Any) -> list[float | None]:
-        return [score(task, text_of(c), m) for c, m in zip(completions, metadata, strict=True)]
-
-    reward.__name__ = task
-    return reward

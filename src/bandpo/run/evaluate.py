@@ -1,6 +1,6 @@
 """mean@k and pass@k on held-out prompts."""
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from bandpo._files import read_jsonl, write_jsonl
 from bandpo.integrations._generate import as_completion, sample_batches
 from bandpo.metrics import pass_at_k
-from bandpo.run.data import RewardFunction
+from bandpo.run.rewards import RewardFunction
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,17 @@ class Evaluation:
     def summary(self) -> dict[str, float]:
         """`mean@k` (mean reward of all samples), `pass@j` for j = 1, 2, 4 … k (unbiased), share of prompts with signal.
 
-        Rows that the reward function could not score are left out; their number is `unscored`, where there are any.
+        Rows that the reward function could not score are left out; `unscored` is their number.
+
+        Raises:
+            ValueError: If it could score none.
         """
         rewards = torch.tensor(self.rewards, dtype=torch.float64)
         scored = rewards[~rewards.isnan().any(1)]
+        if not len(scored):
+            raise ValueError(
+                f"none of the {len(rewards)} held-out prompts could be scored: the reward gave no number for them"
+            )
         k = self.samples
         right = (scored >= 0.5).sum(1)
         report = {f"mean@{k}": scored.mean().item()}
@@ -49,16 +57,24 @@ class Evaluation:
             report[f"pass@{j}"] = pass_at_k(k, right, j).mean().item()
             j *= 2
         report["groups with signal"] = ((right > 0) & (right < k)).double().mean().item()
-        if len(scored) < len(rewards):
-            report["unscored"] = float(len(rewards) - len(scored))
+        report["unscored"] = float(len(rewards) - len(scored))
         return report
 
     def write(self, path: Path, stage: str) -> None:
-        """Append the samples to a JSONL file, one prompt a line."""
-        with path.open("a") as file:
-            for prompt, completions, rewards in zip(self.prompts, self.completions, self.rewards, strict=True):
-                row = {"stage": stage, "prompt": prompt, "completions": completions, "rewards": rewards}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Add the samples to a JSONL file, one prompt a line; those of the same stage that it had go."""
+        kept = [row for row in read_jsonl(path) if row["stage"] != stage] if path.exists() else []
+        rows = zip(self.prompts, self.completions, self.rewards, strict=True)
+        own = [{"stage": stage, "prompt": p, "completions": c, "rewards": [_or_none(x) for x in r]} for p, c, r in rows]
+        write_jsonl(path, [*kept, *own])
+
+    @classmethod
+    def read(cls, path: Path, stage: str) -> "Evaluation | None":
+        """What `write` wrote, None where there is nothing of that stage."""
+        rows = [row for row in read_jsonl(path) if row["stage"] == stage] if path.exists() else []
+        if not rows:
+            return None
+        rewards = [[math.nan if x is None else x for x in row["rewards"]] for row in rows]
+        return cls([row["prompt"] for row in rows], [row["completions"] for row in rows], rewards)
 
 
 def evaluate(
@@ -100,7 +116,7 @@ def evaluate(
         columns = {c: [row[c] for row in batch for _ in range(samples)] for c in rows.column_names if c != "prompt"}
         asked = [row["prompt"] for row in batch for _ in range(samples)]
         scores = reward(asked, [as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
-        values = [float("nan") if s is None else float(s) for s in scores]
+        values = [math.nan if s is None else float(s) for s in scores]
         for j, i in enumerate(chosen):
             part = slice(j * samples, (j + 1) * samples)
             found.append((i, texts[part], values[part]))
@@ -108,3 +124,7 @@ def evaluate(
     return Evaluation(
         [rows[i]["prompt"] for i, _, _ in everything], [t for _, t, _ in everything], [s for _, _, s in everything]
     )
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -16,8 +16,8 @@ from bandpo.bounds import RatioBounds
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
 from bandpo.run.config import RunConfig
-from bandpo.run.data import RewardFunction
 from bandpo.run.progress import Progress, TrainingProgress
+from bandpo.run.rewards import RewardFunction
 from bandpo.tokens import TokenObjective
 
 _TOKENS_KEPT = 4000
@@ -41,10 +41,9 @@ class GRPORun:
         self, _: RunConfig, args: BandGRPOConfig, model: Any, tokenizer: Any, prompts: Dataset, reward: RewardFunction,
         lora: Any, progress: Progress,
     ) -> None:  # fmt: skip
-        metrics = Path(args.output_dir or ".") / "metrics.jsonl"
         self.trainer = _Trainer(
             model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
-            peft_config=lora, callbacks=[TrainingProgress(progress, metrics)],
+            peft_config=lora, callbacks=[TrainingProgress(progress, Path(args.output_dir or "."))],
         )  # fmt: skip
         self.trainer.remove_callback(PrinterCallback)
 

@@ -1,7 +1,6 @@
 """`bandpo lab`: experiments that show one thing each, as a figure and a JSON file."""
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import torch
 from matplotlib import pyplot as plt
 
 import bandpo
+from bandpo._files import write_json
 from bandpo.lab.preference import EXPERIMENTS
 from bandpo.lab.preference_figures import FIGURES
 from bandpo.lab.selection import ARMS, selection_on_the_main_job
 from bandpo.lab.selection_figures import plot_selection
-from bandpo.run.config import command_line
+from bandpo.run.about import about
 from bandpo.run.progress import Progress, quiet_hosts
 
 
@@ -38,8 +38,8 @@ def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
     found = selection_on_the_main_job(
         folder, seeds=options.seeds, jobs=options.jobs, arms=arms, options=steps, say=progress.say
     )
-    found = {"command": command_line(), "bandpo": bandpo.__version__, **found}
-    (folder / "selection.json").write_text(json.dumps(found) + "\n")
+    found = {**about(), "bandpo": bandpo.__version__, **found}
+    write_json(folder / "selection.json", found, indent=None)
     figure = plot_selection(found)
     figure.savefig(folder / "selection.png", dpi=120)
     plt.close(figure)
@@ -74,8 +74,8 @@ def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
         else:
             found = EXPERIMENTS[name]()
         seconds = round(time.monotonic() - started, 1)
-        everything[name] = {"command": command_line(), "bandpo": bandpo.__version__, "seconds": seconds, **found}
-        (folder / f"{name}.json").write_text(json.dumps(everything[name]) + "\n")
+        everything[name] = {**about(), "bandpo": bandpo.__version__, "seconds": seconds, **found}
+        write_json(folder / f"{name}.json", everything[name], indent=None)
         figure = FIGURES[name](found)
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)

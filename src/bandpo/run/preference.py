@@ -1,6 +1,5 @@
 """`bandpo train --method dpo|chipo|online-dpo|pdfr|rebel|rdrc|rbrm`: rounds of sampling and fitting, or a dataset of pairs."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,13 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import PrinterCallback
 
+from bandpo._files import write_jsonl
 from bandpo.integrations.trl_online import OnlinePreferenceConfig, OnlinePreferenceTrainer
 from bandpo.integrations.trl_preference import BandDPOTrainer
 from bandpo.plots import plot_preference
 from bandpo.run.config import RunConfig
-from bandpo.run.data import RewardFunction
 from bandpo.run.progress import Progress, TrainingProgress
+from bandpo.run.rewards import RewardFunction
 
 _SHOWN = (
     ("reward", "reward of its samples", ".3f"), ("pairs", "pairs", ".0f"), ("rewards/accuracies", "preferred right", ".3f"),
@@ -53,7 +53,7 @@ class PreferenceRun:
         args.precompute_ref_log_probs = False
         self.pairs = BandDPOTrainer(
             model=model, args=args, train_dataset=prompts, peft_config=lora,
-            processing_class=tokenizer, callbacks=[TrainingProgress(progress, self.folder / "metrics.jsonl")],
+            processing_class=tokenizer, callbacks=[TrainingProgress(progress, self.folder)],
         )  # fmt: skip
         self.pairs.remove_callback(PrinterCallback)
 
@@ -102,10 +102,13 @@ class _Rounds(OnlinePreferenceTrainer):
 
     progress: Progress
 
+    def _say(self, text: str) -> None:
+        self.progress.say(text)
+
     def _save(self, k: int, pairs: list[dict[str, Any]], measured: dict[str, float]) -> None:
         super()._save(k, pairs, measured)
         if PartialState().is_main_process:
-            lines = [json.dumps({"step": i + 1, **row}) + "\n" for i, row in enumerate(self.history)]
-            (Path(self.args.output_dir or ".") / "metrics.jsonl").write_text("".join(lines))
+            rows = ({"step": i + 1, **row} for i, row in enumerate(self.history))
+            write_jsonl(Path(self.args.output_dir or ".") / "metrics.jsonl", rows)
             shown = [f"{name} {measured[key]:{form}}" for key, name, form in _SHOWN if key in measured]
             self.progress.say(f"round {k + 1:>3}/{self.args.rounds}  {'  '.join(shown)}")

@@ -12,6 +12,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bandpo._files import read_jsonl, write_jsonl
+
 _SHOWN = {
     "reward": "reward",
     "entropy": "entropy",
@@ -49,11 +51,25 @@ class Progress:
         self.console.print(table)
 
 
-class TrainingProgress(TrainerCallback):
-    """Writes every log of the trainer to metrics.jsonl and shows the important ones."""
+def is_timing(name: str) -> bool:
+    """Whether a metric is about the clock: it differs from run to run, whatever the seed."""
+    return name.endswith(("_time", "_runtime", "_per_second"))
 
-    def __init__(self, progress: Progress, path: Path) -> None:
-        self.progress, self.path = progress, path
+
+class TrainingProgress(TrainerCallback):
+    """Writes the trainer's logs and shows the important ones.
+
+    Two files, so that the first is the same for the same seed: metrics.jsonl has what the run did, timings.jsonl what it took.
+    The summary at the end of training is of this session alone, so it goes with the timings.
+
+    Args:
+        progress: For messages.
+        folder: The run's.
+    """
+
+    def __init__(self, progress: Progress, folder: Path) -> None:
+        self.progress = progress
+        self.metrics, self.timings = folder / "metrics.jsonl", folder / "timings.jsonl"
         self.bar: RichProgress | None = None
 
     def on_train_begin(
@@ -61,10 +77,9 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        # A resumed run goes over the steps after its checkpoint again.
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        for path in (self.metrics, self.timings):  # a resumed run goes over the steps after its checkpoint again
+            rows = read_jsonl(path) if path.exists() else []
+            write_jsonl(path, [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row])
         if self.progress.console.is_terminal:
             self.bar = RichProgress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -84,8 +99,14 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        last = "train_runtime" in logs
+        timings = {name: value for name, value in logs.items() if last or is_timing(name)}
+        for path, values in ((self.metrics, logs.keys() - timings.keys()), (self.timings, timings.keys())):
+            if values:
+                with path.open("a") as file:
+                    file.write(
+                        json.dumps({"step": state.global_step, **{n: logs[n] for n in logs if n in values}}) + "\n"
+                    )
         note = "  ".join(f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if logs.get(key) is not None)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step, note=note)

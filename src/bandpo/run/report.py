@@ -11,6 +11,8 @@ import yaml
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from bandpo._files import read_jsonl, write_text
+
 
 def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> Path:
     """Write report.html and its figures (SVG) into a run's folder.
@@ -23,7 +25,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> 
         title: Heading.
         figures: By their headings; they are closed.
     """
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    samples = read_jsonl(folder / "samples.jsonl")
     pictures = {
         name: _svg(figure, folder / "figures" / f"{i}.svg") for i, (name, figure) in enumerate(figures.items(), 1)
     }
@@ -36,7 +38,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> 
         environment=json.loads((folder / "env.json").read_text()),
     )  # fmt: skip
     path = folder / "report.html"
-    path.write_text(page)
+    write_text(path, page)
     return path
 
 

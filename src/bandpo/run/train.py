@@ -1,11 +1,7 @@
 """`bandpo train`: warm-up where needed, evaluation, BandPO training by TRL, evaluation, report."""
 
-import json
 import os
-import platform
-import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +10,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork nothing; the
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bandpo._files import read_jsonl, write_json
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
-from bandpo.run.config import RunConfig, TrainerConfig, command_line, parse
-from bandpo.run.data import RewardFunction, get_reward, load_pairs, load_prompts, load_task, split_prompts
+from bandpo.run.config import RunConfig, TrainerConfig, parse
+from bandpo.run.data import fit_window, load_pairs, load_prompts, load_task, split_prompts
 from bandpo.run.evaluate import Evaluation, evaluate
+from bandpo.run.folder import choose_folder, environment, make_folder
 from bandpo.run.grpo import GRPORun
 from bandpo.run.preference import PreferenceRun
 from bandpo.run.progress import Progress, quiet_hosts
 from bandpo.run.report import write_report
+from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, unscored_line
 
 
 def train(arguments: list[str]) -> Path:
@@ -48,26 +45,28 @@ def train(arguments: list[str]) -> Path:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     progress = Progress(main=PartialState().is_main_process)
-    resume = _choose_folder(run, args, given)
-    folder = Path(args.output_dir)
+    resume = choose_folder(run, args, given, progress.say)
+    folder = Path(args.output_dir or ".")
     progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
 
     model_name = run.model or str(_small_model(run, progress))
-    tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left", trust_remote_code=args.trust_remote_code)
-    prompts, held_out = _load_data(run, chat=tokenizer.chat_template is not None, seed=args.seed)
-    if run.pairs is not None:
-        prompts = load_pairs(run.pairs, split=run.dataset_split)
-    reward = get_reward(run.reward or run.task or "")
+    tokenizer, window = _load_tokenizer(model_name, args)
+    prompts, held_out = _load_data(run, args, tokenizer, window, progress)
+    reward = CheckedReward(
+        get_reward(run.reward or run.task or ""), run.reward or run.task or "", limit=run.reward_timeout,
+        errors=run.reward_errors, folder=folder, say=progress.say,
+    )  # fmt: skip
     if run.model is None:  # tiny: load it here; a large one is loaded by TRL, with model_init_kwargs
         model: Any = AutoModelForCausalLM.from_pretrained(model_name)
     else:
         model = model_name
-    _make_folder(folder, given, resumed=resume is not None)  # what can be wrong in the input has been read by now
+    # What can be wrong in the input has been read by now.
+    make_folder(folder, run, args, given, resumed=resume is not None)
     args.disable_tqdm = True
     kind = GRPORun if isinstance(args, BandGRPOConfig) else PreferenceRun
     job = kind(run, args, model, tokenizer, prompts, reward, _lora(run), progress)  # type: ignore[arg-type]
 
-    before = _evaluation_before(folder, job, tokenizer, held_out, reward, run, args, resumed=resume is not None)
+    before = _evaluation_before(folder, job, tokenizer, held_out, reward, run, args)
     progress.say(f"before training: {_line(before)}")
     job.train(resume)
     after_samples = _evaluate(job, tokenizer, held_out, reward, run, args)
@@ -81,60 +80,16 @@ def train(arguments: list[str]) -> Path:
             "before": before, "after": after, "prompts": len(held_out), "samples": run.eval_samples,
             "temperature": run.eval_temperature,
         }  # fmt: skip
-        _write_json(folder / "evaluation.json", evaluation)
-        _write_json(folder / "env.json", _environment(args, time.monotonic() - started))
+        write_json(folder / "evaluation.json", evaluation)
+        write_json(folder / "env.json", environment(args, time.monotonic() - started))
         title = f"{job.name} on {run.task or run.dataset}, seed {args.seed}"
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        report = write_report(folder, title=title, figures=job.figures(log))
+        report = write_report(folder, title=title, figures=job.figures(read_jsonl(folder / "metrics.jsonl")))
         progress.table(title, evaluation)
+        if (line := unscored_line(reward)) is not None:
+            progress.say(line)
         progress.say(f"report: {report}")
         progress.say(f"model:  {folder / 'model'}")
         progress.say(f"done in {time.monotonic() - started:.0f} s")
-    return folder
-
-
-def _choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> str | None:
-    """Set the output folder; the checkpoint to resume from, if any.
-
-    Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed.
-    """
-    if "output_dir" not in given:
-        label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
-        name = f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
-        [args.output_dir] = broadcast_object_list([str(_free_folder(Path("runs") / name))])
-    folder = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if resume == "latest":
-        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if resume is None and any(folder.glob("rounds/*/round.json")):  # a preference run goes on after its last round
-            resume = str(folder / "rounds")
-        if resume is None:
-            raise ValueError(f"resume_from_checkpoint=latest: {folder} has no checkpoint")
-    if resume is None and (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"output_dir {folder} holds a run already; choose another, or go on with --resume_from_checkpoint latest"
-        )
-    if resume is not None and not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint: {resume} is no folder")
-    return resume
-
-
-def _make_folder(folder: Path, given: dict[str, Any], *, resumed: bool) -> None:
-    PartialState().wait_for_everyone()  # all have looked before anything is made
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch()
-        if not resumed:
-            saved = {k: v for k, v in given.items() if k not in ("output_dir", "resume_from_checkpoint")}
-            (folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
-    PartialState().wait_for_everyone()
-
-
-def _free_folder(wanted: Path) -> Path:
-    """The folder itself, or with the first number behind it that is free."""
-    folder, number = wanted, 2
-    while (folder / "metrics.jsonl").exists():
-        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
     return folder
 
 
@@ -151,21 +106,46 @@ def _small_model(run: RunConfig, progress: Progress) -> Path:
     return warm_up.path
 
 
-def _load_data(run: RunConfig, *, chat: bool, seed: int) -> tuple[Dataset, Dataset]:
+def _load_tokenizer(name: str, args: TrainerConfig) -> tuple[Any, int | None]:
+    """A model's tokenizer, and how many positions the model knows."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _load_data(
+    run: RunConfig, args: TrainerConfig, tokenizer: Any, window: int | None, progress: Progress
+) -> tuple[Dataset, Dataset]:
+    """What to train on, prompts or pairs, and the held-out prompts."""
+    prompts, held_out = _load_prompts(run, args, tokenizer, window, progress)
+    if run.pairs is not None:
+        prompts = load_pairs(run.pairs, split=run.dataset_split)
+    return prompts, held_out
+
+
+def _load_prompts(
+    run: RunConfig, args: TrainerConfig, tokenizer: Any, window: int | None, progress: Progress
+) -> tuple[Dataset, Dataset]:
     if run.task is not None:
         return load_task(run.task, run.eval_prompts)
-    columns = {
-        "prompt_column": run.prompt_column,
-        "answer_column": run.answer_column,
-        "system_prompt": run.system_prompt,
-    }
+    common: dict[str, Any] = {
+        "config": run.dataset_config, "prompt_column": run.prompt_column, "answer_column": run.answer_column,
+        "system_prompt": run.system_prompt, "chat": tokenizer.chat_template is not None,
+    }  # fmt: skip
+    bad: dict[str, Any] = {"skip_bad": run.bad_rows == "skip", "say": progress.say}
+
+    def load(name: str, split: str) -> Dataset:
+        data = load_prompts(name, split=split, **common, **bad)
+        return fit_window(data, tokenizer, window, args.max_completion_length, **bad)
+
     assert run.dataset is not None
-    data = load_prompts(run.dataset, config=run.dataset_config, split=run.dataset_split, chat=chat, **columns)
+    data = load(run.dataset, run.dataset_split)
     if run.eval_dataset is None:
-        return split_prompts(data, run.eval_prompts, seed)
-    held_out = load_prompts(
-        run.eval_dataset, config=run.dataset_config, split=run.eval_dataset_split, chat=chat, **columns
-    )
+        return split_prompts(data, run.eval_prompts, args.seed)
+    held_out = load(run.eval_dataset, run.eval_dataset_split)
     return data, held_out.select(range(min(run.eval_prompts, len(held_out))))
 
 
@@ -203,52 +183,17 @@ def _evaluate(
 
 def _evaluation_before(
     folder: Path, job: GRPORun | PreferenceRun, tokenizer: Any, rows: Dataset, reward: RewardFunction, run: RunConfig,
-    args: TrainerConfig, *, resumed: bool,
+    args: TrainerConfig,
 ) -> dict[str, float]:  # fmt: skip
-    """The evaluation of the starting model; a resumed run reads it back from its folder."""
+    """The evaluation of the starting model; a resumed run has it in its folder."""
     samples = folder / "samples.jsonl"
-    if resumed:
-        saved = [json.loads(line) for line in samples.read_text().splitlines()]
-        saved = [row for row in saved if row["stage"] == "before"]
-        found = Evaluation(
-            [r["prompt"] for r in saved], [r["completions"] for r in saved], [r["rewards"] for r in saved]
-        )
-        PartialState().wait_for_everyone()  # all have read
+    found = Evaluation.read(samples, "before")
+    PartialState().wait_for_everyone()  # all have read
+    if found is None:
+        found = _evaluate(job, tokenizer, rows, reward, run, args)
         if PartialState().is_main_process:
-            samples.unlink()
             found.write(samples, "before")
-        return found.summary()
-    found = _evaluate(job, tokenizer, rows, reward, run, args)
-    if PartialState().is_main_process:
-        found.write(samples, "before")
     return found.summary()
-
-
-def _environment(args: TrainerConfig, seconds: float) -> dict[str, Any]:
-    """What a reader needs to trust or repeat the numbers."""
-    packages = ("bandpo", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym")
-    return {
-        "command": command_line(),
-        "seed": args.seed,
-        "seconds": round(seconds, 1),
-        "device": str(args.device),
-        "threads": torch.get_num_threads(),
-        "processes": PartialState().num_processes,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-        "git": _git_revision(),
-    }
-
-
-def _git_revision() -> str | None:
-    """Revision of the working folder, where it is a git checkout."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None if found.returncode == 0 else None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _line(summary: dict[str, float]) -> str:

@@ -1,0 +1,127 @@
+"""Files that a killed process leaves whole: written aside and moved in one step; folders that say when they are complete."""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+SEAL = "bandpo_files.json"
+_CHUNK = 1 << 22
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that there is the old one or the new one, and never half of it.
+
+    Args:
+        path: Where; its folder exists.
+        text: All of it.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
+    """The same with strict JSON: NaN and infinities become null."""
+    write_text(path, json.dumps(_strict(content), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """The same with a JSON value on each line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that was appended to; a last line without its end, as a killed process leaves it, is no row.
+
+    Raises:
+        ValueError: If another line is not a JSON object; the message has its number.
+    """
+    data = path.read_bytes()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a row is an object like {{...}}, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder as complete: sizes and CRC-32 of its files, written last, once they are on the disk."""
+    files = {str(p.relative_to(folder)): _fingerprint(p, sync=True) for p in _files(folder)}
+    write_json(folder / SEAL, files)
+
+
+def unseal(folder: Path) -> None:
+    """Before a folder is written to again."""
+    (folder / SEAL).unlink(missing_ok=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, None for nothing."""
+    try:
+        expected = json.loads((folder / SEAL).read_text())
+        for name, fingerprint in expected.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != fingerprint[0]:
+                return f"{name} has {path.stat().st_size} bytes instead of {fingerprint[0]}"
+            if _fingerprint(path) != fingerprint:
+                return f"{name} has changed"
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (ValueError, AttributeError, TypeError, IndexError) as error:
+        return f"{SEAL} is damaged ({error})"
+    return None
+
+
+def latest_whole(folders: Iterable[Path], number: Callable[[Path], int], say: Callable[[str], None]) -> Path | None:
+    """The folder of the highest number that is complete; those passed over are named.
+
+    Args:
+        folders: Candidates.
+        number: Of a folder.
+        say: Takes a message for each that is damaged.
+    """
+    for folder in sorted(folders, key=number, reverse=True):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        say(f"{folder} is not used: {wrong}")
+    return None
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL)
+
+
+def _fingerprint(path: Path, *, sync: bool = False) -> list[int]:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+        if sync:
+            os.fsync(file.fileno())
+        return [file.tell(), checksum]

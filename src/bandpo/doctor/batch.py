@@ -1,0 +1,213 @@
+"""What a batch says: how many tokens each region would clip, and the radius for a target."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bandpo.bounds import Band
+from bandpo.calibration import clip_fraction, radius_for
+from bandpo.composition import Objective
+from bandpo.divergences import CHI2, KL, TV
+from bandpo.doctor.findings import Finding
+from bandpo.objectives import OBJECTIVES
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "logprobs": ("logprobs", "per_token_logps", "log_prob", "log_probs", "trainer_logprobs"),
+    "old_logprobs": ("old_logprobs", "old_per_token_logps", "old_log_prob", "old_log_probs"),
+    "rollout_logprobs": ("rollout_logprobs", "sampling_per_token_logps", "rollout_log_probs", "inference_logprobs"),
+    "advantages": ("advantages",),
+    "mask": ("mask", "completion_mask", "response_mask", "loss_mask", "action_mask"),
+}
+"""Our names, TRL's, verl's, prime-rl's and OpenRLHF's."""
+
+SHOWN = ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2")
+_SUFFIXES = (".safetensors", ".pt", ".npz")
+_MISMATCH = 0.02
+
+
+def load_batch(path: Path) -> dict[str, Tensor]:
+    """A saved batch in our names. Nothing in the file is executed: .pt is read with `weights_only`, .npz without pickles.
+
+    Args:
+        path: .safetensors, .pt (a dict of tensors) or .npz.
+
+    Raises:
+        ValueError: If it cannot be read, or lacks what is needed; the message says what.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"{path}: a batch ends in {', '.join(_SUFFIXES)}")
+    try:
+        found = _read(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{path} cannot be read as a batch: {str(error)[:200]}") from None
+    batch: dict[str, Tensor] = {}
+    for ours, spellings in NAMES.items():
+        for name in spellings:
+            value = found.get(name)
+            if isinstance(value, Tensor):
+                batch[ours] = value
+                break
+    return check_batch(batch, str(path))
+
+
+def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, Tensor]:
+    """The batch with float log-probs and advantages per token.
+
+    Args:
+        batch: Tensors in our names.
+        where: For messages.
+
+    Raises:
+        ValueError: If something is missing, or of another shape or dtype.
+    """
+    batch = dict(batch)
+    for name in ("logprobs", "advantages"):
+        if name not in batch:
+            raise ValueError(f"{where} lacks {name} (or {', '.join(NAMES[name][1:]) or 'another name for it'})")
+    if "old_logprobs" not in batch:
+        if "rollout_logprobs" not in batch:
+            raise ValueError(
+                f"{where} lacks old_logprobs ({', '.join(NAMES['old_logprobs'][1:])}) and rollout_logprobs"
+            )
+        batch["old_logprobs"] = batch["rollout_logprobs"]
+    shape = batch["logprobs"].shape
+    if batch["logprobs"].numel() == 0:
+        raise ValueError(f"{where} is empty: logprobs has the shape {tuple(shape)}")
+    advantages = batch["advantages"]
+    if advantages.ndim == len(shape) - 1 and advantages.shape == shape[:-1]:
+        batch["advantages"] = advantages = advantages.unsqueeze(-1)
+    for name, value in batch.items():
+        if name != "mask" and not value.is_floating_point():
+            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
+        broadcasts = name == "advantages" and value.ndim == len(shape) and value.shape == (*shape[:-1], 1)
+        if value.shape != shape and not broadcasts:
+            raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}, logprobs {tuple(shape)}")
+    return {name: value if name == "mask" else value.expand(shape).double() for name, value in batch.items()}
+
+
+def examine_batch(
+    batch: Mapping[str, Tensor], *, objectives: Sequence[Objective] = (), target: float = 0.01
+) -> list[Finding]:
+    """Expected clip fractions, a recommended radius for a target, and symptoms.
+
+    Args:
+        batch: `logprobs`, `old_logprobs`, `advantages`, and `mask`, `rollout_logprobs` where there are any, `(batch, time)`.
+        objectives: What else to count clipped tokens of, the run's own for example.
+        target: Share of tokens to clip, for the radius.
+
+    Raises:
+        ValueError: If something is missing, or of another shape; or if the target is not between 0 and 1.
+
+    Examples:
+        >>> x = torch.linspace(-0.5, 0.5, 1000).view(10, 100)
+        >>> batch = {"logprobs": x - 0.7, "old_logprobs": torch.full_like(x, -0.7), "advantages": x.sign()}
+        >>> [f.rule for f in examine_batch(batch)]
+        ['ratios', 'clip fraction', 'radius']
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"target must be between 0 and 1, got {target}")
+    batch = check_batch(batch)
+    mask = batch["mask"] != 0 if "mask" in batch else torch.ones_like(batch["logprobs"], dtype=torch.bool)
+    if not mask.any():
+        raise ValueError("the batch has no valid token: its mask is 0 everywhere")
+    finite = batch["logprobs"].isfinite() & batch["old_logprobs"].isfinite() & batch["advantages"].isfinite()
+    found = _broken(batch, mask, finite)
+    mask = mask & finite
+    if not mask.any():
+        return found
+    tokens = {
+        "log_ratio": (batch["logprobs"] - batch["old_logprobs"]).masked_fill(~mask, 0.0),
+        "old_logprobs": batch["old_logprobs"].masked_fill(~mask, -1.0).clamp(max=0.0),
+        "advantages": batch["advantages"].masked_fill(~mask, 0.0), "mask": mask,
+    }  # fmt: skip
+    found += [_ratios(tokens), _clip_fractions(tokens, objectives), _radii(tokens, target)]
+    if "rollout_logprobs" in batch and not torch.equal(batch["rollout_logprobs"], batch["old_logprobs"]):
+        found.append(_sampler(batch, mask))
+    return found
+
+
+def _broken(batch: Mapping[str, Tensor], mask: Tensor, finite: Tensor) -> list[Finding]:
+    found: list[Finding] = []
+    broken = int((mask & ~finite).sum())
+    if broken:
+        found.append(Finding(
+            "nonfinite", "problem", f"{broken} of {int(mask.sum())} valid tokens have a log-prob or advantage "
+            f"that is not finite",
+            "16-bit overflow, or a token that the sampler could not score", "float32 log-probs; they are left out below",
+        ))  # fmt: skip
+    above = int((mask & ((batch["logprobs"] > 1e-6) | (batch["old_logprobs"] > 1e-6))).sum())
+    if above:
+        found.append(Finding(
+            "positive", "problem", f"{above} valid tokens have a log-prob above 0", "these are not "
+            "log-probabilities: logits, or scaled",
+            "log_softmax before the gather",
+        ))  # fmt: skip
+    return found
+
+
+def _ratios(tokens: Mapping[str, Tensor]) -> Finding:
+    moved = tokens["log_ratio"][tokens["mask"]].abs()
+    seen = f"{len(moved)} valid tokens; |log r| is {moved.mean():.4g} on average, {moved.max():.4g} at most"
+    if moved.max() < 1e-6:
+        return Finding(
+            "ratios", "problem", f"{seen}: every ratio is 1", "the batch is on policy: taken before the first "
+            "step on it, or each "
+            "rollout is used once", "save the batch of a later step on the same rollout",
+        )  # fmt: skip
+    return Finding("ratios", "ok", seen)
+
+
+def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective]) -> Finding:
+    rows = []
+    for objective in [*objectives, *(OBJECTIVES[name] for name in SHOWN)]:
+        if objective.bounds_inputs or objective.ratio_level != "token":
+            continue
+        rows.append(f"{objective.name:<14} {clip_fraction(objective.bounds, tokens):.4f}")
+    return Finding("clip fraction", "note", "share of the tokens whose gradient each region clips", details=tuple(rows))
+
+
+def _radii(tokens: Mapping[str, Tensor], target: float) -> Finding:
+    rows = []
+    for divergence in (KL, TV, CHI2):
+        try:
+            radius = radius_for(divergence, target, tokens)
+        except ValueError as error:
+            return Finding(
+                "radius", "note", f"no radius clips {target:g} of these tokens", str(error).partition(": ")[2]
+            )
+        share = clip_fraction(Band(divergence, radius, max_ratio=None), tokens)
+        rows.append(f"bandpo-{divergence.name:<7} radius {radius:.4g}  clips {share:.4f} without a cap")
+    return Finding("radius", "note", f"radius that clips {target:g} of these tokens", details=tuple(rows))
+
+
+def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
+    apart = (batch["old_logprobs"] - batch["rollout_logprobs"])[mask]
+    apart = apart[apart.isfinite()].abs()
+    mean, worst = (apart.mean().item(), apart.max().item()) if len(apart) else (0.0, 0.0)
+    seen = f"|log-prob| of sampler and trainer differ by {mean:.4f} on average, {worst:.3f} at most"
+    if mean > _MISMATCH:
+        return Finding(
+            "mismatch", "warning", seen, "precision, kernels, stale weights or cut sampling",
+            "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop)",
+        )  # fmt: skip
+    return Finding("mismatch", "ok", seen)
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.suffix == ".pt":
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
+        return found
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}

@@ -1,0 +1,223 @@
+"""Rules over a configuration."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from bandpo.bounds import Band, RatioBounds
+from bandpo.doctor.findings import Finding
+from bandpo.doctor.setup import Setup
+from bandpo.regions import TopK
+
+PROBABILITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+_PLAIN = (
+    4.0  # peak memory of the plain path in sizes of its logits, as measured (docs/performance.md: 9.29 of 2.32 GiB)
+)
+_LARGE = 1.0  # GiB of logits from which on the advice is worth a line
+
+
+def examine_setup(setup: Setup) -> list[Finding]:
+    """What the settings of a run mean for its trust region.
+
+    Args:
+        setup: The settings.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES
+        >>> found = examine_setup(Setup("TRL", OBJECTIVES["bandpo-kl"], steps=1.0, steps_from="num_iterations=1"))
+        >>> [(f.rule, f.level) for f in found if f.level == "problem"]
+        [('inert', 'problem')]
+    """
+    found = [rule(setup) for rule in RULES]
+    unread = [Finding("unread", "note", what) for what in setup.unread]
+    return [f for f in found if f is not None] + unread
+
+
+def loss_in_use(s: Setup) -> Finding:
+    """Whether the configured loss is the one that runs, and whose it is."""
+    if s.bypassed:
+        return Finding("bypass", "problem", s.bypassed, "another loss than the configured one would run", s.knob("use"))
+    if not s.ours:
+        return Finding(
+            "bypass", "note", f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
+            "the findings below are about that loss", s.knob("use"),
+        )  # fmt: skip
+    return Finding("bypass", "ok", f"bandpo computes the loss: {s.objective.name}, {s.objective.formula or 'your own'}")
+
+
+def can_bind(s: Setup) -> Finding:
+    """Whether any ratio can differ from 1."""
+    if s.steps > 1:
+        return Finding("inert", "ok", f"{s.steps:g} optimiser steps for each rollout ({s.steps_from})")
+    if s.objective.anchor == "rollout" and s.engine:
+        return Finding(
+            "inert", "note", f"one optimiser step for each rollout ({s.steps_from})",
+            f"ratios differ from 1 only by the difference between {s.engine} and the trainer", s.knob("more steps"),
+        )  # fmt: skip
+    return Finding(
+        "inert", "problem", f"one optimiser step for each rollout ({s.steps_from}): the trust region can never bind",
+        "the policy in training is the one that the ratio is taken against, so every ratio is 1 and no token is clipped",
+        s.knob("more steps"),
+    )  # fmt: skip
+
+
+def anchor(s: Setup) -> Finding:
+    """Which policy the ratio is taken against, and whether the host gives that one."""
+    wanted = s.objective.anchor
+    if (wanted == "rollout") != s.old_is_rollout and s.host == "verl":
+        given = "the sampler's log-probs" if s.old_is_rollout else "recomputed log-probs"
+        return Finding(
+            "anchor", "problem", f"{s.objective.name} takes its ratio against the {wanted} policy, and verl gives {given}",
+            "algorithm.rollout_correction.bypass_mode decides what verl puts where the old log-probs are",
+            f"algorithm.rollout_correction.bypass_mode={wanted == 'rollout'} and policy_loss.bypass_mode the same",
+        )  # fmt: skip
+    if wanted == "rollout":
+        source = f"{s.engine}'s log-probs" if s.engine else "the trainer's own, as it samples itself"
+        return Finding("anchor", "ok", f"ratios are taken against the sampler, {source}")
+    if s.engine and not s.corrected and not s.old_is_rollout:
+        return Finding(
+            "anchor", "warning", f"ratios are taken against recomputed log-probs, and {s.engine}'s differences are not weighed",
+            f"{s.engine} and the trainer give one token different probabilities; the gradient is then biased",
+            s.knob("correction"),
+        )  # fmt: skip
+    return Finding("anchor", "ok", "ratios are taken against the policy before the update (recomputed log-probs)")
+
+
+def sampling(s: Setup) -> Finding:
+    """What temperature and truncation do to p and to the ratio."""
+    if s.temperature <= 0:
+        return Finding(
+            "sampling", "problem", f"temperature={s.temperature:g} samples greedily", "all completions of a "
+            "prompt are the same, "
+            "so every advantage is 0", "temperature=1.0",
+        )  # fmt: skip
+    cut = [
+        f"{name}={value:g}"
+        for name, value, on in (
+            ("top_p", s.top_p, s.top_p < 1), ("top_k", s.top_k, s.top_k > 0), ("min_p", s.min_p, s.min_p > 0),
+        ) if on
+    ]  # fmt: skip
+    if cut:
+        return Finding(
+            "sampling", "warning", f"{', '.join(cut)} cut the sampler's distribution",
+            "log-probs are those of the whole distribution: sampled tokens were likelier than their p says, "
+            "tokens outside are never "
+            "sampled and can only lose probability, and the ratio is biased", s.knob("no truncation"),
+        )  # fmt: skip
+    if s.temperature != 1:
+        return Finding(
+            "sampling", "note", f"temperature={s.temperature:g}: p is the policy's probability at that temperature",
+            "the region is that of the tempered policy; evaluate at the same temperature, or say so",
+        )  # fmt: skip
+    return Finding("sampling", "ok", "temperature 1, no truncation: p is the probability that a token was sampled with")
+
+
+def groups(s: Setup) -> Finding | None:
+    """A group of one has no advantage."""
+    if s.group > 1:
+        return None
+    return Finding(
+        "group", "problem", "one completion for each prompt", "advantages compare the completions of a prompt: all are 0",
+        s.knob("group"),
+    )  # fmt: skip
+
+
+def interval(s: Setup) -> Finding | None:
+    """The interval over p, and the fixed clip that it would be there."""
+    table = _intervals(s)
+    if table is None:
+        return Finding("interval", "note", f"the region of {s.objective.name} depends on more than p: no table")
+    lower, upper = table
+    rows = [f"{'p':>7}  {'lower':>8}  {'upper':>9}  as a clip (below, above)   set by (below, above)"]
+    for p, low, high in zip(PROBABILITIES, lower.tolist(), upper.tolist(), strict=True):
+        rows.append(
+            f"{p:>7g}  {low:>8.4f}  {high:>9.4f}  {1 - low:>8.4f}, {high - 1:<9.4f}      "
+            f"{'simplex' if low <= 0 else 'region'}, {_set_by(s, p, high)}"
+        )
+    middle = PROBABILITIES.index(0.5)
+    low, high = lower[middle].item(), upper[middle].item()
+    return Finding(
+        "interval", "note", f"at p = 0.5 the interval is that of a clip of {1 - low:.3g} below and {high - 1:.3g} above",
+        details=tuple(rows),
+    )  # fmt: skip
+
+
+def cap(s: Setup) -> Finding | None:
+    """Below which probability the cap and not the ball decides."""
+    bounds = s.objective.bounds
+    if not isinstance(bounds, Band) or bounds.max_ratio is None:
+        return None
+    threshold = cap_threshold(bounds)
+    if threshold is None:
+        return Finding("cap", "ok", f"max_ratio={bounds.max_ratio:g} never decides: the ball is tighter for every p")
+    return Finding(
+        "cap", "note", f"for tokens of p < {threshold:.3g} max_ratio={bounds.max_ratio:g} sets the upper bound, not the radius",
+        "the ball lets rarer tokens grow further than the cap", "max_ratio=inf for none",
+    )  # fmt: skip
+
+
+def logits(s: Setup) -> Finding | None:
+    """Memory of the logits."""
+    if s.vocabulary is None or not s.tokens:
+        return None
+    size = s.tokens * s.vocabulary * 4 / 2**30
+    seen = f"logits of {s.tokens} tokens x {s.vocabulary} words are {size:.2f} GiB in float32"
+    if s.fused_head:
+        return Finding(
+            "memory", "ok", f"{seen}, and {s.host} does not make them: its fused head computes log-probs in chunks"
+        )
+    if size < _LARGE:
+        return Finding("memory", "ok", f"{seen}, about {_PLAIN * size:.2f} with log-softmax and gradients")
+    return Finding(
+        "memory", "warning", f"{seen}, about {_PLAIN * size:.1f} GiB with log-softmax and gradients",
+        "each step makes the whole matrix", f"{s.knob('fused head')}; in your own loop bandpo.token_logprobs, "
+        f"which needs about "
+        f"{0.093 * _PLAIN * size:.1f} GiB (ratio measured at 4096 x 151936)",
+    )  # fmt: skip
+
+
+RULES: tuple[Callable[[Setup], Finding | None], ...] = (
+    loss_in_use, can_bind, anchor, sampling, groups, interval, cap, logits,
+)  # fmt: skip
+"""In the order they are printed."""
+
+
+def cap_threshold(band: Band) -> float | None:
+    """The probability below which the cap sets the upper bound, None if there is none.
+
+    The ball's upper bound falls with p (docs/theory.md), so there is one such p; bisection on its logarithm.
+
+    Examples:
+        >>> from bandpo import KL
+        >>> round(cap_threshold(Band(KL, 0.05, max_ratio=10.0)), 5)
+        0.00714
+    """
+    assert band.max_ratio is not None
+    free = dataclasses.replace(band, max_ratio=None)
+
+    def capped(logp: float) -> bool:
+        return free(torch.tensor([logp], dtype=torch.float64)).upper.item() > band.max_ratio  # type: ignore[operator]
+
+    low, high = -80.0, -1e-9
+    if not capped(low):
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if capped(middle) else (low, middle)
+    return torch.tensor(low, dtype=torch.float64).exp().item()
+
+
+def _intervals(s: Setup) -> RatioBounds | None:
+    bounds = s.objective.bounds
+    if s.objective.bounds_inputs or isinstance(bounds, TopK) or s.objective.ratio_level != "token":
+        return None
+    found = bounds(torch.tensor(PROBABILITIES, dtype=torch.float64).log())
+    return found if isinstance(found, RatioBounds) else None
+
+
+def _set_by(s: Setup, p: float, upper: float) -> str:
+    bounds = s.objective.bounds
+    if isinstance(bounds, Band) and bounds.max_ratio is not None and upper == bounds.max_ratio:
+        return "cap"
+    return "simplex" if upper >= (1 / p) * (1 - 1e-12) else "region"

@@ -1,0 +1,242 @@
+"""Symptoms in a log of metrics, in the names of TRL, of verl, or our own."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bandpo.doctor.findings import Finding
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "entropy": ("entropy", "actor/entropy"),
+    "clip": ("clip_ratio/region_mean", "actor/band/clip_fraction/any", "actor/pg_clipfrac", "clip_fraction/any"),
+    "ratio": ("ratio/mean", "actor/band/ratio/mean"),
+    "divergence": ("band/divergence_max", "actor/band/band/divergence_max"),
+    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction"),
+    "nonfinite": ("nonfinite_fraction", "actor/band/nonfinite_fraction"),
+    "reward": ("reward", "critic/score/mean", "critic/rewards/mean"),
+    "zero variance": ("frac_reward_zero_std",),
+    "mismatch": ("sampling/sampling_logp_difference/mean", "training/rollout_probs_diff_mean"),
+    "cut off": ("completions/clipped_ratio", "response_length/clip_ratio"),
+    "unscored": ("reward/unscored",),
+    "gradient": ("grad_norm", "actor/grad_norm"),
+}
+"""What the rules look at, and the hosts' names for it; the first that a log has is taken."""
+
+COLLAPSE, EXPLOSION = 0.2, 2.0
+"""Entropy at the end over that at the start, below and above which it counts as collapsed or exploded."""
+LOW_ENTROPY = 0.05  # nats; a fall that ends above is no collapse
+TIGHT = 0.2  # share of clipped tokens
+FAR = 10.0  # realised divergence over the radius
+MISMATCH = 0.02  # mean |log-prob difference| between sampler and trainer, nats; bf16 engines show less than 0.01
+MANY = 0.5  # share of groups without signal, of completions cut off, of edges set by the cap
+
+
+class Log:
+    """Series of a log by what they mean.
+
+    Args:
+        rows: One for each logging step.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+
+    def series(self, what: str) -> tuple[str, list[float]]:
+        """The name that the log has for it, and its values; no values if it has none."""
+        for name in NAMES[what]:
+            values = [row[name] for row in self.rows if isinstance(row.get(name), int | float)]
+            if values:
+                return name, [float(v) for v in values]
+        return NAMES[what][0], []
+
+
+def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Symptoms of a run, each with metric, cause and knob.
+
+    Starts and ends are means over the first and last tenth of the log.
+
+    Args:
+        rows: Of metrics.jsonl, or of another log with the names of TRL or verl.
+
+    Raises:
+        ValueError: If the log has none of the metrics.
+
+    Examples:
+        >>> rows = [{"entropy": 1.0 * 0.8**i, "clip_ratio/region_mean": 0.01} for i in range(20)]
+        >>> [(f.rule, f.level) for f in examine_log(rows) if f.level != "ok"]
+        [('entropy', 'warning')]
+    """
+    log = Log(rows)
+    if not any(log.series(what)[1] for what in NAMES):
+        raise ValueError(
+            f"the log has {len(rows)} rows and none of the metrics that are looked for: "
+            f"{', '.join(name for names in NAMES.values() for name in names)}"
+        )
+    return [f for rule in RULES if (f := rule(log)) is not None]
+
+
+def entropy(log: Log) -> Finding | None:
+    """Collapse or explosion."""
+    name, values = log.series("entropy")
+    if len(values) < 5:
+        return None
+    start, end = _ends(values)
+    seen = f"{name} went from {start:.3f} to {end:.3f} nats"
+    if end < COLLAPSE * start and end < LOW_ENTROPY + COLLAPSE * start and start > LOW_ENTROPY:
+        return Finding(
+            "entropy", "warning", f"{seen}: collapse", "the policy has become nearly deterministic; rare tokens "
+            "that led to rewards "
+            "can no longer be sampled", "a band (bandpo-kl) or a higher epsilon_high, a smaller learning rate, "
+            "fewer steps for each "
+            "rollout, a larger beta",
+        )  # fmt: skip
+    if end > EXPLOSION * start and end > start + LOW_ENTROPY:
+        return Finding(
+            "entropy", "warning", f"{seen}: explosion", "updates push probability to tokens that nobody "
+            "sampled, often from noise in "
+            "the advantages or a sampler that differs from the trainer", "a smaller radius or learning rate, "
+            "max_ratio=10, top_p=1; "
+            "look at the sampler mismatch",
+        )  # fmt: skip
+    return Finding("entropy", "ok", seen)
+
+
+def clipping(log: Log) -> Finding | None:
+    """Inert, or too tight."""
+    name, values = log.series("clip")
+    if not values:
+        return None
+    mean, largest = sum(values) / len(values), max(values)
+    ratio, ratios = log.series("ratio")
+    if largest == 0:
+        still = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6
+        return Finding(
+            "clipping", "problem" if still else "warning", f"{name} is 0 in all {len(values)} rows"
+            + (f", and {ratio} is 1: the region is inert" if still else ""),
+            "each rollout is used for one optimiser step, so nothing can be clipped" if still else
+            "the updates are too small to reach the edge, or each rollout is used for one optimiser step",
+            "num_iterations=2 or more" if still else "a smaller radius, a higher learning rate, or more steps for each rollout",
+        )  # fmt: skip
+    if mean > TIGHT:
+        return Finding(
+            "clipping", "warning", f"{name} is {mean:.3f} on average, {largest:.3f} at most", "many tokens have "
+            "left the region: it is "
+            "tight for this learning rate and reuse", "a larger radius (bandpo doctor BATCH --target 0.02 "
+            "computes one), a smaller "
+            "learning rate, fewer steps for each rollout",
+        )  # fmt: skip
+    return Finding("clipping", "ok", f"{name} is {mean:.4f} on average, {largest:.4f} at most")
+
+
+def overshoot(log: Log) -> Finding | None:
+    """Tokens far outside of the region: the clip removes gradients, it holds nobody back."""
+    name, values = log.series("divergence")
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    seen = f"the furthest token of a step is {mean:.2f} radii out on average, {max(values):.2f} at most ({name})"
+    if mean > FAR:
+        return Finding(
+            "overshoot", "warning", seen, "a clip stops the gradient of a token outside, it does not bring it "
+            "back: one step was large "
+            "enough to throw tokens far out", "a smaller learning rate, a smaller max_grad_norm, more samples in a step",
+        )  # fmt: skip
+    return Finding("overshoot", "ok", seen)
+
+
+def mismatch(log: Log) -> Finding | None:
+    """Sampler and trainer differ."""
+    name, values = log.series("mismatch")
+    if not values:
+        return None
+    _, end = _ends(values)
+    seen = f"{name} is {end:.4f} at the end"
+    if end > MISMATCH:
+        return Finding(
+            "mismatch", "warning", seen, "the engine that samples gives tokens other probabilities than the "
+            "trainer: precision, "
+            "kernels, stale weights or cut sampling", "an objective with the rollout anchor (dppo-kl) or a "
+            "correction (tis, icepop), "
+            "the same dtype on both sides, top_p=1 and top_k off",
+        )  # fmt: skip
+    return Finding("mismatch", "ok", seen)
+
+
+def zero_variance(log: Log) -> Finding | None:
+    """Groups whose rewards are all equal."""
+    return _share(
+        log, "zero variance", "groups", "their completions all have the same reward, so their advantages are 0 and they teach "
+        "nothing", "prompts of middling difficulty, more num_generations, dynamic_sampling=2 or pruning",
+    )  # fmt: skip
+
+
+def cut_off(log: Log) -> Finding | None:
+    """Completions that end at the maximal length."""
+    return _share(
+        log, "cut off", "length", "completions end at the maximal length before they are done, and are then scored as wrong",
+        "a larger max_completion_length (data.max_response_length)",
+    )  # fmt: skip
+
+
+def cap(log: Log) -> Finding | None:
+    """The cap decides."""
+    return _share(log, "cap", "cap", "most upper edges are set by max_ratio and not by the radius", "max_ratio")
+
+
+def nonfinite(log: Log) -> Finding | None:
+    """NaN or infinity among log-probs, or in the gradient."""
+    name, values = log.series("nonfinite")
+    bad = [v for v in values if v != 0]
+    gradient, norms = log.series("gradient")
+    broken = sum(not math.isfinite(v) for v in norms)
+    if bad or broken:
+        return Finding(
+            "nonfinite", "problem", f"{name} is not 0 in {len(bad)} rows, {gradient} is not finite in {broken}",
+            "log-probs of NaN or infinity: 16-bit overflow, a broken checkpoint, a token of probability 0 in the sampler",
+            "float32 log-probs, a smaller learning rate, the checkpoint before",
+        )  # fmt: skip
+    return Finding("nonfinite", "ok", f"{name} is 0 throughout") if values else None
+
+
+def unscored(log: Log) -> Finding | None:
+    """Samples without a reward."""
+    name, values = log.series("unscored")
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    if mean > 0.01:
+        return Finding(
+            "unscored", "warning", f"{name} is {mean:.3f} on average", "the reward function gave no number: it "
+            "failed, took too long, "
+            "or could not read the reference answer", "failed_reward.jsonl has samples; reward_timeout, or mend the function",
+        )  # fmt: skip
+    return Finding("unscored", "ok", f"{name} is {mean:.4f} on average")
+
+
+def reward(log: Log) -> Finding | None:
+    """Whether it rose."""
+    name, values = log.series("reward")
+    if len(values) < 5:
+        return None
+    start, end = _ends(values)
+    return Finding("reward", "note", f"{name} went from {start:.3f} to {end:.3f}")
+
+
+RULES: tuple[Callable[[Log], Finding | None], ...] = (
+    clipping, entropy, overshoot, mismatch, zero_variance, cut_off, cap, nonfinite, unscored, reward,
+)  # fmt: skip
+
+
+def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | None:
+    name, values = log.series(what)
+    if not values:
+        return None
+    _, end = _ends(values)
+    if end > MANY:
+        return Finding(rule, "warning", f"{name} is {end:.2f} at the end", cause, knob)
+    return Finding(rule, "ok", f"{name} is {end:.2f} at the end")
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    size = max(1, len(values) // 10)
+    return sum(values[:size]) / size, sum(values[-size:]) / size

@@ -1,0 +1,125 @@
+"""The folder of a run: where it is, what is in it from the start, and what a killed run left there."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from bandpo._files import write_json, write_text
+from bandpo.integrations._trl_checkpoint import latest_checkpoint
+from bandpo.run.about import about
+from bandpo.run.config import RunConfig, TrainerConfig
+
+_NOT_SAVED = ("output_dir", "resume_from_checkpoint", "dry_run")
+
+
+def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], say: Callable[[str], None]) -> str | None:
+    """Set the output folder; the checkpoint to go on from, if any.
+
+    Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed. `latest` takes up
+    whatever a killed run left: its last whole checkpoint, or its beginning where there is none yet.
+
+    Args:
+        run: Our config.
+        args: TRL's.
+        given: The settings as they were given.
+        say: Takes messages.
+    """
+    if "output_dir" not in given:
+        label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
+        name = f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
+        [args.output_dir] = broadcast_object_list([str(_free_folder(Path("runs") / name))])
+    folder = Path(args.output_dir or ".")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; choose another")
+    resume = args.resume_from_checkpoint
+    if resume is None:
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"output_dir {folder} holds a run already; choose another, or go on with --resume_from_checkpoint latest"
+            )
+        return None
+    if resume == "latest":
+        _compare_config(folder, given, say)
+        found = latest_checkpoint(folder, say)
+        if found is None and run.method != "grpo" and run.pairs is None and (folder / "rounds").is_dir():
+            return str(folder / "rounds")  # a preference run finds its last whole round itself
+        if found is None:
+            say(f"{folder} has no whole checkpoint yet: the run starts from its beginning")
+        return None if found is None else str(found)
+    if not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint: {resume} is no folder")
+    return resume
+
+
+def make_folder(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any], *, resumed: bool) -> None:
+    """Make it, with the configuration and the environment of the run; it is not begun before they are there.
+
+    Args:
+        folder: To make.
+        run: Our config.
+        args: TRL's.
+        given: The settings as they were given.
+        resumed: From a checkpoint; what the folder says of its beginning stays.
+    """
+    PartialState().wait_for_everyone()  # all have looked before anything is made
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "failed_reward.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            saved = {k: v for k, v in given.items() if k not in _NOT_SAVED}
+            write_text(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+            resolved = {**asdict(run), **args.to_dict()}
+            write_text(folder / "config.resolved.yaml", yaml.safe_dump(_plain(resolved), allow_unicode=True))
+            write_json(folder / "env.json", environment(args))
+            (folder / "metrics.jsonl").touch()
+    PartialState().wait_for_everyone()
+
+
+def environment(args: TrainerConfig, seconds: float | None = None) -> dict[str, Any]:
+    """Of a run; the seconds are known at its end.
+
+    Args:
+        args: TRL's config.
+        seconds: Of this session.
+    """
+    return about(
+        seed=args.seed, seconds=None if seconds is None else round(seconds, 1), device=str(args.device),
+        processes=PartialState().num_processes,
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it; what it has no form for is written as text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _compare_config(folder: Path, given: dict[str, Any], say: Callable[[str], None]) -> None:
+    """A run goes on with the settings that are given now; where they are not those it began with, that is said."""
+    try:
+        began = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return
+    now = {k: v for k, v in given.items() if k not in _NOT_SAVED}
+    if not isinstance(began, dict) or began == now:
+        return
+    changed = [k for k in {**began, **now} if began.get(k) != now.get(k)]
+    shown = ", ".join(f"{k} {began.get(k)!r} -> {now.get(k)!r}" for k in changed)
+    say(f"this run began with other settings: {shown}. It goes on with the new ones")
+
+
+def _free_folder(wanted: Path) -> Path:
+    """The folder itself, or with the first number behind it that is free."""
+    folder, number = wanted, 2
+    while (folder / "metrics.jsonl").exists():
+        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    return folder
