@@ -59,6 +59,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, which can hold plain values only.
+
+    Raises:
+        ValueError: If it is something else; one line.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2024-13-01
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(found).__name__}")
+    return found
+
+
 def seal(folder: Path) -> None:
     """Mark a folder as complete: sizes and CRC-32 of its files, written last, once they are on the disk."""
     files = {str(p.relative_to(folder)): _fingerprint(p, sync=True) for p in _files(folder)}

@@ -144,7 +144,12 @@ def radius_for(divergence: FDivergence | str, target: float, batch: Mapping[str,
             f"the way they are "
             "pushed. Take more tokens, a batch further off policy, or another target."
         )
-    return (distances[count - 1].item() + distances[count].item()) / 2
+    radius = (distances[count - 1].item() + distances[count].item()) / 2
+    if not 0 < radius < math.inf:
+        raise ValueError(
+            f"radius_for: the tokens at {target:g} moved by {radius:g}, which is no radius; choose another target"
+        )
+    return radius
 
 
 def clip_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:

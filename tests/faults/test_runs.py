@@ -188,7 +188,7 @@ def test_an_empty_completion_has_a_reward_and_no_gradient():
     old, advantages = -2 - torch.rand(3, 4, generator=g), torch.tensor([1.0, -1.0, 2.0])
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     for name in ("bandpo-kl", "grpo", "gspo"):
-        new = (old + 0.1).requires_grad_()
+        new = (old + 1e-4).requires_grad_()
         loss, metrics = policy_loss(logprobs=new, old_logprobs=old, advantages=advantages, mask=mask, objective=name)
         loss.backward()
         assert loss.isfinite()

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from bandpo._files import read_yaml
 from bandpo.bounds import Clip
 from bandpo.composition import Objective
 from bandpo.doctor.setup import VERL_KNOBS, Setup
@@ -74,17 +75,17 @@ def read_overrides(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str,
         path: As in `read_verl`.
         overrides: As in `read_verl`.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
     chosen = dict(_pairs(" ".join(overrides)))
     unread: list[str] = []
     if path.suffix in (".yaml", ".yml"):
-        tree = _load(text, path)
+        tree = read_yaml(path)
         found = _flat(tree)
         for entry in tree.get("defaults") or []:
             found, missing = _default(entry, path.parent, chosen, found)
             unread += missing
         found = {k: v for k, v in found.items() if not k.startswith(("defaults", "hydra."))}
     else:
+        text = path.read_text(encoding="utf-8", errors="replace")
         found = dict(_pairs(re.sub(r"(?m)^\s*#.*$", "", text)))
         if not found:
             raise ValueError(f"{path}: no override of the form key=value in it")
@@ -157,21 +158,10 @@ def _default(
     path = folder / group / f"{name}.yaml"
     if not path.is_file():
         return found, [f"defaults: {group}={name} is not read: {path} does not exist"]
-    text = path.read_text(encoding="utf-8")
-    keys = _flat(_load(text, path))
-    if "@package _global_" not in text:
+    keys = _flat(read_yaml(path))
+    if "@package _global_" not in path.read_text(encoding="utf-8"):
         keys = {f"{group}.{k}": x for k, x in keys.items()}
     return {**found, **keys}, []
-
-
-def _load(text: str, path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error)[:200]}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(tree).__name__}")
-    return tree
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from bandpo._files import read_yaml
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl_online import OnlinePreferenceConfig
 from bandpo.lab.tasks import TASKS
@@ -212,14 +213,9 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
         )
         path = Path(str(importlib.resources.files("bandpo.configs") / f"{job}.yaml"))
     try:
-        given = yaml.safe_load(path.read_text())
+        return read_yaml(path)
     except OSError as error:
         raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is not YAML: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"--config: {path} must hold keys and values, got {type(given).__name__}")
-    return given
 
 
 def _as_floats(given: dict[str, Any], cls: type) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
-from bandpo._files import read_jsonl
+from bandpo._files import read_jsonl, read_yaml
 from bandpo.composition import Objective
 from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
@@ -71,12 +69,7 @@ def read_config(
     """
     if path.suffix not in (".yaml", ".yml"):
         return read_verl(path, overrides, vocabulary=vocabulary)
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error)[:200]}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(given).__name__}")
+    given = read_yaml(path)
     if is_verl(given):
         return read_verl(path, overrides, vocabulary=vocabulary)
     from bandpo.run.progress import quiet_hosts

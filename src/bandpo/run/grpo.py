@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from transformers import PrinterCallback
 from trl.models import unwrap_model_for_generation
 
@@ -61,8 +62,10 @@ class GRPORun:
         self.trainer.train(resume_from_checkpoint=resume)
 
     def save(self, folder: Path) -> None:
-        """The model."""
+        """The model, and beside it the last batch, for `bandpo doctor`."""
         self.trainer.save_model(str(folder))
+        if self.trainer.last_batch and self.trainer.is_world_process_zero():
+            save_file(self.trainer.last_batch, folder.parent / "batch.safetensors")
 
     @contextmanager
     def for_sampling(self) -> Iterator[Any]:
@@ -83,16 +86,19 @@ class GRPORun:
 
 
 class _Trainer(BandGRPOTrainer):
-    """Remembers some tokens of the last rollouts for the figure of the band."""
+    """Remembers some tokens of the last rollouts for the figure of the band, and the last batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
+        self.last_batch: dict[str, torch.Tensor] = {}
         self._draw = random.Random(0)
 
     def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
         super()._log_band(terms, inputs)
         valid = inputs["completion_mask"] != 0
+        if self.model.training:
+            self.last_batch = _as_batch(terms, valid)
         p = terms.anchor_logprobs.exp()
         log_ratio, advantages = (x.detach().expand(valid.shape) for x in (terms.log_ratio, terms.advantages))
         if isinstance(terms.bounds, RatioBounds):
@@ -104,3 +110,10 @@ class _Trainer(BandGRPOTrainer):
         chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_KEPT // 40))
         for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped)):
             self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]
+
+
+def _as_batch(terms: TokenObjective, valid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch in the names that the doctor reads."""
+    old = terms.anchor_logprobs
+    tensors = {"logprobs": old + terms.log_ratio, "old_logprobs": old, "advantages": terms.advantages, "mask": valid}
+    return {name: x.detach().expand(valid.shape).contiguous().cpu() for name, x in tensors.items()}
