@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-verl test-browser bench evidence lint types docs format clean
+.PHONY: train test test-verl test-browser bench fuzz evidence lint types docs format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
@@ -23,6 +23,9 @@ $(VENV)-browser/.installed:
 	$(PYTHON) -m venv $(VENV)-browser
 	$(VENV)-browser/bin/python -m pip install --quiet PySide6==6.12.0
 	touch $@
+
+fuzz: $(VENV)/.installed  ## nightly: a million bad inputs, none of which may crash, hang or pass as good
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 bench: $(VENV)/.installed  ## paired timings, one table, benchmarks/results.json
 	$(BIN)/python -m pytest benchmarks -q -s -p no:xdist -o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(ARGS)

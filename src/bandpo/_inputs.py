@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 # `policy_loss` has these for every objective; every other name is an extra that the caller passes.
 PROVIDED = ("logprobs", "old_logprobs", "log_ratio", "advantages", "mask")
 
@@ -37,3 +39,25 @@ def inputs_of(component: Callable[..., Any]) -> tuple[str, ...]:
     while isinstance(component, partial):
         component = component.func
     return tuple(getattr(component, "needs", ()))
+
+
+def check_tensor(name: str, value: object, *, floating: bool = True) -> None:
+    """An argument must be a tensor, of a float dtype unless that is said.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must have a float dtype, got {value.dtype}; convert with .float()")
+
+
+def check_int(name: str, value: object) -> None:
+    """An argument must be an integer, and True is none.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")

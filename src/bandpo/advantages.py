@@ -4,6 +4,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from bandpo._inputs import check_int, check_tensor
+
 AdvantageKind = Literal["std", "mean", "leave-one-out"]
 
 
@@ -24,7 +26,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, kind: AdvantageKind = 
 
     Raises:
         ValueError: If the group size does not fit or the kind is unknown.
-        TypeError: If `rewards` is not float.
+        TypeError: If `rewards` is no float tensor, or the group size no integer.
 
     Examples:
         >>> import torch
@@ -33,8 +35,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, kind: AdvantageKind = 
     """
     if kind not in get_args(AdvantageKind):
         raise ValueError(f"kind: got {kind!r}; choose one of {', '.join(get_args(AdvantageKind))}")
-    if not rewards.is_floating_point():
-        raise TypeError(f"rewards must have a float dtype, got {rewards.dtype}; convert with .float()")
+    check_tensor("rewards", rewards)
+    check_int("group_size", group_size)
     if group_size < 2:
         raise ValueError(
             f"group_size must be at least 2 (one completion has nothing to be compared to), got {group_size}"

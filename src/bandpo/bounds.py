@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_tensor
 from bandpo._roots import log_bounds
 from bandpo._table import table_for
 from bandpo.divergences import DIVERGENCES, KL, FDivergence, binary_divergence
@@ -118,6 +119,7 @@ def in_band(
         tensor([ True, False,  True])
     """
     _check_logprobs(old_logprobs)
+    check_tensor("log_ratio", log_ratio)
     if log_ratio.shape != old_logprobs.shape:
         raise ValueError(
             f"in_band: log_ratio has shape {tuple(log_ratio.shape)} and old_logprobs {tuple(old_logprobs.shape)}; "

@@ -52,6 +52,8 @@ def match_radius(
         0.0559
     """
     divergence = as_divergence(divergence)
+    if not isinstance(by, str):
+        raise TypeError(f"match_radius: by must be a string, got {by!r}")
     kind, at, where = by.partition("@")
     if kind in ("upper", "lower") and at:
         return _match_bound(divergence, like, kind, where)

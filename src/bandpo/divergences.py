@@ -8,6 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_tensor
+
 # exp(±700) is still a normal float64: beyond it a probability, or its complement, is treated as e^-700.
 MAX_LOG = 700.0
 MAX_LOG_FLOAT32 = 80.0  # the same for statistics in float32
@@ -86,11 +88,16 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
     Returns:
         float64 tensor of the broadcast shape, in the units of the divergence (nats for KL).
 
+    Raises:
+        TypeError: If one of the two is no float tensor.
+
     Examples:
         >>> p, r = torch.tensor([0.5]), torch.tensor([1.308484])
         >>> binary_divergence(r.log(), p.log(), KL)
         tensor([0.0500], dtype=torch.float64)
     """
+    check_tensor("log_ratio", log_ratio)
+    check_tensor("old_logprobs", old_logprobs)
     return divergence_of_two(log_ratio.to(torch.float64), old_logprobs.to(torch.float64), divergence)
 
 
@@ -295,9 +302,9 @@ def alpha(a: float) -> FDivergence:
         >>> alpha(0.0) is KL, alpha(3).name
         (True, 'ALPHA(3)')
     """
+    if not isinstance(a, int | float) or not math.isfinite(a):
+        raise ValueError(f"alpha: the order must be a finite number, got {a!r}")
     a = float(a)
-    if not math.isfinite(a):
-        raise ValueError(f"alpha: the order must be a finite number, got {a}")
     if a == 0:
         return KL
     if a == 1:

@@ -6,6 +6,7 @@ from typing import ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_int, check_tensor
 from bandpo.composition import Aggregation, Objective
 from bandpo.metrics import approx_kl, masked_mean, policy_metrics
 from bandpo.objectives import get_objective
@@ -81,11 +82,13 @@ def policy_loss(
     objective = get_objective(objective)
     _check_shapes(logprobs, old_logprobs=old_logprobs, mask=mask, rollout_logprobs=rollout_logprobs,
                   ref_logprobs=ref_logprobs, entropy=entropy)  # fmt: skip
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
+    if not isinstance(kl_coef, int | float) or not kl_coef >= 0:
+        raise ValueError(f"kl_coef must be a number >= 0, got {kl_coef!r}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")
 
+    if sample_weight is not None:
+        check_tensor("sample_weight", sample_weight)
     if sample_weight is not None and sample_weight.shape != logprobs.shape[:1]:
         raise ValueError(
             f"sample_weight has shape {tuple(sample_weight.shape)}; one for each of {len(logprobs)} sequences"
@@ -182,6 +185,10 @@ def aggregate(
             f"max_length={max_length} with aggregation {aggregation!r}: 'seq-mean-token-sum-norm' needs it "
             "(the maximal completion length of the run), the others do not use it"
         )
+    check_tensor("values", values)
+    check_tensor("mask", mask, floating=False)
+    if max_length is not None:
+        check_int("max_length", max_length)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     if aggregation == "token-sum" and normalizer is not None:
@@ -213,14 +220,14 @@ def loss_normalizer(mask: Tensor, aggregation: Aggregation) -> Tensor:
 
 
 def _check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:
+    check_tensor("logprobs", logprobs)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs must be (batch, time), got shape {tuple(logprobs.shape)}")
     for name, value in {"logprobs": logprobs, **others}.items():
         if value is None:
             continue
+        check_tensor(name, value, floating=name != "mask")
         if value.shape != logprobs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} but logprobs has {tuple(logprobs.shape)}; they must be equal"
             )
-        if name != "mask" and not value.is_floating_point():
-            raise TypeError(f"{name} must have a float dtype, got {value.dtype}")

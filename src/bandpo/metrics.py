@@ -6,6 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_int
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 
@@ -154,6 +155,8 @@ def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
         >>> pass_at_k(8, torch.tensor([0, 1, 8]), 4)
         tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
+    check_int("n", n)
+    check_int("k", k)
     if not 1 <= k <= n:
         raise ValueError(f"pass_at_k: k must be between 1 and the number of samples n={n}, got k={k}")
     right = torch.as_tensor(c, dtype=torch.float64)

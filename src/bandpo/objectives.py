@@ -350,8 +350,8 @@ def get_objective(objective: Objective | str) -> Objective:
         module, _, attribute = objective.partition(":")
         try:
             objective = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"objective {module}:{attribute} could not be imported: {error}") from error
+        except Exception as error:  # the module's own code runs, and may raise anything
+            raise ValueError(f"objective {module}:{attribute} could not be imported: {error!r}") from error
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, str):

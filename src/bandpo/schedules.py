@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from bandpo._inputs import check_int
+
 Shape = Literal["constant", "linear", "cosine"]
 
 
@@ -35,6 +37,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
             raise ValueError(f"Schedule: shape is {self.shape!r}; choose one of {', '.join(get_args(Shape))}")
+        check_int("Schedule: steps", self.steps)
         if self.steps < 1:
             raise ValueError(f"Schedule: steps must be at least 1, got {self.steps}")
         if self.end is None and self.shape != "constant":

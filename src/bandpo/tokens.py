@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_tensor
 from bandpo.bounds import RatioBounds
 from bandpo.composition import Objective
 from bandpo.surrogates import clip
@@ -60,6 +61,7 @@ def token_objective(
             "the policy before the update (anchor='old'): pass old_logprobs"
         )  # fmt: skip
         raise ValueError(f"objective {objective.name!r} measures its ratio against {what}")
+    check_tensor("advantages", advantages)
     valid = mask != 0
     new, old = fill(logprobs, valid), fill(anchor.detach(), valid)
     advantages = fill(as_columns(advantages.detach(), logprobs), valid)
