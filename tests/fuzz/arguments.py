@@ -84,7 +84,8 @@ BAD_BOUNDS = st.one_of(
     st.tuples(
         st.just("divergence"),
         st.one_of(
-            names.filter(lambda s: s not in bandpo.DIVERGENCES), not_positive.filter(lambda x: not isinstance(x, str))
+            names.filter(lambda s: s.lower() not in bandpo.DIVERGENCES),
+            not_positive.filter(lambda x: not isinstance(x, str)),
         ),
     ),
     st.tuples(st.sampled_from(["logprobs", "band logprobs", "binary"]), st.one_of(no_tensor, wrong_dtype)),
@@ -211,7 +212,7 @@ BAD_SMALL = st.one_of(
     st.tuples(st.just("k"), st.one_of(st.integers(max_value=0), st.integers(min_value=9))),
     st.tuples(st.just("c"), st.one_of(st.integers(max_value=-1), st.integers(min_value=9))),
     st.tuples(st.just("n"), st.integers(max_value=8)),
-    st.tuples(st.just("match divergence"), texts),
+    st.tuples(st.just("match divergence"), texts.filter(lambda x: str(x).lower() not in bandpo.DIVERGENCES)),
     st.tuples(st.sampled_from(["surrogate", "bounds"]), st.one_of(texts, st.floats())),
     st.tuples(st.just("steps"), st.one_of(st.integers(max_value=0), st.text(max_size=2), st.none())),
     st.tuples(st.sampled_from(["prompts", "completions"]), no_share),
@@ -240,7 +241,7 @@ BAD_OVERRIDE = st.one_of(
         st.just("radius"),
         not_positive.filter(lambda x: x is not None and x is not False),
     ),
-    st.tuples(st.just("bandpo-kl"), st.just("divergence"), names.filter(lambda s: s not in bandpo.DIVERGENCES)),
+    st.tuples(st.just("bandpo-kl"), st.just("divergence"), names.filter(lambda s: s.lower() not in bandpo.DIVERGENCES)),
 )
 
 # ---- any values: what comes out keeps its promises

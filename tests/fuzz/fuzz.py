@@ -57,8 +57,8 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for turn in range(10_000):
             jobs = [
-                (name, 100 if target.slow else 4000, options.seed + 1000 * turn) for name, target in TARGETS.items()
-                if not (target.slow and turn % 2)
+                (name, 100 if target.slow else 20_000 if target.bad else 2000, options.seed + 1000 * turn)
+                for name, target in TARGETS.items() if not (target.slow and turn % 4)
             ]  # fmt: skip
             for name, outcomes, failure in pool.map(work, jobs):
                 totals[name] += outcomes

@@ -1,0 +1,149 @@
+"""Reports and the explorer in a real browser: what models write does nothing, figures are drawn, numbers are the library's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from bandpo import DIVERGENCES, OBJECTIVES, Band, Objective
+from bandpo.surrogates import soft_edge
+from bandpo.tokens import gradient_weight
+
+EXPLORER = Path(__file__).parents[2] / "docs" / "assets" / "explorer.html"
+ATTACKS = [
+    "<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "</code></td></table><script>document.title='pwned'</script>",
+    '"><svg onload=alert(3)>', "javascript:alert(4)", "<iframe src='http://example.com'></iframe>", "{{ 7*7 }}", "<style>*{display:none}</style>",
+    "<a href='javascript:alert(5)'>x</a>", "<meta http-equiv=refresh content='0;url=http://example.com'>",
+]  # fmt: skip
+
+
+def report(folder, title="A run"):
+    from bandpo.run.report import write_report
+
+    rows = [
+        {"stage": s, "prompt": a, "completions": [a, a], "rewards": [1.0, None]}
+        for s in ("before", "after")
+        for a in ATTACKS
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    numbers = {"mean@1": 0.5}
+    whole = {"before": numbers, "after": numbers, "prompts": 1, "samples": 1, "temperature": 1.0}
+    (folder / "evaluation.json").write_text(json.dumps(whole))
+    (folder / "config.yaml").write_text(f"objective: {json.dumps(ATTACKS[0])}\n")
+    (folder / "env.json").write_text(
+        json.dumps({"command": ATTACKS[1], "versions": {"bandpo": "0"}, "seconds": 1.0, "device": "cpu"})
+    )
+    figure = Figure()
+    figure.subplots().set_title(ATTACKS[0])
+    return write_report(folder, title=title, figures={ATTACKS[3]: figure})
+
+
+def outside(page):
+    return [url for url in page.asked if not url.startswith(("file:", "data:"))]
+
+
+def test_what_a_model_writes_does_nothing_in_the_report(page, tmp_path):
+    page.goto(report(tmp_path, title=ATTACKS[2]).as_uri())
+    page.wait_for_timeout(300)
+    assert page.said == []
+    assert outside(page) == []
+    assert page.title() == ATTACKS[2]  # as text
+    assert page.locator("script, iframe, img, meta[http-equiv=refresh]").count() == 0
+    shown = page.locator("table").nth(1).inner_text()
+    assert all(attack in shown for attack in ATTACKS)
+    assert page.locator("figure svg").count() == 1
+
+
+def test_the_policy_of_the_page_would_stop_a_script_that_got_in(page, tmp_path):
+    """Two locks: with the escaping taken out by hand, the page's content security policy still holds."""
+    path = report(tmp_path)
+    path.write_text(
+        path.read_text().replace("<h1>", "<script>document.title='pwned'</script><img src=x onerror=alert(1)><h1>")
+    )
+    page.goto(path.as_uri())
+    page.wait_for_timeout(300)
+    assert page.title() == "A run"
+    assert not any(said.startswith("dialog") for said in page.said)
+    assert any("Content Security Policy" in said for said in page.said)
+
+
+@pytest.mark.slow
+def test_the_report_of_a_comparison(page, tmp_path, monkeypatch):
+    from bandpo.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--preset", "smoke", "--tasks", "paths", "--objectives", "grpo,bandpo-kl", "--output", "c"]
+    assert main(["compare", *arguments]) == 0
+    page.goto((tmp_path / "c" / "report.html").as_uri())
+    figures = page.locator("figure svg")
+    assert figures.count() == page.locator("figure").count() > 3
+    assert all(figures.nth(i).bounding_box()["height"] > 50 for i in range(figures.count()))
+    assert page.said == []
+    assert outside(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+
+
+LOGITS = [-9.0, -4.6, -2.2, -0.5, 0.0, 0.7, 2.2, 4.6, 6.8]
+
+
+@pytest.mark.parametrize("radius", [0.001, 0.05, 0.3])
+def test_the_explorer_has_the_library_s_bounds(page, radius):
+    page.goto(EXPLORER.as_uri())
+    names = page.evaluate("bandpo.divergences")
+    assert set(names) == set(DIVERGENCES)
+    logp = torch.nn.functional.logsigmoid(torch.tensor(LOGITS, dtype=torch.float64))
+    for name in names:
+        for cap in (10.0, None):
+            got = page.evaluate(
+                "([d, r, xs, c]) => xs.map(x => bandpo.bounds(d, r, x, c ?? Infinity))", [name, radius, LOGITS, cap]
+            )
+            lower, upper = Band(name, radius, max_ratio=cap)(logp)
+            # the page bisects r - 1 in doubles with plain f: relative 1e-9 of the shift is what is left near r = 1
+            assert [b["upper"] for b in got] == pytest.approx(upper.tolist(), rel=1e-8), name
+            assert [b["lower"] for b in got] == pytest.approx(lower.tolist(), rel=1e-6, abs=1e-9), name
+    assert page.said == []
+
+
+def test_the_explorer_has_the_library_s_weights(page):
+    page.goto(EXPLORER.as_uri())
+    objectives = {"clip": OBJECTIVES["bandpo-kl"], "soft edge": Objective(bounds=Band(), surrogate=soft_edge)}
+    ratios = [0.3, 0.7, 0.95, 1.0, 1.05, 1.4, 2.5]
+    names = page.evaluate("bandpo.surrogates")
+    for name in names:
+        for advantage in (1.0, -1.0):
+            got = page.evaluate(
+                "([s, rs, a]) => "
+                "{ const b = bandpo.bounds('kl', 0.05, Math.log(0.3 / 0.7), 10); return rs.map(r => bandpo.weight(s, r, a, b)) }",
+                [name, ratios, advantage],
+            )
+            if name not in objectives:  # CISPO over a band: w = clamp(r)/r, its definition
+                lower, upper = (b.item() for b in Band()(torch.tensor([0.3], dtype=torch.float64).log()))
+                expected = [min(max(r, lower), upper) / r for r in ratios]
+            else:
+                p = torch.full((len(ratios),), 0.3, dtype=torch.float64)
+                expected = gradient_weight(
+                    objectives[name], torch.tensor(ratios, dtype=torch.float64), p, advantage
+                ).tolist()
+            assert got == pytest.approx(expected, rel=1e-6), (name, advantage)
+
+
+def test_the_explorer_s_controls_redraw_it(page):
+    page.goto(EXPLORER.as_uri())
+    curve = "document.querySelectorAll('#bounds path')[3].getAttribute('d')"
+    seen = {page.evaluate(curve)}
+    for name, value in (("radius", "-2"), ("cap", "0.5"), ("divergence", "tv")):
+        page.evaluate(
+            "([id, v]) => { const e = document.getElementById(id); e.value = v; e.dispatchEvent(new Event('input')) }",
+            [name, value],
+        )
+        seen.add(page.evaluate(curve))
+    assert len(seen) == 4
+    assert page.locator("#numbers tbody tr").count() == 8
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    for width in (400, 900):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0, width
+    assert page.said == []
+    assert outside(page) == []
