@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-verl test-browser bench fuzz evidence lint types docs format clean
+.PHONY: train test test-verl test-browser bench fuzz evidence lint types docs notebook format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
@@ -59,6 +59,9 @@ $(VENV)-verl/.installed: pyproject.toml constraints-verl.txt
 $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
+
+notebook: $(VENV)/.docs-installed  ## examples/first_steps.ipynb from examples/first_steps.py
+	$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext": null}' examples/first_steps.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-verl site runs .pytest_cache .ruff_cache .hypothesis

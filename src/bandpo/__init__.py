@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from bandpo.bounds import RatioBounds as RatioBounds
     from bandpo.bounds import in_band as in_band
     from bandpo.bounds import ratio_bounds as ratio_bounds
+    from bandpo.calibration import clip_fraction as clip_fraction
     from bandpo.calibration import match_radius as match_radius
+    from bandpo.calibration import radius_for as radius_for
     from bandpo.composition import Objective as Objective
     from bandpo.divergences import CHI2 as CHI2
     from bandpo.divergences import DIVERGENCES as DIVERGENCES
@@ -51,7 +53,7 @@ _HOME = {
     "_inputs": ["needs"],
     "advantages": ["group_advantages"],
     "bounds": ["Band", "Clip", "DCPO", "RatioBounds", "in_band", "ratio_bounds"],
-    "calibration": ["match_radius"],
+    "calibration": ["clip_fraction", "match_radius", "radius_for"],
     "composition": ["Objective"],
     "divergences": [
         *("KL", "REVERSE_KL", "TV", "CHI2", "NEYMAN", "HELLINGER", "LE_CAM", "JS", "JEFFREYS"),
@@ -68,6 +70,7 @@ _SUBMODULES = (
     *(name for name in _HOME if not name.startswith("_")),
     *(
         "corrections",
+        "doctor",
         "groups",
         "preference",
         "regions",

@@ -1,5 +1,6 @@
 """What the README and the docs show runs, and every public name has an entry."""
 
+import json
 import re
 import subprocess
 import sys
@@ -95,6 +96,32 @@ def test_examples_run(tmp_path, monkeypatch):
         out = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=False)
         assert out.returncode == 0, out.stderr
         assert "figure:" in out.stdout
+
+
+def test_tests_that_the_docs_name_exist():
+    named = {m for page in PAGES for m in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text())}
+    assert len(named) > 10
+    for file, test in named:
+        text = (ROOT / file).read_text()
+        assert not test or f"def {test}(" in text, f"{file}::{test}"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in PAGES} - {"README.md"}
+
+
+def test_the_notebook_is_the_example():
+    """`make notebook` writes one from the other; both have the same cells."""
+    script = (ROOT / "examples" / "first_steps.py").read_text()
+    expected = []
+    for head, body in (cell.split("\n", 1) for cell in script.split("# %%")[1:]):
+        lines = body.strip().splitlines()
+        expected.append("\n".join((x[2:] if x.startswith("# ") else x[1:]) if "markdown" in head else x for x in lines))
+    notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text())
+    cells = notebook["cells"][1:]  # the first is the script's docstring
+    assert ["".join(cell["source"]) for cell in cells] == expected
+    assert not any(cell.get("outputs") for cell in cells)
 
 
 def test_links_inside_the_docs_lead_somewhere():

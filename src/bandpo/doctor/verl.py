@@ -102,11 +102,14 @@ def _setup(v: Mapping[str, Any], given: Mapping[str, Any], unread: tuple[str, ..
         raise ValueError(
             f"train_batch_size={batch:g}, ppo_mini_batch_size={mini:g}, ppo_epochs={epochs:g} must be positive"
         )
-    length = int(_number(v, "data.max_response_length"))
+    length = _whole(v, "data.max_response_length")
     micro = v[f"{_ACTOR}.ppo_micro_batch_size_per_gpu"]
     dynamic = bool(v[f"{_ACTOR}.use_dynamic_bsz"])
-    tokens = int(_number(v, f"{_ACTOR}.ppo_max_token_len_per_gpu")) if dynamic else int(micro or 0) * length
-    top_k = int(_number(v, f"{_ROLLOUT}.top_k"))
+    if dynamic:
+        tokens = _whole(v, f"{_ACTOR}.ppo_max_token_len_per_gpu")
+    else:
+        tokens = 0 if micro is None else _whole(v, f"{_ACTOR}.ppo_micro_batch_size_per_gpu") * length
+    top_k = _whole(v, f"{_ROLLOUT}.top_k")
     return Setup(
         host="verl", objective=objective, ours=ours, bypassed=bypassed, steps=batch / mini * epochs,
         steps_from=f"train_batch_size={batch:g} / ppo_mini_batch_size={mini:g} x ppo_epochs={epochs:g}",
@@ -114,7 +117,7 @@ def _setup(v: Mapping[str, Any], given: Mapping[str, Any], unread: tuple[str, ..
         corrected=v["algorithm.rollout_correction.rollout_is"] is not None,
         old_is_rollout=bool(v["algorithm.rollout_correction.bypass_mode"]),
         temperature=_number(v, f"{_ROLLOUT}.temperature"), top_p=_number(v, f"{_ROLLOUT}.top_p"), top_k=max(0, top_k),
-        group=int(_number(v, f"{_ROLLOUT}.n")), tokens=tokens, vocabulary=vocabulary,
+        group=_whole(v, f"{_ROLLOUT}.n"), tokens=tokens, vocabulary=vocabulary,
         fused_head=bool(v["actor_rollout_ref.model.use_fused_kernels"]),
         knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"}, unread=unread,
     )  # fmt: skip
@@ -203,3 +206,10 @@ def _number(v: Mapping[str, Any], key: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{key}: {value!r} is not a number") from None
+
+
+def _whole(v: Mapping[str, Any], key: str) -> int:
+    value = _number(v, key)
+    if value != value // 1:  # NaN and infinity are not whole either
+        raise ValueError(f"{key}: {v[key]!r} is not a whole number")
+    return int(value)
