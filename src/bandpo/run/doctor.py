@@ -132,4 +132,4 @@ def _count(findings: Sequence[Finding], level: str) -> int:
 
 
 def _wrap(text: str) -> str:
-    return textwrap.fill(text, 108, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 84, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
