@@ -25,8 +25,13 @@ def twice(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["bounds", "--no-figure"], ["bounds", "--divergence", "kl,tv,js", "--match", "max_shift", "--no-figure"], ["objectives"]]
-)  # fmt: skip
+    "arguments",
+    [
+        ["bounds", "--no-figure"],
+        ["bounds", "--divergence", "kl,tv,js", "--match", "max_shift", "--no-figure"],
+        ["objectives"],
+    ],
+)
 def test_tables(arguments, capsys):
     first, second = twice(capsys, *arguments)
     assert first == second
