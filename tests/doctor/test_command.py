@@ -160,3 +160,23 @@ def test_other_mistakes(capsys):
     ):  # fmt: skip
         assert main(["doctor", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_patched_or_fused_loss_in_trl_is_a_problem(capsys, monkeypatch):
+    from trl import GRPOTrainer
+
+    path = write("a.yaml", "objective: bandpo-kl\nnum_iterations: 2\nper_device_train_batch_size: 8\n")
+    assert rules(capsys, path)[1]["bypass"] == "ok"
+    liger = write("b.yaml", "use_liger_kernel: true\nnum_iterations: 2\nper_device_train_batch_size: 8\n")
+    assert rules(capsys, liger)[1]["bypass"] == "note"  # since 1.16 TRL's loss stays its own
+    with monkeypatch.context() as m:
+        m.setattr("bandpo.doctor.trl.importlib.metadata.version", lambda _: "1.15.2")
+        assert rules(capsys, liger)[1]["bypass"] == "problem"
+
+    def _compute_loss(self, model, inputs):
+        return 0.0
+
+    _compute_loss.__module__ = "unsloth_zoo.losses"
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", _compute_loss)
+    status, found = rules(capsys, path)
+    assert (status, found["bypass"]) == (1, "problem")

@@ -80,6 +80,14 @@ def test_every_objective_and_divergence_has_a_row():
             assert text in rows[name], (name, text)
 
 
+def test_every_paper_and_every_objective_is_in_the_paper_index():
+    page = (ROOT / "docs" / "papers.md").read_text()
+    for name, objective in bandpo.OBJECTIVES.items():
+        for number in re.findall(r"arXiv:(\d{4}\.\d{5})", objective.paper):
+            assert f"https://arxiv.org/abs/{number}" in page, number
+        assert f"`{name}`" in page or name in ("no-clip", "ppo-kl"), name
+
+
 def test_surrogates_and_regions_have_rows():
     page = (ROOT / "docs" / "objectives.md").read_text()
     for objective in bandpo.OBJECTIVES.values():

@@ -27,7 +27,7 @@ COLLAPSE, EXPLOSION = 0.2, 2.0
 LOW_ENTROPY = 0.05  # nats; a fall that ends above is no collapse
 TIGHT = 0.2  # share of clipped tokens
 FAR = 10.0  # realised divergence over the radius
-MISMATCH = 0.02  # mean |log-prob difference| between sampler and trainer, nats; bf16 engines show less than 0.01
+MISMATCH = 0.02  # mean |log-prob difference| between sampler and trainer, nats
 MANY = 0.5  # share of groups without signal, of completions cut off, of edges set by the cap
 
 
