@@ -91,7 +91,9 @@ def test_tuning_takes_the_best_on_the_tuning_seeds(tmp_path):
     assert study.tuned(plan, "paths", "grpo") is None
     for arm, value in zip(arms, (0.3, 0.6), strict=True):
         for job in jobs_of(plan, "paths", [arm], [1000]):
-            (tmp_path / "runs" / f"{job.key}.json").write_text(json.dumps({"result": {"after": {"mean@4": value}}}))
+            (tmp_path / "runs" / f"{job.key}.json").write_text(
+                json.dumps({"result": {"after": {"mean@4": value}}, "seconds": 1.0})
+            )
     assert study.tuned(plan, "paths", "grpo") == arms[1]
 
 

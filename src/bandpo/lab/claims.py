@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
 from bandpo.lab.exact import largest_shift, updates_to_common
-from bandpo.lab.stats import Difference, paired
+from bandpo.lab.stats import Difference, number, paired
 
 HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
     "holds", "holds in part", "does not hold", "does not hold, the opposite is seen", "not testable here",
@@ -126,7 +126,8 @@ def _on_tasks(summary: Mapping[str, Any], measure: str, first: str, second: str)
 
 
 def _say(where: str, d: Difference) -> str:
-    return f"{where}: {d.mean.value:+.3f} [{d.mean.low:+.3f}, {d.mean.high:+.3f}], p = {d.p_holm:.2g}"
+    value, low, high = (number(x, "+.3f") for x in (d.mean.value, d.mean.low, d.mean.high))
+    return f"{where}: {value} [{low}, {high}], p = {d.p_holm:.2g}"
 
 
 def _bottleneck() -> Claim:

@@ -165,3 +165,13 @@ def _sign_flips(difference: Floats, seed: int) -> float:
             n_resamples=9999 if len(difference) > 13 else 2**13, rng=np.random.default_rng(seed),
         ).pvalue
     )  # fmt: skip
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number for a table; a dash where there is none, as the interval of two runs.
+
+    Examples:
+        >>> number(0.25), number(None), number(math.nan)
+        ('0.250', '–', '–')
+    """
+    return "–" if value is None or math.isnan(value) else format(value, form)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bandpo.lab.plan import ABLATIONS, Arm, Plan, jobs_of, report_arms, robust_jobs
-from bandpo.lab.stats import Difference, best_of_bootstrap, compare, interval, iqm
+from bandpo.lab.stats import Difference, best_of_bootstrap, compare, interval, iqm, number
 from bandpo.lab.study import Study
 from bandpo.metrics import PROB_BINS
 
@@ -187,7 +187,7 @@ def markdown(summary: dict[str, Any]) -> str:
         measures = [m for m, v in next(iter(found["table"].values())).items() if isinstance(v, dict) and "value" in v]
         parts.append(f"### {task}\n\n| arm | runs | {' | '.join(measures)} |\n|---|---|{'---|' * len(measures)}")
         for label, row in found["table"].items():
-            cells = [f"{row[m]['value']:.3f} [{row[m]['low']:.3f}, {row[m]['high']:.3f}]" for m in measures]
+            cells = [f"{number(row[m]['value'])} [{number(row[m]['low'])}, {number(row[m]['high'])}]" for m in measures]
             parts.append(f"| {label} | {row['runs']} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts) + "\n"

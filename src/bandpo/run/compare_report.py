@@ -21,6 +21,7 @@ from bandpo.lab.figures import (
     plot_staleness,
 )  # fmt: skip
 from bandpo.lab.problems import PROBLEMS
+from bandpo.lab.stats import number
 from bandpo.lab.summary import ABLATED
 
 
@@ -171,6 +172,7 @@ def _template(name: str, *, autoescape: bool) -> jinja2.Template:
         loader=jinja2.PackageLoader("bandpo.run"), autoescape=autoescape, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["number"] = number
     return environment.get_template(name)
 
 
