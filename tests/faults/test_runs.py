@@ -73,6 +73,14 @@ def test_latest_takes_up_whatever_there_is(tmp_path, capsys):
     assert main(["train", *SMALL, "--output_dir", "run", "--resume_from_checkpoint", "run/checkpoint-2x"]) == 2
 
 
+def test_latest_without_a_folder_goes_on_in_the_usual_one(tmp_path, capsys):
+    options = ["train", *SMALL, "--max_steps", "2", "--resume_from_checkpoint", "latest"]
+    for _ in range(2):
+        assert main(options) == 0
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["bandpo-kl-countdown-seed0"]
+    assert capsys.readouterr().out.count("the run starts from its beginning") == 1
+
+
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

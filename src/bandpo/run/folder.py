@@ -32,7 +32,10 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
     if "output_dir" not in given:
         label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
         name = f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
-        [args.output_dir] = broadcast_object_list([str(_free_folder(Path("runs") / name))])
+        wanted = Path("runs") / name
+        if args.resume_from_checkpoint is None:
+            wanted = _free_folder(wanted)
+        [args.output_dir] = broadcast_object_list([str(wanted)])
     folder = Path(args.output_dir or ".")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; choose another")
