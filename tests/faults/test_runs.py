@@ -78,7 +78,15 @@ def test_latest_without_a_folder_goes_on_in_the_usual_one(tmp_path, capsys):
     for _ in range(2):
         assert main(options) == 0
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["bandpo-kl-countdown-seed0"]
-    assert capsys.readouterr().out.count("the run starts from its beginning") == 1
+    said = capsys.readouterr().out
+    assert said.count("the run starts from its beginning") == 1
+    assert "the run in runs/bandpo-kl-countdown-seed0 is finished" in said
+    # killed after its last step, before the report: it makes no step too many
+    folder = tmp_path / "runs" / "bandpo-kl-countdown-seed0"
+    before = {name: (folder / name).read_bytes() for name in SAME}
+    (folder / "report.html").unlink()
+    assert main(options) == 0
+    assert before == {name: (folder / name).read_bytes() for name in SAME}
 
 
 FULL = """

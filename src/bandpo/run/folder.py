@@ -9,7 +9,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from bandpo._files import write_json, write_text
+from bandpo._files import read_yaml, write_json, write_text
 from bandpo.integrations._trl_checkpoint import latest_checkpoint
 from bandpo.run.about import about
 from bandpo.run.config import RunConfig, TrainerConfig
@@ -47,7 +47,8 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
             )
         return None
     if resume == "latest":
-        _compare_config(folder, given, say)
+        if changed := _changes(folder, given):
+            say(f"this run began with other settings: {changed}. It goes on with the new ones")
         found = latest_checkpoint(folder, say)
         if found is None and run.method != "grpo" and run.pairs is None and (folder / "rounds").is_dir():
             return str(folder / "rounds")  # a preference run finds its last whole round itself
@@ -106,18 +107,25 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _compare_config(folder: Path, given: dict[str, Any], say: Callable[[str], None]) -> None:
-    """A run goes on with the settings that are given now; where they are not those it began with, that is said."""
+def is_finished(folder: Path, given: dict[str, Any]) -> bool:
+    """Whether a run with these very settings has left its report, which is written last.
+
+    Args:
+        folder: Of the run.
+        given: The settings as they were given.
+    """
+    return (folder / "report.html").exists() and _changes(folder, given) == ""
+
+
+def _changes(folder: Path, given: dict[str, Any]) -> str | None:
+    """How the settings differ from those that the run in the folder began with; None where there is no run."""
     try:
-        began = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
-        return
+        began = read_yaml(folder / "config.yaml")
+    except (OSError, ValueError):
+        return None
     now = {k: v for k, v in given.items() if k not in _NOT_SAVED}
-    if not isinstance(began, dict) or began == now:
-        return
     changed = [k for k in {**began, **now} if began.get(k) != now.get(k)]
-    shown = ", ".join(f"{k} {began.get(k)!r} -> {now.get(k)!r}" for k in changed)
-    say(f"this run began with other settings: {shown}. It goes on with the new ones")
+    return ", ".join(f"{k} {began.get(k)!r} -> {now.get(k)!r}" for k in changed)
 
 
 def _free_folder(wanted: Path) -> Path:

@@ -19,7 +19,7 @@ from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
 from bandpo.run.data import fit_window, load_pairs, load_prompts, load_task, split_prompts
 from bandpo.run.evaluate import Evaluation, evaluate
-from bandpo.run.folder import choose_folder, environment, make_folder
+from bandpo.run.folder import choose_folder, environment, is_finished, make_folder
 from bandpo.run.grpo import GRPORun
 from bandpo.run.preference import PreferenceRun
 from bandpo.run.progress import Progress, quiet_hosts
@@ -47,6 +47,9 @@ def train(arguments: list[str]) -> Path:
     progress = Progress(main=PartialState().is_main_process)
     resume = choose_folder(run, args, given, progress.say)
     folder = Path(args.output_dir or ".")
+    if args.resume_from_checkpoint == "latest" and is_finished(folder, given):
+        progress.say(f"the run in {folder} is finished: {folder / 'report.html'}")
+        return folder
     progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
 
     model_name = run.model or str(_small_model(run, progress))
