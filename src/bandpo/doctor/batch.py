@@ -75,6 +75,8 @@ def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, 
             )
         batch["old_logprobs"] = batch["rollout_logprobs"]
     shape = batch["logprobs"].shape
+    if not shape:
+        raise ValueError(f"{where}: logprobs is one number; a batch has (batch, time) of them, or (tokens,)")
     if batch["logprobs"].numel() == 0:
         raise ValueError(f"{where} is empty: logprobs has the shape {tuple(shape)}")
     advantages = batch["advantages"]
