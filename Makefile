@@ -10,7 +10,7 @@ train: $(VENV)/.installed  ## BandPO training of a small language model: table, 
 	$(BIN)/bandpo train $(ARGS)
 
 test: $(VENV)/.installed test-verl  ## all tests; those against verl run first, in an environment of their own
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-verl: $(VENV)-verl/.installed
 	$(VENV)-verl/bin/python -m pytest tests/contract_verl -q -p no:cacheprovider -o filterwarnings=default

@@ -169,7 +169,8 @@ def test_bad_batches_are_errors_and_nothing_in_them_runs(tmp_path, monkeypatch):
         ({"logprobs": None}, r"lacks logprobs \(or per_token_logps"), ({"old_logprobs": None}, "lacks old_logprobs"),
         ({"advantages": torch.ones(3)}, r"advantages has the shape \(3,\)"), ({"mask": torch.ones(2, 2)}, "mask has the shape"),
         ({"logprobs": torch.ones(20, 20, dtype=torch.long)}, "must be floating point, got torch.int64"),
-        ({"mask": torch.zeros(20, 20)}, "no valid token"), ({k: torch.tensor(-1.0) for k in good}, "is one number"), ({k: torch.zeros(0, 4) for k in good}, "is empty"),
+        ({"mask": torch.zeros(20, 20)}, "no valid token"),
+        ({k: torch.tensor(-1.0) for k in good}, "is one number"), ({k: torch.zeros(0, 4) for k in good}, "is empty"),
     ):  # fmt: skip
         b = {k: v for k, v in {**good, **changes}.items() if v is not None}
         with pytest.raises(ValueError, match=message):
