@@ -165,7 +165,8 @@ def _ratios(tokens: Mapping[str, Tensor]) -> Finding:
 
 def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective]) -> Finding:
     rows = []
-    for objective in [*objectives, *(OBJECTIVES[name] for name in SHOWN)]:
+    shown = [*objectives, *(OBJECTIVES[name] for name in SHOWN)]
+    for objective in [o for i, o in enumerate(shown) if o not in shown[:i]]:
         if objective.bounds_inputs or objective.ratio_level != "token":
             continue
         rows.append(f"{objective.name:<14} {clip_fraction(objective.bounds, tokens):.4f}")
@@ -182,7 +183,7 @@ def _radii(tokens: Mapping[str, Tensor], target: float) -> Finding:
                 "radius", "note", f"no radius clips {target:g} of these tokens", str(error).partition(": ")[2]
             )
         share = clip_fraction(Band(divergence, radius, max_ratio=None), tokens)
-        rows.append(f"bandpo-{divergence.name:<7} radius {radius:.4g}  clips {share:.4f} without a cap")
+        rows.append(f"bandpo-{divergence.name.lower():<7} radius {radius:.4g}  clips {share:.4f} without a cap")
     return Finding("radius", "note", f"radius that clips {target:g} of these tokens", details=tuple(rows))
 
 
