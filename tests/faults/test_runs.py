@@ -28,7 +28,7 @@ def place(tmp_path_factory, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [[], ["--method", "online-dpo", "--rounds", "12", "--prompts_per_round", "64", "--max_steps", "-1"]]
+    "more", [[], ["--method", "online-dpo", "--rounds", "16", "--prompts_per_round", "64", "--max_steps", "-1"]]
 )
 def test_killed_at_twenty_random_times_a_run_ends_as_if_it_had_not_been(more, tmp_path):
     """SIGKILL at 20 (6 for rounds) random times, a third of them in the middle of a checkpoint; same files, byte for byte."""
@@ -36,7 +36,7 @@ def test_killed_at_twenty_random_times_a_run_ends_as_if_it_had_not_been(more, tm
     steps = (
         []
         if rounds
-        else ["--max_steps", "24", "--save_steps", "1", "--save_total_limit", "2", "--num_generations", "4"]
+        else ["--max_steps", "150", "--save_steps", "1", "--save_total_limit", "2", "--num_generations", "4"]
     )
     size = ["--warm_up_steps", "100", "--eval_prompts", "4", "--eval_samples", "2", "--logging_steps", "2"]
     options = ["train", *size, *steps, *more]

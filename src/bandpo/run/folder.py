@@ -108,13 +108,14 @@ def _plain(value: Any) -> Any:
 
 
 def is_finished(folder: Path, given: dict[str, Any]) -> bool:
-    """Whether a run with these very settings has left its report, which is written last.
+    """Whether a run with these very settings has left its model and its report, which is written last.
 
     Args:
         folder: Of the run.
         given: The settings as they were given.
     """
-    return (folder / "report.html").exists() and _changes(folder, given) == ""
+    left = (folder / "model").is_dir() and (folder / "report.html").exists()
+    return left and _changes(folder, given) == ""
 
 
 def _changes(folder: Path, given: dict[str, Any]) -> str | None:
