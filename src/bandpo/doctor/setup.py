@@ -52,7 +52,7 @@ class Setup:
     tokens: int = 0
     vocabulary: int | None = None
     fused_head: bool = False
-    knobs: Mapping[str, str] = field(default_factory=dict)
+    knobs: Mapping[str, str] = field(default_factory=dict[str, str])
     unread: tuple[str, ...] = ()
 
     def knob(self, name: str) -> str:

@@ -41,7 +41,7 @@ class WholeCheckpoints(Trainer):
     """
 
     _carried: tuple[Tensor, int] | None = None
-    _loss_sum: Tensor | None = None
+    _loss_sum = torch.tensor(0.0)
 
     def state_to_keep(self) -> dict[str, Any]:
         """More that a checkpoint must hold, as tensors and plain values."""
@@ -107,7 +107,6 @@ class WholeCheckpoints(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-            assert self._loss_sum is not None
             state = {"loss": self._loss_sum.clone(), "logged": self._globalstep_last_logged, **self.state_to_keep()}
             torch.save(state, folder / _STATE_FILE.format(rank=self.accelerator.process_index))
             self.accelerator.wait_for_everyone()
@@ -142,7 +141,7 @@ def _cannot_write(folder: Path, run: Path, error: Exception) -> str:
     last = latest_checkpoint(run, lambda _: None)
     free = shutil.disk_usage(run).free / 2**20
     return (
-        f"cannot write {folder} ({error}); {free:.0f} MiB are free there. "
+        f"cannot write {folder} ({type(error).__name__}: {error}); {free:.0f} MiB are free there. "
         f"{f'The last whole checkpoint is {last.name}' if last else 'There is no checkpoint before it'}: make room, then go on "
         "with --resume_from_checkpoint latest"
     )
