@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,10 @@ class CheckedReward:
         try:
             if isinstance(values, str | bytes | Mapping | Set):
                 raise TypeError(f"a {type(values).__name__} is no list; it must give one value for each")
-            found = [_number(v) for v in values]
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # numpy's and torch's about what float() does to their scalars
+                found = [_number(v) for v in values]
         except Exception as error:  # tensors and arrays have errors of their own
             raise RewardError(
                 f"reward {self.name!r} must return a number or None for each completion, got {_shown(values)} "

@@ -46,7 +46,7 @@ def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]
         >>> unreadable(["72", r"2\sqrt{3}", "for all n that 3 divides", ["7"]])
         [2, 3]
     """
-    asked = {str(a): a for a in answers if isinstance(a, str | float) and not is_plain_number(a)}
+    asked = {str(a): a for a in answers if isinstance(a, str | float | bool) and not is_plain_number(a)}
     if len(asked) < _MANY:
         futures = {text: _pool().schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
         found = {text: _result(future) for text, future in futures.items()}
@@ -105,11 +105,11 @@ def _compare(gold: list[Any], answer: str | None) -> float:
 
 
 def _digits(gold: Any) -> int:
-    """Decimal places to compare to: math-verify's 6, counted from the first digit of numbers below 1 that is not 0."""
+    """Decimal places to compare to: math-verify's 6, or as many as show four digits of the smallest number."""
     parts = list(gold.args) if type(gold).__name__ in ("FiniteSet", "Tuple") else [gold]
     sizes = [abs(float(p)) for p in parts if getattr(p, "is_number", False) and getattr(p, "is_real", False)]
     small = min((s for s in sizes if 0 < s < 1), default=1.0)
-    return 6 + math.ceil(-math.log10(small))
+    return max(6, 4 + math.floor(-math.log10(small)))
 
 
 def _parse(text: str, *, anchored: bool) -> list[Any]:
