@@ -101,7 +101,6 @@ def test_in_a_thread_it_is_the_same():
         (1, 0.5),
         [True, np.float32(0.5)],
         np.array([1.0, 0.5]),
-        np.array([[1.0], [0.5]]),
         torch.tensor([1.0, 0.5]),
         torch.tensor([1.0, 0.5], requires_grad=True),
         torch.tensor([1.0, 0.5], dtype=torch.bfloat16),

@@ -1,9 +1,10 @@
 """`bandpo evaluate`: a run's model on the prompts that the run held out, or any model on prompts that are named."""
 
 import argparse
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -43,6 +44,16 @@ class _Sampling:
     top_p: float = 1.0
     max_completion_length: int | None = 1024
     per_device_eval_batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for name in ("max_completion_length", "per_device_eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,12 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
             model = model.to("cuda")
         rows = _rows(job, options, tokenizer, window_of(model.config), progress)
         samples = options.samples or job.run.eval_samples
-        length = options.max_new_tokens or _length(job)
-        temperature = next(
-            t for t in (options.temperature, job.run.eval_temperature, job.sampling.temperature) if t is not None
-        )
-        top_p = job.sampling.top_p if options.top_p is None else options.top_p
+        sampling = _sampling(job, options)
+        length = sampling.max_completion_length or 1024
+        temperature, top_p = sampling.temperature, sampling.top_p
         result = evaluate(
             model, tokenizer, rows, reward, samples=samples, max_new_tokens=length, temperature=temperature, top_p=top_p,
-            seed=options.seed, batch_size=options.batch_size or job.sampling.per_device_eval_batch_size,
+            seed=options.seed, batch_size=sampling.per_device_eval_batch_size,
         )  # fmt: skip
     summary = result.summary()
     data = job.run.task or (job.run.eval_dataset if job.folder and job.run.eval_dataset else job.run.dataset)
@@ -121,10 +130,6 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("prompts", "samples", "batch_size", "max_new_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.temperature is not None and not 0 <= options.temperature < float("inf"):
-        raise ValueError(f"--temperature must be 0 (greedy) or a positive number, got {options.temperature}")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise ValueError(f"--top-p must be in (0, 1], got {options.top_p}")
 
 
 def _job(options: argparse.Namespace) -> _Job:
@@ -191,15 +196,15 @@ def _settings(folder: Path) -> tuple[RunConfig, _Sampling]:
     kept: list[dict[str, Any]] = []
     for cls in (RunConfig, _Sampling):
         kept.append({})
-        for each in fields(cls):
-            if each.name not in found:
+        for name, kind in get_type_hints(cls).items():  # of a field: the parser of the command line changes its type
+            if name not in found:
                 continue
-            value, types = found[each.name], get_args(each.type) or (each.type,)
+            value, types = found[name], get_args(kind) or (kind,)
             numbers = (*types, int) if float in types else types
             if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in types):
                 names = " or ".join("nothing" if t is type(None) else getattr(t, "__name__", str(t)) for t in types)
-                raise ValueError(f"{path}: {each.name} is {printable(repr(value))[:60]}, and must be {names}")
-            kept[-1][each.name] = value
+                raise ValueError(f"{path}: {name} is {printable(repr(value))[:60]}, and must be {names}")
+            kept[-1][name] = value
     try:
         return RunConfig(**kept[0]), _Sampling(**kept[1])
     except ValueError as error:
@@ -211,7 +216,12 @@ def _rows(job: _Job, options: argparse.Namespace, tokenizer: Any, window: int | 
     run = job.run
     if job.folder is not None and run.task is None:
         rows = held_out_prompts(
-            run, tokenizer, window, completion=_length(job), seed=job.sampling.seed, say=progress.say
+            run,
+            tokenizer,
+            window,
+            completion=job.sampling.max_completion_length or 1024,
+            seed=job.sampling.seed,
+            say=progress.say,
         )
         return rows.select(range(min(options.prompts or len(rows), len(rows))))
     count = options.prompts or run.eval_prompts
@@ -227,11 +237,17 @@ def _rows(job: _Job, options: argparse.Namespace, tokenizer: Any, window: int | 
     return with_readable_answers(rows, run.dataset, **bad) if job.reward == "math" else rows
 
 
-def _length(job: _Job) -> int:
-    """Tokens of the longest completion."""
+def _sampling(job: _Job, options: argparse.Namespace) -> _Sampling:
+    """How to sample: as the options say, else as the run evaluated itself, else as it trained."""
+    length = job.sampling.max_completion_length
     if job.folder is None and job.run.task is not None:
-        return TASKS[job.run.task].max_completion_length
-    return job.sampling.max_completion_length or 1024
+        length = TASKS[job.run.task].max_completion_length
+    asked = {
+        "temperature": job.run.eval_temperature if options.temperature is None else options.temperature,
+        "top_p": options.top_p, "per_device_eval_batch_size": options.batch_size,
+        "max_completion_length": options.max_new_tokens or length,
+    }  # fmt: skip
+    return replace(job.sampling, **{name: value for name, value in asked.items() if value is not None})
 
 
 def _refuse_kernels(path: Path) -> None:

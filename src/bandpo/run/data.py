@@ -102,7 +102,7 @@ def with_readable_answers(data: Dataset, name: str, *, skip_bad: bool, say: Say)
     broadcast_object_list(bad)
     [rows] = bad
     assert rows is not None
-    shown = ", ".join(f"row {i}: {printable(repr(answers[i]))[:60]}" for i in rows[:3])
+    shown = ", ".join(dict.fromkeys(printable(repr(answers[i]))[:60] for i in rows[:3]))
     what = f"have an answer that math-verify cannot read as a whole ({shown}{', ...' if len(rows) > 3 else ''})"
     return _without(data, rows, f"dataset {name!r}", what, skip_bad, say)
 

@@ -98,9 +98,8 @@ class CheckedReward:
         try:
             if isinstance(values, str | bytes | Mapping | Set):
                 raise TypeError(f"a {type(values).__name__} is no list; it must give one value for each")
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # numpy's and torch's about what float() does to their scalars
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what numpy and torch say about float() of their scalars
                 found = [_number(v) for v in values]
         except Exception as error:  # tensors and arrays have errors of their own
             raise RewardError(
