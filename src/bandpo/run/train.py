@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._errors import exits_are_errors
 from bandpo._files import read_jsonl, write_json
+from bandpo.integrations._generate import sampler_of
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
@@ -173,6 +174,7 @@ def _evaluate(
             top_p=args.top_p,
             seed=1234,
             batch_size=args.per_device_eval_batch_size,
+            sampler=sampler_of(args),
         )
 
 
