@@ -2,7 +2,7 @@
 
 import traceback
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -11,7 +11,7 @@ class RunError(RuntimeError):
 
 
 @contextmanager
-def exits_are_errors() -> Iterator[None]:
+def exits_are_errors() -> Generator[None]:
     """Code that a run was given, an objective or a callback, cannot end the process in silence.
 
     `sys.exit`, whatever its status, and everything else that is no `Exception` becomes a `RunError` with the place; only a
