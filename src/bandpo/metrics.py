@@ -9,6 +9,7 @@ from torch import Tensor
 from bandpo._inputs import check_int
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
+from bandpo.surrogates import hold
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
@@ -47,6 +48,7 @@ def policy_metrics(
     bounds_of: Bounds | None = None,
     entropy: Tensor | None = None,
     weights: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of one batch over its valid tokens, as detached 0-d tensors, without a host sync.
 
@@ -72,12 +74,14 @@ def policy_metrics(
         bounds_of: The object that made them; a `Band` adds its divergence and cap.
         entropy: `(batch, time)`.
         weights: Of a correction, `(batch, time)` or `(batch, 1)`.
+        nonfinite: Valid tokens that the objective left out, `(batch, time)`.
     """
     valid = mask != 0
     log_ratio, advantages = log_ratio.expand(valid.shape), advantages.expand(valid.shape)
     r, p = log_ratio.exp(), old_logprobs.exp()
     pushed_up, pushed_down = (advantages > 0) & valid, (advantages < 0) & valid
     strange = ~log_ratio.isfinite() | advantages.isnan()
+    strange = strange if nonfinite is None else strange | nonfinite
     if isinstance(bounds, RatioBounds):
         lower, upper = (b.expand(valid.shape) for b in bounds)
         strange = strange | lower.isnan() | upper.isnan()
@@ -130,11 +134,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def approx_kl(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator `e^x - x - 1`, per token: with `x = log q - log p` and samples of `p`, of KL(p ‖ q).
 
+    `x` is held within ±40; beyond, it has no gradient.
+
     Examples:
         >>> approx_kl(torch.tensor([0.0, 0.1]))
         tensor([0.0000, 0.0052])
     """
-    return log_ratio.exp() - log_ratio - 1
+    held = hold(log_ratio)
+    return held.exp() - held - 1
 
 
 def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
