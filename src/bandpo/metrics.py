@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_int
+from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.surrogates import hold
@@ -76,7 +76,7 @@ def policy_metrics(
         weights: Of a correction, `(batch, time)` or `(batch, 1)`.
         nonfinite: Valid tokens that the objective left out, `(batch, time)`.
     """
-    valid = mask != 0
+    valid = as_mask(mask)
     log_ratio, advantages = log_ratio.expand(valid.shape), advantages.expand(valid.shape)
     r, p = log_ratio.exp(), old_logprobs.exp()
     pushed_up, pushed_down = (advantages > 0) & valid, (advantages < 0) & valid

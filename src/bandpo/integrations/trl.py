@@ -218,7 +218,8 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if self.objective.ratio_level == "sequence":
             log_ratio = sequence_log_ratio(log_ratio, valid)
         bounds = self.objective.bounds(old) if bounds is None else bounds
-        return TokenObjective(log_ratio, log_ratio, bounds, old, as_columns(inputs["advantages"], old), None)
+        nonfinite = valid & ~log_ratio.isfinite()
+        return TokenObjective(log_ratio, log_ratio, bounds, old, as_columns(inputs["advantages"], old), None, nonfinite)
 
     def _move_radius(self) -> None:
         if self._radius_rule is None or not self.model.training:

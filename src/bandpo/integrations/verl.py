@@ -24,6 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.9: pip install 'bandpo[verl]' ({error})") from error
 
+from bandpo._inputs import as_mask
 from bandpo.composition import Objective
 from bandpo.integrations._overrides import Overrides
 from bandpo.metrics import policy_metrics
@@ -94,14 +95,16 @@ def loss(
     """
     assert config is not None, "verl passes the actor's configuration"
     objective = _objective(config, name)
-    valid = response_mask != 0
+    valid = as_mask(response_mask, "response_mask")
     terms = token_objective(
         objective, logprobs=log_prob, old_logprobs=old_log_prob, rollout_logprobs=old_log_prob, advantages=advantages,
         mask=valid,
     )  # fmt: skip
-    value = terms.value.expand(valid.shape)
-    if rollout_is_weights is not None:
-        value = value * rollout_is_weights
+    value = terms.value
+    if rollout_is_weights is not None:  # NaN or infinite: left out, as every number of a token
+        finite = rollout_is_weights.isfinite()
+        value = value * torch.where(finite, rollout_is_weights, 0.0)
+        terms = terms._replace(nonfinite=terms.nonfinite | (valid & ~finite))
     total = agg_loss(-value, response_mask, loss_agg_mode, **config.global_batch_info)
     return total, _metrics(terms, valid, objective)
 
@@ -117,7 +120,7 @@ def register() -> None:
 def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective) -> dict[str, Any]:
     report = policy_metrics(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
-        bounds=terms.bounds, bounds_of=objective.bounds,
+        bounds=terms.bounds, bounds_of=objective.bounds, nonfinite=terms.nonfinite,
     )  # fmt: skip
     values = torch.stack([x.float() for x in report.values()]).tolist()  # one synchronisation
     found = {f"actor/band/{name}": value for name, value in zip(report, values, strict=True)}

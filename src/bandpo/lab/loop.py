@@ -213,7 +213,7 @@ class Loop:
     def _count(self, run: int, terms: Any, mask: Tensor) -> None:
         report = policy_metrics(
             log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds,
+            bounds=terms.bounds, nonfinite=terms.nonfinite,
         )  # fmt: skip
         total = mask.sum()
         for j, name in enumerate(PROB_BINS):
