@@ -84,10 +84,11 @@ class Objective:
         check_component("bounds", self.bounds, ("old_logprobs",))
         check_component("surrogate", self.surrogate, ("log_ratio", "advantages", "bounds"))
         if "membership" in traits_of(self.bounds) and "membership" not in traits_of(self.surrogate):
+            name = getattr(self.surrogate, "__name__", self.surrogate)
             raise ValueError(
-                f"Objective: bounds={self.bounds!r} says which tokens are inside and has no edges, which surrogate "
-                f"{getattr(self.surrogate, '__name__', self.surrogate)} needs; use bandpo.surrogates.mask, or mark one of yours "
-                "that takes a bool tensor with @traits('membership') (from bandpo.surrogates import traits)"
+                f"Objective: bounds={self.bounds!r} says which tokens are inside and has no edges, which surrogate {name} "
+                "needs; use bandpo.surrogates.mask, or mark one of yours that takes a bool tensor with @traits('membership') "
+                "(from bandpo.surrogates import traits)"
             )
         if self.ratio_level != "token" and not isinstance(self.bounds, Clip):
             raise ValueError(

@@ -126,11 +126,12 @@ def kl_dual(advantages: Tensor, radius: float = 0.05, *, floor: float = 0.05) ->
     The convex dual `g(λ) = λδ + λ log mean exp(A/λ)` (as in REPS and MPO) is least where KL(softmax(A/λ) ‖ uniform) = δ. That
     KL falls from log(G/k), for k completions that share the maximum, to 0: one root, found by bisection in log λ. Where
     δ >= log(G/k) the ball holds the best completions alone, the constraint is slack, and λ is `floor` times the spread; where
-    all advantages are equal there is nothing to gain, and λ = 0; one that is NaN or infinite is left out. For small δ, `λ -> std(A)/√(2δ)`: dividing by the group's
+    all advantages are equal there is nothing to gain, and λ = 0. For small δ, `λ -> std(A)/√(2δ)`: dividing by the group's
     std, as GRPO does, is this trust region to first order. Part of our own reading of QUATRO, arXiv:2602.04620.
 
     Args:
-        advantages: `(..., group_size)`; a constant added to a group changes its baseline only.
+        advantages: `(..., group_size)`; a constant added to a group changes its baseline only. One that is NaN or infinite
+            is left out.
         radius: δ > 0, in nats for each sequence.
         floor: Smallest λ, in units of `max A - min A`.
 
