@@ -106,7 +106,7 @@ def centred(x: Tensor) -> tuple[Tensor, Tensor]:
     0 where there is no score. Measured from the largest score, so that equal ones leave exactly 0 at any magnitude.
     """
     wide, counts = x.detach().to(torch.float64), scored(x)
-    n = counts.sum(-1, keepdim=True).clamp_min(1)
+    n = counts.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1)
     below = torch.where(counts, wide - wide.masked_fill(~counts, -math.inf).amax(-1, keepdim=True), 0.0)
     return torch.where(counts, below - below.sum(-1, keepdim=True) / n, 0.0), n
 

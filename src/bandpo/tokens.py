@@ -90,7 +90,9 @@ def token_objective(
 
     new, old = fill(logprobs, usable), fill(anchor.detach(), usable)
     per_token = columns.shape[1] > 1
-    advantages = fill(columns, usable if per_token else columns.isfinite())
+    # At token level a column stays one: a surrogate tells by it that a sequence has one advantage.
+    as_column = not per_token and objective.ratio_level == "token"
+    advantages = fill(columns, columns.isfinite() if as_column else usable)
     log_ratio = hold(_at_level(new - old, usable, objective, per_token=per_token))
     fused = _fused(logprobs, anchor, advantages, usable, objective)
     if fused is not None:

@@ -204,10 +204,10 @@ class Pruning:
 
     def select_prompts(self, keys: Sequence[str], *, generator: torch.Generator | None = None) -> Selection:
         """Prompts by their history, `(prompts,)`; one that was never sampled, or never scored, is kept."""
-        scores = torch.tensor([self.history.get(key, math.inf) for key in keys], dtype=torch.float64)
         # A checkpoint of an older version may hold NaN.
-        known = [score for score in self.history.values() if math.isfinite(score)]
-        low = scores < (sum(known) / len(known) * (1 - 1e-6) if known else 0.0)
+        known = {key: score for key, score in self.history.items() if math.isfinite(score)}
+        scores = torch.tensor([known.get(key, math.inf) for key in keys], dtype=torch.float64)
+        low = scores < (sum(known.values()) / len(known) * (1 - 1e-6) if known else 0.0)
         return stratified(scores, low, self.prompts, mode=self.mode, generator=generator)
 
     def update(self, keys: Sequence[str], advantages: Tensor, rewards: Tensor | None = None) -> None:
