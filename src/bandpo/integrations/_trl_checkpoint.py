@@ -164,10 +164,14 @@ class WholeCheckpoints(Trainer):
         path = checkpoint / _STATE_FILE.format(rank=self.accelerator.process_index)
         if not path.exists():  # another number of processes: the first one's file says how many
             path = checkpoint / _STATE_FILE.format(rank=0)
-        with _readable(checkpoint):  # on the CPU first: "cpu:0", as processes on one have it, is no place that torch loads to
+        with _readable(
+            checkpoint
+        ):  # on the CPU first: "cpu:0", as processes on one have it, is no place that torch loads to
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-            raise _cannot_resume(checkpoint, f"{path.name} was written by another version of bandpo, or by another program")
+            raise _cannot_resume(
+                checkpoint, f"{path.name} was written by another version of bandpo, or by another program"
+            )
         then = {k: v for k, v in state["settings"].items() if isinstance(v, int)}
         now = self._settings()
         changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -1,5 +1,6 @@
 """Pruned and packed batches in TRL: rows leave a rollout before it is split, forward passes run without padding."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from bandpo.integrations._trl_config import BandGRPOConfig
-from bandpo.integrations._trl_rollout import PREFIX
+from bandpo.integrations._trl_rollout import PREFIX, local_rows
 from bandpo.selection.packing import pack_rows
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
@@ -54,9 +55,11 @@ class PrunedRollouts:
         """The rollout without the completions that are left out, and the weight of each row beside it."""
         trainer, size = self.trainer, self.trainer.num_generations
         advantages = rollout["advantages"].view(-1, size)
+        rewards = trainer.last_rewards[local_rows(trainer, len(weights))].view(-1, size).to(advantages.device)
         keys = [_key(row) for row in inputs[::size]]
-        found = gather_object([(key, row) for key, row in zip(keys, advantages.tolist(), strict=True)])
-        self.prune.update([key for key, _ in found], torch.tensor([row for _, row in found]))
+        mine = zip(keys, _of_scored(advantages.abs(), rewards).tolist(), strict=True)
+        found = [(key, mean) for key, mean in gather_object(list(mine)) if not math.isnan(mean)]
+        self.prune.update([key for key, _ in found], torch.tensor([[mean] for _, mean in found]))
         before = torch.tensor(weights, device=advantages.device)
         tokens = (rollout["completion_mask"] * rollout.get("tool_mask", 1)).sum(1)
         log = trainer._metrics["train"]
@@ -71,8 +74,7 @@ class PrunedRollouts:
         rows = torch.arange(len(before), device=before.device)
         weight = before
         if self.prune.completions and not self._over():
-            rewards = trainer.last_rewards[trainer.accelerator.process_index * len(before) :][: len(before)]
-            chosen = self.prune(rewards.view(-1, size), advantages, generator=self._generator(2))
+            chosen = self.prune(rewards, advantages, generator=self._generator(2))
             drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
             steps = trainer.args.steps_per_generation
             least = min(gather_object([len(drop)]))
@@ -124,6 +126,11 @@ def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.G
         return keep.to(chosen.weight.dtype)
     dropping = torch.where(chosen.dropping == 1, 0.0, chosen.dropping * (1 - rest / max(1, len(others))))
     return (1 / (1 - dropping)).masked_fill(~keep, 0.0)
+
+
+def _of_scored(x: Tensor, rewards: Tensor) -> Tensor:
+    """Mean of each group over the completions that have a reward; NaN where none has."""
+    return x.masked_fill(rewards.isnan(), math.nan).nanmean(1)
 
 
 def _key(row: Any) -> str:

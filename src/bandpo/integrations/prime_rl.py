@@ -16,7 +16,7 @@ from typing import Any
 
 from bandpo.composition import Objective
 from bandpo.integrations._overrides import Overrides
-from bandpo.metrics import policy_metrics
+from bandpo.metrics import averaged_by_host, policy_sums
 from bandpo.objectives import get_objective
 from bandpo.tokens import token_objective
 
@@ -44,12 +44,12 @@ def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> An
         chosen, logprobs=row["trainer_logprobs"], old_logprobs=None, rollout_logprobs=row["inference_logprobs"],
         advantages=inputs.advantages.unsqueeze(0), mask=mask,
     )  # fmt: skip
-    report = policy_metrics(
+    sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-        bounds=terms.bounds, bounds_of=chosen.bounds,
+        bounds=terms.bounds, bounds_of=chosen.bounds, nonfinite=getattr(terms, "nonfinite", None),
     )  # fmt: skip
     loss = -terms.value.expand(mask.shape).masked_fill(~mask, 0.0).sum()
-    return LossOutputs(loss=loss, metrics={f"band/{name}": value for name, value in report.items()})
+    return LossOutputs(loss=loss, metrics={f"band/{name}": x for name, x in averaged_by_host(sums).items()})
 
 
 @functools.lru_cache(maxsize=16)

@@ -307,9 +307,9 @@ class OnlinePreferenceTrainer:
             return 0
         self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
         self.history = json.loads((folder / "round.json").read_text())
-        self._optimizer_state = torch.load(folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
+        self._optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         if (folder / "probe.pt").exists():
-            state = torch.load(folder / "probe.pt", map_location=self.args.device, weights_only=True)
+            state = torch.load(folder / "probe.pt", map_location="cpu", weights_only=True)
             self.probe = LayerProbe(*state["weight"].shape).to(self.args.device)
             self.probe.load_state_dict(state)
         return int(folder.name) + 1

@@ -18,7 +18,9 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl_preference needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo.integrations._generate import layer_states
+from bandpo.integrations._pooled import PooledLog, over_processes, without_empty
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
+from bandpo.metrics import PooledSum
 from bandpo.preference.links import as_link
 from bandpo.preference.losses import pair_loss, preference_confidence
 from bandpo.preference.objectives import PREFERENCES, PairObjective, get_pair_objective
@@ -129,6 +131,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             if probe is not None and args.probe_learning_rate
             else None
         )
+        self._pooled = {"train": PooledLog(), "eval": PooledLog()}
         super().__init__(model, ref_model, args, **kwargs)
         if probe is not None:
             probe.to(self.accelerator.device)
@@ -158,11 +161,13 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             else:
                 references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
+        mode = "train" if self.model.training else "eval"
+        self._pooled[mode].begin(self._metrics[mode])
         recorded = _Recorder(model)
         with self._given_references(), self._hidden_states() as hidden:
             host = super()._compute_loss(recorded, inputs, return_outputs)
         losses, metrics = self._pair_loss(recorded.log_probs, inputs, gap, hidden)
-        self._log_pairs(metrics)
+        self._log_pairs(metrics, len(losses))
         if return_outputs:
             return host[0] + losses.mean(), host[1]
         return host + losses.mean()  # the host's: 0 times its own loss, and a model's auxiliary one
@@ -221,15 +226,23 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             return nullcontext([])
         return layer_states(self.accelerator.unwrap_model(self.model))
 
-    def _log_pairs(self, metrics: dict[str, Tensor]) -> None:
-        """Our metrics into TRL's log; implicit rewards take the place of TRL's, which know no link."""
-        log = self._metrics["train" if self.model.training else "eval"]
-        values = self.accelerator.gather(torch.stack([v.float() for v in metrics.values()]).unsqueeze(0)).mean(0)
-        for name, value in zip(metrics, values.tolist(), strict=True):
-            if name.startswith("rewards/"):
-                log[name][-1] = value
-            else:
-                log[f"pairs/{name}"].append(value)
+    def _log_pairs(self, metrics: dict[str, Tensor], pairs: int) -> None:
+        """Our metrics into TRL's log, pooled over processes and micro-batches.
+
+        Implicit rewards take the place of TRL's, which know no link.
+        """
+        mode = "train" if self.model.training else "eval"
+        log, pooled = self._metrics[mode], self._pooled[mode]
+        sums = {
+            name if name.startswith("rewards/") else f"pairs/{name}": PooledSum(value * pairs, value.new_tensor(pairs))
+            for name, value in metrics.items()
+        }
+        for name, total in over_processes(self.accelerator, sums).items():
+            pooled.put(log, name, total)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        without_empty(self._metrics["train" if self.model.training else "eval"])
+        super().log(logs, start_time)
 
 
 class _Recorder:
