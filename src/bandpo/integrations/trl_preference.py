@@ -240,6 +240,22 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         for name, total in over_processes(self.accelerator, sums).items():
             pooled.put(log, name, total)
 
+    def state_to_keep(self) -> dict[str, Any]:
+        kept = {
+            "metrics": dict(self._metrics["train"]), "pooled": self._pooled["train"].parts,
+            "tokens": self._total_train_tokens,
+        }  # fmt: skip
+        if self.probe is not None and self._probe_optimizer is not None:  # it is trained along with the policy
+            kept |= {"probe": self.probe.state_dict(), "probe_optimizer": self._probe_optimizer.state_dict()}
+        return kept
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        self._metrics["train"].update(state["metrics"])
+        self._pooled["train"].parts, self._total_train_tokens = state["pooled"], state["tokens"]
+        if self.probe is not None and self._probe_optimizer is not None:
+            self.probe.load_state_dict(state["probe"])
+            self._probe_optimizer.load_state_dict(state["probe_optimizer"])
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         without_empty(self._metrics["train" if self.model.training else "eval"])
         super().log(logs, start_time)
