@@ -31,7 +31,13 @@ def model(seed=0):
 
 def grpo(folder, **changes):
     prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(1, 9) for b in range(1, 9)])
-    options = {"per_device_train_batch_size": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    options = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 2,
+    }
     return BandGRPOTrainer(
         model=model(), reward_funcs=reward, train_dataset=prompts, processing_class=TOKENIZER,
         args=BandGRPOConfig(**settings(folder, **{**options, **changes})),
@@ -40,7 +46,9 @@ def grpo(folder, **changes):
 
 def dpo(folder):
     pairs = [
-        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a * b + 100)} for a in range(2, 6) for b in range(4)
+        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a * b + 100)}
+        for a in range(2, 6)
+        for b in range(4)
     ]
     return BandDPOTrainer(
         model=model(), ref_model=model(1), train_dataset=Dataset.from_list(pairs), processing_class=TOKENIZER,
@@ -79,7 +87,10 @@ def uneven(folder):
             inputs["completion_mask"] = (torch.arange(6) < 1).expand(8, 6).long()
         kept = []
         log_band = trainer._log_band
-        trainer._log_band = lambda terms, batch, log_band=log_band, kept=kept: (kept.append(terms), log_band(terms, batch))
+        trainer._log_band = lambda terms, batch, log_band=log_band, kept=kept: (
+            kept.append(terms),
+            log_band(terms, batch),
+        )
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, inputs)

@@ -68,11 +68,10 @@ def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
                 assert ours not in log
             else:
                 assert log[ours] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), (name, ours)
+        first = part["parts"][0]
         alone = policy_metrics(
-            **{k: v for k, v in (("log_ratio", part["parts"][0]["log_ratio"]),
-                                 ("old_logprobs", part["parts"][0]["anchor_logprobs"]),
-                                 ("advantages", part["parts"][0]["advantages"]), ("mask", part["parts"][0]["mask"]))},
-            bounds=RatioBounds(part["parts"][0]["lower"], part["parts"][0]["upper"]),
+            log_ratio=first["log_ratio"], old_logprobs=first["anchor_logprobs"], advantages=first["advantages"],
+            mask=first["mask"], bounds=RatioBounds(first["lower"], first["upper"]),
         )  # fmt: skip
         assert log["ratio/mean"] != pytest.approx(alone["ratio/mean"].item(), rel=1e-3)
         assert math.isfinite(log["entropy"])

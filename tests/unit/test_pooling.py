@@ -1,5 +1,6 @@
 """Metrics as sums: parts of any sizes pool to the whole, nothing is no number, and what is no number is in no mean."""
 
+import itertools
 import math
 
 import numpy as np
@@ -45,7 +46,8 @@ def oracle(data):
     low, high = (a < 0) & (r < lower), (a > 0) & (r > upper)
     found = {"clip_fraction/low": low.mean(), "clip_fraction/high": high.mean(), "ratio/mean": r.mean(),
              "kl/old_new": (r - np.log(r) - 1).mean(), "entropy": x["entropy"][on].mean(),
-             "correction/weight_mean": x["weights"][on].mean(), "band/cap_fraction": (upper[a > 0] == 10).sum() / (a != 0).sum()}  # fmt: skip
+             "correction/weight_mean": x["weights"][on].mean(),
+             "band/cap_fraction": (upper[a > 0] == 10).sum() / (a != 0).sum()}  # fmt: skip
     edges = [0, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99, 2]
     for name, left, right in zip(PROB_BINS, edges[:-1], edges[1:], strict=True):
         inside = (p >= left) & (p < right)
@@ -86,7 +88,7 @@ def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objecti
     data = made(seed, objective=objective)
     whole = policy_metrics(**data)
     edges = [0, *sorted(cuts), 6]
-    parts = [policy_sums(**rows_of(data, slice(a, b))) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [policy_sums(**rows_of(data, slice(a, b))) for a, b in itertools.pairwise(edges)]
     none = policy_sums(**rows_of(data, slice(0, 0)))
     parts += [none] * (-len(parts) % ranks)
     pooled, log = PooledLog(), {}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -50,6 +50,16 @@ class PooledLog:
         self.parts: dict[str, list[Any]] = {}
         """Numerator, denominator and kind by name; a checkpoint keeps them."""
 
+    def load(self, parts: Any) -> None:
+        """Take back `parts` from a checkpoint.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        if not isinstance(parts, dict) or not all(_is_part(name, part) for name, part in parts.items()):
+            raise ValueError("the sums behind the metrics are not as they were saved")
+        self.parts = parts
+
     def begin(self, log: Log) -> None:
         """Before a micro-batch: forget what belongs to a line that has been written."""
         for name in [name for name in self.parts if not log.get(name)]:
@@ -92,6 +102,27 @@ class PooledLog:
         """Leave out a name whose value the host got wrong."""
         self.parts.pop(name, None)
         log.pop(name, None)
+
+
+def checked_metrics(log: Any) -> dict[str, list[float]]:
+    """A trainer's metrics since its last log, from a checkpoint.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    numbers = isinstance(log, dict) and all(isinstance(v, list) and all(map(_is_number, v)) for v in log.values())
+    if not numbers or not all(isinstance(name, str) for name in log):
+        raise ValueError("the metrics since the last log are not as they were saved")
+    return log
+
+
+def _is_part(name: Any, part: Any) -> bool:
+    numbers = isinstance(part, list) and len(part) == 3 and all(map(_is_number, part[:2]))
+    return isinstance(name, str) and numbers and part[1] > 0 and part[2] in get_args(Kind)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def without_empty(log: Log) -> None:

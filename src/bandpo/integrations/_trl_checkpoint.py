@@ -87,10 +87,10 @@ class WholeCheckpoints(Trainer):
         """Whether a checkpoint is that of the last step."""
         with _readable(checkpoint):
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.args.max_steps > 0:
-            done = state.global_step >= self.args.max_steps
-        else:
-            done = state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
+            if self.args.max_steps > 0:
+                done = state.global_step >= self.args.max_steps
+            else:
+                done = state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
         if done:
             self.state = state
         return done

@@ -96,7 +96,8 @@ class SignalWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        vars(self).update({k: state[k] for k in self.state_dict()})
+        found = {name: type(value)(state[name]) for name, value in self.state_dict().items()}
+        vars(self).update(found)
 
 
 _ADVICE = (

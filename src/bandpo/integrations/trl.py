@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.composition import Objective
-from bandpo.integrations._pooled import PooledLog, over_processes, without_empty
+from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
 from bandpo.integrations._precision import lost_updates
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
@@ -157,17 +157,16 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         strange = valid & ~new.detach().isfinite()
         if old is not None:
             strange = strange | (valid & ~old.isfinite())
-        if ref is not None:  # equal log-probs: no KL, and no gradient of it
-            batch["ref_per_token_logps"] = torch.where(strange | ~ref.isfinite(), _or_zero(new.detach(), strange), ref)
-        if not strange.any():
-            return new
-        old, new = _or_zero(new.detach() if old is None else old, strange), _or_zero(new, strange)
-        if (
-            self.objective.ratio_level == "sequence"
-        ):  # TRL takes the mean over all valid tokens: theirs is that of the others
-            new = torch.where(strange, old + sequence_log_ratio(new - old, valid & ~strange), new)
-        advantages = as_columns(batch["advantages"], new).expand(new.shape)
-        batch |= {"old_per_token_logps": old, "advantages": _or_zero(advantages, strange)}
+        if strange.any():
+            old, new = _or_zero(new.detach() if old is None else old, strange), _or_zero(new, strange)
+            if (
+                self.objective.ratio_level == "sequence"
+            ):  # TRL takes the mean over all valid tokens: of the others, it is this
+                new = torch.where(strange, old + sequence_log_ratio(new - old, valid & ~strange), new)
+            advantages = as_columns(batch["advantages"], new).expand(new.shape)
+            batch |= {"old_per_token_logps": old, "advantages": _or_zero(advantages, strange)}
+        if ref is not None:  # equal log-probs have no KL, and no gradient of it
+            batch["ref_per_token_logps"] = torch.where(strange | ~ref.isfinite(), new.detach(), ref)
         return new
 
     def _packed_scores(
@@ -445,11 +444,14 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         }  # fmt: skip
 
     def take_state(self, state: dict[str, Any]) -> None:
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
-        self._metrics["train"].update(state["metrics"])
-        self._pooled["train"].parts = state["pooled"]
+        step, rollout, (numerator, denominator) = state["step"], state["rollout"], state["measured"]
+        parts = rollout is None or (isinstance(rollout, list) and all(isinstance(part, dict) for part in rollout))
+        if type(step) is not int or not parts:
+            raise ValueError("the rollout in use is not as it was saved")
+        self._step, self._buffered_inputs, self._measured = step, rollout, [float(numerator), float(denominator)]
+        self._metrics["train"].update(checked_metrics(state["metrics"]))
+        self._pooled["train"].load(state["pooled"])
         self._signal.load_state_dict(state["signal"])
-        self._measured = state["measured"]
         if self._pruned is not None:
             self._pruned.prune.load_state_dict(state["pruning"])
         if self._refill is not None:

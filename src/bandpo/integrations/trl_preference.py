@@ -18,7 +18,7 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl_preference needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo.integrations._generate import layer_states
-from bandpo.integrations._pooled import PooledLog, over_processes, without_empty
+from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.metrics import PooledSum
 from bandpo.preference.links import as_link
@@ -250,8 +250,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         return kept
 
     def take_state(self, state: dict[str, Any]) -> None:
-        self._metrics["train"].update(state["metrics"])
-        self._pooled["train"].parts, self._total_train_tokens = state["pooled"], state["tokens"]
+        self._metrics["train"].update(checked_metrics(state["metrics"]))
+        self._pooled["train"].load(state["pooled"])
+        self._total_train_tokens = state["tokens"]
         if self.probe is not None and self._probe_optimizer is not None:
             self.probe.load_state_dict(state["probe"])
             self._probe_optimizer.load_state_dict(state["probe_optimizer"])

@@ -79,11 +79,6 @@ class TrainingProgress(TrainerCallback):
             return
         for path in (self.metrics, self.timings):  # a resumed run goes over the steps after its checkpoint again
             rows = read_jsonl(path) if path.exists() else []
-            if wrong := [row for row in rows if not isinstance(row.get("step"), int | float)]:
-                raise ValueError(
-                    f"{path} has {len(wrong)} rows without a step, so it is not known which of them this run will write "
-                    "again: remove them, or move the file away"
-                )
             write_jsonl(path, [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row])
         if self.progress.console.is_terminal:
             self.bar = RichProgress(
