@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_int
+from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
+from bandpo.surrogates import hold
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
@@ -137,7 +138,7 @@ def policy_sums(
     Returns:
         Numerator and denominator of each statistic, detached, without a host sync.
     """
-    valid = mask != 0
+    valid = as_mask(mask)
     log_ratio, advantages = log_ratio.detach().expand(valid.shape), advantages.expand(valid.shape)
     strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
     if nonfinite is not None:
@@ -221,11 +222,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def approx_kl(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator `e^x - x - 1`, per token: with `x = log q - log p` and samples of `p`, of KL(p ‖ q).
 
+    `x` is held within ±40; beyond, it has no gradient.
+
     Examples:
         >>> approx_kl(torch.tensor([0.0, 0.1]))
         tensor([0.0000, 0.0052])
     """
-    return log_ratio.exp() - log_ratio - 1
+    held = hold(log_ratio)
+    return held.exp() - held - 1
 
 
 def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:

@@ -123,6 +123,8 @@ class BandGRPOConfig(GRPOConfig):
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
         pruning = self.selector()
+        if pruning is not None:
+            pruning.check(objective)
         if pruning is not None and pruning.completions:
             _refuse_terms_without_weights(self)
         if pruning is not None and pruning.mode == "bernoulli":

@@ -32,7 +32,7 @@ from bandpo.metrics import TRL_NAMES, PooledSum, policy_sums
 from bandpo.regions import TopK
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.surrogates import clip
-from bandpo.tokens import TokenObjective, as_columns, fill, sequence_log_ratio, token_objective
+from bandpo.tokens import TokenObjective, as_columns, fill, is_logprob, sequence_log_ratio, token_objective
 
 
 class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
@@ -154,9 +154,9 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         """
         valid = _mask_of(batch) != 0
         old, ref = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
-        strange = valid & ~new.detach().isfinite()
+        strange = valid & ~is_logprob(new)
         if old is not None:
-            strange = strange | (valid & ~old.isfinite())
+            strange = strange | (valid & ~is_logprob(old))
         if strange.any():
             old, new = _or_zero(new.detach() if old is None else old, strange), _or_zero(new, strange)
             if (
@@ -166,7 +166,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             advantages = as_columns(batch["advantages"], new).expand(new.shape)
             batch |= {"old_per_token_logps": old, "advantages": _or_zero(advantages, strange)}
         if ref is not None:  # equal log-probs have no KL, and no gradient of it
-            batch["ref_per_token_logps"] = torch.where(strange | ~ref.isfinite(), new.detach(), ref)
+            batch["ref_per_token_logps"] = torch.where(strange | ~is_logprob(ref), new.detach(), ref)
         return new
 
     def _packed_scores(
@@ -255,7 +255,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         old = inputs.get("old_per_token_logps")
         bounds = None
         if self._goes_through_epsilon and old is not None:
-            bounds = self.objective.bounds(_or_zero(old, ~old.isfinite()))
+            bounds = self.objective.bounds(_or_zero(old, ~is_logprob(old)))
         self._last_logprobs = None
         theirs = dict(inputs)
         if WEIGHT in inputs and self._goes_through_epsilon:  # the clipped objective is linear in A
@@ -318,15 +318,13 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     ) -> TokenObjective:
         """The same for the metrics, where TRL has computed the objective itself."""
         valid = _mask_of(inputs) != 0
-        strange = valid & ~(new.isfinite() & old.isfinite())
+        strange = valid & ~(is_logprob(new) & is_logprob(old))
         log_ratio, old = (_or_zero(fill(x, valid), strange) for x in (new - old, old))
         if self.objective.ratio_level == "sequence":
             log_ratio = sequence_log_ratio(log_ratio, valid & ~strange)
         bounds = self.objective.bounds(old) if bounds is None else bounds
-        left_out = {"nonfinite": strange} if "nonfinite" in TokenObjective._fields else {}
-        return TokenObjective(
-            log_ratio, log_ratio, bounds, old, as_columns(inputs["advantages"], old), None, **left_out
-        )
+        columns = as_columns(inputs["advantages"], old)
+        return TokenObjective(log_ratio, log_ratio, bounds, old, columns, None, strange)
 
     def _move_radius(self) -> None:
         if self._radius_rule is None or not self.model.training:
@@ -386,7 +384,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         sums = policy_sums(
             log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
             bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
-            nonfinite=getattr(terms, "nonfinite", None),
+            nonfinite=terms.nonfinite,
         )  # fmt: skip
         rows = torch.tensor(float(len(mask)), device=mask.device)
         around = {"sequences": PooledSum((mask != 0).any(1).sum(), rows)}

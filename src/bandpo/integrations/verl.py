@@ -25,6 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.9: pip install 'bandpo[verl]' ({error})") from error
 
+from bandpo._inputs import as_mask
 from bandpo.composition import Objective
 from bandpo.integrations._overrides import Overrides
 from bandpo.metrics import averaged_by_host, policy_sums
@@ -99,14 +100,16 @@ def loss(
             "a call of your own needs config=ActorConfig(...)"
         )
     objective = _objective(config, name)
-    valid = response_mask != 0
+    valid = as_mask(response_mask, "response_mask")
     terms = token_objective(
         objective, logprobs=log_prob, old_logprobs=old_log_prob, rollout_logprobs=old_log_prob, advantages=advantages,
         mask=valid,
     )  # fmt: skip
-    value = terms.value.expand(valid.shape)
-    if rollout_is_weights is not None:
-        value = value * rollout_is_weights
+    value = terms.value
+    if rollout_is_weights is not None:  # NaN or infinite: left out, as every number of a token
+        finite = rollout_is_weights.isfinite()
+        value = value * torch.where(finite, rollout_is_weights, 0.0)
+        terms = terms._replace(nonfinite=terms.nonfinite | (valid & ~finite))
     total = agg_loss(-value, response_mask, loss_agg_mode, **config.global_batch_info)
     return total, _metrics(terms, valid, objective, ranks=config.global_batch_info.get("dp_size") or 1)
 
@@ -127,11 +130,10 @@ def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective, *, rank
     """
     sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
-        bounds=terms.bounds, bounds_of=objective.bounds, weights=terms.weights,
-        nonfinite=getattr(terms, "nonfinite", None),
+        bounds=terms.bounds, bounds_of=objective.bounds, weights=terms.weights, nonfinite=terms.nonfinite,
     )  # fmt: skip
     log_ratio = terms.log_ratio.detach().expand(valid.shape)
-    used = valid & log_ratio.isfinite()
+    used = valid & ~terms.nonfinite
     report = averaged_by_host(sums) if ranks > 1 else {name: found.value() for name, found in sums.items()}
     found = {f"actor/band/{name}": value for name, value in report.items()} | {
         "actor/pg_clipfrac": sums["clip_fraction/any"].value(),

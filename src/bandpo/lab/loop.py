@@ -213,7 +213,7 @@ class Loop:
     def _count(self, run: int, terms: Any, mask: Tensor) -> None:
         sums = policy_sums(
             log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds,
+            bounds=terms.bounds, nonfinite=terms.nonfinite,
         )  # fmt: skip
         for j, name in enumerate(PROB_BINS):
             for side, key in enumerate(("low", "high")):

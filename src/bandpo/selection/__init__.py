@@ -9,5 +9,6 @@ from bandpo.selection.pruning import Informative as Informative
 from bandpo.selection.pruning import Pruning as Pruning
 from bandpo.selection.pruning import Selection as Selection
 from bandpo.selection.pruning import Selector as Selector
+from bandpo.selection.pruning import check_nothing_lost as check_nothing_lost
 from bandpo.selection.pruning import effective_sample_size as effective_sample_size
 from bandpo.selection.pruning import stratified as stratified
