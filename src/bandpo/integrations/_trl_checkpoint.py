@@ -1,8 +1,6 @@
 """Checkpoints that are whole or do not count, and from which a run goes on as if it had never stopped."""
 
 import errno
-import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -187,16 +185,13 @@ class WholeCheckpoints(Trainer):
 
 @contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
-    """A file that cannot be read, or that holds something else, is one sentence; pickles may hold plain values only."""
+    """What a file of a checkpoint brings up is one sentence: a pickle that is refused or torn fails in many ways."""
     try:
         yield
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, RecursionError,
-            FileNotFoundError) as error:  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise _cannot_resume(checkpoint, f"{type(error).__name__}: {_first_line(error)}") from error
-    except RuntimeError as error:
-        if not re.search("PytorchStreamReader|Invalid magic number|storage", str(error)):
-            raise
-        raise _cannot_resume(checkpoint, _first_line(error)) from error
 
 
 def _cannot_resume(checkpoint: str | Path, why: str) -> ValueError:
