@@ -1,6 +1,7 @@
 """Fuzz targets of the trainers: metrics pooled from any parts, and checkpoints with anything in them."""
 
 import copy
+import functools
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, RatioBounds, policy_metrics
-from bandpo._files import SEAL, damage, latest_whole, seal
+from bandpo._files import SEAL, damage, latest_whole, read_jsonl, seal
 from bandpo.integrations._pooled import PooledLog, over_processes, without_empty
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints, _readable, latest_checkpoint
 from bandpo.integrations._trl_signal import SignalWatch, without_signal
@@ -132,13 +133,19 @@ SEALS = st.one_of(
 )
 
 
-def any_seal(content: bytes) -> str:
-    """A folder whose seal is anything: damaged, or what it says of its files is true."""
-    folder = PLACE / f"checkpoint-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
+@functools.cache
+def _sealed(process: int) -> tuple[Path, Any]:
+    """A sealed folder of this process, and what its seal says."""
+    folder = PLACE / f"checkpoint-{process}0"
+    folder.mkdir()
     (folder / "data").write_bytes(b"hello")
     seal(folder)
-    whole = json.loads((folder / SEAL).read_text())
+    return folder, json.loads((folder / SEAL).read_text())
+
+
+def any_seal(content: bytes) -> str:
+    """A folder whose seal is anything: damaged, or what it says of its files is true."""
+    folder, whole = _sealed(os.getpid())
     (folder / SEAL).write_bytes(content)
     said: list[str] = []
     wrong = damage(folder)
@@ -256,8 +263,7 @@ def any_metrics_file(lines: list[str]) -> str:
     if message:
         assert "metrics.jsonl" in message
         return "refused"
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(row["step"] <= 5 and "train_runtime" not in row for row in kept)
+    assert all(row["step"] <= 5 and "train_runtime" not in row for row in read_jsonl(path))
     return "fine"
 
 
