@@ -22,8 +22,9 @@ from bandpo.composition import Objective
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
+from bandpo.integrations._trl_packing import packed_scores, probe_packing, refuse_packing
 from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, top_logprobs
-from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts, packed_scores
+from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts
 from bandpo.losses import aggregate
 from bandpo.metrics import TRL_NAMES, policy_metrics
 from bandpo.regions import TopK
@@ -89,6 +90,11 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._pruned = PrunedRollouts(self, pruning) if (pruning := args.selector()) is not None else None
         self._radius_rule = args.radius_rule(self.objective, steps=1)
         self._measured: list[float] = []
+        self._packs = False  # whether the model is known to keep packed sequences apart
+        if args.packing:
+            refuse_packing(self.model, router_loss=self.aux_loss_enabled)
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # sharded weights run within `train` alone
+                self._probe_packing()
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
             warnings.warn(
                 f"The trust region of {self.objective.name!r} can never bind: with num_iterations={args.num_iterations}, "
@@ -115,7 +121,13 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             raise ValueError(
                 f"packing scores text without auxiliary losses; this batch has {extras or 'a router loss'}"
             )
+        if not self._packs:
+            self._probe_packing()
         return *packed_scores(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy), None
+
+    def _probe_packing(self) -> None:
+        probe_packing(self.model, self._tokenizer, self.accelerator.device)
+        self._packs = True
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         per_function = super()._calculate_rewards(*args, **kwargs)
