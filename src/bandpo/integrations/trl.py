@@ -10,7 +10,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.composition import Objective
+from bandpo.integrations._generate import end_tokens, sampling_by
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
@@ -86,6 +87,9 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._sampling_seconds = 0.0
         _refuse_unsupported(self.objective, args, given=objective is not None)
         super().__init__(model, reward_funcs, args, **kwargs)
+        self.eos_token_ids = end_tokens(self.model, self._tokenizer)
+        if not self.use_vllm and "eos_token_id" not in (args.generation_kwargs or {}):
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self._refill = Refill(self) if args.dynamic_sampling else None
         self._pruned = PrunedRollouts(self, pruning) if (pruning := args.selector()) is not None else None
         self._radius_rule = args.radius_rule(self.objective, steps=1)
@@ -160,8 +164,10 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         return rollout
 
     def _generate_with_extras(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollout, and what the objective needs of it."""
-        rollout = super()._generate_and_score_completions(inputs)
+        """TRL's rollout, sampled as its options say and not as the model's file does, and what the objective needs of it."""
+        own = getattr(self, "generation_config", None)  # none with vLLM
+        with nullcontext() if own is None else sampling_by(self.model, own):
+            rollout = super()._generate_and_score_completions(inputs)
         rollout |= group_extras(self, rollout)
         if isinstance(self.objective.bounds, TopK):
             values, ids = top_logprobs(self, self.model, rollout, None, self.objective.bounds.k)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bandpo._files import read_jsonl, write_json
+from bandpo.integrations._generate import sampler_of
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
@@ -181,6 +182,7 @@ def _evaluate(
             temperature=run.eval_temperature,
             seed=1234,
             batch_size=args.per_device_eval_batch_size,
+            sampler=sampler_of(args),
         )
 
 
