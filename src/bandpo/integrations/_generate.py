@@ -1,8 +1,8 @@
 """Sampling and scoring completions with transformers: what the evaluation and the online preference trainer share.
 
-The sampler is the one that is asked for and nothing else. A model's own `generation_config` (a repetition penalty, top-k, forced
-or suppressed tokens, beams, ...) fills whatever a call leaves open in transformers: training would then learn from samples of
-another distribution than the log-probs are of, and an evaluation would measure a third one. So it is set aside while sampling;
+The sampler is the one that is asked for and nothing else. In transformers a model's own `generation_config` (a repetition
+penalty, top-k, forced or suppressed tokens, beams, ...) fills whatever a call leaves open: training would learn from samples of
+another distribution than its log-probs are of, and an evaluation would measure a third one. So it is set aside while sampling;
 of it only the end tokens count.
 """
 

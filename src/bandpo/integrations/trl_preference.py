@@ -172,8 +172,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         mask = inputs["completion_mask"][:, 1:]
         chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
-        lengths = mask.sum(1).chunk(2)
         extras: dict[str, Tensor] = {}
+        if self.objective.length == "mean":
+            extras |= dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True))
         if self.objective.reference != "none":
             extras |= {f"ref_{s}_logprobs": inputs[f"ref_{s}_logps"] for s in ("chosen", "rejected")}
         confidence, probe_metrics = self._confidence(hidden, inputs["completion_mask"])
@@ -182,9 +183,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         elif gap is not None and self.objective.needs_gap and not self.objective.label_smoothing:
             extras["reward_gap"] = gap
         losses, metrics = pair_loss(
-            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1], **extras,
-        )  # fmt: skip
+            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, **extras
+        )
         return losses, metrics | probe_metrics
 
     def _confidence(self, hidden: list[Tensor], mask: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
