@@ -126,7 +126,12 @@ def _load_data(
     """What to train on, prompts or pairs, and the held-out prompts."""
     prompts, held_out = _load_prompts(run, args, tokenizer, window, progress)
     if run.pairs is not None:
-        prompts = load_pairs(run.pairs, split=run.dataset_split)
+        limits = [n for n in (getattr(args, "max_length", None), window) if n is not None]
+        prompts = load_pairs(
+            run.pairs, split=run.dataset_split, held_out=held_out, tokenizer=tokenizer,
+            system_prompt=None if run.task else run.system_prompt, limit=min(limits, default=None),
+            skip_bad=run.bad_rows == "skip", say=progress.say,
+        )  # fmt: skip
     return prompts, held_out
 
 
