@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bandpo.integrations._trl_config import BandGRPOConfig
 from bandpo.integrations._trl_rollout import PREFIX, local_rows
-from bandpo.selection.packing import pack_rows
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
 WEIGHT = f"{PREFIX}weight"
@@ -141,53 +140,3 @@ def _key(row: Any) -> str:
 
 def _has_rows(x: Any, rows: int) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows
-
-
-def packed_scores(
-    trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
-    compute_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Log-probs and entropies of the completions from packed rows, as TRL's `_get_per_token_logps_and_entropies` has them."""
-    logps: list[Tensor] = []
-    entropies: list[Tensor] = []
-    densities: list[float] = []
-    width = input_ids.shape[1]
-    capacity = trainer.args.packing_tokens or 4 * width
-    for ids, attention in zip(
-        input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids)), strict=True
-    ):
-        packed = pack_rows(
-            ids, attention, capacity=max(capacity, int(attention.sum(1).max())), window=trainer.args.packing_window
-        )
-        counted = attention.new_zeros(attention.shape).to(torch.bool)
-        counted[:, -logits_to_keep:] = attention[:, -logits_to_keep:] != 0
-        labels = packed.pack(ids.masked_fill(~counted, -100), -100)
-        labels[packed.position_ids == 0] = -100  # the first token of a sequence follows nothing
-        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-        if trainer.accelerator.unwrap_model(model).config._attn_implementation.startswith("flash"):
-            inputs = {name: packed.flat(x) for name, x in inputs.items()} | packed.varlen()
-            with trainer.accelerator.autocast():
-                out = model(**inputs, attention_mask=None, labels=packed.flat(labels), fused_lm_head=True)
-            logps.append(_from_flat(out.log_probs, packed)[:, -logits_to_keep:])
-            if compute_entropy:
-                entropies.append(_from_flat(out.entropy, packed)[:, -logits_to_keep:])
-        else:
-            bias = packed.attention_bias(next(model.parameters()).dtype)
-            with trainer.accelerator.autocast():
-                out = model(**inputs, attention_mask=bias, labels=labels, fused_lm_head=True)
-            for values, wanted in ((out.log_probs, logps), (out.entropy, entropies)):
-                if wanted is logps or compute_entropy:
-                    shifted = torch.nn.functional.pad(values, (1, 0))
-                    wanted.append(packed.unpack(shifted)[:, -logits_to_keep:])
-        densities.append(float(attention.sum()) / packed.input_ids.numel())
-    mode = "train" if trainer.model.training else "eval"
-    trainer._metrics[mode]["packing/density"].append(sum(densities) / len(densities))
-    trainer._metrics[mode]["packing/padded_density"].append(float(attention_mask.float().mean()))
-    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
-
-
-def _from_flat(values: Tensor, packed: Any) -> Tensor:
-    """Shifted values of the one flat row, `(1, tokens - 1)`, in the padded layout."""
-    out = values.new_zeros(packed.input_ids.shape)
-    out[packed.sequence_ids >= 0] = torch.nn.functional.pad(values, (1, 0))[0]
-    return packed.unpack(out)

@@ -10,7 +10,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from trl import GRPOTrainer
 
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.composition import Objective
+from bandpo.integrations._generate import end_tokens, sampling_by
 from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
 from bandpo.integrations._precision import lost_updates
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
+from bandpo.integrations._trl_packing import packed_scores, probe_packing, refuse_packing
 from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, local_rows, top_logprobs
-from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts, packed_scores
+from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts
 from bandpo.integrations._trl_signal import SignalWatch, total_rewards, without_signal
 from bandpo.losses import aggregate
 from bandpo.metrics import TRL_NAMES, PooledSum, policy_sums
@@ -92,9 +94,16 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self.objective, args, given=objective is not None, own_sampler=kwargs.get("rollout_func") is not None
         )
         super().__init__(model, reward_funcs, args, **kwargs)
-        _refuse_router_loss(self, args)
+        self.eos_token_ids = end_tokens(self.model, self._tokenizer)
+        if not self.use_vllm and "eos_token_id" not in (args.generation_kwargs or {}):
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self._refill = Refill(self) if args.dynamic_sampling else None
         self._pruned = PrunedRollouts(self, pruning) if (pruning := args.selector()) is not None else None
+        if pruning is not None and pruning.completions and self.aux_loss_enabled:
+            raise ValueError(
+                "pruning completions cannot weigh what the router's loss averages, and this mixture of experts has a router loss "
+                f"(router_aux_loss_coef={self.router_aux_loss_coef}): set router_aux_loss_coef=0, or prune prompts only"
+            )
         self._radius_rule = args.radius_rule(self.objective, steps=1)
         self._measured = [0.0, 0.0]  # numerator and denominator since the adaptive radius was last moved
         self._pooled = {"train": PooledLog(), "eval": PooledLog()}
@@ -102,6 +111,11 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._told_nonfinite = False
         self.say: Callable[[str], Any] = lambda text: warnings.warn(text, stacklevel=3)
         """Takes the main process's sentences to the user."""
+        self._packs = False  # whether the model is known to keep packed sequences apart
+        if args.packing:
+            refuse_packing(self.model, router_loss=self.aux_loss_enabled)
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # sharded weights run within `train` alone
+                self._probe_packing()
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
             warnings.warn(
                 f"The trust region of {self.objective.name!r} can never bind: with num_iterations={args.num_iterations}, "
@@ -178,7 +192,13 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             raise ValueError(
                 f"packing scores text without auxiliary losses; this batch has {extras or 'a router loss'}"
             )
+        if not self._packs:
+            self._probe_packing()
         return *packed_scores(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy), None
+
+    def _probe_packing(self) -> None:
+        probe_packing(self.model, self._tokenizer, self.accelerator.device)
+        self._packs = True
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         per_function = super()._calculate_rewards(*args, **kwargs)
@@ -224,8 +244,13 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         return rollout
 
     def _generate_with_extras(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollout, without the rounding of groups that have no signal, and what the objective needs of it."""
-        rollout = super()._generate_and_score_completions(inputs)
+        """TRL's rollout, sampled as its options say and not as the model's file does, and what the objective needs of it.
+
+        A group without signal has advantages of exactly 0, and not the rounding of its mean.
+        """
+        own = getattr(self, "generation_config", None)  # none with vLLM
+        with nullcontext() if own is None else sampling_by(self.model, own):
+            rollout = super()._generate_and_score_completions(inputs)
         silent = self._groups_without_signal
         mine = local_rows(self, len(rollout["advantages"]))
         rows = silent.repeat_interleave(self._group_size)[mine].to(rollout["advantages"].device)
@@ -466,18 +491,6 @@ def _goes_through_epsilon(objective: Objective) -> bool:
 
 def _or_zero(x: Tensor, where: Tensor) -> Tensor:
     return x.masked_fill(where, 0.0)
-
-
-def _refuse_router_loss(trainer: GRPOTrainer, args: BandGRPOConfig) -> None:
-    """Before anything is sampled: what scores or chooses completions by itself has no place for a loss of the router."""
-    pruning = args.selector()
-    what = "packing" if args.packing else "pruning completions" if pruning is not None and pruning.completions else None
-    if what is not None and trainer.aux_loss_enabled:
-        why = "scores text without auxiliary losses" if args.packing else "cannot weigh what the router's loss averages"
-        raise ValueError(
-            f"{what} {why}, and this mixture of experts has a router loss (router_aux_loss_coef="
-            f"{trainer.router_aux_loss_coef}): set router_aux_loss_coef=0, or leave {what} out"
-        )
 
 
 def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bool, own_sampler: bool) -> None:

@@ -3,13 +3,16 @@
 TRL makes the batch, the forward pass and its metrics, with a loss of weight 0; the log-probs of that pass go into `pair_loss`.
 """
 
+import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 try:
@@ -26,7 +29,8 @@ from bandpo.preference.losses import pair_loss, preference_confidence
 from bandpo.preference.objectives import PREFERENCES, PairObjective, get_pair_objective
 from bandpo.preference.probe import LayerProbe, pool_hidden
 
-_OWN_COLUMNS = ("reward_gap", "ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_OWN_COLUMNS = ("reward_gap", *REFERENCE_COLUMNS)
 _INERT = {"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "reverse_kl", "ld_alpha": None,
           "use_weighting": False}  # fmt: skip
 
@@ -91,7 +95,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     """TRL's `DPOTrainer` with the loss of a bandpo preference objective; everything else is inherited.
 
     A data set may hold more than pairs: "reward_gap" for objectives that distil rewards; "ref_chosen_logps" and
-    "ref_rejected_logps", which save the reference model; and "prompt_ids", "chosen_ids", "rejected_ids" instead of text.
+    "ref_rejected_logps", with which no reference model is loaded; and "prompt_ids", "chosen_ids", "rejected_ids" instead of
+    text. Pairs that `max_length` drops or cuts are counted in a warning.
 
     Args:
         model: As in `DPOTrainer`; so are all other arguments.
@@ -104,7 +109,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
 
     Raises:
         TypeError: If `args` is no `BandDPOConfig`.
-        ValueError: If the objective needs a probe and has none, or the other way round.
+        ValueError: If the objective needs a probe and has none, or the other way round; if there are reference log-probs and a
+            reference model, or such log-probs of pairs that `max_length` cuts; if no pair is left, or `max_length` leaves
+            nothing of the difference between chosen and rejected.
 
     Examples:
         >>> BandDPOTrainer.__mro__[2].__name__
@@ -132,7 +139,13 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             else None
         )
         self._pooled = {"train": PooledLog(), "eval": PooledLog()}
+        if set(REFERENCE_COLUMNS) <= set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+            if ref_model is not None:
+                raise ValueError("ref_model: the data set holds the reference's log-probs already; give one of the two")
+            args = copy.copy(args)
+            args.precompute_ref_log_probs = True  # they are there, so that TRL need not load a reference
         super().__init__(model, ref_model, args, **kwargs)
+        _warn_of_half_precision(self.model)
         if probe is not None:
             probe.to(self.accelerator.device)
         self.loss_weights = [0.0]
@@ -140,8 +153,12 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names or ()):
-            return dataset
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            found = dataset
+        else:
+            found = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(found, Dataset) and args.max_length is not None:  # a stream is not read ahead
+            _check_cuts(found, len(dataset), args.max_length, dataset_name)
+        return found
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self.objective.reference == "none" or "ref_chosen_logps" in dataset.column_names:
@@ -159,7 +176,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             if self.objective.reference == "none":
                 references = (torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device),) * 2
             else:
-                references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                with warnings.catch_warnings():  # TRL reads a property by a name that transformers has given up
+                    warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
+                    references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
         mode = "train" if self.model.training else "eval"
         self._pooled[mode].begin(self._metrics[mode])
@@ -177,8 +196,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         mask = inputs["completion_mask"][:, 1:]
         chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
-        lengths = mask.sum(1).chunk(2)
         extras: dict[str, Tensor] = {}
+        if self.objective.length == "mean":
+            extras |= dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True))
         if self.objective.reference != "none":
             extras |= {f"ref_{s}_logprobs": inputs[f"ref_{s}_logps"] for s in ("chosen", "rejected")}
         confidence, probe_metrics = self._confidence(hidden, inputs["completion_mask"])
@@ -187,9 +207,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         elif gap is not None and self.objective.needs_gap and not self.objective.label_smoothing:
             extras["reward_gap"] = gap
         losses, metrics = pair_loss(
-            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1], **extras,
-        )  # fmt: skip
+            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, **extras
+        )
         return losses, metrics | probe_metrics
 
     def _confidence(self, hidden: list[Tensor], mask: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -260,6 +279,45 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         without_empty(self._metrics["train" if self.model.training else "eval"])
         super().log(logs, start_time)
+
+
+def _check_cuts(data: Dataset, given: int, max_length: int, name: str) -> None:
+    """Say what `max_length` does to the pairs, and refuse what would make them wrong."""
+    if not len(data):
+        raise ValueError(
+            f"{name} set: none of {given} pairs is left, each prompt fills max_length={max_length}; raise it"
+        )
+    columns = zip(data["prompt_ids"], data["chosen_ids"], data["rejected_ids"], strict=True)
+    rooms = [(max_length - len(p), c, r) for p, c, r in columns]
+    cut = [(room, c, r) for room, c, r in rooms if max(len(c), len(r)) > room]
+    if cut and set(REFERENCE_COLUMNS) <= set(data.column_names):
+        raise ValueError(
+            f"{name} set: {len(cut)} of {given} pairs are longer than max_length={max_length}, and their reference log-probs "
+            "are of the whole completions; raise max_length, or set it to None"
+        )
+    same = sum(c != r and c[: max(room, 0)] == r[: max(room, 0)] for room, c, r in cut)
+    if same:
+        raise ValueError(
+            f"{name} set: of {same} of {given} pairs max_length={max_length} leaves the same text as chosen and as rejected; "
+            "raise it, or set it to None"
+        )
+    if cut or len(data) < given:
+        warnings.warn(
+            f"{name} set: max_length={max_length} drops {given - len(data)} of {given} pairs, whose prompts fill it, and cuts "
+            f"{len(cut)}.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_half_precision(model: Any) -> None:
+    """Weights that are trained in half precision lose most of a usual update."""
+    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if half:
+        warnings.warn(
+            f"Weights are trained in {', '.join(str(d).removeprefix('torch.') for d in half)}: an update below about 1/500 of "
+            "a weight is rounded away. Load the model in float32 (dtype=torch.float32); bf16=True still computes in bfloat16.",
+            stacklevel=3,
+        )
 
 
 class _Recorder:
