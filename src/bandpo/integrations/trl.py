@@ -101,7 +101,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._pruned = PrunedRollouts(self, pruning) if (pruning := args.selector()) is not None else None
         if pruning is not None and pruning.completions and self.aux_loss_enabled:
             raise ValueError(
-                "pruning completions cannot weigh what the router's loss averages, and this mixture of experts has a router loss "
+                "pruning completions cannot weigh what a router loss averages, and this mixture of experts has a router loss "
                 f"(router_aux_loss_coef={self.router_aux_loss_coef}): set router_aux_loss_coef=0, or prune prompts only"
             )
         self._radius_rule = args.radius_rule(self.objective, steps=1)
