@@ -197,7 +197,7 @@ def test_all_masked_is_zero_with_zero_gradient():
         loss, gradient, metrics = run(name, complete(name, data))
         assert loss == 0
         assert (gradient == 0).all()
-        assert metrics["clip_fraction/any"] == 0
+        assert metrics["clip_fraction/any"].isnan()  # the mean of nothing is no number
 
 
 def test_an_infinite_or_nan_token_leaves_no_nan_and_stays_visible():

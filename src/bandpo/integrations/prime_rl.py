@@ -17,7 +17,7 @@ from typing import Any
 from bandpo._inputs import as_mask
 from bandpo.composition import Objective
 from bandpo.integrations._overrides import Overrides
-from bandpo.metrics import policy_metrics
+from bandpo.metrics import averaged_by_host, policy_sums
 from bandpo.objectives import get_objective
 from bandpo.tokens import token_objective
 
@@ -45,11 +45,12 @@ def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> An
         chosen, logprobs=row["trainer_logprobs"], old_logprobs=None, rollout_logprobs=row["inference_logprobs"],
         advantages=inputs.advantages.unsqueeze(0), mask=mask,
     )  # fmt: skip
-    report = policy_metrics(
+    sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
         bounds=terms.bounds, bounds_of=chosen.bounds, nonfinite=terms.nonfinite,
     )  # fmt: skip
-    return LossOutputs(loss=-terms.value.sum(), metrics={f"band/{name}": value for name, value in report.items()})
+    metrics = {f"band/{name}": value for name, value in averaged_by_host(sums).items()}
+    return LossOutputs(loss=-terms.value.sum(), metrics=metrics)
 
 
 @functools.lru_cache(maxsize=16)

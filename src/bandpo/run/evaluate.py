@@ -89,6 +89,7 @@ def evaluate(
     top_p: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
+    sampler: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Sample `samples` completions of every row and score them; the rows are divided among the processes.
 
@@ -103,12 +104,13 @@ def evaluate(
         top_p: Of sampling.
         batch_size: Completions at once.
         seed: Of sampling; the state of the random generators is restored.
+        sampler: What else the sampler is, from `sampler_of` the trainer's config: without it, none of a model's own options.
     """
     state = PartialState()
     found: list[tuple[int, list[str], list[float]]] = []
     batches = sample_batches(
         model, tokenizer, rows["prompt"], samples=samples, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, batch_size=batch_size, seed=seed,
+        top_p=top_p, batch_size=batch_size, seed=seed, **(sampler or {}),
     )  # fmt: skip
     for chosen, _, completions in batches:
         batch = [rows[i] for i in chosen]

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bandpo._files import read_jsonl, write_json
+from bandpo.integrations._generate import sampler_of
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
@@ -125,7 +126,12 @@ def _load_data(
     """What to train on, prompts or pairs, and the held-out prompts."""
     prompts, held_out = _load_prompts(run, args, tokenizer, window, progress)
     if run.pairs is not None:
-        prompts = load_pairs(run.pairs, split=run.dataset_split)
+        limits = [n for n in (getattr(args, "max_length", None), window) if n is not None]
+        prompts = load_pairs(
+            run.pairs, split=run.dataset_split, held_out=held_out, tokenizer=tokenizer,
+            system_prompt=None if run.task else run.system_prompt, limit=min(limits, default=None),
+            skip_bad=run.bad_rows == "skip", say=progress.say,
+        )  # fmt: skip
     return prompts, held_out
 
 
@@ -181,6 +187,7 @@ def _evaluate(
             temperature=run.eval_temperature,
             seed=1234,
             batch_size=args.per_device_eval_batch_size,
+            sampler=sampler_of(args),
         )
 
 

@@ -4,6 +4,7 @@ from bandpo.selection.packing import PackedBatch as PackedBatch
 from bandpo.selection.packing import density as density
 from bandpo.selection.packing import pack_rows as pack_rows
 from bandpo.selection.packing import packed_logprobs as packed_logprobs
+from bandpo.selection.packing import packing_error as packing_error
 from bandpo.selection.packing import window_pack as window_pack
 from bandpo.selection.pruning import Informative as Informative
 from bandpo.selection.pruning import Pruning as Pruning
