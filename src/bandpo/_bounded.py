@@ -89,8 +89,8 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
             found = loader.get_single_data()
         finally:
             loader.dispose()
-    except _Excess:
-        raise
+    except _Excess as error:
+        raise ValueError(str(error)) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     _check_values(found, where)
@@ -169,9 +169,9 @@ def _check_values(found: Any, where: str) -> None:
             [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
         )
         if nodes + len(pending) + len(inside) > 2 * MAX_NODES or characters > _MAX_CHARACTERS:
-            raise _Excess(f"{where} has more than {MAX_NODES:,} values when its aliases are followed")
+            raise ValueError(f"{where} has more than {MAX_NODES:,} values when its aliases are followed")
         if depth > MAX_DEPTH + 1:
-            raise _Excess(f"{where} has values nested deeper than {MAX_DEPTH} when its aliases are followed")
+            raise ValueError(f"{where} has values nested deeper than {MAX_DEPTH} when its aliases are followed")
         pending += [(x, depth + 1) for x in inside]
 
 
