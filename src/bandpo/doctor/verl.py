@@ -47,7 +47,9 @@ DEFAULTS: Mapping[str, Any] = {
 """verl 0.9.1's own; a test composes its configuration and compares."""
 
 MAX_SCRIPT_BYTES = 1 << 18
-_MAX_KEY = 200  # characters; every key of verl is shorter
+_OWN = "actor_rollout_ref."  # what only verl's settings begin with
+_MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that one names
+_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, more than any of verl's; lines about what is unread
 _ZOO = {
     "gspo": "gspo", "sapo": "sapo", "geo_mean": "gmpo", "cispo": "cispo", "clip_cov": "clip-cov", "kl_cov": "kl-cov",
     "dppo_tv": "dppo-tv", "dppo_kl": "dppo-kl",
@@ -69,8 +71,8 @@ _VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
 
 # What a prompt's only completion has for an advantage (verl 0.9.1, core_algos.py); others compare no completions.
 _ALONE: Mapping[str, tuple[Level, str]] = {
-    "grpo": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward, not compared"),
-    "grpo_vectorized": ("problem", "advantages compare the completions of a prompt: all are 0"),
+    "grpo": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
+    "grpo_vectorized": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
     "grpo_passk": ("problem", "verl's grpo_passk refuses groups of less than two completions"),
     "gdpo": ("problem", "advantages compare the completions of a prompt, and there is nothing to compare"),
     "rloo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
@@ -224,6 +226,8 @@ def _from_yaml(path: Path, chosen: Mapping[str, Any]) -> Settings:
     if not isinstance(entries, list):
         raise ValueError(f"{path}: defaults must be a list, got {type(entries).__name__}")
     entries = cast(list[Any], entries)
+    if len(entries) > _MAX_DEFAULTS:
+        raise ValueError(f"{path}: defaults has {len(entries)} entries")
     for entry in entries if "_self_" in entries else [*entries, "_self_"]:  # later ones win
         settings.given |= own if entry == "_self_" else _default(entry, path.parent, chosen, settings)
     return settings
@@ -242,12 +246,14 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
     [(key, name)] = cast(Mapping[Any, Any], entry).items()
     group = str(key).removeprefix("override ").removeprefix("optional ")
     name = str(chosen.get(group, name))
+    if group.startswith("hydra/"):  # how Hydra itself works, not what the run does
+        return {}
     if not (_NAME.fullmatch(group) and _NAME.fullmatch(name)):  # a stranger's file must not lead out of its folder
         settings.unread.append(f"defaults: {short(group)}={short(name)} is not read: it is no plain name")
         settings.defaults = False
         return {}
     try:
-        data = read_regular(folder / group / f"{name}.yaml", MAX_YAML_BYTES, follow=False)
+        data = read_regular(folder / group / f"{name}.yaml", _MAX_GROUP_BYTES, follow=False)
     except (FileNotFoundError, ValueError) as error:
         why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         settings.unread.append(f"defaults: {group}={name} is not read: {why}")
@@ -277,22 +283,23 @@ def _from_script(path: Path) -> Settings:
     text = read_regular(path, MAX_SCRIPT_BYTES, follow=False).decode("utf-8", errors="replace")
     script = read_script(text.replace("\x00", "�"))
     runs = [command for command in script.commands if _runs_verl(command)]
-    held = {name: _held(words) for name, words in script.variables.items()}
-    spoken = {f"a quoted text of {short(c[0].text)}": _held([w for w in c if _key(w) is None and " " in w.text])
-              for c in script.commands}  # fmt: skip
-    stray = [c for c in script.commands if c not in runs and all(_key(w) is not None for w in c)]
-    listed = not runs and len(stray) == len(script.commands) and bool(stray)
-    if listed:  # a bare list of overrides
-        runs, stray = [[word for command in stray for word in command]], []
-    elsewhere = {name: keys for name, keys in {**held, **spoken}.items() if keys}
-    if stray:
-        elsewhere["a line outside of the command"] = _held([w for c in stray for w in c])
-    every = [_key(w) or "" for c in runs for w in c] + [key for keys in elsewhere.values() for key in keys]
-    if not any(every) and not runs:
+    bare = [command for command in script.commands if all(_key(word) is not None for word in command)]
+    listed = bool(bare) and len(bare) == len(script.commands)
+    if listed:  # a list of overrides, without a command that takes them
+        runs, bare = [[word for command in bare for word in command]], []
+    spoken = [w for command in script.commands for w in command if " " in w.text and _key(w) is None]
+    elsewhere = {
+        **{name: _held(words) for name, words in script.variables.items()},
+        "a quoted text": _held(spoken),
+        "a line outside of the command": _held([word for command in bare for word in command]),
+    }
+    elsewhere = {name: keys for name, keys in elsewhere.items() if keys}
+    keys = {_key(word) for command in runs for word in command}.union(*elsewhere.values())
+    if not any(_is_main_ppo(w) for c in runs for w in c) and not any(k and k.startswith(_OWN) for k in keys):
         host = host_of_script(script)
-        raise not_readable(path, host) if host else ValueError(f"{path}: no override of the form key=value in it")
-    if not any(_is_main_ppo(w) for c in runs for w in c) and not any(k.startswith("actor_rollout_ref.") for k in every):
-        raise not_readable(path, host_of_script(script))
+        if host or any(_key(word) for command in script.commands for word in command):
+            raise not_readable(path, host)
+        raise ValueError(f"{path}: no override of the form key=value in it")
     plain = _plain_variables(script)
     settings = _merged([_from_command(command, plain, listed=listed) for command in runs])
     for name, keys in elsewhere.items():
@@ -322,7 +329,7 @@ def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: boo
                 settings.unread.append(f"{option} {value}: that configuration is not read; examine it as a YAML file")
                 settings.defaults = False
         elif word.text in _OWN_ARGUMENTS:
-            settings.unread.append(f"{word.text}, the arguments of the script, are taken as none")
+            settings.unread.append(f"{word.text} (the arguments of the script) is taken as empty")
         elif not word.literal and not (at is not None and _are_plain(word, plain)):
             settings.unread.append(f"{word.text} is not resolved and may set anything")
             settings.defaults = False
@@ -356,7 +363,7 @@ def _merged(parts: Sequence[Settings]) -> Settings:
 def _runs_verl(command: Sequence[Word]) -> bool:
     keys = [_key(word) for word in command]
     return any(_is_main_ppo(word) for word in command) or (
-        None in keys and any(key is not None and key.startswith("actor_rollout_ref.") for key in keys)
+        None in keys and any(key is not None and key.startswith(_OWN) for key in keys)
     )
 
 
@@ -440,8 +447,14 @@ def _setup(s: Settings, vocabulary: int | None) -> Setup:
         vocabulary=vocabulary, fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
         weights=_weights(s), learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
         knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"},
-        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()), unread=tuple(s.unread),
+        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()), unread=_lines(s.unread),
     )  # fmt: skip
+
+
+def _lines(unread: Iterable[str]) -> tuple[str, ...]:
+    lines = [line if len(line) <= 400 else line[:397] + "..." for line in dict.fromkeys(unread)]
+    more = len(lines) - _MAX_UNREAD
+    return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
 
 def _steps(s: Settings) -> tuple[float | None, str]:

@@ -26,7 +26,7 @@ from bandpo.doctor.verl import is_verl, read_verl
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 25, 100_000
 _MAX_LINE_BYTES = 1 << 18  # of a log; a row of metrics has some thousand
-_MAX_VALUES = 5000  # of a row, and lists and objects in it
+_MAX_VALUES, _MAX_INNER = 5000, 100  # of a row; lists and objects in it
 _MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
 _COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
@@ -127,7 +127,8 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
     while (end := data.find(b"\n", start)) >= 0:
         where = f"{path}, line {len(rows) + 1}"
         line = data[start:end]
-        if len(line) > _MAX_LINE_BYTES or max(line.count(c) for c in (b",", b"[", b"{")) > _MAX_VALUES:
+        inner = line.count(b"[") + line.count(b"{")
+        if len(line) > _MAX_LINE_BYTES or line.count(b",") > _MAX_VALUES or inner > _MAX_INNER:
             raise ValueError(f"{where} is no row of metrics: it has {len(line):,} bytes")
         row = parse_json(line, where)
         if not isinstance(row, dict):
@@ -176,6 +177,9 @@ def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
     counts = [
         f"{n} {level}{'s' if n > 1 else ''}" for level in ("problem", "warning") if (n := _count(findings, level))
     ]
+    open_questions = sum(f.seen.startswith("not known") for f in findings)
+    if open_questions:
+        counts.append(f"{open_questions} {'rule' if open_questions == 1 else 'rules'} without an answer")
     return "\n".join([*lines, f"    {', '.join(counts) or 'nothing wrong found'}"])
 
 
