@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bandpo._bounded import MAX_YAML_BYTES, parse_json, parse_yaml, read_regular
+
 SEAL = "bandpo_files.json"
 _CHUNK = 1 << 22
 
@@ -40,37 +42,38 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, limit: int | None = None, *, follow: bool = True) -> list[dict[str, Any]]:
     """Rows of a JSONL file that was appended to; a last line without its end, as a killed process leaves it, is no row.
 
+    Args:
+        path: The file.
+        limit: Bytes that it may have; None for any number. Set it for a file of somebody else.
+        follow: Whether it may be a symbolic link.
+
     Raises:
-        ValueError: If another line is not a JSON object; the message has its number.
+        ValueError: If another line is not a JSON object (the message has its number), or if it is no regular file.
     """
-    data = path.read_bytes()
+    data = read_regular(path, limit, follow=follow)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: a row is an object like {{...}}, got {type(row).__name__}")
         rows.append(row)
     return rows
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
     """The keys and values of a YAML file, which can hold plain values only.
 
-    Raises:
-        ValueError: If it is something else; one line.
-    """
-    import yaml
+    Args:
+        path: The file.
+        follow: Whether it may be a symbolic link.
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2024-13-01
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    Raises:
+        ValueError: If it is something else, or larger or deeper than any configuration; one line.
+    """
+    found = parse_yaml(read_regular(path, MAX_YAML_BYTES, follow=follow), str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(found).__name__}")
     return found
