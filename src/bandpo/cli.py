@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bandpo
-from bandpo._errors import RunError
+from bandpo._errors import RunError, printable
 
 _DESCRIPTION = """\
 Trust regions for LLM reinforcement learning.
@@ -48,23 +48,36 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help="train a language model (bandpo train --help)", add_help=False)
 
-    evaluate = commands.add_parser("evaluate", help="mean@k and pass@k of a model on held-out prompts")
-    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub name of a causal LM")
-    evaluate.add_argument("--task", help="built-in task (default: countdown, unless --dataset is given)")
-    evaluate.add_argument("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file")
+    evaluate = commands.add_parser(
+        "evaluate", help="mean@k and pass@k of a model on held-out prompts",
+        description="MODEL of a run of bandpo (RUN, RUN/model, RUN/checkpoint-N) is sampled and scored as the run did it, on "
+        "the prompts that the run held out; options that are given win. Another model needs --task, or --dataset and --reward.",
+    )  # fmt: skip
+    evaluate.add_argument("model", metavar="MODEL", help="folder of a run, or folder or Hub name of a causal LM")
+    evaluate.add_argument("--task", help="built-in task (default: the run's)")
+    evaluate.add_argument("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file (default: the run's)")
     evaluate.add_argument("--dataset-config", help="configuration of a Hub dataset")
-    evaluate.add_argument("--dataset-split", default="test", help="split of a Hub dataset (default: test)")
-    evaluate.add_argument("--prompt-column", default="prompt", help="default: prompt")
-    evaluate.add_argument("--answer-column", default="answer", help="default: answer")
-    evaluate.add_argument("--system-prompt", help="put before text prompts")
-    evaluate.add_argument("--reward", help="math, a task's name, or package.module:NAME (default: the task's)")
-    evaluate.add_argument("--prompts", type=int, default=256, help="at most so many prompts (default: 256)")
-    evaluate.add_argument("--samples", type=int, default=8, help="samples of each prompt, the k of mean@k (default: 8)")
-    evaluate.add_argument("--temperature", type=float, default=1.0, help="of sampling, 0 is greedy (default: 1.0)")
-    evaluate.add_argument("--top-p", type=float, default=1.0, help="of sampling (default: 1.0)")
-    evaluate.add_argument("--max-new-tokens", type=int, help="default: the task's, or 1024")
-    evaluate.add_argument("--batch-size", type=int, default=512, help="completions at once (default: 512)")
+    evaluate.add_argument("--dataset-split", help="split of a Hub dataset (default: test)")
+    evaluate.add_argument("--prompt-column", help="default: the run's, or prompt")
+    evaluate.add_argument("--answer-column", help="default: the run's, or answer")
+    evaluate.add_argument("--system-prompt", help="put before text prompts (default: the run's)")
+    evaluate.add_argument(
+        "--reward", help="math, a task's name, or package.module:NAME, which is imported (default: the run's or task's)"
+    )
+    evaluate.add_argument("--prompts", type=int, help="at most so many prompts (default: the run's, or 256)")
+    evaluate.add_argument(
+        "--samples", type=int, help="samples of each prompt, the k of mean@k (default: the run's, or 8)"
+    )
+    evaluate.add_argument("--temperature", type=float, help="of sampling, 0 is greedy (default: the run's, or 1.0)")
+    evaluate.add_argument("--top-p", type=float, help="of sampling (default: the run's, or 1.0)")
+    evaluate.add_argument("--max-new-tokens", type=int, help="default: the run's, the task's, or 1024")
+    evaluate.add_argument("--batch-size", type=int, help="completions at once (default: the run's, or 512)")
     evaluate.add_argument("--seed", type=int, default=1234, help="of sampling (default: 1234)")
+    evaluate.add_argument(
+        "--bad-rows", choices=("error", "skip"),
+        help="rows that cannot be used or scored: error, or skip (counted) (default: the run's, or error)",
+    )  # fmt: skip
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")
     evaluate.add_argument("--output", type=Path, help="write the summary here, as JSON")
     evaluate.set_defaults(run=_evaluate)
 
@@ -167,13 +180,13 @@ def _guarded(run: Callable[[Any], object], options: Any) -> int:
     try:
         found = run(options)
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(f"bandpo: {error}", file=sys.stderr)
+        print(f"bandpo: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python from complaining when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (RunError, OSError) as error:  # a reward that fails, a full disk: not a mistake in the input
-        print(f"bandpo: {error}", file=sys.stderr)
+        print(f"bandpo: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)

@@ -350,7 +350,7 @@ def get_objective(objective: Objective | str) -> Objective:
         module, _, attribute = objective.partition(":")
         try:
             objective = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # the module's own code runs, and may raise anything
+        except (Exception, SystemExit) as error:  # the module's own code runs, and may raise anything, or exit
             raise ValueError(f"objective {module}:{attribute} could not be imported: {error!r}") from error
     if isinstance(objective, Objective):
         return objective

@@ -51,7 +51,9 @@ def test_evaluate(tmp_path, capsys):
     model = str(warmed_up_model(WarmUp(steps=100)))
     found = []
     for name in ("a.json", "b.json"):
-        assert main(["evaluate", model, "--prompts", "8", "--samples", "4", "--output", name]) == 0
+        assert (
+            main(["evaluate", model, "--task", "countdown", "--prompts", "8", "--samples", "4", "--output", name]) == 0
+        )
         found.append(json.loads((tmp_path / name).read_text()))
     about = [f.pop("about") for f in found]
     assert found[0] == found[1]

@@ -64,7 +64,10 @@ class RunConfig:
     )
     bad_rows: str = field(
         default="error",
-        metadata={"help": "Rows without prompt or answer, or too long for the model: error, or skip (counted)."},
+        metadata={
+            "help": "Rows without prompt or answer, with an answer that reward math cannot read, or too long for the model: "
+            "error, or skip (counted)."
+        },
     )
     pairs: str | None = field(
         default=None,
@@ -74,7 +77,9 @@ class RunConfig:
         default=256, metadata={"help": "Held-out prompts; their batches follow per_device_eval_batch_size."}
     )
     eval_samples: int = field(default=8, metadata={"help": "Samples of each held-out prompt, k of mean@k."})
-    eval_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the evaluation."})
+    eval_temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature of the evaluation. Default: that of training."}
+    )
     lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0 trains all weights."})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale."})
     warm_up_steps: int = field(default=250, metadata={"help": "Supervised steps of the built-in small model."})
@@ -108,6 +113,8 @@ class RunConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if not 0 < self.reward_timeout < math.inf:
             raise ValueError(f"reward_timeout must be a positive number of seconds, got {self.reward_timeout}")
+        if self.eval_temperature is not None and not 0 <= self.eval_temperature < math.inf:
+            raise ValueError(f"eval_temperature must be 0 (greedy) or a positive number, got {self.eval_temperature}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 

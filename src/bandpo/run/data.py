@@ -6,10 +6,16 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl.data_utils import extract_prompt
 
+from bandpo._errors import printable
 from bandpo.lab.tasks import TASKS, make_splits
+from bandpo.run.config import RunConfig
+from bandpo.run.verification import unreadable
 
 Say = Callable[[str], None]
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -19,6 +25,115 @@ def load_task(task: str, evaluation: int) -> tuple[Dataset, Dataset]:
     """Train and held-out prompts of a built-in task."""
     train, held_out = make_splits(TASKS[task], evaluation=evaluation)
     return Dataset.from_list(train), Dataset.from_list(held_out)
+
+
+def run_prompts(
+    run: RunConfig, tokenizer: Any, window: int | None, *, completion: int, seed: int, say: Say
+) -> tuple[Dataset, Dataset]:
+    """The prompts that a run trains on, and those that it holds out; checked, so that what is wrong is said before training.
+
+    Args:
+        run: Its config.
+        tokenizer: The model's.
+        window: Positions that the model knows; None where it has no limit.
+        completion: Tokens of the longest completion.
+        seed: Of the choice of the held-out prompts.
+        say: Takes messages.
+
+    Raises:
+        ValueError: If a row is bad and bad rows are not skipped, or none is left.
+    """
+    if run.task is not None:
+        return load_task(run.task, run.eval_prompts)
+    assert run.dataset is not None
+    data = _checked_prompts(run, run.dataset, run.dataset_split, tokenizer, window, completion, say)
+    if run.eval_dataset is None:
+        return split_prompts(data, run.eval_prompts, seed)
+    return data, held_out_prompts(run, tokenizer, window, completion=completion, seed=seed, say=say)
+
+
+def held_out_prompts(
+    run: RunConfig, tokenizer: Any, window: int | None, *, completion: int, seed: int, say: Say
+) -> Dataset:
+    """The second half of `run_prompts`.
+
+    Args:
+        run: As there.
+        tokenizer: As there.
+        window: As there.
+        completion: As there.
+        seed: As there.
+        say: As there.
+    """
+    if run.eval_dataset is None:
+        return run_prompts(run, tokenizer, window, completion=completion, seed=seed, say=say)[1]
+    data = _checked_prompts(run, run.eval_dataset, run.eval_dataset_split, tokenizer, window, completion, say)
+    return data.select(range(min(run.eval_prompts, len(data))))
+
+
+def _checked_prompts(
+    run: RunConfig, name: str, split: str, tokenizer: Any, window: int | None, completion: int, say: Say
+) -> Dataset:
+    bad: dict[str, Any] = {"skip_bad": run.bad_rows == "skip", "say": say}
+    data = load_prompts(
+        name, config=run.dataset_config, split=split, prompt_column=run.prompt_column, answer_column=run.answer_column,
+        system_prompt=run.system_prompt, chat=tokenizer.chat_template is not None, **bad,
+    )  # fmt: skip
+    if run.reward == "math":
+        data = with_readable_answers(data, name, **bad)
+    return fit_window(data, tokenizer, window, completion, **bad)
+
+
+def with_readable_answers(data: Dataset, name: str, *, skip_bad: bool, say: Say) -> Dataset:
+    """The rows whose answer math-verify can read; a completion of any other would never get a score.
+
+    Args:
+        data: With the column "answer".
+        name: Of the dataset, for messages.
+        skip_bad: Leave the others out, and say how many.
+        say: Takes messages.
+
+    Raises:
+        ValueError: If rows have answers that cannot be read; the message counts them and shows the first.
+    """
+    bad: list[list[int] | None] = [None]
+    answers = data["answer"][:]
+    if PartialState().is_main_process:
+        bad = [unreadable(answers)]
+    broadcast_object_list(bad)
+    [rows] = bad
+    assert rows is not None
+    shown = ", ".join(dict.fromkeys(printable(repr(answers[i]))[:60] for i in rows[:3]))
+    what = f"have an answer that math-verify cannot read as a whole ({shown}{', ...' if len(rows) > 3 else ''})"
+    return _without(data, rows, f"dataset {name!r}", what, skip_bad, say)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool, local: bool = False) -> Any:
+    """A model's tokenizer, padding on the left.
+
+    Args:
+        name: Hub name or folder.
+        trust_remote_code: Run code that the folder brings.
+        local: Download nothing.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, padding_side="left", trust_remote_code=trust_remote_code, local_files_only=local
+        )
+    except OSError as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+def window_of(config: Any) -> int | None:
+    """How many positions a model knows, None where it has no limit.
+
+    Args:
+        config: The model's.
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_prompts(
@@ -247,6 +362,15 @@ def _longest(row: dict[str, Any], tokenizer: Any) -> int:
         len(tokenizer.apply_chat_template([*row["prompt"], *row[side]], tokenize=True, return_dict=True)["input_ids"])
         for side in ("chosen", "rejected")
     )
+
+
+def is_file(name: str) -> bool:
+    """Whether a dataset of this name is a file that can be read, so that nothing is fetched for it.
+
+    Args:
+        name: Of a dataset.
+    """
+    return Path(name).suffix in _READERS and Path(name).is_file()
 
 
 def _read(name: str, config: str | None, split: str) -> Dataset:

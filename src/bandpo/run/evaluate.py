@@ -36,28 +36,34 @@ class Evaluation:
         return len(self.rewards[0])
 
     def summary(self) -> dict[str, float]:
-        """`mean@k` (mean reward of all samples), `pass@j` for j = 1, 2, 4 … k (unbiased), share of prompts with signal.
+        """`mean@k` (mean over prompts of the mean reward), unbiased `pass@j` for j = 1, 2, 4 … k, share of prompts with signal.
 
-        Rows that the reward function could not score are left out; `unscored` is their number.
+        Samples that the reward function could not score take no part: a prompt's mean is over its scored samples, pass@j is
+        over the prompts with at least j of them (NaN if there are none), and a prompt has signal if its scored rewards differ.
+        `unscored` counts the samples.
 
         Raises:
             ValueError: If it could score none.
         """
         rewards = torch.tensor(self.rewards, dtype=torch.float64)
-        scored = rewards[~rewards.isnan().any(1)]
-        if not len(scored):
+        scored = (~rewards.isnan()).sum(1)
+        kept = rewards[scored > 0]
+        if not len(kept):
             raise ValueError(
                 f"none of the {len(rewards)} held-out prompts could be scored: the reward gave no number for them"
             )
-        k = self.samples
-        right = (scored >= 0.5).sum(1)
-        report = {f"mean@{k}": scored.mean().item()}
+        count = scored[scored > 0]
+        right = (kept >= 0.5).sum(1)  # NaN is not
+        report = {f"mean@{self.samples}": kept.nanmean(1).mean().item()}
         j = 1
-        while j <= k:
-            report[f"pass@{j}"] = pass_at_k(k, right, j).mean().item()
+        while j <= self.samples:
+            enough = count >= j
+            each = [pass_at_k(int(n), right[enough & (count == n)], j) for n in count[enough].unique()]
+            report[f"pass@{j}"] = torch.cat(each).mean().item() if each else math.nan
             j *= 2
-        report["groups with signal"] = ((right > 0) & (right < k)).double().mean().item()
-        report["unscored"] = float(len(rewards) - len(scored))
+        lowest, highest = kept.nan_to_num(nan=math.inf).amin(1), kept.nan_to_num(nan=-math.inf).amax(1)
+        report["groups with signal"] = (highest > lowest).double().mean().item()
+        report["unscored"] = float(rewards.isnan().sum())
         return report
 
     def write(self, path: Path, stage: str) -> None:

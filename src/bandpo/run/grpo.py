@@ -42,9 +42,10 @@ class GRPORun:
         self, _: RunConfig, args: BandGRPOConfig, model: Any, tokenizer: Any, prompts: Dataset, reward: RewardFunction,
         lora: Any, progress: Progress,
     ) -> None:  # fmt: skip
+        self.log = TrainingProgress(progress, Path(args.output_dir or "."))
         self.trainer = _Trainer(
             model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
-            peft_config=lora, callbacks=[TrainingProgress(progress, Path(args.output_dir or "."))],
+            peft_config=lora, callbacks=[self.log],
         )  # fmt: skip
         self.trainer.remove_callback(PrinterCallback)
 
@@ -59,7 +60,11 @@ class GRPORun:
         Args:
             resume: A checkpoint folder.
         """
-        self.trainer.train(resume_from_checkpoint=resume)
+        try:
+            self.trainer.train(resume_from_checkpoint=resume)
+        except BaseException:
+            self.log.log_unfinished(self.trainer)
+            raise
 
     def save(self, folder: Path) -> None:
         """The model, and beside it the last batch, for `bandpo doctor`."""

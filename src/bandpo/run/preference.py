@@ -50,9 +50,10 @@ class PreferenceRun:
             self.rounds.progress = progress
             return
         self.rounds = None
+        self.log = TrainingProgress(progress, self.folder)
         self.pairs = BandDPOTrainer(
             model=model, args=args, train_dataset=prompts, peft_config=lora,
-            processing_class=tokenizer, callbacks=[TrainingProgress(progress, self.folder)],
+            processing_class=tokenizer, callbacks=[self.log],
         )  # fmt: skip
         self.pairs.remove_callback(PrinterCallback)
 
@@ -69,8 +70,12 @@ class PreferenceRun:
         """
         if self.rounds is not None:
             self.rounds.train(resume=resume is not None)
-        else:
+            return
+        try:
             self.pairs.train(resume_from_checkpoint=resume)
+        except BaseException:
+            self.log.log_unfinished(self.pairs)
+            raise
 
     def save(self, folder: Path) -> None:
         """The model."""

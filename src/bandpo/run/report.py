@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from bandpo._files import read_jsonl, write_text
 
 
-def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> Path:
+def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], notes: Sequence[str] = ()) -> Path:
     """Write report.html and its figures (SVG) into a run's folder.
 
     Reads evaluation.json, samples.jsonl, config.yaml and env.json there. The page needs no network and runs
@@ -24,6 +24,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> 
         folder: The run's folder.
         title: Heading.
         figures: By their headings; they are closed.
+        notes: What a reader must know before the numbers, such as a run without signal.
     """
     samples = read_jsonl(folder / "samples.jsonl")
     pictures = {
@@ -33,6 +34,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure]) -> 
         title=title,
         evaluation=json.loads((folder / "evaluation.json").read_text()),
         figures=pictures,
+        notes=list(notes),
         samples=_pairs(samples),
         config=yaml.safe_load((folder / "config.yaml").read_text()),
         environment=json.loads((folder / "env.json").read_text()),

@@ -3,31 +3,46 @@
 import faulthandler
 import importlib
 import inspect
-import math
+import itertools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bandpo._errors import RunError
+from bandpo._errors import RunError, place_of, printable, what_happened
 from bandpo._files import write_jsonl
 from bandpo.lab.tasks import TASKS, score
 from bandpo.run.verification import verify_all
 
 RewardFunction = Callable[..., list[float | None]]
 
+_LARGEST = 1e18
+"""Largest reward in size: advantages are made of squares in float32, which end at 3e38."""
+
 
 class RewardError(RunError):
     """A reward function failed; the samples it was called with are kept."""
 
 
+class _Failure(Exception):
+    """One call of the function failed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
 class CheckedReward:
     """A reward function whose failures are said, counted and never taken for a score.
 
-    A reward of None, NaN or infinity counts as unscored: TRL leaves such a sample out of its group and gives it no advantage.
+    A reward of None, NaN, infinity or beyond ±1e18, whose square float32 does not hold, counts as unscored: TRL leaves such a
+    sample out of its group and gives it no advantage. Whatever the function raises is a failure, `SystemExit` and
+    `KeyboardInterrupt` too; only a Ctrl-C that the user pressed interrupts.
 
     Args:
         function: With TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
@@ -35,7 +50,7 @@ class CheckedReward:
         limit: Seconds for one call, None for no limit. A call that takes longer is interrupted, see `time_limit`.
         errors: "stop" ends the run at the first call that raises or takes too long; "skip" scores its samples one by one and
             counts those that fail as unscored.
-        folder: Where samples of a failed call are written, to failed_reward.jsonl.
+        folder: Where samples of a failed call are written, with the traceback, to failed_reward.jsonl.
         say: Takes messages.
     """
 
@@ -54,52 +69,64 @@ class CheckedReward:
         failed = self.failed
         try:
             values = self._once(prompts, completions, columns)
-        except RewardError:
-            raise  # a mistake in the function itself: no sample would fare better
-        except Exception as error:  # a user's function raises what it likes
-            values = self._failed(error, prompts, completions, columns)
-        checked = [None if v is None or not math.isfinite(v) else float(v) for v in values]
-        missing = checked.count(None)
+        except _Failure as failure:
+            values = self._failed(failure.error, prompts, completions, columns)
+        missing = values.count(None)
         if missing and not self.unscored:
             self.say(
-                f"reward {self.name!r} left {missing} of {len(checked)} samples unscored; they are counted and not learnt from"
+                f"reward {self.name!r} left {missing} of {len(values)} samples unscored; they are counted and not learnt from"
             )
-        self.scored, self.unscored = self.scored + len(checked) - missing, self.unscored + missing
+        self.scored, self.unscored = self.scored + len(values) - missing, self.unscored + missing
         if "log_metric" in columns and self.errors == "skip":  # TRL's; an evaluation has none
             columns["log_metric"]("reward/failed", float(self.failed - failed))
-        return checked
+        return values
 
     def _once(self, prompts: list[Any], completions: list[Any], columns: dict[str, Any]) -> list[float | None]:
-        with time_limit(self.limit):
-            values = self.function(prompts=prompts, completions=completions, **columns)
+        with _noting_interrupts() as interrupts:
+            try:
+                with time_limit(self.limit):
+                    values = self.function(prompts=prompts, completions=completions, **columns)
+                    if isinstance(values, Iterator):  # its code runs here, not while its numbers are checked
+                        values = list(itertools.islice(values, len(completions) + 1))
+            except BaseException as error:  # a user's function raises what it likes
+                if isinstance(error, KeyboardInterrupt) and interrupts:
+                    raise
+                raise _Failure(error) from error
         return self._numbers(values, len(completions))
 
     def _numbers(self, values: Any, count: int) -> list[float | None]:
         try:
-            found = [None if v is None else float(v) for v in values]
-        except (TypeError, ValueError) as error:
+            if isinstance(values, str | bytes | Mapping | Set):
+                raise TypeError(f"a {type(values).__name__} is no list; it must give one value for each")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what numpy and torch say about float() of their scalars
+                found = [_number(v) for v in values]
+        except Exception as error:  # tensors and arrays have errors of their own
             raise RewardError(
-                f"reward {self.name!r} must return a number or None for each completion, got {str(values)[:80]!r} ({error})"
+                f"reward {self.name!r} must return a number or None for each completion, got {_shown(values)} "
+                f"({printable(str(error))[:200]})"
             ) from None
-        if isinstance(values, str | bytes | dict) or len(found) != count:
+        if len(found) != count:
             raise RewardError(
                 f"reward {self.name!r} returned {len(found)} values for {count} completions; it must give one for each"
             )
         return found
 
     def _failed(
-        self, error: Exception, prompts: list[Any], completions: list[Any], columns: dict[str, Any]
+        self, error: BaseException, prompts: list[Any], completions: list[Any], columns: dict[str, Any]
     ) -> list[float | None]:
-        what = f"took over {self.limit:g} s" if isinstance(error, RewardTimeout) else f"raised {error!r}"
-        kept = self._keep(prompts, completions, what)
+        late = isinstance(error, RewardTimeout)
+        what = f"took over {self.limit:g} s" if late else what_happened(error)
+        where = _traceback(error)
+        kept = self._keep(prompts, completions, what, where)
         if self.errors != "skip":
             raise RewardError(
-                f"reward {self.name!r} {what} on {len(completions)} completions{kept}. Mend it and go on with "
-                "--resume_from_checkpoint latest, or set reward_errors: skip to leave such samples out"
+                f"reward {self.name!r} {what} on {len(completions)} completions{kept}, at {place_of(error)}. Mend it and go on "
+                f"with --resume_from_checkpoint latest, or set reward_errors: skip to leave such samples out\n{where}"
             ) from error
         if not self.failed:
             self.say(
-                f"reward {self.name!r} {what}{kept}; its samples are scored one by one, those that fail are left out"
+                f"reward {self.name!r} {what}{kept}; its samples are scored one by one, those that fail are left out\n{where}"
             )
         values: list[float | None] = []
         for i in range(len(completions)):
@@ -108,21 +135,76 @@ class CheckedReward:
             }
             try:
                 values += self._once(prompts[i : i + 1], completions[i : i + 1], own)
-            except RewardError:
-                raise
-            except Exception:
+            except _Failure:
                 values.append(None)
                 self.failed += 1
         return values
 
-    def _keep(self, prompts: list[Any], completions: list[Any], what: str) -> str:
+    def _keep(self, prompts: list[Any], completions: list[Any], what: str, where: str) -> str:
         if self.folder is None or not self.folder.is_dir():
             return ""
         path = self.folder / "failed_reward.jsonl"
         write_jsonl(
-            path, ({"error": what, "prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True))
+            path,
+            (
+                {"error": what, "prompt": p, "completion": c, "traceback": where}
+                for p, c in zip(prompts, completions, strict=True)
+            ),
         )
         return f" (kept in {path})"
+
+
+def _number(value: Any) -> float | None:
+    """A reward as a float, None where it is none that could be learnt from."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{_shown(value)} is text")
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= _LARGEST else None  # NaN is not
+
+
+def _shown(value: Any) -> str:
+    """The start of a value, for a message."""
+    try:
+        return repr(printable(str(value)[:80]))
+    except Exception:  # an object of a user's class
+        return f"an object of type {type(value).__name__}"
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback from the function on, as Python prints it."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    try:
+        lines = traceback.format_exception(type(error), error, frames)
+    except Exception:  # an exception whose text cannot be made
+        lines = traceback.format_tb(frames)
+    return printable("".join(lines).rstrip()[-8000:])
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """The Ctrl-C that were pressed in this block: a function can raise KeyboardInterrupt without any."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield pressed  # other threads get no signals, and a handler of C or none cannot be called from here
+        return
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class RewardTimeout(Exception):
@@ -191,24 +273,26 @@ def get_reward(name: str) -> RewardFunction:
     module, _, attribute = name.partition(":")
     try:
         reward = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the module's own code runs, and may raise anything
-        raise ValueError(f"reward {name!r} could not be imported: {error!r}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module's own code runs, and may raise anything
+        raise ValueError(f"reward {name!r} could not be imported: its module {what_happened(error)}") from error
     if not callable(reward):
         raise ValueError(f"reward {name!r} must be a function, got {reward!r}")
     return reward
 
 
-def math_reward(prompts: list[Any], completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
-    r"""1 where math-verify finds the completion equal to the answer, else 0; None where it could not tell.
+def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+    r"""1 where math-verify finds the completion's last box equal to the answer, else 0; None where it could not tell.
 
     None means: the answer cannot be read, math-verify raised, or it took over ten seconds. It runs in a process of its own, so
-    that the limit holds in every thread.
+    that the limit holds in every thread. What is read of a completion and of an answer is in `bandpo.run.answers`.
 
     Examples:
-        >>> math_reward(["1/2+1/2"], [r"It is $\boxed{1}$"], ["$1$"])
-        [1.0]
+        >>> math_reward(["1/2+1/2", ""], [r"It is $\boxed{1}$", r"\boxed{2}"], ["1", r"2\sqrt{3}"])
+        [1.0, 0.0]
     """
-    return verify_all([(text_of(c), str(a)) for c, a in zip(completions, answer, strict=True)])
+    return verify_all([(text_of(c), a) for c, a in zip(completions, answer, strict=True)])
 
 
 def text_of(completion: Any) -> str:
@@ -236,3 +320,18 @@ def unscored_line(reward: CheckedReward) -> str | None:
     total = reward.scored + reward.unscored
     failed = f", {reward.failed} of them because it failed" if reward.failed else ""
     return f"reward {reward.name!r} left {reward.unscored} of {total} samples unscored{failed}"
+
+
+def no_signal_line(log: list[dict[str, Any]]) -> str | None:
+    """What the end of a run says if no group ever had two different rewards, None if one had.
+
+    Args:
+        log: Rows of metrics.jsonl; those of methods without groups say nothing about it.
+    """
+    shares = [row["frac_reward_zero_std"] for row in log if row.get("frac_reward_zero_std") is not None]
+    if not shares or min(shares) < 1:
+        return None
+    return (
+        "no group of this run had two different rewards: every advantage was 0, and there was nothing to learn from. Look at "
+        "the rewards in samples.jsonl; then take easier or harder prompts, or more samples of each (num_generations)"
+    )

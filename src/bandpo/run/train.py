@@ -11,21 +11,22 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from bandpo._errors import exits_are_errors
 from bandpo._files import read_jsonl, write_json
 from bandpo.integrations._generate import sampler_of
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
-from bandpo.run.data import fit_window, load_pairs, load_prompts, load_task, split_prompts
+from bandpo.run.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.run.evaluate import Evaluation, evaluate
 from bandpo.run.folder import choose_folder, environment, is_finished, make_folder
 from bandpo.run.grpo import GRPORun
 from bandpo.run.preference import PreferenceRun
 from bandpo.run.progress import Progress, quiet_hosts
 from bandpo.run.report import write_report
-from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, unscored_line
+from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, no_signal_line, unscored_line
 
 
 def train(arguments: list[str]) -> Path:
@@ -43,6 +44,11 @@ def train(arguments: list[str]) -> Path:
     if run.dry_run:
         print(yaml.safe_dump(given, sort_keys=False), end="")
         return Path(args.output_dir or ".")
+    with exits_are_errors():
+        return _train(run, args, given, started)
+
+
+def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: float) -> Path:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     progress = Progress(main=PartialState().is_main_process)
@@ -61,7 +67,7 @@ def train(arguments: list[str]) -> Path:
         errors=run.reward_errors, folder=folder, say=progress.say,
     )  # fmt: skip
     if run.model is None:  # tiny: load it here; a large one is loaded by TRL, with model_init_kwargs
-        model: Any = AutoModelForCausalLM.from_pretrained(model_name)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_name, trust_remote_code=False)
     else:
         model = model_name
     # What can be wrong in the input has been read by now.
@@ -82,15 +88,17 @@ def train(arguments: list[str]) -> Path:
         after_samples.write(folder / "samples.jsonl", "after")
         evaluation = {
             "before": before, "after": after, "prompts": len(held_out), "samples": run.eval_samples,
-            "temperature": run.eval_temperature,
+            "temperature": _temperature(run, args), "top_p": args.top_p,
         }  # fmt: skip
         write_json(folder / "evaluation.json", evaluation)
         write_json(folder / "env.json", environment(args, time.monotonic() - started))
         title = f"{job.name} on {run.task or run.dataset}, seed {args.seed}"
-        report = write_report(folder, title=title, figures=job.figures(read_jsonl(folder / "metrics.jsonl")))
+        log = read_jsonl(folder / "metrics.jsonl")
+        notes = [line for line in (no_signal_line(log), unscored_line(reward)) if line]
+        report = write_report(folder, title=title, figures=job.figures(log), notes=notes)
         progress.table(title, evaluation)
-        if (line := unscored_line(reward)) is not None:
-            progress.say(line)
+        for note in notes:
+            progress.say(note)
         progress.say(f"report: {report}")
         progress.say(f"model:  {folder / 'model'}")
         progress.say(f"done in {time.monotonic() - started:.0f} s")
@@ -112,19 +120,20 @@ def _small_model(run: RunConfig, progress: Progress) -> Path:
 
 def _load_tokenizer(name: str, args: TrainerConfig) -> tuple[Any, int | None]:
     """A model's tokenizer, and how many positions the model knows."""
+    tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=args.trust_remote_code)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        return tokenizer, window_of(AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
     except OSError as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _load_data(
     run: RunConfig, args: TrainerConfig, tokenizer: Any, window: int | None, progress: Progress
 ) -> tuple[Dataset, Dataset]:
     """What to train on, prompts or pairs, and the held-out prompts."""
-    prompts, held_out = _load_prompts(run, args, tokenizer, window, progress)
+    prompts, held_out = run_prompts(
+        run, tokenizer, window, completion=args.max_completion_length, seed=args.seed, say=progress.say
+    )
     if run.pairs is not None:
         limits = [n for n in (getattr(args, "max_length", None), window) if n is not None]
         prompts = load_pairs(
@@ -135,29 +144,6 @@ def _load_data(
     return prompts, held_out
 
 
-def _load_prompts(
-    run: RunConfig, args: TrainerConfig, tokenizer: Any, window: int | None, progress: Progress
-) -> tuple[Dataset, Dataset]:
-    if run.task is not None:
-        return load_task(run.task, run.eval_prompts)
-    common: dict[str, Any] = {
-        "config": run.dataset_config, "prompt_column": run.prompt_column, "answer_column": run.answer_column,
-        "system_prompt": run.system_prompt, "chat": tokenizer.chat_template is not None,
-    }  # fmt: skip
-    bad: dict[str, Any] = {"skip_bad": run.bad_rows == "skip", "say": progress.say}
-
-    def load(name: str, split: str) -> Dataset:
-        data = load_prompts(name, split=split, **common, **bad)
-        return fit_window(data, tokenizer, window, args.max_completion_length, **bad)
-
-    assert run.dataset is not None
-    data = load(run.dataset, run.dataset_split)
-    if run.eval_dataset is None:
-        return split_prompts(data, run.eval_prompts, args.seed)
-    held_out = load(run.eval_dataset, run.eval_dataset_split)
-    return data, held_out.select(range(min(run.eval_prompts, len(held_out))))
-
-
 def _lora(run: RunConfig) -> Any:
     if not run.lora_rank:
         return None
@@ -166,6 +152,11 @@ def _lora(run: RunConfig) -> Any:
     except ImportError as error:
         raise ImportError(f"lora_rank={run.lora_rank} needs peft: pip install peft ({error})") from error
     return LoraConfig(r=run.lora_rank, lora_alpha=run.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _temperature(run: RunConfig, args: TrainerConfig) -> float:
+    """That of the evaluation."""
+    return args.temperature if run.eval_temperature is None else run.eval_temperature
 
 
 def _evaluate(
@@ -184,7 +175,8 @@ def _evaluate(
             reward,
             samples=run.eval_samples,
             max_new_tokens=args.max_completion_length,
-            temperature=run.eval_temperature,
+            temperature=_temperature(run, args),
+            top_p=args.top_p,
             seed=1234,
             batch_size=args.per_device_eval_batch_size,
             sampler=sampler_of(args),

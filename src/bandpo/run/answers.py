@@ -1,0 +1,176 @@
+r"""Which part of a text is its mathematical answer, and how that part is written as LaTeX; what cannot be read is None.
+
+math-verify finds expressions anywhere in a text, so that the reference `2\sqrt{3}` gives 2 and a box that was cut off gives the
+one before it. Here a reference is read as a whole, and a completion's answer is the last thing that it put into a box.
+"""
+
+import math
+import numbers
+import re
+from typing import Any
+
+_BOX = re.compile(r"\\boxed(?![A-Za-z])\s*")
+_CUT_COMMAND = re.compile(r"\\b(o(x(ed?)?)?)?\s*$")
+_JOINED = re.compile(r"(\s|\$|,|;|\\[,;: ]|\\\]|\\\[|\\\)|\\\(|and|or|\\text\{\s*(and|or)\s*\}|\\quad)*")
+
+_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?\s*(\\?%)?")
+_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d+)")
+_BASED = re.compile(r"([0-9A-F]+)_\{?(\d{1,2})\}?")
+_SPACED = re.compile(r"[+-]?\d{1,3}( \d{3})+(\.\d+)?")
+_DIGIT_GROUP = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\})(?=\d{3}(?!\d))")
+_MONEY = re.compile(r"^\\?[$€£¥]\s*(?=[\d.])|(?<=\d)\s*\\?[$€£¥]$")
+_PREFIX = re.compile(r"^(the\s+)?(final\s+)?answer(\s+is)?\s*[:=]?\s*", re.IGNORECASE)
+_ANCHOR = re.compile(r"(?<!\\)\\[(\[]")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_UNIT_BEFORE_DIGIT = re.compile(
+    r"[\d}]\s*(\\[,;: ]|~)?\s*\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*[A-Za-z][^{}]*\}(?!\s*\^(\d|\{\d\})$).*\d"
+)
+_AND = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{\s*,?\s*(and|or)\s*\}", re.IGNORECASE)
+_SYMBOLS = {
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ",
+    r"\varnothing": r"\emptyset ",
+    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "°": r"^\circ ",
+}  # fmt: skip
+_FUNCTION = re.compile(r"(?<![A-Za-z\\_])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi)(?![A-Za-z])")
+_WORD = r"(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|yes|no|odd|one|two|six|ten)(?![A-Za-z])"
+_TEXT = re.compile(
+    r"(?P<keep>\\(?:text\w*|mbox|math\w+|operatorname\*?|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|_\{[^{}]*\}|(?:sqrt|infinity|percent(?:age)?|frac)"
+    rf"(?![A-Za-z]))|(?<![A-Za-z\\_])(?P<words>{_WORD}(?:(?:\s+|-|')(?!and\b|or\b)[A-Za-z]+(?![A-Za-z]))*)"
+)
+
+
+def boxed_answer(completion: str) -> str | None:
+    r"""What a completion put into its last box, as LaTeX; the text itself where it has no box.
+
+    Boxes that follow each other with nothing but commas or "and" between them are one answer of several parts.
+
+    Args:
+        completion: Text.
+
+    Returns:
+        None where the last box is empty or was cut off, also in the middle of the command: then there is no answer.
+
+    Examples:
+        >>> boxed_answer(r"\boxed{12}. Hmm, so \boxed{13}.")
+        '\\boxed{13}'
+        >>> boxed_answer(r"\boxed{12}. Hmm, wait. \boxed{") is None
+        True
+    """
+    parts: list[str] = []
+    end = 0
+    for start in _BOX.finditer(completion):
+        if start.start() < end:  # a box within a box
+            continue
+        close = _closing_brace(completion, start.end())
+        if close is None:
+            return None
+        if _JOINED.fullmatch(completion, end, start.start()) is None:
+            parts = []
+        parts.append(completion[start.end() + 1 : close].strip())
+        end = close + 1
+    if not parts:
+        return completion
+    if not parts[-1] or _CUT_COMMAND.search(completion, end):
+        return None
+    read = [as_latex(part) for part in parts if part]
+    return None if None in read else rf"\boxed{{{', '.join(part for part in read if part)}}}"
+
+
+def _closing_brace(text: str, opening: int) -> int | None:
+    """Where the group that opens there is closed, None where it is not; escaped braces count as characters."""
+    if not text.startswith("{", opening):
+        return None
+    depth, i = 0, opening
+    while i < len(text):
+        if text[i] == "\\":
+            i += 1
+        elif text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+            if depth == 0:
+                return i
+        i += 1
+    return None
+
+
+def reference(answer: Any) -> str | None:
+    r"""A reference answer in a form whose anchors math-verify finds, `$...$` or `\boxed{...}`.
+
+    A text with a box, or with mathematics in `$...$`, `\(...\)` or `\[...\]`, is a solution whose answer is there; of a text
+    with `####` (GSM8K) the answer is what follows. Anything else is the answer itself, all of it.
+
+    Args:
+        answer: Text or a number.
+
+    Returns:
+        None where it is something else, is not finite, or is prose.
+
+    Examples:
+        >>> reference(r"2\sqrt{3}"), reference("48 / 2 = 24\n#### 24"), reference(1450)
+        ('$2\\sqrt{3}$', '$24$', '$1450$')
+    """
+    if isinstance(answer, numbers.Real) and not isinstance(answer, bool):
+        if not math.isfinite(answer):
+            return None
+        answer = str(answer)
+    if not isinstance(answer, str | bool):
+        return None
+    text = str(answer).rpartition("####")[2].strip()
+    if _BOX.search(text):
+        return boxed_answer(text)
+    text = _PREFIX.sub("", _MONEY.sub("", text))
+    dollars = len(_DOLLAR.findall(text))
+    if _ANCHOR.search(text) or (dollars and dollars % 2 == 0):
+        return text
+    latex = as_latex(_DOLLAR.sub("", text))
+    return f"${latex}$" if latex else None
+
+
+def is_plain_number(answer: Any) -> bool:
+    """Whether a reference is nothing but a number in digits, which needs no parser to be known as readable.
+
+    Args:
+        answer: Of any type.
+    """
+    if isinstance(answer, int):
+        return not isinstance(answer, bool)
+    return isinstance(answer, str) and _NUMBER.fullmatch(answer.rpartition("####")[2].strip()) is not None
+
+
+def as_latex(text: str) -> str | None:
+    r"""An answer as LaTeX that math-verify reads as a whole.
+
+    Numbers lose the marks between their thousands, `1.5e-3` gets its power of ten, `101_2` becomes the number that it is, plain
+    words become `\text{...}` and plain names of functions their commands.
+
+    Args:
+        text: An answer, and nothing else.
+
+    Returns:
+        None where it is prose, a duration or the like, of which math-verify would take the first number.
+
+    Examples:
+        >>> as_latex("18 dollars"), as_latex("5 pi"), as_latex("6.02e23"), as_latex(r"100\,000")
+        ('18\\text{ dollars}', '5 \\pi ', '6.02\\times 10^{23}', '100000')
+        >>> as_latex("3 hours 20 minutes") is None
+        True
+    """
+    text = re.sub(r"(?<![\\.])[.,;]$", "", text.strip()).strip()
+    text = _MONEY.sub("", text)
+    for symbol, command in _SYMBOLS.items():
+        text = text.replace(symbol, command)
+    if found := _SCIENTIFIC.fullmatch(text):
+        return rf"{found[1]}\times 10^{{{int(found[2])}}}"
+    if _SPACED.fullmatch(text):
+        return text.replace(" ", "")
+    if (found := _BASED.fullmatch(text)) and 2 <= int(found[2]) <= 16 and int(max(found[1]), 16) < int(found[2]):
+        return str(int(found[1], int(found[2])))
+    text = _FUNCTION.sub(r"\\\1 ", _DIGIT_GROUP.sub("", text))
+    words = [m for m in _TEXT.finditer(text) if m["words"]]
+    mixed = re.search(r"\d", text) is not None
+    if mixed and any(len(m["words"].split()) > 1 or len(words) > 1 for m in words) and words[0].end() < len(text):
+        return None
+    text = _TEXT.sub(lambda m: m["keep"] or rf"\text{{{' ' if mixed else ''}{m['words']}}}", text)
+    text = re.sub(r"(?<=\d) (?=\\text\{ )", "", text)
+    return None if _UNIT_BEFORE_DIGIT.search(_AND.sub(",", text)) else text
