@@ -85,7 +85,7 @@ def test_wrapped_ones_too_and_a_kl_term():
     for surrogate in (partial(clip_cov, share=0.1), traits("of_batch")(lambda x, a, b: x * a.mean())):
         with pytest.raises(ValueError, match="looks at the whole batch"):
             Pruning(prompts=0.1).check(Objective(bounds=Clip(), surrogate=surrogate))
-    with pytest.raises(ValueError, match="has a gradient there.*zeros=False"):
+    with pytest.raises(ValueError, match=r"has a gradient there.*zeros=False"):
         Pruning(completions=0.1).check(Objective(bounds=Clip(), surrogate=partial(kl_penalty, beta=0.1)))
     with pytest.raises(ValueError, match=r"the KL term \(kl_coef=0.1\) has a gradient there"):
         Pruning(completions=0.5).check(OBJECTIVES["grpo"], kl_coef=0.1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bandpo import OBJECTIVES, KL, Band, Clip, Objective, approx_kl, policy_loss, sequence_log_ratio, token_objective
+from bandpo import KL, OBJECTIVES, Band, Clip, Objective, approx_kl, policy_loss, sequence_log_ratio, token_objective
 from bandpo.corrections import TIS, IcePop
 from bandpo.objectives import get_objective
 from bandpo.surrogates import clip, hold, ratio

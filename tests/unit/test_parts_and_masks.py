@@ -244,7 +244,7 @@ def centred(log_ratio, advantages, bounds):
 def test_an_objective_of_the_batch_is_found_and_refuses_weights(objective):
     assert "of_batch" in objective.traits
     data = batch()
-    with pytest.raises(ValueError, match="looks at the whole batch.*no sample_weight"):
+    with pytest.raises(ValueError, match=r"looks at the whole batch.*no sample_weight"):
         policy_loss(**data, objective=objective, sample_weight=torch.ones(B))
 
 
@@ -285,7 +285,7 @@ def test_what_is_not_marked_has_no_gradient_without_advantage(name):
 
 
 def test_a_trait_has_a_name():
-    with pytest.raises(ValueError, match="of_batches.*choose one of of_batch"):
+    with pytest.raises(ValueError, match=r"of_batches.*choose one of of_batch"):
         traits("of_batches")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, Clip, Objective, policy_loss
 from bandpo.corrections import TIS
+from bandpo.objectives import get_objective
 from bandpo.surrogates import clip, dual_clip, log_stabilized, two_sided
 from batches import B, T, batch, complete, max_length, run
 
@@ -168,7 +169,8 @@ def test_with_a_correction_for_the_sampler(level):
 
 SEQUENCES = [
     "gspo", "luspo", "gmpo", "topr", "quatro-reading",
-    Objective(bounds=Clip(0.2), ratio_level="product"), Objective(bounds=Clip(3e-4), ratio_level="sequence", surrogate=two_sided),
+    Objective(bounds=Clip(0.2), ratio_level="product"),
+    Objective(bounds=Clip(3e-4), ratio_level="sequence", surrogate=two_sided),
     Objective(bounds=Clip(3e-4), ratio_level="sequence", surrogate=partial(dual_clip, c=3.0)),
     Objective(bounds=Clip(1.0, math.inf), ratio_level="sequence", surrogate=log_stabilized),
 ]  # fmt: skip
@@ -177,9 +179,7 @@ SEQUENCES = [
 @pytest.mark.parametrize("objective", SEQUENCES, ids=lambda o: o if isinstance(o, str) else o.ratio_level)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_equal_advantages_per_token_are_one_per_sequence(objective, aggregation):
-    objective = dataclasses.replace(OBJECTIVES.get(objective, objective), aggregation=aggregation) if isinstance(
-        objective, str
-    ) else dataclasses.replace(objective, aggregation=aggregation)  # fmt: skip
+    objective = dataclasses.replace(get_objective(objective), aggregation=aggregation)
     data = batch(spread=0.05)
     data["mask"][0, 3] = False
     if objective.extras:
