@@ -11,7 +11,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "clip": ("clip_ratio/region_mean", "actor/band/clip_fraction/any", "actor/pg_clipfrac", "clip_fraction/any"),
     "ratio": ("ratio/mean", "actor/band/ratio/mean"),
     "divergence": ("band/divergence_max", "actor/band/band/divergence_max"),
-    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction"),
+    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction", "actor/band/band/cap_fraction_of_all"),
     "nonfinite": ("nonfinite_fraction", "actor/band/nonfinite_fraction"),
     "reward": ("reward", "critic/score/mean", "critic/rewards/mean"),
     "zero variance": ("frac_reward_zero_std",),

@@ -252,10 +252,13 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         """
         mode = "train" if self.model.training else "eval"
         log, pooled = self._metrics[mode], self._pooled[mode]
-        sums = {
-            name if name.startswith("rewards/") else f"pairs/{name}": PooledSum(value * pairs, value.new_tensor(pairs))
-            for name, value in metrics.items()
-        }
+        every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
+        used = (every * (1 - metrics["nonfinite_fraction"])).round()
+        sums: dict[str, PooledSum] = {}
+        for name, value in metrics.items():
+            count = every if name == "nonfinite_fraction" or name.startswith("probe/") else used
+            total = torch.where(count > 0, value * count, 0.0)
+            sums[name if name.startswith("rewards/") else f"pairs/{name}"] = PooledSum(total, count)
         for name, total in over_processes(self.accelerator, sums).items():
             pooled.put(log, name, total)
 
