@@ -1,10 +1,11 @@
 """Folders and files that one process uses at a time, whatever kills it.
 
-A lock is a file that the operating system locks for its holder and frees when the holder dies, in whatever way; a run that was
-killed does not block the next one, on this machine or on another that shares the disk. Where a file system has no such locks, the
-process number, the machine and its start written in the file tell whether the holder lives.
+A lock is a file that the operating system locks for its holder and frees when the holder dies, in whatever way: a run that
+was killed does not block the next one, on this machine or on another that shares the disk. Where a file system has no such
+locks, the process number, the machine and its start, which are written in the file, tell whether the holder lives.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -52,21 +53,19 @@ class Claim:
         self.path = folder / name
         self._file: int | None = None
         self._made: list[Path] = []
-        while self._file is None:
-            try:
+        try:
+            while self._file is None:
                 _make(folder, self._made)
                 self._key = str(self.path.resolve())
                 with _guard:
                     if self._key in _held:
                         raise InUseError(_in_use(self.path, {"process": os.getpid()}))
-                    self._file = _lock(self.path)
-                    _held.add(self._key)
-            except FileNotFoundError:  # one that made the folder has just taken it away
-                if folder.is_dir() or not folder.absolute().parent.is_dir():
-                    raise
-            except BaseException:
-                _unmake(self._made)
-                raise
+                    with contextlib.suppress(FileNotFoundError):  # one that made the folder has just taken it away
+                        self._file = _lock(self.path)
+                        _held.add(self._key)
+        except BaseException:
+            _unmake(self._made)
+            raise
 
     def release(self) -> None:
         """Give it back; more than once does no harm."""
@@ -171,7 +170,7 @@ def _open(path: Path) -> tuple[int, bool]:
             pass
         try:
             return os.open(path, flags), False
-        except FileNotFoundError:  # taken away between the two
+        except FileNotFoundError:  # taken away between the two, the file or its folder
             if not path.parent.is_dir():
                 raise
 

@@ -1,11 +1,13 @@
 """Secrets do not get into what a run leaves behind: one place that decides what a secret is and hides it.
 
-A secret is a value under a key that names one (`hub_token`, `WANDB_API_KEY`), the user part and the query of a URL, a token of a
-well-known form (`hf_...`), and, wherever it stands, the value of an environment variable or option that holds one.
+A secret is a value under a key that names one (`hub_token`, `WANDB_API_KEY`), the user part and the query of a URL, a token
+of a well-known form (`hf_...`), and, wherever it stands, the value of an environment variable or option that holds one.
 """
 
+import contextlib
 import copy
 import html
+import itertools
 import json
 import os
 import re
@@ -17,29 +19,31 @@ from urllib.parse import quote
 HIDDEN = "<hidden>"
 """What is written in the place of a secret."""
 
-_ALWAYS = frozenset(
-    "secret secrets password passwords passwd passphrase passcode pwd credential credentials apikey apikeys apitoken authtoken "
-    "accesstoken auth authorization bearer cookie cookies jwt signature sig privatekey secretkey accesskey netrc".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ALWAYS = _words(
+    """secret secrets password passwords passwd passphrase passcode pwd credential credentials apikey apikeys apitoken authtoken
+    accesstoken auth authorization bearer cookie cookies jwt signature sig privatekey secretkey accesskey netrc"""
 )
-_KEYS = frozenset(
-    "api access private secret account auth encryption signing storage ssh master shared client subscription service license "
-    "wandb hf huggingface hub openai anthropic azure aws gcp google comet neptune mlflow clearml swanlab".split()
+_KEYS = _words(
+    """api access private secret account auth encryption signing storage ssh master shared client subscription service license
+    wandb hf huggingface hub openai anthropic azure aws gcp google comet neptune mlflow clearml swanlab"""
 )
-"""`KEY` behind one of these words names a secret; `sort_key` and `metric_key` do not."""
-_TOKENS = frozenset(
-    "pad eos bos unk sep cls mask image audio video stop start end next last first new special per eot boi eoi think tool prefix suffix middle".split()
+"""`key` behind one of these words names a secret; `sort_key` and `metric_key` do not."""
+_TOKENS = _words(
+    """pad eos bos unk sep cls mask image audio video stop start end next last first new special per eot boi eoi think tool
+    prefix suffix middle"""
 )
 """`token` behind one of these words is a token of a language model."""
-_PLURAL = frozenset("api auth access hub hf secret bearer session refresh".split())
-_NOT_THE_SECRET = frozenset(
-    "file files path paths dir directory env name url uri type id index ids length count ttl".split()
-)
+_PLURAL = _words("api auth access hub hf secret bearer session refresh")
+_NOT_THE_SECRET = _words("file files path paths dir directory env name url uri type id index ids length count ttl")
 """A key that ends so tells where a secret is, or about it."""
 _SHORTEST = 6
 """Shorter values of environment variables are not searched for: they would be found inside of ordinary words."""
-_ORDINARY = frozenset(
-    "true false none null default disabled enabled password secret auto always never hidden <hidden>".split()
-)
+_ORDINARY = _words("true false none null default disabled enabled password secret auto always never hidden <hidden>")
 
 _URL = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,20}://)(?P<rest>[^\s\"'<>`\\]*)")
 _LOGIN = re.compile(r"(?<![\w/:.@-])[\w.+-]{1,64}:[^\s/@:'\"]{1,256}@(?=[\w-])")
@@ -71,9 +75,9 @@ def is_secret(key: str) -> bool:
     words = [w.lower() for w in _WORDS.findall(key[:200])]
     if not words:
         return False
-    pairs = set(zip(words, words[1:], strict=False))
+    pairs = set(itertools.pairwise(words))
     if ("access", "key") in pairs:  # also AWS_ACCESS_KEY_ID
-        return not words[-1] in _NOT_THE_SECRET - {"id"}
+        return words[-1] not in _NOT_THE_SECRET - {"id"}
     if words[-1] in _NOT_THE_SECRET:
         return False
     if _ALWAYS.intersection(words) or any(b == "key" and a in _KEYS for a, b in pairs):
@@ -136,7 +140,7 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     secret = False
     for argument in arguments:
-        name, equals, value = argument.partition("=")
+        name, equals, _ = argument.partition("=")
         is_option = argument.startswith("--")
         if is_option and not equals:
             secret = is_secret(name.lstrip("-"))
@@ -176,7 +180,7 @@ def remember(settings: Any) -> None:
         settings: As for `redact`; or a command line, as a list.
     """
     if isinstance(settings, list) and all(isinstance(x, str) for x in settings):
-        options = zip(settings, settings[1:], strict=False)
+        options = itertools.pairwise(settings)
         _collect({a.lstrip("-"): b for a, b in options if a.startswith("--") and "=" not in a})
         settings = dict(a.lstrip("+-").split("=", 1) for a in settings if "=" in a) | {"": settings}
     _collect(settings)
@@ -281,10 +285,8 @@ def _collect(value: Any, key: str = "") -> None:
         if is_secret(key):
             _remembered.update(_worth_hiding([value]))
         elif _may_be_json(value):
-            try:
+            with contextlib.suppress(ValueError, RecursionError):
                 _collect(json.loads(value))
-            except (ValueError, RecursionError):
-                pass
         _remembered.update(_worth_hiding(_in_urls(value)))
 
 
