@@ -98,10 +98,36 @@ def waiting_claim(folder: Path, name: str, say: Callable[[], None] = lambda: Non
             time.sleep(0.1)
 
 
+def claim_output(folder: Path) -> Claim:
+    """A claim on a folder for results, which is refused if a link in it leads elsewhere: what others made may have one.
+
+    Args:
+        folder: It.
+
+    Raises:
+        ValueError: If another uses it, it is a file, or it has a link that leads out of it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output folder {folder} is a file; choose another")
+    claim = Claim(folder)
+    try:
+        inside = folder.resolve()
+        for place, folders, files in os.walk(folder):
+            for path in (Path(place, name) for name in (*folders, *files)):
+                if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                    raise ValueError(
+                        f"{path} is a link that leads out of the folder, to {path.resolve()}; remove it, or choose another "
+                        f"folder ({folder} itself may be a link)"
+                    )
+    except BaseException:
+        claim.release()
+        raise
+    return claim
+
+
 @contextmanager
-def claimed(folder: Path, name: str = LOCK) -> Iterator[Claim]:
-    """A `Claim` for as long as the block runs."""
-    claim = Claim(folder, name)
+def released(claim: Claim) -> Iterator[Claim]:
+    """Holds a claim for as long as the block runs."""
     try:
         yield claim
     finally:

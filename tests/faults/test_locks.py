@@ -14,7 +14,7 @@ import pytest
 
 from bandpo import _locks
 from bandpo._files import read_jsonl, write_jsonl, write_text
-from bandpo._locks import LOCK, Claim, InUseError, claimed, waiting_claim
+from bandpo._locks import LOCK, Claim, InUseError, released, waiting_claim
 
 HOLD = """
 import sys, time
@@ -41,7 +41,7 @@ def test_another_process_is_refused_by_name_and_a_killed_one_blocks_nobody(holde
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / LOCK).exists()  # it had no time to tidy up
-    with claimed(tmp_path / "run"):
+    with released(Claim(tmp_path / "run")):
         pass
     assert not (tmp_path / "run" / LOCK).exists()
 
@@ -52,7 +52,7 @@ def test_a_claim_that_nothing_came_of_leaves_no_folder(tmp_path):
     claim.release()
     claim.release()
     assert list(tmp_path.iterdir()) == []
-    with claimed(tmp_path / "a" / "run"):
+    with released(Claim(tmp_path / "a" / "run")):
         (tmp_path / "a" / "run" / "config.yaml").touch()
     assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["config.yaml"]
 
@@ -75,12 +75,12 @@ def test_threads_of_one_process_see_each_other_and_wait(tmp_path):
         t.join(timeout=30)
     assert most == [1] * 6
     assert waits  # some had to wait
-    with claimed(tmp_path), pytest.raises(InUseError):
+    with released(Claim(tmp_path)), pytest.raises(InUseError):
         Claim(tmp_path)
 
 
 def test_a_child_that_is_forked_holds_nothing(tmp_path):
-    with claimed(tmp_path):
+    with released(Claim(tmp_path)):
         child = os.fork()
         if child == 0:
             try:
@@ -116,7 +116,7 @@ def me(**changes):
 def test_without_locks_of_the_system_the_file_says_who_holds_it(no_locks, holder, free, tmp_path):
     (tmp_path / LOCK).write_text(json.dumps(me(**holder)))
     if free:
-        with claimed(tmp_path):
+        with released(Claim(tmp_path)):
             assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     else:
         with pytest.raises(InUseError, match="in use by process"):

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bandpo._files import read_jsonl, write_jsonl
+from bandpo._secrets import hide, redact_text
 
 _SHOWN = {
     "reward": "reward",
@@ -37,7 +38,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False)
+        self.console.print(redact_text(text), markup=False)
 
     def table(self, title: str, evaluation: dict[str, Any]) -> None:
         """The held-out results before and after."""
@@ -79,7 +80,7 @@ class TrainingProgress(TrainerCallback):
             return
         for path in (self.metrics, self.timings):  # a resumed run goes over the steps after its checkpoint again
             rows = read_jsonl(path) if path.exists() else []
-            write_jsonl(path, [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row])
+            write_jsonl(path, [r for r in rows if _step(r, path) <= state.global_step and "train_runtime" not in r])
         if self.progress.console.is_terminal:
             self.bar = RichProgress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -104,9 +105,8 @@ class TrainingProgress(TrainerCallback):
         for path, values in ((self.metrics, logs.keys() - timings.keys()), (self.timings, timings.keys())):
             if values:
                 with path.open("a") as file:
-                    file.write(
-                        json.dumps({"step": state.global_step, **{n: logs[n] for n in logs if n in values}}) + "\n"
-                    )
+                    row = {"step": state.global_step, **{n: logs[n] for n in logs if n in values}}
+                    file.write(hide(json.dumps(row)) + "\n")
         note = "  ".join(f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if logs.get(key) is not None)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step, note=note)
@@ -118,3 +118,13 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def _step(row: dict[str, Any], path: Path) -> float:
+    step = row.get("step")
+    if isinstance(step, bool) or not isinstance(step, int | float):
+        raise ValueError(
+            f"{path} has a row whose step is {step!r}: it is not as `bandpo train` left it; take the file away, or start "
+            "the run anew in another folder"
+        )
+    return step

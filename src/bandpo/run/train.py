@@ -14,12 +14,13 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bandpo._files import read_jsonl, write_json
+from bandpo._secrets import redact
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
 from bandpo.run.data import fit_window, load_pairs, load_prompts, load_task, split_prompts
 from bandpo.run.evaluate import Evaluation, evaluate
-from bandpo.run.folder import choose_folder, environment, is_finished, make_folder
+from bandpo.run.folder import choose_folder, environment, is_finished, make_folder, released_at_end
 from bandpo.run.grpo import GRPORun
 from bandpo.run.preference import PreferenceRun
 from bandpo.run.progress import Progress, quiet_hosts
@@ -27,6 +28,7 @@ from bandpo.run.report import write_report
 from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, unscored_line
 
 
+@released_at_end()
 def train(arguments: list[str]) -> Path:
     """Run the job that the arguments describe; the folder of its results.
 
@@ -40,7 +42,7 @@ def train(arguments: list[str]) -> Path:
     quiet_hosts()
     run, args, given = parse(arguments)
     if run.dry_run:
-        print(yaml.safe_dump(given, sort_keys=False), end="")
+        print(yaml.safe_dump(redact(given), sort_keys=False), end="")
         return Path(args.output_dir or ".")
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -85,7 +87,7 @@ def train(arguments: list[str]) -> Path:
         }  # fmt: skip
         write_json(folder / "evaluation.json", evaluation)
         write_json(folder / "env.json", environment(args, time.monotonic() - started))
-        title = f"{job.name} on {run.task or run.dataset}, seed {args.seed}"
+        title = f"{job.name} on {redact(run.task or run.dataset)}, seed {args.seed}"
         report = write_report(folder, title=title, figures=job.figures(read_jsonl(folder / "metrics.jsonl")))
         progress.table(title, evaluation)
         if (line := unscored_line(reward)) is not None:
@@ -100,11 +102,10 @@ def _small_model(run: RunConfig, progress: Progress) -> Path:
     assert run.task is not None
     warm_up = WarmUp(task=run.task, steps=run.warm_up_steps)
     if PartialState().is_main_process:
-        if not warm_up.path.exists():
-            progress.say(f"warming up a small model on {run.task} by supervised learning (once; cached)")
         warmed_up_model(
-            warm_up, lambda step, loss: progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}")
-        )
+            warm_up, lambda step, loss: progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}"),
+            progress.say,
+        )  # fmt: skip
     PartialState().wait_for_everyone()
     return warm_up.path
 
