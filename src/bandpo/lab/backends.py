@@ -60,10 +60,10 @@ def processes(
                 except EOFError:  # it is dead
                     how = worker.end(patience=5.0)
                     if tries[worker.number] < _TRIES:
-                        say(f"  a process was {how}: its work is tried once more")
+                        say(f"  a process {how}: its work is tried once more")
                         waiting.append(worker.number)
                         continue
-                    outcome = WorkError(f"its process was {how} {_TRIES} times; with fewer --jobs it has more memory")
+                    outcome = WorkError(f"its process {how}, {_TRIES} times; with fewer --jobs each has more memory")
                 else:
                     idle.append(worker)
                 yield work[worker.number], outcome
@@ -127,7 +127,7 @@ class _Worker:
         self.process.join()
         self.pipe.close()
         code = self.process.exitcode or 0
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
 def _serve(pipe: Connection, make: Callable[[Any], Any]) -> None:

@@ -37,7 +37,8 @@ def selection_on_the_main_job(
 ) -> dict[str, Any]:  # fmt: skip
     """Train every arm on every seed, and collect reward, tokens and seconds.
 
-    A run that has its result is not made again, and one that was killed goes on. A run that fails is named, and the others go on.
+    A run that has its result is not made again, and one that was killed is resumed. A run that fails is named, and the others
+    are made.
 
     Args:
         folder: A folder for the runs.
@@ -86,8 +87,8 @@ def _check_options(run: dict[str, Any]) -> None:
     wanted = redact_arguments(run["options"])
     if kept.exists() and (found := json.loads(kept.read_text())) != wanted:
         raise ValueError(
-            f"{run['place']} has a run with the options {' '.join(map(str, found))}, and not {' '.join(wanted)}: choose another "
-            "--output, or delete it"
+            f"{run['place']} has a run with the options {' '.join(map(str, found))}, and not {' '.join(wanted)}: choose "
+            "another --output, or delete it"
         )
 
 
