@@ -160,7 +160,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
     for key in given:
         if key not in chosen and HIDDEN in str(given[key]):
             raise ValueError(
-                f"{key}: the file has {HIDDEN} in its place, since a run writes no secrets; give it: --{key} VALUE"
+                f"{key}: the file has {HIDDEN} in it, since a run writes no secrets; give it: --{key} VALUE"
             )
     parser.set_defaults_with_config(**given, **implied)
     run, trainer = parser.parse_args_into_dataclasses(arguments)
