@@ -89,7 +89,13 @@ def test_values_of_secret_variables_and_options_are_hidden_wherever_they_stand(m
     monkeypatch.setenv("SOME_TOKEN", "true")  # no secret: it would be found in ordinary text
     remember({"kwargs": {"token": "from-the-options"}})
     remember(["train", "--hub_token", "from-the-command-line", "--x.password=another-password"])
-    values = ['odd "quoted" & <key>\n\\é', "proxy-password", "from-the-options", "from-the-command-line", "another-password"]
+    values = [
+        'odd "quoted" & <key>\n\\é',
+        "proxy-password",
+        "from-the-options",
+        "from-the-command-line",
+        "another-password",
+    ]
     for value in values:
         assert hide(f"a true sample {value} b") == f"a true sample {HIDDEN} b"
     write_text(tmp_path / "a.txt", "\n".join(values))
@@ -133,14 +139,21 @@ PLANTED = {
     "--generation_kwargs": '{"api_key": "option-generation-28"}',
     "--system_prompt": "look at https://h/x?sig=option-signature-29",
 }
-IN_URLS = ["env-database-18", "option-server-23", "option-query-24", "option-host-25", "option-password-27", "option-signature-29"]
+IN_URLS = [
+    "env-database-18",
+    "option-server-23",
+    "option-query-24",
+    "option-host-25",
+    "option-password-27",
+    "option-signature-29",
+]
 ALL = [
     *(v for k, v in ENVIRONMENT.items() if k != "DATABASE_URL"), *IN_URLS, "option-hub-token-21", "option-kwargs-22",
     "option-generation-28",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_no_secret_is_in_anything_that_a_run_leaves(method, tmp_path, capfd, monkeypatch):
     """A run with checkpoints, killed in spirit (its report is taken away), resumed with its token given again, and evaluated."""
     for name, value in ENVIRONMENT.items():
@@ -148,8 +161,8 @@ def test_no_secret_is_in_anything_that_a_run_leaves(method, tmp_path, capfd, mon
     options = ["train", *SMALL, "--output_dir", "run"]
     planted = {k: v for k, v in PLANTED.items() if k not in ("--generation_kwargs", "--model_init_kwargs")}
     if method == "dpo":
-        options = ["train", "--method", "online-dpo", "--max_steps", "1", "--rounds", "2", "--prompts_per_round", "32",
-                   "--samples_per_prompt", "4", "--warm_up_steps", "60", "--eval_prompts", "4", "--eval_samples", "2",
+        options = ["train", "--method", "online-dpo", "--max_steps", "1", "--rounds", "2", "--prompts_per_round", "16",
+                   "--samples_per_prompt", "8", "--warm_up_steps", "100", "--eval_prompts", "4", "--eval_samples", "2",
                    "--output_dir", "run"]  # fmt: skip
         planted = {k: v for k, v in planted.items() if "vllm" not in k}
     command = [*options, *(x for pair in planted.items() for x in pair)]
@@ -166,7 +179,9 @@ def test_no_secret_is_in_anything_that_a_run_leaves(method, tmp_path, capfd, mon
     assert kept["hub_token"] == HIDDEN and kept["run_name"] == f"named-{HIDDEN}"
     assert "began with other settings" not in out  # the hidden token is no change
     if method == "grpo":
-        assert torch.load(tmp_path / "run" / "checkpoint-2" / "training_args.bin", weights_only=False).hub_token == HIDDEN
+        assert (
+            torch.load(tmp_path / "run" / "checkpoint-2" / "training_args.bin", weights_only=False).hub_token == HIDDEN
+        )
         # the file repeats the run once its secrets are given again
         assert main(["train", "--config", "run/config.yaml", "--output_dir", "b", "--dry_run", "true"]) == 2
         assert "has <hidden> in it, since a run writes no secrets; give it: --" in capfd.readouterr().err
@@ -239,4 +254,6 @@ def test_errors_and_messages_hide_secrets(capsys, monkeypatch):
         except SystemExit as end:
             assert end.code == 2
         out, err = capsys.readouterr()
-        assert err.count("bandpo") and "option-21-secret" not in out + err and "env-hf-token-11" not in out + err, command
+        assert err.count("bandpo") and "option-21-secret" not in out + err and "env-hf-token-11" not in out + err, (
+            command
+        )

@@ -46,7 +46,7 @@ def iqm(values: Sequence[float] | Floats, axis: int = -1) -> Any:
     """
     x = np.asarray(values, dtype=np.float64)
     # Trimming would cut NaN off as if it were a large value, and infinities too.
-    return np.where(np.isfinite(x).all(axis), stats.trim_mean(x, 0.25, axis=axis), np.nan)
+    return np.where(np.isfinite(x).all(axis), stats.trim_mean(x, 0.25, axis=axis), np.nan)[()]
 
 
 def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, seed: int = 0) -> Interval:
