@@ -1,4 +1,4 @@
-"""Caches: damage is seen and mended, two makers make one, a killed one leaves nothing that stays, a full or locked disk is said."""
+"""Caches: damage is mended, two makers make one, a killed one leaves nothing that stays, a full or locked disk is said."""
 
 import json
 import os
