@@ -119,11 +119,8 @@ class WholeCheckpoints(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(
-                str(run),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )  # by step number: a clock can be set back
+                str(run), save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -80,7 +80,7 @@ class TrainingProgress(TrainerCallback):
             return
         for path in (self.metrics, self.timings):  # a resumed run goes over the steps after its checkpoint again
             rows = read_jsonl(path) if path.exists() else []
-            write_jsonl(path, [r for r in rows if _step(r, path) <= state.global_step and "train_runtime" not in r])
+            write_jsonl(path, [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row])
         if self.progress.console.is_terminal:
             self.bar = RichProgress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -118,13 +118,3 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def _step(row: dict[str, Any], path: Path) -> float:
-    step = row.get("step")
-    if isinstance(step, bool) or not isinstance(step, int | float):
-        raise ValueError(
-            f"{path} has a row whose step is {step!r}: it is not as `bandpo train` left it; take the file away, or start "
-            "the run anew in another folder"
-        )
-    return step
