@@ -1,6 +1,7 @@
 """Statistics of paired runs: interquartile means with BCa intervals, permutation tests, Holm's correction, effect sizes."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -67,19 +68,19 @@ def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, se
         return Interval(value, math.nan, math.nan)
     if np.ptp(x) == 0:
         return Interval(value, value, value)
-    found = stats.bootstrap(
-        (x,), statistic, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(seed), vectorized=True
-    ).confidence_interval
-    if math.isnan(found.low) or math.isnan(found.high):  # BCa has no acceleration where the jackknife is constant
+    low, high = _bootstrap(x, statistic, "BCa", seed)
+    if math.isnan(low) or math.isnan(high):  # BCa has no acceleration where the jackknife is constant
+        low, high = _bootstrap(x, statistic, "percentile", seed)
+    return Interval(value, low, high)
+
+
+def _bootstrap(x: Floats, statistic: Callable[..., Any], method: str, seed: int) -> tuple[float, float]:
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller takes another method then
         found = stats.bootstrap(
-            (x,),
-            statistic,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-            vectorized=True,
-        ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+            (x,), statistic, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(seed), vectorized=True
+        ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int = 0) -> dict[str, Difference]:
