@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
+from bandpo._secrets import HidesSecrets
 from bandpo.bounds import Band
 from bandpo.composition import Aggregation, Objective
 from bandpo.integrations._overrides import Overrides
@@ -36,7 +37,7 @@ SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
 
 
 @dataclass
-class BandGRPOConfig(GRPOConfig):
+class BandGRPOConfig(HidesSecrets, GRPOConfig):
     """`GRPOConfig` with an `objective`; its fields and defaults are TRL's except for the ones below.
 
     `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and

@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl_preference needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
+from bandpo._secrets import HidesSecrets
 from bandpo.integrations._generate import layer_states
 from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
@@ -36,7 +37,7 @@ _INERT = {"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "
 
 
 @dataclass
-class BandDPOConfig(DPOConfig):
+class BandDPOConfig(HidesSecrets, DPOConfig):
     """`DPOConfig` with a preference `objective`; `beta` and `label_smoothing` follow the objective unless they are set.
 
     Raises:
