@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._errors import exits_are_errors
 from bandpo._files import read_jsonl, write_json
-from bandpo.integrations._generate import sampler_of
 from bandpo._secrets import redact
+from bandpo.integrations._generate import sampler_of
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
