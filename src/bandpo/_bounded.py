@@ -91,7 +91,8 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
             loader.dispose()
     except _Excess as error:
         raise ValueError(str(error)) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML's own constructors stumble over a tag on a text that is none of its kind, "!!int ''" for one
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     _check_values(found, where)
     return found

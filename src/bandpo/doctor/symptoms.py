@@ -204,8 +204,8 @@ def signal(log: Log) -> Finding | None:
 
 def still(log: Log) -> Finding | None:
     """Whether anything moved."""
-    series = [values for _, values in log.found.values() if len(values) >= 5]
-    name, norms = log.found.get("gradient", ("", []))
+    series = [values for what in log.found if len(values := log.series(what)[1]) >= 5]
+    name, norms = log.series("gradient")
     if len(norms) >= 5 and not any(norms):
         return Finding(
             "still", "problem", f"{name} is 0 in all {len(norms)} rows: no weight moves",

@@ -476,7 +476,9 @@ def _steps(s: Settings) -> tuple[float | None, str]:
 
 def _alone(s: Settings) -> tuple[Level, str] | None:
     estimator = s.get("algorithm.adv_estimator")
-    if estimator is UNKNOWN or estimator in _NO_GROUPS:
+    if estimator is UNKNOWN:
+        return "note", "whether the advantages compare the completions of a prompt is not known"
+    if estimator in _NO_GROUPS:
         return None
     if estimator in _ALONE:
         return _ALONE[estimator]
