@@ -31,7 +31,8 @@ def place(tmp_path_factory):
         "model: tiny\ndataset: data.jsonl\nprompt_column: question\nanswer_column: solution\nreward: math\nbad_rows: skip\n"
         "system_prompt: Be brief.\nmax_completion_length: 6\nper_device_train_batch_size: 8\nper_device_eval_batch_size: 16\n"
         "num_generations: 4\nsteps_per_generation: 2\nmax_steps: 3\nseed: 3\nlogging_steps: 10\nuse_cpu: true\nbf16: false\n"
-        "gradient_checkpointing: false\nreport_to: none\neval_prompts: 6\neval_samples: 4\ntemperature: 0.7\ntop_p: 0.9\n"
+        "gradient_checkpointing: false\nreport_to: none\neval_prompts: 6\neval_samples: 4\n"
+        "temperature: 0.7\ntop_p: 0.9\ntop_k: 20\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -122,7 +123,7 @@ def test_evaluate_scores_a_run_as_the_run_did(said, model, capsys):
     assert (found["temperature"], found["top_p"], found["max_new_tokens"], found["samples"]) == (0.7, 0.9, 6, 4)
     assert all(found[k] == v for k, v in evaluation["after"].items())
     assert (
-        "6 prompts of data.jsonl, held out by the run in run; reward math; 4 samples each at temperature 0.7, top_p 0.9, up to"
+        "6 prompts of data.jsonl, held out by the run in run; reward math; 4 samples each at temperature 0.7, top_p 0.9, top_k 20"
         in " ".join(capsys.readouterr().out.split())
     )
 

@@ -409,7 +409,8 @@ class OnlinePreferenceTrainer:
         )
         if folder is None:
             return 0
-        self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder / "model").state_dict())
+        saved = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=self.args.trust_remote_code)
+        self.model.load_state_dict(saved.state_dict())
         self.history = json.loads((folder / "round.json").read_text())
         self._optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         if (folder / "probe.pt").exists():

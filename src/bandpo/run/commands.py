@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bandpo._errors import exits_are_errors, printable
 from bandpo._files import read_yaml, write_json
+from bandpo.integrations._generate import sampler_of
 from bandpo.lab.tasks import TASKS
 from bandpo.run.about import about
 from bandpo.run.config import RunConfig
@@ -44,6 +45,11 @@ class _Sampling:
     top_p: float = 1.0
     max_completion_length: int | None = 1024
     per_device_eval_batch_size: int = 512
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict | None = None
+    chat_template_kwargs: dict | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -100,13 +106,15 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
         temperature, top_p = sampling.temperature, sampling.top_p
         result = evaluate(
             model, tokenizer, rows, reward, samples=samples, max_new_tokens=length, temperature=temperature, top_p=top_p,
-            seed=options.seed, batch_size=sampling.per_device_eval_batch_size,
+            seed=options.seed, batch_size=sampling.per_device_eval_batch_size, sampler=sampler_of(sampling),
         )  # fmt: skip
     summary = result.summary()
     data = job.run.task or (job.run.eval_dataset if job.folder and job.run.eval_dataset else job.run.dataset)
     progress.say(
         f"{job.model} on {len(rows)} prompts of {data}{f', held out by the run in {job.folder}' if job.folder else ''}"
-        f"; reward {job.reward}; {samples} samples each at temperature {temperature:g}, top_p {top_p:g}, up to {length} tokens"
+        f"; reward {job.reward}; {samples} samples each at temperature {temperature:g}, top_p {top_p:g}"
+        f"{''.join(f', {name} {value}' for name, value in sampler_of(sampling).items() if value not in (None, 0, 1.0, {}))}"
+        f", up to {length} tokens"
     )
     for name, value in summary.items():
         progress.say(f"  {name:<20} {value:.4f}")
@@ -116,7 +124,7 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         found = {
             "model": job.model, "prompts": len(rows), "data": data, "reward": job.reward, "samples": samples,
-            "temperature": temperature, "top_p": top_p, "max_new_tokens": length, **summary,
+            "temperature": temperature, "top_p": top_p, "max_new_tokens": length, **sampler_of(sampling), **summary,
         }  # fmt: skip
         write_json(options.output, {**found, "about": about(seed=options.seed, options=_plain(options))})
     return summary
