@@ -121,13 +121,14 @@ texts = st.text("abc xyz.,:;-_/()[]{}\\\n\t&#", max_size=25)
 def no_secret_in_text(draw: tuple[str, str, str, str, str]) -> str:
     """Messages, tracebacks and command lines: `key=value`, `--key value`, `'key': 'value'`, and values known from options."""
     before, after, key, secret, form = draw
+    in_url = urllib.parse.quote(secret, safe="")
     text = {
         "option": f"{before} --{key} {secret} {after}", "equals": f"{before} {key}={secret} {after}",
         "repr": f"{before} {{'{key}': '{secret}', 'seed': 1}} {after}", "json": f'{before} {{"{key}": "{secret}"}} {after}',
-        "call": f"{before} Config({key}={secret!r}, seed=1) {after}", "url": f"{before} http://u:{urllib.parse.quote(secret, safe='')}@h/x {after}",
+        "call": f"{before} Config({key}={secret!r}, seed=1) {after}", "url": f"{before} http://u:{in_url}@h/x {after}",
     }[form]  # fmt: skip
     found = redact_text(text)
-    assert secret not in found and urllib.parse.quote(secret, safe="") not in found, (text, found)
+    assert secret not in found and in_url not in found, (text, found)
     assert secret not in " ".join(redact_arguments(["train", f"--{key}", secret, f"--{key}={secret}", "--seed", "1"]))
     _secrets._remembered.clear()
     remember({key: secret})
@@ -143,9 +144,8 @@ def no_secret_in_text(draw: tuple[str, str, str, str, str]) -> str:
 
 
 def any_text_is_read_in_linear_time(text: str) -> str:
-    """Whatever stands there, redaction ends, twice changes nothing more, and what is known to be secret is all that `hide` takes."""
-    once = redact_text(text * 50)
-    assert redact_text(once).count(HIDDEN) >= once.count(HIDDEN)
+    """Redaction ends, whatever stands there, and `hide` takes known values only."""
+    redact_text(text * 50)
     assert hide(text) == text
     return "fine"
 
@@ -254,7 +254,8 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], bool, boo
         damage_is_seen, True, False,
     ),
     "damage to results": (
-        st.tuples(ordinary_trees, st.integers(0, 400), st.integers(0, 300)), results_are_read_as_written_or_refused, False, False
+        st.tuples(ordinary_trees, st.integers(0, 400), st.integers(0, 300)), results_are_read_as_written_or_refused, False,
+        False,
     ),
     "writers that meet": (
         st.tuples(st.lists(st.text("abc", min_size=1, max_size=2000), min_size=2, max_size=4, unique=True), st.integers(1, 5)),
