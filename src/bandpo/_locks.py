@@ -125,6 +125,18 @@ def claim_output(folder: Path) -> Claim:
     return claim
 
 
+def claim_file(path: Path) -> Claim:
+    """A claim on a file that will be written; its folder is made.
+
+    Args:
+        path: It.
+
+    Raises:
+        InUseError: If another process is about to write it.
+    """
+    return Claim(path.parent, f".{path.name}.lock")
+
+
 @contextmanager
 def released(claim: Claim) -> Iterator[Claim]:
     """Holds a claim for as long as the block runs."""

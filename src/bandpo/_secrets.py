@@ -52,11 +52,10 @@ _KNOWN_FORMS = re.compile(
     r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
     r"|wandb_v\d_[A-Za-z0-9_]{20,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,})"
 )
-_ASSIGNED = re.compile(
-    r"(?<![\w.])(?P<key>[A-Za-z_][\w.-]{0,200})(?P<between>[\"']?\s{0,3}[=:]\s{0,3})"
-    r"(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|(?:Bearer |Basic )?[^\s,;&)\]}\"']+)"
+_KEY = re.compile(
+    r"(?<![\w.-])(?P<option>-+)?(?P<key>[A-Za-z_][\w.-]{0,200})(?:[\"']?\s{0,3}[=:]\s{0,3}|(?(option)\s{1,3}(?!-)|(?!)))"
 )
-_OPTION = re.compile(r"(?P<key>--[A-Za-z][\w.-]{0,200})(?P<between>\s{1,3})(?P<value>\"[^\"]*\"|'[^']*'|[^\s\"'-]\S*)")
+_VALUE = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|(?:Bearer |Basic )?[^\s,;&)\]}\"']+")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 _remembered: set[str] = set()
@@ -127,7 +126,7 @@ def redact_text(text: str) -> str:
         >>> redact_text("cannot push with hub_token='abc' to https://u:p@host/x")
         "cannot push with hub_token='<hidden>' to https://<hidden>@host/x"
     """
-    return _ASSIGNED.sub(_hide_assigned, _OPTION.sub(_hide_assigned, _redact_value(text)))
+    return _hide_assigned(_redact_value(text))
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
@@ -237,7 +236,7 @@ def _redact_json(text: str) -> str:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        return hide(_KNOWN_FORMS.sub(HIDDEN, _ASSIGNED.sub(_hide_assigned, text)))
+        return hide(_KNOWN_FORMS.sub(HIDDEN, _hide_assigned(text)))
     cleaned = redact(content)
     return text if cleaned == content else json.dumps(cleaned, ensure_ascii=False)
 
@@ -259,12 +258,20 @@ def _hide_in_url(match: re.Match[str]) -> str:
     return hidden
 
 
-def _hide_assigned(match: re.Match[str]) -> str:
-    key, value = match["key"], match["value"]
-    if not is_secret(key) or value in ("None", "True", "False", "null", "true", "false"):
-        return match[0]
-    quotes = value[0] if value[0] in "\"'" else ""
-    return f"{key}{match['between']}{quotes}{HIDDEN}{quotes}"
+def _hide_assigned(text: str) -> str:
+    """`key=value`, `'key': 'value'` and `--key value` with a key that names a secret."""
+    parts: list[str] = []
+    done = 0
+    for match in _KEY.finditer(text):
+        if match.start() < done or not is_secret(match["key"]):
+            continue
+        value = _VALUE.match(text, match.end())
+        if value is None or value[0] in ("None", "True", "False", "null", "true", "false"):
+            continue
+        quotes = value[0][0] if value[0][0] in "\"'" else ""
+        parts += [text[done : match.end()], f"{quotes}{HIDDEN}{quotes}"]
+        done = value.end()
+    return "".join(parts) + text[done:]
 
 
 def _like(value: Any, content: Any) -> Any:

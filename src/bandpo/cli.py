@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from types import TracebackType
@@ -271,9 +272,11 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from bandpo._locks import claim_file, released
     from bandpo.run.commands import evaluate_model
 
-    evaluate_model(options)
+    with nullcontext() if options.output is None else released(claim_file(options.output)):
+        evaluate_model(options)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from bandpo import cli
 from bandpo._files import SEAL, seal, write_text
-from bandpo._locks import Claim, InUseError, claim_output, released
+from bandpo._locks import Claim, InUseError, claim_file, claim_output, released
 from bandpo.cli import main
 from bandpo.run.folder import choose_folder, released_at_end
 
@@ -83,6 +83,13 @@ def test_every_command_refuses_a_folder_in_use_before_it_does_anything(command, 
         assert re.search(r"bandpo: used is in use by process \d+; wait", capsys.readouterr().err)
         assert [p.name for p in (tmp_path / "used").iterdir()] == [".bandpo.lock"]
     assert time.monotonic() - began < 60
+
+
+def test_a_file_of_results_has_one_writer(tmp_path, capsys):
+    with released(claim_file(tmp_path / "scores.json")):
+        assert main(["evaluate", "nowhere", "--task", "countdown", "--output", "scores.json"]) == 2
+        assert re.search(r"bandpo: scores\.json is in use by process \d+; wait", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
