@@ -27,7 +27,7 @@ def test_packed_forward_and_backward(paired, report):
 
     def packed():
         call = lambda **kwargs: model(**kwargs, use_cache=False).logits  # noqa: E731
-        packed_logprobs(call, ids, mask, capacity=512).sum().backward()
+        packed_logprobs(call, ids, mask, capacity=512, check=False).sum().backward()
 
     found = paired({"padded": padded, "packed": packed}, rounds=7)
     bins = pack_rows(ids, mask, capacity=512).input_ids

@@ -3,26 +3,33 @@
 import json
 import math
 import os
+import secrets
 import zlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from bandpo._bounded import MAX_YAML_BYTES, parse_json, parse_yaml, read_regular
+from bandpo._secrets import hide, hide_in
 
 SEAL = "bandpo_files.json"
 _CHUNK = 1 << 22
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that there is the old one or the new one, and never half of it.
+    """Write a file so that there is the old one or the new one, and never half of it; also if others write it at this time.
+
+    A symbolic link in its place is replaced, not followed. Values of secret environment variables and options are hidden.
 
     Args:
         path: Where; its folder exists.
         text: All of it.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        # A surrogate without its pair is no Unicode, but models and JSON files have them: kept as JSON's own escape.
+        with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write(hide(text))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -32,45 +39,71 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
     """The same with strict JSON: NaN and infinities become null."""
-    write_text(path, json.dumps(_strict(content), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_strict(hide_in(content)), indent=indent, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """The same with a JSON value on each line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(hide_in(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that was appended to; a last line without its end, as a killed process leaves it, is no row.
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """JSON with its own CRC-32, under the key `crc32`, so that damage is seen when it is read. NaN stays NaN."""
+    text = json.dumps(hide_in(content))
+    write_text(path, f'{{"crc32": {zlib.crc32(text.encode())}, {text[1:]}\n')
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """What `write_checked_json` wrote; a file without a checksum, as older versions wrote it, is read as it is.
 
     Raises:
-        ValueError: If another line is not a JSON object; the message has its number.
+        ValueError: If it is no such file, or has changed since; the message says which.
     """
-    data = path.read_bytes()
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} must hold a JSON object with a result, got {type(found).__name__}")
+    expected = found.pop("crc32", None)
+    if expected is not None and expected != zlib.crc32(json.dumps(found).encode()):
+        raise ValueError(f"{path} has changed since it was written: its checksum is another one")
+    return found
+
+
+def read_jsonl(path: Path, limit: int | None = None, *, follow: bool = True) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that was appended to; a last line without its end, as a killed process leaves it, is no row.
+
+    Args:
+        path: The file.
+        limit: Bytes that it may have; None for any number. Set it for a file of somebody else.
+        follow: Whether it may be a symbolic link.
+
+    Raises:
+        ValueError: If another line is not a JSON object (the message has its number), or if it is no regular file.
+    """
+    data = read_regular(path, limit, follow=follow)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: a row is an object like {{...}}, got {type(row).__name__}")
         rows.append(row)
     return rows
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
     """The keys and values of a YAML file, which can hold plain values only.
 
-    Raises:
-        ValueError: If it is something else; one line.
-    """
-    import yaml
+    Args:
+        path: The file.
+        follow: Whether it may be a symbolic link.
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2024-13-01
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    Raises:
+        ValueError: If it is something else, or larger or deeper than any configuration; one line.
+    """
+    found = parse_yaml(read_regular(path, MAX_YAML_BYTES, follow=follow), str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(found).__name__}")
     return found
@@ -90,8 +123,12 @@ def unseal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, None for nothing."""
     try:
-        expected = json.loads((folder / SEAL).read_text())
+        expected = json.loads((folder / SEAL).read_bytes())
+        if not expected:
+            return f"{SEAL} is damaged (it lists no files)"
         for name, fingerprint in expected.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{SEAL} is damaged ({name!r} is not in the folder)"
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -101,7 +138,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has changed"
     except FileNotFoundError:
         return "it was not written to its end"
-    except (ValueError, AttributeError, TypeError, IndexError) as error:
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError, OSError) as error:
         return f"{SEAL} is damaged ({error})"
     return None
 

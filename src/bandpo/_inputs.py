@@ -1,13 +1,18 @@
-"""What a bounds object or a surrogate takes beyond its fixed arguments."""
+"""What a bounds object or a surrogate takes and is, and the checks of arguments that all of the core shares."""
 
-from collections.abc import Callable
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 # `policy_loss` has these for every objective; every other name is an extra that the caller passes.
 PROVIDED = ("logprobs", "old_logprobs", "log_ratio", "advantages", "mask")
+
+Trait = Literal["of_batch", "membership", "without_advantage"]
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -15,8 +20,9 @@ T = TypeVar("T", bound=Callable[..., Any])
 def needs(*names: str) -> Callable[[T], T]:
     """Mark a surrogate (function) or bounds (class or function) as taking these keyword arguments as well.
 
-    `logprobs`, `old_logprobs`, `log_ratio`, `advantages` and `mask` are those of the batch, filled with 0 where the mask is
-    off; `advantages` are columns or per token. Any other name becomes an extra of the objective.
+    `mask` says which tokens are used: valid ones whose numbers are finite. `logprobs`, `old_logprobs`, `log_ratio` and
+    `advantages` are those of the batch, 0 elsewhere; `advantages` are a column (one for each sequence) or per token. Any
+    other name becomes an extra of the objective.
 
     Examples:
         >>> @needs("old_logprobs")
@@ -34,11 +40,132 @@ def needs(*names: str) -> Callable[[T], T]:
     return mark
 
 
+def traits(*names: Trait) -> Callable[[T], T]:
+    """Mark a surrogate (function) or bounds (class or function) with what an objective must know of it.
+
+    * `of_batch`: what it does to one token depends on other sequences of the call, as in Clip-Cov. No weight can mend such
+      an objective on a part of its batch, so it is refused where samples are left out (`bandpo.selection`).
+    * `membership`: bounds that only say which tokens are inside, as a bool tensor; a surrogate that takes such bounds.
+    * `without_advantage`: it has a gradient where the advantage is 0, such as that of a penalty.
+
+    An objective finds the marks through `functools.partial`, `functools.wraps` and the fields of a dataclass.
+
+    Raises:
+        ValueError: If a name is unknown.
+
+    Examples:
+        >>> from bandpo import Clip, Objective
+        >>> @traits("of_batch")
+        ... def surrogate(log_ratio, advantages, bounds):
+        ...     return log_ratio.exp() * (advantages - advantages.mean())
+        >>> Objective(bounds=Clip(), surrogate=surrogate).traits
+        ('of_batch',)
+    """
+    for name in names:
+        if name not in get_args(Trait):
+            raise ValueError(f"traits: got {name!r}; choose one of {', '.join(get_args(Trait))}")
+
+    def mark(component: T) -> T:
+        component.traits = names  # type: ignore[attr-defined]
+        return component
+
+    return mark
+
+
 def inputs_of(component: Callable[..., Any]) -> tuple[str, ...]:
     """The names given to `needs`, also through `functools.partial`."""
     while isinstance(component, partial):
         component = component.func
     return tuple(getattr(component, "needs", ()))
+
+
+def traits_of(component: object) -> tuple[str, ...]:
+    """The names given to `traits`, of a component and of the components that it is made of."""
+    found = {name for part in _parts(component, set()) for name in getattr(part, "traits", ())}
+    return tuple(name for name in get_args(Trait) if name in found)
+
+
+def _parts(component: object, seen: set[int]) -> Iterator[object]:
+    """A component, and what it wraps: by `partial`, by `functools.wraps`, or in the fields of a dataclass."""
+    if not callable(component) or id(component) in seen:
+        return
+    seen.add(id(component))
+    yield component
+    inner: list[object] = [getattr(component, "__wrapped__", None)]
+    if isinstance(component, partial):
+        inner += [component.func, *component.args, *component.keywords.values()]
+    elif dataclasses.is_dataclass(component) and not isinstance(component, type):
+        inner += [getattr(component, f.name) for f in dataclasses.fields(component)]
+    for part in inner:
+        yield from _parts(part, seen)
+
+
+def check_component(role: str, component: object, arguments: tuple[str, ...]) -> None:
+    """A bounds object or surrogate must be callable with its fixed arguments and with what it `needs`, and nothing else.
+
+    Args:
+        role: What it is, for the message.
+        component: The object.
+        arguments: Names of what it is given in any case, by position.
+
+    Raises:
+        TypeError: If it cannot be called so; the message names the fix.
+    """
+    if not callable(component):
+        raise TypeError(f"Objective: {role} must be callable, got {component!r}")
+    try:
+        parameters = list(inspect.signature(component).parameters.values())
+    except (TypeError, ValueError):  # written in C: nothing is known of it
+        return
+    kinds = {p.kind for p in parameters}
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(by_place) < len(arguments) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise TypeError(f"Objective: {role} {_name(component)} must take ({', '.join(arguments)})")
+    named = [*by_place[len(arguments) :], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    asked = inputs_of(component)
+    missing = [p.name for p in named if p.default is p.empty and p.name not in asked]
+    if missing:
+        listed = ", ".join(map(repr, missing))
+        raise TypeError(
+            f"Objective: {role} {_name(component)} takes {', '.join(missing)} but does not ask for it: mark it with "
+            f"@needs({listed}) (from bandpo import needs)"
+        )
+    unknown = [name for name in asked if name not in {p.name for p in named}]
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise TypeError(
+            f"Objective: {role} {_name(component)} is marked with @needs({', '.join(map(repr, asked))}) but has no parameter "
+            f"{', '.join(unknown)}"
+        )
+
+
+def _name(component: object) -> str:
+    return getattr(component, "__name__", None) or repr(component)
+
+
+def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
+    """The mask as bool. Any number but 0 and 1 is refused: a label of -100, say, must not count as a valid token.
+
+    A mask of another dtype is read for that where this costs nothing, on a CPU. On an accelerator the host does not wait: the
+    device checks it and stops with the same message (`torch._assert_async`).
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If an entry is neither 0 nor 1; on an accelerator and under `torch.compile` a RuntimeError.
+    """
+    check_tensor(name, mask, floating=False)
+    if mask.dtype == torch.bool:
+        return mask
+    on = mask == 1
+    fits = on | (mask == 0)
+    message = (
+        f"{name} must be bool, or 0 and 1; for labels, in which -100 marks what does not count, pass labels != -100"
+    )
+    if mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling():
+        if not fits.all():
+            raise ValueError(f"{message}; found {mask[~fits][0].item()}")
+    else:
+        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+    return on
 
 
 def check_tensor(name: str, value: object, *, floating: bool = True) -> None:
@@ -61,3 +188,23 @@ def check_int(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:
+    """`logprobs` must be `(batch, time)`, and the others, where given, tensors of its shape.
+
+    Raises:
+        TypeError: If one is no tensor, or, but for `mask`, has no float dtype.
+        ValueError: If a shape does not fit.
+    """
+    check_tensor("logprobs", logprobs)
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must be (batch, time), got shape {tuple(logprobs.shape)}")
+    for name, value in others.items():
+        if value is None:
+            continue
+        check_tensor(name, value, floating=name != "mask")
+        if value.shape != logprobs.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} but logprobs has {tuple(logprobs.shape)}; they must be equal"
+            )

@@ -30,7 +30,7 @@ def clipped_objective(
         logprobs: `(batch, time)`, float32 or 16-bit, with gradient.
         old_logprobs: The same shape.
         advantages: `(batch, 1)` or `(batch, time)`.
-        mask: `(batch, time)`, bool; elsewhere the value and gradient are 0.
+        mask: `(batch, time)`, bool: the tokens that are used, valid and finite; elsewhere value and gradient are 0.
         bounds_of: The objective's bounds.
 
     Returns:
@@ -152,8 +152,8 @@ def _kernel(
         lower = tl.full([BLOCK], 0.0, tl.float32) + fixed_lower
         upper = tl.full([BLOCK], 0.0, tl.float32) + cap
     log_ratio = new - old
-    held = log_ratio > HOLD
-    r = tl.exp(tl.where(held, HOLD, log_ratio))
+    held = tl.abs(log_ratio) > HOLD
+    r = tl.exp(tl.where(held, tl.where(log_ratio > 0, HOLD, -HOLD), log_ratio))
     push = r * advantage
     clamped = tl.where(r < lower, lower, tl.where(r > upper, upper, r)) * advantage
     value = tl.where(clamped < push, clamped, push)

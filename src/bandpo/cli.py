@@ -1,14 +1,20 @@
 """The command line. Heavy imports happen inside the commands: `bandpo --help` is instant."""
 
 import argparse
+import dis
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from types import TracebackType
+from typing import Any, NoReturn
 
 import bandpo
 from bandpo._errors import RunError, printable
+from bandpo._secrets import redact_text, remember
 
 _DESCRIPTION = """\
 Trust regions for LLM reinforcement learning.
@@ -27,8 +33,12 @@ Trust regions for LLM reinforcement learning.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status. Mistakes in the input end with one line and status 2."""
+    """Run a command; its exit status. Mistakes in the input end with one line and status 2.
+
+    BANDPO_DEBUG=1 in the environment shows the traceback of every error.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    remember(argv)
     parser = _parser()
     if argv[:1] == ["train"]:  # its options are those of TRL: parsed where TRL is imported
         return _guarded(_train, argv[1:])
@@ -39,10 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _guarded(options.run, options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors repeat what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact_text(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "bandpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser("bandpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"bandpo {bandpo.__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="")
 
@@ -177,21 +192,77 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _guarded(run: Callable[[Any], object], options: Any) -> int:
+    """A command's status: 2 for a mistake in the input, 1 for a run that could not go on, or an error of ours."""
     try:
         found = run(options)
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(f"bandpo: {printable(str(error))}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python from complaining when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (FileNotFoundError, ImportError) as error:
+        return _failed(error, 2)
+    except (ValueError, TypeError) as error:
+        return _failed(error, 2) if _was_raised(error) else _unexpected(error)
     except (RunError, OSError) as error:  # a reward that fails, a full disk: not a mistake in the input
-        print(f"bandpo: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
+    except UnpicklingError as error:
+        return _failed(f"a file of the run is refused, since loading it could run code: {error}", 1)
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        return _unexpected(error)
     return found if isinstance(found, int) else 0
+
+
+def _failed(error: Exception | str, status: int) -> int:
+    """One line, or with BANDPO_DEBUG=1 also where it came from."""
+    where = ""
+    if os.environ.get("BANDPO_DEBUG"):
+        _print_traceback()
+    elif isinstance(error, ValueError | TypeError) and not _is_ours(_origin(error)):
+        where = " (BANDPO_DEBUG=1 shows which library says so)"
+    print(f"bandpo: {printable(redact_text(str(error) or type(error).__name__))}{where}", file=sys.stderr)
+    return status
+
+
+def _unexpected(error: Exception) -> int:
+    """An error that nobody raised for the user to read: it must not look like a mistake in the input."""
+    _print_traceback()
+    print(
+        f"bandpo: unexpected {type(error).__name__}. This is a bug in bandpo, or in a library that it calls; please report it "
+        "with the lines above",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _print_traceback() -> None:
+    print(printable(redact_text(traceback.format_exc())), end="", file=sys.stderr)
+
+
+def _was_raised(error: BaseException) -> bool:
+    """Whether an error was raised by a `raise`, with a message for people, and did not come out of an expression.
+
+    `int(None)` and `None + 1` have no `raise` statement at the place they come from: in our code they are bugs. Libraries check
+    what they are given in ways of their own.
+    """
+    origin = _origin(error)
+    if origin is None or not _is_ours(origin):
+        return True
+    return dis.opname[origin.tb_frame.f_code.co_code[origin.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+
+
+def _origin(error: BaseException) -> TracebackType | None:
+    """The innermost place of a traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
+def _is_ours(trace: TracebackType | None) -> bool:
+    place = Path(bandpo.__file__).parent
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(place)
 
 
 def _train(arguments: list[str]) -> None:
@@ -201,15 +272,17 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from bandpo._locks import claim_file, released
     from bandpo.run.commands import evaluate_model
 
-    evaluate_model(options)
+    with nullcontext() if options.output is None else released(claim_file(options.output)):
+        evaluate_model(options)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> int:
     from bandpo.run.compare import compare
 
-    compare(options)
+    return int(not compare(options).complete)
 
 
 def _lab_preference(options: argparse.Namespace) -> None:
@@ -218,10 +291,10 @@ def _lab_preference(options: argparse.Namespace) -> None:
     lab_preference(options)
 
 
-def _lab_selection(options: argparse.Namespace) -> None:
+def _lab_selection(options: argparse.Namespace) -> int:
     from bandpo.run.lab import lab_selection
 
-    lab_selection(options)
+    return int(bool(lab_selection(options)["failures"]))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -4,19 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from bandpo._inputs import PROVIDED, inputs_of
+from bandpo._inputs import PROVIDED, check_component, check_tensor, inputs_of, traits_of
 from bandpo.advantages import AdvantageKind
 from bandpo.bounds import Band, Bounds, Clip, Radius
 from bandpo.corrections import Correction
+from bandpo.groups import GroupIds, Groups, scored
 from bandpo.regions import TopK
 from bandpo.surrogates import Surrogate, clip
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence", "product"]
 Anchor = Literal["old", "rollout"]
-# Rewards and advantages of the groups, both `(groups, group_size)` -> named tensors that broadcast to that shape.
+# Rewards and advantages of the groups, both `(groups, largest group)` and NaN where nothing is scored -> named tensors that
+# broadcast to that shape.
 GroupStats = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
@@ -40,8 +43,9 @@ class Objective:
         paper: Where it comes from.
 
     Raises:
-        ValueError: If a name is unknown, token-wise bounds meet a sequence ratio, or a correction meets the rollout anchor.
-        TypeError: If `bounds` or `surrogate` cannot be called.
+        ValueError: If a name is unknown, token-wise bounds meet a sequence ratio, a correction meets the rollout anchor, or
+            bounds without edges meet a surrogate that needs some.
+        TypeError: If `bounds` or `surrogate` cannot be called with what it is given; see `bandpo.needs`.
 
     Examples:
         >>> Objective(bounds=Band("js", 0.02)).aggregation
@@ -63,6 +67,8 @@ class Objective:
     surrogate_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
     extras: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names that `policy_loss` must be given in its `extras`."""
+    traits: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """What its parts are marked with; see `bandpo.surrogates.traits`."""
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -75,9 +81,15 @@ class Objective:
                 raise ValueError(
                     f"Objective: {name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
                 )
-        for name in ("bounds", "surrogate"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"Objective: {name} must be callable, got {getattr(self, name)!r}")
+        check_component("bounds", self.bounds, ("old_logprobs",))
+        check_component("surrogate", self.surrogate, ("log_ratio", "advantages", "bounds"))
+        if "membership" in traits_of(self.bounds) and "membership" not in traits_of(self.surrogate):
+            name = getattr(self.surrogate, "__name__", self.surrogate)
+            raise ValueError(
+                f"Objective: bounds={self.bounds!r} says which tokens are inside and has no edges, which surrogate {name} "
+                "needs; use bandpo.surrogates.mask, or mark one of yours that takes a bool tensor with @traits('membership') "
+                "(from bandpo.surrogates import traits)"
+            )
         if self.ratio_level != "token" and not isinstance(self.bounds, Clip):
             raise ValueError(
                 f"Objective: ratio_level={self.ratio_level!r} needs Clip bounds, got {self.bounds!r}: bounds of one token's "
@@ -90,19 +102,31 @@ class Objective:
             )
         asked = inputs_of(self.bounds), inputs_of(self.surrogate)
         extras = dict.fromkeys(name for names in asked for name in names if name not in PROVIDED)
-        for name, value in (("bounds_inputs", asked[0]), ("surrogate_inputs", asked[1]), ("extras", tuple(extras))):
+        marks = {name for part in (self.bounds, self.surrogate, self.correction) for name in traits_of(part)}
+        for name, value in (
+            ("bounds_inputs", asked[0]),
+            ("surrogate_inputs", asked[1]),
+            ("extras", tuple(extras)),
+            ("traits", tuple(sorted(marks))),
+        ):
             object.__setattr__(self, name, value)
 
-    def group_inputs(self, rewards: Tensor, advantages: Tensor, group_size: int) -> dict[str, Tensor]:
+    def group_inputs(
+        self, rewards: Tensor, advantages: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None
+    ) -> dict[str, Tensor]:
         """The extras that come from groups of completions, one row for each completion; empty where there are none.
 
+        A completion whose reward is NaN or infinite takes no part in its group's statistics, and its extras are 0.
+
         Args:
-            rewards: `(prompts * group_size,)`, the groups consecutive.
+            rewards: `(completions,)`, float.
             advantages: The same shape, as the objective will be given them.
-            group_size: Completions per prompt.
+            group_size: Completions per prompt, where the groups are consecutive and of one size.
+            group_ids: Instead, an id for each completion; see `bandpo.group_advantages`.
 
         Raises:
             ValueError: If the two shapes differ or do not split into groups.
+            TypeError: If one of the two is no float tensor.
 
         Examples:
             >>> import torch
@@ -111,16 +135,20 @@ class Objective:
             >>> OBJECTIVES["etr-reading"].group_inputs(rewards, group_advantages(rewards, 4), 4)
             {'signal': tensor([0.7500, 0.7500, 0.7500, 0.7500])}
         """
-        if rewards.dim() != 1 or rewards.shape != advantages.shape or group_size < 1 or rewards.numel() % group_size:
+        check_tensor("rewards", rewards)
+        check_tensor("advantages", advantages)
+        if rewards.dim() != 1 or rewards.shape != advantages.shape:
             raise ValueError(
                 f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have one and the same shape "
-                f"(prompts * group_size,); group_size is {group_size}"
+                f"(completions,); group_size is {group_size}"
             )
+        groups = Groups(len(rewards), group_size, group_ids)
         if self.group_stats is None:
             return {}
-        shape = (-1, group_size)
-        stats = self.group_stats(rewards.view(shape), advantages.view(shape))
-        return {name: x.expand(rewards.view(shape).shape).flatten() for name, x in stats.items()}
+        counts = scored(rewards)
+        tables = [groups.table(x.masked_fill(~counts, torch.nan)) for x in (rewards, advantages)]
+        stats = self.group_stats(*tables)
+        return {name: groups.flat(x).masked_fill(~counts, 0) for name, x in stats.items()}
 
     def with_radius(self, radius: Radius | tuple[Radius, Radius]) -> "Objective":
         """The same objective with another radius of its ball, a 0-d tensor say that a schedule moves.

@@ -1,12 +1,114 @@
-"""What a trainer makes of the groups of a batch besides advantages: duals, signal, which to keep, penalties of length."""
+"""What a trainer makes of the groups of a batch besides advantages: duals, signal, which to keep, penalties of length.
+
+A reward that is NaN or infinite is no score. An unscored completion has advantage 0 and takes no part in what is said of its
+group; a group whose scores are all equal has no signal, exactly.
+"""
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_int
+
 _STEPS = 100  # halvings of log λ: to the last bit of float64 from any bracket
+
+GroupIds = Tensor | Sequence[Hashable]
+
+
+class Groups:
+    """Which completions belong together, and their values as a table with one row for each group.
+
+    Args:
+        count: Completions.
+        group_size: Completions of each group, which are consecutive.
+        group_ids: Instead of the size, an id for each completion: an integer tensor, or a sequence such as a list of names.
+            Completions with equal ids are one group; groups may differ in size and stand in any order.
+
+    Raises:
+        TypeError: If the size is no integer, or the ids are not of such a kind.
+        ValueError: If not exactly one of the two is given, or it does not fit the number of completions.
+
+    Examples:
+        >>> groups = Groups(3, group_ids=["a", "b", "a"])
+        >>> groups.table(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([[1., 3.],
+                [2., nan]])
+    """
+
+    def __init__(self, count: int, group_size: int | None = None, group_ids: GroupIds | None = None) -> None:
+        if (group_size is None) == (group_ids is None):
+            raise ValueError(
+                f"pass group_size={group_size} (groups of one size, one after the other) or group_ids (an id for each "
+                "completion), and not both"
+            )
+        self._size, self._places, self._width = group_size, torch.empty(0, dtype=torch.int64), 1
+        if group_size is not None:
+            check_int("group_size", group_size)
+            if group_size < 1 or count % group_size:
+                raise ValueError(
+                    f"{count} completions do not split into groups of {group_size}; group_size is {group_size}"
+                )
+            return
+        assert group_ids is not None
+        members: dict[Hashable, list[int]] = {}
+        for i, key in enumerate(_ids(group_ids, count)):
+            members.setdefault(key, []).append(i)
+        self._width = max(map(len, members.values()), default=1)
+        places = [0] * count
+        for row, group in enumerate(members.values()):
+            for column, i in enumerate(group):
+                places[i] = row * self._width + column
+        self._places, self._rows = torch.tensor(places, dtype=torch.int64), len(members)
+
+    def table(self, x: Tensor) -> Tensor:
+        """Values `(count,)` as `(groups, largest group)`, NaN where a group is smaller."""
+        if self._size is not None:
+            return x.reshape(-1, self._size)
+        table = x.new_full((self._rows * self._width,), math.nan)
+        return table.scatter(0, self._places.to(x.device), x).view(self._rows, self._width)
+
+    def flat(self, table: Tensor) -> Tensor:
+        """Values `(groups, largest group)`, or `(groups, 1)` for all of a group, as `(count,)`."""
+        if self._size is not None:
+            return table.expand(-1, self._size).reshape(-1)
+        return table.expand(-1, self._width).reshape(-1)[self._places.to(table.device)]
+
+
+def _ids(group_ids: GroupIds, count: int) -> list[Hashable]:
+    if isinstance(group_ids, Tensor) and (group_ids.is_floating_point() or group_ids.is_complex()):
+        raise TypeError(f"group_ids: a tensor must have an integer dtype, got {group_ids.dtype}")
+    if isinstance(group_ids, str | bytes) or not hasattr(group_ids, "__len__"):
+        raise TypeError(
+            f"group_ids: pass an integer tensor or a list with an id for each completion, got {group_ids!r}"
+        )
+    found: list[Hashable] = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)  # type: ignore[union-attr]
+    if len(found) != count or (isinstance(group_ids, Tensor) and group_ids.dim() != 1):
+        raise ValueError(f"group_ids: {count} completions need as many ids in one dimension, got {len(found)}")
+    for i, key in enumerate(found):
+        if not isinstance(key, Hashable):
+            raise TypeError(f"group_ids[{i}] is {key!r}; an id must be hashable, such as an integer or a string")
+        if key is None or key != key:
+            raise ValueError(f"group_ids[{i}] is {key!r}; a completion without an id belongs to no group")
+    return found
+
+
+def scored(x: Tensor) -> Tensor:
+    """Which entries are scores: the finite ones."""
+    return x.isfinite()
+
+
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores less the mean of their row in float64, and how many there are, at least 1: `(..., group)` and `(..., 1)`.
+
+    0 where there is no score. Measured from the largest score, so that equal ones leave exactly 0 at any magnitude.
+    """
+    wide, counts = x.detach().to(torch.float64), scored(x)
+    n = counts.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1)
+    below = torch.where(counts, wide - wide.masked_fill(~counts, -math.inf).amax(-1, keepdim=True), 0.0)
+    return torch.where(counts, below - below.sum(-1, keepdim=True) / n, 0.0), n
 
 
 class KLDual(NamedTuple):
@@ -28,7 +130,8 @@ def kl_dual(advantages: Tensor, radius: float = 0.05, *, floor: float = 0.05) ->
     std, as GRPO does, is this trust region to first order. Part of our own reading of QUATRO, arXiv:2602.04620.
 
     Args:
-        advantages: `(..., group_size)`; a constant added to a group changes its baseline only.
+        advantages: `(..., group_size)`; a constant added to a group changes its baseline only. One that is NaN or infinite
+            is left out.
         radius: δ > 0, in nats for each sequence.
         floor: Smallest λ, in units of `max A - min A`.
 
@@ -47,29 +150,37 @@ def kl_dual(advantages: Tensor, radius: float = 0.05, *, floor: float = 0.05) ->
         raise ValueError(f"kl_dual: radius and floor must be positive numbers, got {radius} and {floor}")
     with torch.no_grad():
         a = advantages.detach().to(torch.float64)
-        top = a.amax(-1, keepdim=True)
-        spread = top - a.amin(-1, keepdim=True)
+        counts = scored(a)
+        n = counts.sum(-1, keepdim=True)
+        top = a.masked_fill(~counts, -math.inf).amax(-1, keepdim=True)
+        bottom = a.masked_fill(~counts, math.inf).amin(-1, keepdim=True)
+        spread = torch.where(n > 0, top - bottom, 0.0)
+        top = torch.where(n > 0, top, 0.0)
         unit = torch.where(spread > 0, spread, 1.0)
-        x = (a - top) / unit  # in [-1, 0]: what follows does not depend on the scale of rewards
+        # In [-1, 0], so that what follows does not depend on the scale of rewards; what is left out weighs e^-inf.
+        x = torch.where(counts, (a - top) / unit, -math.inf)
+        x = torch.where(n > 0, x, 0.0)
+        log_n = n.clamp_min(1).to(torch.float64).log()
         # KL <= 1/(8λ²) by Hoeffding's lemma, so the root is below √(1/(8δ)).
         low, high = (torch.full_like(top, math.log(v)) for v in (floor, max(floor, math.sqrt(0.125 / radius))))
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            too_far = _tilted_kl(x, middle) > radius
+            too_far = _tilted_kl(x, middle, log_n) > radius
             low, high = torch.where(too_far, middle, low), torch.where(too_far, high, middle)
         # `high` is feasible; where the floor is, the bisection closes in on it.
         dual = torch.where(spread > 0, high.exp() * unit, 0.0)
-        log_mean = (x / high.exp()).logsumexp(-1, keepdim=True) - math.log(a.shape[-1])
+        log_mean = (x / high.exp()).logsumexp(-1, keepdim=True) - log_n
         return KLDual(*(v.to(advantages.dtype) for v in (dual, top + dual * log_mean)))
 
 
 def group_signal(rewards: Tensor, *, reward_range: float = 1.0) -> Tensor:
     """How much a group can teach, in [0, 1]: its variance over the largest one, `4·var/range²`.
 
-    For rewards of 0 and 1 it is `4q(1-q)` at a share q of right answers: 1 where half are right, 0 where all agree.
+    For rewards of 0 and 1 it is `4q(1-q)` at a share q of right answers: 1 where half are right, 0 where all agree or nothing
+    is scored.
 
     Args:
-        rewards: `(..., group_size)`.
+        rewards: `(..., group_size)`; one that is NaN or infinite is no score and left out.
         reward_range: Largest less smallest possible reward.
 
     Returns:
@@ -82,16 +193,18 @@ def group_signal(rewards: Tensor, *, reward_range: float = 1.0) -> Tensor:
     """
     if not 0 < reward_range < math.inf:
         raise ValueError(f"group_signal: reward_range must be a positive number, got {reward_range}")
-    variance = rewards.var(-1, correction=0, keepdim=True)
-    return (4 * variance / reward_range**2).clamp(max=1.0)
+    differences, n = centred(rewards)
+    variance = differences.square().sum(-1, keepdim=True) / n
+    return (4 * variance / reward_range**2).clamp(max=1.0).to(rewards.dtype)
 
 
-def informative(rewards: Tensor, group_size: int) -> Tensor:
-    """Which completions stand in a group whose rewards differ, the ones that DAPO's dynamic sampling keeps (arXiv:2503.14476).
+def informative(rewards: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None) -> Tensor:
+    """Which completions stand in a group whose scores differ, the ones that DAPO's dynamic sampling keeps (arXiv:2503.14476).
 
     Args:
-        rewards: `(prompts * group_size,)`, the groups consecutive.
-        group_size: Completions per prompt.
+        rewards: `(completions,)`; one that is NaN or infinite is no score and left out of the comparison.
+        group_size: Completions per prompt, where the groups are consecutive and of one size.
+        group_ids: Instead, an id for each completion; see `bandpo.group_advantages`.
 
     Returns:
         Bool tensor of the shape of `rewards`.
@@ -100,11 +213,13 @@ def informative(rewards: Tensor, group_size: int) -> Tensor:
         >>> informative(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
         tensor([ True,  True, False, False])
     """
-    if rewards.dim() != 1 or group_size < 1 or rewards.numel() % group_size:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not split into groups of {group_size}")
-    groups = rewards.view(-1, group_size)
-    differs = (groups != groups[:, :1]).any(1, keepdim=True)
-    return differs.expand(groups.shape).flatten()
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be (completions,), got shape {tuple(rewards.shape)}")
+    groups = Groups(len(rewards), group_size, group_ids)
+    table = groups.table(rewards if rewards.is_floating_point() else rewards.to(torch.float64))
+    counts = scored(table)
+    first = table.gather(1, counts.to(torch.int8).argmax(1, keepdim=True))
+    return groups.flat((counts & (table != first)).any(1, keepdim=True))
 
 
 def soft_overlong(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
@@ -131,7 +246,7 @@ def soft_overlong(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
     return ((max_length - buffer - lengths.to(torch.float32)) / buffer).clamp(-1.0, 0.0)
 
 
-def _tilted_kl(x: Tensor, log_dual: Tensor) -> Tensor:
-    """KL(softmax(x/λ) ‖ uniform) along the last dimension, in nats."""
+def _tilted_kl(x: Tensor, log_dual: Tensor, log_n: Tensor) -> Tensor:
+    """KL(softmax(x/λ) ‖ uniform) along the last dimension, in nats, over the n entries that are not -inf."""
     z = (x / log_dual.exp()).log_softmax(-1)
-    return (z.exp() * z).sum(-1, keepdim=True) + math.log(x.shape[-1])
+    return (z.exp() * z.clamp_min(torch.finfo(z.dtype).min)).sum(-1, keepdim=True) + log_n

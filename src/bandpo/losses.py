@@ -1,16 +1,17 @@
 """From log-probabilities to a loss: `policy_loss` = bounds x surrogate x aggregation."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_int, check_tensor
+from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor
 from bandpo.composition import Aggregation, Objective
 from bandpo.metrics import approx_kl, masked_mean, policy_metrics
 from bandpo.objectives import get_objective
-from bandpo.tokens import fill, token_objective
+from bandpo.tokens import fill, is_logprob, token_objective
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,24 +39,31 @@ def policy_loss(
     correction `w` and aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`.
     Arguments are keyword-only: hosts disagree on the order of new and old.
 
+    Both log-ratios are held within ±40; beyond, they have no gradient. A valid token with a number that is NaN or infinite
+    (its advantage, its sequence's weight, a log-prob that the loss uses, or an extra that is NaN) adds exactly 0 to loss and
+    gradient, counts in the denominators, and is reported in `nonfinite_fraction`. A log-prob below -1e9 counts as -inf.
+
     Args:
         logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`, with gradient.
         old_logprobs: The same under the policy before the update; no gradient flows into it. May be left out for
             objectives with `anchor="rollout"`, which then need no second forward pass.
-        advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`.
-        mask: `(batch, time)`, bool or 0/1: the tokens that count. What stands elsewhere never matters, NaN included.
+        advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`, float; no gradient flows into them. Advantages per token move
+            each token by its own, also where the ratio is that of a sequence (GSPO-token, arXiv:2507.18071, sec. 4.3).
+        mask: `(batch, time)`, bool or 0/1: the tokens that count. What stands elsewhere never matters, NaN included. Another
+            number, such as a label of -100, is refused: on a CPU by a ValueError; on an accelerator, where the host does not
+            wait for it, by a failed assertion of the device.
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.
         rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"` or a correction.
         extras: What else the objective needs, named in `Objective.extras`; see `Objective.group_inputs` and
             `bandpo.regions.TopK`.
-        ref_logprobs: Log-probs under the reference policy, for the KL term.
+        ref_logprobs: Log-probs under the reference policy, for the KL term; no gradient flows into them.
         kl_coef: Its coefficient β >= 0.
         entropy: Per-token entropy, for the metrics only.
         sample_weight: `(batch,)`, multiplies all terms of a sequence; of a pruned batch (`bandpo.selection`), with the
-            `normalizer` of the batch before pruning.
+            `normalizer` of the batch before pruning. Refused with objectives that look at the whole batch.
         normalizer: Tokens (`token-mean`) or sequences (`seq-mean-*`) of the whole batch when this call sees a part of it
-            (gradient accumulation, data parallelism): the parts' losses then add up to the whole's. See
-            `loss_normalizer`.
+            (gradient accumulation, data parallelism): the parts' losses then add up to the whole's, but for objectives that
+            look at the whole batch, which see their part alone. See `loss_normalizer`.
         max_length: The constant length of `seq-mean-token-sum-norm`.
 
     Returns:
@@ -63,7 +71,8 @@ def policy_loss(
 
     Raises:
         TypeError: If a dtype or the objective's type does not fit.
-        ValueError: If shapes or names do not fit, or the objective needs an input that is missing.
+        ValueError: If shapes, names or numbers do not fit, the objective needs an input that is missing, or weights meet an
+            objective that looks at the whole batch.
 
     Examples:
         >>> import torch
@@ -80,38 +89,42 @@ def policy_loss(
         tensor(0.)
     """
     objective = get_objective(objective)
-    _check_shapes(logprobs, old_logprobs=old_logprobs, mask=mask, rollout_logprobs=rollout_logprobs,
-                  ref_logprobs=ref_logprobs, entropy=entropy)  # fmt: skip
-    if not isinstance(kl_coef, int | float) or not kl_coef >= 0:
+    check_shapes(logprobs, old_logprobs=old_logprobs, mask=mask, rollout_logprobs=rollout_logprobs,
+                 ref_logprobs=ref_logprobs, entropy=entropy)  # fmt: skip
+    if not isinstance(kl_coef, int | float) or not 0 <= kl_coef < math.inf:
         raise ValueError(f"kl_coef must be a number >= 0, got {kl_coef!r}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")
 
+    valid = as_mask(mask)
+    usable, weight = valid, None
     if sample_weight is not None:
-        check_tensor("sample_weight", sample_weight)
-    if sample_weight is not None and sample_weight.shape != logprobs.shape[:1]:
-        raise ValueError(
-            f"sample_weight has shape {tuple(sample_weight.shape)}; one for each of {len(logprobs)} sequences"
-        )
+        _check_sample_weight(sample_weight, objective, len(logprobs))
+        finite = sample_weight.detach().isfinite()
+        usable = usable & finite.unsqueeze(-1)
+        weight = torch.where(finite, sample_weight.detach(), 0.0).unsqueeze(-1)
+    if kl_coef and ref_logprobs is not None:
+        usable = usable & is_logprob(ref_logprobs)
 
     def reduce(x: Tensor) -> Tensor:
-        if sample_weight is not None:
-            x = x * sample_weight.detach().unsqueeze(-1)
+        x = x if weight is None else x * weight
         return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
 
-    valid = mask != 0
     terms = token_objective(
-        objective, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=valid,
+        objective, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=usable,
         rollout_logprobs=rollout_logprobs, extras=extras,
     )  # fmt: skip
+    usable = usable & ~terms.nonfinite
     loss = -reduce(terms.value)
     report = policy_metrics(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
         bounds=terms.bounds, bounds_of=objective.bounds, entropy=entropy, weights=terms.weights,
+        nonfinite=valid & ~usable,
     )  # fmt: skip
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
-        kl = approx_kl(fill(ref_logprobs.detach(), valid) - fill(logprobs, valid))
+        known = usable & is_logprob(ref_logprobs)
+        kl = approx_kl(fill(ref_logprobs.detach(), known) - fill(logprobs, known))
         report["kl/ref"] = masked_mean(kl.detach(), valid)
         if kl_coef:
             loss = loss + kl_coef * reduce(kl)
@@ -163,14 +176,15 @@ def aggregate(
         values: `(batch, time)`, or `(batch, 1)` to repeat along a sequence.
         mask: `(batch, time)`, bool or 0/1.
         aggregation: One of the five names.
-        normalizer: Replaces the number of tokens or sequences found in `mask`; see `loss_normalizer`.
+        normalizer: Replaces the number of tokens or sequences found in `mask`, a number or a 0-d tensor; see `loss_normalizer`.
         max_length: The constant of `seq-mean-token-sum-norm`, and of it alone.
 
     Returns:
-        0-d tensor; 0 for an empty mask.
+        0-d tensor; 0 for an empty mask, also where the normalizer is 0.
 
     Raises:
-        ValueError: If the name is unknown, or an argument does not belong to it.
+        TypeError: If an argument is no tensor or number.
+        ValueError: If the name is unknown, an argument does not belong to it, or a number is out of range.
 
     Examples:
         >>> import torch
@@ -178,8 +192,7 @@ def aggregate(
         >>> [round(aggregate(x, m, a).item(), 3) for a in ("token-mean", "token-sum", "seq-mean-token-mean")]
         [2.333, 7.0, 2.75]
     """
-    if aggregation not in get_args(Aggregation):
-        raise ValueError(f"aggregation: got {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
+    _check_aggregation(aggregation)
     if (max_length is None) == (aggregation == "seq-mean-token-sum-norm"):
         raise ValueError(
             f"max_length={max_length} with aggregation {aggregation!r}: 'seq-mean-token-sum-norm' needs it "
@@ -193,41 +206,67 @@ def aggregate(
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     if aggregation == "token-sum" and normalizer is not None:
         raise ValueError("aggregation 'token-sum' divides by nothing: leave normalizer out")
-    valid = mask != 0
+    valid = as_mask(mask)
     values = values.expand(valid.shape).masked_fill(~valid, 0.0)
     if aggregation == "token-sum":
         return values.sum()
-    count = loss_normalizer(valid, aggregation) if normalizer is None else normalizer
+    count = loss_normalizer(valid, aggregation)
     if aggregation == "seq-mean-token-mean":
-        return (values.sum(-1) / valid.sum(-1).clamp_min(1)).sum() / count
-    total = values.sum() / count
+        values = values.sum(-1) / valid.sum(-1).clamp_min(1)
+    # A part without a token adds 0, also where the whole has none: there, and only there, the divisor may be 0.
+    whole = count if normalizer is None else _checked_normalizer(normalizer)
+    total = values.sum() / (whole + (count == 0).to(values.dtype))
     return total if max_length is None else total / max_length
 
 
 def loss_normalizer(mask: Tensor, aggregation: Aggregation) -> Tensor:
     """What `aggregate` divides by: valid tokens for `token-mean`, sequences with a valid token for `seq-mean-*`.
 
-    Add it up over micro-batches and ranks and pass the sum as `normalizer`.
+    Add it up over micro-batches and ranks and pass the sum as `normalizer`. It is 0 where no token is valid.
+
+    Args:
+        mask: `(batch, time)`, bool or 0/1.
+        aggregation: As in `aggregate`.
+
+    Returns:
+        0-d integer tensor.
+
+    Raises:
+        ValueError: If the name is unknown.
 
     Examples:
         >>> import torch
         >>> loss_normalizer(torch.tensor([[1, 1], [0, 0]]), "seq-mean-token-mean")
         tensor(1)
     """
-    valid = mask != 0
-    count = valid.sum() if aggregation.startswith("token") else valid.any(-1).sum()
-    return count.clamp_min(1)
+    _check_aggregation(aggregation)
+    valid = as_mask(mask)
+    return valid.sum() if aggregation.startswith("token") else valid.any(-1).sum()
 
 
-def _check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:
-    check_tensor("logprobs", logprobs)
-    if logprobs.dim() != 2:
-        raise ValueError(f"logprobs must be (batch, time), got shape {tuple(logprobs.shape)}")
-    for name, value in {"logprobs": logprobs, **others}.items():
-        if value is None:
-            continue
-        check_tensor(name, value, floating=name != "mask")
-        if value.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)} but logprobs has {tuple(logprobs.shape)}; they must be equal"
-            )
+def _check_aggregation(aggregation: str) -> None:
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation: got {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
+
+
+def _checked_normalizer(normalizer: Tensor | float) -> Tensor | float:
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be one number, got a tensor of shape {tuple(normalizer.shape)}")
+        return normalizer.detach().reshape(())
+    if isinstance(normalizer, bool) or not isinstance(normalizer, int | float):
+        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {normalizer!r}")
+    if not 0 <= normalizer < math.inf:
+        raise ValueError(f"normalizer must be a finite number >= 0, got {normalizer}")
+    return normalizer
+
+
+def _check_sample_weight(sample_weight: Tensor, objective: Objective, sequences: int) -> None:
+    check_tensor("sample_weight", sample_weight)
+    if sample_weight.shape != (sequences,):
+        raise ValueError(f"sample_weight has shape {tuple(sample_weight.shape)}; one for each of {sequences} sequences")
+    if "of_batch" in objective.traits:
+        raise ValueError(
+            f"objective {objective.name!r} looks at the whole batch, so that no sample_weight makes the gradient of a part of "
+            "it unbiased; train on the whole batch, or choose an objective of single tokens or sequences"
+        )

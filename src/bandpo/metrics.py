@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_int
+from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
+from bandpo.surrogates import hold
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
@@ -37,6 +39,23 @@ VERL_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
+class PooledSum(NamedTuple):
+    """A statistic that can be added up over micro-batches and ranks before it is divided: a mean of means is another number."""
+
+    numerator: Tensor
+    """Sum over the tokens that count, or their maximum; 0-d."""
+    denominator: Tensor
+    """Number of those tokens, 0-d; where it is 0 there is no number."""
+    kind: Literal["mean", "max"] = "mean"
+    """Numerators of means are added and divided by the added denominators; of maxima the largest one counts."""
+
+    def value(self) -> Tensor:
+        """The statistic; NaN where no token counts."""
+        if self.kind == "mean":
+            return self.numerator / self.denominator
+        return torch.where(self.denominator > 0, self.numerator, torch.nan)
+
+
 def policy_metrics(
     *,
     log_ratio: Tensor,
@@ -47,21 +66,24 @@ def policy_metrics(
     bounds_of: Bounds | None = None,
     entropy: Tensor | None = None,
     weights: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of one batch over its valid tokens, as detached 0-d tensors, without a host sync.
 
     A token counts as clipped where its gradient is: `A > 0` and `r > upper` (high), `A < 0` and `r < lower` (low).
 
     * `clip_fraction/{low,high,any}` over all valid tokens; `clip_fraction_by_prob/{low,high,any}/BIN` over those of a bin of
-      p = π_old (NaN: no token there) and `token_fraction_by_prob/BIN`.
+      p = π_old and `token_fraction_by_prob/BIN`.
     * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
     * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
     * `correction/weight_mean`, `correction/zero_fraction`, where there are weights.
-    * `nonfinite_fraction`: tokens with a log-ratio, advantage or bound that is NaN, or an infinite log-ratio.
+    * `nonfinite_fraction`: the share of valid tokens that are in no other statistic, because a log-prob, log-ratio, advantage
+      or bound is NaN or infinite.
 
-    Where the region only says who is inside (`TopK`), there is no edge, and the `band/` metrics are left out.
+    A statistic over no token at all is NaN. Where the region only says who is inside (`TopK`), there is no edge, and the
+    `band/` metrics are left out.
 
     Args:
         log_ratio: `(batch, time)`, or `(batch, 1)` at sequence level.
@@ -72,69 +94,142 @@ def policy_metrics(
         bounds_of: The object that made them; a `Band` adds its divergence and cap.
         entropy: `(batch, time)`.
         weights: Of a correction, `(batch, time)` or `(batch, 1)`.
+        nonfinite: Bool, `(batch, time)`: valid tokens that the objective left out (`TokenObjective.nonfinite`).
+
+    Examples:
+        >>> logp = torch.tensor([[-1.0, -2.0]])
+        >>> found = policy_metrics(log_ratio=torch.tensor([[0.0, 0.5]]), old_logprobs=logp, advantages=torch.ones(1, 1),
+        ...     mask=torch.ones(1, 2), bounds=RatioBounds(torch.tensor([[0.8, 0.8]]), torch.tensor([[1.2, 1.2]])))
+        >>> found["clip_fraction/high"]
+        tensor(0.5000)
     """
-    valid = mask != 0
-    log_ratio, advantages = log_ratio.expand(valid.shape), advantages.expand(valid.shape)
-    r, p = log_ratio.exp(), old_logprobs.exp()
-    pushed_up, pushed_down = (advantages > 0) & valid, (advantages < 0) & valid
-    strange = ~log_ratio.isfinite() | advantages.isnan()
+    sums = policy_sums(
+        log_ratio=log_ratio, old_logprobs=old_logprobs, advantages=advantages, mask=mask, bounds=bounds,
+        bounds_of=bounds_of, entropy=entropy, weights=weights, nonfinite=nonfinite,
+    )  # fmt: skip
+    return {name: found.value() for name, found in sums.items()}
+
+
+def policy_sums(
+    *,
+    log_ratio: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    bounds: RatioBounds | Tensor,
+    bounds_of: Bounds | None = None,
+    entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> dict[str, PooledSum]:
+    """The statistics of `policy_metrics` before their division, so that parts of a batch add up to the whole.
+
+    Args:
+        log_ratio: As in `policy_metrics`; so are the others.
+        old_logprobs: As there.
+        advantages: As there.
+        mask: As there.
+        bounds: As there.
+        bounds_of: As there.
+        entropy: As there.
+        weights: As there.
+        nonfinite: As there.
+
+    Returns:
+        Numerator and denominator of each statistic, detached, without a host sync.
+    """
+    valid = as_mask(mask)
+    log_ratio, advantages = log_ratio.detach().expand(valid.shape), advantages.expand(valid.shape)
+    strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
+    if nonfinite is not None:
+        strange = strange | nonfinite
+    lower = upper = None
     if isinstance(bounds, RatioBounds):
         lower, upper = (b.expand(valid.shape) for b in bounds)
         strange = strange | lower.isnan() | upper.isnan()
+    total = valid.sum().to(torch.float32)
+    used = valid & ~strange
+    r, p = log_ratio.exp(), old_logprobs.exp()
+    pushed_up, pushed_down = (advantages > 0) & used, (advantages < 0) & used
+    if lower is not None and upper is not None:
         low, high = pushed_down & (r < lower), pushed_up & (r > upper)
     else:
-        lower = upper = None
-        low, high = pushed_down & (log_ratio < 0) & ~bounds, pushed_up & (log_ratio > 0) & ~bounds
-    n_low, n_high, n = _count_by_probability(low, high, valid, p)
-    total = n.sum().clamp_min(1)
+        low, high = pushed_down & (log_ratio < 0) & ~bounds, pushed_up & (log_ratio > 0) & ~bounds  # type: ignore[operator]
+    n_low, n_high, n = _count_by_probability(low, high, used, p)
+    count = n.sum()
 
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(valid, x, 0.0).sum() / total
+    def mean(x: Tensor) -> PooledSum:
+        return PooledSum(torch.where(used, x, 0.0).sum(), count)
 
-    report = {
-        "clip_fraction/low": n_low.sum() / total,
-        "clip_fraction/high": n_high.sum() / total,
-        "clip_fraction/any": (n_low + n_high).sum() / total,
+    sums = {
+        "clip_fraction/low": PooledSum(n_low.sum(), count),
+        "clip_fraction/high": PooledSum(n_high.sum(), count),
+        "clip_fraction/any": PooledSum((n_low + n_high).sum(), count),
     }
     for i, name in enumerate(PROB_BINS):
-        report[f"clip_fraction_by_prob/low/{name}"] = n_low[i] / n[i]
-        report[f"clip_fraction_by_prob/high/{name}"] = n_high[i] / n[i]
-        report[f"clip_fraction_by_prob/any/{name}"] = (n_low[i] + n_high[i]) / n[i]
-        report[f"token_fraction_by_prob/{name}"] = n[i] / total
-    report |= {
+        sums[f"clip_fraction_by_prob/low/{name}"] = PooledSum(n_low[i], n[i])
+        sums[f"clip_fraction_by_prob/high/{name}"] = PooledSum(n_high[i], n[i])
+        sums[f"clip_fraction_by_prob/any/{name}"] = PooledSum(n_low[i] + n_high[i], n[i])
+        sums[f"token_fraction_by_prob/{name}"] = PooledSum(n[i], count)
+    sums |= {
         "ratio/mean": mean(r),
         "kl/old_new": mean(r - log_ratio - 1),
-        "nonfinite_fraction": (strange & valid).count_nonzero() / total,
+        "nonfinite_fraction": PooledSum((strange & valid).count_nonzero(), total),
     }
     if lower is not None and upper is not None:
-        report |= {"band/lower_mean": mean(lower), "band/upper_mean": mean(upper)}
-        report |= _what_binds(lower, upper, p, pushed_up, pushed_down, getattr(bounds_of, "max_ratio", None))
+        sums |= {"band/lower_mean": mean(lower), "band/upper_mean": mean(upper)}
+        sums |= _what_binds(lower, upper, p, pushed_up, pushed_down, getattr(bounds_of, "max_ratio", None))
     if isinstance(bounds_of, Band):
-        used = torch.where(valid, _divergence_over_radius(bounds_of, log_ratio, old_logprobs), 0.0)
-        report["band/divergence_mean"] = used.sum() / total
-        report["band/divergence_max"] = used.amax() if used.numel() else used.sum()
+        spent = torch.where(used, _divergence_over_radius(bounds_of, log_ratio, old_logprobs), 0.0)
+        sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
+        sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
     if entropy is not None:
-        report["entropy"] = mean(entropy.detach().to(r.dtype))
+        sums["entropy"] = mean(entropy.detach().to(r.dtype))
     if weights is not None:
-        report["correction/weight_mean"] = mean(weights)
-        report["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
+        sums["correction/weight_mean"] = mean(weights)
+        sums["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
+    return sums
+
+
+def averaged_by_host(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
+    """Values for a host that averages the metrics of parts of a batch by itself, where shares of few tokens would go wrong.
+
+    Shares of a bin of p, and of the tokens with `A != 0`, become shares of all tokens: each part then has a number, whether or
+    not it has such tokens, and the average of parts of one size is the value of the whole. They have `_of_all` in their names.
+
+    Args:
+        sums: From `policy_sums`.
+    """
+    tokens = sums["clip_fraction/any"].denominator
+    report: dict[str, Tensor] = {}
+    for name, found in sums.items():
+        family, slash, rest = name.partition("/")
+        if family == "clip_fraction_by_prob":
+            report[f"{family}_of_all{slash}{rest}"] = found.numerator / tokens
+        elif family == "band" and rest.endswith("_fraction"):
+            report[f"{name}_of_all"] = found.numerator / tokens
+        else:
+            report[name] = found.value()
     return report
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` is on; 0 for an empty mask. NaN elsewhere does not matter."""
+    """Mean of `x` where `mask` is on; NaN, no number, for an empty mask. NaN elsewhere does not matter."""
     total = x.masked_fill(~mask, 0).sum(dtype=None if x.is_floating_point() else torch.float32)
-    return total / mask.sum().clamp_min(1)
+    return total / mask.sum()
 
 
 def approx_kl(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator `e^x - x - 1`, per token: with `x = log q - log p` and samples of `p`, of KL(p ‖ q).
 
+    `x` is held within ±40; beyond, it has no gradient.
+
     Examples:
         >>> approx_kl(torch.tensor([0.0, 0.1]))
         tensor([0.0000, 0.0052])
     """
-    return log_ratio.exp() - log_ratio - 1
+    held = hold(log_ratio)
+    return held.exp() - held - 1
 
 
 def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
@@ -183,18 +278,18 @@ def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -
 
 def _what_binds(
     lower: Tensor, upper: Tensor, p: Tensor, pushed_up: Tensor, pushed_down: Tensor, max_ratio: float | None
-) -> dict[str, Tensor]:
-    """Shares of the pushed tokens whose edge is the cap, the simplex, or the region itself."""
+) -> dict[str, PooledSum]:
+    """The pushed tokens whose edge is the cap, the simplex, or the region itself."""
     # A cap is met exactly; 1/p was rounded inward and here once more by exp and by the product.
     capped = upper == max_ratio
     saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
-    pushed = (pushed_up | pushed_down).count_nonzero()
-    cap = (pushed_up & capped).count_nonzero() / pushed.clamp_min(1)
-    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero() / pushed.clamp_min(1)
+    pushed = (pushed_up | pushed_down).count_nonzero().to(torch.float32)
+    cap = (pushed_up & capped).count_nonzero()
+    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero()
     return {
-        "band/cap_fraction": cap,
-        "band/saturated_fraction": saturated,
-        "band/region_fraction": (pushed > 0).to(cap.dtype) - cap - saturated,
+        "band/cap_fraction": PooledSum(cap, pushed),
+        "band/saturated_fraction": PooledSum(saturated, pushed),
+        "band/region_fraction": PooledSum(pushed - cap - saturated, pushed),
     }
 
 

@@ -134,10 +134,11 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
 
     Args:
         log: Rows of its metrics.jsonl.
-        unit: What a step is: "round", or "step" of a run on given pairs, which samples nothing.
+        unit: What a step is: "round", or "step" of a run on given pairs, which samples nothing. Rounds on samples that were
+            drawn once have no samples of their policies either.
     """
     with mpl.rc_context(STYLE):
-        sampled = unit == "round"
+        sampled = unit == "round" and all("reward" in row for row in log)  # not so where samples were drawn once
         figure, axes = plt.subplots(1, 3 if sampled else 2, figsize=(11 if sampled else 7.6, 3.2), layout="constrained")
         if sampled:
             _draw_series(axes[0], log, "reward", BLUE, "reward")
@@ -153,7 +154,7 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
         axes[-1].set(ylabel="β φ", title="Implicit reward in training")
         axes[-1].legend(fontsize=8)
         for axis in axes:
-            axis.set_xlabel("round" if sampled else "optimiser step")
+            axis.set_xlabel("round" if unit == "round" else "optimiser step")
     return figure
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bandpo._inputs import inputs_of, needs
+from bandpo._inputs import inputs_of, needs, traits
 from bandpo._roots import log1mexp
 from bandpo.bounds import Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
 from bandpo.divergences import KL, MAX_LOG, FDivergence
@@ -160,6 +160,7 @@ class Elastic:
         return RatioBounds((1 - self.low * s).clamp_min(0), 1 + self.high * s)
 
 
+@traits("of_batch")
 @needs("log_ratio", "advantages", "mask")
 @dataclass(frozen=True)
 class Balanced:
@@ -215,6 +216,7 @@ class Balanced:
         return self.low[0] + self.step * min(step, raises), self.high[0] + self.step * max(step - raises, 0)
 
 
+@traits("membership")
 @needs("topk_logprobs", "old_topk_logprobs", "sampled_in_topk", "logprobs")
 @dataclass(frozen=True)
 class TopK:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bandpo._inputs import needs
+from bandpo._inputs import needs, traits
 from bandpo.bounds import RatioBounds
 from bandpo.surrogates import clip, ratio
 
@@ -12,7 +12,9 @@ from bandpo.surrogates import clip, ratio
 def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, mask: Tensor) -> Tensor:
     """`exp(mean_t c_t)·A`, `c_t` the log-ratio clamped on the side A pushes to (GMPO, arXiv:2507.20673, eq. 4).
 
-    One value for a sequence, `(batch, 1)`. With bounds `[e^-ε, e^ε]`; `w` of `clip` times the geometric mean over `r`.
+    One value for a sequence, `(batch, 1)`, where it has one advantage. With advantages per token a token's value is the
+    geometric mean times its own advantage, and so is its gradient, as in GSPO-token (arXiv:2507.18071, sec. 4.3). With bounds
+    `[e^-ε, e^ε]`; `w` of `clip` times the geometric mean over `r`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.5), torch.tensor(2.0))
@@ -23,8 +25,11 @@ def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *
     valid, count = mask != 0, (mask != 0).sum(-1, keepdim=True).clamp_min(1)
     clamped = log_ratio.clamp(bounds.lower.log(), bounds.upper.log())
     pessimistic = torch.where(advantages < 0, torch.maximum(log_ratio, clamped), torch.minimum(log_ratio, clamped))
-    mean = torch.where(valid, pessimistic, 0.0).sum(-1, keepdim=True) / count
-    return ratio(mean) * torch.where(valid, advantages, 0.0).sum(-1, keepdim=True) / count
+    own = torch.where(valid, pessimistic, 0.0)
+    mean = own.sum(-1, keepdim=True) / count
+    if advantages.shape[-1] == 1:
+        return ratio(mean) * torch.where(valid, advantages, 0.0).sum(-1, keepdim=True) / count
+    return ratio(mean.detach() + own - own.detach()) * advantages
 
 
 @needs("logprobs", "mask")
@@ -44,6 +49,7 @@ def tapered(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logpr
     return torch.where(advantages < 0, whole.clamp(max=0.0).exp(), 1.0) * advantages * logprobs
 
 
+@traits("of_batch")
 @needs("logprobs", "mask")
 def clip_cov(
     log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
@@ -57,7 +63,7 @@ def clip_cov(
     """
     valid = mask != 0
     a = advantages.expand(valid.shape)
-    r = log_ratio.detach().exp()
+    r = ratio(log_ratio.detach())
     covariance = _covariance(a, logprobs, valid)
     clipped = torch.where(a > 0, r > bounds.upper, r < bounds.lower)
     candidate = valid & ~clipped & (covariance > low) & (covariance < high)
@@ -66,6 +72,7 @@ def clip_cov(
     return clip(log_ratio, advantages, bounds).masked_fill(chosen, 0.0)
 
 
+@traits("of_batch", "without_advantage")
 @needs("logprobs", "mask")
 def kl_cov(
     log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,

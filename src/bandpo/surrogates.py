@@ -10,18 +10,30 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import needs
+from bandpo._inputs import traits as traits
 from bandpo.bounds import RatioBounds
 
 Surrogate = Callable[..., Tensor]
 
-# exp(40) = 2e17: squares of such ratios, and sums of these, stay finite in float32. Beyond it the ratio is held and has no
-# gradient.
+# exp(40) = 2e17: squares of such ratios, and sums of these, stay finite in float32.
 MAX_LOG_RATIO = 40.0
 
 
+def hold(log_ratio: Tensor) -> Tensor:
+    """A log-ratio within ±40; beyond, it stays there and has no gradient.
+
+    One exploded token then cannot turn the batch's loss or gradient into NaN.
+
+    Examples:
+        >>> hold(torch.tensor([-200.0, 0.5, 90.0]))
+        tensor([-40.0000,   0.5000,  40.0000])
+    """
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def ratio(log_ratio: Tensor) -> Tensor:
-    """`r = exp(log r)`, held at e^40 so that one exploded token cannot turn the batch's gradient into NaN."""
-    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    """`r = exp(log r)`, held within e^±40."""
+    return hold(log_ratio).exp()
 
 
 def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
@@ -52,6 +64,7 @@ def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: flo
     return torch.where(advantages < 0, torch.maximum(pessimistic, c * advantages), pessimistic)
 
 
+@traits("membership")
 def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, truncate: float | None = None) -> Tensor:
     """`r·A` inside, 0 where the ratio has left on the side the advantage pushes to (DPPO, arXiv:2602.04879, eq. 12).
 
@@ -177,6 +190,7 @@ def quadratic_tv(
     return r * advantages - advantages.abs() * old_logprobs.exp() * (r - 1).square() / (2 * delta)
 
 
+@traits("without_advantage")
 def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta: float = 1.0) -> Tensor:
     """`r·A - β(r - 1 - log r)`: PPO's KL penalty in place of a clip (arXiv:1707.06347, eq. 8).
 
@@ -188,10 +202,12 @@ def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta:
         tensor([1.1000])
     """
     del bounds
-    r = ratio(log_ratio)
-    return r * advantages - beta * (r - 1 - log_ratio)
+    held = hold(log_ratio)
+    r = held.exp()
+    return r * advantages - beta * (r - 1 - held)
 
 
+@traits("without_advantage")
 @needs("dual", "baseline")
 def log_stabilized(
     log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, dual: Tensor, baseline: Tensor
@@ -210,7 +226,7 @@ def log_stabilized(
         tensor([[0.5000]])
     """
     del bounds
-    held = log_ratio.clamp(max=MAX_LOG_RATIO)
+    held = hold(log_ratio)
     r = held.exp()
     return r * (advantages - baseline) - dual * (r * held - r + 1)
 
@@ -227,7 +243,7 @@ def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 
         tensor([2., 3., 0.])
     """
     r = ratio(log_ratio)
-    inverse = _score((-log_ratio).clamp(max=MAX_LOG_RATIO).exp().clamp(max=c), log_ratio)
+    inverse = _score(ratio(-log_ratio).clamp(max=c), log_ratio)
     positive = (inverse * advantages).masked_fill(r > bounds.upper, 0.0)
     return torch.where(advantages > 0, positive, clip(log_ratio, advantages, bounds))
 

@@ -1,10 +1,13 @@
 """Checks for what users bring: divergences, bounds, surrogates, inputs. They raise AssertionError or ValueError and say why."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bandpo._inputs import PROVIDED, inputs_of, traits_of
 from bandpo.bounds import Bounds, RatioBounds, ratio_bounds
 from bandpo.divergences import FDivergence, binary_divergence
 from bandpo.surrogates import Surrogate
@@ -54,18 +57,31 @@ def check_divergence(divergence: FDivergence) -> None:
         _check_limits(divergence, radius)
 
 
-def check_bounds(bounds: Bounds) -> None:
+def check_bounds(bounds: Bounds, extras: Mapping[str, Tensor] | None = None) -> None:
     """Check that a bounds object maps log-probs to `0 <= lower <= 1 <= upper`, elementwise and without a gradient.
+
+    What it `needs` are a ratio and an advantage of 1; each extra of its own is 0 unless it is given.
+
+    Args:
+        bounds: The bounds to check.
+        extras: Extras by name, each a 0-d tensor.
 
     Raises:
         AssertionError: Naming the property.
+        TypeError: If the bounds only say which tokens are inside.
 
     Examples:
         >>> from bandpo import Clip
         >>> check_bounds(Clip(0.2, 0.28))
     """
+    if "membership" in traits_of(bounds):
+        raise TypeError(f"check_bounds: {bounds!r} says which tokens are inside and has no edges to check")
     logp = torch.tensor([-30.0, -3.0, -0.5, -0.01, -1e-6, 0.0], requires_grad=True)
-    lower, upper = bounds(logp)
+
+    def call(logp: Tensor) -> RatioBounds | Tensor:
+        return bounds(logp, **_needed(bounds, torch.zeros_like(logp), torch.ones_like(logp), logp, extras))
+
+    lower, upper = call(logp)
     for name, b in (("lower", lower), ("upper", upper)):
         assert b.shape == logp.shape, f"{name} has shape {tuple(b.shape)}, the input {tuple(logp.shape)}"
         assert b.dtype == logp.dtype, f"{name} has dtype {b.dtype}, the input {logp.dtype}"
@@ -73,13 +89,20 @@ def check_bounds(bounds: Bounds) -> None:
     assert ((lower >= 0) & (lower <= 1)).all(), f"lower must be in [0, 1], got {lower.tolist()}"
     assert (upper >= 1).all(), f"upper must be >= 1, got {upper.tolist()}"
     for i in range(len(logp)):
-        alone = bounds(logp[i : i + 1])
+        alone = call(logp[i : i + 1])
         same = torch.equal(alone[0], lower[i : i + 1]) and torch.equal(alone[1], upper[i : i + 1])
         assert same, f"the bounds of log p = {logp[i].item():g} depend on its neighbours"
 
 
-def check_surrogate(surrogate: Surrogate) -> None:
+def check_surrogate(surrogate: Surrogate, extras: Mapping[str, Tensor] | None = None) -> None:
     """Check that a surrogate is elementwise, finite, and on policy (`r = 1`) has the policy gradient, `A`.
+
+    It is given sequences of one token. What it `needs` is that of a token of old probability 0.5; each extra of its own is 0
+    unless it is given.
+
+    Args:
+        surrogate: The surrogate to check.
+        extras: Extras by name, each a 0-d tensor.
 
     Raises:
         AssertionError: Naming the property.
@@ -88,21 +111,26 @@ def check_surrogate(surrogate: Surrogate) -> None:
         >>> from bandpo.surrogates import clip
         >>> check_surrogate(clip)
     """
-    advantages = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64)
+    advantages = torch.tensor([[-2.0], [-0.5], [0.0], [0.5], [2.0]], dtype=torch.float64)
     edge = RatioBounds(torch.full_like(advantages, 0.8), torch.full_like(advantages, 1.2))
+    old = torch.full_like(advantages, 0.5).log()
+
+    def call(x: Tensor) -> Tensor:
+        return surrogate(x, advantages, edge, **_needed(surrogate, x, advantages, old, extras))
+
     x = torch.zeros_like(advantages, requires_grad=True)
-    value = surrogate(x, advantages, edge)
+    value = call(x)
     assert value.shape == x.shape, f"the value has shape {tuple(value.shape)}, the input {tuple(x.shape)}"
     (slope,) = torch.autograd.grad(value.sum(), x)
     assert torch.allclose(slope, advantages), (
-        f"on policy the gradient must be A = {advantages.tolist()}, got {slope.tolist()}"
+        f"on policy the gradient must be A = {advantages.flatten().tolist()}, got {slope.flatten().tolist()}"
     )
     for log_ratio in (-40.0, -1.0, -0.3, 0.1, 0.3, 2.0, 40.0):
         x = torch.full_like(advantages, log_ratio, requires_grad=True)
-        value = surrogate(x, advantages, edge)
+        value = call(x)
         (slope,) = torch.autograd.grad(value.sum(), x)
-        assert value.isfinite().all(), f"at log r = {log_ratio} the value is {value.tolist()}"
-        assert slope.isfinite().all(), f"at log r = {log_ratio} the gradient is {slope.tolist()}"
+        assert value.isfinite().all(), f"at log r = {log_ratio} the value is {value.flatten().tolist()}"
+        assert slope.isfinite().all(), f"at log r = {log_ratio} the gradient is {slope.flatten().tolist()}"
 
 
 def check_logprobs(logprobs: Tensor, mask: Tensor | None = None, *, name: str = "logprobs") -> None:
@@ -129,6 +157,27 @@ def check_logprobs(logprobs: Tensor, mask: Tensor | None = None, *, name: str = 
             f"{name}: {above} of {values.numel()} values are above 0 (the largest is {values.max():.3g}); "
             "pass log-probabilities, not logits"
         )
+
+
+def _needed(
+    component: Callable[..., Any],
+    log_ratio: Tensor,
+    advantages: Tensor,
+    old: Tensor,
+    extras: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """What a component asks for besides its fixed arguments, in the shape of its tokens."""
+    given = {name: torch.zeros_like(old).detach() for name in inputs_of(component) if name not in PROVIDED}
+    if unknown := set(extras or {}) - set(given):
+        raise ValueError(
+            f"extras: {', '.join(sorted(unknown))} is not asked for; choose from {', '.join(given) or 'none'}"
+        )
+    given |= {name: x.to(old.dtype).expand_as(old) for name, x in (extras or {}).items()}
+    batch = {
+        "logprobs": old + log_ratio, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages,
+        "mask": torch.ones_like(old, dtype=torch.bool),
+    }  # fmt: skip
+    return {name: batch[name] if name in PROVIDED else given[name] for name in inputs_of(component)}
 
 
 def _at_most(a: Tensor, b: Tensor) -> bool:

@@ -127,6 +127,21 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, changes):
         BandDPOConfig(str(tmp_path), **{**COMMON, **changes})
 
 
+def test_pairs_of_unequal_micro_batches_are_pooled(tmp_path, make_model, tokenizer, pairs):
+    """Sums over pairs, in our keys and in TRL's; pairs that are no numbers count in their share alone."""
+    trainer = ours(tmp_path, make_model, tokenizer, pairs)
+    trainer.model.train()
+    log = trainer._metrics["train"]
+    for chosen, strange, count in ((1.0, 0.0, 4), (3.0, 0.5, 2), (float("nan"), 1.0, 1)):
+        trainer._pooled["train"].begin(log)
+        log["rewards/chosen"].append(99.0)  # TRL's own, which knows no link
+        metrics = {"rewards/chosen": chosen, "clipped": chosen / 4, "nonfinite_fraction": strange}
+        trainer._log_pairs({k: torch.tensor(v) for k, v in metrics.items()}, count)
+    assert log["rewards/chosen"] == [pytest.approx((1.0 * 4 + 3.0 * 1) / 5)]
+    assert log["pairs/clipped"] == [pytest.approx((0.25 * 4 + 0.75 * 1) / 5)]
+    assert log["pairs/nonfinite_fraction"] == [pytest.approx((0.5 * 2 + 1.0) / 7)]
+
+
 # ---- rounds
 
 

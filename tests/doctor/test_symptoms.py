@@ -41,6 +41,14 @@ SICK = [
     ("nonfinite", "problem", {"nonfinite_fraction": lambda x: float(x > 0.9)}, "in 2 rows"),
     ("nonfinite", "problem", {"grad_norm": lambda x: math.nan if x == 1 else 1.0}, "not finite in 1"),
     ("unscored", "warning", {"reward/unscored": 0.2}, r"0\.200"),
+    ("signal", "problem", {"frac_reward_zero_std": 1.0}, "no group ever had a signal: frac_reward_zero_std is 1"),
+    ("signal", "problem", {"reward_std": 0.0}, "no group ever had a signal: reward_std is 0"),
+    ("signal", "problem", {"critic/advantages/max": 0.0, "critic/advantages/min": 0.0}, "every advantage is 0 in all rows"),
+    ("still", "problem", {"grad_norm": 0.0, "entropy": lambda x: x}, "grad_norm is 0 in all 20 rows"),
+    ("still", "warning", {"reward": 0.5, "entropy": 1.0}, "each of the 2 metrics looked at has one value in all rows"),
+    ("nonfinite", "problem", {"reward": math.nan, "loss": math.inf}, "reward is not finite in 20 of 20 rows; loss is not"),
+    ("nonfinite", "problem", {"entropy": "NaN"}, "entropy is not finite in 20 of 20"),
+    ("nonfinite", "problem", {"kl": 0.1, "actor/entropy": lambda x: math.nan if x > 0.9 else 1.0}, "in 2 of 20 rows"),
 ]  # fmt: skip
 WELL = [
     ("clipping", {"clip_ratio/region_mean": 0.01, "ratio/mean": 1.001}),
@@ -53,6 +61,9 @@ WELL = [
     ("cap", {"band/cap_fraction": 0.01}),
     ("nonfinite", {"nonfinite_fraction": 0.0, "grad_norm": 1.0}),
     ("unscored", {"reward/unscored": 0.0}),
+    ("signal", {"frac_reward_zero_std": lambda x: float(x < 1), "reward_std": lambda x: float(x == 1)}),
+    ("signal", {"critic/advantages/max": lambda x: x, "critic/advantages/min": 0.0}),
+    ("still", {"grad_norm": lambda x: 1 + x, "reward": 0.5}),
 ]  # fmt: skip
 
 
@@ -71,9 +82,10 @@ def test_no_symptom(rule, series):
 
 
 def test_every_rule_has_both():
-    rules = {f.rule for f in examine_log(log(**{k: v for _, _, series, _ in SICK for k, v in series.items()}))} - {
-        "reward"
-    }
+    everything = {k: v for _, _, series, _ in SICK for k, v in series.items()}
+    # a log without any signal says nothing of single groups, and one without finite values nothing of their course
+    everything |= {"frac_reward_zero_std": 0.8, "reward_std": 1.0, "critic/advantages/max": 1.0, "entropy": 1.0}
+    rules = {f.rule for f in examine_log(log(**everything))} - {"reward"}
     assert rules == {rule for rule, *_ in SICK} == {rule for rule, _ in WELL}
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +17,6 @@ from arguments import refused
 from hypothesis import strategies as st
 
 PLACE = Path(tempfile.mkdtemp(prefix="bandpo-fuzz-rewards-"))
-
-
-class Target(NamedTuple):
-    """As in targets.py, which takes these."""
-
-    inputs: st.SearchStrategy[Any]
-    check: Callable[[Any], str]
-    bad: bool
-    slow: bool = False
 
 
 # ---- references against boxes
@@ -328,18 +319,17 @@ def any_run_folder(draw: tuple[dict[str, Any], bytes | None, str]) -> str:
     return outcome
 
 
-TARGETS: dict[str, Target] = {
-    "any number in a box": Target(st.tuples(number, number), any_number, bad=False),
-    "any expression in a box": Target(surd, any_expression, bad=False),
-    "any reference": Target(pieces, any_reference, bad=False),
-    "an answer that was cut off": Target(
-        st.tuples(st.text(max_size=20), st.text(max_size=10), st.integers(0, 30)), cut_off, bad=True
+# Inputs, check, whether every input is bad, whether it is slow; targets.py takes them.
+TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], bool, bool]] = {
+    "any number in a box": (st.tuples(number, number), any_number, False, False),
+    "any expression in a box": (surd, any_expression, False, False),
+    "any reference": (pieces, any_reference, False, False),
+    "an answer that was cut off": (
+        st.tuples(st.text(max_size=20), st.text(max_size=10), st.integers(0, 30)), cut_off, True, False,
     ),
-    "any reward": Target(REWARDS, any_reward, bad=False),
-    "any folder of a run": Target(
+    "any reward": (REWARDS, any_reward, False, False),
+    "any folder of a run": (
         st.tuples(SETTINGS, st.one_of(st.none(), st.none(), st.binary(max_size=30)), st.sampled_from(["", "model"])),
-        any_run_folder,
-        bad=False,
+        any_run_folder, False, False,
     ),
-}
-"""Added to those of targets.py."""
+}  # fmt: skip

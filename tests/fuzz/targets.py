@@ -7,6 +7,12 @@ inputs that are bad by construction it must be "refused". Any other exception, o
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import doctor_targets
+import folders_targets
+import losses_targets
+import preference_targets
+import rewards_targets
+import trainer_targets
 from arguments import (
     ANY_BATCH,
     ANY_LOGPROBS,
@@ -76,4 +82,9 @@ TARGETS: dict[str, Target] = {
     ),
     "any dataset": Target(DATASETS, any_dataset, bad=False, slow=True),
     "bad options of a run": Target(BAD_OPTIONS, bad_options, bad=True, slow=True),
+}
+TARGETS |= {
+    name: Target(*entry)
+    for room in (losses_targets, trainer_targets, preference_targets, doctor_targets, rewards_targets, folders_targets)
+    for name, entry in room.TARGETS.items()
 }

@@ -1,12 +1,13 @@
 """Packing: every sequence once, dense, and the same log-probs and gradients as the padded batch."""
 
+import functools
 import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from bandpo.selection import density, pack_rows, packed_logprobs, window_pack
 
@@ -97,7 +98,7 @@ def test_packed_and_padded_agree_in_value_and_gradient(attention, window):
         net.zero_grad()
         if packed:
             call = lambda **kw: net(**kw, use_cache=False).logits  # noqa: E731
-            found = packed_logprobs(call, ids, mask, capacity=30, window=window, dtype=torch.float64)
+            found = packed_logprobs(call, ids, mask, capacity=30, window=window)
         else:
             found = logprobs_one_by_one(net, ids, mask)
         (found * weights).sum().backward()
@@ -113,10 +114,10 @@ def test_a_sequence_does_not_see_its_neighbours():
     net = model("sdpa")
     ids, mask = batch()
     call = lambda **kw: net(**kw, use_cache=False).logits  # noqa: E731
-    one = packed_logprobs(call, ids, mask, capacity=40, dtype=torch.float64)
+    one = packed_logprobs(call, ids, mask, capacity=40)
     other = ids.clone()
     other[3] = (other[3] + 1) * mask[3] % 40
-    two = packed_logprobs(call, other, mask, capacity=40, dtype=torch.float64)
+    two = packed_logprobs(call, other, mask, capacity=40)
     rest = [i for i in range(len(ids)) if i != 3]
     assert torch.equal(one[rest], two[rest]) and not torch.equal(one[3], two[3])
 
@@ -147,3 +148,59 @@ def test_varlen_arguments_describe_the_flat_row():
     found[packed.sequence_ids >= 0] = torch.nn.functional.pad(shifted, (1, 0))
     found = packed.unpack(found.masked_fill(packed.position_ids == 0, 0.0))
     torch.testing.assert_close(found, logprobs_one_by_one(net, ids, mask), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.tensor([[1, 1, -100]]), torch.tensor([[1, 2, 0]]), torch.tensor([[1.0, 0.5, 0.0]])]
+)
+def test_a_mask_that_is_not_of_zeros_and_ones_is_refused(mask):
+    with pytest.raises(ValueError, match="1 at real tokens and 0 elsewhere"):
+        pack_rows(torch.ones(1, 3, dtype=torch.long), mask, capacity=3)
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"must be \(batch, time\) both"):
+        pack_rows(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4), capacity=9)
+
+
+def test_a_model_that_mixes_sequences_is_refused():
+    ids, mask = batch()
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(40, 40, generator=g)
+    with pytest.raises(ValueError, match="this model gives packed sequences other logits"):
+        packed_logprobs(lambda input_ids, position_ids: table[input_ids].cumsum(1), ids, mask, capacity=40)
+    # Weights that depend on the position in the row, not in the sequence.
+    with pytest.raises(ValueError, match="ignore positions"):
+        packed_logprobs(
+            lambda input_ids, position_ids: table[input_ids] * torch.arange(input_ids.shape[1]).view(1, -1, 1), ids, mask,
+            capacity=40,
+        )  # fmt: skip
+    found = packed_logprobs(
+        lambda input_ids, position_ids: table[input_ids] * position_ids.unsqueeze(-1), ids, mask, capacity=40
+    )
+    assert found.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(30, 90), st.integers(1, 8), st.booleans())
+def test_packing_of_any_lengths_is_each_sequence_alone(lengths, capacity, window, left):
+    net = windowed()
+    width = max(lengths)
+    at = torch.arange(width)
+    size = torch.tensor(lengths).unsqueeze(1)
+    mask = ((at >= width - size) if left else (at < size)).long()
+    ids = torch.randint(1, 40, mask.shape, generator=torch.Generator().manual_seed(sum(lengths))) * mask
+    call = lambda **kw: net(**kw, use_cache=False).logits  # noqa: E731
+    with torch.no_grad():
+        found = packed_logprobs(call, ids, mask, capacity=capacity, window=window, check=False)
+        torch.testing.assert_close(found, logprobs_one_by_one(net, ids, mask), rtol=1e-10, atol=1e-10)
+
+
+@functools.cache
+def windowed():
+    """Full attention and windows of 5 in turn."""
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1,
+                         attn_implementation="sdpa")  # fmt: skip
+    return Qwen2ForCausalLM(config).double().eval()

@@ -119,6 +119,36 @@ def test_policy_loss_with_the_kernel_is_policy_loss(kernel, name, monkeypatch):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "bandpo-kl", "no-clip"])
+@pytest.mark.parametrize("where", ["logprobs", "old_logprobs", "advantages", "all"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -3e38])
+def test_what_is_no_number_is_left_out_by_the_kernel_too(kernel, objective, where, bad, monkeypatch):
+    new, old, advantages, mask = batch()
+    data = {"logprobs": new, "old_logprobs": old, "advantages": advantages, "mask": mask}
+    out = (torch.rand(B, T, generator=torch.Generator().manual_seed(8)) < 0.1) & mask
+    for name in ("logprobs", "old_logprobs", "advantages") if where == "all" else (where,):
+        data[name] = data[name].masked_fill(out, math.nan if name == "advantages" and bad == -3e38 else bad)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(tokens, "_runs_triton", lambda device, fused=fused: fused)
+        loss, gradient, metrics = run(objective, data)
+        assert loss.isfinite() and gradient.isfinite().all() and (gradient[out] == 0).all()
+        assert metrics["nonfinite_fraction"].item() == pytest.approx(out.sum().item() / mask.sum().item())
+        results.append([loss, gradient, *metrics.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-7, equal_nan=True)
+
+
+def test_ratios_are_held_on_both_sides_by_the_kernel_too(kernel):
+    x = torch.tensor([[-41.0, -39.0, 39.0, 41.0]], requires_grad=True)
+    value, _ = kernel.clipped_objective(
+        x, torch.zeros(1, 4), -torch.ones(1, 1), torch.ones(1, 4, dtype=torch.bool), Clip(1.0, math.inf)
+    )
+    value.sum().backward()
+    torch.testing.assert_close(value[0], -torch.tensor([-40.0, -39.0, 39.0, 40.0]).exp(), rtol=1e-5, atol=0)
+    assert (x.grad[0] != 0).tolist() == [False, True, True, False]
+
+
 def spy(function, served):
     def call(*args):
         out = function(*args)

@@ -1,11 +1,20 @@
-"""What a batch says: how many tokens each region would clip, and the radius for a target."""
+"""What a batch says: how many tokens each region would clip, and the radius for a target.
 
+A saved batch is a stranger's file: what it takes to read is in proportion to its size, whatever its header says.
+"""
+
+import io
+import math
+import pickletools
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bandpo._bounded import parse_json, read_regular
 from bandpo.bounds import Band
 from bandpo.calibration import clip_fraction, radius_for
 from bandpo.composition import Objective
@@ -26,6 +35,18 @@ SHOWN = ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2")
 _SUFFIXES = (".safetensors", ".pt", ".npz")
 _MISMATCH = 0.02
 
+_MAX_BYTES = 1 << 30
+_MAX_HEADER = 1 << 18  # bytes; that of a batch has some hundred
+_SMALL = 1 << 20  # numbers that a tensor may have however few of them the file holds
+_MOST_COMPRESSED = 50  # times that a file may grow when it is unpacked
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MASKS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# What torch.save writes for a dict of tensors.
+_GLOBALS = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch Size"})
+_OPCODES_WITHOUT_GLOBALS = frozenset(
+    {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4"}
+)
+
 
 def load_batch(path: Path) -> dict[str, Tensor]:
     """A saved batch in our names. Nothing in the file is executed: .pt is read with `weights_only`, .npz without pickles.
@@ -38,18 +59,18 @@ def load_batch(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: a batch ends in {', '.join(_SUFFIXES)}")
+    data = read_regular(path, _MAX_BYTES, follow=False)
     try:
-        found = _read(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{path} cannot be read as a batch: {str(error)[:200]}") from None
+        found = _READERS[path.suffix](data)
+    except (Exception, RecursionError, MemoryError) as error:  # each format has its own
+        message = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a batch: {message}") from None
     batch: dict[str, Tensor] = {}
     for ours, spellings in NAMES.items():
         for name in spellings:
             value = found.get(name)
             if isinstance(value, Tensor):
-                batch[ours] = value
+                batch[ours] = value.detach()
                 break
     return check_batch(batch, str(path))
 
@@ -74,6 +95,8 @@ def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, 
                 f"{where} lacks old_logprobs ({', '.join(NAMES['old_logprobs'][1:])}) and rollout_logprobs"
             )
         batch["old_logprobs"] = batch["rollout_logprobs"]
+    for name, value in batch.items():
+        _check_kind(name, value, where)
     shape = batch["logprobs"].shape
     if not shape:
         raise ValueError(f"{where}: logprobs is one number; a batch has (batch, time) of them, or (tokens,)")
@@ -83,12 +106,24 @@ def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, 
     if advantages.ndim == len(shape) - 1 and advantages.shape == shape[:-1]:
         batch["advantages"] = advantages = advantages.unsqueeze(-1)
     for name, value in batch.items():
-        if name != "mask" and not value.is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
         broadcasts = name == "advantages" and value.ndim == len(shape) and value.shape == (*shape[:-1], 1)
         if value.shape != shape and not broadcasts:
             raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}, logprobs {tuple(shape)}")
     return {name: value if name == "mask" else value.expand(shape).double() for name, value in batch.items()}
+
+
+def _check_kind(name: str, value: Tensor, where: str) -> None:
+    """A dense tensor of numbers in memory: not sparse, quantized, nested, without data (meta), or complex."""
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "without data" if value.is_meta else "quantized" if value.is_quantized else "sparse or nested"
+        raise ValueError(f"{where}: {name} must be a dense tensor, got a {kind} one")
+    if name == "mask" and value.dtype not in _MASKS:
+        raise ValueError(f"{where}: mask must be bool, whole numbers or floating point, got {value.dtype}")
+    if name != "mask" and value.dtype not in _FLOATS:
+        raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
+    held = value.untyped_storage().nbytes() // value.element_size()
+    if value.numel() > max(_SMALL, held):
+        raise ValueError(f"{where}: {name} says it has {value.numel():,} numbers, and holds {held:,}")
 
 
 def examine_batch(
@@ -126,7 +161,14 @@ def examine_batch(
         "old_logprobs": batch["old_logprobs"].masked_fill(~mask, -1.0).clamp(max=0.0),
         "advantages": batch["advantages"].masked_fill(~mask, 0.0), "mask": mask,
     }  # fmt: skip
-    found += [_ratios(tokens), _clip_fractions(tokens, objectives), _radii(tokens, target)]
+    silent = not tokens["advantages"].any()
+    if silent:
+        found.append(Finding(
+            "signal", "problem", "every advantage is 0: nothing can be learned from this batch",
+            "all completions of each prompt have the same reward, or none was scored",
+            "prompts of middling difficulty, more completions for each prompt; look at the reward function",
+        ))  # fmt: skip
+    found += [_ratios(tokens, silent=silent), _clip_fractions(tokens, objectives), _radii(tokens, target)]
     if "rollout_logprobs" in batch and not torch.equal(batch["rollout_logprobs"], batch["old_logprobs"]):
         found.append(_sampler(batch, mask))
     return found
@@ -151,9 +193,11 @@ def _broken(batch: Mapping[str, Tensor], mask: Tensor, finite: Tensor) -> list[F
     return found
 
 
-def _ratios(tokens: Mapping[str, Tensor]) -> Finding:
+def _ratios(tokens: Mapping[str, Tensor], *, silent: bool) -> Finding:
     moved = tokens["log_ratio"][tokens["mask"]].abs()
     seen = f"{len(moved)} valid tokens; |log r| is {moved.mean():.4g} on average, {moved.max():.4g} at most"
+    if moved.max() < 1e-6 and silent:
+        return Finding("ratios", "note", f"{seen}: every ratio is 1", "with advantages of 0 no weight moves")
     if moved.max() < 1e-6:
         return Finding(
             "ratios", "problem", f"{seen}: every ratio is 1", "the batch is on policy: taken before the first "
@@ -200,17 +244,73 @@ def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
     return Finding("mismatch", "ok", seen)
 
 
-def _read(path: Path) -> Mapping[str, object]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def _read_safetensors(data: bytes) -> dict[str, Any]:
+    from safetensors.torch import load
 
-        return load_file(path)
-    if path.suffix == ".pt":
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
-        return found
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
+        raise ValueError(f"its header has {length:,} bytes")
+    parse_json(data[8 : 8 + length], "its header")
+    return load(data)
+
+
+def _read_pt(data: bytes) -> dict[str, Any]:
+    """A zip of torch.save that names nothing but tensors; the rest of the format, and everything older, is refused."""
+    with _archive(data) as file:
+        for entry in file.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
+        pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > _MAX_HEADER:
+            raise ValueError("it is no file of torch.save with a dict of tensors")
+        _check_pickle(file.read(pickles[0]))
+    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
+    return found
+
+
+def _check_pickle(data: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(data):
+        name = f"{argument}".replace("\n", " ")
+        if opcode.name in _OPCODES_WITHOUT_GLOBALS:
+            raise ValueError(f"it holds something else than tensors ({opcode.name})")
+        if (
+            opcode.name == "GLOBAL"
+            and name not in _GLOBALS
+            and not (name.startswith("torch ") and name.endswith("Storage"))
+        ):
+            raise ValueError(f"it holds something else than tensors ({name[:80]})")
+
+
+def _read_npz(data: bytes) -> dict[str, Any]:
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+    with _archive(data) as file:
+        for entry in file.infolist():
+            with file.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+            if dtype.hasobject:
+                raise ValueError(f"{entry.filename} holds Python objects")
+            if math.prod(shape) * dtype.itemsize > entry.file_size:
+                raise ValueError(f"{entry.filename} says it has the shape {shape}, and holds {entry.file_size:,} bytes")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    return {name: torch.from_numpy(array) for name, array in found.items() if array.dtype.kind in "fiub"}
+
+
+def _archive(data: bytes) -> zipfile.ZipFile:
+    """A zip of few files that are not larger unpacked than such data can be."""
+    if data[-22:-18] != b"PK\x05\x06":  # its end, without a comment: every reader then finds the same list of files
+        raise ValueError("it is no zip file, or not whole")
+    file = zipfile.ZipFile(io.BytesIO(data))
+    entries = file.infolist()
+    unpacked = sum(entry.file_size for entry in entries)
+    if len(entries) > 1000 or unpacked > max(8 * _SMALL, _MOST_COMPRESSED * len(data)) or unpacked > _MAX_BYTES:
+        raise ValueError(f"it has {len(entries)} entries and {unpacked:,} bytes unpacked")
+    return file
+
+
+_READERS = {".safetensors": _read_safetensors, ".pt": _read_pt, ".npz": _read_npz}

@@ -15,6 +15,7 @@ _PLAIN = (
     4.0  # peak memory of the plain path in sizes of its logits, as measured (docs/performance.md: 9.29 of 2.32 GiB)
 )
 _LARGE = 1.0  # GiB of logits from which on the advice is worth a line
+_TYPICAL_WEIGHT = 0.02  # standard deviation that language models' weights are initialised with
 
 
 def examine_setup(setup: Setup) -> list[Finding]:
@@ -30,6 +31,10 @@ def examine_setup(setup: Setup) -> list[Finding]:
         [('inert', 'problem')]
     """
     found = [rule(setup) for rule in RULES]
+    if setup.assumed:
+        found.append(Finding(
+            "assumed", "note", f"not in the file, so {setup.host}'s defaults are assumed: {', '.join(setup.assumed)}",
+        ))  # fmt: skip
     unread = [Finding("unread", "note", what) for what in setup.unread]
     return [f for f in found if f is not None] + unread
 
@@ -38,6 +43,8 @@ def loss_in_use(s: Setup) -> Finding:
     """Whether the configured loss is the one that runs, and whose it is."""
     if s.bypassed:
         return Finding("bypass", "problem", s.bypassed, "another loss than the configured one would run", s.knob("use"))
+    if s.objective is None:
+        return _unknown("bypass", "which loss runs")
     if not s.ours:
         return Finding(
             "bypass", "note", f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
@@ -48,15 +55,21 @@ def loss_in_use(s: Setup) -> Finding:
 
 def can_bind(s: Setup) -> Finding:
     """Whether any ratio can differ from 1."""
+    if s.steps is None:
+        return _unknown("inert", "how many optimiser steps each rollout is used for", s.steps_from)
     if s.steps > 1:
         return Finding("inert", "ok", f"{s.steps:g} optimiser steps for each rollout ({s.steps_from})")
-    if s.objective.anchor == "rollout" and s.engine:
+    seen = f"one optimiser step for each rollout ({s.steps_from})"
+    against_sampler = s.old_is_rollout or (s.objective is not None and s.objective.anchor == "rollout")
+    if s.objective is None or (s.engine is None and against_sampler) or (s.old_is_rollout is None and s.engine):
+        return Finding("inert", "note", f"{seen}; whether ratios are taken against the sampler is not known")
+    if against_sampler and s.engine:
         return Finding(
-            "inert", "note", f"one optimiser step for each rollout ({s.steps_from})",
+            "inert", "note", seen,
             f"ratios differ from 1 only by the difference between {s.engine} and the trainer", s.knob("more steps"),
         )  # fmt: skip
     return Finding(
-        "inert", "problem", f"one optimiser step for each rollout ({s.steps_from}): the trust region can never bind",
+        "inert", "problem", f"{seen}: the trust region can never bind",
         "the policy in training is the one that the ratio is taken against, so every ratio is 1 and no token is clipped",
         s.knob("more steps"),
     )  # fmt: skip
@@ -64,18 +77,23 @@ def can_bind(s: Setup) -> Finding:
 
 def anchor(s: Setup) -> Finding:
     """Which policy the ratio is taken against, and whether the host gives that one."""
+    if s.objective is None or s.old_is_rollout is None:
+        return _unknown("anchor", "which policy the ratio is taken against")
     wanted = s.objective.anchor
     if (wanted == "rollout") != s.old_is_rollout and s.host == "verl":
         given = "the sampler's log-probs" if s.old_is_rollout else "recomputed log-probs"
         return Finding(
             "anchor", "problem", f"{s.objective.name} takes its ratio against the {wanted} policy, and verl gives {given}",
             "algorithm.rollout_correction.bypass_mode decides what verl puts where the old log-probs are",
-            f"algorithm.rollout_correction.bypass_mode={wanted == 'rollout'} and policy_loss.bypass_mode the same",
+            f"algorithm.rollout_correction.bypass_mode={wanted == 'rollout'}"
+            + (" and policy_loss.bypass_mode the same" if s.ours else ""),
         )  # fmt: skip
     if wanted == "rollout":
-        source = f"{s.engine}'s log-probs" if s.engine else "the trainer's own, as it samples itself"
+        source = "the trainer's own, as it samples itself" if s.engine == "" else f"{s.engine or 'its'} log-probs"
         return Finding("anchor", "ok", f"ratios are taken against the sampler, {source}")
-    if s.engine and not s.corrected and not s.old_is_rollout:
+    if s.corrected is None or (s.engine is None and not s.corrected):
+        return _unknown("anchor", "whether the sampler's differences from the trainer are weighed")
+    if s.engine and not s.corrected:
         return Finding(
             "anchor", "warning", f"ratios are taken against recomputed log-probs, and {s.engine}'s differences are not weighed",
             f"{s.engine} and the trainer give one token different probabilities; the gradient is then biased",
@@ -86,7 +104,7 @@ def anchor(s: Setup) -> Finding:
 
 def sampling(s: Setup) -> Finding:
     """What temperature and truncation do to p and to the ratio."""
-    if s.temperature <= 0:
+    if s.temperature is not None and s.temperature <= 0:
         return Finding(
             "sampling", "problem", f"temperature={s.temperature:g} samples greedily", "all completions of a "
             "prompt are the same, "
@@ -95,7 +113,9 @@ def sampling(s: Setup) -> Finding:
     cut = [
         f"{name}={value:g}"
         for name, value, on in (
-            ("top_p", s.top_p, s.top_p < 1), ("top_k", s.top_k, s.top_k > 0), ("min_p", s.min_p, s.min_p > 0),
+            ("top_p", s.top_p, s.top_p is not None and s.top_p < 1),
+            ("top_k", s.top_k, s.top_k is not None and s.top_k > 0),
+            ("min_p", s.min_p, s.min_p is not None and s.min_p > 0),
         ) if on
     ]  # fmt: skip
     if cut:
@@ -105,6 +125,10 @@ def sampling(s: Setup) -> Finding:
             "tokens outside are never "
             "sampled and can only lose probability, and the ratio is biased", s.knob("no truncation"),
         )  # fmt: skip
+    settings = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
+    missing = [name for name, value in settings.items() if value is None]
+    if missing:
+        return _unknown("sampling", " and ".join(missing))
     if s.temperature != 1:
         return Finding(
             "sampling", "note", f"temperature={s.temperature:g}: p is the policy's probability at that temperature",
@@ -114,17 +138,41 @@ def sampling(s: Setup) -> Finding:
 
 
 def groups(s: Setup) -> Finding | None:
-    """A group of one has no advantage."""
+    """What a group of one does to advantages that compare the completions of a prompt."""
+    if s.alone is None:
+        return None
+    if s.group is None:
+        return _unknown("group", "how many completions a prompt has")
     if s.group > 1:
         return None
-    return Finding(
-        "group", "problem", "one completion for each prompt", "advantages compare the completions of a prompt: all are 0",
-        s.knob("group"),
-    )  # fmt: skip
+    level, cause = s.alone
+    return Finding("group", level, "one completion for each prompt", cause, s.knob("group"))
+
+
+def precision(s: Setup) -> Finding | None:
+    """Whether the optimiser's steps are lost in the spacing of 16-bit weights.
+
+    A number w of f significant bits changes only by a step above half its spacing, which is over |w|·2^-(f+1), and a step of
+    Adam is about the learning rate: at learning rate η the weights above η·2^(f+1) stay where they are.
+    """
+    bits = {"bfloat16": 8, "float16": 11}.get(s.weights or "")
+    if bits is None or s.learning_rate is None:
+        return None
+    largest = s.learning_rate * 2.0 ** (bits + 1)
+    seen = f"weights are kept in {s.weights}, at learning rate {s.learning_rate:g}"
+    if largest < _TYPICAL_WEIGHT:
+        return Finding(
+            "precision", "warning", f"{seen}: most updates are lost",
+            f"an update of about the learning rate is below the spacing of {s.weights} numbers for weights above {largest:.2g}",
+            s.knob("precision"),
+        )  # fmt: skip
+    return Finding("precision", "ok", f"{seen}: weights up to {largest:.2g} can move")
 
 
 def interval(s: Setup) -> Finding | None:
     """The interval over p, and the fixed clip that it would be there."""
+    if s.objective is None:
+        return _unknown("interval", "the region")
     table = _intervals(s)
     if table is None:
         return Finding("interval", "note", f"the region of {s.objective.name} depends on more than p: no table")
@@ -145,7 +193,7 @@ def interval(s: Setup) -> Finding | None:
 
 def cap(s: Setup) -> Finding | None:
     """Below which probability the cap and not the ball decides."""
-    bounds = s.objective.bounds
+    bounds = None if s.objective is None else s.objective.bounds
     if not isinstance(bounds, Band) or bounds.max_ratio is None:
         return None
     threshold = cap_threshold(bounds)
@@ -178,7 +226,7 @@ def logits(s: Setup) -> Finding | None:
 
 
 RULES: tuple[Callable[[Setup], Finding | None], ...] = (
-    loss_in_use, can_bind, anchor, sampling, groups, interval, cap, logits,
+    loss_in_use, can_bind, anchor, sampling, groups, precision, interval, cap, logits,
 )  # fmt: skip
 """In the order they are printed."""
 
@@ -208,16 +256,22 @@ def cap_threshold(band: Band) -> float | None:
     return torch.tensor(low, dtype=torch.float64).exp().item()
 
 
+def _unknown(rule: str, what: str, why: str = "") -> Finding:
+    return Finding(rule, "note", f"not known: {what}", why or "see what is unread below")
+
+
 def _intervals(s: Setup) -> RatioBounds | None:
-    bounds = s.objective.bounds
-    if s.objective.bounds_inputs or isinstance(bounds, TopK) or s.objective.ratio_level != "token":
+    objective = s.objective
+    if objective is None or objective.bounds_inputs or objective.ratio_level != "token":
         return None
-    found = bounds(torch.tensor(PROBABILITIES, dtype=torch.float64).log())
+    if isinstance(objective.bounds, TopK):
+        return None
+    found = objective.bounds(torch.tensor(PROBABILITIES, dtype=torch.float64).log())
     return found if isinstance(found, RatioBounds) else None
 
 
 def _set_by(s: Setup, p: float, upper: float) -> str:
-    bounds = s.objective.bounds
+    bounds = None if s.objective is None else s.objective.bounds
     if isinstance(bounds, Band) and bounds.max_ratio is not None and upper == bounds.max_ratio:
         return "cap"
     return "simplex" if upper >= (1 / p) * (1 - 1e-12) else "region"

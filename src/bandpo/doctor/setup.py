@@ -5,20 +5,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bandpo.composition import Objective
+from bandpo.doctor.findings import Level
+from bandpo.objectives import get_objective
 
 Host = Literal["bandpo train", "TRL", "verl"]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the rules of `examine_setup` look at.
+    """What the rules of `examine_setup` look at. A value of None was not read, and no rule judges by it.
 
     Args:
         host: Which one; decides the names in advice.
-        objective: What is optimised, the host's own loss as the objective it equals.
+        objective: What is optimised, the host's own loss as the objective that it equals.
         ours: Whether bandpo computes it; false for the host's own loss.
         steps: Optimiser steps for each rollout.
-        steps_from: How that number came about, in the host's names.
+        steps_from: How that number came about, in the host's names; or why it is not known.
         engine: Sampler other than the trainer itself ("vllm", "sglang"), "" for none.
         corrected: Whether the host weighs for the difference between sampler and trainer.
         old_is_rollout: Whether the host puts the sampler's log-probs where the old ones are.
@@ -27,32 +29,40 @@ class Setup:
         top_k: Of sampling; 0 for off.
         min_p: Of sampling; 0 for off.
         group: Completions of a prompt.
+        alone: What a group of one does to the advantages, and how bad that is; None where they do not need groups.
         bypassed: Why the loss that is configured would not be the one that runs; "" if it is.
         tokens: Completion tokens whose logits exist at once, at most.
         vocabulary: Of the model; None if not known.
         fused_head: Whether the host computes log-probs without the logits.
+        weights: dtype that the trained weights are kept in, where the configuration says so.
+        learning_rate: Of the optimiser, where the configuration says so.
         knobs: The host's name of what the rules advise.
+        assumed: Settings that the file does not have, as `name=value`, with the host's defaults.
         unread: What in the configuration could not be looked into.
     """
 
     host: Host
-    objective: Objective
+    objective: Objective | None
     ours: bool = True
-    steps: float = 1.0
+    steps: float | None = 1.0
     steps_from: str = ""
-    engine: str = ""
-    corrected: bool = False
-    old_is_rollout: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    group: int = 8
+    engine: str | None = ""
+    corrected: bool | None = False
+    old_is_rollout: bool | None = False
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+    min_p: float | None = 0.0
+    group: int | None = 8
+    alone: tuple[Level, str] | None = ("problem", "advantages compare the completions of a prompt: all are 0")
     bypassed: str = ""
     tokens: int = 0
     vocabulary: int | None = None
     fused_head: bool = False
+    weights: str | None = None
+    learning_rate: float | None = None
     knobs: Mapping[str, str] = field(default_factory=dict[str, str])
+    assumed: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
     def knob(self, name: str) -> str:
@@ -65,6 +75,7 @@ TRL_KNOBS: Mapping[str, str] = {
     "no truncation": "top_p=1.0, top_k=0, min_p unset",
     "correction": "vllm_importance_sampling_correction=True, or an objective with the rollout anchor (dppo-kl)",
     "group": "num_generations=2 or more",
+    "precision": "dtype float32 (bf16: true computes in bfloat16 and keeps the weights in float32)",
     "use": "BandGRPOTrainer and BandGRPOConfig in place of GRPOTrainer and GRPOConfig, objective=...",
 }
 VERL_KNOBS: Mapping[str, str] = {
@@ -72,5 +83,37 @@ VERL_KNOBS: Mapping[str, str] = {
     "no truncation": "actor_rollout_ref.rollout.top_p=1.0 and top_k=-1",
     "correction": "algorithm.rollout_correction.rollout_is=token, or an objective with the rollout anchor (dppo-kl)",
     "group": "actor_rollout_ref.rollout.n=8, say",
+    "precision": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
     "use": "actor_rollout_ref.actor.policy_loss.loss_mode=bandpo",
 }
+
+
+def named_objective(name: str, unread: list[str]) -> Objective | None:
+    """An objective of the zoo. The path of an import is not followed: a stranger's file would run code.
+
+    Args:
+        name: As the file has it.
+        unread: Takes the line that says so.
+
+    Raises:
+        ValueError: If there is no objective of that name.
+
+    Examples:
+        >>> unread = []
+        >>> named_objective("their.module:OBJ", unread), unread
+        (None, ["objective 'their.module:OBJ' is the path of an import, and nothing is imported: its region is not known"])
+    """
+    if ":" in name:
+        unread.append(
+            f"objective {short(name)} is the path of an import, and nothing is imported: its region is not known"
+        )
+        return None
+    if len(name) > 80:
+        raise ValueError(f"objective {short(name)} is unknown")
+    return get_objective(name)
+
+
+def short(value: object) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -11,16 +11,21 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "clip": ("clip_ratio/region_mean", "actor/band/clip_fraction/any", "actor/pg_clipfrac", "clip_fraction/any"),
     "ratio": ("ratio/mean", "actor/band/ratio/mean"),
     "divergence": ("band/divergence_max", "actor/band/band/divergence_max"),
-    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction"),
+    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction", "actor/band/band/cap_fraction_of_all"),
     "nonfinite": ("nonfinite_fraction", "actor/band/nonfinite_fraction"),
     "reward": ("reward", "critic/score/mean", "critic/rewards/mean"),
     "zero variance": ("frac_reward_zero_std",),
+    "spread": ("reward_std",),
+    "largest advantage": ("critic/advantages/max",),
+    "smallest advantage": ("critic/advantages/min",),
     "mismatch": ("sampling/sampling_logp_difference/mean", "training/rollout_probs_diff_mean"),
     "cut off": ("completions/clipped_ratio", "response_length/clip_ratio"),
     "unscored": ("reward/unscored",),
     "gradient": ("grad_norm", "actor/grad_norm"),
+    "loss": ("loss", "actor/pg_loss"),
 }
 """What the rules look at, and the hosts' names for it; the first that a log has is taken."""
+LOOKED_FOR = frozenset(name for names in NAMES.values() for name in names)
 
 COLLAPSE, EXPLOSION = 0.2, 2.0
 """Entropy at the end over that at the start, below and above which it counts as collapsed or exploded."""
@@ -40,14 +45,33 @@ class Log:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = rows
+        self.found: dict[str, tuple[str, list[float]]] = {}
+        for what, names in NAMES.items():
+            for name in names:
+                values = [number for row in rows if (number := _number(row.get(name))) is not None]
+                if values:
+                    self.found[what] = (name, values)
+                    break
 
     def series(self, what: str) -> tuple[str, list[float]]:
-        """The name that the log has for it, and its values; no values if it has none."""
-        for name in NAMES[what]:
-            values = [row[name] for row in self.rows if isinstance(row.get(name), int | float)]
-            if values:
-                return name, [float(v) for v in values]
-        return NAMES[what][0], []
+        """The name that the log has for it, and its finite values; no values if it has none."""
+        name, values = self.found.get(what, (NAMES[what][0], []))
+        return name, [v for v in values if math.isfinite(v)]
+
+    def always(self, what: str, value: float) -> bool:
+        """Whether it has this value in every row that has it, of which there is one at least."""
+        _, values = self.found.get(what, ("", []))
+        return bool(values) and all(v == value for v in values)
+
+    def no_signal(self) -> str:
+        """What says that every advantage was 0 in every row, "" if nothing does."""
+        if self.always("zero variance", 1):
+            return f"{self.found['zero variance'][0]} is 1"
+        if self.always("largest advantage", 0) and self.always("smallest advantage", 0):
+            return "every advantage is 0"
+        if self.always("spread", 0):
+            return f"{self.found['spread'][0]} is 0"
+        return ""
 
 
 def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -67,7 +91,7 @@ def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         [('entropy', 'warning')]
     """
     log = Log(rows)
-    if not any(log.series(what)[1] for what in NAMES):
+    if not log.found:
         raise ValueError(
             f"the log has {len(rows)} rows and none of the metrics that are looked for: "
             f"{', '.join(name for names in NAMES.values() for name in names)}"
@@ -108,6 +132,8 @@ def clipping(log: Log) -> Finding | None:
         return None
     mean, largest = sum(values) / len(values), max(values)
     ratio, ratios = log.series("ratio")
+    if largest == 0 and log.no_signal():
+        return Finding("clipping", "note", f"{name} is 0 in all {len(values)} rows", "no group had a signal: see there")
     if largest == 0:
         still = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6
         return Finding(
@@ -162,8 +188,41 @@ def mismatch(log: Log) -> Finding | None:
     return Finding("mismatch", "ok", seen)
 
 
+def signal(log: Log) -> Finding | None:
+    """Whether any group ever taught anything."""
+    silent = log.no_signal()
+    if silent:
+        return Finding(
+            "signal", "problem", f"no group ever had a signal: {silent} in all rows",
+            "all completions of each prompt had the same reward, or none was scored: every advantage is 0, no weight moves "
+            "and every ratio stays 1", "prompts of middling difficulty, more completions of each; look at the reward",
+        )  # fmt: skip
+    if any(what in log.found for what in ("zero variance", "spread", "largest advantage")):
+        return Finding("signal", "ok", "some groups had rewards that differ")
+    return None
+
+
+def still(log: Log) -> Finding | None:
+    """Whether anything moved."""
+    series = [values for what in log.found if len(values := log.series(what)[1]) >= 5]
+    name, norms = log.series("gradient")
+    if len(norms) >= 5 and not any(norms):
+        return Finding(
+            "still", "problem", f"{name} is 0 in all {len(norms)} rows: no weight moves",
+            "no advantage, an empty loss mask, or parameters that do not require a gradient", "look at rewards and loss mask",
+        )  # fmt: skip
+    if len(series) > 1 and all(len(set(values)) == 1 for values in series):
+        return Finding(
+            "still", "warning", f"each of the {len(series)} metrics looked at has one value in all rows",
+            "a run that does not learn at all, or a log that is not that of a run", "look at learning rate and rewards",
+        )  # fmt: skip
+    return Finding("still", "ok", "metrics move from row to row") if series else None
+
+
 def zero_variance(log: Log) -> Finding | None:
     """Groups whose rewards are all equal."""
+    if log.no_signal():
+        return None
     return _share(
         log, "zero variance", "groups", "their completions all have the same reward, so their advantages are 0 and they teach "
         "nothing", "prompts of middling difficulty, more num_generations, dynamic_sampling=2 or pruning",
@@ -184,16 +243,18 @@ def cap(log: Log) -> Finding | None:
 
 
 def nonfinite(log: Log) -> Finding | None:
-    """NaN or infinity among log-probs, or in the gradient."""
+    """NaN or infinity: counted among log-probs, or as the value of any metric that is looked at."""
     name, values = log.series("nonfinite")
-    bad = [v for v in values if v != 0]
-    gradient, norms = log.series("gradient")
-    broken = sum(not math.isfinite(v) for v in norms)
-    if bad or broken:
+    seen = [f"{name} is not 0 in {sum(v != 0 for v in values)} rows"] if any(values) else []
+    for other, numbers in log.found.values():
+        broken = sum(not math.isfinite(v) for v in numbers)
+        if broken:
+            seen.append(f"{other} is not finite in {broken} of {len(numbers)} rows")
+    if seen:
         return Finding(
-            "nonfinite", "problem", f"{name} is not 0 in {len(bad)} rows, {gradient} is not finite in {broken}",
-            "log-probs of NaN or infinity: 16-bit overflow, a broken checkpoint, a token of probability 0 in the sampler",
-            "float32 log-probs, a smaller learning rate, the checkpoint before",
+            "nonfinite", "problem", "; ".join(seen),
+            "log-probs of NaN or infinity: 16-bit overflow, a broken checkpoint, a token of probability 0 in the sampler; or "
+            "weights that are NaN", "float32 log-probs, a smaller learning rate, the checkpoint before",
         )  # fmt: skip
     return Finding("nonfinite", "ok", f"{name} is 0 throughout") if values else None
 
@@ -223,7 +284,7 @@ def reward(log: Log) -> Finding | None:
 
 
 RULES: tuple[Callable[[Log], Finding | None], ...] = (
-    clipping, entropy, overshoot, mismatch, zero_variance, cut_off, cap, nonfinite, unscored, reward,
+    nonfinite, signal, clipping, entropy, overshoot, mismatch, zero_variance, cut_off, cap, unscored, still, reward,
 )  # fmt: skip
 
 
@@ -240,3 +301,15 @@ def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | N
 def _ends(values: Sequence[float]) -> tuple[float, float]:
     size = max(1, len(values) // 10)
     return sum(values[:size]) / size, sum(values[-size:]) / size
+
+
+def _number(value: Any) -> float | None:
+    """A value of a log as a number; writers of strict JSON have NaN and infinities as text."""
+    if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

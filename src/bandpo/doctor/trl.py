@@ -1,41 +1,84 @@
-"""Reads a YAML of TRL's `GRPOConfig`, or of `bandpo train`. Needs TRL, which checks what is in it."""
+"""Reads a YAML of TRL's `GRPOConfig`, or of `bandpo train`. Needs TRL, which checks what is in it.
+
+Building a `GRPOConfig` can load files, start DeepSpeed, join a process group and choose a device. Only the plain numbers,
+flags and names that the rules look at are given to it; nothing else in the file is touched.
+"""
 
 import difflib
 import importlib.metadata
-from collections.abc import Mapping
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging as hosts_logging
+from trl import GRPOConfig, ModelConfig, ScriptArguments
 
+from bandpo._bounded import parse_json, read_regular
 from bandpo.bounds import Clip
 from bandpo.composition import Objective
-from bandpo.doctor.setup import TRL_KNOBS, Host, Setup
+from bandpo.doctor.setup import TRL_KNOBS, Host, Setup, named_objective, short
 from bandpo.integrations._trl_config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.objectives import OBJECTIVES
 
-# What only a GPU machine accepts, and what needs its own launcher: not what the region depends on.
-_ELSEWHERE = (
-    "bf16",
-    "fp16",
-    "tf32",
-    "use_cpu",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "torch_compile",
-    "report_to",
-    "push_to_hub",
+_FLAGS = frozenset({
+    "use_vllm", "vllm_importance_sampling_correction", "use_liger_kernel", "auto_find_batch_size", "do_eval",
+    "mask_truncated_completions", "relax", "packing",
+})  # fmt: skip
+_WHOLE = frozenset({
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "steps_per_generation",
+    "generation_batch_size", "num_iterations", "num_generations", "num_generations_eval", "max_completion_length", "top_k",
+    "divergence_top_k", "dynamic_sampling", "packing_tokens", "packing_window",
+})  # fmt: skip
+_NUMBERS = frozenset({
+    "temperature", "top_p", "min_p", "epsilon", "epsilon_high", "delta", "beta", "vllm_importance_sampling_cap", "radius",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max", "radius_upper", "max_ratio", "radius_end",
+})  # fmt: skip
+_NAMES = frozenset({
+    "loss_type", "scale_rewards", "importance_sampling_level", "vllm_importance_sampling_mode", "eval_strategy", "divergence",
+    "radius_schedule", "radius_target",
+})  # fmt: skip
+_READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
+"""What is given to the configuration. None of these makes it open a file, load a module or start anything."""
+
+_ASSUMED = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations", "use_vllm",
+    "temperature", "top_p", "top_k", "max_completion_length",
+)  # fmt: skip
+_MAY_BE_INFINITE = frozenset({"max_ratio", "epsilon_high", "delta"})
+_SHARED = frozenset(
+    {"beta", "loss_type", "temperature", "use_vllm", "packing", "model_init_kwargs", "max_prompt_length"}
 )
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_REGION = frozenset({"epsilon", "epsilon_high", "loss_type", "scale_rewards", "importance_sampling_level"})
 _ZOO = {"cispo": "cispo", "sapo": "sapo", "gmpo": "gmpo"}
+_LARGEST = 10**12
+_LISTED, _MOST_UNKNOWN = 12, 100  # unknown keys that are named, and that a file may have
+_MAX_CONFIG_BYTES = 1 << 20
+_RUN_ONLY = frozenset({"task", "dataset"})
+
+
+def is_trl(given: Mapping[Any, Any]) -> bool:
+    """Whether a YAML file is one of `bandpo train`, or has a key that of TRL's trainers only the one of GRPO has."""
+    names = {f.name for f in fields(BandGRPOConfig)} - {f.name for f in fields(TrainingArguments)} - _SHARED
+    return is_run(given) or not names.isdisjoint(given) or "reward_funcs" in given
+
+
+def is_run(given: Mapping[Any, Any]) -> bool:
+    """Whether a YAML file is one of `bandpo train`: it says what to train on, in that command's names."""
+    return not _RUN_ONLY.isdisjoint(given)
 
 
 def read_trl(
-    given: Mapping[str, Any],
+    given: Mapping[Any, Any],
     *,
-    other_keys: frozenset[str] = frozenset(),
+    run_keys: frozenset[str] = frozenset(),
     processes: int = 1,
     vocabulary: int | None = None,
 ) -> Setup:
@@ -43,79 +86,235 @@ def read_trl(
 
     Args:
         given: Keys and values.
-        other_keys: Known keys of whoever reads the file besides TRL.
+        run_keys: For a file of `bandpo train`, the keys of that command.
         processes: That will train.
-        vocabulary: Of the model; None looks into the model's folder.
+        vocabulary: Of the model; None looks into the model's folder, at the number in its config.json and at nothing else.
 
     Raises:
-        ValueError: If a key is unknown, or TRL or bandpo refuses a value.
+        ValueError: If a key of a `bandpo train` file is unknown, or TRL or bandpo refuses a value.
     """
     own = {f.name for f in fields(BandGRPOConfig)} - {f.name for f in fields(GRPOConfig)}
-    ours = bool((own | (other_keys - _script_keys())) & set(given))
-    cls = BandGRPOConfig if ours else GRPOConfig
-    names = {f.name for f in fields(cls)}
-    for key in given:
-        if key not in names | other_keys | _script_keys():
-            near = difflib.get_close_matches(str(key), sorted(names | other_keys), n=1, cutoff=0.5)
-            raise ValueError(f"unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    kept = {k: v for k, v in given.items() if k in names and k not in _ELSEWHERE}
-    sized = type(cls.__name__, (cls,), {"world_size": property(lambda _: processes)})
-    args = sized(**{"output_dir": "doctor", **kept}, use_cpu=True, bf16=False, report_to="none")
-    objective = args.resolve() if ours else _objective(args)
+    ours = bool(run_keys) or not own.isdisjoint(given)
+    known = {f.name for f in fields(BandGRPOConfig if ours else GRPOConfig)} | run_keys | _script_keys()
+    unread, doubtful = _unknown_keys(given, known, own if ours else set(), bool(run_keys))
+    kept = {key: _plain(key, value) for key, value in given.items() if key in _READ & known}
+    kept |= _generation(given, unread, doubtful)
+    objective: Objective | None = None
+    imported = ours and isinstance(kept.get("objective"), str) and ":" in kept["objective"]
+    if imported:
+        named_objective(kept["objective"], unread)
+        kept = {key: value for key, value in kept.items() if key not in own and key not in _REGION}
+    args = _build(BandGRPOConfig if ours and not imported else GRPOConfig, kept, processes)
+    if not imported:
+        objective = args.resolve() if ours else _objective(args, unread)
     if vocabulary is None:
-        vocabulary, unread = _vocabulary(given)
-    else:
-        unread = ()
-    return _setup(args, objective, ours, "bandpo train" if ours and other_keys else "TRL", vocabulary, unread)
+        vocabulary, missing = _vocabulary(given)
+        unread += missing
+    return _setup(
+        args, given, objective, ours, "bandpo train" if run_keys else "TRL", vocabulary, tuple(unread), doubtful
+    )
+
+
+def _build(cls: type, kept: Mapping[str, Any], processes: int) -> Any:
+    """The configuration of these values, on no device and in no process group."""
+    hosts_logging.set_verbosity_error()
+    alone = {
+        "world_size": property(lambda _: processes),
+        "device": property(lambda _: torch.device("cpu")),
+        "n_gpu": property(lambda _: 0),
+    }
+    environment = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return type(cls.__name__, (cls,), alone)(
+                output_dir="doctor", use_cpu=True, bf16=False, report_to="none", **kept
+            )
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # zero completions, for example, are a division by zero
+        raise ValueError(f"TRL cannot work with these settings: {error!r}"[:300]) from None
+    finally:
+        os.environ.update(environment)
+
+
+def _generation(given: Mapping[Any, Any], unread: list[str], doubtful: set[str]) -> dict[str, Any]:
+    """The sampling that generation_kwargs sets: for TRL it wins over the options of these names."""
+    options = given.get("generation_kwargs")
+    if not options:
+        return {}
+    if not isinstance(options, Mapping):
+        unread.append("generation_kwargs is text here, and may change the sampling")
+        doubtful.update(_SAMPLING)
+        return {}
+    return {name: _plain(name, options[name]) for name in _SAMPLING if name in options}
+
+
+def _unknown_keys(
+    given: Mapping[Any, Any], known: set[str], own: set[str], refused: bool
+) -> tuple[list[str], set[str]]:
+    """Lines about keys that nobody here knows, and the settings that they may have been meant for."""
+    unread: list[str] = []
+    doubtful: set[str] = set()
+    unknown = [key for key in given if key not in known]
+    if len(unknown) > _MOST_UNKNOWN:
+        raise ValueError(f"{len(unknown)} keys are none of TRL's GRPOConfig, {short(str(unknown[0]))} for example")
+    for key in unknown:
+        word = str(key)[:80]
+        near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        if refused or difflib.get_close_matches(word, own, n=1, cutoff=0.8):
+            raise ValueError(f"unknown key {word!r}{hint}")
+        doubtful.update(difflib.get_close_matches(word, _READ & known, n=1, cutoff=0.8))
+        if len(unread) < _LISTED:
+            unread.append(f"{word!r} is no key of TRL's GRPOConfig{hint}")
+    if len(unknown) > _LISTED:
+        unread.append(f"{len(unknown) - _LISTED} more keys are none of TRL's GRPOConfig")
+    return unread, doubtful
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value of the kind that its key has; a file's 1e-6, without a dot, is text in YAML."""
+    if value is None:
+        return None
+    if key in _NAMES | {"objective"} and (
+        isinstance(value, str) or (key == "scale_rewards" and isinstance(value, bool))
+    ):
+        return value
+    if key in _FLAGS and isinstance(value, bool):
+        return value
+    if key == "pruning" and (isinstance(value, Mapping) or (isinstance(value, str) and len(value) < 1000)):
+        return parse_json(value, "pruning") if isinstance(value, str) else value
+    if key in _WHOLE | _NUMBERS and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isinf(number) and key in _MAY_BE_INFINITE:
+            return number
+        if not math.isfinite(number) or abs(number) > _LARGEST:
+            raise ValueError(f"{key}: {short(value)} is not a number of a run")
+        if key in _NUMBERS:
+            return number
+        if number != number // 1:
+            raise ValueError(f"{key}: {short(value)} is not a whole number")
+        return int(number)
+    kind = "true or false" if key in _FLAGS else "a number" if key in _WHOLE | _NUMBERS else "a name"
+    raise ValueError(f"{key}: {short(value)} is not {kind}")
 
 
 def _setup(
-    args: Any, objective: Objective, ours: bool, host: Host, vocabulary: int | None, unread: tuple[str, ...]
-) -> Setup:
+    args: Any, given: Mapping[Any, Any], objective: Objective | None, ours: bool, host: Host, vocabulary: int | None,
+    unread: tuple[str, ...], doubtful: set[str],
+) -> Setup:  # fmt: skip
     accumulation, reuse = args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations
-    version = tuple(int(x) for x in importlib.metadata.version("trl").split(".")[:2])
+    version = _version()
+    if min(accumulation, args.steps_per_generation, args.num_iterations) < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={accumulation}, steps_per_generation={args.steps_per_generation} and "
+            f"num_iterations={args.num_iterations} must be at least 1"
+        )
+    counted = not doubtful & {
+        "steps_per_generation", "num_iterations", "gradient_accumulation_steps", "generation_batch_size",
+        "per_device_train_batch_size",
+    }  # fmt: skip
+
+    def sure(name: str, value: Any) -> Any:
+        return None if name in doubtful else value
+
     return Setup(
-        host=host, objective=objective, ours=ours, bypassed=_bypassed(args, version), steps=max(1.0, reuse / accumulation),
+        host=host, objective=objective, ours=ours, bypassed=_bypassed(args, version),
+        steps=max(1.0, reuse / accumulation) if counted else None,
         steps_from=f"steps_per_generation={args.steps_per_generation} x num_iterations={args.num_iterations} / "
         f"gradient_accumulation_steps={accumulation}",
-        engine="vLLM" if args.use_vllm else "", corrected=args.use_vllm and args.vllm_importance_sampling_correction,
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k or 0, min_p=args.min_p or 0.0,
-        group=args.num_generations, tokens=args.per_device_train_batch_size * args.max_completion_length,
-        vocabulary=vocabulary, fused_head=version >= (1, 16),
-        knobs=TRL_KNOBS | {"fused head": "TRL 1.16 or newer"}, unread=unread,
+        engine=sure("use_vllm", "vLLM" if args.use_vllm else ""),
+        corrected=args.use_vllm and args.vllm_importance_sampling_correction,
+        temperature=sure("temperature", args.temperature), top_p=sure("top_p", args.top_p),
+        top_k=sure("top_k", args.top_k or 0), min_p=sure("min_p", args.min_p or 0.0),
+        group=sure("num_generations", args.num_generations),
+        tokens=args.per_device_train_batch_size * args.max_completion_length,
+        vocabulary=vocabulary, fused_head=version >= (1, 16), weights=_weights(given), learning_rate=_rate(given),
+        knobs=TRL_KNOBS | {"fused head": "TRL 1.16 or newer"},
+        assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given), unread=unread,
     )  # fmt: skip
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(int(x) for x in importlib.metadata.version("trl").split(".")[:2])
+
+
 def _bypassed(args: Any, version: tuple[int, ...]) -> str:
-    if not GRPOTrainer._compute_loss.__module__.startswith("trl."):
-        return f"GRPOTrainer._compute_loss is patched by {GRPOTrainer._compute_loss.__module__} (unsloth?)"
+    trainer = sys.modules.get("trl.trainer.grpo_trainer")  # nobody can have patched what nobody has imported
+    if trainer is not None:
+        module = trainer.GRPOTrainer._compute_loss.__module__
+        if not module.startswith("trl."):
+            return f"GRPOTrainer._compute_loss is patched by {module} (unsloth?)"
     if args.use_liger_kernel and version < (1, 16):
         return "use_liger_kernel=True: before TRL 1.16 its fused loss takes the place of GRPOTrainer's"
     return ""
 
 
-def _objective(args: Any) -> Objective:
-    """TRL's own loss as the objective that it equals."""
-    level = "sequence" if args.importance_sampling_level == "sequence" else "token"
+def _objective(args: Any, unread: list[str]) -> Objective | None:
+    """TRL's own loss as the objective that it equals, None if it is not known here."""
     if args.loss_type in _ZOO:
         return OBJECTIVES[_ZOO[args.loss_type]]
+    if args.loss_type not in AGGREGATION_OF:
+        unread.append(f"loss_type {short(args.loss_type)} is not known here: its region is not shown")
+        return None
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    known = args.loss_type in AGGREGATION_OF
     return Objective(
-        bounds=Clip(args.epsilon, high), ratio_level=level, aggregation=AGGREGATION_OF.get(args.loss_type, "token-mean"),
-        name=args.loss_type if known else f"{args.loss_type} (unknown here: shown as a clip)",
+        bounds=Clip(args.epsilon, high), ratio_level="sequence" if args.importance_sampling_level == "sequence" else "token",
+        aggregation=AGGREGATION_OF[args.loss_type], name=args.loss_type,
     )  # fmt: skip
 
 
-def _vocabulary(given: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
-    name = given.get("model") or given.get("model_name_or_path")
-    if not name:
-        return None, ()
+def _weights(given: Mapping[Any, Any]) -> str | None:
+    """The dtype that all trained weights are kept in, where the file says so; adapters are kept in float32."""
+    if given.get("use_peft") or given.get("lora_rank"):
+        return None
+    options = given.get("model_init_kwargs")
+    places: Iterable[Any] = (options, given) if isinstance(options, Mapping) else (given,)
+    for place in places:
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(place.get(key), str):
+                return place[key].removeprefix("torch.")
+    return None
+
+
+def _rate(given: Mapping[Any, Any]) -> float | None:
     try:
-        config = AutoConfig.from_pretrained(str(name), local_files_only=not Path(str(name)).is_dir())
-        return config.get_text_config().vocab_size, ()
+        rate = float(given["learning_rate"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return rate if 0 < rate < math.inf else None
+
+
+def _vocabulary(given: Mapping[Any, Any]) -> tuple[int | None, list[str]]:
+    """The number of words in a model's config.json, as plain JSON; neither its code nor the network is asked."""
+    name = given.get("model") or given.get("model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None, []
+    try:
+        config = parse_json(read_regular(_config_of(name[:300]), _MAX_CONFIG_BYTES), "config.json")
+        text = config.get("text_config") or config
+        size = text.get("vocab_size")
+        if isinstance(size, int) and not isinstance(size, bool) and 0 < size < _LARGEST:
+            return size, []
     except (OSError, ValueError, AttributeError):
-        return None, (f"the vocabulary of {name} is not known here; --vocabulary N shows the memory of its logits",)
+        pass
+    return None, [f"the vocabulary of {name[:300]} is not known here; --vocabulary N shows the memory of its logits"]
+
+
+def _config_of(name: str) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if not isinstance(found, str):
+        raise FileNotFoundError(name)
+    return Path(found)
 
 
 def _script_keys() -> frozenset[str]:

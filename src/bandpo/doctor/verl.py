@@ -1,24 +1,33 @@
-"""Reads verl's overrides: a YAML configuration, or a file of `key=value` (a shell script will do), without verl."""
+"""Reads verl's settings without verl: a YAML configuration, or a script or list of overrides `key=value`.
 
+Nothing is executed. A value that only a shell, an environment or another file could tell is `UNKNOWN`, is named, and no rule
+judges by it. Settings that a file does not have are verl's defaults only where verl would take its own, and are named too.
+"""
+
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
-
-from bandpo._files import read_yaml
+from bandpo._bounded import MAX_YAML_BYTES, parse_yaml, read_regular
 from bandpo.bounds import Clip
 from bandpo.composition import Objective
-from bandpo.doctor.setup import VERL_KNOBS, Setup
+from bandpo.doctor.findings import Level
+from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
+from bandpo.doctor.setup import VERL_KNOBS, Setup, named_objective, short
+from bandpo.doctor.shell import Script, Word, read_script
 from bandpo.integrations._overrides import Overrides
-from bandpo.objectives import OBJECTIVES, get_objective
+from bandpo.objectives import OBJECTIVES
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 DEFAULTS: Mapping[str, Any] = {
     "data.train_batch_size": 1024,
     "data.max_response_length": 512,
+    "algorithm.adv_estimator": "gae",
     "algorithm.rollout_correction.bypass_mode": False,
+    "algorithm.rollout_correction.loss_type": "ppo_clip",
     "algorithm.rollout_correction.rollout_is": None,
     "actor_rollout_ref.model.use_fused_kernels": False,
     f"{_ACTOR}.ppo_mini_batch_size": 256,
@@ -37,12 +46,149 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """verl 0.9.1's own; a test composes its configuration and compares."""
 
+MAX_SCRIPT_BYTES = 1 << 18
+_OWN = "actor_rollout_ref."  # what only verl's settings begin with
+_MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that one names
+_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, more than any of verl's; lines about what is unread
 _ZOO = {
     "gspo": "gspo", "sapo": "sapo", "geo_mean": "gmpo", "cispo": "cispo", "clip_cov": "clip-cov", "kl_cov": "kl-cov",
     "dppo_tv": "dppo-tv", "dppo_kl": "dppo-kl",
 }  # fmt: skip
-_OVERRIDE = re.compile(r"""(?<![\w$.])[+~]{0,2}([A-Za-z_][\w]*(?:\.[\w-]+)*)=("[^"]*"|'[^']*'|[^\s\\]*)""")
 _TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
+_DTYPES = {
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+}
+_KEY = re.compile(r"[+~]{0,2}([A-Za-z_][\w-]*(?:[./@][\w-]+)*)=")
+_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+_VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)")
+_OWN_ARGUMENTS = ("$@", "$*", "${@}", "${*}", '"$@"')
+_VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
+
+# What a prompt's only completion has for an advantage (verl 0.9.1, core_algos.py); others compare no completions.
+_ALONE: Mapping[str, tuple[Level, str]] = {
+    "grpo": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
+    "grpo_vectorized": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
+    "grpo_passk": ("problem", "verl's grpo_passk refuses groups of less than two completions"),
+    "gdpo": ("problem", "advantages compare the completions of a prompt, and there is nothing to compare"),
+    "rloo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
+    "rloo_vectorized": ("warning", "without other completions verl's rloo_vectorized gives advantages of 0"),
+    "opo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
+    "gpg": ("warning", "without other completions there is no baseline: the advantage is the reward"),
+    "reinforce_plus_plus_baseline": ("warning", "without other completions there is no baseline within a prompt"),
+}  # fmt: skip
+_NO_GROUPS = ("gae", "remax", "reinforce_plus_plus")
+
+
+class _Unknown:
+    def __repr__(self) -> str:
+        return "not known"
+
+
+UNKNOWN = _Unknown()
+"""A value that the file sets, or may set, and that cannot be known from it."""
+
+
+@dataclass
+class Settings:
+    """What a file says of verl's settings.
+
+    Args:
+        given: Values by dotted key, as the file has them; `UNKNOWN` where they cannot be known.
+        defaults: Whether verl's own defaults hold for other keys; without, these are not known.
+        unread: What could not be read, for people.
+        assumed: Keys whose default was asked for.
+    """
+
+    given: dict[str, Any] = field(default_factory=dict[str, Any])
+    defaults: bool = True
+    unread: list[str] = field(default_factory=list[str])
+    assumed: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def get(self, key: str) -> Any:
+        """The value of a key, references resolved, or verl's default for it; `UNKNOWN` if neither is known."""
+        value: Any = self._plain(key)
+        for _ in range(10):
+            match = re.fullmatch(r"\$\{([\w.]{1,200})\}", value) if isinstance(value, str) else None
+            if match is None:
+                break
+            value = self._plain(match[1])
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            return UNKNOWN
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether the file sets a key."""
+        return key in self.given
+
+    def number(self, key: str) -> float | None:
+        """A finite number, None if it is not known.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        value = self.get(key)
+        if value is UNKNOWN:
+            return None
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{key}: {short(value)} is not a number") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{key}: {number} is not a finite number")
+        return number
+
+    def whole(self, key: str) -> int | None:
+        """A whole number, None if it is not known."""
+        value = self.number(key)
+        if value is not None and value != value // 1:
+            raise ValueError(f"{key}: {short(self.get(key))} is not a whole number")
+        return None if value is None else int(value)
+
+    def flag(self, key: str) -> bool | None:
+        """True or false, None if it is not known."""
+        value = self.get(key)
+        if value is UNKNOWN:
+            return None
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}: {short(value)} is neither true nor false")
+        return value
+
+    def label(self, key: str) -> str:
+        """`name=value` of a number, for what a finding is about."""
+        value = self.number(key)
+        return f"{key.rpartition('.')[2]}={'not known' if value is None else format(value, 'g')}"
+
+    def _plain(self, key: str) -> Any:
+        if key not in self.given:
+            parts = key.split(".")
+            whole_group = any(".".join(parts[:i]) in self.given for i in range(1, len(parts)))
+            if whole_group or not self.defaults:
+                return UNKNOWN
+            if key in DEFAULTS:
+                self.assumed[key] = DEFAULTS[key]
+                return DEFAULTS[key]
+            return UNKNOWN
+        value = self.given[key]
+        return parsed(value) if isinstance(value, Text) else value
+
+
+class Text(str):
+    """A value as a command line has it: YAML that is read when it is asked for."""
+
+
+def parsed(text: str) -> Any:
+    """The value that a text of the command line stands for, as Hydra has it; itself where it is no YAML."""
+    try:
+        return parse_yaml(str(text), "a value") if text else None
+    except ValueError:
+        return str(text)
 
 
 def read_verl(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | None = None) -> Setup:
@@ -54,162 +200,364 @@ def read_verl(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | No
         vocabulary: Of the model, for the memory of the logits.
 
     Raises:
-        ValueError: If it cannot be read, or asks for what bandpo would refuse.
+        ValueError: If it is another framework's, cannot be read, or asks for what bandpo would refuse.
     """
-    given, unread = read_overrides(path, overrides)
-    values = {**DEFAULTS, **given}
-    return _setup(values, given, unread, vocabulary)
+    chosen: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        chosen[key.lstrip("+~")] = Text(value)
+    settings = _from_yaml(path, chosen) if path.suffix in (".yaml", ".yml") else _from_script(path)
+    settings.given |= {k: v for k, v in chosen.items() if "." in k}
+    return _setup(settings, vocabulary)
 
 
-def is_verl(given: Mapping[str, Any]) -> bool:
-    """Whether a YAML file is a verl configuration."""
-    return bool({"actor_rollout_ref", "defaults", "hydra"} & set(given)) or any(
-        str(key).startswith(("actor_rollout_ref.", "algorithm.", "data.")) for key in given
+def is_verl(given: Mapping[Any, Any]) -> bool:
+    """Whether a YAML file is a configuration of verl's main_ppo: it has keys that only verl has, or builds on verl's file."""
+    defaults = given.get("defaults")
+    return any(str(key).partition(".")[0] == "actor_rollout_ref" for key in given) or (
+        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in cast(list[Any], defaults))
     )
 
 
-def read_overrides(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Dotted keys and values, references resolved, and what could not be read.
-
-    Args:
-        path: As in `read_verl`.
-        overrides: As in `read_verl`.
-    """
-    chosen = dict(_pairs(" ".join(overrides)))
-    unread: list[str] = []
-    if path.suffix in (".yaml", ".yml"):
-        tree = read_yaml(path)
-        found = _flat(tree)
-        for entry in tree.get("defaults") or []:
-            found, missing = _default(entry, path.parent, chosen, found)
-            unread += missing
-        found = {k: v for k, v in found.items() if not k.startswith(("defaults", "hydra."))}
-    else:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        found = dict(_pairs(re.sub(r"(?m)^\s*#.*$", "", text)))
-        if not found:
-            raise ValueError(f"{path}: no override of the form key=value in it")
-    found |= {k: v for k, v in chosen.items() if "." in k}
-    return {k: _resolve(v, found) for k, v in found.items()}, tuple(unread)
+def _from_yaml(path: Path, chosen: Mapping[str, Any]) -> Settings:
+    tree, settings = _read_tree(path), Settings()
+    own = _flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
+    entries = tree.get("defaults") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: defaults must be a list, got {type(entries).__name__}")
+    entries = cast(list[Any], entries)
+    if len(entries) > _MAX_DEFAULTS:
+        raise ValueError(f"{path}: defaults has {len(entries)} entries")
+    for entry in entries if "_self_" in entries else [*entries, "_self_"]:  # later ones win
+        settings.given |= own if entry == "_self_" else _default(entry, path.parent, chosen, settings)
+    return settings
 
 
-def _setup(v: Mapping[str, Any], given: Mapping[str, Any], unread: tuple[str, ...], vocabulary: int | None) -> Setup:
-    objective, ours, bypassed = _objective(v, given)
-    batch, mini, epochs = (
-        _number(v, k) for k in ("data.train_batch_size", f"{_ACTOR}.ppo_mini_batch_size", f"{_ACTOR}.ppo_epochs")
-    )
-    if mini <= 0 or epochs <= 0 or batch <= 0:
-        raise ValueError(
-            f"train_batch_size={batch:g}, ppo_mini_batch_size={mini:g}, ppo_epochs={epochs:g} must be positive"
-        )
-    length = _whole(v, "data.max_response_length")
-    micro = v[f"{_ACTOR}.ppo_micro_batch_size_per_gpu"]
-    dynamic = bool(v[f"{_ACTOR}.use_dynamic_bsz"])
-    if dynamic:
-        tokens = _whole(v, f"{_ACTOR}.ppo_max_token_len_per_gpu")
-    else:
-        tokens = 0 if micro is None else _whole(v, f"{_ACTOR}.ppo_micro_batch_size_per_gpu") * length
-    top_k = _whole(v, f"{_ROLLOUT}.top_k")
-    return Setup(
-        host="verl", objective=objective, ours=ours, bypassed=bypassed, steps=batch / mini * epochs,
-        steps_from=f"train_batch_size={batch:g} / ppo_mini_batch_size={mini:g} x ppo_epochs={epochs:g}",
-        engine=str(v.get(f"{_ROLLOUT}.name") or "the rollout engine"),
-        corrected=v["algorithm.rollout_correction.rollout_is"] is not None,
-        old_is_rollout=bool(v["algorithm.rollout_correction.bypass_mode"]),
-        temperature=_number(v, f"{_ROLLOUT}.temperature"), top_p=_number(v, f"{_ROLLOUT}.top_p"), top_k=max(0, top_k),
-        group=_whole(v, f"{_ROLLOUT}.n"), tokens=tokens, vocabulary=vocabulary,
-        fused_head=bool(v["actor_rollout_ref.model.use_fused_kernels"]),
-        knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"}, unread=unread,
-    )  # fmt: skip
-
-
-def _objective(v: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Objective, bool, str]:
-    prefix = f"{_ACTOR}.policy_loss."
-    mode = str(v[f"{prefix}loss_mode"])
-    if mode == "bandpo" or mode.startswith("bandpo:"):
-        options = {k.removeprefix(prefix): x for k, x in given.items() if k.startswith(prefix)}
-        name = mode.partition(":")[2] or str(options.get("objective", "bandpo-kl"))
-        fields = {k: x for k, x in options.items() if k in Overrides.__dataclass_fields__}
-        if fields and options.get("_target_") != _TARGET:
-            names = ", ".join(fields)
-            return (
-                get_objective(name),
-                True,
-                f"policy_loss has {names} without _target_={_TARGET}: verl refuses unknown keys",
-            )
-        return Overrides(**fields).apply(get_objective(name), name), True, ""
-    if mode in _ZOO:
-        return OBJECTIVES[_ZOO[mode]], False, ""
-    low, high = _number(v, f"{_ACTOR}.clip_ratio_low"), _number(v, f"{_ACTOR}.clip_ratio_high")
-    known = "" if mode == "vanilla" else " (unknown here: shown as verl's vanilla clip)"
-    return Objective(bounds=Clip(low, high), name=f"{mode}{known}", aggregation=v[f"{_ACTOR}.loss_agg_mode"]), False, ""
-
-
-def _default(
-    entry: Any, folder: Path, chosen: Mapping[str, Any], found: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """What a line of Hydra's `defaults` brings: a file beside the configuration, whose keys the configuration wins over."""
-    if entry == "_self_":
-        return found, []
+def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What a line of Hydra's `defaults` brings: verl's own, or a file beside the configuration."""
+    if isinstance(entry, str) and entry in _VERL_DEFAULTS:
+        return {}
     if isinstance(entry, str):
-        return found, [f"defaults: {entry} is not read; verl 0.9.1's own defaults are assumed"]
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise ValueError(f"defaults: {entry!r} is neither a name nor a pair group: name")
-    [(group, name)] = entry.items()
-    group = str(group).removeprefix("override ").removeprefix("optional ")
-    name = chosen.get(group, name)
-    path = folder / group / f"{name}.yaml"
-    if not path.is_file():
-        return found, [f"defaults: {group}={name} is not read: {path} does not exist"]
-    keys = _flat(read_yaml(path))
-    if "@package _global_" not in path.read_text(encoding="utf-8"):
-        keys = {f"{group}.{k}": x for k, x in keys.items()}
-    return {**found, **keys}, []
+        settings.unread.append(f"defaults: {entry} is not read, and what it sets is not known")
+        settings.defaults = False
+        return {}
+    if not isinstance(entry, Mapping) or len(cast(Mapping[Any, Any], entry)) != 1:
+        raise ValueError(f"defaults: {short(entry)} is neither a name nor a pair group: name")
+    [(key, name)] = cast(Mapping[Any, Any], entry).items()
+    group = str(key).removeprefix("override ").removeprefix("optional ")
+    name = str(chosen.get(group, name))
+    if group.startswith("hydra/"):  # how Hydra itself works, not what the run does
+        return {}
+    if not (_NAME.fullmatch(group) and _NAME.fullmatch(name)):  # a stranger's file must not lead out of its folder
+        settings.unread.append(f"defaults: {short(group)}={short(name)} is not read: it is no plain name")
+        settings.defaults = False
+        return {}
+    try:
+        data = read_regular(folder / group / f"{name}.yaml", _MAX_GROUP_BYTES, follow=False)
+    except (FileNotFoundError, ValueError) as error:
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        settings.unread.append(f"defaults: {group}={name} is not read: {why}")
+        settings.defaults = False
+        return {}
+    where = str(folder / group / f"{name}.yaml")
+    tree = parse_yaml(data, where)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} must hold keys and values, got {type(tree).__name__}")
+    if "defaults" in tree:
+        settings.unread.append(f"defaults: those of {group}={name} are not read, and what they set is not known")
+        settings.defaults = False
+    keys = _flat({k: v for k, v in cast(dict[Any, Any], tree).items() if k != "defaults"})
+    return keys if b"@package _global_" in data else {f"{group}.{k}": x for k, x in keys.items()}
+
+
+def _read_tree(path: Path) -> dict[Any, Any]:
+    tree = parse_yaml(read_regular(path, MAX_YAML_BYTES, follow=False), str(path))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(tree).__name__}")
+    if not is_verl(cast(dict[Any, Any], tree)):
+        raise not_readable(path, host_of_keys(cast(dict[Any, Any], tree)))
+    return cast(dict[Any, Any], tree)
+
+
+def _from_script(path: Path) -> Settings:
+    text = read_regular(path, MAX_SCRIPT_BYTES, follow=False).decode("utf-8", errors="replace")
+    script = read_script(text.replace("\x00", "�"))
+    runs = [command for command in script.commands if _runs_verl(command)]
+    bare = [command for command in script.commands if all(_key(word) is not None for word in command)]
+    listed = bool(bare) and len(bare) == len(script.commands)
+    if listed:  # a list of overrides, without a command that takes them
+        runs, bare = [[word for command in bare for word in command]], []
+    spoken = [w for command in script.commands for w in command if " " in w.text and _key(w) is None]
+    elsewhere = {
+        **{name: _held(words) for name, words in script.variables.items()},
+        "a quoted text": _held(spoken),
+        "a line outside of the command": _held([word for command in bare for word in command]),
+    }
+    elsewhere = {name: keys for name, keys in elsewhere.items() if keys}
+    keys = {_key(word) for command in runs for word in command}.union(*elsewhere.values())
+    if not any(_is_main_ppo(w) for c in runs for w in c) and not any(k and k.startswith(_OWN) for k in keys):
+        host = host_of_script(script)
+        if host or any(_key(word) for command in script.commands for word in command):
+            raise not_readable(path, host)
+        raise ValueError(f"{path}: no override of the form key=value in it")
+    plain = _plain_variables(script)
+    settings = _merged([_from_command(command, plain, listed=listed) for command in runs])
+    for name, keys in elsewhere.items():
+        settings.unread.append(f"{name} sets {_some(keys)}, which is not resolved")
+        settings.given |= dict.fromkeys(keys, UNKNOWN)
+    settings.unread += [f"the here-document that ends with {name} is not read" for name in script.here]
+    return settings
+
+
+def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: bool) -> Settings:
+    """What one command sets."""
+    at = next((i for i, word in enumerate(command) if _is_main_ppo(word)), None)
+    settings = Settings(defaults=listed or at is not None)
+    unresolved: list[str] = []
+    words = list(command[0 if at is None else at + 1 :])
+    for i, word in enumerate(words):
+        key = _key(word)
+        if key is not None:
+            known = word.literal
+            settings.given[key] = Text(word.text.partition("=")[2]) if known else UNKNOWN
+            if not known:
+                unresolved.append(word.text.lstrip("+~"))
+        elif word.text.startswith(("--config", "-cn", "-cp", "-cd")):
+            option, equals, value = word.text.partition("=")
+            value = value if equals else words[i + 1].text if i + 1 < len(words) else ""
+            if option not in ("--config-name", "-cn") or value.removesuffix(".yaml") not in _VERL_DEFAULTS:
+                settings.unread.append(f"{option} {value}: that configuration is not read; examine it as a YAML file")
+                settings.defaults = False
+        elif word.text in _OWN_ARGUMENTS:
+            settings.unread.append(f"{word.text} (the arguments of the script) is taken as empty")
+        elif not word.literal and not (at is not None and _are_plain(word, plain)):
+            settings.unread.append(f"{word.text} is not resolved and may set anything")
+            settings.defaults = False
+    if unresolved:
+        settings.unread.append(f"not resolved: {_some(unresolved)}")
+    if not settings.defaults and at is None and not listed:
+        settings.unread.append("the program that this runs is not verl's main_ppo: its defaults are not known")
+    return settings
+
+
+def _merged(parts: Sequence[Settings]) -> Settings:
+    """What all commands of a script have in common."""
+    if not parts:
+        return Settings(defaults=False)
+    first, *others = parts
+    if not others:
+        return first
+    keys = {key for part in parts for key in part.given}
+    same = {
+        k: first.given[k] for k in first.given if all(k in p.given and p.given[k] == first.given[k] for p in others)
+    }
+    unread = list(dict.fromkeys(what for part in parts for what in part.unread))
+    differing = sorted(keys - set(same))
+    unread.append(
+        f"{len(parts)} commands run verl"
+        + (f", and differ in {_some(differing)}: examine them one by one" if differing else "")
+    )
+    return Settings({k: same.get(k, UNKNOWN) for k in keys}, all(p.defaults for p in parts), unread)
+
+
+def _runs_verl(command: Sequence[Word]) -> bool:
+    keys = [_key(word) for word in command]
+    return any(_is_main_ppo(word) for word in command) or (
+        None in keys and any(key is not None and key.startswith(_OWN) for key in keys)
+    )
+
+
+def _is_main_ppo(word: Word) -> bool:
+    return word.literal and len(word.text) < _MAX_KEY and bool(re.fullmatch(r"(.*[./])?main_ppo(\.py)?", word.text))
+
+
+def _plain_variables(script: Script) -> frozenset[str]:
+    """The variables whose every value is written in the script, but for values of settings: what they set can be named."""
+    users: dict[str, list[str]] = {}
+    pending: list[str] = []
+    for name, words in script.variables.items():
+        for part in (part for word in words for part in word.text.split()):
+            match, at = _KEY.match(part), min(part.find("$") % (len(part) + 1), part.find("`") % (len(part) + 1))
+            if at == len(part) or (match is not None and match.end() <= at):
+                continue
+            used = _VARIABLES.findall(part)
+            if not used or any(other not in script.variables for other in used):
+                pending.append(name)
+            for other in used:
+                users.setdefault(other, []).append(name)
+    opened = set[str]()
+    while pending:
+        name = pending.pop()
+        if name not in opened:
+            opened.add(name)
+            pending += users.get(name, [])
+    return frozenset(script.variables) - opened
+
+
+def _are_plain(word: Word, plain: frozenset[str]) -> bool:
+    names = _VARIABLES.findall(word.text)
+    return bool(names) and plain.issuperset(names)
+
+
+def _held(words: Iterable[Word]) -> tuple[str, ...]:
+    """Keys of settings inside of texts."""
+    found: dict[str, None] = {}
+    for word in words:
+        for part in word.text.split():
+            match = _KEY.match(part)
+            if match is not None and "." in match[1] and len(match[1]) <= _MAX_KEY:
+                found[match[1]] = None
+    return tuple(found)
+
+
+def _key(word: Word) -> str | None:
+    """The key of an override, None if the word is none."""
+    match = _KEY.match(word.text)
+    if match is None or match.end() > word.known or len(match[1]) > _MAX_KEY:
+        return None
+    return match[1]
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
+        name = f"{prefix}{str(key)[:_MAX_KEY]}"
+        if len(name) > _MAX_KEY:
+            continue
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= _flat(cast(Mapping[Any, Any], value), f"{name}.")
         else:
-            found[f"{prefix}{key}"] = value
+            found[name] = value
     return found
 
 
-def _pairs(text: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in _OVERRIDE.findall(text):
-        plain = value.strip("\"'")
-        try:
-            found.append((key, yaml.safe_load(plain) if plain else None))
-        except (yaml.YAMLError, RecursionError):
-            found.append((key, plain))
-    return found
+def _setup(s: Settings, vocabulary: int | None) -> Setup:
+    objective, ours, bypassed = _objective(s)
+    steps, steps_from = _steps(s)
+    top_k = s.whole(f"{_ROLLOUT}.top_k")
+    corrected = s.get("algorithm.rollout_correction.rollout_is")
+    engine = s.get(f"{_ROLLOUT}.name")
+    return Setup(
+        host="verl", objective=objective, ours=ours, bypassed=bypassed, steps=steps, steps_from=steps_from,
+        engine="the rollout engine" if engine is UNKNOWN or not engine else str(engine)[:_MAX_KEY],
+        corrected=None if corrected is UNKNOWN else corrected is not None,
+        old_is_rollout=s.flag("algorithm.rollout_correction.bypass_mode"),
+        temperature=s.number(f"{_ROLLOUT}.temperature"), top_p=s.number(f"{_ROLLOUT}.top_p"),
+        top_k=None if top_k is None else max(0, top_k), group=s.whole(f"{_ROLLOUT}.n"), alone=_alone(s), tokens=_tokens(s),
+        vocabulary=vocabulary, fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
+        weights=_weights(s), learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
+        knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"},
+        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()), unread=_lines(s.unread),
+    )  # fmt: skip
 
 
-def _resolve(value: Any, found: Mapping[str, Any]) -> Any:
-    """`${a.b}` as the value of that key; other interpolations stay text."""
-    for _ in range(10):
-        match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-        if match is None:
-            return value
-        value = found.get(match[1], DEFAULTS.get(match[1]))
-    return value
+def _lines(unread: Iterable[str]) -> tuple[str, ...]:
+    lines = [line if len(line) <= 400 else line[:397] + "..." for line in dict.fromkeys(unread)]
+    more = len(lines) - _MAX_UNREAD
+    return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
 
-def _number(v: Mapping[str, Any], key: str) -> float:
-    value = v[key]
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{key}: {value!r} is not a number") from None
+def _steps(s: Settings) -> tuple[float | None, str]:
+    keys = ("data.train_batch_size", f"{_ACTOR}.ppo_mini_batch_size", f"{_ACTOR}.ppo_epochs")
+    batch, mini, epochs = (s.number(key) for key in keys)
+    names = [s.label(key) for key in keys]
+    if any(x is not None and x < 0 for x in (batch, mini, epochs)) or 0 in (mini, epochs):
+        raise ValueError(f"{', '.join(names)} must be positive")
+    counted = f"{names[0]} / {names[1]} x {names[2]}"
+    if batch == 0:
+        return (
+            None,
+            "train_batch_size=0, as in fully asynchronous runs: other settings decide how often a rollout is used",
+        )
+    if batch is None or mini is None or epochs is None:
+        return None, counted
+    return batch / mini * epochs, counted
 
 
-def _whole(v: Mapping[str, Any], key: str) -> int:
-    value = _number(v, key)
-    if value != value // 1:  # NaN and infinity are not whole either
-        raise ValueError(f"{key}: {v[key]!r} is not a whole number")
-    return int(value)
+def _alone(s: Settings) -> tuple[Level, str] | None:
+    estimator = s.get("algorithm.adv_estimator")
+    if estimator is UNKNOWN:
+        return "note", "whether the advantages compare the completions of a prompt is not known"
+    if estimator in _NO_GROUPS:
+        return None
+    if estimator in _ALONE:
+        return _ALONE[estimator]
+    s.unread.append(f"algorithm.adv_estimator={short(estimator)} is not known: whether it needs groups is not judged")
+    return None
+
+
+def _tokens(s: Settings) -> int:
+    """Tokens of a micro-batch, 0 if they are not known."""
+    dynamic = s.flag(f"{_ACTOR}.use_dynamic_bsz")
+    if dynamic is None:
+        return 0
+    if dynamic:
+        return s.whole(f"{_ACTOR}.ppo_max_token_len_per_gpu") or 0
+    if s.get(f"{_ACTOR}.ppo_micro_batch_size_per_gpu") is None:
+        return 0
+    return (s.whole(f"{_ACTOR}.ppo_micro_batch_size_per_gpu") or 0) * (s.whole("data.max_response_length") or 0)
+
+
+def _weights(s: Settings) -> str | None:
+    key = f"{_ACTOR}.fsdp_config.model_dtype"
+    if not s.has(key):
+        return None
+    return _DTYPES.get(str(s.get(key)))
+
+
+def _objective(s: Settings) -> tuple[Objective | None, bool, str]:
+    """The loss as an objective (None if it is not known), whether it is ours, and what would run in its place."""
+    prefix = f"{_ACTOR}.policy_loss."
+    mode = s.get(f"{prefix}loss_mode")
+    if mode is UNKNOWN:
+        return None, False, ""
+    mode = str(mode)
+    if mode == "bandpo" or mode.startswith("bandpo:"):
+        return _ours(s, mode, prefix)
+    if mode not in _ZOO and mode != "vanilla":
+        s.unread.append(f"policy_loss.loss_mode={short(mode)} is not known here")
+        return None, False, ""
+    bypass = s.flag("algorithm.rollout_correction.bypass_mode")
+    if bypass is None:
+        return None, False, ""
+    if mode in _ZOO and (not bypass or OBJECTIVES[_ZOO[mode]].anchor == "rollout"):
+        return OBJECTIVES[_ZOO[mode]], False, ""
+    low, high = s.number(f"{_ACTOR}.clip_ratio_low"), s.number(f"{_ACTOR}.clip_ratio_high")
+    aggregation = s.get(f"{_ACTOR}.loss_agg_mode")
+    if low is None or high is None:
+        return None, False, ""
+    aggregation = "token-mean" if aggregation is UNKNOWN else aggregation
+    if not bypass:
+        return Objective(bounds=Clip(low, high), name=mode, aggregation=aggregation), False, ""
+    # verl's bypass mode puts a loss of its own in place of the configured one, which takes its ratio against the sampler
+    kind = s.get("algorithm.rollout_correction.loss_type")
+    if kind != "ppo_clip":
+        what = "not known" if kind is UNKNOWN else short(kind)
+        s.unread.append(f"bypass_mode=True puts verl's loss_type ({what}) in place of {mode}; its region is not shown")
+        return None, False, ""
+    name = "ppo_clip of verl's bypass mode, in place of loss_mode=" + mode
+    return Objective(bounds=Clip(low, high), name=name, aggregation=aggregation, anchor="rollout"), False, ""
+
+
+def _ours(s: Settings, mode: str, prefix: str) -> tuple[Objective | None, bool, str]:
+    name = mode.partition(":")[2] or (s.get(f"{prefix}objective") if s.has(f"{prefix}objective") else "bandpo-kl")
+    set_here = [f for f in Overrides.__dataclass_fields__ if s.has(f"{prefix}{f}")]
+    options = {f: s.get(f"{prefix}{f}") for f in set_here}
+    if name is UNKNOWN or any(value is UNKNOWN for value in options.values()):
+        return None, True, ""
+    name = str(name)
+    objective = named_objective(name, s.unread)
+    if objective is None:
+        return None, True, ""
+    target = s.get(f"{prefix}_target_") if s.has(f"{prefix}_target_") else None
+    if options and target is not UNKNOWN and target != _TARGET:
+        return objective, True, (
+            f"policy_loss has {', '.join(options)} without _target_={_TARGET}: verl refuses unknown keys"
+        )  # fmt: skip
+    return Overrides(**options).apply(objective, name), True, ""
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of many names."""
+    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,8 +1,8 @@
 """Sampling and scoring completions with transformers: what the evaluation and the online preference trainer share.
 
-The sampler is the one that is asked for and nothing else. A model's own `generation_config` (a repetition penalty, top-k, forced
-or suppressed tokens, beams, ...) fills whatever a call leaves open in transformers: training would then learn from samples of
-another distribution than the log-probs are of, and an evaluation would measure a third one. So it is set aside while sampling;
+The sampler is the one that is asked for and nothing else. In transformers a model's own `generation_config` (a repetition
+penalty, top-k, forced or suppressed tokens, beams, ...) fills whatever a call leaves open: training would learn from samples of
+another distribution than its log-probs are of, and an evaluation would measure a third one. So it is set aside while sampling;
 of it only the end tokens count.
 """
 
@@ -204,6 +204,7 @@ def score_completions(
     pad: int,
     batch_size: int = 64,
     hidden: Pooling | None = None,
+    autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each completion, summed over its tokens, and its hidden states at the last token where asked.
 
@@ -214,6 +215,7 @@ def score_completions(
         pad: Token to fill with, on the right.
         batch_size: Sequences at once.
         hidden: Also return `(completions, layers, width)`: what each layer puts out, pooled so over the completion.
+        autocast: Compute in this dtype, as the trainer does.
 
     Returns:
         `(completions,)`, float32, and the hidden states or None; on the CPU.
@@ -232,7 +234,8 @@ def score_completions(
             attention[row, : len(p) + len(c)] = 1
             counted[row, len(p) : len(p) + len(c)] = 1
         ids, attention, counted = (x.to(model.device) for x in (ids, attention, counted))
-        with layer_states(model) if hidden else nullcontext([]) as layers:
+        cast = nullcontext() if autocast is None else torch.autocast(model.device.type, dtype=autocast)
+        with cast, layer_states(model) if hidden else nullcontext([]) as layers:
             out = model(input_ids=ids, attention_mask=attention, use_cache=False)
         each = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         sums.append((each * counted[:, 1:]).sum(1).cpu())

@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
+from bandpo._secrets import HidesSecrets
 from bandpo.bounds import Band
 from bandpo.composition import Aggregation, Objective
 from bandpo.integrations._overrides import Overrides
@@ -36,7 +37,7 @@ SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
 
 
 @dataclass
-class BandGRPOConfig(GRPOConfig):
+class BandGRPOConfig(HidesSecrets, GRPOConfig):
     """`GRPOConfig` with an `objective`; its fields and defaults are TRL's except for the ones below.
 
     `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
@@ -123,11 +124,10 @@ class BandGRPOConfig(GRPOConfig):
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
         pruning = self.selector()
-        if pruning is not None and pruning.completions and self.beta:
-            raise ValueError(
-                f"pruning completions with beta={self.beta}: TRL's KL term has no weights and would be that of the kept "
-                "completions; set beta=0, or prune prompts only"
-            )
+        if pruning is not None:
+            pruning.check(objective)
+        if pruning is not None and pruning.completions:
+            _refuse_terms_without_weights(self)
         if pruning is not None and pruning.mode == "bernoulli":
             raise ValueError(
                 "pruning mode 'bernoulli': TRL splits rollouts into equal parts, which takes a fixed count"
@@ -220,4 +220,18 @@ class BandGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
                 f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
+            )
+
+
+def _refuse_terms_without_weights(args: BandGRPOConfig) -> None:
+    """Pruning completions weighs the policy's loss alone; another term would be that of the kept completions, a bias."""
+    off = {"beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0}
+    what = {"beta": "KL term", "entropy_coef": "entropy bonus", "use_adaptive_entropy": "entropy bonus",
+            "top_entropy_quantile": "quantile of the entropies"}  # fmt: skip
+    for name, neutral in off.items():
+        value = getattr(args, name, neutral)
+        if value != neutral:
+            raise ValueError(
+                f"pruning completions with {name}={value}: TRL's {what[name]} has no weights and would be that of the kept "
+                f"completions; set {name}={neutral}, or prune prompts only"
             )

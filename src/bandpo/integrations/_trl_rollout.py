@@ -18,7 +18,7 @@ def group_extras(trainer: Any, rollout: dict[str, Any]) -> dict[str, Tensor]:
     advantages = trainer.accelerator.gather(rollout["advantages"])
     size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
     stats = objective.group_inputs(trainer.last_rewards.to(advantages.dtype), advantages, size)
-    mine = _local(trainer, len(rollout["advantages"]))
+    mine = local_rows(trainer, len(rollout["advantages"]))
     return {PREFIX + name: x[mine] for name, x in stats.items()}
 
 
@@ -53,7 +53,7 @@ def top_logprobs(trainer: Any, model: Any, batch: dict[str, Any], ids: Tensor | 
 
 
 class Refill:
-    """DAPO's dynamic sampling (arXiv:2503.14476): groups whose rewards are all equal give way to those of other prompts.
+    """DAPO's dynamic sampling (arXiv:2503.14476): groups whose advantages are all equal give way to those of other prompts.
 
     The other prompts are drawn from the training set in an order of their own, which the seed fixes; `drawn` is all its state.
     """
@@ -75,11 +75,11 @@ class Refill:
             )
         if any(isinstance(v, list) or k == "pixel_values" for k, v in rollout.items()):
             raise ValueError("dynamic_sampling merges text rollouts; this one has images")
-        dull, rounds = self._dull(rows), 0
+        dull, rounds = self._dull(rollout), 0
         before = accelerator.gather(dull.float()).mean().item()
         while rounds < trainer.args.dynamic_sampling and accelerator.gather(dull.sum()).sum() > 0:
             fresh = score(self._prompts(rows // size, size))
-            useful = ~self._dull(rows)
+            useful = ~self._dull(fresh)
             count = min(int(dull.sum()), int(useful.sum()))
             replaced, source = (_rows(mask, count, size) for mask in (dull, useful))
             rollout = _merge(rollout, fresh, replaced, source, trainer._tokenizer.pad_token_id)
@@ -93,10 +93,10 @@ class Refill:
         log["dynamic_sampling/dull_after"].append(accelerator.gather(dull.float()).mean().item())
         return rollout
 
-    def _dull(self, rows: int) -> Tensor:
-        """Which of this process's groups teach nothing."""
-        rewards = self.trainer.last_rewards[_local(self.trainer, rows)].view(-1, self.trainer.num_generations)
-        return (rewards == rewards[:, :1]).all(1)
+    def _dull(self, rollout: dict[str, Any]) -> Tensor:
+        """Which of this process's groups teach nothing: judged by the advantages, which are what the loss is given."""
+        advantages = rollout["advantages"].view(-1, self.trainer.num_generations)
+        return (advantages == advantages[:, :1]).all(1)
 
     def _prompts(self, count: int, size: int) -> list[Any]:
         """Rows of the dataset, each `size` times; every process takes other ones."""
@@ -115,7 +115,8 @@ class Refill:
         return chosen
 
 
-def _local(trainer: Any, rows: int) -> slice:
+def local_rows(trainer: Any, rows: int) -> slice:
+    """Places of this process's completions among those of all processes."""
     start = trainer.accelerator.process_index * rows
     return slice(start, start + rows)
 

@@ -1,5 +1,6 @@
 """Pruned and packed batches in TRL: rows leave a rollout before it is split, forward passes run without padding."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,8 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from bandpo.integrations._trl_config import BandGRPOConfig
-from bandpo.integrations._trl_rollout import PREFIX
-from bandpo.selection.packing import pack_rows
+from bandpo.integrations._trl_rollout import PREFIX, local_rows
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
 WEIGHT = f"{PREFIX}weight"
@@ -54,9 +54,11 @@ class PrunedRollouts:
         """The rollout without the completions that are left out, and the weight of each row beside it."""
         trainer, size = self.trainer, self.trainer.num_generations
         advantages = rollout["advantages"].view(-1, size)
+        rewards = trainer.last_rewards[local_rows(trainer, len(weights))].view(-1, size).to(advantages.device)
         keys = [_key(row) for row in inputs[::size]]
-        found = gather_object([(key, row) for key, row in zip(keys, advantages.tolist(), strict=True)])
-        self.prune.update([key for key, _ in found], torch.tensor([row for _, row in found]))
+        mine = zip(keys, _of_scored(advantages.abs(), rewards).tolist(), strict=True)
+        found = [(key, mean) for key, mean in gather_object(list(mine)) if not math.isnan(mean)]
+        self.prune.update([key for key, _ in found], torch.tensor([[mean] for _, mean in found]))
         before = torch.tensor(weights, device=advantages.device)
         tokens = (rollout["completion_mask"] * rollout.get("tool_mask", 1)).sum(1)
         log = trainer._metrics["train"]
@@ -71,8 +73,7 @@ class PrunedRollouts:
         rows = torch.arange(len(before), device=before.device)
         weight = before
         if self.prune.completions and not self._over():
-            rewards = trainer.last_rewards[trainer.accelerator.process_index * len(before) :][: len(before)]
-            chosen = self.prune(rewards.view(-1, size), advantages, generator=self._generator(2))
+            chosen = self.prune(rewards, advantages, generator=self._generator(2))
             drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
             steps = trainer.args.steps_per_generation
             least = min(gather_object([len(drop)]))
@@ -126,6 +127,11 @@ def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.G
     return (1 / (1 - dropping)).masked_fill(~keep, 0.0)
 
 
+def _of_scored(x: Tensor, rewards: Tensor) -> Tensor:
+    """Mean of each group over the completions that have a reward; NaN where none has."""
+    return x.masked_fill(rewards.isnan(), math.nan).nanmean(1)
+
+
 def _key(row: Any) -> str:
     """What makes two rows the same prompt in the history."""
     prompt = row["prompt"]
@@ -134,53 +140,3 @@ def _key(row: Any) -> str:
 
 def _has_rows(x: Any, rows: int) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows
-
-
-def packed_scores(
-    trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
-    compute_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Log-probs and entropies of the completions from packed rows, as TRL's `_get_per_token_logps_and_entropies` has them."""
-    logps: list[Tensor] = []
-    entropies: list[Tensor] = []
-    densities: list[float] = []
-    width = input_ids.shape[1]
-    capacity = trainer.args.packing_tokens or 4 * width
-    for ids, attention in zip(
-        input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids)), strict=True
-    ):
-        packed = pack_rows(
-            ids, attention, capacity=max(capacity, int(attention.sum(1).max())), window=trainer.args.packing_window
-        )
-        counted = attention.new_zeros(attention.shape).to(torch.bool)
-        counted[:, -logits_to_keep:] = attention[:, -logits_to_keep:] != 0
-        labels = packed.pack(ids.masked_fill(~counted, -100), -100)
-        labels[packed.position_ids == 0] = -100  # the first token of a sequence follows nothing
-        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-        if trainer.accelerator.unwrap_model(model).config._attn_implementation.startswith("flash"):
-            inputs = {name: packed.flat(x) for name, x in inputs.items()} | packed.varlen()
-            with trainer.accelerator.autocast():
-                out = model(**inputs, attention_mask=None, labels=packed.flat(labels), fused_lm_head=True)
-            logps.append(_from_flat(out.log_probs, packed)[:, -logits_to_keep:])
-            if compute_entropy:
-                entropies.append(_from_flat(out.entropy, packed)[:, -logits_to_keep:])
-        else:
-            bias = packed.attention_bias(next(model.parameters()).dtype)
-            with trainer.accelerator.autocast():
-                out = model(**inputs, attention_mask=bias, labels=labels, fused_lm_head=True)
-            for values, wanted in ((out.log_probs, logps), (out.entropy, entropies)):
-                if wanted is logps or compute_entropy:
-                    shifted = torch.nn.functional.pad(values, (1, 0))
-                    wanted.append(packed.unpack(shifted)[:, -logits_to_keep:])
-        densities.append(float(attention.sum()) / packed.input_ids.numel())
-    mode = "train" if trainer.model.training else "eval"
-    trainer._metrics[mode]["packing/density"].append(sum(densities) / len(densities))
-    trainer._metrics[mode]["packing/padded_density"].append(float(attention_mask.float().mean()))
-    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
-
-
-def _from_flat(values: Tensor, packed: Any) -> Tensor:
-    """Shifted values of the one flat row, `(1, tokens - 1)`, in the padded layout."""
-    out = values.new_zeros(packed.input_ids.shape)
-    out[packed.sequence_ids >= 0] = torch.nn.functional.pad(values, (1, 0))[0]
-    return packed.unpack(out)

@@ -14,9 +14,10 @@ import dataclasses
 import functools
 from typing import Any
 
+from bandpo._inputs import as_mask
 from bandpo.composition import Objective
 from bandpo.integrations._overrides import Overrides
-from bandpo.metrics import policy_metrics
+from bandpo.metrics import averaged_by_host, policy_sums
 from bandpo.objectives import get_objective
 from bandpo.tokens import token_objective
 
@@ -39,17 +40,17 @@ def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> An
 
     chosen = _objective(objective, **options)
     row = {name: getattr(inputs, name).unsqueeze(0) for name in ("trainer_logprobs", "inference_logprobs", "loss_mask")}
-    mask = row["loss_mask"] != 0
+    mask = as_mask(row["loss_mask"], "loss_mask")
     terms = token_objective(
         chosen, logprobs=row["trainer_logprobs"], old_logprobs=None, rollout_logprobs=row["inference_logprobs"],
         advantages=inputs.advantages.unsqueeze(0), mask=mask,
     )  # fmt: skip
-    report = policy_metrics(
+    sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-        bounds=terms.bounds, bounds_of=chosen.bounds,
+        bounds=terms.bounds, bounds_of=chosen.bounds, nonfinite=terms.nonfinite,
     )  # fmt: skip
-    loss = -terms.value.expand(mask.shape).masked_fill(~mask, 0.0).sum()
-    return LossOutputs(loss=loss, metrics={f"band/{name}": value for name, value in report.items()})
+    metrics = {f"band/{name}": value for name, value in averaged_by_host(sums).items()}
+    return LossOutputs(loss=-terms.value.sum(), metrics=metrics)
 
 
 @functools.lru_cache(maxsize=16)

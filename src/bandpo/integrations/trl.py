@@ -9,7 +9,7 @@ import math
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,17 +20,21 @@ from trl import GRPOTrainer
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.composition import Objective
 from bandpo.integrations._generate import end_tokens, sampling_by
+from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
+from bandpo.integrations._precision import lost_updates
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
-from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, top_logprobs
-from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts, packed_scores
+from bandpo.integrations._trl_packing import packed_scores, probe_packing, refuse_packing
+from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, local_rows, top_logprobs
+from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts
+from bandpo.integrations._trl_signal import SignalWatch, total_rewards, without_signal
 from bandpo.losses import aggregate
-from bandpo.metrics import TRL_NAMES, policy_metrics
+from bandpo.metrics import TRL_NAMES, PooledSum, policy_sums
 from bandpo.regions import TopK
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.surrogates import clip
-from bandpo.tokens import TokenObjective, as_columns, fill, sequence_log_ratio, token_objective
+from bandpo.tokens import TokenObjective, as_columns, fill, is_logprob, sequence_log_ratio, token_objective
 
 
 class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
@@ -82,17 +86,36 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self.objective = args.resolve() if objective is None else objective
         self._goes_through_epsilon = _goes_through_epsilon(self.objective)
         self._last_logprobs: Tensor | None = None
+        self._scored_batch: dict[str, Any] | None = None
         self.last_rewards = torch.empty(0)
+        self._groups_without_signal = torch.empty(0, dtype=torch.bool)
         self._sampling_seconds = 0.0
-        _refuse_unsupported(self.objective, args, given=objective is not None)
+        _refuse_unsupported(
+            self.objective, args, given=objective is not None, own_sampler=kwargs.get("rollout_func") is not None
+        )
         super().__init__(model, reward_funcs, args, **kwargs)
         self.eos_token_ids = end_tokens(self.model, self._tokenizer)
         if not self.use_vllm and "eos_token_id" not in (args.generation_kwargs or {}):
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self._refill = Refill(self) if args.dynamic_sampling else None
         self._pruned = PrunedRollouts(self, pruning) if (pruning := args.selector()) is not None else None
+        if pruning is not None and pruning.completions and self.aux_loss_enabled:
+            raise ValueError(
+                "pruning completions cannot weigh what a router loss averages, and this mixture of experts has a router loss "
+                f"(router_aux_loss_coef={self.router_aux_loss_coef}): set router_aux_loss_coef=0, or prune prompts only"
+            )
         self._radius_rule = args.radius_rule(self.objective, steps=1)
-        self._measured: list[float] = []
+        self._measured = [0.0, 0.0]  # numerator and denominator since the adaptive radius was last moved
+        self._pooled = {"train": PooledLog(), "eval": PooledLog()}
+        self._signal = SignalWatch()
+        self._told_nonfinite = False
+        self.say: Callable[[str], Any] = lambda text: warnings.warn(text, stacklevel=3)
+        """Takes the main process's sentences to the user."""
+        self._packs = False  # whether the model is known to keep packed sequences apart
+        if args.packing:
+            refuse_packing(self.model, router_loss=self.aux_loss_enabled)
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # sharded weights run within `train` alone
+                self._probe_packing()
         if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0:
             warnings.warn(
                 f"The trust region of {self.objective.name!r} can never bind: with num_iterations={args.num_iterations}, "
@@ -102,13 +125,63 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
                 stacklevel=2,
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; says before it where updates would be lost, and after it where nothing was learned.
+
+        Args:
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        # Sharded training in lower precision keeps float32 weights beside these.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.optimizer is None and not sharded:
+            optimizer = str(getattr(self.args.optim, "value", self.args.optim))
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            self._tell(lost_updates(trained, self.args.learning_rate, optimizer))
+        out = super().train(*args, **kwargs)
+        self._tell(self._signal.verdict())
+        return out
+
+    def _tell(self, text: str | None) -> None:
+        if text is not None and self.accelerator.is_main_process:
+            self.say(text)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        without_empty(self._metrics["train" if self.model.training else "eval"])
+        super().log(logs, start_time)
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.packing:
             out = self._packed_scores(*args, **kwargs)
         else:
             out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._last_logprobs = out[0]
-        return out
+        if self._scored_batch is None:
+            return out
+        return self._without_nonfinite(out[0], self._scored_batch), *out[1:]
+
+    def _without_nonfinite(self, new: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Log-probs for TRL, which has no rule for values that are no numbers: such tokens carry nothing of its loss.
+
+        The rule is that of `token_objective`: they count in the denominators, with an advantage of 0, and a ratio of the
+        sequence leaves them out. TRL reads the rest of the batch after it has called us.
+        """
+        valid = _mask_of(batch) != 0
+        old, ref = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
+        strange = valid & ~is_logprob(new)
+        if old is not None:
+            strange = strange | (valid & ~is_logprob(old))
+        if strange.any():
+            old, new = _or_zero(new.detach() if old is None else old, strange), _or_zero(new, strange)
+            if (
+                self.objective.ratio_level == "sequence"
+            ):  # TRL takes the mean over all valid tokens: of the others, it is this
+                new = torch.where(strange, old + sequence_log_ratio(new - old, valid & ~strange), new)
+            advantages = as_columns(batch["advantages"], new).expand(new.shape)
+            batch |= {"old_per_token_logps": old, "advantages": _or_zero(advantages, strange)}
+        if ref is not None:  # equal log-probs have no KL, and no gradient of it
+            batch["ref_per_token_logps"] = torch.where(strange | ~is_logprob(ref), new.detach(), ref)
+        return new
 
     def _packed_scores(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
@@ -119,16 +192,33 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             raise ValueError(
                 f"packing scores text without auxiliary losses; this batch has {extras or 'a router loss'}"
             )
+        if not self._packs:
+            self._probe_packing()
         return *packed_scores(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy), None
+
+    def _probe_packing(self) -> None:
+        probe_packing(self.model, self._tokenizer, self.accelerator.device)
+        self._packs = True
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         per_function = super()._calculate_rewards(*args, **kwargs)
         # TRL leaves NaN out of its group statistics; an infinite reward is no score either, and would spoil its whole group.
         per_function = per_function.masked_fill(per_function.isinf(), math.nan)
-        unscored = per_function.isnan().all(1).float().mean().item()
-        self._metrics["train" if self.model.training else "eval"]["reward/unscored"].append(unscored)
-        self.last_rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        self.last_rewards = total_rewards(per_function, self.reward_weights)
+        self._metrics[self._mode]["reward/unscored"].append(self.last_rewards.isnan().float().mean().item())
+        self._groups_without_signal = without_signal(
+            per_function, self.reward_weights, self._group_size,
+            summed_first=self.multi_objective_aggregation == "sum_then_normalize",
+        )  # fmt: skip
         return per_function
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         started = time.perf_counter()
@@ -146,16 +236,30 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if self.model.training:
             if self._refill is not None:
                 rollout = self._refill(rollout, self._generate_with_extras)
-            if isinstance(self._radius_rule, Adaptive) and self._measured:
-                self._radius_rule.update(sum(self._measured) / len(self._measured))
-                self._measured.clear()
+            if (
+                isinstance(self._radius_rule, Adaptive) and self._measured[1]
+            ):  # without a valid token there is no evidence
+                self._radius_rule.update(self._measured[0] / self._measured[1])
+                self._measured = [0.0, 0.0]
         return rollout
 
     def _generate_with_extras(self, inputs: Any) -> dict[str, Any]:
-        """TRL's rollout, sampled as its options say and not as the model's file does, and what the objective needs of it."""
+        """TRL's rollout, sampled as its options say and not as the model's file does, and what the objective needs of it.
+
+        A group without signal has advantages of exactly 0, and not the rounding of its mean.
+        """
         own = getattr(self, "generation_config", None)  # none with vLLM
         with nullcontext() if own is None else sampling_by(self.model, own):
             rollout = super()._generate_and_score_completions(inputs)
+        silent = self._groups_without_signal
+        mine = local_rows(self, len(rollout["advantages"]))
+        rows = silent.repeat_interleave(self._group_size)[mine].to(rollout["advantages"].device)
+        rollout["advantages"] = rollout["advantages"].masked_fill(rows, 0.0)
+        log = self._metrics[self._mode]
+        if log.get("frac_reward_zero_std"):
+            log["frac_reward_zero_std"][-1] = silent.float().mean().item()
+        if self.model.training:
+            self._tell(self._signal.note(silent, self.last_rewards))
         rollout |= group_extras(self, rollout)
         if isinstance(self.objective.bounds, TopK):
             values, ids = top_logprobs(self, self.model, rollout, None, self.objective.bounds.k)
@@ -170,17 +274,26 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._move_radius()
+        log = self._metrics[self._mode]
+        self._pooled[self._mode].begin(log)
+        policy_losses = len(log.get("policy_loss", ()))
         old = inputs.get("old_per_token_logps")
-        bounds = self.objective.bounds(old) if self._goes_through_epsilon and old is not None else None
+        bounds = None
+        if self._goes_through_epsilon and old is not None:
+            bounds = self.objective.bounds(_or_zero(old, ~is_logprob(old)))
         self._last_logprobs = None
-        theirs = inputs
+        theirs = dict(inputs)
         if WEIGHT in inputs and self._goes_through_epsilon:  # the clipped objective is linear in A
-            theirs = {**inputs, "advantages": inputs["advantages"] * inputs[WEIGHT]}
+            theirs["advantages"] = inputs["advantages"] * inputs[WEIGHT]
         if not self._goes_through_epsilon:
             # With advantages 0 what is left is TRL's own: KL to the reference, entropy bonus, auxiliary losses, their metrics.
-            theirs = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
-        with self._as_epsilon(bounds):
-            loss = super()._compute_loss(model, theirs)
+            theirs["advantages"] = torch.zeros_like(inputs["advantages"])
+        self._scored_batch = theirs
+        try:
+            with self._as_epsilon(bounds):
+                loss = super()._compute_loss(model, theirs)
+        finally:
+            self._scored_batch = None
         new = self._last_logprobs
         if new is None:
             raise RuntimeError(
@@ -192,9 +305,19 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             terms = self._inherited_terms(new.detach(), old, bounds, inputs)
         else:
             terms = self._own_terms(model, new, old, inputs)
-            loss = loss + self._policy_term(terms.value, inputs)
+            own_term = self._policy_term(terms.value, inputs)
+            loss = loss + own_term
+            if len(log.get("policy_loss", ())) > policy_losses:  # logged beside an entropy bonus, of advantages of 0
+                log["policy_loss"][-1] += self._in_trl_s_units(own_term.detach())
         self._log_band(terms, inputs)
         return loss
+
+    def _in_trl_s_units(self, own_term: Tensor) -> float:
+        """Our term as TRL logs its `policy_loss`: averaged over processes, before the division by the accumulation steps."""
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.loss_type == "dapo":  # its normaliser is that of the whole accumulation window already
+            accumulation = 1
+        return self.accelerator.gather(own_term * accumulation).mean().item()
 
     def _own_terms(self, model: Any, new: Tensor, old: Tensor, inputs: dict[str, Any]) -> TokenObjective:
         """The objective of each token, with the sampler's log-probs and the extras that TRL carried along."""
@@ -220,11 +343,13 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     ) -> TokenObjective:
         """The same for the metrics, where TRL has computed the objective itself."""
         valid = _mask_of(inputs) != 0
-        log_ratio, old = fill(new - old, valid), fill(old, valid)
+        strange = valid & ~(is_logprob(new) & is_logprob(old))
+        log_ratio, old = (_or_zero(fill(x, valid), strange) for x in (new - old, old))
         if self.objective.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, valid)
+            log_ratio = sequence_log_ratio(log_ratio, valid & ~strange)
         bounds = self.objective.bounds(old) if bounds is None else bounds
-        return TokenObjective(log_ratio, log_ratio, bounds, old, as_columns(inputs["advantages"], old), None)
+        columns = as_columns(inputs["advantages"], old)
+        return TokenObjective(log_ratio, log_ratio, bounds, old, columns, None, strange)
 
     def _move_radius(self) -> None:
         if self._radius_rule is None or not self.model.training:
@@ -279,49 +404,77 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     @torch.no_grad()
     def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
-        """Our metrics into TRL's log, averaged over processes, with one transfer to the host."""
-        report = policy_metrics(
-            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages,
-            mask=_mask_of(inputs), bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
+        """Our metrics into TRL's log, pooled over processes and micro-batches, with one transfer to the host."""
+        mask = _mask_of(inputs)
+        sums = policy_sums(
+            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
+            bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
+            nonfinite=terms.nonfinite,
         )  # fmt: skip
-        log = self._metrics["train" if self.model.training else "eval"]
-        if not self._goes_through_epsilon:  # TRL counted clips under advantages of 0
-            for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
-                log.pop(name, None)
-        gathered = self.accelerator.gather(torch.stack(list(report.values())).unsqueeze(0))
-        means, maxima = gathered.nanmean(0), gathered.amax(0)
-        values = torch.where(
-            torch.tensor([n.endswith("_max") for n in report], device=means.device), maxima, means
-        ).tolist()
-        for name, value in zip(report, values, strict=True):
+        rows = torch.tensor(float(len(mask)), device=mask.device)
+        around = {"sequences": PooledSum((mask != 0).any(1).sum(), rows)}
+        found = over_processes(self.accelerator, sums | around)
+        sequences = found.pop("sequences")
+        # TRL has counted clips under advantages of 0, or over tokens that are no numbers.
+        replaced = not self._goes_through_epsilon or found["nonfinite_fraction"].numerator > 0
+        log, pooled = self._metrics[self._mode], self._pooled[self._mode]
+        for name, total in found.items():
             if name not in TRL_NAMES:
-                log[name].append(value)
-            elif not self._goes_through_epsilon and log[TRL_NAMES[name]]:
-                log[TRL_NAMES[name]][-1] = value
+                pooled.put(log, name, total)
+        tokens = found["nonfinite_fraction"].denominator
+        for name in ("kl", "entropy"):
+            pooled.take(log, name, weight=tokens, count=tokens)
+        for ours, theirs in TRL_NAMES.items():
+            if not theirs.startswith("clip_ratio/"):
+                continue
+            if replaced:
+                if log.get(theirs):
+                    pooled.put(log, theirs, found[ours])
+            elif self.objective.ratio_level == "sequence":
+                pooled.take(log, theirs, weight=sequences.denominator, count=sequences.numerator)
+            else:
+                pooled.take(log, theirs, weight=tokens, count=tokens)
+        for name, kind in (("clip_ratio/low_min", "min"), ("clip_ratio/high_max", "max")):
+            if replaced:
+                pooled.drop(log, name)
+            else:
+                pooled.take(log, name, weight=1.0, count=tokens, kind=kind)
+        if found["nonfinite_fraction"].numerator and not self._told_nonfinite:
+            self._told_nonfinite = True
+            self._tell(
+                f"{found['nonfinite_fraction'].numerator:.0f} of {tokens:.0f} valid tokens of a batch have a log-probability "
+                "or an advantage that is NaN or infinite. They are left out of the loss; nonfinite_fraction in the log counts "
+                "them. Look at the model's logits, at the sampler's log-probs and at the rewards"
+            )
         if self._radius_rule is None or not self.model.training:
             return
         radius = float(self.objective.bounds.radius)  # type: ignore[union-attr]
         log["band/radius"].append(radius)
         if isinstance(self._radius_rule, Adaptive):
-            named = dict(zip(report, values, strict=True))
             by_divergence = self._radius_rule.rises
-            self._measured.append(
-                named["band/divergence_mean"] * radius if by_divergence else named["clip_fraction/any"]
-            )
+            seen = found["band/divergence_mean" if by_divergence else "clip_fraction/any"]
+            self._measured[0] += seen.numerator * (radius if by_divergence else 1.0)
+            self._measured[1] += seen.denominator
 
     def state_to_keep(self) -> dict[str, Any]:
         # TRL alone forgets the rollout that is being reused; a resumed run would go on with another one.
         return {
             "step": self._step, "rollout": self._buffered_inputs, "metrics": dict(self._metrics["train"]),
+            "pooled": self._pooled["train"].parts, "signal": self._signal.state_dict(),
             "pruning": self._pruned.prune.state_dict() if self._pruned is not None else {},
             "drawn": self._refill.drawn if self._refill is not None else 0, "measured": self._measured,
             "radius": self._radius_rule.state_dict() if isinstance(self._radius_rule, Adaptive) else {},
         }  # fmt: skip
 
     def take_state(self, state: dict[str, Any]) -> None:
-        self._step, self._buffered_inputs = state["step"], state["rollout"]
-        self._metrics["train"].update(state["metrics"])
-        self._measured = state["measured"]
+        step, rollout, (numerator, denominator) = state["step"], state["rollout"], state["measured"]
+        parts = rollout is None or (isinstance(rollout, list) and all(isinstance(part, dict) for part in rollout))
+        if type(step) is not int or not parts:
+            raise ValueError("the rollout in use is not as it was saved")
+        self._step, self._buffered_inputs, self._measured = step, rollout, [float(numerator), float(denominator)]
+        self._metrics["train"].update(checked_metrics(state["metrics"]))
+        self._pooled["train"].load(state["pooled"])
+        self._signal.load_state_dict(state["signal"])
         if self._pruned is not None:
             self._pruned.prune.load_state_dict(state["pruning"])
         if self._refill is not None:
@@ -336,7 +489,11 @@ def _goes_through_epsilon(objective: Objective) -> bool:
     return objective.surrogate is clip and objective.anchor == "old" and objective.ratio_level != "product" and alone
 
 
-def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bool) -> None:
+def _or_zero(x: Tensor, where: Tensor) -> Tensor:
+    return x.masked_fill(where, 0.0)
+
+
+def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bool, own_sampler: bool) -> None:
     """What TRL would silently not do is an error."""
     if not GRPOTrainer._compute_loss.__module__.startswith("trl."):
         raise ValueError(
@@ -349,7 +506,7 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
                 f"objective {objective.name!r} accounts for the sampler itself; TRL's correction on top would count the "
                 "mismatch twice: set vllm_importance_sampling_correction=False"
             )
-        if objective.correction is not None and not args.use_vllm:
+        if objective.correction is not None and not args.use_vllm and not own_sampler:
             warnings.warn(
                 f"Objective {objective.name!r} corrects for a sampler that differs from the trainer, and without use_vllm the "
                 "trainer samples itself: all its weights will be 1.",
@@ -359,6 +516,11 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
         raise ValueError(
             f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not hand on from vLLM; "
             "choose dppo-kl or dppo-tv, or use_vllm=False"
+        )
+    if isinstance(objective.bounds, TopK) and own_sampler:
+        raise ValueError(
+            f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not take from a rollout_func; "
+            "choose dppo-kl or dppo-tv"
         )
     level = "sequence" if objective.ratio_level == "sequence" else "token"
     # An objective given as an object can no longer set TRL's fields: they must say the same.

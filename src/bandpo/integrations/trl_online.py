@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bandpo._files import latest_whole, read_jsonl, seal, unseal, write_jsonl, write_text
-from bandpo.integrations._generate import as_completion, sample_batches, score_completions
-from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
+from bandpo.integrations._generate import as_completion, pad_token, sample_batches, score_completions
+from bandpo.integrations.trl_preference import REFERENCE_COLUMNS, BandDPOConfig, BandDPOTrainer
 from bandpo.preference.losses import reward_calibration
 from bandpo.preference.probe import LayerProbe, Pooling, rerank
 from bandpo.preference.sampling import first_wins
@@ -53,7 +54,22 @@ class OnlinePreferenceConfig(BandDPOConfig):
         default="reward",
         metadata={"help": "reward (the better one wins), bradley-terry (with probability σ(gap)), or probe (RBRM)."},
     )
-    probe_prompts: int = field(default=128, metadata={"help": "Prompts whose rewards teach the probe."})
+    probe_prompts: int = field(
+        default=128,
+        metadata={"help": "Prompts whose rewards teach the probe; the reward is asked for no other (rbrm)."},
+    )
+    probe_audit: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask the reward for the re-ranked prompts too, only to log how often the probe agrees with it."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the longest prompt and completion; None for no limit. What is longer is refused, not cut."
+        },
+    )
     max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
     top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
@@ -84,8 +100,36 @@ class OnlinePreferenceConfig(BandDPOConfig):
             raise ValueError(
                 f"data='accumulate': the reference of {self.objective!r} moves with the rounds; use latest"
             )
-        self.precompute_ref_log_probs = True  # the rounds' data hold them: TRL needs no reference model
         super().__post_init__()
+
+
+def _unprepare(model: Any) -> None:
+    """Take off what a trainer has put on a model, for the next one to put on its own: TRL's head and accelerate's autocast.
+
+    One patch would come over the other, and accelerate leaves a model alone that it has prepared once: without autocast.
+    """
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        vars(model).pop(name, None)
+
+
+class _RoundMeans(TrainerCallback):
+    """Means over a round of what is logged in windows of it, which need not be of one length."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._last = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002 (transformers')
+        steps = max(1, state.global_step - self._last)
+        self._last = state.global_step
+        for name, value in (logs or {}).items():
+            if name in _KEPT or name.startswith("pairs/"):
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = (total + steps * value, count + steps)
+
+    def of_round(self) -> dict[str, float]:
+        """The means."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
 
 
 class OnlinePreferenceTrainer:
@@ -93,7 +137,11 @@ class OnlinePreferenceTrainer:
 
     arXiv:2601.08421, algorithm 1 (objective "dpo" or another with a fixed reference, latest batch only) and algorithm 3
     ("pdfr", "rebel", "rdrc"); with `resample=False` off-policy training; with labels "probe" RBRM (arXiv:2503.10093): a probe
-    learns from the rewards of a few prompts, then ranks the samples of the others by the current policy's hidden states.
+    learns from the rewards of a few prompts, then ranks the samples of the others by the current policy's hidden states. The
+    reward is not asked for those, and a prompt that has taught the probe once is never ranked by it.
+
+    The reference scores each batch beside the policy, in the same precision, so that log-ratios of equal weights are 0. Weights
+    are trained in float32 unless the model or `model_init_kwargs` say otherwise.
 
     A round is done when its folder in `output_dir/rounds` is sealed (as a checkpoint is); `train(resume=True)` goes on
     after the last one, with the same result as an uninterrupted run. Full weights, text, data parallel; sampling is
@@ -118,9 +166,8 @@ class OnlinePreferenceTrainer:
         self.prompts, self.callbacks = train_dataset, callbacks or []
         self.objective = args.resolve()
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(
-                model, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {})
-            )
+            options = {"dtype": "float32", **(args.model_init_kwargs or {})}  # as TRL loads what it trains
+            model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code, **options)
         self.model = model.to(args.device)
         self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.probe: LayerProbe | None = None
@@ -155,6 +202,7 @@ class OnlinePreferenceTrainer:
             self._write(self._folder / "samples.jsonl", samples)
         prompt = [row["prompt_ids"] for row in samples for _ in row["completions"]]
         completion = [c for row in samples for c in row["completions"]]
+        self._refuse_long(prompt, completion)
         use_probe = self.args.labels == "probe"
         policy, hidden = self._score(
             self.model, prompt, completion, hidden=self.args.probe_pooling if use_probe else None
@@ -165,13 +213,13 @@ class OnlinePreferenceTrainer:
         scores = rewards
         if use_probe:
             assert hidden is not None
-            taught = min(self.args.probe_prompts, len(samples) - 1)
             # Anew each round: the policy's hidden states have moved, and the rewards of these prompts are known anyway.
-            self._teach_probe(hidden.view(*shape, *hidden.shape[1:])[:taught], rewards[:taught])
+            taught = torch.tensor(self._teachers(k))
+            self._teach_probe(hidden.view(*shape, *hidden.shape[1:])[taught], rewards[taught])
             assert self.probe is not None
             with torch.no_grad():
                 scores = self.probe(hidden.to(self.args.device)).cpu().view(shape)
-            scores[:taught] = torch.nan  # these prompts have taught the probe; only the others are re-ranked
+            scores[taught] = torch.nan  # these prompts have taught the probe; only the others are re-ranked
         ranked = rerank(
             scores, top=self.args.pairs_per_prompt, bottom=self.args.pairs_per_prompt, ties=self.objective.needs_gap
         )
@@ -197,55 +245,107 @@ class OnlinePreferenceTrainer:
                 f"round {k}: no prompt has completions of different rewards, so there is no pair to learn from; raise "
                 "samples_per_prompt or prompts_per_round, or start from a model that sometimes succeeds"
             )
-        estimate = estimate_concentrability(u)
-        measured = {
-            "round": float(k), "reward": rewards.nanmean().item(), "pairs": float(len(rows)),
-            "generated_tokens": float(sum(map(len, completion))) if fresh else 0.0,
-            "unscored": float(rewards.isnan().sum()), "concentrability/mean": estimate.mean.item(),
-            "concentrability/max": estimate.maximum.item(), "concentrability/log_mean": estimate.log_mean.item(),
-        }  # fmt: skip
-        if use_probe:
-            right = rewards[ranked.group, first] > rewards[ranked.group, second]
-            differs = rewards[ranked.group, first] != rewards[ranked.group, second]
-            measured["probe/agrees_with_reward"] = (right & differs).sum().item() / max(1, differs.sum().item())
+        measured = {"round": float(k), "pairs": float(len(rows))}
+        if (
+            fresh
+        ):  # samples of the policy as it is: old ones say nothing of its reward, nor of its distance from the start
+            asked = torch.ones(len(samples), dtype=torch.bool)
+            if use_probe and not self.args.probe_audit:
+                asked = taught
+            estimate = estimate_concentrability(u)
+            measured |= {
+                "reward": rewards.nanmean().item(), "unscored": float(rewards[asked].isnan().sum()),
+                "concentrability/mean": estimate.mean.item(), "concentrability/max": estimate.maximum.item(),
+                "concentrability/log_mean": estimate.log_mean.item(),
+            }  # fmt: skip
+        measured["generated_tokens"] = float(sum(map(len, completion))) if fresh else 0.0
+        if use_probe and self.args.probe_audit:
+            gap = rewards[ranked.group, ranked.chosen] - rewards[ranked.group, ranked.rejected]
+            differs = gap.abs() > 0  # false for NaN
+            if differs.any():
+                measured["probe/agrees_with_reward"] = (gap[differs] > 0).float().mean().item()
         return rows, measured
 
     def _sample(self, k: int) -> list[dict[str, Any]]:
         """Prompts of this round, their completions' tokens and rewards, on every process alike."""
-        n, count = len(self.prompts), self.args.prompts_per_round
-        places = torch.arange(k * count, (k + 1) * count)
-        chosen: list[int] = []
-        for epoch in places.div(n, rounding_mode="floor").unique().tolist():
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed + 7919 * (epoch + 1)))
-            chosen += order[places[places.div(n, rounding_mode="floor") == epoch] % n].tolist()
-        rows = [self.prompts[i] for i in chosen]
+        rows = [self.prompts[i] for i in self._places(k)]
+        asked_for = (
+            self._teachers(k) if self.args.labels == "probe" and not self.args.probe_audit else [True] * len(rows)
+        )
         found: list[tuple[int, list[int], list[list[int]], list[float]]] = []
         for numbers, asked, completions in sample_batches(
             self.model, self.tokenizer, [row["prompt"] for row in rows], samples=self.args.samples_per_prompt,
             max_new_tokens=self.args.max_completion_length, temperature=self.args.temperature, top_p=self.args.top_p,
             batch_size=self.args.generation_batch_size, seed=self.args.seed + 1000 * (k + 1),
         ):  # fmt: skip
-            rewards = self._rewards([rows[i] for i in numbers], completions)
-            for j, i in enumerate(numbers):
-                part = slice(j * self.args.samples_per_prompt, (j + 1) * self.args.samples_per_prompt)
-                found.append((i, asked[j], completions[part], rewards[part]))
+            size = self.args.samples_per_prompt
+            parts = {i: completions[j * size : (j + 1) * size] for j, i in enumerate(numbers)}
+            rewards = self._rewards({i: part for i, part in parts.items() if asked_for[i]}, rows)
+            for i, ids in zip(numbers, asked, strict=True):
+                found.append((i, ids, parts[i], rewards.get(i, [math.nan] * size)))
         everything = sorted(gather_object(found)) if PartialState().num_processes > 1 else found
         return [{"prompt_ids": p, "completions": c, "rewards": r} for _, p, c, r in everything]
 
-    def _rewards(self, rows: list[dict[str, Any]], completions: list[list[int]]) -> list[float]:
-        repeated = [row for row in rows for _ in range(self.args.samples_per_prompt)]
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    def _places(self, k: int) -> list[int]:
+        """Rows of the data set that round k samples for: one order of all after the other."""
+        n, count = len(self.prompts), self.args.prompts_per_round
+        places = torch.arange(k * count, (k + 1) * count)
+        epochs = places.div(n, rounding_mode="floor")
+        chosen: list[int] = []
+        for epoch in epochs.unique().tolist():
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed + 7919 * (epoch + 1)))
+            chosen += order[places[epochs == epoch] % n].tolist()
+        return chosen
+
+    def _teachers(self, k: int) -> list[bool]:
+        """Which of round k's prompts teach the probe: those that have taught it in a round before, then the first others."""
+        texts = [repr(prompt) for prompt in self.prompts["prompt"]]
+        known: set[str] = set()
+        keys: list[str] = []
+        for j in range(k + 1) if self.args.resample else (0,):
+            keys = [texts[i] for i in self._places(j)]
+            different = list(dict.fromkeys(keys))
+            new = [key for key in different if key not in known]
+            wanted = min(self.args.probe_prompts, len(different) - 1) - (len(different) - len(new))
+            known |= set(new[: max(0, wanted)])
+        if all(key in known for key in keys):
+            raise ValueError(
+                f"round {k}: each of its prompts has taught the probe, so none is left to rank; give more prompts, or lower "
+                "probe_prompts or rounds"
+            )
+        return [key in known for key in keys]
+
+    def _refuse_long(self, prompts: list[list[int]], completions: list[list[int]]) -> None:
+        limit = self.args.max_length
+        long = 0 if limit is None else sum(len(p) + len(c) > limit for p, c in zip(prompts, completions, strict=True))
+        if long:
+            raise ValueError(
+                f"max_length={limit}: {long} of {len(prompts)} samples are longer and would be cut, in training but not in "
+                f"their rewards; set it to None, or lower max_completion_length={self.args.max_completion_length}"
+            )
+
+    def _rewards(self, completions: dict[int, list[list[int]]], rows: list[dict[str, Any]]) -> dict[int, list[float]]:
+        """Rewards of the completions of each prompt, by its number."""
+        if not completions:
+            return {}
+        size = self.args.samples_per_prompt
+        repeated = [rows[i] for i in completions for _ in range(size)]
+        texts = self.tokenizer.batch_decode(
+            [c for part in completions.values() for c in part], skip_special_tokens=True
+        )
         columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "prompt"}
         asked = [row["prompt"] for row in repeated]
         values = self.reward(asked, [as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
-        return [float("nan") if v is None else float(v) for v in values]
+        scores = [math.nan if v is None else float(v) for v in values]
+        return {i: scores[j * size : (j + 1) * size] for j, i in enumerate(completions)}
 
     def _score(
         self, model: Any, prompts: list[list[int]], completions: list[list[int]], *, hidden: Pooling | None = None
     ) -> tuple[Tensor, Tensor | None]:
         return score_completions(
-            model, prompts, completions, pad=self.tokenizer.pad_token_id, hidden=hidden,
+            model, prompts, completions, pad=pad_token(self.tokenizer), hidden=hidden,
             batch_size=self.args.generation_batch_size,
+            autocast=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
         )  # fmt: skip
 
     def _teach_probe(self, hidden: Tensor, rewards: Tensor) -> None:
@@ -263,10 +363,15 @@ class OnlinePreferenceTrainer:
     def _fit(self, rows: list[dict[str, Any]], k: int) -> None:
         args = copy.copy(self.args)
         args.output_dir, args.save_strategy = str(self._folder / f"{k}"), SaveStrategy.NO  # rounds are saved whole
+        reference = self.reference if self.objective.reference == "fixed" else None
+        if self.objective.reference == "previous":
+            reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        kept = [{name: x for name, x in row.items() if name not in REFERENCE_COLUMNS} for row in rows]
+        self._means = _RoundMeans()
         self._trainer = BandDPOTrainer(
-            model=self.model, args=args, objective=self.objective, probe=self.probe if self.objective.name == "rbrm" else None,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=self.tokenizer, callbacks=self.callbacks, optimizers=(self._optimizer, None),
+            model=self.model, ref_model=reference, args=args, objective=self.objective,
+            probe=self.probe if self.objective.name == "rbrm" else None, train_dataset=Dataset.from_list(kept),
+            processing_class=self.tokenizer, callbacks=[*self.callbacks, self._means], optimizers=(self._optimizer, None),
         )  # fmt: skip
         self._trainer.remove_callback(PrinterCallback)  # `history` has it all
         if self._optimizer_state is not None:
@@ -276,12 +381,11 @@ class OnlinePreferenceTrainer:
         # One optimiser for all rounds: a fresh Adam takes its first steps at full length in every direction, and with a few
         # steps in a round those are most of them.
         self._optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
-        vars(self.model).pop("forward", None)  # TRL patches it for each trainer, one patch over the other
+        for model in (self.model, self.reference):
+            _unprepare(model)
 
     def _save(self, k: int, pairs: list[dict[str, Any]], measured: dict[str, float]) -> None:
-        log = self._trainer.state.log_history[-1]  # the means over the round
-        kept = {n: log[n] for n in log if n in _KEPT or n.startswith("pairs/")}
-        self.history.append(measured | kept | {"steps": float(self._trainer.state.global_step)})
+        self.history.append(measured | self._means.of_round() | {"steps": float(self._trainer.state.global_step)})
         folder = self._folder / f"{k}"
         if PartialState().is_main_process:
             unseal(folder)
@@ -308,9 +412,9 @@ class OnlinePreferenceTrainer:
         saved = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=self.args.trust_remote_code)
         self.model.load_state_dict(saved.state_dict())
         self.history = json.loads((folder / "round.json").read_text())
-        self._optimizer_state = torch.load(folder / "optimizer.pt", map_location=self.args.device, weights_only=True)
+        self._optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         if (folder / "probe.pt").exists():
-            state = torch.load(folder / "probe.pt", map_location=self.args.device, weights_only=True)
+            state = torch.load(folder / "probe.pt", map_location="cpu", weights_only=True)
             self.probe = LayerProbe(*state["weight"].shape).to(self.args.device)
             self.probe.load_state_dict(state)
         return int(folder.name) + 1

@@ -3,13 +3,16 @@
 TRL makes the batch, the forward pass and its metrics, with a loss of weight 0; the log-probs of that pass go into `pair_loss`.
 """
 
+import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 try:
@@ -17,20 +20,24 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl_preference needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
+from bandpo._secrets import HidesSecrets
 from bandpo.integrations._generate import layer_states
+from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
+from bandpo.metrics import PooledSum
 from bandpo.preference.links import as_link
 from bandpo.preference.losses import pair_loss, preference_confidence
 from bandpo.preference.objectives import PREFERENCES, PairObjective, get_pair_objective
 from bandpo.preference.probe import LayerProbe, pool_hidden
 
-_OWN_COLUMNS = ("reward_gap", "ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_OWN_COLUMNS = ("reward_gap", *REFERENCE_COLUMNS)
 _INERT = {"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "reverse_kl", "ld_alpha": None,
           "use_weighting": False}  # fmt: skip
 
 
 @dataclass
-class BandDPOConfig(DPOConfig):
+class BandDPOConfig(HidesSecrets, DPOConfig):
     """`DPOConfig` with a preference `objective`; `beta` and `label_smoothing` follow the objective unless they are set.
 
     Raises:
@@ -89,7 +96,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     """TRL's `DPOTrainer` with the loss of a bandpo preference objective; everything else is inherited.
 
     A data set may hold more than pairs: "reward_gap" for objectives that distil rewards; "ref_chosen_logps" and
-    "ref_rejected_logps", which save the reference model; and "prompt_ids", "chosen_ids", "rejected_ids" instead of text.
+    "ref_rejected_logps", with which no reference model is loaded; and "prompt_ids", "chosen_ids", "rejected_ids" instead of
+    text. Pairs that `max_length` drops or cuts are counted in a warning.
 
     Args:
         model: As in `DPOTrainer`; so are all other arguments.
@@ -102,7 +110,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
 
     Raises:
         TypeError: If `args` is no `BandDPOConfig`.
-        ValueError: If the objective needs a probe and has none, or the other way round.
+        ValueError: If the objective needs a probe and has none, or the other way round; if there are reference log-probs and a
+            reference model, or such log-probs of pairs that `max_length` cuts; if no pair is left, or `max_length` leaves
+            nothing of the difference between chosen and rejected.
 
     Examples:
         >>> BandDPOTrainer.__mro__[2].__name__
@@ -129,7 +139,14 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             if probe is not None and args.probe_learning_rate
             else None
         )
+        self._pooled = {"train": PooledLog(), "eval": PooledLog()}
+        if set(REFERENCE_COLUMNS) <= set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+            if ref_model is not None:
+                raise ValueError("ref_model: the data set holds the reference's log-probs already; give one of the two")
+            args = copy.copy(args)
+            args.precompute_ref_log_probs = True  # they are there, so that TRL need not load a reference
         super().__init__(model, ref_model, args, **kwargs)
+        _warn_of_half_precision(self.model)
         if probe is not None:
             probe.to(self.accelerator.device)
         self.loss_weights = [0.0]
@@ -137,8 +154,12 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names or ()):
-            return dataset
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            found = dataset
+        else:
+            found = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(found, Dataset) and args.max_length is not None:  # a stream is not read ahead
+            _check_cuts(found, len(dataset), args.max_length, dataset_name)
+        return found
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self.objective.reference == "none" or "ref_chosen_logps" in dataset.column_names:
@@ -156,13 +177,17 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             if self.objective.reference == "none":
                 references = (torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device),) * 2
             else:
-                references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                with warnings.catch_warnings():  # TRL reads a property by a name that transformers has given up
+                    warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
+                    references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
+        mode = "train" if self.model.training else "eval"
+        self._pooled[mode].begin(self._metrics[mode])
         recorded = _Recorder(model)
         with self._given_references(), self._hidden_states() as hidden:
             host = super()._compute_loss(recorded, inputs, return_outputs)
         losses, metrics = self._pair_loss(recorded.log_probs, inputs, gap, hidden)
-        self._log_pairs(metrics)
+        self._log_pairs(metrics, len(losses))
         if return_outputs:
             return host[0] + losses.mean(), host[1]
         return host + losses.mean()  # the host's: 0 times its own loss, and a model's auxiliary one
@@ -172,8 +197,9 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         mask = inputs["completion_mask"][:, 1:]
         chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
-        lengths = mask.sum(1).chunk(2)
         extras: dict[str, Tensor] = {}
+        if self.objective.length == "mean":
+            extras |= dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True))
         if self.objective.reference != "none":
             extras |= {f"ref_{s}_logprobs": inputs[f"ref_{s}_logps"] for s in ("chosen", "rejected")}
         confidence, probe_metrics = self._confidence(hidden, inputs["completion_mask"])
@@ -182,9 +208,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         elif gap is not None and self.objective.needs_gap and not self.objective.label_smoothing:
             extras["reward_gap"] = gap
         losses, metrics = pair_loss(
-            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1], **extras,
-        )  # fmt: skip
+            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, **extras
+        )
         return losses, metrics | probe_metrics
 
     def _confidence(self, hidden: list[Tensor], mask: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -221,15 +246,82 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             return nullcontext([])
         return layer_states(self.accelerator.unwrap_model(self.model))
 
-    def _log_pairs(self, metrics: dict[str, Tensor]) -> None:
-        """Our metrics into TRL's log; implicit rewards take the place of TRL's, which know no link."""
-        log = self._metrics["train" if self.model.training else "eval"]
-        values = self.accelerator.gather(torch.stack([v.float() for v in metrics.values()]).unsqueeze(0)).mean(0)
-        for name, value in zip(metrics, values.tolist(), strict=True):
-            if name.startswith("rewards/"):
-                log[name][-1] = value
-            else:
-                log[f"pairs/{name}"].append(value)
+    def _log_pairs(self, metrics: dict[str, Tensor], pairs: int) -> None:
+        """Our metrics into TRL's log, pooled over processes and micro-batches.
+
+        Implicit rewards take the place of TRL's, which know no link.
+        """
+        mode = "train" if self.model.training else "eval"
+        log, pooled = self._metrics[mode], self._pooled[mode]
+        every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
+        used = (every * (1 - metrics["nonfinite_fraction"])).round()
+        sums: dict[str, PooledSum] = {}
+        for name, value in metrics.items():
+            count = every if name == "nonfinite_fraction" or name.startswith("probe/") else used
+            total = torch.where(count > 0, value * count, 0.0)
+            sums[name if name.startswith("rewards/") else f"pairs/{name}"] = PooledSum(total, count)
+        for name, total in over_processes(self.accelerator, sums).items():
+            pooled.put(log, name, total)
+
+    def state_to_keep(self) -> dict[str, Any]:
+        kept = {
+            "metrics": dict(self._metrics["train"]), "pooled": self._pooled["train"].parts,
+            "tokens": self._total_train_tokens,
+        }  # fmt: skip
+        if self.probe is not None and self._probe_optimizer is not None:  # it is trained along with the policy
+            kept |= {"probe": self.probe.state_dict(), "probe_optimizer": self._probe_optimizer.state_dict()}
+        return kept
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        self._metrics["train"].update(checked_metrics(state["metrics"]))
+        self._pooled["train"].load(state["pooled"])
+        self._total_train_tokens = state["tokens"]
+        if self.probe is not None and self._probe_optimizer is not None:
+            self.probe.load_state_dict(state["probe"])
+            self._probe_optimizer.load_state_dict(state["probe_optimizer"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        without_empty(self._metrics["train" if self.model.training else "eval"])
+        super().log(logs, start_time)
+
+
+def _check_cuts(data: Dataset, given: int, max_length: int, name: str) -> None:
+    """Say what `max_length` does to the pairs, and refuse what would make them wrong."""
+    if not len(data):
+        raise ValueError(
+            f"{name} set: none of {given} pairs is left, each prompt fills max_length={max_length}; raise it"
+        )
+    columns = zip(data["prompt_ids"], data["chosen_ids"], data["rejected_ids"], strict=True)
+    rooms = [(max_length - len(p), c, r) for p, c, r in columns]
+    cut = [(room, c, r) for room, c, r in rooms if max(len(c), len(r)) > room]
+    if cut and set(REFERENCE_COLUMNS) <= set(data.column_names):
+        raise ValueError(
+            f"{name} set: {len(cut)} of {given} pairs are longer than max_length={max_length}, and their reference log-probs "
+            "are of the whole completions; raise max_length, or set it to None"
+        )
+    same = sum(c != r and c[: max(room, 0)] == r[: max(room, 0)] for room, c, r in cut)
+    if same:
+        raise ValueError(
+            f"{name} set: of {same} of {given} pairs max_length={max_length} leaves the same text as chosen and as rejected; "
+            "raise it, or set it to None"
+        )
+    if cut or len(data) < given:
+        warnings.warn(
+            f"{name} set: max_length={max_length} drops {given - len(data)} of {given} pairs, whose prompts fill it, and cuts "
+            f"{len(cut)}.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_half_precision(model: Any) -> None:
+    """Weights that are trained in half precision lose most of a usual update."""
+    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if half:
+        warnings.warn(
+            f"Weights are trained in {', '.join(str(d).removeprefix('torch.') for d in half)}: an update below about 1/500 of "
+            "a weight is rounded away. Load the model in float32 (dtype=torch.float32); bf16=True still computes in bfloat16.",
+            stacklevel=3,
+        )
 
 
 class _Recorder:

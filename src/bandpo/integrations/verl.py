@@ -10,6 +10,7 @@
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +25,10 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.9: pip install 'bandpo[verl]' ({error})") from error
 
+from bandpo._inputs import as_mask
 from bandpo.composition import Objective
 from bandpo.integrations._overrides import Overrides
-from bandpo.metrics import policy_metrics
+from bandpo.metrics import averaged_by_host, policy_sums
 from bandpo.objectives import OBJECTIVES, get_objective
 from bandpo.surrogates import clip, dual_clip
 from bandpo.tokens import TokenObjective, token_objective
@@ -92,18 +94,24 @@ def loss(
     Returns:
         The loss as `agg_loss` scales it for data parallelism, and metrics: floats under `actor/band/`, and verl's own two.
     """
-    assert config is not None, "verl passes the actor's configuration"
+    if config is None:
+        raise ValueError(
+            "config is None: the objective, its radius and verl's scaling come from the actor's configuration. verl passes it; "
+            "a call of your own needs config=ActorConfig(...)"
+        )
     objective = _objective(config, name)
-    valid = response_mask != 0
+    valid = as_mask(response_mask, "response_mask")
     terms = token_objective(
         objective, logprobs=log_prob, old_logprobs=old_log_prob, rollout_logprobs=old_log_prob, advantages=advantages,
         mask=valid,
     )  # fmt: skip
-    value = terms.value.expand(valid.shape)
-    if rollout_is_weights is not None:
-        value = value * rollout_is_weights
+    value = terms.value
+    if rollout_is_weights is not None:  # NaN or infinite: left out, as every number of a token
+        finite = rollout_is_weights.isfinite()
+        value = value * torch.where(finite, rollout_is_weights, 0.0)
+        terms = terms._replace(nonfinite=terms.nonfinite | (valid & ~finite))
     total = agg_loss(-value, response_mask, loss_agg_mode, **config.global_batch_info)
-    return total, _metrics(terms, valid, objective)
+    return total, _metrics(terms, valid, objective, ranks=config.global_batch_info.get("dp_size") or 1)
 
 
 def register() -> None:
@@ -114,17 +122,25 @@ def register() -> None:
             register_policy_loss(f"bandpo:{name}")(partial(loss, name))
 
 
-def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective) -> dict[str, Any]:
-    report = policy_metrics(
+def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective, *, ranks: int) -> dict[str, float]:
+    """Metrics of this micro-batch; verl averages them over micro-batches and ranks.
+
+    A metric without a number is left out. verl refuses that on several ranks, each must report the same names: there shares of
+    few tokens are shares of all tokens, which always have a number where a token is valid.
+    """
+    sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
-        bounds=terms.bounds, bounds_of=objective.bounds,
+        bounds=terms.bounds, bounds_of=objective.bounds, weights=terms.weights, nonfinite=terms.nonfinite,
     )  # fmt: skip
-    values = torch.stack([x.float() for x in report.values()]).tolist()  # one synchronisation
-    found = {f"actor/band/{name}": value for name, value in zip(report, values, strict=True)}
-    found["actor/pg_clipfrac"] = found["actor/band/clip_fraction/any"]
     log_ratio = terms.log_ratio.detach().expand(valid.shape)
-    found["actor/ppo_kl"] = (-(log_ratio * valid).sum() / valid.sum().clamp_min(1)).item()
-    return found
+    used = valid & ~terms.nonfinite
+    report = averaged_by_host(sums) if ranks > 1 else {name: found.value() for name, found in sums.items()}
+    found = {f"actor/band/{name}": value for name, value in report.items()} | {
+        "actor/pg_clipfrac": sums["clip_fraction/any"].value(),
+        "actor/ppo_kl": -torch.where(used, log_ratio, 0.0).sum() / used.sum(),
+    }
+    values = torch.stack([x.float() for x in found.values()]).tolist()  # one synchronisation
+    return {name: v for name, v in zip(found, values, strict=True) if ranks > 1 or not math.isnan(v)}
 
 
 def _objective(config: ActorConfig, name: str | None) -> Objective:

@@ -5,6 +5,7 @@ difference has the claimed sign on all of them at 5%, in part if on some and the
 absence of a difference counts against a claim, and its interval says how large a difference was not seen.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
 from bandpo.lab.exact import largest_shift, updates_to_common
 from bandpo.lab.stats import Difference, number, paired
+from bandpo.lab.summary import common_seeds
 
 HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
     "holds", "holds in part", "does not hold", "does not hold, the opposite is seen", "not testable here",
@@ -71,12 +73,12 @@ def duels(summary: Mapping[str, Any], variant: str = "") -> dict[str, dict[str, 
         values = results.get("values", {})
         for measure in [m for m in next(iter(values.values()), {}) if m.startswith(("mean@", "pass@"))]:
             pairs = {
-                (band, rival): (values[band + variant][measure], values[rival + variant][measure])
+                (band, rival): _pair(results, measure, band + variant, rival + variant)
                 for band in BANDS
                 for rival in RIVALS
                 if band + variant in values and rival + variant in values
             }
-            if pairs:
+            if pairs := {names: pair for names, pair in pairs.items() if pair[0]}:
                 found.setdefault(task, {})[measure] = paired(pairs)
     return found
 
@@ -107,6 +109,8 @@ def _trained(
     if not found:
         return Claim(text, source, UNMEASURED, [f"needs {first} and {second} on more than one seed"])
     evidence = [_say(f"{task}, {name}", d) for (task, name), d in found.items()]
+    if any(math.isnan(d.mean.value) for d in found.values()):
+        return Claim(text, source, UNMEASURED, [f"a run of {first} or {second} diverged", *evidence])
     tuned = _on_tasks(summary, measure, f"{first} tuned", f"{second} tuned")
     evidence += [_say(f"{task}, {name}, both tuned", d) for (task, name), d in tuned.items()]
     fewest = min(d.pairs for d in found.values())
@@ -119,15 +123,24 @@ def _on_tasks(summary: Mapping[str, Any], measure: str, first: str, second: str)
     pairs: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for task, results in summary["tasks"].items():
         values = results.get("values", {})
-        if first in values and second in values and len(values[first]["entropy"]) > 1:
+        if first in values and second in values:
             name = next(m for m in values[first] if m.startswith(measure))
-            pairs[task, name] = (values[first][name], values[second][name])
+            pair = _pair(results, name, first, second)
+            if len(pair[0]) > 1:
+                pairs[task, name] = pair
     return paired(pairs)
+
+
+def _pair(results: Mapping[str, Any], measure: str, first: str, second: str) -> tuple[list[float], list[float]]:
+    """Values of two arms of a task on the seeds that both have."""
+    values = results["values"]
+    seeds = results.get("seeds") or {arm: range(len(values[arm][measure])) for arm in (first, second)}
+    return common_seeds(values[first][measure], seeds[first], values[second][measure], seeds[second])
 
 
 def _say(where: str, d: Difference) -> str:
     value, low, high = (number(x, "+.3f") for x in (d.mean.value, d.mean.low, d.mean.high))
-    return f"{where}: {value} [{low}, {high}], p = {d.p_holm:.2g}"
+    return f"{where}: {value} [{low}, {high}], p = {number(d.p_holm, '.2g')}"
 
 
 def _bottleneck() -> Claim:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bandpo.advantages import group_advantages
 from bandpo.bounds import Bounds, RatioBounds
 from bandpo.composition import Objective
 from bandpo.tokens import token_objective
@@ -135,11 +136,7 @@ def run_tree(
             discovery = torch.where((ways == 0).all(-1).any(1) & (discovery == batches), batch, discovery)
             if noise:
                 rewards = torch.where(torch.rand(rewards.shape, generator=g) < noise, 1 - rewards, rewards)
-            grouped = rewards.view(seeds, queries, group)
-            a = grouped - grouped.mean(-1, keepdim=True)
-            if objective.advantage == "std":
-                a = a / (grouped.std(-1, keepdim=True) + 1e-4)
-            advantages = a.view(seeds, rows)
+            advantages = group_advantages(rewards.flatten(), group, kind=objective.advantage).view(seeds, rows)
             order = torch.rand(seeds, epochs, rows, generator=g).argsort(-1)
         for epoch in range(epochs):
             for part in order[:, epoch].chunk(minibatches, 1):

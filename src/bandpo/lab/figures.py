@@ -28,7 +28,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
             strict=True,
         ):
             for (label, found), colour in zip(curves.items(), _COLOURS, strict=False):
-                mean, low, high = found[name]
+                mean, low, high = np.array(found[name], dtype=float)  # None, as JSON has NaN, is NaN here
                 panel.plot(mean, color=colour, lw=1.5, label=label)
                 panel.fill_between(range(len(mean)), low, high, color=colour, alpha=0.12, lw=0)
             panel.set(title=title, ylabel=unit, xlabel="rollout")
@@ -48,7 +48,10 @@ def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, mea
         figure = Figure(figsize=(7.6, 0.9 + 0.28 * len(differences)), layout="constrained")
         axes = figure.subplots()
         for i, found in enumerate(differences.values()):
-            mean, clear = found["mean"], found["p_holm"] < 0.05
+            mean, clear = found["mean"], (found["p_holm"] or 0.0) < 0.05 and found["p_holm"] is not None
+            if mean["value"] is None:  # a run diverged
+                axes.text(0.0, i, "no number: a run diverged", color=ORANGE, va="center", fontsize=7)
+                continue
             colour = GREY if not clear else BLUE if mean["value"] > 0 else ORANGE
             axes.plot([mean["low"], mean["high"]], [i, i], color=colour, lw=2)
             axes.plot(mean["value"], i, "o", color=colour, mfc=colour if clear else "white")
@@ -65,11 +68,12 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.1 + 0.27 * len(clip)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        top = max([0.3, *(share for found in clip.values() for side in ("high", "low") for share in found[side])])
+        shares = np.array([[found[side] for side in ("high", "low")] for found in clip.values()], dtype=float)
+        top = np.nanmax([0.3, *shares.ravel()])
         for axes, side, title in zip(
             panels, ("high", "low"), ("A > 0, above the upper bound", "A < 0, below the lower bound"), strict=True
         ):
-            grid = np.array([found[side] for found in clip.values()])
+            grid = np.array([found[side] for found in clip.values()], dtype=float)
             picture = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
             for (i, j), value in np.ndenumerate(grid):
                 if value >= 0.005:

@@ -21,7 +21,7 @@ from bandpo.lab.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.stack import Adam, Rollout, Stack
 from bandpo.lab.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
-from bandpo.metrics import PROB_BINS, pass_at_k, policy_metrics
+from bandpo.metrics import PROB_BINS, pass_at_k, policy_sums
 from bandpo.tokens import token_objective
 
 
@@ -211,16 +211,14 @@ class Loop:
 
     @torch.no_grad()
     def _count(self, run: int, terms: Any, mask: Tensor) -> None:
-        report = policy_metrics(
+        sums = policy_sums(
             log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds,
+            bounds=terms.bounds, nonfinite=terms.nonfinite,
         )  # fmt: skip
-        total = mask.sum()
         for j, name in enumerate(PROB_BINS):
-            n = report[f"token_fraction_by_prob/{name}"] * total
             for side, key in enumerate(("low", "high")):
-                self._counts[run, side, j] += (report[f"clip_fraction_by_prob/{key}/{name}"] * n).nan_to_num()
-            self._counts[run, 2, j] += n
+                self._counts[run, side, j] += sums[f"clip_fraction_by_prob/{key}/{name}"].numerator
+            self._counts[run, 2, j] += sums[f"token_fraction_by_prob/{name}"].numerator
 
     def _prompts(self) -> Tensor:
         picked = [torch.randint(len(self.problem.prompts), (self.setting.prompts,), generator=g) for g in self.draws]

@@ -2,20 +2,18 @@
 
 import hashlib
 import json
-import os
-import shutil
 import string
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bandpo._cache import cache_root, is_usable, sole_maker, store
+from bandpo._files import write_json
 from bandpo.lab.tasks import TASKS, Row, make_splits
 
 Progress = Callable[[int, float], None]
@@ -60,34 +58,40 @@ class WarmUp:
         task = TASKS[self.task]
         decides = [_FORMAT, asdict(self), dict(task.config), task.train_size]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-        root = os.environ.get("BANDPO_CACHE") or platformdirs.user_cache_dir("bandpo")
-        return Path(root) / "warmup" / f"{self.task}-{key}"
+        return cache_root() / "warmup" / f"{self.task}-{key}"
 
 
-def warmed_up_model(warm_up: WarmUp, report: Progress | None = None) -> Path:
-    """Folder of the warmed-up model and its tokenizer, made on the first call for a config.
+def warmed_up_model(
+    warm_up: WarmUp, report: Progress | None = None, say: Callable[[str], object] = lambda _: None
+) -> Path:
+    """Folder of the warmed-up model and its tokenizer, made on the first call for a config, or if it was damaged.
 
     Args:
         warm_up: The config.
         report: Called with (step, loss) now and then.
+        say: Takes messages.
+
+    Raises:
+        RunError: If the cache has no such model and cannot be written.
     """
-    if (warm_up.path / "model.safetensors").exists():
-        return warm_up.path
-    tokenizer = build_tokenizer()
-    model = build_model(warm_up, tokenizer)
-    _learn(model, tokenizer, warm_up, report)
-    warm_up.path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved in one step: a killed run leaves no half model behind, and of two at once one wins.
-    aside = Path(tempfile.mkdtemp(dir=warm_up.path.parent, prefix=".making-"))
-    try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        (aside / "warmup.json").write_text(json.dumps(asdict(warm_up), indent=1) + "\n")
-        if not warm_up.path.exists():
-            aside.rename(warm_up.path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return warm_up.path
+    path = warm_up.path
+    if is_usable(path, say):
+        return path
+    with sole_maker(path, say):
+        if is_usable(path, lambda _: None):  # another process has just made it
+            return path
+        say(f"warming up a small model on {warm_up.task} by supervised learning (once; cached)")
+        tokenizer = build_tokenizer()
+        model = build_model(warm_up, tokenizer)
+        _learn(model, tokenizer, warm_up, report)
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            write_json(folder / "warmup.json", asdict(warm_up))
+
+        store(path, save)
+    return path
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

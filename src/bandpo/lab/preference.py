@@ -75,14 +75,14 @@ def concentrability_over_epochs(
             for step in range(1, max(epochs) + 1):
                 logp = logits.log_softmax(-1)
                 losses, _ = pair_loss(
-                    chosen_logprobs=_at(logp, drawn.prompts, chosen),
-                    rejected_logprobs=_at(logp, drawn.prompts, rejected),
-                    ref_chosen_logprobs=_at(ref, drawn.prompts, chosen),
-                    ref_rejected_logprobs=_at(ref, drawn.prompts, rejected),
+                    chosen_logprobs=_at(logp, drawn.prompts, chosen).flatten(),
+                    rejected_logprobs=_at(logp, drawn.prompts, rejected).flatten(),
+                    ref_chosen_logprobs=_at(ref, drawn.prompts, chosen).flatten(),
+                    ref_rejected_logprobs=_at(ref, drawn.prompts, rejected).flatten(),
                     objective=PREFERENCES[name].replace(beta=beta),
                 )
                 optimizer.zero_grad()
-                losses.mean(-1).sum().backward()  # each seed's own mean: Adam sees them apart
+                losses.view(seeds, -1).mean(-1).sum().backward()  # each seed's own mean: Adam sees them apart
                 optimizer.step()
                 if step in epochs:
                     now = logits.detach().log_softmax(-1)

@@ -73,7 +73,7 @@ def rerank_against_online(
                 warnings.simplefilter("ignore")
                 args = OnlinePreferenceConfig(
                     folder, rounds=rounds, prompts_per_round=prompts, samples_per_prompt=8, pairs_per_prompt=4, seed=seed,
-                    probe_prompts=probe_prompts, max_completion_length=LENGTH + 1, generation_batch_size=512,
+                    probe_prompts=probe_prompts, probe_audit=True, max_completion_length=LENGTH + 1, generation_batch_size=512,
                     per_device_train_batch_size=64, learning_rate=5e-4, lr_scheduler_type="constant", use_cpu=True,
                     bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True, logging_steps=10_000,
                     **ARMS[name],

@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bandpo._files import read_jsonl
+from bandpo._errors import RunError
+from bandpo._files import read_jsonl, write_json
+from bandpo._secrets import redact_arguments
+from bandpo.lab.backends import processes
+
+_OPTIONS = "options.json"
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -31,7 +35,10 @@ def selection_on_the_main_job(
     folder: Path, *, seeds: int = 3, jobs: int = 2, arms: Sequence[str] = tuple(ARMS), options: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train every arm on every seed, and collect reward, tokens and seconds; a run whose folder is complete is not made again.
+    """Train every arm on every seed, and collect reward, tokens and seconds.
+
+    A run that has its result is not made again, and one that was killed is resumed. A run that fails is named, and the others
+    are made.
 
     Args:
         folder: A folder for the runs.
@@ -42,42 +49,66 @@ def selection_on_the_main_job(
         say: Takes a line for each run that ends.
 
     Returns:
-        For each arm and seed: mean@k before and after, update tokens, sampled tokens, seconds of the update phase.
+        For each arm and seed: mean@k before and after, update tokens, sampled tokens, seconds of the update phase; and under
+        `failures` a line for each run that has none.
+
+    Raises:
+        ValueError: If the folder has runs of other options.
     """
-    todo = [(arm, seed) for seed in range(seeds) for arm in arms]
+    todo = [_run(folder, arm, seed, options) for seed in range(seeds) for arm in arms]
+    for run in todo:
+        _check_options(run)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    failures: list[str] = []
+    for run, made in processes(todo, train_and_measure, jobs, say):
+        name = f"{run['arm']}, seed {run['seed']}"
+        if isinstance(made, Exception):
+            failures.append(f"{name}: {made}")
+            say(f"failed: {failures[-1]}")
+            continue
+        found[run["arm"], run["seed"]] = made
+        say(f"{name}: {made['before']:.3f} -> {made['after']:.3f}, {made['tokens'] / 1e3:.0f}k update tokens, "
+            f"{made['update_seconds']:.0f} s of updates")  # fmt: skip
+    table = {arm: [found[arm, seed] for seed in range(seeds) if (arm, seed) in found] for arm in arms}
+    return {"seeds": seeds, "jobs": jobs, "options": list(options), "arms": table, "failures": failures}
 
-    def run(job: tuple[str, int]) -> dict[str, Any]:
-        arm, seed = job
-        place = folder / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
-        if not (place / "evaluation.json").exists():
-            command = [
-                sys.executable,
-                "-m",
-                "bandpo",
-                "train",
-                "--seed",
-                str(seed),
-                "--output_dir",
-                str(place),
-                *options,
-            ]
-            for name, value in ARMS[arm].items():
-                command += [f"--{name}", json.dumps(value)]
-            quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        found = measure(place)
-        say(f"{arm}, seed {seed}: {found['before']:.3f} -> {found['after']:.3f}, {found['tokens'] / 1e3:.0f}k update tokens, "
-            f"{found['update_seconds']:.0f} s of updates")  # fmt: skip
-        return found
 
-    with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(run, todo))
-    table: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for (arm, _), found in zip(todo, results, strict=True):
-        table[arm].append(found)
-    return {"seeds": seeds, "jobs": jobs, "options": list(options), "arms": table}
+def _run(folder: Path, arm: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
+    place = folder / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
+    command = ["--seed", str(seed), *options]
+    for name, value in ARMS[arm].items():
+        command += [f"--{name}", json.dumps(value)]
+    return {"arm": arm, "seed": seed, "place": place, "options": command}
+
+
+def _check_options(run: dict[str, Any]) -> None:
+    """A folder keeps the options of its run, so that a result of others is not taken for it."""
+    kept = run["place"] / _OPTIONS
+    wanted = redact_arguments(run["options"])
+    if kept.exists() and (found := json.loads(kept.read_text())) != wanted:
+        raise ValueError(
+            f"{run['place']} has a run with the options {' '.join(map(str, found))}, and not {' '.join(wanted)}: choose "
+            "another --output, or delete it"
+        )
+
+
+def train_and_measure(run: dict[str, Any]) -> dict[str, Any]:
+    """Make one run in a process of its own, or go on with it, unless its result is there; what `measure` finds.
+
+    Args:
+        run: As `selection_on_the_main_job` describes it.
+    """
+    place: Path = run["place"]
+    if not (place / "report.html").exists():  # it is written last
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / _OPTIONS, redact_arguments(run["options"]))
+        command = [sys.executable, "-m", "bandpo", "train", *run["options"], "--output_dir", str(place),
+                   "--resume_from_checkpoint", "latest"]  # fmt: skip
+        quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
+        if done.returncode:
+            raise RunError(f"`bandpo train` ended with status {done.returncode}: {done.stderr[-2000:].strip()}")
+    return measure(place)
 
 
 def measure(place: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Statistics of paired runs: interquartile means with BCa intervals, permutation tests, Holm's correction, effect sizes."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,17 +39,21 @@ class Difference(NamedTuple):
 
 
 def iqm(values: Sequence[float] | Floats, axis: int = -1) -> Any:
-    """Interquartile mean: the mean of the middle half (Agarwal et al., arXiv:2108.13264).
+    """Interquartile mean: the mean of the middle half (Agarwal et al., arXiv:2108.13264); NaN if a value is no number.
 
     Examples:
         >>> float(iqm([0.0, 1.0, 2.0, 100.0]))
         1.5
     """
-    return stats.trim_mean(np.asarray(values, dtype=np.float64), 0.25, axis=axis)
+    x = np.asarray(values, dtype=np.float64)
+    # Trimming would cut NaN off as if it were a large value, and infinities too.
+    return np.where(np.isfinite(x).all(axis), stats.trim_mean(x, 0.25, axis=axis), np.nan)[()]
 
 
 def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, seed: int = 0) -> Interval:
     """Estimate with a BCa bootstrap interval at 95%; the interval is the point itself where all values agree.
+
+    One value that is no number makes all three NaN: a run that diverged is not averaged away.
 
     Args:
         values: One for each run.
@@ -56,24 +61,26 @@ def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, se
         seed: Of the resampling.
     """
     x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).all():
+        return Interval(math.nan, math.nan, math.nan)
     value = float(statistic(x, axis=-1))
     if len(x) < 3:
         return Interval(value, math.nan, math.nan)
     if np.ptp(x) == 0:
         return Interval(value, value, value)
-    found = stats.bootstrap(
-        (x,), statistic, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(seed), vectorized=True
-    ).confidence_interval
-    if math.isnan(found.low) or math.isnan(found.high):  # BCa has no acceleration where the jackknife is constant
+    low, high = _bootstrap(x, statistic, "BCa", seed)
+    if math.isnan(low) or math.isnan(high):  # BCa has no acceleration where the jackknife is constant
+        low, high = _bootstrap(x, statistic, "percentile", seed)
+    return Interval(value, low, high)
+
+
+def _bootstrap(x: Floats, statistic: Callable[..., Any], method: str, seed: int) -> tuple[float, float]:
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller takes another method then
         found = stats.bootstrap(
-            (x,),
-            statistic,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-            vectorized=True,
-        ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+            (x,), statistic, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(seed), vectorized=True
+        ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int = 0) -> dict[str, Difference]:
@@ -110,6 +117,9 @@ def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed
             raise ValueError(f"{name}: {len(first)} and {len(second)} runs cannot be paired")
         difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
         count = len(difference)
+        if not np.isfinite(difference).all():  # a run diverged: there is no difference to test
+            found[name] = (Interval(math.nan, math.nan, math.nan), math.nan, math.nan, count)
+            continue
         deviation = float(np.std(difference, ddof=1)) if count > 1 else math.nan
         mean = float(difference.mean())
         effect = mean / deviation if deviation else (0.0 if mean == 0 else math.copysign(math.inf, mean))
@@ -124,14 +134,16 @@ def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction.
+    """Holm's step-down correction. A test without a p-value (NaN) stays without, and counts as one that was made.
 
     Examples:
         >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
+        >>> holm([0.01, math.nan])
+        [0.02, nan]
     """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected, largest = [0.0] * len(p_values), 0.0
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    corrected, largest = [math.nan] * len(p_values), 0.0
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest

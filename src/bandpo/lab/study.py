@@ -6,7 +6,6 @@ others go on.
 """
 
 import functools
-import json
 import math
 import time
 import traceback
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bandpo._files import write_text
+from bandpo._files import read_checked_json, write_checked_json, write_text
+from bandpo._secrets import redact_text
 from bandpo.composition import Objective
 from bandpo.lab.backends import BACKENDS
 from bandpo.lab.loop import Loop, Run, Setting
@@ -58,7 +58,7 @@ class Study:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text())
+            found = read_checked_json(path)
             return {"result": found["result"], "seconds": found["seconds"]}
         except (ValueError, KeyError, TypeError):
             self.say(f"  {path} is damaged: the run is made again")
@@ -81,7 +81,7 @@ class Study:
         if not stacks:
             return
         started, done = time.monotonic(), 0
-        for stack, made in self.backend(stacks, run_stack, self.workers):
+        for stack, made in self.backend(stacks, run_stack, self.workers, self.say):
             self._keep(stack, made, what)
             done += len(stack)
             left = (time.monotonic() - started) * (len(missing) - done) / done
@@ -90,21 +90,24 @@ class Study:
     def _keep(self, stack: list[Job], made: list[dict[str, Any]] | Exception, what: str) -> None:
         error = self.folder / "runs" / f"{stack[0].key}.error"
         if isinstance(made, Exception):
-            error.write_text("".join(traceback.format_exception(made)))
-            self.failures.append(f"{what}, {stack[0].arm.label} and others: {made!r}")
+            write_text(error, redact_text("".join(traceback.format_exception(made))))
+            self.failures.append(redact_text(f"{what}, {stack[0].arm.label} and others: {made}"))
             self.say(f"  failed: {self.failures[-1]}")
             return
         for job, row in zip(stack, made, strict=True):
-            write_text(self.folder / "runs" / f"{job.key}.json", json.dumps({"config": asdict(job), **row}))
+            write_checked_json(self.folder / "runs" / f"{job.key}.json", {"config": asdict(job), **row})
         error.unlink(missing_ok=True)
 
     def tuned(self, plan: Plan, task: str, objective: str) -> Arm | None:
-        """The arm of the grid with the best mean@k over the tuning seeds, the first of equals."""
+        """The arm of the grid with the best mean@k over the tuning seeds, the first of equals.
+
+        One without all of its runs is not chosen, nor one with a run that diverged.
+        """
         seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
         means: dict[Arm, float] = {}
         for arm in tuning_arms(plan, objective):
             found = [self.result(job) for job in jobs_of(plan, task, [arm], list(seeds))]
-            if found and all(r is not None for r in found):
+            if found and all(r is not None and not diverged(r) for r in found):
                 means[arm] = float(np.mean([score(r) for r in found if r is not None]))
         return max(means, key=means.__getitem__) if means else None
 
@@ -112,6 +115,12 @@ class Study:
 def score(result: Mapping[str, Any]) -> float:
     """What tuning maximises: mean@k at the end."""
     return next(v for k, v in result["after"].items() if k.startswith("mean@"))
+
+
+def diverged(result: Mapping[str, Any]) -> bool:
+    """Whether a run has a number that is none, NaN or infinite, in its curves or at its end."""
+    numbers = [*result.get("reward", ()), *result.get("entropy", ()), *result["after"].values()]
+    return not all(math.isfinite(x) for x in numbers)
 
 
 def run_stack(jobs: list[Job]) -> list[dict[str, Any]]:

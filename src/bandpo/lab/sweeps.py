@@ -1,17 +1,17 @@
 """The bandit over its planes: reuse x rarity, learning rate x width, staleness, δ x cap, and how hard a region is to tune."""
 
 import dataclasses
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from bandpo._errors import RunError
 from bandpo.bounds import Band, Clip
 from bandpo.composition import Objective
 from bandpo.divergences import KL
+from bandpo.lab.backends import processes
 from bandpo.lab.exact import Outcome, Tree, run_tree
 from bandpo.lab.plan import matched, scaled
 from bandpo.objectives import OBJECTIVES
@@ -173,14 +173,23 @@ def sweep(names: Sequence[str], seeds: int, workers: int = 1) -> dict[str, Any]:
         seeds: Of a cell.
         workers: Processes.
     """
-    parts: dict[str, tuple[Any, ...]] = {  # the longest first
-        "regimes": (regimes, names, seeds), "planes": (planes, names, seeds), "staleness": (staleness, names, seeds),
-        "tuning": (ease_of_tuning, seeds), "radius and cap": (radius_and_cap, seeds),
-    }  # fmt: skip
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        waiting = {name: pool.submit(*part) for name, part in parts.items()}
-        return {"seeds": seeds, **{name: future.result() for name, future in waiting.items()}}
+    parts: list[tuple[str, tuple[Any, ...]]] = [  # the longest first
+        ("regimes", (names, seeds)), ("planes", (names, seeds)), ("staleness", (names, seeds)), ("tuning", (seeds,)),
+        ("radius and cap", (seeds,)),
+    ]  # fmt: skip
+    found: dict[str, Any] = {}
+    for (name, _), made in processes(parts, _part, workers):
+        if isinstance(made, Exception):
+            raise RunError(f"the sweep {name!r} of the bandit failed: {made}") from made
+        found[name] = made
+    return {"seeds": seeds, **{name: found[name] for name, _ in parts}}
 
 
-def _one_thread() -> None:
+def _part(part: tuple[str, tuple[Any, ...]]) -> dict[str, Any]:
     torch.set_num_threads(1)
+    name, arguments = part
+    makers: dict[str, Callable[..., dict[str, Any]]] = {
+        "regimes": regimes, "planes": planes, "staleness": staleness, "tuning": ease_of_tuning,
+        "radius and cap": radius_and_cap,
+    }  # fmt: skip
+    return makers[name](*arguments)

@@ -3,20 +3,21 @@
 import hashlib
 import json
 import math
-import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch.nn import functional as F
 
+from bandpo._cache import cache_root, is_usable, sole_maker, store
 from bandpo.lab.models import WarmUp, build_model, build_tokenizer
 from bandpo.lab.problems import PAD, PROBLEMS, Problem
 from bandpo.lab.stack import Adam, Stack
 
 _FORMAT = 1  # part of the cache's key: raise it when what is built from the same config changes
+
+_WEIGHTS = "weights.pt"
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,41 @@ class Checkpoint:
         data = hashlib.sha256(problem.demonstrations.numpy().tobytes()).hexdigest()
         steps = problem.warm_up_steps if self.steps is None else self.steps
         decides = json.dumps([_FORMAT, asdict(self), steps, data], sort_keys=True)
-        root = os.environ.get("BANDPO_CACHE") or platformdirs.user_cache_dir("bandpo")
-        return Path(root) / "lab" / f"{self.problem}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.pt"
+        return cache_root() / "lab" / f"{self.problem}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
 
 
-def warmed_up(checkpoints: list[Checkpoint]) -> Stack:
-    """A stack with one run for each checkpoint, all of one problem and size; those not in the cache are made together."""
-    missing = list(dict.fromkeys(c for c in checkpoints if not c.path.exists()))
-    tokenizer = build_tokenizer()
+def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = print) -> Stack:
+    """A stack with one run for each checkpoint, all of one problem and size; those not in the cache are made together.
 
-    def fresh(c: Checkpoint) -> object:
-        size = WarmUp(hidden_size=c.hidden_size, layers=c.layers, seed=c.seed)
-        return build_model(size, tokenizer)
+    Args:
+        checkpoints: One for each run.
+        say: Takes a message for each that is damaged and made again, and for a wait.
 
-    if missing:
-        stack = Stack.load([fresh(c) for c in missing])
-        _learn(stack, missing, PROBLEMS[missing[0].problem]())
-        for run, checkpoint in enumerate(missing):
-            checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=checkpoint.path.parent, delete=False) as aside:
-                torch.save({name: w[run].clone() for name, w in stack.weights.items()}, aside)
-            Path(aside.name).replace(checkpoint.path)
-    loaded = [torch.load(c.path, weights_only=True) for c in checkpoints]
-    shape = Stack.load([fresh(checkpoints[0])]).shape
-    return Stack({name: torch.stack([state[name] for state in loaded]) for name in loaded[0]}, shape)
+    Raises:
+        RunError: If one is not in the cache, and the cache cannot be written.
+    """
+    wanted = list(dict.fromkeys(checkpoints))
+    usable = [is_usable(c.path, say) for c in wanted]
+    if not all(usable):
+        with sole_maker(wanted[0].path.with_name(wanted[0].problem), say):  # one process at a time for each problem
+            _make([c for c in wanted if not is_usable(c.path, lambda _: None)])
+    loaded = {c: torch.load(c.path / _WEIGHTS, weights_only=True) for c in wanted}
+    shape = Stack.load([_fresh(checkpoints[0])]).shape
+    return Stack({name: torch.stack([loaded[c][name] for c in checkpoints]) for name in loaded[wanted[0]]}, shape)
+
+
+def _make(missing: list[Checkpoint]) -> None:
+    if not missing:  # another process has just made them
+        return
+    stack = Stack.load([_fresh(c) for c in missing])
+    _learn(stack, missing, PROBLEMS[missing[0].problem]())
+    for run, checkpoint in enumerate(missing):
+        weights = {name: w[run].clone() for name, w in stack.weights.items()}
+        store(checkpoint.path, lambda folder, weights=weights: torch.save(weights, folder / _WEIGHTS))
+
+
+def _fresh(c: Checkpoint) -> object:
+    return build_model(WarmUp(hidden_size=c.hidden_size, layers=c.layers, seed=c.seed), build_tokenizer())
 
 
 def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> None:

@@ -1,9 +1,11 @@
-"""The one pairwise loss, and what stands before it: confidence, calibrated rewards; KTO for what comes without pairs."""
+"""The one pairwise loss, and what is made before it: confidence, calibrated rewards; KTO for what comes without pairs."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bandpo._inputs import check_tensor
+from bandpo.preference._checks import check_column, check_number, check_values
 from bandpo.preference.links import LOG, Link
 from bandpo.preference.objectives import PairObjective, get_pair_objective
 
@@ -23,6 +25,8 @@ def pair_loss(
     """Loss of each pair, and detached 0-d metrics. The table of formulas is in `PairObjective`.
 
     "Chosen" is the first completion of the pair: where a reward gap or a confidence says so, it need not be the better one.
+    A pair with a log-prob that is not finite has loss 0 and gradient 0, takes no part in the metrics, and is counted in
+    `nonfinite_fraction`.
 
     Args:
         chosen_logprobs: Log-prob of the first completion, summed over its tokens, `(pairs,)`, with gradient.
@@ -30,17 +34,19 @@ def pair_loss(
         ref_chosen_logprobs: Of the first under the reference; required unless the objective has reference "none".
         ref_rejected_logprobs: Of the second.
         objective: A `PairObjective`, or a name in `PREFERENCES`.
-        chosen_lengths: Tokens of the first, for objectives with length "mean".
+        chosen_lengths: Tokens of the first, at least 1, for objectives with length "mean".
         rejected_lengths: Tokens of the second.
-        reward_gap: Reward of the first less that of the second, for "squared" targets, and for "soft"
+        reward_gap: Reward of the first less that of the second, finite, for "squared" targets, and for "soft"
             ones through `σ(label_scale·gap)`.
         confidence: Probability that the first is preferred, for "soft" targets; no gradient flows into it.
 
     Returns:
-        `(pairs,)` in at least float32, and metrics: `rewards/*` are implicit rewards βφ.
+        `(pairs,)` in at least float32, and metrics: `rewards/*` are implicit rewards βφ. A mean over no pair is NaN.
 
     Raises:
-        ValueError: If shapes differ, or an input that the objective needs is missing, or one that it would ignore is given.
+        TypeError: If an input is no tensor of a fitting dtype.
+        ValueError: If shapes differ, a value is out of range, or an input that the objective needs is missing, or one that it
+            would ignore is given. Values are checked on a CPU; on an accelerator the device stops.
 
     Examples:
         >>> new = torch.tensor([-3.0, -4.0]), torch.tensor([-3.5, -3.0])
@@ -53,6 +59,8 @@ def pair_loss(
         tensor(0.5000)
     """
     objective = get_pair_objective(objective)
+    check_column("chosen_logprobs", chosen_logprobs)
+    check_column("rejected_logprobs", rejected_logprobs, chosen_logprobs, like_name="chosen_logprobs")
     sides = [
         _log_ratio(objective, new, ref, lengths, side)
         for side, new, ref, lengths in (
@@ -60,46 +68,59 @@ def pair_loss(
             ("rejected", rejected_logprobs, ref_rejected_logprobs, rejected_lengths),
         )
     ]
-    pairs = chosen_logprobs.shape
-    for name, x in (("rejected_logprobs", rejected_logprobs), ("reward_gap", reward_gap), ("confidence", confidence)):
-        if x is not None and x.shape != pairs:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, chosen_logprobs {tuple(pairs)}: one value for each pair"
-            )
+    finite = sides[0].isfinite() & sides[1].isfinite()
+    sides = [torch.where(finite, side, 0.0) for side in sides]
     target = _target(objective, reward_gap, confidence, like=sides[0])
     scores = [objective.beta * objective.link(side) for side in sides]
     difference = scores[0] - scores[1]
     h = difference
-    clipped = torch.zeros((), dtype=h.dtype, device=h.device)
+    clipped = torch.zeros_like(h)
     if objective.r_max is not None:
         h = h.clamp(-2 * objective.r_max, 2 * objective.r_max)
-        clipped = (difference.detach() != h.detach()).to(h.dtype).mean()
+        clipped = (difference.detach() != h.detach()).to(h.dtype)
     h = h - objective.margin
-    metrics = {
-        "rewards/chosen": scores[0].mean(), "rewards/rejected": scores[1].mean(), "rewards/margins": difference.mean(),
-        "rewards/accuracies": (difference > 0).to(h.dtype).mean(), "log_ratio/chosen": sides[0].mean(),
-        "log_ratio/rejected": sides[1].mean(), "clipped": clipped,
+    columns = {
+        "rewards/chosen": scores[0], "rewards/rejected": scores[1], "rewards/margins": difference,
+        "rewards/accuracies": (difference > 0).to(h.dtype), "log_ratio/chosen": sides[0],
+        "log_ratio/rejected": sides[1], "clipped": clipped,
     }  # fmt: skip
-    return _loss(objective, h, target), {name: value.detach() for name, value in metrics.items()}
+    count = finite.sum()
+    metrics = {name: torch.where(finite, x.detach(), 0.0).sum() / count for name, x in columns.items()}
+    metrics["nonfinite_fraction"] = 1 - finite.to(h.dtype).mean()
+    return torch.where(finite, _loss(objective, h, target), 0.0), metrics
 
 
 def _log_ratio(objective: PairObjective, new: Tensor, ref: Tensor | None, lengths: Tensor | None, side: str) -> Tensor:
-    if not new.is_floating_point():
-        raise TypeError(f"{side}_logprobs must be floating point, got {new.dtype}")
+    extras = (
+        (f"ref_{side}_logprobs", ref, objective.reference != "none", "log-ratios to a reference"),
+        (f"{side}_lengths", lengths, objective.length == "mean", "means over tokens"),
+    )
+    for name, value, used, what in extras:
+        if used and value is None:
+            raise ValueError(f"objective {objective.name!r} needs {name}: it compares {what}")
+    for name, value, used, what in extras:
+        if value is not None and not used:
+            raise ValueError(f"objective {objective.name!r} does not compare {what}, so it makes no use of {name}")
     wide = new.float() if new.dtype in (torch.float16, torch.bfloat16) else new
-    if objective.reference != "none":
-        if ref is None:
-            raise ValueError(f"objective {objective.name!r} needs ref_{side}_logprobs")
-        if ref.shape != new.shape:
-            raise ValueError(f"ref_{side}_logprobs has shape {tuple(ref.shape)}, {side}_logprobs {tuple(new.shape)}")
+    if ref is not None:
+        check_column(f"ref_{side}_logprobs", ref, new, like_name=f"{side}_logprobs")
         wide = wide - ref.detach().to(wide.dtype)
-    if objective.length == "mean":
-        if lengths is None:
-            raise ValueError(f"objective {objective.name!r} needs {side}_lengths: it compares means over tokens")
-        if lengths.shape != new.shape:
-            raise ValueError(f"{side}_lengths has shape {tuple(lengths.shape)}, {side}_logprobs {tuple(new.shape)}")
-        wide = wide / lengths.clamp(min=1)
+    if lengths is not None:
+        _check_like(f"{side}_lengths", lengths, new, f"{side}_logprobs")
+        check_values(lengths >= 1, lengths, f"{side}_lengths must be at least 1: a completion has a token")
+        wide = wide / lengths
     return wide
+
+
+def _check_like(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """A tensor of numbers, integers included, of the same shape as another one."""
+    check_tensor(name, value, floating=False)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must hold numbers, got {value.dtype}")
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} but {like_name} has {tuple(like.shape)}; they must be equal"
+        )
 
 
 def _target(objective: PairObjective, gap: Tensor | None, confidence: Tensor | None, *, like: Tensor) -> Tensor | None:
@@ -115,8 +136,12 @@ def _target(objective: PairObjective, gap: Tensor | None, confidence: Tensor | N
     if gap is not None and confidence is not None:
         raise ValueError("reward_gap and confidence are both given; a soft target is one of them")
     if confidence is not None:
+        _check_like("confidence", confidence, like, "chosen_logprobs")
+        check_values((confidence >= 0) & (confidence <= 1), confidence, "confidence must be a probability, in [0, 1]")
         return confidence.detach().to(like.dtype)
     if gap is not None:
+        _check_like("reward_gap", gap, like, "chosen_logprobs")
+        check_values(gap.isfinite(), gap, "reward_gap must be finite; leave pairs without a score out")
         scaled = objective.label_scale * gap.detach().to(like.dtype)
         return scaled.sigmoid() if objective.target == "soft" else scaled
     if objective.target == "squared":
@@ -166,20 +191,23 @@ def preference_confidence(
         `(pairs,)`, detached.
 
     Raises:
-        ValueError: If shapes differ, or a value is out of range.
+        TypeError: If rewards are no float tensors.
+        ValueError: If shapes differ, or a value is out of range or NaN.
 
     Examples:
         >>> preference_confidence(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0]), level="pair")
         tensor([0.9967, 0.5000])
     """
-    if chosen_rewards.shape != rejected_rewards.shape:
-        raise ValueError(
-            f"rewards of shapes {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)} do not pair"
-        )
+    check_column("chosen_rewards", chosen_rewards)
+    check_column("rejected_rewards", rejected_rewards, chosen_rewards, like_name="chosen_rewards")
     if level not in ("batch", "pair"):
         raise ValueError(f"level must be batch or pair, got {level!r}")
-    if not (alpha > 0 and 0 <= floor < 1):
-        raise ValueError(f"alpha must be positive and floor in [0, 1), got {alpha} and {floor}")
+    check_number("alpha", alpha, low=0, open_low=True)
+    check_number("floor", floor, low=0)
+    if floor >= 1:
+        raise ValueError(f"floor must be below 1, got {floor}")
+    for name, x in (("chosen_rewards", chosen_rewards), ("rejected_rewards", rejected_rewards)):
+        check_values(~x.isnan(), x, f"{name} must not be NaN")
     gap = chosen_rewards.detach().sigmoid() - rejected_rewards.detach().sigmoid()
     if level == "batch":
         gap = gap.mean().expand_as(gap)
@@ -197,14 +225,20 @@ def reward_calibration(rewards: Tensor, log_ratio: Tensor, calibration: float) -
         log_ratio: `log π_k - log π₀` of the same completions, or its gap.
         calibration: γ_c >= 0.
 
+    Raises:
+        TypeError: If rewards or log_ratio are no float tensors.
+        ValueError: If shapes differ, a log-ratio is not finite, or γ_c is below 0.
+
     Examples:
         >>> reward_calibration(torch.tensor([1.0]), torch.tensor([2.0]), 0.1)
         tensor([0.8000])
     """
-    if not calibration >= 0:
-        raise ValueError(f"calibration must be >= 0, got {calibration}")
+    check_number("calibration", calibration, low=0)
+    check_tensor("rewards", rewards)
+    check_tensor("log_ratio", log_ratio)
     if rewards.shape != log_ratio.shape:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} and log_ratio of {tuple(log_ratio.shape)} differ")
+    check_values(log_ratio.isfinite(), log_ratio, "log_ratio must be finite")
     return rewards - calibration * log_ratio.detach().to(rewards.dtype)
 
 
@@ -224,16 +258,20 @@ def kto_loss(
     mismatched pairs, held at >= 0 by the caller, without gradient. Train with TRL's `KTOTrainer`; this is its formula.
 
     Args:
-        log_ratio: `log π - log π_ref` of each completion, `(batch,)`.
+        log_ratio: `log π - log π_ref` of each completion, `(batch,)`. One that is not finite has loss 0 and gradient 0.
         desirable: Bool, `(batch,)`.
-        kl: z₀, 0-d.
+        kl: z₀ >= 0, 0-d.
         beta: β > 0.
-        desirable_weight: w_d.
-        undesirable_weight: w_u.
+        desirable_weight: w_d >= 0.
+        undesirable_weight: w_u >= 0.
         link: Only `LOG`: the loss is no difference within a prompt, so another link's Z(x) would not cancel.
 
+    Returns:
+        `(batch,)` in at least float32.
+
     Raises:
-        ValueError: If `link` is not `LOG`, or shapes differ.
+        TypeError: If an input is no tensor of a fitting dtype: labels of 0 and 1 must be made bool.
+        ValueError: If `link` is not `LOG`, shapes differ, or a value is out of range.
 
     Examples:
         >>> kto_loss(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), torch.tensor(0.0))
@@ -241,9 +279,23 @@ def kto_loss(
     """
     if link is not LOG:
         raise ValueError(f"kto_loss: link {link.name!r} leaves Z(x) in a loss without pairs; use LOG")
+    check_column("log_ratio", log_ratio)
+    check_tensor("desirable", desirable, floating=False)
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be bool, got {desirable.dtype}; convert labels of 0 and 1 with .bool()")
     if log_ratio.shape != desirable.shape:
         raise ValueError(
             f"log_ratio of shape {tuple(log_ratio.shape)} and desirable of {tuple(desirable.shape)} differ"
         )
-    margin = beta * (log_ratio - kl.detach())
-    return torch.where(desirable, desirable_weight * (-margin).sigmoid(), undesirable_weight * margin.sigmoid())
+    check_tensor("kl", kl)
+    if kl.dim():
+        raise ValueError(f"kl must be a single value, 0-d, got shape {tuple(kl.shape)}")
+    check_values((kl >= 0) & kl.isfinite(), kl.reshape(1), "kl must be finite and >= 0")
+    check_number("beta", beta, low=0, open_low=True)
+    check_number("desirable_weight", desirable_weight, low=0)
+    check_number("undesirable_weight", undesirable_weight, low=0)
+    wide = log_ratio.float() if log_ratio.dtype in (torch.float16, torch.bfloat16) else log_ratio
+    finite = wide.isfinite()
+    margin = beta * (torch.where(finite, wide, 0.0) - kl.detach())
+    each = torch.where(desirable, desirable_weight * (-margin).sigmoid(), undesirable_weight * margin.sigmoid())
+    return torch.where(finite, each, 0.0)

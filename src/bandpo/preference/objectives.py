@@ -74,11 +74,17 @@ class PairObjective:
                 raise ValueError(f"PairObjective: {name} is {getattr(self, name)!r}; choose one of {allowed}")
         if not isinstance(self.link, Link):
             raise TypeError(f"PairObjective: link must be a Link (see bandpo.preference.as_link), got {self.link!r}")
+        for name in ("beta", "label_scale", "r_max", "margin", "label_smoothing", "calibration"):
+            value = getattr(self, name)
+            if (isinstance(value, bool) or not isinstance(value, int | float)) and (name, value) != ("r_max", None):
+                raise TypeError(f"PairObjective: {name} must be a number, got {value!r}")
         for name in ("beta", "label_scale"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ValueError(f"PairObjective: {name} must be a positive number, got {getattr(self, name)}")
         if self.r_max is not None and not (0 < self.r_max < math.inf):
             raise ValueError(f"PairObjective: r_max must be a positive number or None, got {self.r_max}")
+        if not math.isfinite(self.margin):
+            raise ValueError(f"PairObjective: margin must be a finite number, got {self.margin}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"PairObjective: label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.target not in ("soft", "robust"):

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 
+from bandpo._secrets import redact_arguments
+
 _PACKAGES = ("bandpo", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "math-verify")
 
 
+# The folder may be a stranger's: its settings must not name a program to run.
+_GIT = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+
+
 def command_line() -> str:
-    """The command as it was typed, for reports."""
-    return " ".join(["bandpo", *sys.argv[1:]])
+    """The command as it was typed, for reports, without the secrets in it."""
+    return " ".join(["bandpo", *redact_arguments(sys.argv[1:])])
 
 
 def about(**more: Any) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def about(**more: Any) -> dict[str, Any]:
 def git_revision() -> str | None:
     """Revision of the working folder, where it is a git checkout."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        found = subprocess.run(_GIT, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None

@@ -5,13 +5,15 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import bandpo
-from bandpo._files import write_json
+from bandpo._files import read_checked_json, write_checked_json, write_json
+from bandpo._locks import claim_output, released
 from bandpo.lab.claims import claims
 from bandpo.lab.exact import wilson
 from bandpo.lab.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
@@ -27,10 +29,19 @@ from bandpo.run.progress import Progress
 _FORMAT = 1  # of the sweeps
 
 
-def compare(options: argparse.Namespace) -> Path:
-    """Run a comparison; its report.
+class Comparison(NamedTuple):
+    """What a comparison left."""
 
-    The folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md and report.html.
+    report: Path
+    complete: bool
+    """Whether every run of the plan has a result."""
+
+
+def compare(options: argparse.Namespace) -> Comparison:
+    """Run a comparison.
+
+    The folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md and report.html. One comparison
+    at a time uses it.
 
     Args:
         options: The options of `bandpo compare`.
@@ -40,6 +51,11 @@ def compare(options: argparse.Namespace) -> Path:
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     folder = options.output or Path("runs") / f"compare-{options.preset}"
+    with released(claim_output(folder)):
+        return _compare(options, plan, folder, started)
+
+
+def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: float) -> Comparison:
     progress = Progress()
     progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
@@ -58,18 +74,24 @@ def compare(options: argparse.Namespace) -> Path:
     summary = summarise(study, plan)
     exact = [o for o in objectives if OBJECTIVES[o].ratio_level == "token" and not OBJECTIVES[o].extras]
     summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
-    summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs) if plan.sweep_seeds else {}
+    summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
     summary["about"] = _about(study, plan, made)
     summary = write_tables(summary, folder)
     report = write_report(folder, summary)
     progress.say((folder / "table.md").read_text())
     progress.say(claims_table(claims(summary)))
-    for line in [*study.failures, *summary["incomplete"]]:
+    for line in summary["diverged"]:
+        progress.say(f"diverged: {line}")
+    for line in study.failures:
+        progress.say(f"failed: {line}")
+    for line in summary["incomplete"]:
         progress.say(f"missing: {line}")
     if options.evidence is not None:
         progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
     progress.say(f"report: {report}, {(time.monotonic() - started) / 60:.1f} min")
-    return report
+    if summary["incomplete"]:
+        progress.say(f"{len(summary['incomplete'])} parts are missing; the same command makes what is missing")
+    return Comparison(report, not summary["incomplete"])
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -113,17 +135,17 @@ def _exact(names: list[str], seeds: int) -> dict[str, Any]:
     return found
 
 
-def _sweeps(names: list[str], seeds: int, folder: Path, workers: int) -> dict[str, Any]:
+def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The bandit's planes, kept in the folder as runs are."""
     key = hashlib.sha256(json.dumps([_FORMAT, names, seeds]).encode()).hexdigest()[:20]
     path = folder / f"sweeps-{key}.json"
     if path.exists():
         try:
-            return json.loads(path.read_text())
-        except ValueError:
-            path.unlink()  # damaged: made again
-    write_json(path, sweep(names, seeds, workers), indent=None)
-    return json.loads(path.read_text())
+            return read_checked_json(path)
+        except ValueError as error:
+            say(f"  {error}; it is made again")
+    write_checked_json(path, json.loads(json.dumps(sweep(names, seeds, workers))))
+    return read_checked_json(path)
 
 
 def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:

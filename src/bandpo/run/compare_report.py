@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
+from bandpo._files import write_text
+from bandpo._secrets import hide
 from bandpo.lab.claims import Claim, claims, duels
 from bandpo.lab.figures import (
     plot_clip_maps,
@@ -22,7 +25,7 @@ from bandpo.lab.figures import (
 )  # fmt: skip
 from bandpo.lab.problems import PROBLEMS
 from bandpo.lab.stats import number
-from bandpo.lab.summary import ABLATED
+from bandpo.lab.summary import ABLATED, runs_of
 
 
 class Picture(NamedTuple):
@@ -74,7 +77,7 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
         claims=claims(summary), exact_text=_exact_text(summary), about=summary["about"],
     )  # fmt: skip
     path = folder / "report.html"
-    path.write_text(page)
+    write_text(path, page)
     return path
 
 
@@ -112,9 +115,9 @@ def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
         old.unlink()
     for _, file, figure in evidence_pictures(summary):
         figure.savefig(assets / file, dpi=110)
-    (folder / "evidence.json").write_text(json.dumps(summary) + "\n")
+    write_text(folder / "evidence.json", json.dumps(summary) + "\n")
     page = folder / "evidence.md"
-    page.write_text(evidence_page(summary))
+    write_text(page, evidence_page(summary))
     return page
 
 
@@ -130,7 +133,9 @@ def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         for task, measures in duels(summary, variant).items():
             for measure, pairs in measures.items():
                 for (band, rival), d in pairs.items():
-                    state = "tie" if not d.p_holm < 0.05 else "win" if d.mean.value > 0 else "loss"
+                    state = "diverged" if math.isnan(d.mean.value) else "tie"
+                    if d.p_holm < 0.05:
+                        state = "win" if d.mean.value > 0 else "loss"
                     rows.append(
                         {"band": band, "rival": rival, "variant": variant.strip() or "default", "task": task,
                          "measure": measure, "state": state, "difference": d}
@@ -143,7 +148,7 @@ def _tasks(summary: Mapping[str, Any]) -> dict[str, Any]:
     for task, found in summary["tasks"].items():
         if found:
             table = next(iter(found["table"].values()))
-            start = ", ".join(f"{name} {value:.3f}" for name, value in found["before"].items())
+            start = ", ".join(f"{name} {number(value)}" for name, value in found["before"].items())
             tasks[task] = {
                 **found,
                 "measures": [m for m, v in table.items() if isinstance(v, dict) and "value" in v],
@@ -173,6 +178,7 @@ def _template(name: str, *, autoescape: bool) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["number"] = number
+    environment.filters["runs_of"] = runs_of
     return environment.get_template(name)
 
 
@@ -180,5 +186,6 @@ def _svg(figure: Figure, path: Path) -> str:
     path.parent.mkdir(exist_ok=True)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    path.write_text(buffer.getvalue())
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    text = hide(buffer.getvalue())
+    write_text(path, text)
+    return text[text.index("<svg") :]

@@ -5,12 +5,13 @@ import importlib.resources
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
 from bandpo._files import read_yaml
+from bandpo._secrets import HIDDEN, redact_text, remember
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl_online import OnlinePreferenceConfig
 from bandpo.lab.tasks import TASKS
@@ -119,6 +120,13 @@ class RunConfig:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 
 
+class _Parser(TrlParser):
+    """Its errors repeat what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact_text(message))
+
+
 def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any]]:
     """Our config, TRL's, and the settings as they were given (which repeat the run).
 
@@ -134,7 +142,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
         raise ValueError(f"method: got {method!r}; choose one of {', '.join(METHODS)}")
     cls = BandGRPOConfig if method == "grpo" else OnlinePreferenceConfig
     _as_floats(given, cls)
-    parser = TrlParser(
+    parser = _Parser(
         (RunConfig, cls),
         prog="bandpo train",
         usage="bandpo train [--method METHOD] [--config FILE.yaml] [--OPTION VALUE ...]",
@@ -155,6 +163,12 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
     for name in implied:
         if name in chosen or name in given:
             raise ValueError(f"{name} is what method {method!r} stands for ({name}={implied[name]}); leave it out")
+    remember(given)
+    for key in given:
+        if key not in chosen and HIDDEN in str(given[key]):
+            raise ValueError(
+                f"{key}: the file has {HIDDEN} in it, since a run writes no secrets; give it: --{key} VALUE"
+            )
     parser.set_defaults_with_config(**given, **implied)
     run, trainer = parser.parse_args_into_dataclasses(arguments)
     values = vars(parser.parse_args(arguments))

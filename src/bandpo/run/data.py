@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoTokenizer
+from trl.data_utils import extract_prompt
 
 from bandpo._errors import printable
 from bandpo.lab.tasks import TASKS, make_splits
@@ -182,15 +183,17 @@ def load_prompts(
         if old != new:
             data = data.rename_column(old, new)
 
-    def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(row["prompt"], str):
-            return {"prompt": row["prompt"]}
-        if not chat:
-            return {"prompt": f"{system_prompt}\n\n{row['prompt']}" if system_prompt else row["prompt"]}
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        return {"prompt": [*system, {"role": "user", "content": row["prompt"]}]}
+    return data.map(lambda row: {"prompt": _in_form(row["prompt"], chat, system_prompt)})
 
-    return data.map(as_messages)
+
+def _in_form(prompt: Any, chat: bool, system_prompt: str | None) -> Any:
+    """A prompt as the model is given it: messages as they are, text with the system prompt before it."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not chat:
+        return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def fit_window(
@@ -254,25 +257,111 @@ def _is_prompt(value: Any) -> bool:
     )
 
 
-def load_pairs(name: str, *, split: str) -> Dataset:
+def load_pairs(
+    name: str, *, split: str, held_out: Dataset, tokenizer: Any, system_prompt: str | None = None, limit: int | None = None,
+    skip_bad: bool = False, say: Say = print,
+) -> Dataset:  # fmt: skip
     """A dataset of pairs, in TRL's preference format: "chosen" and "rejected", with "prompt" or with it inside of both.
+
+    Pairs are brought into the form of the held-out prompts: where those are messages, text becomes messages with the same
+    system prompt, so that the chat template is trained and measured. What would be cut, teaches nothing, or is measured later
+    is a bad row.
 
     Args:
         name: Hub name or file.
         split: Split of a Hub dataset.
+        held_out: Prompts that the run is evaluated on, column "prompt".
+        tokenizer: The model's.
+        system_prompt: What stands before the held-out prompts.
+        limit: Tokens of the longest prompt and completion; None for no limit.
+        skip_bad: Leave bad rows out, and say how many.
+        say: Takes that message.
+
+    Returns:
+        Columns "prompt", "chosen", "rejected", and what else the dataset has.
 
     Raises:
         FileNotFoundError: If `name` looks like a file and is none.
-        ValueError: If a column is missing, or a row lacks a completion; the message counts them.
+        ValueError: If a column is missing, the pairs cannot have the form of the held-out prompts, or rows are bad and are not
+            skipped; the message counts them.
     """
     data = _read(name, None, split)
+    whose = f"pairs {name!r}"
+    bad: dict[str, Any] = {"skip": skip_bad, "say": say}
     for column in ("chosen", "rejected"):
         if column not in data.column_names:
-            raise ValueError(f"pairs {name!r} have no column {column!r}, only {', '.join(data.column_names)}")
-        empty = [i for i, value in enumerate(data[column]) if not value]
-        if empty:
-            raise ValueError(f"pairs {name!r}: {len(empty)} rows have no {column!r}, the first is row {empty[0]}")
+            raise ValueError(f"{whose} have no column {column!r}, only {', '.join(data.column_names)}")
+    for column in ("prompt", "chosen", "rejected"):
+        if column in data.column_names:
+            empty = [i for i, value in enumerate(data[column]) if _is_missing(value)]
+            data = _without(data, empty, whose, f"have no {column!r}", **bad)
+    data = _pairs_in_form_of(held_out, data, whose, tokenizer, system_prompt)
+    measured = {repr(prompt) for prompt in held_out["prompt"]}
+    leaked = [i for i, prompt in enumerate(data["prompt"]) if repr(prompt) in measured]
+    data = _without(data, leaked, whose, "have a held-out prompt, on which the run is evaluated", **bad)
+    same = [i for i, (a, b) in enumerate(zip(data["chosen"], data["rejected"], strict=True)) if a == b]
+    data = _without(data, same, whose, "have the same text as chosen and as rejected", **bad)
+    if limit is None:
+        return data
+    long = [i for i, row in enumerate(data) if _longest(row, tokenizer) > limit]
+    what = f"are longer than {limit} tokens (max_length, or the model's window) and would be cut"
+    return _without(data, long, whose, what, **bad)
+
+
+def _pairs_in_form_of(
+    held_out: Dataset, data: Dataset, whose: str, tokenizer: Any, system_prompt: str | None
+) -> Dataset:
+    """Pairs with an explicit prompt, of text or of messages as the held-out prompts are."""
+    chat = not isinstance(held_out["prompt"][0], str)
+    texts = isinstance(data["chosen"][0], str)
+    if not texts and not chat:
+        has = "has no chat template" if tokenizer.chat_template is None else "is evaluated on text"
+        raise ValueError(f"{whose} hold messages, but the model {has}: give them as text")
+    if "prompt" not in data.column_names:
+        if texts and chat:
+            raise ValueError(
+                f"{whose} hold text without a column 'prompt', and the model is evaluated in its chat template: give the "
+                "prompt in a column of its own, or messages"
+            )
+        data = data.map(extract_prompt)
+    mixed = isinstance(data["prompt"][0], str) != texts
+    if mixed:
+        raise ValueError(f"{whose} mix text and messages in one row: prompt, chosen and rejected must be of one kind")
+    if texts:
+        data = data.map(
+            lambda row: _pair_in_form(row, chat, system_prompt), remove_columns=["prompt", "chosen", "rejected"]
+        )
+    ours, theirs = ({_system(p) for p in rows["prompt"]} for rows in (data, held_out))
+    if chat and not ours & theirs:
+        raise ValueError(
+            f"{whose} have the system prompt {next(iter(ours))!r}, the held-out prompts {next(iter(theirs))!r}: the run would "
+            "be evaluated in another form than it is trained in; put the same one into both"
+        )
     return data
+
+
+def _pair_in_form(row: dict[str, Any], chat: bool, system_prompt: str | None) -> dict[str, Any]:
+    answers = {side: row[side] for side in ("chosen", "rejected")}
+    if chat:
+        answers = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    return {"prompt": _in_form(row["prompt"], chat, system_prompt), **answers}
+
+
+def _system(prompt: Any) -> str | None:
+    """The system prompt of messages, None where there is none."""
+    if isinstance(prompt, str) or not prompt or prompt[0]["role"] != "system":
+        return None
+    return str(prompt[0]["content"])
+
+
+def _longest(row: dict[str, Any], tokenizer: Any) -> int:
+    """Tokens of the prompt and the longer completion, as TRL makes them."""
+    if isinstance(row["prompt"], str):
+        return max(len(tokenizer(row["prompt"] + row[side])["input_ids"]) for side in ("chosen", "rejected")) + 1
+    return max(
+        len(tokenizer.apply_chat_template([*row["prompt"], *row[side]], tokenize=True, return_dict=True)["input_ids"])
+        for side in ("chosen", "rejected")
+    )
 
 
 def is_file(name: str) -> bool:

@@ -1,21 +1,32 @@
-"""`bandpo doctor`: reads what it is given, and prints what the rules say."""
+"""`bandpo doctor`: reads what it is given, and prints what the rules say.
+
+Everything that it reads may be a stranger's. It reads regular files only, within bounds; it executes, imports and downloads
+nothing that they name; and it prints no character of theirs that a terminal would act on.
+"""
 
 import argparse
 import json
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from bandpo._files import read_jsonl, read_yaml
+from bandpo._bounded import parse_json, parse_yaml, printable, read_regular
+from bandpo._files import read_yaml
 from bandpo.composition import Objective
 from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
+from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.symptoms import LOOKED_FOR
 from bandpo.doctor.verl import is_verl, read_verl
 
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
+_MAX_LOG_BYTES, _MAX_ROWS = 1 << 25, 100_000
+_MAX_LINE_BYTES = 1 << 18  # of a log; a row of metrics has some thousand
+_MAX_VALUES, _MAX_INNER = 5000, 100  # of a row; lists and objects in it
 _MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
 _COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
@@ -25,7 +36,17 @@ def doctor(options: argparse.Namespace) -> int:
 
     Args:
         options: The options of `bandpo doctor`.
+
+    Raises:
+        ValueError: If a file cannot be read, or is none that can be examined; the command then ends with status 2.
     """
+    try:
+        return _doctor(options)
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(printable(str(error))) from None
+
+
+def _doctor(options: argparse.Namespace) -> int:
     overrides = [str(p) for p in options.paths if "=" in str(p)]
     paths = [Path(p) for p in options.paths if "=" not in str(p)]
     if not paths:
@@ -38,18 +59,17 @@ def doctor(options: argparse.Namespace) -> int:
     for path in _expand(paths):
         if path.suffix in _CONFIGS:
             setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
-            objectives.append(setup.objective)
+            objectives += [] if setup.objective is None else [setup.objective]
             sections.append((f"{path} ({setup.host})", examine_setup(setup)))
         elif path.suffix == ".jsonl":
-            sections.append((str(path), examine_log(read_jsonl(path))))
+            sections.append((str(path), examine_log(read_log(path))))
         else:
             sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:
-        print(
-            json.dumps([{"file": name, "findings": [asdict(f) for f in found]} for name, found in sections], indent=1)
-        )
+        print(json.dumps([{"file": printable(name), "findings": [_plain(f) for f in found]} for name, found in sections],
+                         indent=1))  # fmt: skip
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print("\n\n".join(_section(name, found, colour=colour) for name, found in sections))
@@ -66,25 +86,58 @@ def read_config(
         overrides: `key=value`, which win.
         processes: That will train (TRL).
         vocabulary: Of the model.
+
+    Raises:
+        ValueError: If it is none of these.
     """
     if path.suffix not in (".yaml", ".yml"):
         return read_verl(path, overrides, vocabulary=vocabulary)
-    given = read_yaml(path)
+    given = read_yaml(path, follow=False)
     if is_verl(given):
         return read_verl(path, overrides, vocabulary=vocabulary)
-    from bandpo.run.progress import quiet_hosts
+    host = host_of_keys(given)
+    if host:
+        raise not_readable(path, host)
+    from bandpo.doctor.trl import is_run, is_trl, read_trl
 
-    quiet_hosts()
-    from bandpo.doctor.trl import read_trl
-    from bandpo.run.config import check_run, read_value, run_keys
-
+    if not is_trl(given):
+        raise not_readable(path, "")
     for override in overrides:
         key, _, value = override.partition("=")
-        given[key] = read_value(key, value)
-    keys = run_keys()
-    if set(given) & keys:
-        given = check_run(given)
-    return read_trl(given, other_keys=keys, processes=processes, vocabulary=vocabulary)
+        given[key] = parse_yaml(value, override)
+    if not is_run(given):
+        return read_trl(given, processes=processes, vocabulary=vocabulary)
+    from bandpo.run.config import check_run, run_keys
+
+    return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
+
+
+def read_log(path: Path) -> list[Mapping[str, Any]]:
+    """Rows of a log, with the metrics that the rules look at and nothing else; a last line without its end is no row.
+
+    Args:
+        path: A JSONL file.
+
+    Raises:
+        ValueError: If a line is no JSON object, or the file is larger than a log of metrics.
+    """
+    data = read_regular(path, _MAX_LOG_BYTES, follow=False)
+    rows: list[Mapping[str, Any]] = []
+    start = 0
+    while (end := data.find(b"\n", start)) >= 0:
+        where = f"{path}, line {len(rows) + 1}"
+        line = data[start:end]
+        inner = line.count(b"[") + line.count(b"{")
+        if len(line) > _MAX_LINE_BYTES or line.count(b",") > _MAX_VALUES or inner > _MAX_INNER:
+            raise ValueError(f"{where} is no row of metrics: it has {len(line):,} bytes")
+        row = parse_json(line, where)
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a row is an object like {{...}}, got {type(row).__name__}")
+        if len(rows) == _MAX_ROWS:
+            raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 10000")
+        rows.append({name: row[name] for name in LOOKED_FOR if name in row})
+        start = end + 1
+    return rows
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:
@@ -112,7 +165,7 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
 
 
 def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
-    lines = [name]
+    lines = [printable(name)]
     for f in findings:
         mark = f"\x1b[{_COLOURS[f.level]}m{_MARKS[f.level]}\x1b[0m" if colour else _MARKS[f.level]
         lines.append(f" {mark} {_wrap(f'{f.rule}: {f.seen}')}")
@@ -120,11 +173,22 @@ def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
             lines.append(f"      {_wrap(f'why: {f.cause}')}")
         if f.knob:
             lines.append(f"      {_wrap(f'set: {f.knob}')}")
-        lines += [f"      {row}" for row in f.details]
+        lines += [f"      {printable(row)}" for row in f.details]
     counts = [
         f"{n} {level}{'s' if n > 1 else ''}" for level in ("problem", "warning") if (n := _count(findings, level))
     ]
+    open_questions = sum(f.seen.startswith("not known") for f in findings)
+    if open_questions:
+        counts.append(f"{open_questions} {'rule' if open_questions == 1 else 'rules'} without an answer")
     return "\n".join([*lines, f"    {', '.join(counts) or 'nothing wrong found'}"])
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    """For JSON, with the same texts as on a terminal."""
+    return {
+        name: [printable(row) for row in value] if isinstance(value, list | tuple) else printable(str(value))
+        for name, value in asdict(finding).items()
+    }
 
 
 def _count(findings: Sequence[Finding], level: str) -> int:
@@ -132,4 +196,5 @@ def _count(findings: Sequence[Finding], level: str) -> int:
 
 
 def _wrap(text: str) -> str:
+    text = printable(text)
     return textwrap.fill(text, 84, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)

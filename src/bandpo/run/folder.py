@@ -1,6 +1,8 @@
 """The folder of a run: where it is, what is in it from the start, and what a killed run left there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,36 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from bandpo._files import read_yaml, write_json, write_text
+from bandpo._locks import Claim, InUseError, claim_output
+from bandpo._secrets import redact
 from bandpo.integrations._trl_checkpoint import latest_checkpoint
 from bandpo.run.about import about
 from bandpo.run.config import RunConfig, TrainerConfig
 
 _NOT_SAVED = ("output_dir", "resume_from_checkpoint", "dry_run")
 
+_claims: ContextVar[list[Claim] | None] = ContextVar("claims", default=None)
+
+
+@contextmanager
+def released_at_end() -> Iterator[None]:
+    """Of a run, as a decorator: the folder that it claimed is free again, however it ends."""
+    claims: list[Claim] = []
+    before = _claims.set(claims)
+    try:
+        yield
+    finally:
+        _claims.reset(before)
+        for claim in claims:
+            claim.release()
+
 
 def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], say: Callable[[str], None]) -> str | None:
     """Set the output folder; the checkpoint to go on from, if any.
 
     Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed. `latest` takes up
-    whatever a killed run left: its last whole checkpoint, or its beginning where there is none yet.
+    whatever a killed run left: its last whole checkpoint, or its beginning where there is none yet. The main process claims the
+    folder before anything slow, so that of two runs at once each has its own, and one that is named and in use is refused.
 
     Args:
         run: Our config.
@@ -33,12 +53,10 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
         label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
         name = f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
         wanted = Path("runs") / name
-        if args.resume_from_checkpoint is None:
-            wanted = _free_folder(wanted)
-        [args.output_dir] = broadcast_object_list([str(wanted)])
-    folder = Path(args.output_dir or ".")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; choose another")
+    else:
+        wanted = Path(args.output_dir or ".")
+    folder = _claimed(wanted, numbered="output_dir" not in given and args.resume_from_checkpoint is None)
+    args.output_dir = str(folder)
     resume = args.resume_from_checkpoint
     if resume is None:
         if (folder / "metrics.jsonl").exists():
@@ -60,6 +78,48 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
     return resume
 
 
+def _claimed(wanted: Path, *, numbered: bool) -> Path:
+    """The folder, held by the main process for all; the same error on every process where that cannot be.
+
+    Args:
+        wanted: It.
+        numbered: Whether it may get a number where it is in use or holds a run.
+    """
+    outcome: Path | Exception | None = None
+    if PartialState().is_main_process:
+        try:
+            outcome = _claim_free(wanted) if numbered else _hold(claim_output(wanted), wanted)
+        except (ValueError, OSError) as error:
+            outcome = error
+    [outcome] = broadcast_object_list([outcome])
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert outcome is not None
+    return outcome
+
+
+def _hold(claim: Claim, folder: Path) -> Path:
+    if (claims := _claims.get()) is not None:
+        claims.append(claim)
+    return folder
+
+
+def _claim_free(wanted: Path) -> Path:
+    """The folder itself, or with the first number behind it that is free."""
+    folder, number = wanted, 2
+    while True:
+        if not (folder / "metrics.jsonl").exists():
+            try:
+                claim = claim_output(folder)
+            except InUseError:  # by a run that has just begun
+                pass
+            else:
+                if not (folder / "metrics.jsonl").exists():  # it may have begun and ended since we looked
+                    return _hold(claim, folder)
+                claim.release()
+        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+
+
 def make_folder(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any], *, resumed: bool) -> None:
     """Make it, with the configuration and the environment of the run; it is not begun before they are there.
 
@@ -76,9 +136,8 @@ def make_folder(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[s
         if not resumed:
             for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "failed_reward.jsonl"):
                 (folder / name).unlink(missing_ok=True)
-            saved = {k: v for k, v in given.items() if k not in _NOT_SAVED}
-            write_text(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
-            resolved = {**asdict(run), **args.to_dict()}
+            write_text(folder / "config.yaml", yaml.safe_dump(_saved(given), sort_keys=False, allow_unicode=True))
+            resolved = redact({**asdict(run), **args.to_dict()})
             write_text(folder / "config.resolved.yaml", yaml.safe_dump(_plain(resolved), allow_unicode=True))
             write_json(folder / "env.json", environment(args))
             (folder / "metrics.jsonl").touch()
@@ -124,14 +183,11 @@ def _changes(folder: Path, given: dict[str, Any]) -> str | None:
         began = read_yaml(folder / "config.yaml")
     except (OSError, ValueError):
         return None
-    now = {k: v for k, v in given.items() if k not in _NOT_SAVED}
+    now = _saved(given)
     changed = [k for k in {**began, **now} if began.get(k) != now.get(k)]
     return ", ".join(f"{k} {began.get(k)!r} -> {now.get(k)!r}" for k in changed)
 
 
-def _free_folder(wanted: Path) -> Path:
-    """The folder itself, or with the first number behind it that is free."""
-    folder, number = wanted, 2
-    while (folder / "metrics.jsonl").exists():
-        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
-    return folder
+def _saved(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings as config.yaml has them: without what belongs to this session only, and without secrets."""
+    return redact({k: v for k, v in given.items() if k not in _NOT_SAVED})

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 
 import bandpo
 from bandpo._files import write_json
+from bandpo._locks import claim_output, released
 from bandpo.lab.preference import EXPERIMENTS
 from bandpo.lab.preference_figures import FIGURES
 from bandpo.lab.selection import ARMS, selection_on_the_main_job
@@ -32,18 +33,22 @@ def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     folder: Path = options.output
-    folder.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     steps = ["--max_steps", str(options.steps)] if options.steps else []
-    found = selection_on_the_main_job(
-        folder, seeds=options.seeds, jobs=options.jobs, arms=arms, options=steps, say=progress.say
-    )
-    found = {**about(), "bandpo": bandpo.__version__, **found}
-    write_json(folder / "selection.json", found, indent=None)
-    figure = plot_selection(found)
-    figure.savefig(folder / "selection.png", dpi=120)
-    plt.close(figure)
-    progress.say(f"figure: {folder / 'selection.png'}")
+    with released(claim_output(folder)):
+        found = selection_on_the_main_job(
+            folder, seeds=options.seeds, jobs=options.jobs, arms=arms, options=steps, say=progress.say
+        )
+        found = {**about(), "bandpo": bandpo.__version__, **found}
+        write_json(folder / "selection.json", found, indent=None)
+        made = {arm: rows for arm, rows in found["arms"].items() if rows}
+        if made:
+            figure = plot_selection({**found, "arms": made})
+            figure.savefig(folder / "selection.png", dpi=120)
+            plt.close(figure)
+            progress.say(f"figure: {folder / 'selection.png'}")
+    for line in found["failures"]:
+        progress.say(f"missing: {line.splitlines()[0]}")
     return found
 
 
@@ -63,21 +68,23 @@ def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
     quiet_hosts()
     torch.set_num_threads(1)
     folder: Path = options.output
-    folder.mkdir(parents=True, exist_ok=True)
-    everything: dict[str, Any] = {}
-    for name in names:
-        started = time.monotonic()
-        if name == "reranking":
-            from bandpo.lab.reranking import rerank_against_online  # TRL, and minutes: only where it is asked for
+    with released(claim_output(folder)):
+        return {name: _experiment(name, folder, options.seeds, progress) for name in names}
 
-            found = rerank_against_online(seeds=options.seeds)
-        else:
-            found = EXPERIMENTS[name]()
-        seconds = round(time.monotonic() - started, 1)
-        everything[name] = {**about(), "bandpo": bandpo.__version__, "seconds": seconds, **found}
-        write_json(folder / f"{name}.json", everything[name], indent=None)
-        figure = FIGURES[name](found)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(figure)
-        progress.say(f"{name:<16} {seconds:>6.1f} s   {folder / f'{name}.png'}")
+
+def _experiment(name: str, folder: Path, seeds: int, progress: Progress) -> dict[str, Any]:
+    started = time.monotonic()
+    if name == "reranking":
+        from bandpo.lab.reranking import rerank_against_online  # TRL, and minutes: only where it is asked for
+
+        found = rerank_against_online(seeds=seeds)
+    else:
+        found = EXPERIMENTS[name]()
+    seconds = round(time.monotonic() - started, 1)
+    everything = {**about(), "bandpo": bandpo.__version__, "seconds": seconds, **found}
+    write_json(folder / f"{name}.json", everything, indent=None)
+    figure = FIGURES[name](found)
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    plt.close(figure)
+    progress.say(f"{name:<16} {seconds:>6.1f} s   {folder / f'{name}.png'}")
     return everything

@@ -43,25 +43,19 @@ class PreferenceRun:
         self, run: RunConfig, args: OnlinePreferenceConfig, model: Any, tokenizer: Any, prompts: Dataset,
         reward: RewardFunction, lora: Any, progress: Progress,
     ) -> None:  # fmt: skip
-        self.args, self.progress = args, progress
+        self.args, self.progress, self.name = args, progress, run.method
         self.folder = Path(args.output_dir or ".")
         if run.pairs is None:
             self.rounds = _Rounds(model, reward, args, prompts, tokenizer)
             self.rounds.progress = progress
             return
         self.rounds = None
-        args.precompute_ref_log_probs = False
         self.log = TrainingProgress(progress, self.folder)
         self.pairs = BandDPOTrainer(
             model=model, args=args, train_dataset=prompts, peft_config=lora,
             processing_class=tokenizer, callbacks=[self.log],
         )  # fmt: skip
         self.pairs.remove_callback(PrinterCallback)
-
-    @property
-    def name(self) -> str:
-        """Of the objective."""
-        return self.args.objective
 
     @property
     def model(self) -> Any:

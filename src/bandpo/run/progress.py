@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from bandpo._errors import printable
 from bandpo._files import read_jsonl, write_jsonl
+from bandpo._secrets import hide, redact_text
 
 _SHOWN = {
     "reward": "reward",
@@ -40,7 +41,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(printable(text), markup=False)
+        self.console.print(printable(redact_text(text)), markup=False)
 
     def table(self, title: str, evaluation: dict[str, Any]) -> None:
         """The held-out results before and after."""
@@ -117,7 +118,7 @@ class TrainingProgress(TrainerCallback):
             if names:
                 row = {"step": state.global_step, **{n: logs[n] for n in logs if n in names}, **mark}
                 with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(hide(json.dumps(row)) + "\n")
         note = "  ".join(f"{name} {logs[key]:.3f}" for key, name in _SHOWN.items() if logs.get(key) is not None)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step, note=note)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from bandpo._files import read_jsonl, write_text
+from bandpo._files import read_jsonl, read_yaml, write_text
+from bandpo._secrets import hide
 
 
 def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], notes: Sequence[str] = ()) -> Path:
@@ -36,7 +36,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], not
         figures=pictures,
         notes=list(notes),
         samples=_pairs(samples),
-        config=yaml.safe_load((folder / "config.yaml").read_text()),
+        config=read_yaml(folder / "config.yaml"),
         environment=json.loads((folder / "env.json").read_text()),
     )  # fmt: skip
     path = folder / "report.html"
@@ -56,14 +56,15 @@ def _svg(figure: Figure, path: Path) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
-    path.write_text(buffer.getvalue())
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    text = hide(buffer.getvalue())
+    write_text(path, text)
+    return text[text.index("<svg") :]
 
 
 def _pairs(samples: list[dict[str, Any]], count: int = 12) -> list[dict[str, Any]]:
     """The first prompts with their completions before and after training."""
-    after = {json.dumps(row["prompt"]): row for row in samples if row["stage"] == "after"}
-    before = [row for row in samples if row["stage"] == "before"]
+    after = {json.dumps(row["prompt"]): row for row in samples if row.get("stage") == "after"}
+    before = [row for row in samples if row.get("stage") == "before"]
     pairs = [(b, after[json.dumps(b["prompt"])]) for b in before if json.dumps(b["prompt"]) in after]
     return [
         {

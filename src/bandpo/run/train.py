@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._errors import exits_are_errors
 from bandpo._files import read_jsonl, write_json
+from bandpo._secrets import redact
 from bandpo.integrations._generate import sampler_of
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.lab.models import WarmUp, warmed_up_model
 from bandpo.run.config import RunConfig, TrainerConfig, parse
 from bandpo.run.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.run.evaluate import Evaluation, evaluate
-from bandpo.run.folder import choose_folder, environment, is_finished, make_folder
+from bandpo.run.folder import choose_folder, environment, is_finished, make_folder, released_at_end
 from bandpo.run.grpo import GRPORun
 from bandpo.run.preference import PreferenceRun
 from bandpo.run.progress import Progress, quiet_hosts
@@ -29,6 +30,7 @@ from bandpo.run.report import write_report
 from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, no_signal_line, unscored_line
 
 
+@released_at_end()
 def train(arguments: list[str]) -> Path:
     """Run the job that the arguments describe; the folder of its results.
 
@@ -42,7 +44,7 @@ def train(arguments: list[str]) -> Path:
     quiet_hosts()
     run, args, given = parse(arguments)
     if run.dry_run:
-        print(yaml.safe_dump(given, sort_keys=False), end="")
+        print(yaml.safe_dump(redact(given), sort_keys=False), end="")
         return Path(args.output_dir or ".")
     with exits_are_errors():
         return _train(run, args, given, started)
@@ -92,7 +94,7 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: 
         }  # fmt: skip
         write_json(folder / "evaluation.json", evaluation)
         write_json(folder / "env.json", environment(args, time.monotonic() - started))
-        title = f"{job.name} on {run.task or run.dataset}, seed {args.seed}"
+        title = f"{job.name} on {redact(run.task or run.dataset)}, seed {args.seed}"
         log = read_jsonl(folder / "metrics.jsonl")
         notes = [line for line in (no_signal_line(log), unscored_line(reward)) if line]
         report = write_report(folder, title=title, figures=job.figures(log), notes=notes)
@@ -109,11 +111,10 @@ def _small_model(run: RunConfig, progress: Progress) -> Path:
     assert run.task is not None
     warm_up = WarmUp(task=run.task, steps=run.warm_up_steps)
     if PartialState().is_main_process:
-        if not warm_up.path.exists():
-            progress.say(f"warming up a small model on {run.task} by supervised learning (once; cached)")
         warmed_up_model(
-            warm_up, lambda step, loss: progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}")
-        )
+            warm_up, lambda step, loss: progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}"),
+            progress.say,
+        )  # fmt: skip
     PartialState().wait_for_everyone()
     return warm_up.path
 
@@ -135,7 +136,12 @@ def _load_data(
         run, tokenizer, window, completion=args.max_completion_length, seed=args.seed, say=progress.say
     )
     if run.pairs is not None:
-        prompts = load_pairs(run.pairs, split=run.dataset_split)
+        limits = [n for n in (getattr(args, "max_length", None), window) if n is not None]
+        prompts = load_pairs(
+            run.pairs, split=run.dataset_split, held_out=held_out, tokenizer=tokenizer,
+            system_prompt=None if run.task else run.system_prompt, limit=min(limits, default=None),
+            skip_bad=run.bad_rows == "skip", say=progress.say,
+        )  # fmt: skip
     return prompts, held_out
 
 

@@ -1,8 +1,13 @@
 """Dense packing: sequences of different lengths side by side in rows of a fixed size, with attention kept apart.
 
 A greedy packer that looks at a window of pending sequences, after arXiv:2603.04135 (whose own rule is not known to us).
+
+A model is given the packed tokens and their positions, which start anew with each sequence, and no attention mask: from the
+positions transformers makes each layer's own mask, block-diagonal and with the layer's window. Not every model does so
+(recurrent layers, learned positions, ALiBi), and none says so: `packing_error` measures it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -95,21 +100,6 @@ class PackedBatch:
         out = values.new_full(self.mask.shape, fill)
         return out.masked_scatter(self.mask, values.reshape(-1)[self.places])
 
-    def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Additive causal mask `(bins, 1, width, width)`, block-diagonal: for eager attention and SDPA.
-
-        An empty place sees itself alone, so that no row is without a key.
-        """
-        s = self.sequence_ids
-        same = s.unsqueeze(-1) == s.unsqueeze(-2)
-        width = s.shape[-1]
-        causal = torch.ones(width, width, dtype=torch.bool, device=s.device).tril()
-        itself = torch.eye(width, dtype=torch.bool, device=s.device)
-        allowed = (same & causal & (s >= 0).unsqueeze(-1)) | itself
-        return torch.zeros(allowed.shape, dtype=dtype, device=s.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        ).unsqueeze(1)  # fmt: skip
-
     def varlen(self) -> dict[str, Tensor | int]:
         """Arguments of flash attention's varlen call, for all bins as one row without gaps; see `flat`."""
         lengths = self.mask.sum(1)[self._order()]
@@ -131,11 +121,21 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, windo
 
     Args:
         input_ids: `(batch, time)`.
-        attention_mask: 1 at real tokens; each row has some.
+        attention_mask: `(batch, time)`, 1 at real tokens and 0 elsewhere; each row has some.
         capacity: Tokens of a bin. Rows are cut to the fullest bin.
         window: See `window_pack`.
+
+    Raises:
+        ValueError: If shapes differ, the mask holds anything but 0 and 1, or a row is empty or longer than a bin.
     """
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"pack_rows: input_ids and attention_mask must be (batch, time) both, got {tuple(input_ids.shape)} and "
+            f"{tuple(attention_mask.shape)}"
+        )
     mask = attention_mask != 0
+    if not bool((mask == attention_mask).all()):
+        raise ValueError("pack_rows: attention_mask must be 1 at real tokens and 0 elsewhere; it holds other values")
     lengths = mask.sum(1)
     bins = window_pack(cast("list[int]", lengths.tolist()), capacity, window)
     start = torch.zeros_like(lengths)
@@ -158,30 +158,97 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, windo
 
 def packed_logprobs(
     model: Callable[..., Tensor], input_ids: Tensor, attention_mask: Tensor, *, capacity: int, window: int = 8,
-    dtype: torch.dtype = torch.float32,
+    check: bool = True,
 ) -> Tensor:  # fmt: skip
     """Log-probs of a padded batch's tokens from a packed forward pass: `(batch, time)`, 0 at each first token and at padding.
 
     Args:
-        model: Called with `input_ids`, `position_ids` and `attention_mask` (the additive mask); returns logits.
+        model: Called with `input_ids` and `position_ids`; returns logits. It must keep sequences apart where positions start
+            anew, as most of transformers' decoders do when they are called with `use_cache=False`.
         input_ids: `(batch, time)`.
-        attention_mask: 1 at real tokens.
+        attention_mask: 1 at real tokens, 0 elsewhere.
         capacity: See `pack_rows`.
         window: See `pack_rows`.
-        dtype: Of the mask: the model's.
+        check: Measure first, by `packing_error`, that the model does so. One check is enough for a model.
+
+    Raises:
+        ValueError: If the model mixes packed sequences.
 
     Examples:
-        >>> model = lambda input_ids, position_ids, attention_mask: torch.zeros(*input_ids.shape, 4)
+        >>> model = lambda input_ids, position_ids: torch.zeros(*input_ids.shape, 4)
         >>> packed_logprobs(model, torch.tensor([[1, 2, 3], [0, 3, 1]]), torch.tensor([[1, 1, 1], [0, 1, 1]]), capacity=5)
         tensor([[ 0.0000, -1.3863, -1.3863],
                 [ 0.0000,  0.0000, -1.3863]])
     """
     packed = pack_rows(input_ids, attention_mask, capacity=capacity, window=window)
-    logits = model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_bias(dtype)
-    )
+    if check:
+        error, limit = packing_error(
+            lambda ids: model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)),
+            lambda probe: model(input_ids=probe.input_ids, position_ids=probe.position_ids),
+            input_ids[packed.mask],
+        )
+        if not error <= limit:
+            raise ValueError(mixes_sequences("this model", error, limit))
+    logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     chosen = logits[:, :-1].log_softmax(-1).gather(-1, packed.input_ids[:, 1:, None]).squeeze(-1)
     logprobs = torch.nn.functional.pad(chosen, (1, 0)).masked_fill(packed.position_ids == 0, 0.0)
     return packed.unpack(logprobs)
+
+
+def mixes_sequences(model: str, error: float, limit: float) -> str:
+    """What to say of a model whose `packing_error` is above the limit.
+
+    Args:
+        model: Its name.
+        error: From `packing_error`.
+        limit: From `packing_error`.
+    """
+    return (
+        f"packing: {model} gives packed sequences other logits than the same sequences alone (relative difference {error:.2g}, "
+        f"rounding stays below {limit:.2g}): its layers see neighbours or ignore positions. Switch packing off for it"
+    )
+
+
+@torch.no_grad()
+def packing_error(
+    alone: Callable[[Tensor], Tensor], together: Callable[[PackedBatch], Tensor], tokens: Tensor
+) -> tuple[float, float]:
+    """How far a model's logits of packed sequences are from those of the same sequences alone.
+
+    Short sequences of the given tokens are run by themselves, and packed into two rows with empty places behind them. The error
+    of a sequence is `‖packed - alone‖ / ‖alone - mean over the vocabulary‖`.
+
+    Args:
+        alone: Logits `(1, time, vocabulary)` of token ids `(1, time)`, by the model in eval mode.
+        together: Logits `(bins, width, vocabulary)` of a packed batch.
+        tokens: Token ids to choose from, `(n,)`.
+
+    Returns:
+        The largest error of a sequence, NaN if logits are; and √eps of the logits' dtype, or of float32, in which models
+        take softmax and norms whatever their dtype. Rounding is of the order of eps, what a neighbour or a wrong position
+        changes is of the order of 1: the limit is halfway, in orders of magnitude.
+
+    Examples:
+        >>> apart = lambda ids: torch.nn.functional.one_hot(ids, 9).float()
+        >>> packing_error(apart, lambda packed: apart(packed.input_ids), torch.arange(1, 9))[0]
+        0.0
+        >>> mixed = lambda ids: apart(ids).cumsum(1)
+        >>> packing_error(mixed, lambda packed: mixed(packed.input_ids), torch.arange(1, 9))[0] > 0.1
+        True
+    """
+    lengths = torch.tensor([19, 2, 11, 1, 13])  # a short one behind a long one shows what leaks over the border
+    mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).to(tokens.device)
+    places = torch.randint(len(tokens), tuple(mask.shape), generator=torch.Generator().manual_seed(0))
+    ids = tokens[places.to(tokens.device)] * mask
+    packed = pack_rows(ids, mask, capacity=34)
+    logits = together(packed)
+    errors: list[float] = []
+    for row, real in enumerate(mask):
+        expected = alone(ids[row, real].unsqueeze(0))[0].double()
+        found = logits[packed.sequence_ids == row].double()
+        size = (expected - expected.mean(-1, keepdim=True)).norm().clamp(min=1e-12)
+        errors.append(float((found - expected).norm() / size))
+    worst = math.nan if any(math.isnan(e) for e in errors) else max(errors)
+    return worst, math.sqrt(max(torch.finfo(d).eps for d in (logits.dtype, torch.float32)))

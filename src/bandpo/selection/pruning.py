@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from bandpo.groups import informative
+from bandpo.composition import Objective
+from bandpo.groups import informative, scored
 
 Mode = Literal["fixed_count", "bernoulli", "topk_biased"]
 
@@ -31,7 +32,7 @@ class Selection(NamedTuple):
 
 
 class Selector(Protocol):
-    """Chooses completions of groups: `rewards` and `advantages` are `(groups, group_size)`."""
+    """Chooses completions of groups: `rewards` and `advantages` are `(groups, group_size)`; a reward of NaN is no score."""
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
         """The choice."""
@@ -82,11 +83,31 @@ def stratified(
     return Selection(~dropped, weight.masked_fill(dropped, 0.0), dropping)
 
 
+def check_nothing_lost(objective: Objective, *, kl_coef: float = 0.0, fix: str) -> None:
+    """Completions with advantage 0 may be left out for certain only where they have no gradient.
+
+    Args:
+        objective: Of the loss.
+        kl_coef: Coefficient of a KL term to a reference in the loss.
+        fix: What to do about it, for the message.
+
+    Raises:
+        ValueError: If they have one.
+    """
+    if "without_advantage" in objective.traits or kl_coef:
+        term = f"the KL term (kl_coef={kl_coef})" if kl_coef else f"objective {objective.name!r}"
+        raise ValueError(
+            f"completions with advantage 0 are left out for certain, but {term} has a gradient there, which no weight brings "
+            f"back: {fix}"
+        )
+
+
 @dataclass(frozen=True)
 class Informative:
-    """DAPO's dynamic sampling as a selector: groups whose rewards are all equal go (arXiv:2503.14476).
+    """DAPO's dynamic sampling as a selector: groups whose scores are all equal go (arXiv:2503.14476).
 
-    Their advantages are 0, so nothing is lost and nothing weighted, unless the loss has a KL term.
+    Their advantages are 0, so nothing is lost and nothing weighted, where the loss has no other term; see
+    `check_nothing_lost`.
     """
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
@@ -104,14 +125,16 @@ class Pruning:
     known ones. A completion is low where |A| is below its group's mean. Advantages are those of the whole group.
 
     The weights make any sum over samples unbiased, clipped or with a KL per sample, as long as the choice does not look at the
-    policy in training. Not through Adam, and not through a denominator that is counted after pruning.
+    policy in training. Not through Adam, and not through a denominator that is counted after pruning. `check` refuses the
+    objectives for which there is no such sum. A completion without a score (reward or advantage NaN) has no gradient, and takes
+    no part in the means.
 
     Args:
         prompts: r_q, the share of low prompts to leave out.
         completions: r_o, the share of low completions.
         mode: See `stratified`.
         zeros: Drop every completion with A = 0 for certain: it has no gradient, so nothing is lost. False where the loss has
-            another term, such as a KL per sample.
+            another term, such as a KL per sample; see `check`.
         until: Share of the run after which nothing is pruned any more; InfoBatch stops at 0.875.
         history: Scores by prompt; survives in `state_dict`.
 
@@ -142,34 +165,66 @@ class Pruning:
         if not 0 < self.until <= 1:
             raise ValueError(f"Pruning: until must be in (0, 1], got {self.until!r}")
 
+    def check(self, objective: Objective, *, kl_coef: float = 0.0) -> None:
+        """Refuse an objective whose gradient the weights cannot keep.
+
+        Args:
+            objective: Of the loss.
+            kl_coef: Coefficient of a KL term to a reference, with the weights of its samples (as in `policy_loss`).
+
+        Raises:
+            ValueError: With the reason and the fix.
+
+        Examples:
+            >>> from bandpo import OBJECTIVES
+            >>> Pruning(completions=0.5).check(OBJECTIVES["bandpo-kl"])
+        """
+        if (self.prompts or self.completions) and "of_batch" in objective.traits:
+            raise ValueError(
+                f"pruning with objective {objective.name!r}: it looks at the whole batch, so that leaving samples out changes "
+                "what it does to the others, which no weight can mend; turn pruning off, or choose another objective"
+            )
+        if self.completions and self.zeros and self.mode != "topk_biased":
+            check_nothing_lost(objective, kl_coef=kl_coef, fix="set zeros=False")
+
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
         """Completions by |A|; equal ones are not below their mean, and all stay unless they are 0."""
-        size = advantages.detach().abs()
+        if rewards.shape != advantages.shape:
+            raise ValueError(
+                f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have one and the same shape "
+                "(groups, group_size)"
+            )
+        size, counts, mean = _sizes(rewards, advantages)
         nothing = (size == 0) & self.zeros & (self.completions > 0) & (self.mode != "topk_biased")
         # Against rounding: equal |A| are not below their own mean.
-        low = (size < size.mean(-1, keepdim=True) * (1 - 1e-6)) & ~nothing
+        low = (size < mean * (1 - 1e-6)) & counts & ~nothing
         found = stratified(size, low, self.completions, mode=self.mode, generator=generator)
         keep = found.keep & ~nothing
         return Selection(keep, found.weight.masked_fill(nothing, 0.0), found.dropping.masked_fill(nothing, 1.0))
 
     def select_prompts(self, keys: Sequence[str], *, generator: torch.Generator | None = None) -> Selection:
-        """Prompts by their history, `(prompts,)`; one that was never sampled is kept."""
-        scores = torch.tensor([self.history.get(key, math.inf) for key in keys], dtype=torch.float64)
-        known = list(self.history.values())
-        low = scores < (sum(known) / len(known) * (1 - 1e-6) if known else 0.0)
+        """Prompts by their history, `(prompts,)`; one that was never sampled, or never scored, is kept."""
+        # A checkpoint of an older version may hold NaN.
+        known = {key: score for key, score in self.history.items() if math.isfinite(score)}
+        scores = torch.tensor([known.get(key, math.inf) for key in keys], dtype=torch.float64)
+        low = scores < (sum(known.values()) / len(known) * (1 - 1e-6) if known else 0.0)
         return stratified(scores, low, self.prompts, mode=self.mode, generator=generator)
 
-    def update(self, keys: Sequence[str], advantages: Tensor) -> None:
-        """Note what the prompts gave this time.
+    def update(self, keys: Sequence[str], advantages: Tensor, rewards: Tensor | None = None) -> None:
+        """Note what the prompts gave this time. A prompt without a score keeps what was known of it.
 
         Args:
             keys: One for each group.
-            advantages: `(groups, group_size)`, of whole groups.
+            advantages: `(groups, group_size)`, of whole groups; NaN where there is no score.
+            rewards: The same shape, NaN where there is no score. Needed where unscored completions have advantage 0, as
+                `group_advantages` makes them: their 0 says nothing about the prompt.
         """
         if len(keys) != len(advantages):
             raise ValueError(f"{len(keys)} prompts and {len(advantages)} groups of advantages do not match")
-        scores = cast("list[float]", advantages.detach().abs().mean(-1).tolist())
-        self.history.update(zip(keys, scores, strict=True))
+        _, counts, mean = _sizes(advantages if rewards is None else rewards, advantages)
+        scores = cast("list[float]", mean.squeeze(-1).tolist())
+        measured = cast("list[bool]", counts.any(-1).tolist())
+        self.history.update((k, s) for k, s, known in zip(keys, scores, measured, strict=True) if known)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -178,6 +233,13 @@ class Pruning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self.history = dict(state["history"])
+
+
+def _sizes(rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|A| of groups, 0 where nothing is scored; what is scored; and the mean |A| of the scored ones, `(groups, 1)`."""
+    counts = scored(rewards) & scored(advantages)
+    size = torch.where(counts, advantages.detach().abs(), 0.0)
+    return size, counts, size.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Whose file it is that the doctor cannot read: named by keys and programs that no other framework has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bandpo.doctor.shell import Script, Word
+
+READABLE = "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...) and of bandpo train"
+
+# In YAML: keys of the top level that must all be there.
+_BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("NeMo-RL", ("grpo", "policy")),
+    ("NeMo-RL", ("loss_fn", "policy")),
+    ("NeMo-RL", ("grpo", "checkpointing")),
+    ("SkyRL", ("trainer", "generator")),
+    ("prime-rl", ("orchestrator",)),
+    ("EasyR1", ("worker", "algorithm")),
+    ("verl's SFT trainer", ("data", "model", "optim", "trainer")),
+    ("AReaL", ("gconfig", "actor")),
+    ("AReaL", ("allocation_mode",)),
+    ("open-instruct", ("num_unique_prompts_rollout",)),
+    ("OpenRLHF", ("pretrain", "rollout_batch_size")),
+    ("OpenRLHF", ("actor_num_nodes",)),
+    ("slime", ("hf_checkpoint", "rollout_batch_size")),
+    ("LLaMA-Factory", ("finetuning_type",)),
+    ("Axolotl", ("base_model", "datasets")),
+    ("ms-swift", ("rlhf_type",)),
+    ("accelerate", ("compute_environment",)),
+    ("accelerate", ("distributed_type",)),
+    ("DeepSpeed", ("zero_optimization",)),
+)
+
+# In a script: what a word must contain.
+_BY_WORD: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("SkyRL", ("skyrl", "trainer.algorithm.advantage_estimator=", "generator.n_samples_per_prompt=")),
+    ("OpenRLHF", ("openrlhf",)),
+    ("NeMo-RL", ("nemo_rl", "nemo-rl", "run_grpo_", "grpo.num_prompts_per_step=", "policy.generation.")),
+    ("prime-rl", ("prime_rl", "prime-rl")),
+    ("AReaL", ("areal",)),
+    ("open-instruct", ("open_instruct",)),
+    ("EasyR1", ("worker.actor.", "worker.rollout.")),
+    ("LLaMA-Factory", ("llamafactory",)),
+    ("Axolotl", ("axolotl",)),
+    ("verl's SFT trainer", ("sft_trainer", "model.partial_pretrain=")),
+    ("slime", ("slime", "--rollout-batch-size", "--num-rollout")),
+)
+_BY_PROGRAM = {
+    "swift": "ms-swift",
+    "tune": "torchtune",
+    "trl": "a launch line of TRL",
+    "accelerate": "a launch line of accelerate",
+    "deepspeed": "a launch line of DeepSpeed",
+}
+
+
+def not_readable(path: Path, host: str) -> ValueError:
+    """The error for a file that is none of those that the doctor reads.
+
+    Args:
+        path: The file.
+        host: Whose it is; "" if that is not known.
+    """
+    if host:
+        return ValueError(f"{path}: this looks like {host}; {READABLE}")
+    return ValueError(f"{path} is not recognised: it has no setting that only one of these has; {READABLE}")
+
+
+def host_of_keys(given: Mapping[Any, Any]) -> str:
+    """The framework whose configuration this is, "" if it is not known.
+
+    Args:
+        given: Keys and values of a YAML file.
+
+    Examples:
+        >>> host_of_keys({"defaults": "grpo_math_1B.yaml", "grpo": {}, "policy": {}})
+        'NeMo-RL'
+    """
+    keys = {str(key).partition(".")[0] for key in given}
+    for host, needed in _BY_KEYS:
+        if keys.issuperset(needed):
+            return host
+    if isinstance(given.get("defaults"), str):  # Hydra's is a list
+        return "NeMo-RL"
+    return ""
+
+
+def host_of_script(script: Script) -> str:
+    """The framework that a script runs, with the configuration that it names; "" if it is not known.
+
+    Args:
+        script: Its words.
+    """
+    words = [word for command in script.commands for word in command]
+    texts = [word.text.lower() for word in [*words, *(w for value in script.variables.values() for w in value)]]
+    for host, marks in _BY_WORD:
+        if any(mark in text for text in texts for mark in marks):
+            return host
+    programs = {text.rpartition("/")[2] for text in texts}
+    for program, host in _BY_PROGRAM.items():
+        if program in programs:
+            return f"{host}{_config(words)}"
+    return ""
+
+
+def _config(words: list[Word]) -> str:
+    """The YAML file that a launch line names."""
+    for i, word in enumerate(words):
+        name, equals, value = word.text.partition("=")
+        if name != "--config":
+            continue
+        file = word if equals else words[i + 1] if i + 1 < len(words) else word
+        if file.literal and file.text != "--config":
+            return f"; examine {value or file.text}, which it names"
+    return ""

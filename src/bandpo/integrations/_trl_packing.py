@@ -1,0 +1,151 @@
+"""Packed forward passes in TRL, for models that are known and measured to keep packed sequences apart."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bandpo.selection.packing import PackedBatch, mixes_sequences, pack_rows, packing_error
+
+# Layers that attend within the mask that transformers makes from the positions, and feed-forward layers that are listed with
+# them. Any other kind (linear or compressed attention, convolutions, recurrences, what is new) carries a state, or may.
+_APART = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_PROBE_WINDOW = 8
+_PROBE_TEXT = "Packed rows hold several texts: 12 + 30 = 42, and none of them may see another one (that is the point)."
+_REMEDY = "Switch packing off for this model"
+
+
+def refuse_packing(model: Any, *, router_loss: bool) -> None:
+    """Refuse, by what a model's configuration says, what packing would make wrong.
+
+    Args:
+        model: A causal LM of transformers, or of PEFT.
+        router_loss: Whether an auxiliary loss of a mixture of experts is trained on.
+
+    Raises:
+        ValueError: With the reason and the remedy.
+    """
+    config = model.config.get_text_config()
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in ("eager", "sdpa") and not _is_flash(config):
+        raise ValueError(
+            f"packing: nothing is known of attn_implementation={attention!r}; use sdpa, eager or a flash attention, or switch "
+            "packing off"
+        )
+    kinds = {k for name in ("layer_types", "layers_block_type") for k in getattr(config, name, None) or ()}
+    if unknown := sorted(str(k) for k in kinds - _APART):
+        raise ValueError(
+            f"packing: {type(model).__name__} has layers of the kind {', '.join(unknown)}, which may carry one sequence into "
+            f"the next. {_REMEDY}"
+        )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"packing: the adapter puts tokens of its own before each row, not each sequence. {_REMEDY}")
+    if router_loss:
+        raise ValueError(
+            f"packing: the router loss of {type(model).__name__} is not computed on packed rows; set router_aux_loss_coef=0, "
+            "or switch packing off"
+        )
+
+
+def probe_packing(model: Any, tokenizer: Any, device: torch.device) -> None:
+    """Run a few short sequences packed and alone, with a model's windows made shorter than they are.
+
+    Args:
+        model: A causal LM that `refuse_packing` let pass.
+        tokenizer: For the tokens of the sequences.
+        device: Where inputs go.
+
+    Raises:
+        ValueError: If the model mixes them.
+    """
+    config = model.config.get_text_config()
+    tokens = torch.tensor(tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"], device=device)
+
+    def alone(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    def together(packed: PackedBatch) -> Tensor:
+        return _rows(model(**_inputs(packed, config)).logits, packed)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with _short_windows(config):
+            error, limit = packing_error(alone, together, tokens)
+    finally:
+        model.train(was_training)
+    if not error <= limit:
+        raise ValueError(mixes_sequences(type(model).__name__, error, limit))
+
+
+@contextmanager
+def _short_windows(config: Any) -> Iterator[None]:
+    """A window that a few tokens are longer than: the masks are made from the configuration, at each call."""
+    saved = {name: value for name in _WINDOWS if (value := getattr(config, name, None))}
+    try:
+        for name, value in saved.items():
+            setattr(config, name, min(value, _PROBE_WINDOW))
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(config, name, value)
+
+
+def _is_flash(config: Any) -> bool:
+    """Whether attention is some flash attention, the ones of a kernel repository included: kernels-community/flash-attn2."""
+    name = getattr(config, "_attn_implementation", None) or ""
+    return "flash" in name and not name.startswith("paged")
+
+
+def _inputs(packed: PackedBatch, config: Any) -> dict[str, Any]:
+    """Arguments of a packed forward pass; flash attention takes all rows as one, with the borders of the sequences."""
+    inputs: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+    if _is_flash(config):
+        inputs = {name: packed.flat(x) for name, x in inputs.items()} | packed.varlen()
+    return {**inputs, "attention_mask": None, "use_cache": False}
+
+
+def _rows(values: Tensor, packed: PackedBatch) -> Tensor:
+    """Values of the model's tokens `(rows, tokens, ...)` in the packed layout, `(bins, width, ...)`."""
+    if values.shape[:2] == packed.input_ids.shape:
+        return values
+    out = values.new_zeros(*packed.input_ids.shape, *values.shape[2:])
+    out[packed.sequence_ids >= 0] = values[0]
+    return out
+
+
+def packed_scores(
+    trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
+    compute_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Log-probs and entropies of the completions from packed rows, as TRL's `_get_per_token_logps_and_entropies` has them."""
+    logps: list[Tensor] = []
+    entropies: list[Tensor] = []
+    densities: list[float] = []
+    config = model.config.get_text_config()
+    capacity = trainer.args.packing_tokens or 4 * input_ids.shape[1]
+    at_once = batch_size or len(input_ids)
+    for ids, attention in zip(input_ids.split(at_once), attention_mask.split(at_once), strict=True):
+        packed = pack_rows(
+            ids, attention, capacity=max(capacity, int(attention.sum(1).max())), window=trainer.args.packing_window
+        )
+        counted = attention.new_zeros(attention.shape).to(torch.bool)
+        counted[:, -logits_to_keep:] = attention[:, -logits_to_keep:] != 0
+        labels = packed.pack(ids.masked_fill(~counted, -100), -100)
+        labels[packed.position_ids == 0] = -100  # the first token of a sequence follows nothing
+        labels = packed.flat(labels) if _is_flash(config) else labels
+        with trainer.accelerator.autocast():
+            out = model(**_inputs(packed, config), labels=labels, fused_lm_head=True)
+        # Values are those of the next token: one place to the right they stand at their own.
+        logps.append(packed.unpack(_rows(pad(out.log_probs, (1, 0)), packed))[:, -logits_to_keep:])
+        if compute_entropy:
+            entropies.append(packed.unpack(_rows(pad(out.entropy, (1, 0)), packed))[:, -logits_to_keep:])
+        densities.append(float(attention.sum()) / packed.input_ids.numel())
+    mode = "train" if trainer.model.training else "eval"
+    trainer._metrics[mode]["packing/density"].append(sum(densities) / len(densities))
+    trainer._metrics[mode]["packing/padded_density"].append(float(attention_mask.float().mean()))
+    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None

@@ -1,0 +1,106 @@
+"""Which groups of a rollout teach something, and what a run says that never had one."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+PATIENCE = 20
+
+
+def without_signal(per_function: Tensor, weights: Tensor, size: int, *, summed_first: bool) -> Tensor:
+    """Groups in which all scored rewards are equal, so that every advantage is 0.
+
+    Args:
+        per_function: `(completions, functions)`, NaN where a function gave no reward; the groups are consecutive.
+        weights: Of the functions.
+        size: Completions of a group.
+        summed_first: Whether the advantages come from the weighted sum (TRL's "sum_then_normalize"), or from each function's
+            rewards by themselves ("normalize_then_sum"), where rewards whose sums are equal still teach.
+
+    Returns:
+        Bool, `(groups,)`.
+
+    Examples:
+        >>> import torch
+        >>> nan = float("nan")
+        >>> rewards = torch.tensor([[nan], [1.0], [1.0], [0.0], [1.0], [1.0]])
+        >>> without_signal(rewards, torch.ones(1), 3, summed_first=True)
+        tensor([ True, False])
+    """
+    values = total_rewards(per_function, weights).unsqueeze(1) if summed_first else per_function
+    groups = values.view(-1, size, values.shape[1])
+    scored = ~groups.isnan()
+    highest = groups.masked_fill(~scored, -math.inf).amax(1)
+    lowest = groups.masked_fill(~scored, math.inf).amin(1)
+    return (highest <= lowest).all(1)  # -inf <= inf where nothing is scored
+
+
+def total_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the rewards of each completion; NaN where no function gave one."""
+    total = (per_function * weights.to(per_function.device)).nansum(1)
+    return total.masked_fill(per_function.isnan().all(1), math.nan)
+
+
+class SignalWatch:
+    """Notes whether any group of the rollouts taught something, and has a sentence for a run where none does.
+
+    Args:
+        patience: Rollouts without any signal, one after the other, before it says so.
+    """
+
+    def __init__(self, patience: int = PATIENCE) -> None:
+        self.patience = patience
+        self.rollouts = self.taught = self.since = 0
+        self.lowest, self.highest = math.inf, -math.inf
+
+    def note(self, groups_without_signal: Tensor, rewards: Tensor) -> str | None:
+        """Take in a rollout; a sentence when there has been no signal for long.
+
+        Args:
+            groups_without_signal: Bool, `(groups,)`, of all processes.
+            rewards: Of all completions, NaN where unscored.
+        """
+        self.rollouts += 1
+        if scored := [x for x in rewards.tolist() if not math.isnan(x)]:
+            self.lowest, self.highest = min(self.lowest, *scored), max(self.highest, *scored)
+        if not groups_without_signal.all():
+            self.taught, self.since = self.taught + 1, 0
+            return None
+        self.since += 1
+        if self.since != self.patience:
+            return None
+        return (
+            f"the last {self.since} rollouts had no group whose rewards differ, so every advantage was 0 and the policy did "
+            f"not change. {_ADVICE}"
+        )
+
+    def verdict(self) -> str | None:
+        """A sentence for the end of a run in which no group ever taught anything."""
+        if not self.rollouts or self.taught:
+            return None
+        if self.lowest > self.highest:
+            seen = "no completion was scored"
+        elif self.lowest == self.highest:
+            seen = f"every reward was {self.lowest:g}"
+        else:
+            seen = f"rewards from {self.lowest:g} to {self.highest:g} differed between prompts only"
+        return (
+            f"no group of this run ever had rewards that differ ({seen}, in {self.rollouts} rollouts): every advantage was 0 "
+            f"and nothing was learned. {_ADVICE}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {k: v for k, v in vars(self).items() if k != "patience"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        found = {name: type(value)(state[name]) for name, value in self.state_dict().items()}
+        vars(self).update(found)
+
+
+_ADVICE = (
+    "Check the reward on a few completions; start from a model that sometimes succeeds, choose prompts it solves now and then, "
+    "or sample more completions per prompt (num_generations)"
+)

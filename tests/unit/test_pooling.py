@@ -1,0 +1,232 @@
+"""Metrics as sums: parts of any sizes pool to the whole, nothing is no number, and what is no number is in no mean."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bandpo import KL, OBJECTIVES, Band, RatioBounds, policy_metrics
+from bandpo.integrations._pooled import PooledLog, Total, over_processes, without_empty
+from bandpo.metrics import PROB_BINS, averaged_by_host, masked_mean, policy_sums
+
+
+def made(seed, rows=6, width=5, objective="bandpo-kl"):
+    g = torch.Generator().manual_seed(seed)
+    old = -6 * torch.rand(rows, width, generator=g) ** 2 - 0.001
+    bounds_of = OBJECTIVES[objective].bounds
+    return {
+        "log_ratio": 0.5 * torch.randn(rows, width, generator=g), "old_logprobs": old,
+        "advantages": torch.randn(rows, 1, generator=g), "mask": torch.rand(rows, width, generator=g) < 0.6,
+        "bounds": bounds_of(old), "bounds_of": bounds_of, "entropy": torch.rand(rows, width, generator=g),
+        "weights": torch.rand(rows, width, generator=g),
+    }  # fmt: skip
+
+
+def rows_of(data, pick):
+    out = {}
+    for name, x in data.items():
+        if isinstance(x, RatioBounds):
+            out[name] = RatioBounds(x.lower[pick], x.upper[pick])
+        else:
+            out[name] = x[pick] if isinstance(x, torch.Tensor) else x
+    return out
+
+
+def oracle(data):
+    """By numpy and plain counting, from the definitions."""
+    x = {k: v.double().numpy() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    on = x["mask"] != 0
+    r, p = np.exp(x["log_ratio"])[on], np.exp(x["old_logprobs"])[on]
+    a = np.broadcast_to(x["advantages"], on.shape)[on]
+    lower, upper = (b.double().numpy()[on] for b in data["bounds"])
+    low, high = (a < 0) & (r < lower), (a > 0) & (r > upper)
+    found = {"clip_fraction/low": low.mean(), "clip_fraction/high": high.mean(), "ratio/mean": r.mean(),
+             "kl/old_new": (r - np.log(r) - 1).mean(), "entropy": x["entropy"][on].mean(),
+             "correction/weight_mean": x["weights"][on].mean(),
+             "band/cap_fraction": (upper[a > 0] == 10).sum() / (a != 0).sum()}  # fmt: skip
+    edges = [0, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99, 2]
+    for name, left, right in zip(PROB_BINS, edges[:-1], edges[1:], strict=True):
+        inside = (p >= left) & (p < right)
+        found[f"token_fraction_by_prob/{name}"] = inside.mean()
+        found[f"clip_fraction_by_prob/any/{name}"] = (low | high)[inside].mean() if inside.any() else math.nan
+    return found
+
+
+class OneProcess:
+    device = torch.device("cpu")
+
+    @staticmethod
+    def gather(x):
+        return x
+
+
+class Processes:
+    """A stand-in that has been given what the other processes hold; the real gather is in tests/contract/test_resume.py."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, others):
+        self.others = others
+
+    def gather(self, x):
+        return torch.cat([x, *self.others])
+
+
+def table(sums):
+    return torch.stack([x.double() for s in sums.values() for x in s[:2]]).unsqueeze(0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**31), objective=st.sampled_from(["bandpo-kl", "dapo", "dcpo"]),
+       cuts=st.lists(st.integers(0, 6), max_size=4), ranks=st.integers(1, 3))  # fmt: skip
+def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objective, cuts, ranks):
+    """Empty parts, and parts without a valid token, are among them."""
+    data = made(seed, objective=objective)
+    whole = policy_metrics(**data)
+    edges = [0, *sorted(cuts), 6]
+    parts = [policy_sums(**rows_of(data, slice(a, b))) for a, b in itertools.pairwise(edges)]
+    none = policy_sums(**rows_of(data, slice(0, 0)))
+    parts += [none] * (-len(parts) % ranks)
+    pooled, log = PooledLog(), {}
+    for start in range(0, len(parts), ranks):
+        here, *others = parts[start : start + ranks]
+        pooled.begin(log)
+        for name, total in over_processes(Processes([table(o) for o in others]), here).items():
+            pooled.put(log, name, total)
+    for name, value in whole.items():
+        if math.isnan(value):
+            assert name not in log
+        else:
+            # float32 sums of at most 30 terms below 20 in another order, one rounding at the end
+            assert log[name][0] == pytest.approx(value.item(), rel=1e-5, abs=30 * 2**-24), name
+            assert len(log[name]) == 1
+
+
+def test_the_oracle_agrees():
+    for seed in range(20):
+        data = made(seed)
+        found = policy_metrics(**data)
+        for name, value in oracle(data).items():
+            assert found[name].item() == pytest.approx(value, rel=1e-5, nan_ok=True), name
+
+
+def test_nothing_is_no_number_for_every_statistic():
+    for data in (made(1), rows_of(made(1), slice(0, 0))):
+        data["mask"] = torch.zeros_like(data["mask"])
+        found = policy_metrics(**data)
+        assert found.keys() == policy_metrics(**made(1)).keys()
+        assert all(x.isnan() for x in found.values())
+    assert masked_mean(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).isnan()
+
+
+def test_a_whole_of_equal_advantages_has_no_edge_that_it_is_pushed_to():
+    found = policy_metrics(**{**made(2), "advantages": torch.zeros(6, 1)})
+    assert found["band/cap_fraction"].isnan() and found["clip_fraction/any"] == 0
+
+
+@pytest.mark.parametrize("where", ["new", "old", "both", "advantage", "said"])
+def test_tokens_that_are_no_numbers_are_counted_and_are_in_no_mean(where):
+    data = made(3)
+    data["mask"][0] = True
+    clean = {**data, "mask": data["mask"].clone()}
+    clean["mask"][0, 0] = False
+    data["advantages"] = data["advantages"].expand(6, 5).clone()
+    data = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    if where == "new":
+        data["log_ratio"][0, 0] = -math.inf
+    elif where in ("old", "both"):
+        data["old_logprobs"][0, 0], data["log_ratio"][0, 0] = -math.inf, math.inf if where == "old" else math.nan
+        data["bounds"] = data["bounds_of"](data["old_logprobs"])
+    elif where == "advantage":
+        data["advantages"][0, 0] = math.nan
+    else:
+        data["nonfinite"] = torch.zeros(6, 5, dtype=torch.bool)
+        data["nonfinite"][0, 0] = True
+    found, want = policy_metrics(**data), policy_metrics(**clean)
+    assert found.pop("nonfinite_fraction").item() == pytest.approx(1 / data["mask"].sum().item())
+    for name, value in found.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-6, atol=1e-7, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    want = policy_metrics(**made(4))
+    torch.set_default_dtype(dtype)
+    try:
+        found = policy_metrics(**made_float32(4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in want.items():
+        assert found[name].dtype == value.dtype == torch.float32, name
+        assert torch.equal(found[name], value) or value.isnan(), name
+
+
+def made_float32(seed):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return made(seed)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_a_mean_of_means_would_be_another_number():
+    """The findings' case: 48 tokens on one rank and 8 on the other."""
+    log, pooled = {}, PooledLog()
+    first, second = (policy_sums(**one_sided(n, clipped)) for n, clipped in ((48, 20), (8, 1)))
+    found = over_processes(Processes([table(second)]), first)
+    pooled.begin(log)
+    pooled.put(log, "clip", found["clip_fraction/any"])
+    assert log["clip"] == [np.float32(21 / 56)]
+    assert found["band/divergence_max"].numerator == max(s["band/divergence_max"].numerator for s in (first, second))
+
+
+def one_sided(tokens, clipped):
+    old = torch.full((1, tokens), -1.0)
+    log_ratio = torch.where(torch.arange(tokens) < clipped, 1.0, 0.0).unsqueeze(0)
+    bounds = RatioBounds(torch.full_like(old, 0.8), torch.full_like(old, 1.2))
+    return {"log_ratio": log_ratio, "old_logprobs": old, "advantages": torch.ones(1, 1), "mask": torch.ones(1, tokens),
+            "bounds": bounds, "bounds_of": Band(KL, 0.05)}  # fmt: skip
+
+
+def test_the_pool_begins_anew_with_each_line_and_takes_over_the_host_s_values():
+    log, pooled = {}, PooledLog()
+    for value, tokens in ((0.5, 8), (0.25, 24)):
+        pooled.begin(log)
+        log.setdefault("kl", []).append(value)
+        log.setdefault("low", []).append(value)
+        pooled.take(log, "kl", weight=tokens, count=tokens)
+        pooled.take(log, "low", weight=1, count=tokens, kind="min")
+        pooled.take(log, "absent", weight=tokens, count=tokens)
+    assert log == {"kl": [(0.5 * 8 + 0.25 * 24) / 32], "low": [0.25]}
+    log.clear()  # TRL has written its line
+    pooled.begin(log)
+    log["kl"] = [0.125]
+    pooled.take(log, "kl", weight=4, count=4)
+    assert log["kl"] == [0.125]
+    log["kl"].append(7.0)  # a batch without a valid token: the host's 0 or whatever is no evidence
+    pooled.take(log, "kl", weight=0, count=0)
+    assert log["kl"] == [0.125]
+    pooled.put(log, "nothing", Total(0.0, 0.0))
+    assert "nothing" not in log
+    log["none"], log["some"] = [math.nan], [math.nan, 1.0]
+    without_empty(log)
+    assert set(log) == {"kl", "some"}
+
+
+def test_what_a_host_averages_itself_is_the_whole_where_its_parts_have_one_size():
+    data = made(5)
+    data["mask"] = torch.ones(6, 5, dtype=torch.bool)
+    parts = [averaged_by_host(policy_sums(**rows_of(data, slice(i, i + 2)))) for i in (0, 2, 4)]
+    whole = averaged_by_host(policy_sums(**data))
+    assert not any(x.isnan() for x in whole.values())
+    for name, value in whole.items():
+        if not name.endswith("_max"):
+            mean = sum(part[name] for part in parts) / 3
+            torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-6, msg=name)
+    shares = [v for k, v in whole.items() if k.startswith("clip_fraction_by_prob_of_all/any/")]
+    torch.testing.assert_close(sum(shares), whole["clip_fraction/any"])
