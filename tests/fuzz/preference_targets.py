@@ -110,13 +110,11 @@ def bad_pairs(draw: tuple[str, str, Any]) -> str:
     return refused(lambda: pair_loss(**{**good_pairs(name), argument: value}, objective=name))
 
 
-NO_KL = st.one_of(
-    st.floats(), st.none(), st.lists(st.integers(0, 3), min_size=1, max_size=3).map(torch.zeros),
-    st.one_of(not_finite, st.floats(max_value=-1e-9)).map(torch.tensor),
-)  # fmt: skip
+many_values = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(torch.zeros)
+no_divergence = st.one_of(not_finite, st.floats(max_value=-1e-9)).map(torch.tensor)
 BAD_OTHERS = st.one_of(
     st.tuples(st.sampled_from(["log_ratio", "desirable"]), no_column.filter(lambda x: getattr(x, "dtype", 0) != torch.bool)),
-    st.tuples(st.just("kl"), NO_KL),
+    st.tuples(st.just("kl"), st.one_of(st.floats(), st.none(), many_values, no_divergence)),
     st.tuples(st.sampled_from(["beta", "alpha"]), st.one_of(no_number, st.floats(max_value=0.0))),
     st.tuples(st.sampled_from(["desirable_weight", "calibration"]), st.one_of(no_number, st.floats(max_value=-1e-9))),
     st.tuples(st.just("floor"), st.one_of(no_number, st.floats(max_value=-1e-9), st.floats(min_value=1.0))),

@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from bandpo.integrations._trl_packing import _inputs, _rows, probe_packing, refuse_packing
-from bandpo.selection import pack_rows
+from bandpo.selection import pack_rows, packing_error
 
 WINDOW, LENGTHS = 8, (45, 5, 41, 1, 16)
 # Names of sizes as the configurations have them; each takes those that it knows.
@@ -203,3 +203,20 @@ def test_logits_that_are_no_numbers_are_no_proof():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="relative difference nan"):
         decide(model)
+
+
+def test_rounding_that_adds_up_is_measured_and_no_excuse_for_mixing():
+    """Noise above √eps, of the size of what tokens behind a sequence change, passes; four times √eps never does."""
+    for noise, passes in ((0.05, True), (0.15, True), (1.0, False)):
+        g = torch.Generator().manual_seed(0)
+        table = torch.randn(60, 60, generator=g)
+
+        def logits(ids, noise=noise, table=table):
+            clean = table[ids]
+            return (
+                clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(ids.numel()))
+            ).bfloat16()
+
+        error, limit = packing_error(logits, lambda packed: logits(packed.input_ids), torch.arange(60))  # noqa: B023
+        assert (error <= limit) == passes
+        assert limit <= 4 * torch.finfo(torch.bfloat16).eps ** 0.5
