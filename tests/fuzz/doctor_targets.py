@@ -124,8 +124,8 @@ def _same(a: Any, b: Any) -> bool:
 plain_texts = st.text("ab.=1 '\"\\\t", max_size=30)
 shell_pieces = st.sampled_from(
     ["python -m verl.trainer.main_ppo ", "a.b=1 ", "actor_rollout_ref.rollout.n=8 ", "$X", "${X:-1}", "$(ls)", "`ls`", "\\\n",
-     "\n", "'", '"', "# c\n", "A=(", ")", "B=x ", "<<EOF\n", "EOF\n", ";", "&&", "|", ">", "${", "$((", "}", "$@", "\\", " ", "\x1b",
-     "é", "=", "+", "~"]
+     "\n", "'", '"', "# c\n", "A=(", ")", "B=x ", "<<EOF\n", "EOF\n", ";", "&&", "|", ">", "${", "$((", "}", "$@", "\\", " ",
+     "\x1b", "é", "=", "+", "~"]
 )  # fmt: skip
 shell_texts = st.one_of(
     st.lists(shell_pieces, max_size=25).map("".join),
