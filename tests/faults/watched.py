@@ -29,7 +29,7 @@ def watched(arguments: list[str], folder: str, main) -> dict:
     out, error = io.StringIO(), io.StringIO()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
     before, began = _memory("VmRSS"), time.process_time()
-    signal.alarm(60)
+    signal.alarm(120)
     STATE["on"] = True
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
