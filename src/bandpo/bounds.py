@@ -11,6 +11,7 @@ from torch import Tensor
 from bandpo._inputs import check_tensor
 from bandpo._roots import log_bounds
 from bandpo._table import table_for
+from bandpo._values import ByValue
 from bandpo.divergences import DIVERGENCES, KL, FDivergence, binary_divergence
 
 Radius = float | Tensor
@@ -140,8 +141,8 @@ def in_band(
         return binary_divergence(log_ratio, old_logprobs, divergence) <= torch.where(log_ratio < 0, down, up)
 
 
-@dataclass(frozen=True)
-class Band:
+@dataclass(frozen=True, eq=False)
+class Band(ByValue):
     """The trust region of BandPO: the f-divergence ball projected to each token's ratio (arXiv:2603.04918).
 
     Args:

@@ -1,12 +1,12 @@
 """What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from bandpo._inputs import check_int
+from bandpo._values import Registry
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 
@@ -17,7 +17,9 @@ PROB_BINS = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1", "0.1:0.5", "0.5:0.9"
 """Their names, as they appear in metric keys."""
 
 # The word clip_ratio means three things across hosts; these are the ones that mean the same as ours.
-TRL_NAMES: Mapping[str, str] = MappingProxyType(
+TRL_NAMES: Mapping[str, str] = Registry(
+    __name__,
+    "TRL_NAMES",
     {
         "clip_fraction/low": "clip_ratio/low_mean",
         "clip_fraction/high": "clip_ratio/high_mean",
@@ -25,15 +27,17 @@ TRL_NAMES: Mapping[str, str] = MappingProxyType(
         "kl/ref": "kl",
         "entropy": "entropy",
         "loss/policy": "policy_loss",
-    }
+    },
 )
-VERL_NAMES: Mapping[str, str] = MappingProxyType(
+VERL_NAMES: Mapping[str, str] = Registry(
+    __name__,
+    "VERL_NAMES",
     {
         "clip_fraction/any": "actor/pg_clipfrac",
         "kl/ref": "actor/kl_loss",
         "entropy": "actor/entropy",
         "loss/policy": "actor/pg_loss",
-    }
+    },
 )
 
 
