@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
     def bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the ratio at float32 `log p`, rounded inward. NaN stays NaN."""
-        t = logp.flatten().neg().clamp_(0.0, self.end)
+        t = logp.flatten().neg().clamp(0.0, self.end)
         x, first = t, torch.zeros((), dtype=torch.int32, device=t.device)
         for center, left, right in self.centers:
             shift = t - center
@@ -62,7 +62,7 @@ class Table(NamedTuple):
         fine = x < 1
         # The dtype is named: an integer times a Python float would take torch's default dtype.
         u = torch.where(fine, (bits & FRACTION).to(torch.float32) * 2.0**-SHIFT, scaled.sub_(cell))
-        row = torch.where(fine, octave, cell.add_(self.uniform)).clamp_(0, self.last)  # NaN has no row
+        row = torch.where(fine, octave, cell.add_(self.uniform)).clamp(0, self.last)  # NaN has no row
         a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
         lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).clamp_max_(1.0)
         upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).clamp_min_(1.0)

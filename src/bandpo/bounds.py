@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bandpo._inputs import check_tensor
 from bandpo._roots import log_bounds
@@ -247,6 +248,8 @@ def _tabulated(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radiu
     low, high = radii
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
+    if isinstance(logp, FakeTensor) and not torch.compiler.is_compiling() and not logp.fake_mode.allow_non_fake_inputs:
+        return None  # a table is a real tensor, which a fake one cannot meet
     table = table_for(divergence, low, high, logp.device)
     return None if table is None else table.bounds(logp)
 

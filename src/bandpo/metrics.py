@@ -180,7 +180,7 @@ def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -
     for edge in PROB_EDGES:
         cell += p >= edge
     ones = torch.ones((), dtype=torch.int64, device=p.device).expand(cell.numel())
-    counts = ones.new_zeros(4 * len(PROB_BINS)).index_add_(0, cell.flatten(), ones).to(torch.float32)
+    counts = ones.new_zeros(4 * len(PROB_BINS)).index_add(0, cell.flatten(), ones).to(torch.float32)
     inside, n_low, n_high, _ = counts.view(4, -1)
     return n_low, n_high, inside + n_low + n_high
 
@@ -192,13 +192,16 @@ def _what_binds(
     # A cap is met exactly; 1/p was rounded inward and here once more by exp and by the product.
     capped = upper == max_ratio
     saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
-    pushed = (pushed_up | pushed_down).count_nonzero()
-    cap = (pushed_up & capped).count_nonzero() / pushed.clamp_min(1)
-    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero() / pushed.clamp_min(1)
+    saturated = (pushed_up & saturated_up) | (pushed_down & (lower == 0))
+    # A quotient of two integers would have torch's default dtype.
+    pushed, cap, simplex = (
+        x.count_nonzero().to(torch.float32) for x in (pushed_up | pushed_down, pushed_up & capped, saturated)
+    )
+    cap, simplex = cap / pushed.clamp_min(1), simplex / pushed.clamp_min(1)
     return {
         "band/cap_fraction": cap,
-        "band/saturated_fraction": saturated,
-        "band/region_fraction": (pushed > 0).to(cap.dtype) - cap - saturated,
+        "band/saturated_fraction": simplex,
+        "band/region_fraction": (pushed > 0).to(cap.dtype) - cap - simplex,
     }
 
 
