@@ -1,5 +1,6 @@
 """The bounds by high-precision bisection on their definition. Independent of the library: other formula, other numbers."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -30,6 +31,38 @@ GENERATORS: dict[str, Callable[[Real], Real]] = {
     **{f"ALPHA({a:g})": _alpha(a) for a in (3.0, 2.0, 1.5, 1.001, 0.999, 0.5, 0.3, 0.001, -1.0, -1.5)},
 }
 _INFINITE_AT_ZERO = {"KL", "NEYMAN", "JEFFREYS", "ALPHA(-1)", "ALPHA(-1.5)"}
+
+
+def generator(name: str) -> Callable[[Real], Real]:
+    """The generator of a divergence, by its name in the library."""
+    return GENERATORS[name] if name in GENERATORS else _alpha(float(name[6:-1]))
+
+
+def divergence(name: str, logp: float, log_ratio: Real) -> Real:
+    """Binary divergence of a ratio, with the digits that its cancellations need; infinite past the simplex."""
+    if log_ratio == 0:
+        return mp.mpf(0)
+    sizes = (abs(logp), -math.log(-logp) if logp else 0.0, -float(mp.log(abs(log_ratio))))
+    with mp.workdps(60 + int(sum(max(s, 0.0) for s in sizes))):  # twice their decimal digits
+        f, p, rest = generator(name), mp.e ** mp.mpf(logp), -mp.expm1(mp.mpf(logp))
+        q = p * mp.e**log_ratio
+        other = 1 - q
+        infinite = name in _INFINITE_AT_ZERO or (name.startswith("ALPHA") and float(name[6:-1]) <= 0)
+        if other < 0 or (infinite and 0 in (q, other)):
+            return mp.inf
+        return +(p * f(q / p) + rest * f(other / rest))
+
+
+def is_log_bound(name: str, logp: float, radius: float, bound: float, tolerance: float) -> bool:
+    """Whether a log-bound (lower if negative) is within a relative tolerance of that of a radius within it of `radius`."""
+    with mp.workdps(400):
+        tol, delta, free = mp.mpf(tolerance), mp.mpf(radius), mp.mpf(-(10**6))
+        inner = max(mp.mpf(bound) * (1 - tol), free)
+        outer = mp.mpf(bound) * (1 + tol)
+    ends_there = outer <= free or outer >= -logp  # 0 in all but name, or the edge of the simplex
+    return divergence(name, logp, inner) <= delta * (1 + tol) and (
+        ends_there or divergence(name, logp, outer) >= delta * (1 - tol)
+    )
 
 
 @cache

@@ -6,7 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bandpo.divergences import MAX_LOG, FDivergence, LogBounds, binary_divergence, log_upper_of
+from bandpo.divergences import (
+    LARGEST_RADIUS,
+    MAX_LOG,
+    SMALLEST_RADIUS,
+    FDivergence,
+    LogBounds,
+    binary_divergence,
+    log_upper_of,
+)
 
 _FLOAT64_EXPONENT_BITS = 11
 # log-bounds are promised within 1e-12 ≈ 2^-39.9 relative; 44 digits leave the rounding of the divergence its share.
@@ -17,26 +25,34 @@ _STEPS = _FLOAT64_EXPONENT_BITS + _MANTISSA_BITS
 def log_bounds(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius_high: Tensor) -> LogBounds:
     """Bounds of `log r` at float64 `logp <= 0`, saturated at the simplex. NaN where `logp` or a radius is.
 
+    What float64 cannot hold is treated as the nearest that it can, on the narrower side: p below e^-700 as e^-700 (0 itself
+    is free), 1 - p below e^-700 as 0, a radius above 1e300 as 1e300, one below 1e-300 as 0.
+
     Args:
         divergence: The divergence.
         logp: Float64, any shape.
         radius_low: Radius of the lower side, float64, broadcasting to `logp`.
         radius_high: Radius of the upper side.
     """
-    held = logp.clamp_min(-MAX_LOG)
+    held = torch.where(logp > -math.exp(-MAX_LOG), 0.0, logp.clamp_min(-MAX_LOG))
+    low = radius_low.clamp(SMALLEST_RADIUS, LARGEST_RADIUS)
+    high = low if radius_high is radius_low else radius_high.clamp(SMALLEST_RADIUS, LARGEST_RADIUS)
     if divergence.closed_form is None:
-        log_lower, log_upper = _search(divergence, held, radius_low, radius_high)
+        log_lower, log_upper = _search(divergence, held, low, high)
     else:
-        log_lower, log_upper = divergence.closed_form(held, radius_low)
-        if radius_high is not radius_low:
-            _, log_upper = divergence.closed_form(held, radius_high)
+        log_lower, log_upper = divergence.closed_form(held, low)
+        if high is not low:
+            _, log_upper = divergence.closed_form(held, high)
     # Past what float64 can hold, p is 0 and every f leaves the token free (docs/theory.md, limits).
     impossible = logp == -math.inf
-    log_lower = log_lower.clamp_max(0.0).masked_fill(impossible, -math.inf)
-    log_upper = torch.minimum(log_upper.clamp_min(0.0), -logp).masked_fill(impossible, math.inf)
+    log_lower = log_lower.clamp_max(0.0).masked_fill(radius_low < SMALLEST_RADIUS, 0.0)
+    log_upper = torch.minimum(log_upper.clamp_min(0.0).masked_fill(radius_high < SMALLEST_RADIUS, 0.0), -logp)
     # A closed form may have lost a NaN or met 0·inf at a radius that is none: both sides say so.
     bad = (radius_low + radius_high + logp).isnan()
-    return log_lower.masked_fill(bad, math.nan), log_upper.masked_fill(bad, math.nan)
+    return (
+        log_lower.masked_fill(impossible, -math.inf).masked_fill(bad, math.nan),
+        log_upper.masked_fill(impossible, math.inf).masked_fill(bad, math.nan),
+    )
 
 
 def largest_feasible(feasible: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

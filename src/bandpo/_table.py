@@ -30,8 +30,8 @@ from bandpo.divergences import MAX_LOG, FDivergence, binary_divergence
 PIECES = 16  # per power of two of the distance to a center, and per unit of t
 SHIFT = 23 - 4  # leaves the exponent and the first four bits of a float32's mantissa
 FRACTION = (1 << SHIFT) - 1
-_SMALLEST = -64  # a token with -log p below 2^-64 counts as certain, p = 1
-FIRST_OCTAVE = ((127 + _SMALLEST) << 4) - 1  # the bits above SHIFT of 2^-64, less one for the row of x = 0
+_SMALLEST = -126  # of float32's normal numbers; a token with -log p below 2^-126 counts as certain, p = 1
+FIRST_OCTAVE = ((127 + _SMALLEST) << 4) - 1  # the bits above SHIFT of 2^-126, less one for the row of x = 0
 _HALF_UNIT = 2.0**-24  # of float32 from 1 on, and a whole unit below
 _LARGEST = math.log(torch.finfo(torch.float32).max) - 1e-6
 
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
     def bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the ratio at float32 `log p`, rounded inward. NaN stays NaN."""
-        t = logp.flatten().neg().clamp_(0.0, self.end)
+        t = logp.flatten().neg().clamp(0.0, self.end)
         x, first = t, torch.zeros((), dtype=torch.int32, device=t.device)
         for center, left, right in self.centers:
             shift = t - center
@@ -60,8 +60,9 @@ class Table(NamedTuple):
         scaled = t * PIECES
         cell = scaled.to(torch.int32)
         fine = x < 1
-        u = torch.where(fine, (bits & FRACTION) * 2.0**-SHIFT, scaled.sub_(cell))
-        row = torch.where(fine, octave, cell.add_(self.uniform)).clamp_(0, self.last)  # NaN has no row
+        # The dtype is named: an integer times a Python float would take torch's default dtype.
+        u = torch.where(fine, (bits & FRACTION).to(torch.float32) * 2.0**-SHIFT, scaled.sub_(cell))
+        row = torch.where(fine, octave, cell.add_(self.uniform)).clamp(0, self.last)  # NaN has no row
         a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
         lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).clamp_max_(1.0)
         upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).clamp_min_(1.0)
@@ -163,7 +164,7 @@ def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
     margin = half_ulp + products + (most - least) / 4  # the last for peaks between the nine points
     wanted = most + margin
     constant = wanted.float()
-    constant = torch.where(constant < wanted, constant.nextafter(torch.full((), math.inf)), constant)
+    constant = torch.where(constant < wanted, constant.nextafter(torch.full_like(constant, math.inf)), constant)
     return torch.stack([constant, *slopes.unbind(1)]), constant - least + margin
 
 

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bandpo._inputs import check_tensor
 from bandpo._roots import log_bounds
 from bandpo._table import table_for
+from bandpo._values import ByValue
 from bandpo.divergences import DIVERGENCES, KL, FDivergence, binary_divergence
 
 Radius = float | Tensor
@@ -140,8 +142,8 @@ def in_band(
         return binary_divergence(log_ratio, old_logprobs, divergence) <= torch.where(log_ratio < 0, down, up)
 
 
-@dataclass(frozen=True)
-class Band:
+@dataclass(frozen=True, eq=False)
+class Band(ByValue):
     """The trust region of BandPO: the f-divergence ball projected to each token's ratio (arXiv:2603.04918).
 
     Args:
@@ -246,6 +248,8 @@ def _tabulated(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radiu
     low, high = radii
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
+    if isinstance(logp, FakeTensor) and not torch.compiler.is_compiling() and not logp.fake_mode.allow_non_fake_inputs:
+        return None  # a table is a real tensor, which a fake one cannot meet
     table = table_for(divergence, low, high, logp.device)
     return None if table is None else table.bounds(logp)
 

@@ -168,7 +168,7 @@ def clip_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:
         0.25
     """
     _, valid, clipped = _pushed(None, batch, bounds)
-    return (clipped.sum() / valid.sum().clamp_min(1)).item()
+    return int(clipped.sum()) / max(1, int(valid.sum()))
 
 
 def _match_clip_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[str, Tensor]) -> float:

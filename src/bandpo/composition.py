@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import PROVIDED, check_component, check_tensor, inputs_of, traits_of
+from bandpo._values import ByValue
 from bandpo.advantages import AdvantageKind
 from bandpo.bounds import Band, Bounds, Clip, Radius
 from bandpo.corrections import Correction
@@ -23,8 +24,8 @@ Anchor = Literal["old", "rollout"]
 GroupStats = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass(frozen=True, eq=False)
+class Objective(ByValue):
     """A policy objective as `bounds x surrogate x aggregation`, and what it expects around it.
 
     Args:

@@ -3,26 +3,31 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import partial
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from bandpo._inputs import check_tensor
+from bandpo._values import ByValue, Registry
 
 # exp(±700) is still a normal float64: beyond it a probability, or its complement, is treated as e^-700.
 MAX_LOG = 700.0
 MAX_LOG_FLOAT32 = 80.0  # the same for statistics in float32
+# A smaller radius leaves no room and a larger one counts as this: squares of both, and δ/p, stay in the range of float64.
+SMALLEST_RADIUS, LARGEST_RADIUS = 1e-300, 1e300
 
 LogBounds = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class FDivergence:
+@dataclass(frozen=True, eq=False)
+class FDivergence(ByValue):
     """An f-divergence `D_f(π ‖ π_old) = Σ π_old f(π / π_old)`, given by its generator.
 
     A user's own divergence needs `name` and `f` only; check it once with `bandpo.testing.check_divergence`. Make it once, too:
-    bounds are tabulated for each divergence object, and a new one with an equal-looking lambda is another divergence.
+    bounds are tabulated for each divergence, and a new one with an equal-looking lambda is another divergence. One whose
+    functions are defined at the top level of a module can be pickled, for worker processes.
 
     Args:
         name: Name in messages, tables and plots.
@@ -58,6 +63,13 @@ class FDivergence:
         if self.slope_at_infinity is None:
             edge = torch.tensor(MAX_LOG, dtype=torch.float64)
             object.__setattr__(self, "slope_at_infinity", float(self.of_log(edge) * (-edge).exp()))
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # asked for at each call: the other parts would take longer than the name tells apart
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """A built-in divergence is pickled and copied as itself."""
+        return self.name if DIVERGENCES.get(self.name.lower()) is self else super().__reduce_ex__(protocol)
 
     def __call__(self, u: Tensor) -> Tensor:
         """The generator at ratio `u`."""
@@ -129,64 +141,67 @@ def _tv_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
 
 def _chi2_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
     """`r = 1 ∓ √(δ(1-p)/p)`: the Wald interval."""
-    shift = (radius * (-logp).expm1()).sqrt()
+    shift = _root(radius, (-logp).expm1())
     return _log_of_shifts(shift, shift)
 
 
 def _neyman_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
     """`q = [2p + δ ± √(δ² + 4p(1-p)δ)] / (2(1+δ))`: the Wilson score interval, with `q₋ q₊ = p²/(1+δ)`."""
-    p, rest = logp.exp(), -logp.expm1()
-    root, tilt = (radius * (radius + 4 * p * rest)).sqrt(), radius * (1 - 2 * p)
-    up = torch.where(p < 0.5, root + tilt, 4 * (1 + radius) * radius * p * rest / (root - tilt))
-    log_upper = (up / (2 * (1 + radius)) * (-logp).exp()).log1p()
+    p, rest, h = logp.exp(), -logp.expm1(), radius.sqrt()
+    root, tilt = (radius + 4 * p * rest).sqrt(), h * (1 - 2 * p)  # both over √δ
+    up = torch.where(p < 0.5, 0.5 * h * (root + tilt) / (1 + radius), 2 * p * rest * (h / (root - tilt)))
+    log_upper = (up * (-logp).exp()).log1p()
     return -radius.log1p() - log_upper, log_upper
 
 
 def _hellinger_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
     """`√r = b ∓ √(odds (1-b²))` with `b = 1 - δ/2`: an arc on the sphere of √π, which ends where it leaves the simplex."""
-    b = (1 - radius / 2).clamp_min(0.0)
-    step = ((-logp).expm1() * radius * (1 - radius / 4).clamp_min(0.0)).sqrt()
-    upper = (2 * (b + step).log()).masked_fill(logp >= 2 * b.log(), math.inf)
-    lower = 2 * (b - step).clamp_min(0.0).log()
+    radius = radius.clamp_max(2.0)  # the whole sphere
+    turn = -radius / 2
+    step = _root(radius * (1 - radius / 4), (-logp).expm1())
+    upper = (2 * (turn + step).log1p()).masked_fill(logp >= 2 * turn.log1p(), math.inf)
+    lower = 2 * (turn - step).clamp_min(-1.0).log1p()
     return lower, upper
 
 
 def _le_cam_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
     """Roots of `(2+δ)d² - 2δ(1-2p)d - 4δp(1-p) = 0` in `d = q - p`."""
-    p, rest = logp.exp(), -logp.expm1()
-    root, tilt = (radius * (radius + 8 * p * rest)).sqrt(), radius * (1 - 2 * p)
-    product = 4 * radius * p * rest
-    up = torch.where(p < 0.5, (root + tilt) / (2 + radius), product / (root - tilt))
-    down = torch.where(p < 0.5, product / (root + tilt), (root - tilt) / (2 + radius))
+    radius = radius.clamp_max(2.0)  # the divergence of two policies that share no token
+    p, rest, h = logp.exp(), -logp.expm1(), radius.sqrt()
+    root, tilt = (radius + 8 * p * rest).sqrt(), h * (1 - 2 * p)  # both over √δ
+    up = torch.where(p < 0.5, h * (root + tilt) / (2 + radius), 4 * p * rest * (h / (root - tilt)))
+    down = torch.where(p < 0.5, 4 * p * rest * (h / (root + tilt)), h * (root - tilt) / (2 + radius))
     inverse_p = (-logp).exp()
     return _log_of_shifts(down * inverse_p, up * inverse_p)
 
 
-# The residual of KL's two equations after two Halley steps is 2^-23 relative, after three 2^-51 (tests/unit/test_bounds.py).
+def _root(a: Tensor, b: Tensor) -> Tensor:
+    """`√(ab)` where the product would leave the range of float64."""
+    return a.sqrt() * b.sqrt()
+
+
+# Three Halley steps leave the rounding of the equation's terms (tests/unit/test_accuracy.py).
 _KL_STEPS = 3
 
 
 def _kl_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
-    """Three Halley steps for each of two scalar equations, from starts that are exact to second order in δ.
+    """Three Halley steps for the fall of one event's log-prob, from a start that is exact to second order in δ.
 
-    With `m, M` the smaller and larger of `p, 1-p`: the event `m` grows until the other has `M e^-y`, where
-    `y - m log(1 + (e^y - 1)/m) = δ`; the event `M` grows until the other has `m e^-z`, where
-    `m z - M log(1 + m/M (1 - e^-z)) = δ`. If the token is `m`, its upper bound comes from `y` and its lower one is `e^-z`;
-    else the other way round.
+    An event of probability `a` that falls to `a e^-y`, the other one having `b = 1 - a`, costs
+    `a y - b log(1 + a/b (1 - e^-y)) = a (y - w) + b (x - log(1 + x))` with `w = 1 - e^-y` and `x = a w / b`: two terms that
+    are both positive, so that nothing cancels. The token falls to the lower bound; everything else, to leave room for the
+    upper one.
     """
-    p, rest = logp.exp(), -logp.expm1()
-    m, large = torch.minimum(p, rest).clamp_min(math.exp(-MAX_LOG)), torch.maximum(p, rest)
-    twice = radius + (radius * (radius + 8 * m * large)).sqrt()
-    y, z = twice / (2 * large), (twice / (2 * m)).clamp_max(1e300)
+    events = torch.stack([logp.exp(), -logp.expm1()]).clamp_min(math.exp(-MAX_LOG))
+    a, b = events, events.flip(0)
+    y = ((radius + _root(radius, radius + 8 * a * b)) / (2 * a)).clamp_max(LARGEST_RADIUS)
     for _ in range(_KL_STEPS):
-        e = y.expm1()
-        gap = y - m * (e / m).clamp_max(1e300).log1p() - radius
-        y = y - gap * (m + e) * e / (large * e * e - 0.5 * gap * m * (1 + e))
-    for _ in range(_KL_STEPS):
-        d = -(-z).expm1()
-        gap = m * z - large * (m / large * d).log1p() - radius
-        z = z - gap * (large + m * d) * d / (m * d * d - 0.5 * gap * large * (1 - d))
-    shrink_rest, shrink_token = torch.where(p <= rest, y, z), torch.where(p <= rest, z, y)
+        w = -(-y).expm1()
+        other = b + a * w
+        gap = a * exp_remainder(-y) + b * _log1p_remainder(a * w / b) - radius
+        slope, bend_over_slope = a * w / other, b / other * (-y).exp() / w
+        y = (y - gap / (slope - 0.5 * gap * bend_over_slope)).clamp_max(LARGEST_RADIUS)
+    shrink_token, shrink_rest = y.unbind()
     return -shrink_token, log_upper_of(logp, shrink_rest)
 
 
@@ -195,22 +210,65 @@ def log_upper_of(logp: Tensor, shrink: Tensor) -> Tensor:
     return ((-logp).expm1() * -(-shrink).expm1()).log1p()
 
 
+# Near 0 the generators are differences of numbers that agree in all but their second order. Below this |t| a few terms of a
+# series are exact to rounding, and above it the plain difference is right within 1e-13.
+_NEAR = 0.003
+
+
+def _series(t: Tensor, *coefficients: float) -> Tensor:
+    """`t² (c₀ + c₁ t + …)`."""
+    total = torch.full_like(t, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        total = total.mul_(t).add_(c)
+    return total.mul_(t).mul_(t)
+
+
+def exp_remainder(t: Tensor) -> Tensor:
+    """`e^t - 1 - t`, with all digits near 0 in float64."""
+    plain = t.expm1() - t
+    if t.dtype != torch.float64:
+        return plain  # float32 is for statistics, whose tokens are many
+    return torch.where(t.abs() < _NEAR, _series(t, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720), plain)
+
+
+def _log1p_remainder(x: Tensor) -> Tensor:
+    """`x - log(1 + x)` for x >= 0, with all digits near 0."""
+    return torch.where(x < _NEAR, _series(x, 1 / 2, -1 / 3, 1 / 4, -1 / 5, 1 / 6), x - x.log1p())
+
+
 def _entropy_term(t: Tensor) -> Tensor:
     """`u log u` at `u = e^t`, with its limit 0 at `t = -inf`."""
     return t.clamp_min(-2 * MAX_LOG) * t.exp()
 
 
+def _reverse_kl_exp(t: Tensor) -> Tensor:
+    """`t e^t - e^t + 1`."""
+    plain = _entropy_term(t) - t.expm1()
+    if t.dtype != torch.float64:
+        return plain
+    return torch.where(t.abs() < _NEAR, _series(t, 1 / 2, 1 / 3, 1 / 8, 1 / 30, 1 / 144), plain)
+
+
 def _js_exp(t: Tensor) -> Tensor:
-    """Jensen-Shannon at `t <= 0`; the other half by `f(u) = u f(1/u)`."""
-    s = -t.abs()
-    half = 0.5 * (_entropy_term(s) - (s.exp() + 1) * (s.expm1() / 2).log1p())
+    """Jensen-Shannon at `s = -|t|`; the other half by `f(u) = u f(1/u)`.
+
+    `½[s e^s - (1 + e^s) l]` with `l = log((1 + e^s)/2)`. Near 0 these terms cancel, and `¼[s (e^s - 1) + (1 + e^s) l]` with
+    `l = log(1 - tanh²(s/2))` is the same.
+    """
+    s = -t.abs().clamp_max(2 * MAX_LOG)
+    lost = s.expm1()
+    near = s > -0.5
+    log = torch.where(near, -(lost / (2 + lost)).square(), lost / 2).log1p()
+    half = torch.where(near, 0.25, -0.5).to(t.dtype) * (2 + lost) * log + s * torch.where(
+        near, lost / 4, 0.5 + lost / 2
+    )
     return half * t.clamp_min(0).exp()
 
 
 KL = FDivergence(
     "KL",
     f=lambda u: -u.log() + u - 1,
-    f_exp=lambda t: t.expm1() - t,
+    f_exp=exp_remainder,
     slope_at_infinity=1.0,
     closed_form=_kl_bounds,
 )
@@ -219,7 +277,7 @@ KL = FDivergence(
 REVERSE_KL = FDivergence(
     "REVERSE_KL",
     f=lambda u: torch.xlogy(u, u) - u + 1,
-    f_exp=lambda t: _entropy_term(t) - t.expm1(),
+    f_exp=_reverse_kl_exp,
     slope_at_infinity=math.inf,
 )
 """D(π ‖ π_old)."""
@@ -309,30 +367,43 @@ def alpha(a: float) -> FDivergence:
         return KL
     if a == 1:
         return REVERSE_KL
-
-    def f_exp(t: Tensor) -> Tensor:
-        if a < 0.5:  # divide by α before subtracting: nothing blows up as α → 0
-            return (t.expm1() - (a * t).expm1() / a) / (1 - a)
-        b = a - 1  # and here as α → 1
-        t = t.clamp_min(-2 * MAX_LOG)
-        return (t.exp() * (b * t).expm1() / b - t.expm1()) / a
-
     multiple_of = {2.0: (CHI2, 2.0), 0.5: (HELLINGER, 0.5), -1.0: (NEYMAN, 2.0)}.get(a)
-
-    def closed_form(logp: Tensor, radius: Tensor) -> LogBounds:
-        assert multiple_of is not None and multiple_of[0].closed_form is not None
-        return multiple_of[0].closed_form(logp, multiple_of[1] * radius)
-
     return FDivergence(
         f"ALPHA({a:g})",
-        f=lambda u: (u.pow(a) - a * u - (1 - a)) / (a * (a - 1)),
-        f_exp=f_exp,
+        f=partial(_alpha, order=a),
+        f_exp=partial(_alpha_exp, order=a),
         slope_at_infinity=math.inf if a > 1 else 1 / (1 - a),
-        closed_form=closed_form if multiple_of else None,
+        closed_form=partial(_multiple, of=multiple_of[0], factor=multiple_of[1]) if multiple_of else None,
     )
 
 
-DIVERGENCES: Mapping[str, FDivergence] = MappingProxyType(
-    {d.name.lower(): d for d in (KL, REVERSE_KL, TV, CHI2, NEYMAN, HELLINGER, LE_CAM, JS, JEFFREYS)}
-)
+def _alpha(u: Tensor, order: float) -> Tensor:
+    return _alpha_exp(u.log(), order)
+
+
+def _alpha_exp(t: Tensor, order: float) -> Tensor:
+    """The generator of `alpha` at `log u`; near 0 as `Σ c_n t^n/n!` with `c_n = 1 + α + … + α^(n-2)`."""
+    a, b = order, order - 1
+    if a < 0.5:  # divide by α before subtracting: nothing blows up as α → 0
+        plain = (t.expm1() - (t if abs(a) < 1e-20 else (a * t).expm1() / a)) / -b
+    else:  # and here as α → 1
+        held = t.clamp_min(-2 * MAX_LOG)
+        plain = (held.exp() * (b * held).expm1() / b - held.expm1()) / a
+    if t.dtype != torch.float64:
+        return plain
+    sums = [1.0]
+    for _ in range(4):
+        sums.append(1 + a * sums[-1])
+    series = _series(t, *(c / math.factorial(n) for n, c in enumerate(sums, start=2)))
+    return torch.where(t.abs() * max(1.0, abs(a)) < _NEAR, series, plain)
+
+
+def _multiple(logp: Tensor, radius: Tensor, of: FDivergence, factor: float) -> LogBounds:
+    """Closed form of a divergence that is another one over `factor`."""
+    assert of.closed_form is not None
+    return of.closed_form(logp, factor * radius)
+
+
+_BUILT_IN = (KL, REVERSE_KL, TV, CHI2, NEYMAN, HELLINGER, LE_CAM, JS, JEFFREYS)
+DIVERGENCES: Mapping[str, FDivergence] = Registry(__name__, "DIVERGENCES", {d.name.lower(): d for d in _BUILT_IN})
 """The named divergences, by lower-case name."""

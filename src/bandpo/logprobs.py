@@ -36,8 +36,8 @@ def token_logprobs(
     trust region) cost nothing there on a CPU.
 
     Args:
-        hidden: Last hidden states, `(..., features)`, any float dtype; products are taken in it, the softmax in float32
-            (float64 for float64).
+        hidden: Last hidden states, `(..., features)`, any float dtype; products are taken in it, or under `torch.autocast` in
+            autocast's dtype, forward and backward; the softmax in float32 (float64 for float64).
         weight: LM head, `(vocabulary, features)`.
         targets: Chosen tokens, `(...)`, int64.
         bias: `(vocabulary,)`, where the head has one.
@@ -59,12 +59,14 @@ def token_logprobs(
         >>> out.logprobs, out.top_ids.tolist()
         (tensor([-0.2395, -2.2395]), [[0], [1]])
     """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
     _check(hidden, weight, targets, bias, temperature, top_k, chunk_size)
     rows = chunk_size or max(1, _LOGITS_AT_A_TIME // weight.shape[0])
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logprobs, entropies, top, ids = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
-        flat, weight, bias, targets.reshape(-1), 1.0 / temperature, entropy, top_k, rows
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprobs, entropies, top, ids = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, targets.reshape(-1), 1.0 / temperature, entropy, top_k, rows
+        )
     shape = targets.shape
     return TokenLogprobs(
         logprobs.view(shape),
@@ -143,6 +145,23 @@ class _ChunkedHead(torch.autograd.Function):
             None if d_bias is None else d_bias.to(bias.dtype),
             *(None,) * 5,
         )
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs as autocast would give them to the head, by casts that gradients pass.
+
+    Left to autocast itself, only the forward pass would take its products in the narrow dtype: the backward pass usually runs
+    outside of it, and would subtract the logarithm of another softmax's sum from the logits that it computes again.
+    """
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    narrow = torch.get_autocast_dtype(device)
+    cast = [x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(narrow)
+            for x in (hidden, weight, bias)]  # fmt: skip
+    assert cast[0] is not None
+    assert cast[1] is not None
+    return cast[0], cast[1], cast[2]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -140,7 +140,9 @@ def compile(
 ) -> Callable[P, R]:
     """`policy_loss`, or another function of the core, fused by `torch.compile` into a few passes over the tokens.
 
-    One graph, for batches of any shape. The first call compiles (seconds); so does the first one with another objective.
+    One graph for each kind of call: objective, dtypes, which arguments there are. The first call of a kind compiles
+    (seconds), and takes batches of any shape. The third radius of a ball makes the radius an input of the graph; a warning
+    says so, once, and also what else compiles again and again. Nothing is refused for having too many variants.
 
     Args:
         function: `policy_loss`, `ratio_bounds`, `in_band`, a `Band`, or a function of yours that calls them.
@@ -154,7 +156,12 @@ def compile(
     Examples:
         >>> fast_loss = compile()  # call it as policy_loss
     """
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+    from bandpo._compiled import Compiled  # which imports the compiler, and that takes a second
+
+    def compiler(function: Callable[..., R]) -> Callable[..., R]:
+        return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+
+    return Compiled(function, compiler, by_shape=dynamic is False)
 
 
 def aggregate(

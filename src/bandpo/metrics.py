@@ -1,13 +1,13 @@
 """What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bandpo._inputs import as_mask, check_int
+from bandpo._values import Registry
 from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.surrogates import hold
@@ -19,7 +19,9 @@ PROB_BINS = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1", "0.1:0.5", "0.5:0.9"
 """Their names, as they appear in metric keys."""
 
 # The word clip_ratio means three things across hosts; these are the ones that mean the same as ours.
-TRL_NAMES: Mapping[str, str] = MappingProxyType(
+TRL_NAMES: Mapping[str, str] = Registry(
+    __name__,
+    "TRL_NAMES",
     {
         "clip_fraction/low": "clip_ratio/low_mean",
         "clip_fraction/high": "clip_ratio/high_mean",
@@ -27,15 +29,17 @@ TRL_NAMES: Mapping[str, str] = MappingProxyType(
         "kl/ref": "kl",
         "entropy": "entropy",
         "loss/policy": "policy_loss",
-    }
+    },
 )
-VERL_NAMES: Mapping[str, str] = MappingProxyType(
+VERL_NAMES: Mapping[str, str] = Registry(
+    __name__,
+    "VERL_NAMES",
     {
         "clip_fraction/any": "actor/pg_clipfrac",
         "kl/ref": "actor/kl_loss",
         "entropy": "actor/entropy",
         "loss/policy": "actor/pg_loss",
-    }
+    },
 )
 
 
@@ -271,7 +275,7 @@ def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -
     for edge in PROB_EDGES:
         cell += p >= edge
     ones = torch.ones((), dtype=torch.int64, device=p.device).expand(cell.numel())
-    counts = ones.new_zeros(4 * len(PROB_BINS)).index_add_(0, cell.flatten(), ones).to(torch.float32)
+    counts = ones.new_zeros(4 * len(PROB_BINS)).index_add(0, cell.flatten(), ones).to(torch.float32)
     inside, n_low, n_high, _ = counts.view(4, -1)
     return n_low, n_high, inside + n_low + n_high
 

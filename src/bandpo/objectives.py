@@ -4,10 +4,10 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 
 from torch import Tensor
 
+from bandpo._values import Registry
 from bandpo.bounds import DCPO, Band, Clip
 from bandpo.composition import Objective
 from bandpo.corrections import TIS, IcePop
@@ -335,7 +335,7 @@ _RECIPES = (
     ),
 )
 
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType({o.name: o for o in _RECIPES})
+OBJECTIVES: Mapping[str, Objective] = Registry(__name__, "OBJECTIVES", {o.name: o for o in _RECIPES})
 """The named objectives, read-only. Yours is an `Objective` object, or the string "package.module:NAME" of one."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bandpo._inputs import inputs_of, needs, traits
 from bandpo._roots import log1mexp
+from bandpo._values import ByValue
 from bandpo.bounds import Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
 from bandpo.divergences import KL, MAX_LOG, FDivergence
 
@@ -218,8 +219,8 @@ class Balanced:
 
 @traits("membership")
 @needs("topk_logprobs", "old_topk_logprobs", "sampled_in_topk", "logprobs")
-@dataclass(frozen=True)
-class TopK:
+@dataclass(frozen=True, eq=False)
+class TopK(ByValue):
     """Whether a token is within a divergence ball of the sampler's top K tokens, itself and the rest (DPPO, arXiv:2602.04879).
 
     `D = Σ μ_i f(π_i/μ_i)` over `TopK(μ) ∪ {sampled} ∪ {rest}` (eq. 15-16): a lower bound of the full divergence that rises with

@@ -102,4 +102,4 @@ def _rank(x: Tensor) -> Tensor:
 
 
 def _count(valid: Tensor, share: float) -> Tensor:
-    return (valid.sum() * share).floor().clamp_min(1)
+    return (valid.sum().to(torch.float32) * share).floor().clamp_min(1)

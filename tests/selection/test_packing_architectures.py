@@ -217,6 +217,6 @@ def test_rounding_that_adds_up_is_measured_and_no_excuse_for_mixing():
                 clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(ids.numel()))
             ).bfloat16()
 
-        error, limit = packing_error(logits, lambda packed: logits(packed.input_ids), torch.arange(60))  # noqa: B023
+        error, limit = packing_error(logits, lambda packed: logits(packed.input_ids), torch.arange(60))
         assert (error <= limit) == passes
         assert limit <= 4 * torch.finfo(torch.bfloat16).eps ** 0.5

@@ -5,11 +5,15 @@ as a function of `Δ = log π - log π_ref`; a difference of two of them is free
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
+
+from bandpo._values import ByValue, Registry
 
 # e^88 is the last power that float32 and bfloat16 hold; the experiments of arXiv:2407.13399 stop the exponential at 20.
 _LOW, _HIGH = -88.0, 20.0
@@ -19,8 +23,8 @@ _NEWTON = 12
 Elementwise = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Link:
+@dataclass(frozen=True, eq=False)
+class Link(ByValue):
     """A link `φ(π/π_ref)` as a function of the log-ratio, and its inverse.
 
     Args:
@@ -38,6 +42,12 @@ class Link:
     formula: str
     of_log: Elementwise
     inverse_log: Elementwise
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """A built-in link is pickled and copied as itself."""
+        if LINKS.get(self.name) is self:
+            return self.name.upper().replace("-", "_")
+        return super().__reduce_ex__(protocol)
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         """φ at the log-ratio, in its dtype; half-precision input is computed in float32 and returned in it."""
@@ -61,16 +71,22 @@ def chi2_kl(alpha: float = 1.0, gamma: float = 1.0) -> Link:
     for name, value in (("alpha", alpha), ("gamma", gamma)):
         if not (0 < value < math.inf):
             raise ValueError(f"chi2_kl: {name} must be a positive number, got {value}")
-    share = gamma / alpha
-
-    def of_log(log_ratio: Tensor) -> Tensor:
-        return (alpha * log_ratio).clamp(_LOW, _HIGH).exp() + gamma * log_ratio
-
-    def inverse_log(u: Tensor) -> Tensor:
-        return (math.log(share) + log_wright_omega(u / share - math.log(share))) / alpha
-
     name = "chi2-kl" if alpha == gamma == 1 else f"chi2-kl({alpha:g},{gamma:g})"
-    return Link(name, f"z^{alpha:g} + {gamma:g} log z".replace("z^1 + 1 log", "z + log"), of_log, inverse_log)
+    return Link(
+        name,
+        f"z^{alpha:g} + {gamma:g} log z".replace("z^1 + 1 log", "z + log"),
+        partial(_chi2_kl, alpha=alpha, gamma=gamma),
+        partial(_inverse_chi2_kl, alpha=alpha, gamma=gamma),
+    )
+
+
+def _chi2_kl(log_ratio: Tensor, alpha: float, gamma: float) -> Tensor:
+    return (alpha * log_ratio).clamp(_LOW, _HIGH).exp() + gamma * log_ratio
+
+
+def _inverse_chi2_kl(u: Tensor, alpha: float, gamma: float) -> Tensor:
+    share = gamma / alpha
+    return (math.log(share) + log_wright_omega(u / share - math.log(share))) / alpha
 
 
 def alpha_link(a: float) -> Link:
@@ -82,14 +98,15 @@ def alpha_link(a: float) -> Link:
     if not math.isfinite(a) or a == 1:
         raise ValueError(f"alpha_link: a must be a finite number other than 1 (which is LOG), got {a}")
     k = a - 1
+    return Link(f"alpha({a:g})", f"(z^{k:g} - 1)/{k:g}", partial(_alpha, k=k), partial(_inverse_alpha, k=k))
 
-    def of_log(log_ratio: Tensor) -> Tensor:
-        return (k * log_ratio).clamp(max=_MAX).expm1() / k
 
-    def inverse_log(u: Tensor) -> Tensor:
-        return (k * u).clamp(min=-1).log1p() / k
+def _alpha(log_ratio: Tensor, k: float) -> Tensor:
+    return (k * log_ratio).clamp(max=_MAX).expm1() / k
 
-    return Link(f"alpha({a:g})", f"(z^{k:g} - 1)/{k:g}", of_log, inverse_log)
+
+def _inverse_alpha(u: Tensor, k: float) -> Tensor:
+    return (k * u).clamp(min=-1).log1p() / k
 
 
 def log_wright_omega(x: Tensor) -> Tensor:
@@ -130,7 +147,9 @@ JS = Link(
 )
 """Jensen-Shannon, in TRL's units."""
 
-LINKS = {link.name: link for link in (LOG, CHI2_KL, CHI2, FORWARD_KL, JS)}
+LINKS: Mapping[str, Link] = Registry(
+    __name__, "LINKS", {link.name: link for link in (LOG, CHI2_KL, CHI2, FORWARD_KL, JS)}
+)
 """The links without parameters, by name."""
 
 

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal, get_args
 
+from bandpo._values import Registry
 from bandpo.preference.links import CHI2, CHI2_KL, FORWARD_KL, JS, LOG, Link
 
 Target = Literal["hard", "soft", "robust", "hinge", "ipo", "squared"]
@@ -113,7 +113,7 @@ class PairObjective:
 
 
 def _named(*objectives: PairObjective) -> Mapping[str, PairObjective]:
-    return MappingProxyType({o.name: o for o in objectives})
+    return Registry(__name__, "PREFERENCES", {o.name: o for o in objectives})
 
 
 _DPO, _CHIPO, _ONLINE = "DPO, arXiv:2305.18290", "χPO, arXiv:2407.13399", "arXiv:2601.08421"

@@ -31,9 +31,9 @@ class LayerProbe(nn.Module):
         if layers < 1 or width < 1:
             raise ValueError(f"LayerProbe: layers and width must be at least 1, got {layers} and {width}")
         draw = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(layers, width, generator=draw) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(layers))
-        self.vote = nn.Parameter(torch.randn(layers, layers, generator=draw) / layers**0.5)
+        self.weight = nn.Parameter(torch.randn(layers, width, generator=draw, dtype=torch.float32) / width**0.5)
+        self.bias = nn.Parameter(torch.zeros(layers, dtype=torch.float32))
+        self.vote = nn.Parameter(torch.randn(layers, layers, generator=draw, dtype=torch.float32) / layers**0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Rewards `(...)` of hidden states `(..., layers, width)`, in float32."""
@@ -119,7 +119,7 @@ def pool_hidden(hidden_states: Sequence[Tensor], mask: Tensor, how: Pooling = "l
     if not mask.any(1).all():
         raise ValueError(f"sequence {int((~mask.any(1)).nonzero()[0])} of the batch has no token that counts")
     if how == "mean":
-        weights = mask / mask.sum(1, keepdim=True)
+        weights = mask.float() / mask.sum(1, keepdim=True)
         return torch.stack([(h.detach().float() * weights.unsqueeze(-1)).sum(1) for h in hidden_states], 1)
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
     rows = torch.arange(len(mask), device=mask.device)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bandpo._values import ByValue
 from bandpo.preference.design import Design
 
 Pairing = Literal["iid_conditional", "same_component"]
@@ -31,8 +32,8 @@ class PairSampler(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class OnPolicy:
+@dataclass(frozen=True, eq=False)
+class OnPolicy(ByValue):
     """Both actions from the current policy (arXiv:2601.08421, algorithm 1).
 
     Args:
@@ -48,8 +49,8 @@ class OnPolicy:
         return Pairs(x, draw(actions, generator), draw(actions, generator))
 
 
-@dataclass(frozen=True)
-class Offline:
+@dataclass(frozen=True, eq=False)
+class Offline(ByValue):
     """Both actions from a fixed policy, whatever the current one is.
 
     Args:
@@ -65,8 +66,8 @@ class Offline:
         return OnPolicy(self.prompt_probs)(self.behaviour.expand_as(policy), n, generator)
 
 
-@dataclass(frozen=True)
-class HybridDesign:
+@dataclass(frozen=True, eq=False)
+class HybridDesign(ByValue):
     """Part from the current policy, part from a preferential G-optimal design (arXiv:2601.08421, algorithm 2).
 
     Args:

@@ -15,6 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bandpo._values import ByValue
+
 
 def window_pack(lengths: Sequence[int], capacity: int, window: int = 8) -> list[list[int]]:
     """Bins of at most `capacity` tokens: the oldest pending sequence first, then the largest of the window that fits.
@@ -71,8 +73,8 @@ def density(lengths: Sequence[int], bins: Sequence[Sequence[int]], capacity: int
     return sum(lengths[i] for b in bins for i in b) / (len(bins) * capacity)
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+@dataclass(frozen=True, eq=False)
+class PackedBatch(ByValue):
     """Sequences of a padded batch, packed: `(bins, width)`, and where each of its tokens went.
 
     Args:

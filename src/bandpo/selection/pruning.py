@@ -74,7 +74,7 @@ def stratified(
         dropped, dropping = low & (noise < rate), torch.where(low, rate, zero)
     else:
         size = low.sum(-1, keepdim=True)
-        count = (rate * size + 1e-9).floor()
+        count = (rate * size.to(torch.float64) + 1e-9).floor()
         order = scores.to(torch.float64) if mode == "topk_biased" else noise
         rank = order.masked_fill(~low, math.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
         dropped = low & (rank < count)

@@ -1,0 +1,142 @@
+"""`torch.compile` without its limit of variants: each kind of call has its own graph, and a radius that moves is an input."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from bandpo.bounds import Band, Radius
+from bandpo.composition import Objective
+from bandpo.regions import TopK
+
+Function = Callable[..., Any]
+
+_CONSTANT_RADII = 2  # of one ball: so many are constants of their graphs, which read a table
+_MANY = 8  # graphs, after which it is said what makes a new one
+
+
+class Compiled:
+    """A function of the core, with a compiled graph for each kind of call.
+
+    PyTorch keeps the graphs of a function in one list and gives up at the ninth. Here each kind of call (objective, dtypes,
+    which arguments there are) has a copy of the function, with a list to itself, and a list that is full is begun again.
+
+    Args:
+        function: What to compile.
+        compiler: `torch.compile` with its options.
+        by_shape: Whether each shape is a kind of its own.
+    """
+
+    def __init__(self, function: Function, compiler: Callable[[Function], Function], *, by_shape: bool) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._compiler, self._by_shape = function, compiler, by_shape
+        self._graphs = dict[object, Function]()
+        self._radii = dict[object, list[object]]()
+        self._said = set[str]()
+        parameters = inspect.signature(function).parameters if _is_ours(function) else {}
+        self._place = list(parameters).index("radius") if "radius" in parameters else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # as a part of a larger graph
+            return self._function(*args, **kwargs)
+        args = tuple(self._radius(a) if i == self._place else self._region(a) for i, a in enumerate(args))
+        kwargs = {
+            name: self._radius(a) if name == "radius" and self._place is not None else self._region(a)
+            for name, a in kwargs.items()
+        }
+        kind = (self._kind(args), self._kind(kwargs), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if kind not in self._graphs:
+            self._graphs[kind] = self._compiler(_copy(self._function))
+            if len(self._graphs) > _MANY:
+                self._say(
+                    f"has compiled its graph no. {len(self._graphs)}: each other objective, dtype, gradient mode or set of "
+                    "arguments needs one of its own, which takes seconds. Keep the objects that you pass, and the compiled "
+                    "function, for the whole run"
+                )
+        try:
+            return self._graphs[kind](*args, **kwargs)
+        except FailOnRecompileLimitHit:
+            self._say(
+                "compiles again and again, because a number among its arguments, or the layout of a tensor, is another one in "
+                "each call. Pass it as a tensor, keep it constant, or do without compiling"
+            )
+            self._graphs[kind] = self._compiler(_copy(self._function))
+            return self._graphs[kind](*args, **kwargs)
+
+    def _region(self, value: Any) -> Any:
+        """An argument, with the radius of its ball as a tensor once it has been seen to move."""
+        ball = value.bounds if isinstance(value, Objective) else value
+        if not isinstance(ball, Band | TopK):
+            return value
+        radius = self._radius(ball.radius, replace(ball, radius=1.0))
+        if radius is ball.radius:
+            return value
+        return value.with_radius(radius) if isinstance(value, Objective) else replace(ball, radius=radius)
+
+    def _radius(self, radius: Radius | tuple[Radius, Radius], ball: object = None) -> Any:
+        if not _is_constant(radius):
+            return radius
+        seen = self._radii.setdefault(ball, [])
+        if radius in seen:
+            return radius
+        if len(seen) < _CONSTANT_RADII:
+            seen.append(radius)
+            return radius
+        self._say(
+            f"has seen radius {radius} after {' and '.join(map(str, seen))}: a radius that moves is from now on an input of one "
+            "graph, which solves for the bounds in float64 at each call; a constant one is read from a table, and faster"
+        )
+        if isinstance(radius, tuple):
+            return tuple(_as_input(side) for side in radius)
+        return _as_input(radius)
+
+    def _kind(self, value: Any) -> object:
+        """What a graph is made for. A number is no part of it: PyTorch makes an input of one that changes, where it can."""
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape) if self._by_shape else tuple(min(n, 2) for n in value.shape)
+            return value.dtype, value.device, value.requires_grad, shape, value.is_contiguous()
+        if isinstance(value, Mapping):
+            items = cast("Mapping[str, Any]", value).items()
+            return tuple((name, self._kind(item)) for name, item in sorted(items))
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
+        ball = value.bounds if isinstance(value, Objective) else value
+        if isinstance(ball, Band | TopK) and not _is_constant(ball.radius):
+            fixed = value.with_radius(1.0) if isinstance(value, Objective) else replace(ball, radius=1.0)
+            return fixed, self._kind(ball.radius)
+        return type(value) if isinstance(value, int | float) else value
+
+    def _say(self, what: str) -> None:
+        start = what.split(" ", 1)[0]
+        if start not in self._said:
+            self._said.add(start)
+            name = getattr(self._function, "__name__", repr(self._function))
+            warnings.warn(f"The compiled {name} {what}.", stacklevel=2)
+
+
+def _is_constant(radius: Radius | tuple[Radius, Radius]) -> bool:
+    return all(isinstance(side, int | float) for side in (radius if isinstance(radius, tuple) else (radius,)))
+
+
+def _as_input(radius: Radius) -> Tensor:
+    return radius if isinstance(radius, Tensor) else torch.full((), radius, dtype=torch.float64)
+
+
+def _is_ours(function: Function) -> bool:
+    return getattr(function, "__module__", "").startswith("bandpo.")
+
+
+def _copy(function: Function) -> Function:
+    """A function that calls this one, with a code object of its own: that is what PyTorch keeps graphs by."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
