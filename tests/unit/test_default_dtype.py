@@ -16,6 +16,7 @@ from bandpo import (
     Band,
     Clip,
     FDivergence,
+    _table,
     aggregate,
     alpha,
     approx_kl,
@@ -33,7 +34,6 @@ from bandpo import (
     sequence_log_ratio,
     token_logprobs,
 )
-from bandpo import _table
 from bandpo.corrections import TIS, IcePop
 from bandpo.doctor.batch import examine_batch
 from bandpo.groups import group_signal, informative, kl_dual, soft_overlong
