@@ -90,8 +90,8 @@ class Compiled:
             seen.append(radius)
             return radius
         self._say(
-            f"has seen radius {radius} after {' and '.join(map(str, seen))}: a radius that moves is from now on an input of one "
-            "graph, which solves for the bounds in float64 at each call; a constant one is read from a table, and faster"
+            f"has seen radius {radius} after {' and '.join(map(str, seen))}: a radius that moves is from now on an input of "
+            "one graph, which solves for the bounds in float64 at each call; a constant one is read from a table, and faster"
         )
         if isinstance(radius, tuple):
             return tuple(_as_input(side) for side in radius)

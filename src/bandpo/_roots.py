@@ -48,7 +48,7 @@ def log_bounds(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius
     log_lower = log_lower.clamp_max(0.0).masked_fill(radius_low < SMALLEST_RADIUS, 0.0)
     log_upper = torch.minimum(log_upper.clamp_min(0.0).masked_fill(radius_high < SMALLEST_RADIUS, 0.0), -logp)
     # A closed form may have lost a NaN or met 0·inf at a radius that is none: both sides say so.
-    bad = (radius_low + radius_high + logp).isnan()
+    bad = (low + high + logp).isnan()
     return (
         log_lower.masked_fill(impossible, -math.inf).masked_fill(bad, math.nan),
         log_upper.masked_fill(impossible, math.inf).masked_fill(bad, math.nan),

@@ -82,7 +82,7 @@ def _constant_table(divergence: FDivergence, radius_low: float, radius_high: flo
     return _cached_table(divergence, radius_low, radius_high, device)
 
 
-# A schedule of radii makes a table for each; 64 of them are 10 MB.
+# A schedule of radii makes a table for each; 64 of them are 25 MB.
 @functools.lru_cache(maxsize=64)
 def _cached_table(divergence: FDivergence, radius_low: float, radius_high: float, device: str) -> Table | None:
     # In a thread of its own none of the caller's modes holds: fake tensors, default device, inference, autocast.

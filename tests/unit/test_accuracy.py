@@ -80,7 +80,7 @@ def test_float32_table_is_inward_and_within_four_units_of_the_truth(divergence):
             continue
         lower, upper = (b.item() for b in ratio_bounds(given, divergence, radius))
         with mp.workdps(100):
-            delta, at = mp.mpf(radius), lambda r: oracle.divergence(divergence.name, logp, mp.log(r))
+            delta, at = mp.mpf(radius), lambda r, x=logp: oracle.divergence(divergence.name, x, mp.log(r))
             # the float64 bounds beneath are promised within 1e-12
             assert at(min(mp.mpf(lower) + mp.mpf(PROMISE), 1)) <= delta * (1 + PROMISE), (logp, radius, lower)
             assert at(max(mp.mpf(upper) * (1 - mp.mpf(PROMISE)), 1)) <= delta * (1 + PROMISE), (logp, radius, upper)

@@ -49,9 +49,11 @@ RADII = torch.tensor([[0.05], [0.1]])
 VALUES = [
     *DIVERGENCES.values(), *ALPHAS, OWN,
     *OBJECTIVES.values(), *LINKS.values(), *PREFERENCES.values(),
-    Band(), Band("js", (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28)), Band(OWN, 0.1), Band(KL, RADII), Band(KL, (0.1, RADII)),
+    Band(), Band("js", (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28)), Band(OWN, 0.1), Band(KL, RADII),
+    Band(KL, (0.1, RADII)),
     Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII),
-    log_clip(), kl3_clip(), TIS(), IcePop(), Schedule(0.1, 0.02, steps=9, shape="cosine"), Adaptive(0.05, target=0.01, rises=True),
+    log_clip(), kl3_clip(), TIS(), IcePop(), Schedule(0.1, 0.02, steps=9, shape="cosine"),
+    Adaptive(0.05, target=0.01, rises=True),
     OBJECTIVES["bandpo-kl"].with_radius(RADII), OBJECTIVES["bandpo-kl"].with_radius(torch.tensor(0.05)),
     Objective(bounds=Band(alpha(0.3)), surrogate=partial(soft, tau_positive=2.0)),
     chi2_kl(0.25, 0.1), chi2_kl(), alpha_link(0.5), PairObjective("hard", chi2_kl(0.25), beta=0.2),
@@ -142,7 +144,7 @@ def test_equal_divergences_share_a_table(monkeypatch):
 
     built = []
     monkeypatch.setattr(_table, "_build", lambda *args: built.append(args) or "nothing")
-    with pytest.warns(UserWarning, match="float32 table"):
+    with pytest.warns(UserWarning, match="float32 table"):  # noqa: PT031
         for _ in range(3):
             ratio_bounds(torch.tensor([-1.0]), alpha(0.123456), 0.0712)
     assert len(built) == 1

@@ -1,0 +1,197 @@
+"""The core under autocast, function transforms, fake tensors, threads and odd layouts; compiled without a limit of variants."""
+
+import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bandpo
+from bandpo import KL, OBJECTIVES, TV, Band, alpha, in_band, policy_loss, ratio_bounds, token_logprobs
+from bandpo._roots import log_bounds
+
+G = torch.Generator().manual_seed(0)
+
+
+def head(scale):
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(64, 32, generator=g) * scale, torch.randn(101, 32, generator=g) * 0.5
+    return (
+        hidden,
+        weight,
+        torch.randn(101, generator=g),
+        torch.randint(101, (64,), generator=g),
+        torch.randn(2, 64, generator=g),
+    )
+
+
+def losses(logits, targets, up):
+    logp = logits.log_softmax(-1)
+    chosen = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (up[0] * chosen).sum() + (up[1] * -(logp.exp() * logp).sum(-1)).sum()
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0, 12.0])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_token_logprobs_under_autocast_are_as_near_the_truth_as_plain_autocast(scale, inside, dtype):
+    hidden, weight, bias, targets, up = head(scale)
+    gradients = {}
+    for kind in ("truth", "plain", "ours"):
+        leaves = [
+            x.to(torch.float64 if kind == "truth" else torch.float32).clone().requires_grad_()
+            for x in (hidden, weight, bias)
+        ]
+        if kind == "truth":
+            losses(torch.nn.functional.linear(*leaves), targets, up).backward()
+        else:
+            with torch.autocast("cpu", dtype=dtype):
+                if kind == "plain":
+                    loss = losses(torch.nn.functional.linear(*leaves).float(), targets, up)
+                else:
+                    out = token_logprobs(*leaves[:2], targets, bias=leaves[2], entropy=True, chunk_size=17)
+                    assert out.logprobs.dtype == out.entropy.dtype == torch.float32
+                    loss = (up[0] * out.logprobs).sum() + (up[1] * out.entropy).sum()
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        gradients[kind] = [x.grad.double() for x in leaves]
+    for truth, plain, ours in zip(*gradients.values(), strict=True):
+        off = [((x - truth).norm() / truth.norm()).item() for x in (plain, ours)]
+        # the same roundings in another order: of n of them the sums differ by chance, not by size
+        assert off[1] <= 1.1 * off[0]
+
+
+def test_autocast_leaves_float64_alone_and_takes_mixed_inputs():
+    hidden, weight, _, targets, _ = head(1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = token_logprobs(hidden.double(), weight.double(), targets).logprobs
+        mixed = token_logprobs(hidden.bfloat16(), weight, targets).logprobs
+    assert torch.equal(wide, token_logprobs(hidden.double(), weight.double(), targets).logprobs)
+    assert torch.equal(mixed, token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets).logprobs)
+
+
+@pytest.mark.parametrize(
+    "name", ["bandpo-kl", "bandpo-tv", "grpo", "gspo", "gmpo", "cispo", "bapo-reading", "dual-clip"]
+)
+def test_policy_loss_under_vmap_of_grad(name):
+    new, old = -torch.rand(2, 5, 3, 4, generator=G) * 4
+    advantages, mask = torch.randn(5, 3, generator=G), torch.ones(5, 3, 4)
+
+    def loss(x, o, a, m):
+        return policy_loss(logprobs=x, old_logprobs=o, advantages=a, mask=m, objective=name)[0]
+
+    together = torch.func.vmap(torch.func.grad(loss))(new, old, advantages, mask)
+    for i in range(5):
+        x = new[i].clone().requires_grad_()
+        loss(x, old[i], advantages[i], mask[i]).backward()
+        assert torch.equal(together[i], x.grad)
+
+
+def test_under_a_bare_fake_tensor_mode():
+    with FakeTensorMode():
+        x = torch.zeros(2, 3)
+        for radius in (0.05, torch.tensor(0.05), (0.1, 0.2)):
+            for divergence in (KL, "js", alpha(0.3)):
+                for log in (False, True):
+                    for bound in ratio_bounds(x, divergence, radius, log=log):
+                        assert (bound.shape, bound.dtype) == ((2, 3), torch.float32)
+        assert in_band(x, x).dtype == torch.bool
+        loss, _ = policy_loss(logprobs=x, old_logprobs=x, advantages=x, mask=x)
+        assert loss.shape == ()
+
+
+@pytest.mark.parametrize("divergence", [KL, TV, bandpo.JS, alpha(1.5)], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_layouts_empty_scalar_and_expanded(divergence, dtype):
+    base = (-torch.rand(4, 6, generator=G) * 5 - 1e-3).to(dtype)
+    base[0, 0] = -math.inf
+    whole = ratio_bounds(base, divergence, 0.05)
+    assert whole.lower[0, 0] == 0
+    assert whole.upper[0, 0] == math.inf
+    for view in (lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[1], lambda x: x[2, 3], lambda x: x[:0],
+                 lambda x: x[:1].expand(5, 6),
+                 lambda x: x.as_strided((3, 3), (1, 2))):  # fmt: skip
+        for got, want in zip(ratio_bounds(view(base), divergence, 0.05), whole, strict=True):
+            assert torch.equal(got, view(want.contiguous()))
+            assert not got.requires_grad
+
+
+def test_threads_read_one_table_that_keeps_its_promise():
+    radii = [0.0123 * k for k in range(1, 5)]
+    logp = -torch.rand(2000, generator=G) * 20
+
+    def work(k):
+        return ratio_bounds(logp, bandpo.LE_CAM, radii[k % 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(work, range(32)))
+    for k, (lower, upper) in enumerate(found):
+        delta = torch.tensor(radii[k % 4], dtype=torch.float64)
+        true_lower, true_upper = (b.exp() for b in log_bounds(bandpo.LE_CAM, logp.double(), delta, delta))
+        assert (lower.double() >= true_lower - 1e-12).all()
+        assert (lower.double() - true_lower <= 4 * 2**-24).all()
+        assert (upper.double() <= true_upper * (1 + 1e-12)).all()
+        assert (upper.double() >= true_upper * (1 - 4 * 2**-23)).all()
+
+
+@pytest.mark.slow
+def test_compiled_bounds_take_any_number_of_radii_and_say_so_once():
+    fast = bandpo.compile(ratio_bounds, backend="eager")
+    logp = -torch.rand(9, generator=G) * 6
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for k in range(32):
+            radius = 0.01 + 0.01 * k
+            for got, want in zip(fast(logp, KL, radius), ratio_bounds(logp, KL, radius), strict=True):
+                torch.testing.assert_close(got, want, rtol=4 * 2**-23, atol=4 * 2**-24)
+    assert len([w for w in said if "radius that moves" in str(w.message)]) == 1
+    assert len(fast._graphs) == 3  # two constants, and one for all others
+
+
+@pytest.mark.slow
+def test_compiled_loss_takes_more_objectives_than_torch_keeps_graphs():
+    def cheap(*, logprobs, objective):
+        return (logprobs * len(objective.name)).sum()
+
+    fast = bandpo.compile(cheap, backend="eager")
+    with pytest.warns(UserWarning, match="graph no. 9"):  # noqa: PT031
+        for _ in range(2):
+            for objective in OBJECTIVES.values():
+                for shape in ((1, 3), (2, 1), (0, 4), (3, 5)):
+                    x = torch.ones(shape)
+                    assert fast(logprobs=x, objective=objective) == x.numel() * len(objective.name)
+
+
+@pytest.mark.slow
+def test_compiled_functions_with_other_numbers_begin_again_and_say_so():
+    fast = bandpo.compile(lambda x, r: Band(KL, r)(x).upper, backend="eager")
+    x = torch.tensor([-1.0, -2.0])
+    with pytest.warns(UserWarning, match="again and again"):  # noqa: PT031
+        for k in range(12):
+            assert torch.equal(fast(x, 0.05 + 0.01 * k), Band(KL, 0.05 + 0.01 * k)(x).upper)
+
+
+@pytest.mark.slow
+def test_compiled_policy_loss_with_a_schedule():
+    fast = bandpo.compile(backend="aot_eager")
+    new, old = -torch.rand(2, 3, 4, generator=G) * 4
+    with pytest.warns(UserWarning, match="radius that moves"):  # noqa: PT031
+        for k in range(32):
+            objective = OBJECTIVES["bandpo-kl"].with_radius(0.02 + 0.002 * k)
+            results = []
+            for loss_of in (fast, policy_loss):
+                x = new.clone().requires_grad_()
+                loss, _ = loss_of(
+                    logprobs=x,
+                    old_logprobs=old,
+                    advantages=torch.tensor([1.0, -1.0, 0.5]),
+                    mask=torch.ones(3, 4),
+                    objective=objective,
+                )
+                results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
