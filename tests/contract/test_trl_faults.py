@@ -214,11 +214,14 @@ def test_what_is_dull_is_judged_by_the_advantages(make, prompts):
 @pytest.mark.parametrize("value", [12345.678, 0.1, 1e-3, -7.7e6])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_rewards_give_advantages_of_exactly_0(make, prompts, value, scale):
+    """Groups of 7, whose mean in float32 is not the value."""
     trainer = make(
-        objective="grpo", scale_rewards=scale, num_generations=4,
+        objective="grpo", scale_rewards=scale, num_generations=7, per_device_train_batch_size=7,
         reward_funcs=lambda completions, **_: [value] * len(completions),
     )  # fmt: skip
-    assert (generate(trainer, prompts, 16)["advantages"] == 0).all()
+    trainer.model.train()
+    rollout = trainer._generate_and_score_completions([prompts[i] for i in range(2) for _ in range(7)])
+    assert (rollout["advantages"] == 0).all()
 
 
 def test_signal_of_groups_by_hand():
