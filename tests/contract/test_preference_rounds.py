@@ -121,7 +121,7 @@ def test_the_metrics_of_a_round_are_its_means_however_often_it_is_logged(
     logging_steps, tmp_path, make_model, tokenizer, prompts
 ):
     trainer = online(tmp_path, make_model(), tokenizer, prompts, learning_rate=1e-2, logging_steps=logging_steps,
-                     prompts_per_round=24, per_device_train_batch_size=3)  # fmt: skip
+                     prompts_per_round=24, per_device_train_batch_size=6)  # fmt: skip
     losses = []
     fit = trainer._fit
 
@@ -132,7 +132,7 @@ def test_the_metrics_of_a_round_are_its_means_however_often_it_is_logged(
 
         def noting(**kwargs):
             out = original(**kwargs)
-            losses.append((k, out[1]["rewards/margins"].item(), out[1]["log_ratio/chosen"].item()))
+            losses.append((k, out[1]["rewards/margins"].item(), out[1]["log_ratio/chosen"].item(), len(out[0])))
             return out
 
         with pytest.MonkeyPatch.context() as patch:
@@ -143,9 +143,12 @@ def test_the_metrics_of_a_round_are_its_means_however_often_it_is_logged(
     history = trainer.train()
     for k, row in enumerate(history):
         own = [x for x in losses if x[0] == k]
-        assert len(own) > 4 and row["steps"] == len(own)
-        assert row["rewards/margins"] == pytest.approx(sum(x[1] for x in own) / len(own), rel=1e-4, abs=1e-7)
-        assert row["pairs/log_ratio/chosen"] == pytest.approx(sum(x[2] for x in own) / len(own), rel=1e-4, abs=1e-7)
+        assert len(own) > 3 and row["steps"] == len(own)
+        pairs = sum(x[3] for x in own)
+        assert pairs == row["pairs"] and own[-1][3] < own[0][3]  # the last batch is a smaller one
+        for place, name in ((1, "rewards/margins"), (2, "pairs/log_ratio/chosen")):
+            expected = sum(x[place] * x[3] for x in own) / pairs
+            assert row[name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"objective": "dpo"}, {"objective": "chipo"}, PROBE], ids=["dpo", "chipo", "rbrm"])

@@ -113,19 +113,21 @@ def _unprepare(model: Any) -> None:
 
 
 class _RoundMeans(TrainerCallback):
-    """Means over a round of what is logged in windows of it, which need not be of one length."""
+    """Means over a round's pairs of what is logged in windows of it, which need not be of one size."""
+
+    trainer: BandDPOTrainer
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
-        self._last = 0
+        self._seen = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002 (transformers')
-        steps = max(1, state.global_step - self._last)
-        self._last = state.global_step
+        pairs = max(1, self.trainer.pairs_seen - self._seen)
+        self._seen = self.trainer.pairs_seen
         for name, value in (logs or {}).items():
             if name in _KEPT or name.startswith("pairs/"):
                 total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = (total + steps * value, count + steps)
+                self._sums[name] = (total + pairs * value, count + pairs)
 
     def of_round(self) -> dict[str, float]:
         """The means."""
@@ -373,6 +375,7 @@ class OnlinePreferenceTrainer:
             probe=self.probe if self.objective.name == "rbrm" else None, train_dataset=Dataset.from_list(kept),
             processing_class=self.tokenizer, callbacks=[*self.callbacks, self._means], optimizers=(self._optimizer, None),
         )  # fmt: skip
+        self._means.trainer = self._trainer
         self._trainer.remove_callback(PrinterCallback)  # `history` has it all
         if self._optimizer_state is not None:
             self._trainer.create_optimizer().load_state_dict(self._optimizer_state)

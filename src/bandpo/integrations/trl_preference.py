@@ -150,6 +150,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         if probe is not None:
             probe.to(self.accelerator.device)
         self.loss_weights = [0.0]
+        self.pairs_seen = 0  # by this process, in training
         self.data_collator = _WithColumns(self.data_collator)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -252,6 +253,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         Implicit rewards take the place of TRL's, which know no link.
         """
         mode = "train" if self.model.training else "eval"
+        self.pairs_seen += pairs if mode == "train" else 0
         log, pooled = self._metrics[mode], self._pooled[mode]
         every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
         used = (every * (1 - metrics["nonfinite_fraction"])).round()
