@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import bandpo
+from bandpo._bounded import printable
 from bandpo._errors import RunError
+
+_LINES = "\n\t"  # of a message of several lines; everything else that a terminal acts on is written out
 
 _DESCRIPTION = """\
 Trust regions for LLM reinforcement learning.
@@ -167,13 +170,13 @@ def _guarded(run: Callable[[Any], object], options: Any) -> int:
     try:
         found = run(options)
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(f"bandpo: {error}", file=sys.stderr)
+        print(f"bandpo: {printable(str(error), keep=_LINES)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python from complaining when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (RunError, OSError) as error:  # a reward that fails, a full disk: not a mistake in the input
-        print(f"bandpo: {error}", file=sys.stderr)
+        print(f"bandpo: {printable(str(error), keep=_LINES)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)
