@@ -117,25 +117,6 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
-def printable(text: str, *, keep: str = "") -> str:
-    r"""The text with what a terminal would act on written out: control characters, marks of direction, line ends.
-
-    Args:
-        text: From a file.
-        keep: Characters that are left as they are.
-
-    Returns:
-        Text that a terminal only prints.
-
-    Examples:
-        >>> printable("\x1b[2Jgone\r\u202e")
-        '\\x1b[2Jgone\\r\\u202e'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-
-
 class _Excess(ValueError):
     """More than is read; its message is complete."""
 

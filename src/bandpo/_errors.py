@@ -39,7 +39,7 @@ def what_happened(error: BaseException) -> str:
         text = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {error!r}"
     except Exception:  # a user's exception has a repr of its own
         text = f"raised {type(error).__name__}"
-    return printable(text[:500]).replace("\n", r"\n")
+    return printable(text[:500])
 
 
 def place_of(error: BaseException) -> str:
@@ -48,28 +48,28 @@ def place_of(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "an unknown place"
 
 
-def printable(text: str) -> str:
-    r"""A text that a terminal shows and does not obey: control characters are written out, but for ends of lines and tabs.
+LINES = "\n\t"
+"""What a message of several lines keeps."""
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""The text with what a terminal would act on written out: control characters, marks of direction, line ends.
 
     Args:
-        text: With what a model, a dataset or a user's code put into it.
+        text: With what a file, a model or a user's code put into it.
+        keep: Characters that are left as they are, such as `LINES`.
+
+    Returns:
+        Text that a terminal only prints.
 
     Examples:
-        >>> print(printable("a\x1b[2Jb"))
-        a\x1b[2Jb
+        >>> printable("\x1b[2Jgone\r\u202e")
+        '\\x1b[2Jgone\\r\\u202e'
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    return "".join(
-        c if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _DIRECTIONS) else _written_out(c)
-        for c in text
-    )
+    return "".join(c if _is_shown(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
-
-def _written_out(character: str) -> str:
-    return (
-        character.encode("ascii", "backslashreplace").decode() if ord(character) > 127 else f"\\x{ord(character):02x}"
-    )
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"  # the wide space of Chinese and Japanese

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import bandpo
-from bandpo._errors import RunError, printable
+from bandpo._errors import LINES, RunError, printable
 from bandpo._secrets import redact_text, remember
 
 _DESCRIPTION = """\
@@ -221,7 +221,7 @@ def _failed(error: Exception | str, status: int) -> int:
         _print_traceback()
     elif isinstance(error, ValueError | TypeError) and not _is_ours(_origin(error)):
         where = " (BANDPO_DEBUG=1 shows which library says so)"
-    print(f"bandpo: {printable(redact_text(str(error) or type(error).__name__))}{where}", file=sys.stderr)
+    print(f"bandpo: {printable(redact_text(str(error) or type(error).__name__), keep=LINES)}{where}", file=sys.stderr)
     return status
 
 
@@ -237,7 +237,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _print_traceback() -> None:
-    print(printable(redact_text(traceback.format_exc())), end="", file=sys.stderr)
+    print(printable(redact_text(traceback.format_exc()), keep=LINES), end="", file=sys.stderr)
 
 
 def _was_raised(error: BaseException) -> bool:

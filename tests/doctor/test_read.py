@@ -165,6 +165,9 @@ def test_defaults_are_marked_as_assumed(capsys):
     assert "verl's defaults are assumed" in assumed
     assert "actor_rollout_ref.rollout.n=1" in assumed and "data.train_batch_size=1024" in assumed
     assert "ppo_epochs" not in assumed
+    assert (
+        "train_batch_size=1024 (assumed) / ppo_mini_batch_size=256 (assumed) x ppo_epochs=2" in found["inert"]["seen"]
+    )
     _, found = examined(write("grpo.yaml", "num_generations: 4\nper_device_train_batch_size: 8\n"), capsys)
     assert "num_iterations=1" in found["assumed"]["seen"] and "num_generations" not in found["assumed"]["seen"]
 

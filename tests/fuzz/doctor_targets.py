@@ -24,7 +24,8 @@ from safetensors.torch import save
 
 import bandpo.doctor.trl
 import bandpo.run.config  # noqa: F401 (both here, so that no input pays for loading them)
-from bandpo._bounded import MAX_DEPTH, parse_yaml, printable
+from bandpo._bounded import MAX_DEPTH, parse_yaml
+from bandpo._errors import printable
 from bandpo.doctor import examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.setup import Setup

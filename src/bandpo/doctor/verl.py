@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from bandpo._bounded import MAX_YAML_BYTES, parse_yaml, read_regular
+from bandpo._bounded import parse_yaml, read_regular
+from bandpo._files import read_yaml
 from bandpo.bounds import Clip
 from bandpo.composition import Objective
 from bandpo.doctor.findings import Level
@@ -163,7 +164,8 @@ class Settings:
     def label(self, key: str) -> str:
         """`name=value` of a number, for what a finding is about."""
         value = self.number(key)
-        return f"{key.rpartition('.')[2]}={'not known' if value is None else format(value, 'g')}"
+        shown = "not known" if value is None else f"{value:g} (assumed)" if key in self.assumed else f"{value:g}"
+        return f"{key.rpartition('.')[2]}={shown}"
 
     def _plain(self, key: str) -> Any:
         if key not in self.given:
@@ -215,17 +217,18 @@ def is_verl(given: Mapping[Any, Any]) -> bool:
     """Whether a YAML file is a configuration of verl's main_ppo: it has keys that only verl has, or builds on verl's file."""
     defaults = given.get("defaults")
     return any(str(key).partition(".")[0] == "actor_rollout_ref" for key in given) or (
-        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in cast(list[Any], defaults))
+        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in defaults)
     )
 
 
 def _from_yaml(path: Path, chosen: Mapping[str, Any]) -> Settings:
-    tree, settings = _read_tree(path), Settings()
+    tree, settings = read_yaml(path, follow=False), Settings()
+    if not is_verl(tree):
+        raise not_readable(path, host_of_keys(tree))
     own = _flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
     entries = tree.get("defaults") or []
     if not isinstance(entries, list):
         raise ValueError(f"{path}: defaults must be a list, got {type(entries).__name__}")
-    entries = cast(list[Any], entries)
     if len(entries) > _MAX_DEFAULTS:
         raise ValueError(f"{path}: defaults has {len(entries)} entries")
     for entry in entries if "_self_" in entries else [*entries, "_self_"]:  # later ones win
@@ -241,9 +244,9 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
         settings.unread.append(f"defaults: {entry} is not read, and what it sets is not known")
         settings.defaults = False
         return {}
-    if not isinstance(entry, Mapping) or len(cast(Mapping[Any, Any], entry)) != 1:
+    if not isinstance(entry, Mapping) or len(entry) != 1:
         raise ValueError(f"defaults: {short(entry)} is neither a name nor a pair group: name")
-    [(key, name)] = cast(Mapping[Any, Any], entry).items()
+    [(key, name)] = entry.items()
     group = str(key).removeprefix("override ").removeprefix("optional ")
     name = str(chosen.get(group, name))
     if group.startswith("hydra/"):  # how Hydra itself works, not what the run does
@@ -252,31 +255,24 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
         settings.unread.append(f"defaults: {short(group)}={short(name)} is not read: it is no plain name")
         settings.defaults = False
         return {}
+    file = folder / group / f"{name}.yaml"
     try:
-        data = read_regular(folder / group / f"{name}.yaml", _MAX_GROUP_BYTES, follow=False)
-    except (FileNotFoundError, ValueError) as error:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{file} leads out of the folder")
+        data = read_regular(file, _MAX_GROUP_BYTES, follow=False)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a loop
         why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         settings.unread.append(f"defaults: {group}={name} is not read: {why}")
         settings.defaults = False
         return {}
-    where = str(folder / group / f"{name}.yaml")
-    tree = parse_yaml(data, where)
+    tree = parse_yaml(data, str(file))
     if not isinstance(tree, dict):
-        raise ValueError(f"{where} must hold keys and values, got {type(tree).__name__}")
+        raise ValueError(f"{file} must hold keys and values, got {type(tree).__name__}")
     if "defaults" in tree:
         settings.unread.append(f"defaults: those of {group}={name} are not read, and what they set is not known")
         settings.defaults = False
-    keys = _flat({k: v for k, v in cast(dict[Any, Any], tree).items() if k != "defaults"})
+    keys = _flat({k: v for k, v in tree.items() if k != "defaults"})
     return keys if b"@package _global_" in data else {f"{group}.{k}": x for k, x in keys.items()}
-
-
-def _read_tree(path: Path) -> dict[Any, Any]:
-    tree = parse_yaml(read_regular(path, MAX_YAML_BYTES, follow=False), str(path))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(tree).__name__}")
-    if not is_verl(cast(dict[Any, Any], tree)):
-        raise not_readable(path, host_of_keys(cast(dict[Any, Any], tree)))
-    return cast(dict[Any, Any], tree)
 
 
 def _from_script(path: Path) -> Settings:
@@ -287,7 +283,7 @@ def _from_script(path: Path) -> Settings:
     listed = bool(bare) and len(bare) == len(script.commands)
     if listed:  # a list of overrides, without a command that takes them
         runs, bare = [[word for command in bare for word in command]], []
-    spoken = [w for command in script.commands for w in command if " " in w.text and _key(w) is None]
+    spoken = [w for command in script.commands for w in command if _key(w) is None and len(w.text.split()) > 1]
     elsewhere = {
         **{name: _held(words) for name, words in script.variables.items()},
         "a quoted text": _held(spoken),
@@ -425,7 +421,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         if len(name) > _MAX_KEY:
             continue
         if isinstance(value, Mapping):
-            found |= _flat(cast(Mapping[Any, Any], value), f"{name}.")
+            found |= _flat(value, f"{name}.")
         else:
             found[name] = value
     return found

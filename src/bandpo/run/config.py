@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from trl import TrlParser
 
 from bandpo._files import read_yaml
@@ -178,18 +177,6 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
 def run_keys() -> frozenset[str]:
     """The keys of a `bandpo train` file that are ours and not TRL's."""
     return frozenset(f.name for f in fields(RunConfig))
-
-
-def read_value(key: str, text: str) -> Any:
-    """A value of the command line, as YAML has it.
-
-    Raises:
-        ValueError: If it is not YAML.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key}={text}: not a value: {error}") from None
 
 
 def check_run(given: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bandpo._bounded import parse_json, parse_yaml, printable, read_regular
+from bandpo._bounded import parse_json, parse_yaml, read_regular
+from bandpo._errors import printable
 from bandpo._files import read_yaml
 from bandpo.composition import Objective
 from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup

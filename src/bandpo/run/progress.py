@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from bandpo._errors import printable
+from bandpo._errors import LINES, printable
 from bandpo._files import read_jsonl, write_jsonl
 from bandpo._secrets import hide, redact_text
 
@@ -41,7 +41,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(printable(redact_text(text)), markup=False)
+        self.console.print(printable(redact_text(text), keep=LINES), markup=False)
 
     def table(self, title: str, evaluation: dict[str, Any]) -> None:
         """The held-out results before and after."""

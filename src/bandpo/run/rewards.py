@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bandpo._errors import RunError, place_of, printable, what_happened
+from bandpo._errors import LINES, RunError, place_of, printable, what_happened
 from bandpo._files import write_jsonl
 from bandpo.lab.tasks import TASKS, score
 from bandpo.run.verification import verify_all
@@ -184,7 +184,7 @@ def _traceback(error: BaseException) -> str:
         lines = traceback.format_exception(type(error), error, frames)
     except Exception:  # an exception whose text cannot be made
         lines = traceback.format_tb(frames)
-    return printable("".join(lines).rstrip()[-8000:])
+    return printable("".join(lines).rstrip()[-8000:], keep=LINES)
 
 
 @contextmanager
