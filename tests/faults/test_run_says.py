@@ -105,7 +105,7 @@ def test_a_run_shorter_than_logging_steps_has_its_metrics(said):
 
 def test_a_run_in_which_no_group_had_signal_says_so_at_its_end(said):
     """The model is random: no box, so every reward is 0."""
-    line = "no group of this run had two different rewards: every advantage was 0"
+    line = "no group of this run ever had rewards that differ (every reward was 0, in 2 rollouts)"
     assert line in said
     assert line in Path("run/report.html").read_text()
 
@@ -123,8 +123,8 @@ def test_evaluate_scores_a_run_as_the_run_did(said, model, capsys):
     assert (found["temperature"], found["top_p"], found["max_new_tokens"], found["samples"]) == (0.7, 0.9, 6, 4)
     assert all(found[k] == v for k, v in evaluation["after"].items())
     assert (
-        "6 prompts of data.jsonl, held out by the run in run; reward math; 4 samples each at temperature 0.7, top_p 0.9, "
-        "top_k 20" in " ".join(capsys.readouterr().out.split())
+        "6 prompts of data.jsonl, held out by the run in run; reward math; 4 samples each at temperature 0.7, top_p 0.9, top_k"
+        in " ".join(capsys.readouterr().out.split())
     )
 
 
@@ -239,7 +239,7 @@ def test_a_stranger_s_model_folder_runs_and_fetches_nothing(foreign, which, caps
                 {"peft_type": "LORA", "base_model_name_or_path": "stranger/base", "r": 2, "target_modules": ["q_proj"]}
             )
         )
-    main(["evaluate", "foreign", "--prompts", "1", "--samples", "1"])
+    main(["evaluate", "foreign/model", "--prompts", "1", "--samples", "1"])
     assert not Path("pwned").exists()
     if which != "tokenizer":  # a tokenizer may be loaded as one that transformers knows
         assert "bandpo:" in capsys.readouterr().err

@@ -48,6 +48,13 @@ class GRPORun:
             peft_config=lora, callbacks=[self.log],
         )  # fmt: skip
         self.trainer.remove_callback(PrinterCallback)
+        self.notes: list[str] = []
+        """What the trainer said, such as that no group ever had signal: a reader of the report must know it too."""
+        self.trainer.say = self._say
+
+    def _say(self, text: str) -> None:
+        self.log.progress.say(text)
+        self.notes.append(text)
 
     @property
     def name(self) -> str:

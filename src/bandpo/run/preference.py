@@ -45,6 +45,7 @@ class PreferenceRun:
     ) -> None:  # fmt: skip
         self.args, self.progress, self.name = args, progress, run.method
         self.folder = Path(args.output_dir or ".")
+        self.notes: list[str] = []
         if run.pairs is None:
             self.rounds = _Rounds(model, reward, args, prompts, tokenizer)
             self.rounds.progress = progress

@@ -320,18 +320,3 @@ def unscored_line(reward: CheckedReward) -> str | None:
     total = reward.scored + reward.unscored
     failed = f", {reward.failed} of them because it failed" if reward.failed else ""
     return f"reward {reward.name!r} left {reward.unscored} of {total} samples unscored{failed}"
-
-
-def no_signal_line(log: list[dict[str, Any]]) -> str | None:
-    """What the end of a run says if no group ever had two different rewards, None if one had.
-
-    Args:
-        log: Rows of metrics.jsonl; those of methods without groups say nothing about it.
-    """
-    shares = [row["frac_reward_zero_std"] for row in log if row.get("frac_reward_zero_std") is not None]
-    if not shares or min(shares) < 1:
-        return None
-    return (
-        "no group of this run had two different rewards: every advantage was 0, and there was nothing to learn from. Look at "
-        "the rewards in samples.jsonl; then take easier or harder prompts, or more samples of each (num_generations)"
-    )

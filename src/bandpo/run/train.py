@@ -27,7 +27,7 @@ from bandpo.run.grpo import GRPORun
 from bandpo.run.preference import PreferenceRun
 from bandpo.run.progress import Progress, quiet_hosts
 from bandpo.run.report import write_report
-from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, no_signal_line, unscored_line
+from bandpo.run.rewards import CheckedReward, RewardFunction, get_reward, unscored_line
 
 
 @released_at_end()
@@ -96,11 +96,12 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: 
         write_json(folder / "env.json", environment(args, time.monotonic() - started))
         title = f"{job.name} on {redact(run.task or run.dataset)}, seed {args.seed}"
         log = read_jsonl(folder / "metrics.jsonl")
-        notes = [line for line in (no_signal_line(log), unscored_line(reward)) if line]
+        unscored = unscored_line(reward)
+        notes = [*job.notes, *([unscored] if unscored else [])]
         report = write_report(folder, title=title, figures=job.figures(log), notes=notes)
         progress.table(title, evaluation)
-        for note in notes:
-            progress.say(note)
+        if unscored:
+            progress.say(unscored)
         progress.say(f"report: {report}")
         progress.say(f"model:  {folder / 'model'}")
         progress.say(f"done in {time.monotonic() - started:.0f} s")
