@@ -147,18 +147,19 @@ def policy_sums(
     strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
     if nonfinite is not None:
         strange = strange | nonfinite
-    lower = upper = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
     if isinstance(bounds, RatioBounds):
-        lower, upper = (b.expand(valid.shape) for b in bounds)
+        lower, upper = bounds.lower.expand(valid.shape), bounds.upper.expand(valid.shape)
         strange = strange | lower.isnan() | upper.isnan()
     total = valid.sum().to(torch.float32)
     used = valid & ~strange
     r, p = log_ratio.exp(), old_logprobs.exp()
     pushed_up, pushed_down = (advantages > 0) & used, (advantages < 0) & used
-    if lower is not None and upper is not None:
-        low, high = pushed_down & (r < lower), pushed_up & (r > upper)
+    if isinstance(bounds, RatioBounds):
+        low, high = pushed_down & (r < bounds.lower), pushed_up & (r > bounds.upper)
     else:
-        low, high = pushed_down & (log_ratio < 0) & ~bounds, pushed_up & (log_ratio > 0) & ~bounds  # type: ignore[operator]
+        low, high = pushed_down & (log_ratio < 0) & ~bounds, pushed_up & (log_ratio > 0) & ~bounds
     n_low, n_high, n = _count_by_probability(low, high, used, p)
     count = n.sum()
 
