@@ -123,8 +123,8 @@ def test_evaluate_scores_a_run_as_the_run_did(said, model, capsys):
     assert (found["temperature"], found["top_p"], found["max_new_tokens"], found["samples"]) == (0.7, 0.9, 6, 4)
     assert all(found[k] == v for k, v in evaluation["after"].items())
     assert (
-        "6 prompts of data.jsonl, held out by the run in run; reward math; 4 samples each at temperature 0.7, top_p 0.9, top_k"
-        in " ".join(capsys.readouterr().out.split())
+        "6 prompts of data.jsonl, held out by the run in run; reward math; 4 samples each at temperature 0.7, top_p 0.9, "
+        "top_k 20" in " ".join(capsys.readouterr().out.split())
     )
 
 
