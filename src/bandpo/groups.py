@@ -6,7 +6,7 @@ group; a group whose scores are all equal has no signal, exactly.
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,9 @@ def _ids(group_ids: GroupIds, count: int) -> list[Hashable]:
         raise TypeError(
             f"group_ids: pass an integer tensor or a list with an id for each completion, got {group_ids!r}"
         )
-    found: list[Hashable] = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)  # type: ignore[union-attr]
+    # A numpy array of names has tolist, too.
+    listed: Any = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)  # type: ignore[union-attr]
+    found = cast("list[Hashable]", listed)
     if len(found) != count or (isinstance(group_ids, Tensor) and group_ids.dim() != 1):
         raise ValueError(f"group_ids: {count} completions need as many ids in one dimension, got {len(found)}")
     for i, key in enumerate(found):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo._inputs import PROVIDED, inputs_of, traits_of
+from bandpo._inputs import PROVIDED, as_mask, inputs_of, traits_of
 from bandpo.bounds import Bounds, RatioBounds, ratio_bounds
 from bandpo.divergences import FDivergence, binary_divergence
 from bandpo.surrogates import Surrogate
@@ -149,7 +149,7 @@ def check_logprobs(logprobs: Tensor, mask: Tensor | None = None, *, name: str = 
         Traceback (most recent call last):
         ValueError: old_logprobs: 1 of 2 values are above 0 (the largest is 0.3); pass log-probabilities, not logits
     """
-    values = logprobs.detach() if mask is None else logprobs.detach()[mask != 0]
+    values = logprobs.detach() if mask is None else logprobs.detach()[as_mask(mask)]
     if nans := int(values.isnan().sum()):
         raise ValueError(f"{name}: {nans} of {values.numel()} values are NaN")
     if above := int((values > 1e-6).sum()):

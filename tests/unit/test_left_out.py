@@ -294,6 +294,22 @@ def test_left_out_tokens_compile_to_one_graph(name):
     torch.testing.assert_close(compiled(data["logprobs"]), step(data["logprobs"]))
 
 
+@pytest.mark.parametrize("name", ["grpo", "gspo", "quatro-reading"])
+def test_weights_and_normalizers_compile_to_one_graph(name):
+    data = complete(name, batch(dtype=torch.float32))
+
+    def step(x, weight, normalizer):
+        return policy_loss(
+            **{**data, "logprobs": x}, objective=name, sample_weight=weight, normalizer=normalizer,
+            ref_logprobs=data["old_logprobs"], kl_coef=0.1,
+        )[0]  # fmt: skip
+
+    torch._dynamo.reset()
+    arguments = data["logprobs"], torch.linspace(0.5, 1.5, B), torch.tensor(7)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
 def test_the_clip_alone_still_shows_a_nan():
     """A surrogate that is called by itself computes with what it is given."""
     edge = Clip(0.2)(torch.zeros(1))
