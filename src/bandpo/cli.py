@@ -1,14 +1,11 @@
 """The command line. Heavy imports happen inside the commands: `bandpo --help` is instant."""
 
 import argparse
-import dis
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -204,12 +201,12 @@ def _guarded(run: Callable[[Any], object], options: Any) -> int:
         return _failed(error, 2) if _was_raised(error) else _unexpected(error)
     except (RunError, OSError) as error:  # a reward that fails, a full disk: not a mistake in the input
         return _failed(error, 1)
-    except UnpicklingError as error:
-        return _failed(f"a file of the run is refused, since loading it could run code: {error}", 1)
     except KeyboardInterrupt:
         print("bandpo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if type(error).__name__ == "UnpicklingError":
+            return _failed(f"a file of the run is refused, since loading it could run code: {error}", 1)
         return _unexpected(error)
     return found if isinstance(found, int) else 0
 
@@ -237,6 +234,8 @@ def _unexpected(error: Exception) -> int:
 
 
 def _print_traceback() -> None:
+    import traceback
+
     print(printable(redact_text(traceback.format_exc()), keep=LINES), end="", file=sys.stderr)
 
 
@@ -246,6 +245,8 @@ def _was_raised(error: BaseException) -> bool:
     `int(None)` and `None + 1` have no `raise` statement at the place they come from: in our code they are bugs. Libraries check
     what they are given in ways of their own.
     """
+    import dis
+
     origin = _origin(error)
     if origin is None or not _is_ours(origin):
         return True
