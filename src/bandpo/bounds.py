@@ -56,9 +56,9 @@ def ratio_bounds(
     Returns:
         Bounds of the shape, dtype and device of `old_logprobs`, rounded inward. No gradient flows through them; NaN in gives
         NaN out. Float64 input, tensor radii and `log=True` are solved in float64 and rounded once (log-bounds within a relative
-        1e-12; docs/theory.md states the domain, and what holds outside of it). Else a float32 table of the float64 bounds is read (within 4
-        units of 2^-24 of the lower and of 2^-23 of the upper bound), made at the first call for a divergence, radius and
-        device; 16-bit results are the float32 ones rounded inward.
+        1e-12; docs/theory.md states the domain, and what holds outside of it). Else a float32 table of the float64 bounds is
+        read (within 4 units of 2^-24 of the lower and of 2^-23 of the upper bound), made at the first call for a
+        divergence, radius and device; 16-bit results are the float32 ones rounded inward.
 
     Raises:
         TypeError: If `old_logprobs` is not a tensor of one of the four dtypes, or another argument has the wrong type.
