@@ -1,6 +1,7 @@
 """Weights of 16 bits that an optimiser cannot move: updates below half of their spacing are rounded away."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,3 +61,13 @@ def lost_updates(parameters: Iterable[Tensor], learning_rate: float, optimizer: 
         "others are rounded back to what they were. Train float32 weights (model_init_kwargs={'dtype': 'float32'}, with "
         "bf16=True for speed), or raise the learning rate"
     )
+
+
+def lost_updates_of(trainer: Any) -> str | None:
+    """The same for a trainer of transformers, before it trains; None where it was given an optimizer of unknown steps."""
+    # Sharded training in lower precision keeps float32 weights beside these.
+    if trainer.optimizer is not None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    trained = (p for p in trainer.model.parameters() if p.requires_grad)
+    return lost_updates(trained, trainer.args.learning_rate, optimizer)

@@ -21,7 +21,7 @@ from bandpo.bounds import Clip, RatioBounds
 from bandpo.composition import Objective
 from bandpo.integrations._generate import end_tokens, sampling_by
 from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
-from bandpo.integrations._precision import lost_updates
+from bandpo.integrations._precision import lost_updates_of
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
@@ -132,12 +132,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             *args: As in transformers.
             **kwargs: As in transformers.
         """
-        # Sharded training in lower precision keeps float32 weights beside these.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.optimizer is None and not sharded:
-            optimizer = str(getattr(self.args.optim, "value", self.args.optim))
-            trained = (p for p in self.model.parameters() if p.requires_grad)
-            self._tell(lost_updates(trained, self.args.learning_rate, optimizer))
+        self._tell(lost_updates_of(self))
         out = super().train(*args, **kwargs)
         self._tell(self._signal.verdict())
         return out

@@ -23,6 +23,7 @@ except ImportError as error:
 from bandpo._secrets import HidesSecrets
 from bandpo.integrations._generate import layer_states
 from bandpo.integrations._pooled import PooledLog, checked_metrics, over_processes, without_empty
+from bandpo.integrations._precision import lost_updates_of
 from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.metrics import PooledSum
 from bandpo.preference.links import as_link
@@ -146,7 +147,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             args = copy.copy(args)
             args.precompute_ref_log_probs = True  # they are there, so that TRL need not load a reference
         super().__init__(model, ref_model, args, **kwargs)
-        _warn_of_half_precision(self.model)
+        if (lost := lost_updates_of(self)) is not None:
+            warnings.warn(lost[0].upper() + lost[1:], stacklevel=2)
         if probe is not None:
             probe.to(self.accelerator.device)
         self.loss_weights = [0.0]
@@ -312,17 +314,6 @@ def _check_cuts(data: Dataset, given: int, max_length: int, name: str) -> None:
             f"{name} set: max_length={max_length} drops {given - len(data)} of {given} pairs, whose prompts fill it, and cuts "
             f"{len(cut)}.",
             stacklevel=2,
-        )
-
-
-def _warn_of_half_precision(model: Any) -> None:
-    """Weights that are trained in half precision lose most of a usual update."""
-    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    if half:
-        warnings.warn(
-            f"Weights are trained in {', '.join(str(d).removeprefix('torch.') for d in half)}: an update below about 1/500 of "
-            "a weight is rounded away. Load the model in float32 (dtype=torch.float32); bf16=True still computes in bfloat16.",
-            stacklevel=3,
         )
 
 
