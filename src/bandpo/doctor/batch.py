@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bandpo._bounded import parse_json, read_regular
+from bandpo._inputs import as_mask
 from bandpo.bounds import Band
 from bandpo.calibration import clip_fraction, radius_for
 from bandpo.composition import Objective
@@ -148,7 +149,7 @@ def examine_batch(
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
     batch = check_batch(batch)
-    mask = batch["mask"] != 0 if "mask" in batch else torch.ones_like(batch["logprobs"], dtype=torch.bool)
+    mask = as_mask(batch["mask"]) if "mask" in batch else torch.ones_like(batch["logprobs"], dtype=torch.bool)
     if not mask.any():
         raise ValueError("the batch has no valid token: its mask is 0 everywhere")
     finite = batch["logprobs"].isfinite() & batch["old_logprobs"].isfinite() & batch["advantages"].isfinite()

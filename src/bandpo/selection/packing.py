@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bandpo._inputs import as_mask
 from bandpo._values import ByValue
 
 
@@ -135,9 +136,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, windo
             f"pack_rows: input_ids and attention_mask must be (batch, time) both, got {tuple(input_ids.shape)} and "
             f"{tuple(attention_mask.shape)}"
         )
-    mask = attention_mask != 0
-    if not bool((mask == attention_mask).all()):
-        raise ValueError("pack_rows: attention_mask must be 1 at real tokens and 0 elsewhere; it holds other values")
+    mask = as_mask(attention_mask, "attention_mask")
     lengths = mask.sum(1)
     bins = window_pack(cast("list[int]", lengths.tolist()), capacity, window)
     start = torch.zeros_like(lengths)
