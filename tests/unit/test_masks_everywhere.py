@@ -14,12 +14,12 @@ from bandpo.testing import check_logprobs
 from bandpo.tokens import sequence_log_ratio
 
 LABELS = torch.tensor([[-100, 1, 1]])
-X = torch.tensor([[0.1, -0.2, 0.3]])
+X = torch.tensor([[0.1, 0.2, 0.3]])
 TOKENS = {"log_ratio": X, "old_logprobs": X - 2, "advantages": torch.ones_like(X)}
 
 TAKERS = {
     "clip_fraction": lambda mask: clip_fraction(Clip(), TOKENS | {"mask": mask}),
-    "radius_for": lambda mask: radius_for(KL, 0.3, TOKENS | {"mask": mask}),
+    "radius_for": lambda mask: radius_for(KL, 0.5, TOKENS | {"mask": mask}),
     "examine_batch": lambda mask: examine_batch(
         {"logprobs": X - 2, "old_logprobs": X - 2.1, "advantages": torch.ones_like(X), "mask": mask}
     ),
