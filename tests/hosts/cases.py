@@ -64,4 +64,4 @@ def same(found, want, tolerance=1e-12):
     """Loss and gradient agree to rounding, and no gradient is NaN."""
     for a, b in zip(found, want, strict=True):
         assert a.isfinite().all()
-        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)

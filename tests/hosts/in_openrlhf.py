@@ -23,6 +23,21 @@ without_init({host!r}, "openrlhf", "openrlhf.models")
 stub("deepspeed")
 """
 
+NEW = "is_correction_level" in Path(HOST, "openrlhf/models/loss.py").read_text()  # 0.11.2 and later
+SEQUENCE = {"is_correction_level": "seq"} if NEW else {
+    "enable_vllm_is_correction": True, "vllm_is_correction_type": "seq-mask-tis", "vllm_is_truncated_threshold": [0.5, 5.0],
+}  # fmt: skip
+
+
+def correction(mode, low, high):
+    """A correction of single tokens for the sampler, in the words of this version."""
+    if NEW:
+        return {"is_correction_level": "token", "is_correction_mode": mode, "is_correction_threshold": [low, high]}
+    return {
+        "enable_vllm_is_correction": True, "vllm_is_correction_type": {"mask": "icepop", "clip": "tis"}[mode],
+        "vllm_is_truncated_threshold": [low, high],
+    }  # fmt: skip
+
 
 @pytest.fixture
 def host(monkeypatch):
@@ -92,15 +107,11 @@ def test_the_clip_is_openrlhf_s_own(monkeypatch, host):
     theirs = type(
         "Module", (), {"PolicyLoss": inspect.getclosurevars(module.PolicyLoss.__init__).nonlocals["host_loss"]}
     )
-    for options in (
-        {},
-        {"is_correction_level": "token", "is_correction_mode": "mask", "is_correction_threshold": [0.8, 1.25]},
-        {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": [0.0, 1.1]},
-    ):
+    for options in ({}, correction("mask", 0.8, 1.25), correction("clip", 0.0, 1.1)):
         found = [train(m, data, cases.RANKS, True, **options) for m in (module, theirs)]
         cases.same(found[0][0], found[1][0])
         for ours_out, their_out in zip(found[0][1], found[1][1], strict=True):
-            assert len(ours_out) == len(their_out) == 5
+            assert len(ours_out) == len(their_out)
             torch.testing.assert_close(ours_out[1:3], their_out[1:3], check_dtype=False)
 
 
@@ -125,8 +136,8 @@ def test_the_caller_unpacks_as_many_values_as_we_return(host):
         ({"clip_eps_high": 0.28}, "clip_eps_high=0.28 would be ignored"),
         ({"dual_clip": 3.0}, "dual_clip=3.0 would be ignored"),
         ({"policy_loss_type": "gspo"}, "policy_loss_type='gspo' would be ignored"),
-        ({"is_correction_level": "seq"}, "cannot be expressed"),
-        ({"is_correction_level": "token", "is_correction_mode": "clip"}, "cannot be expressed"),
+        (SEQUENCE, "cannot be expressed"),
+        (correction("clip", 0.5, 5.0), "cannot be expressed"),
     ],
 )
 def test_options_that_would_be_ignored(host, options, words):
@@ -137,7 +148,7 @@ def test_options_that_would_be_ignored(host, options, words):
 def test_both_accounting_for_the_sampler(monkeypatch, host):
     module = with_objective(monkeypatch, "dppo-kl")
     with pytest.raises(ValueError, match="accounts for the sampler itself; use one"):
-        module.PolicyLoss(is_correction_level="token")
+        module.PolicyLoss(**correction("mask", 0.5, 5.0))
 
 
 def test_the_exchange_reaches_a_ray_worker(monkeypatch, host, tmp_path):
