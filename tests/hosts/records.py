@@ -7,10 +7,10 @@ source, as was done on the day that a record says.
 import importlib
 import os
 import sys
-import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import tomllib
 from isolation import stub, without_init
 
 RECORDS = tomllib.loads((Path(__file__).parent / "signatures.toml").read_text())

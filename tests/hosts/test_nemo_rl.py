@@ -3,12 +3,12 @@
 import enum
 import sys
 
+import cases
 import pytest
 import torch
 from ray import cloudpickle
 from records import SOURCE, own_source
 
-import cases
 from bandpo.integrations.nemo_rl import BandLoss
 
 KEPT = {
@@ -80,7 +80,13 @@ def real(token_level=True, **options):
         )  # fmt: skip
     from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedPGLossFn
 
-    values = {**KEPT, "kl_input_clamp_value": None, "kl_output_clamp_value": None, **options, "token_level_loss": token_level}
+    values = {
+        **KEPT,
+        "kl_input_clamp_value": None,
+        "kl_output_clamp_value": None,
+        **options,
+        "token_level_loss": token_level,
+    }
     return ClippedPGLossFn(ClippedPGLossConfig(**values))
 
 

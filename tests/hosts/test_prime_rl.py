@@ -4,11 +4,11 @@ import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from records import RECORDS, SOURCE, modules, own_source
 
-import cases
 from bandpo import OBJECTIVES
 from bandpo.integrations import prime_rl as ours
 
@@ -32,7 +32,14 @@ def stand_in(monkeypatch):
         total, metrics = sequences[0]["new"].sum() * 0.0, {}  # so that an empty micro-batch has a gradient
         for i, sequence in enumerate(sequences):
             mask = sequence["mask"] if weights is None else sequence["mask"] & (weights[i] != 0)
-            values = (sequence["new"], sequence["sampler"], None, sequence["a"], mask, None if weights is None else weights[i])
+            values = (
+                sequence["new"],
+                sequence["sampler"],
+                None,
+                sequence["a"],
+                mask,
+                None if weights is None else weights[i],
+            )
             out = loss_fn(SimpleNamespace(**dict(zip(RECORDS["prime_rl"]["inputs"], values, strict=True))))
             total = total + out.loss
             for name, value in out.metrics.items():

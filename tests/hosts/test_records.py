@@ -25,7 +25,18 @@ def test_a_record_is_younger_than_120_days(host):
 
 
 def test_a_record_says_all_that_a_stand_in_needs():
-    needed = {"repository", "commit", "commit_date", "checked", "adapter", "option", "parameters", "returns", "caller", "caller_does"}
+    needed = {
+        "repository",
+        "commit",
+        "commit_date",
+        "checked",
+        "adapter",
+        "option",
+        "parameters",
+        "returns",
+        "caller",
+        "caller_does",
+    }
     for host, record in RECORDS.items():
         assert needed <= set(record), host
         assert len(record["commit"]) == 40 and record["commit_date"] <= record["checked"], host
@@ -40,6 +51,9 @@ def test_an_adapter_has_the_host_s_signature(host):
         found = getattr(found, name)
     if "**kwargs" in record["parameters"]:
         first, *_, last = inspect.signature(found).parameters.values()
-        assert [first.name, f"**{last.name}" if last.kind is last.VAR_KEYWORD else ""] == [record["parameters"][0], "**options"]
+        assert [first.name, f"**{last.name}" if last.kind is last.VAR_KEYWORD else ""] == [
+            record["parameters"][0],
+            "**options",
+        ]
     else:
         assert list(inspect.signature(found).parameters) == record["parameters"]

@@ -3,12 +3,12 @@
 import sys
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from records import SOURCE, modules, own_source
 from torch.nn.utils.rnn import pad_sequence
 
-import cases
 from bandpo.integrations import miles as ours_miles
 from bandpo.integrations import slime as ours_slime
 
@@ -52,7 +52,9 @@ def stand_in(name, monkeypatch):
 
     def loss_function(args, batch, num_microbatches, step_global_batch_size, logits):
         def reduce(x):
-            parts = zip(x.split(batch["response_lengths"]), batch["loss_masks"], batch["rollout_mask_sums"], strict=True)
+            parts = zip(
+                x.split(batch["response_lengths"]), batch["loss_masks"], batch["rollout_mask_sums"], strict=True
+            )
             return sum((v * m).sum() / (1 if args.calculate_per_token_loss else n) for v, m, n in parts)
 
         loss, log = args.loss(args, batch, logits, reduce)
@@ -103,7 +105,13 @@ def real(name, monkeypatch):
         monkeypatch.setattr(loss, "calculate_log_probs_and_entropy", calculate)
         assert cp_utils
         return SimpleNamespace(name=name, loss_function=loss.loss_function, policy_loss=ours_slime.policy_loss)
-    packages = ("miles", "miles.backends", "miles.backends.training_utils", "miles.backends.training_utils.loss_hub", "miles.utils")
+    packages = (
+        "miles",
+        "miles.backends",
+        "miles.backends.training_utils",
+        "miles.backends.training_utils.loss_hub",
+        "miles.utils",
+    )
     if "miles" not in sys.modules:
         own_source(SOURCE, packages, ("megatron", "ring_flash_attn"))
     from miles.backends.training_utils import cp_utils, loss
@@ -206,7 +214,9 @@ def train(host, args, data, leave=()):
 
 def wanted(data, objective, per_token, **kwargs):
     aggregation = "token-mean" if per_token else "seq-mean-token-mean"
-    return cases.wanted(data, objective, aggregation, normalizer=int(data["mask"].sum()) if per_token else cases.B, **kwargs)
+    return cases.wanted(
+        data, objective, aggregation, normalizer=int(data["mask"].sum()) if per_token else cases.B, **kwargs
+    )
 
 
 @pytest.mark.parametrize("per_token", [False, True])

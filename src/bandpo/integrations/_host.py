@@ -17,6 +17,8 @@ from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations._overrides import Overrides
 from bandpo.metrics import policy_metrics
 from bandpo.objectives import get_objective
+from bandpo.regions import Balanced
+from bandpo.sequence_surrogates import clip_cov, kl_cov
 from bandpo.tokens import TokenObjective, fill, token_objective
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(Overrides) if f.name != "divergence_top_k")
@@ -199,23 +201,10 @@ def _not_in(rows: Rows, objective: Objective) -> str:
         looks or objective.ratio_level != "token" or getattr(objective.correction, "level", "token") != "token"
     ):
         return "whole sequences, one in a row"
-    if rows == "one" and looks and objective.ratio_level == "token" and _looks_at_the_batch(objective):
+    surrogate = getattr(objective.surrogate, "func", objective.surrogate)  # under partial
+    if rows == "one" and (isinstance(objective.bounds, Balanced) or surrogate in (clip_cov, kl_cov)):
         return "the other sequences of the batch"
     return ""
-
-
-def _looks_at_the_batch(objective: Objective) -> bool:
-    """Whether a second sequence changes the objective of the first, tried out."""
-    old = torch.linspace(-4.0, -0.1, 12, dtype=torch.float64).view(2, 6)
-    given = {
-        "logprobs": old.flip(1) - 0.3, "old_logprobs": old, "rollout_logprobs": old,
-        "advantages": torch.tensor([[1.0], [-7.0]], dtype=torch.float64).expand(2, 6), "mask": torch.ones_like(old),
-    }  # fmt: skip
-    state = torch.random.get_rng_state()
-    together = token_objective(objective, **given).value[:1]
-    alone = token_objective(objective, **{name: x[:1] for name, x in given.items()}).value
-    torch.random.set_rng_state(state)
-    return not torch.equal(together, alone)
 
 
 def _parsed(name: str, value: Any) -> Any:
