@@ -14,7 +14,7 @@ def mean_proof(report: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The clip fraction of a probability bin is a quotient whose denominator may be empty in a micro-batch; one such NaN makes
     the mean of a whole step NaN. Instead there are two shares of all valid tokens, whose means can be divided afterwards:
-    `clipped_by_prob/{low,high,any}/BIN` and `token_fraction_by_prob/BIN`. A micro-batch without a valid token counts as 0.
+    `clip_fraction_by_prob_of_all/{low,high,any}/BIN` and `token_fraction_by_prob/BIN`. A micro-batch without a valid token counts as 0.
     Names have no prefix `band/`; the host puts its own in front. Names of maxima end in `_max`, as hosts expect that take
     their maximum.
 
@@ -22,13 +22,17 @@ def mean_proof(report: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> report = {"clip_fraction_by_prob/any/>=0.99": torch.tensor(torch.nan),
         ...           "token_fraction_by_prob/>=0.99": torch.tensor(0.0), "band/cap_fraction": torch.tensor(0.5)}
         >>> mean_proof(report)
-        {'clipped_by_prob/any/>=0.99': tensor(0.), 'token_fraction_by_prob/>=0.99': tensor(0.), 'cap_fraction': tensor(0.5000)}
+        {'clip_fraction_by_prob_of_all/any/>=0.99': tensor(0.), 'token_fraction_by_prob/>=0.99': tensor(0.),
+         'cap_fraction': tensor(0.5000)}
     """
     found: dict[str, Tensor] = {}
     for name, value in report.items():
         if name.startswith("clip_fraction_by_prob/"):
             _, side, bin_name = name.split("/")
-            name, value = f"clipped_by_prob/{side}/{bin_name}", value * report[f"token_fraction_by_prob/{bin_name}"]
+            name, value = (
+                f"clip_fraction_by_prob_of_all/{side}/{bin_name}",
+                value * report[f"token_fraction_by_prob/{bin_name}"],
+            )
         found[name.removeprefix("band/")] = torch.nan_to_num(value, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
     return found
 

@@ -51,8 +51,8 @@ class BandLoss:
         if correction is not None:
             if chosen.correction is not None or chosen.anchor == "rollout":
                 raise ValueError(
-                    f"NeMo-RL: use_importance_sampling_correction is on, and objective {chosen.name!r} accounts for the sampler "
-                    "itself; use one"
+                    f"NeMo-RL: use_importance_sampling_correction is on, and objective {chosen.name!r} accounts for the "
+                    "sampler itself; use one"
                 )
             chosen = dataclasses.replace(chosen, correction=correction)
         self.objective = chosen
@@ -120,8 +120,8 @@ def _correction(host_loss: Any) -> Correction | None:
     if kind == "icepop":
         return IcePop(low, high)
     raise ValueError(
-        f"NeMo-RL: truncated_importance_sampling_type={kind!r} between {low} and {high} cannot be expressed; there are tis without "
-        "a lower bound and icepop"
+        f"NeMo-RL: truncated_importance_sampling_type={kind!r} between {low} and {high} cannot be expressed; there are tis "
+        "without a lower bound and icepop"
     )
 
 

@@ -4,9 +4,9 @@
     --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; without it: bandpo-kl as it is
 
 slime's own code computes the log-probs (temperature, top-p replay, tensor and context parallelism) and reduces the loss: a mean
-over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`, whatever the objective's
-own aggregation. Its entropy bonus and KL loss are added as slime does. With `--use-rollout-logprobs` the ratio is taken against the
-sampler.
+over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`, whatever the
+objective's own aggregation. Its entropy bonus and KL loss are added as slime does. With `--use-rollout-logprobs` the ratio is taken against
+the sampler.
 """
 
 import functools
@@ -126,8 +126,8 @@ def megatron_loss(
 def _configured(host: str, args: Any, context_parallel: int) -> Objective:
     if args.advantage_estimator in ("gspo", "cispo"):
         raise ValueError(
-            f"{host}: --advantage-estimator {args.advantage_estimator} would choose the host's loss, which is not used; set grpo "
-            f"and objective: {args.advantage_estimator}"
+            f"{host}: --advantage-estimator {args.advantage_estimator} would choose the host's loss, which is not used; set "
+            f"grpo and objective: {args.advantage_estimator}"
         )
     if getattr(args, "eps_clip_high", None) not in (None, args.eps_clip):
         raise ValueError(
