@@ -27,7 +27,10 @@ def test_it_is_this_version():
 
 
 def test_a_fresh_process_registers_the_losses_by_the_environment():
-    script = "import verl; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r; print('bandpo' in r, 'bandpo:dapo' in r)"
+    script = (
+        "import verl; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r; "
+        "print('bandpo' in r, 'bandpo:dapo' in r)"
+    )
     environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "bandpo.integrations.verl",
                    "PYTHONPATH": ":".join([HOST, *[p for p in sys.path if p]])}  # fmt: skip
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=180)

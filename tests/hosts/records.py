@@ -1,7 +1,7 @@
 """The records of signatures.toml, and where the tests find a host: its public source if there is one, else a stand-in.
 
-`BANDPO_SOURCE=/path/to/checkout python -m pytest tests/hosts/test_slime.py -k "slime"` runs the same tests inside the host's own
-source, as was done on the day that a record says.
+`BANDPO_SOURCE=/path/to/slime python -m pytest tests/hosts/test_slime.py` runs the same tests inside the host's own source, as
+was done on the day that a record says.
 """
 
 import importlib

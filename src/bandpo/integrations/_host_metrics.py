@@ -14,9 +14,9 @@ def mean_proof(report: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The clip fraction of a probability bin is a quotient whose denominator may be empty in a micro-batch; one such NaN makes
     the mean of a whole step NaN. Instead there are two shares of all valid tokens, whose means can be divided afterwards:
-    `clip_fraction_by_prob_of_all/{low,high,any}/BIN` and `token_fraction_by_prob/BIN`. A micro-batch without a valid token counts as 0.
-    Names have no prefix `band/`; the host puts its own in front. Names of maxima end in `_max`, as hosts expect that take
-    their maximum.
+    `clip_fraction_by_prob_of_all/{low,high,any}/BIN` and `token_fraction_by_prob/BIN`. A micro-batch without a valid token
+    counts as 0. Names have no prefix `band/`; the host puts its own in front. Names of maxima end in `_max`, as hosts expect
+    that take their maximum.
 
     Examples:
         >>> report = {"clip_fraction_by_prob/any/>=0.99": torch.tensor(torch.nan),

@@ -3,10 +3,10 @@
     --loss-type custom_loss --custom-loss-function-path bandpo.integrations.slime.policy_loss
     --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; without it: bandpo-kl as it is
 
-slime's own code computes the log-probs (temperature, top-p replay, tensor and context parallelism) and reduces the loss: a mean
-over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`, whatever the
-objective's own aggregation. Its entropy bonus and KL loss are added as slime does. With `--use-rollout-logprobs` the ratio is taken against
-the sampler.
+slime's own code computes the log-probs (temperature, top-p replay, tensor and context parallelism) and reduces the loss: a
+mean over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`, whatever the
+objective's own aggregation. Its entropy bonus and KL loss are added as slime does. With `--use-rollout-logprobs` the ratio is
+taken against the sampler.
 """
 
 import functools
