@@ -4,11 +4,11 @@ import importlib
 import sys
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from records import SOURCE, modules, own_source
 
-import cases
 from bandpo.integrations import open_instruct as ours
 from bandpo.integrations._host import ENVIRONMENT
 
@@ -152,6 +152,10 @@ def test_refused(host, monkeypatch, text, changes, words):
 
 def test_the_command_refuses_a_wrong_objective_before_it_starts_anything():
     with pytest.raises(ValueError, match="whole sequences, one in a row"):
-        ours.launch("open-instruct", "nowhere", "bandpo.integrations.open_instruct.patch", ours._CHECK, ["--objective", "gspo"])
+        ours.launch(
+            "open-instruct", "nowhere", "bandpo.integrations.open_instruct.patch", ours._CHECK, ["--objective", "gspo"]
+        )
     with pytest.raises(ValueError, match="radius='wide' must be a number"):
-        ours.launch("x", "nowhere", "bandpo.integrations.open_instruct.patch", ours._CHECK, ["--radius", "wide", "--", "--lr"])
+        ours.launch(
+            "x", "nowhere", "bandpo.integrations.open_instruct.patch", ours._CHECK, ["--radius", "wide", "--", "--lr"]
+        )

@@ -2,11 +2,11 @@
 
 import sys
 
+import cases
 import pytest
 import torch
 from records import SOURCE, own_source
 
-import cases
 from bandpo.integrations.torchtune import BandLoss
 
 

@@ -71,7 +71,8 @@ def band_loss_func(self: Any, data: Any, output_tensor: Tensor) -> tuple[Tensor,
 
     valid = mask != 0
     held = fill(old, valid) + (fill(new, valid) - fill(old, valid)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    saved = {name: batch[name] for name in ("advantages", "old_log_probs", "ref_log_probs") if name in batch.keys()}
+    poisoned = ("old_log_probs", "ref_log_probs", "infer_logprobs", "train_infer_is_weight")
+    saved = {name: batch[name] for name in ("advantages", *poisoned) if name in batch.keys() and len(batch[name])}
     try:
         strategy.op_compute_log_probs = lambda **_: held
         for name, x in saved.items():
@@ -102,7 +103,9 @@ def __getattr__(name: str) -> Any:
 def _objective(config: Any) -> Objective:
     given = options_of_environment("ROLL")
     chosen = host_objective("ROLL", given.pop("objective", "bandpo-kl"), given, sampler="beside")
-    if config.train_infer_correction.is_weight.enabled and (chosen.anchor == "rollout" or chosen.correction is not None):
+    if config.train_infer_correction.is_weight.enabled and (
+        chosen.anchor == "rollout" or chosen.correction is not None
+    ):
         raise ValueError(
             f"ROLL: train_infer_correction is on, and objective {chosen.name!r} accounts for the sampler itself; use one"
         )
