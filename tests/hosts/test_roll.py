@@ -116,7 +116,8 @@ def real():
     own_source(
         SOURCE, packages,
         ("roll.distributed.scheduler", "roll.platforms", "roll.utils.logging", "roll.configs", "roll.utils.kl_controller",
-         "roll.pipeline.base_worker", "roll.pipeline.rlvr.rlvr_config", "roll.pipeline.agentic.agentic_config", "ray", "imageio", "dacite", "roll.agentic"),
+         "roll.pipeline.base_worker", "roll.pipeline.rlvr.rlvr_config", "roll.pipeline.agentic.agentic_config", "ray",
+         "imageio", "dacite", "roll.agentic"),
     )  # fmt: skip
     import roll.pipeline.base_worker
 

@@ -1,11 +1,12 @@
-"""The objectives in open-instruct, by its own training script with another loss.
+r"""The objectives in open-instruct, by its own training script with another loss.
 
-    python -m bandpo.integrations.open_instruct --objective bandpo-kl --radius 0.05 -- --loss_fn dapo ...  # grpo_fast's arguments
+    python -m bandpo.integrations.open_instruct --objective bandpo-kl --radius 0.05 -- \
+        --loss_fn dapo ...  # the arguments of open_instruct/grpo_fast.py, as before
 
 open-instruct has no hook, and its loss runs inside Ray workers. This command starts `open_instruct.grpo_fast` and makes every
 worker exchange `open_instruct.grpo_utils.compute_grpo_loss` (Ray's `worker_process_setup_hook`). The reduction
-(`--loss_denominator`), the KL term, and the weights for the sampler (`--use_rho_correction`) stay open-instruct's. Its rows hold
-several responses side by side, so objectives of whole sequences are refused.
+(`--loss_denominator`), the KL term, and the weights for the sampler (`--use_rho_correction`) stay open-instruct's. Its rows
+hold several responses side by side, so objectives of whole sequences are refused.
 """
 
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""The objectives in OpenRLHF, by its own training command with another loss.
+r"""The objectives in OpenRLHF, by its own training command with another loss.
 
     python -m bandpo.integrations.openrlhf --objective bandpo-kl --radius 0.05 -- \
         --actor.model_name_or_path Qwen/Qwen2.5-3B ...  # the arguments of openrlhf.cli.train_ppo_ray, as before

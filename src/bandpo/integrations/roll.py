@@ -52,10 +52,12 @@ def band_loss_func(self: Any, data: Any, output_tensor: Tensor) -> tuple[Tensor,
     new = score(logits=output_tensor, input_ids=batch["input_ids"], attention_mask=batch["response_mask"])
     old = self.get_old_log_probs_with_cache(data, new)
     mask = batch["response_mask"][:, 1:]
-    final = batch["final_response_mask"] if "final_response_mask" in batch.keys() else mask
+    final = batch.get("final_response_mask", mask)
     keep, weights = _corrected(self, data, old, mask)
     kept = final * keep
-    sampler = batch["infer_logprobs"] if "infer_logprobs" in batch.keys() and len(batch["infer_logprobs"]) else None
+    sampler = batch.get("infer_logprobs", None)
+    if sampler is not None and not len(sampler):  # ROLL's way to say that there are none
+        sampler = None
     found = evaluate(
         objective, logprobs=new, old_logprobs=old, rollout_logprobs=sampler, advantages=batch["advantages"], mask=kept
     )
@@ -72,7 +74,8 @@ def band_loss_func(self: Any, data: Any, output_tensor: Tensor) -> tuple[Tensor,
     valid = mask != 0
     held = fill(old, valid) + (fill(new, valid) - fill(old, valid)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     poisoned = ("old_log_probs", "ref_log_probs", "infer_logprobs", "train_infer_is_weight")
-    saved = {name: batch[name] for name in ("advantages", *poisoned) if name in batch.keys() and len(batch[name])}
+    there = {name: batch.get(name, None) for name in ("advantages", *poisoned)}
+    saved = {name: x for name, x in there.items() if x is not None and len(x)}
     try:
         strategy.op_compute_log_probs = lambda **_: held
         for name, x in saved.items():
@@ -121,7 +124,8 @@ def _corrected(self: Any, data: Any, old: Tensor, mask: Tensor) -> tuple[Tensor 
     from roll.utils.train_infer_corrections import compute_train_infer_correction
 
     valid = mask != 0
-    sampler = batch["infer_logprobs"] if "infer_logprobs" in batch.keys() and len(batch["infer_logprobs"]) else old
+    sampler = batch.get("infer_logprobs", old)
+    sampler = sampler if len(sampler) else old
     weights, keep, _ = compute_train_infer_correction(
         cfg=config.train_infer_correction, response_mask=mask.long(), old_log_probs=fill(old, valid),
         infer_log_probs=fill(sampler, valid), global_valid_samples=data.meta_info["global_valid_samples"]["response_mask"],
