@@ -26,12 +26,13 @@ def test_it_is_this_version():
     assert verl.__file__.startswith(HOST) and verl.__version__ in HOST
 
 
-def test_a_fresh_process_registers_the_losses_by_the_environment():
+@pytest.mark.parametrize("module", ["bandpo.integrations.verl", "bandpo.integrations.rllm"])
+def test_a_fresh_process_registers_the_losses_by_the_environment(module):
     script = (
         "import verl; from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r; "
         "print('bandpo' in r, 'bandpo:dapo' in r)"
     )
-    environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "bandpo.integrations.verl",
+    environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": module,
                    "PYTHONPATH": ":".join([HOST, *[p for p in sys.path if p]])}  # fmt: skip
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=180)
     assert found.stdout.strip().endswith("True True"), found.stderr[-2000:]
