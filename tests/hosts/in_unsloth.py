@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPT = r'''
+SCRIPT = r"""
 import json, os, sys
 order, host = sys.argv[1:]
 from isolation import stub, without_init
@@ -40,7 +40,7 @@ print(json.dumps({
     "loss": ours.BandGRPOTrainer.__mro__[[("_compute_loss" in vars(c)) for c in ours.BandGRPOTrainer.__mro__].index(True)].__name__,
     "TRL's loss": pristine._compute_loss.__module__,
 }))
-'''
+"""
 
 
 def run(order, tmp_path):
