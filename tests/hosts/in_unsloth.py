@@ -35,9 +35,10 @@ try:
     refused = ""
 except ValueError as error:
     refused = str(error)
+first = next(c for c in ours.BandGRPOTrainer.__mro__ if "_compute_loss" in vars(c))
 print(json.dumps({
     "patched": trl.GRPOTrainer.__module__, "base is TRL's": pristine in ours.BandGRPOTrainer.__mro__, "refused": refused,
-    "loss": ours.BandGRPOTrainer.__mro__[[("_compute_loss" in vars(c)) for c in ours.BandGRPOTrainer.__mro__].index(True)].__name__,
+    "loss": first.__name__,
     "TRL's loss": pristine._compute_loss.__module__,
 }))
 """
