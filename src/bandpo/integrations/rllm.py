@@ -5,8 +5,9 @@
 
 rLLM pins verl 0.8.0, which has no plug-ins, and forwards no variable whose name begins with VERL_ to its Ray workers: they
 must find it in their own environment. A worker that has not got it stops ("Unsupported loss mode: bandpo"). The loss of a
-single role (`estimator_map`) that the driver does not know is replaced by verl's own, with a warning, so set the variable there too. rLLM's
-Tinker backend takes Tinker's own losses by name and replaces any other with a warning: bandpo cannot be used in it.
+single role (`estimator_map`) that the driver does not know is replaced by verl's own, with a warning, so set the variable
+there too. rLLM's Tinker backend takes Tinker's own losses by name and replaces any other with a warning: bandpo cannot be used
+in it.
 
 Everything else is `bandpo.integrations.verl`, which this module registers.
 """
