@@ -254,7 +254,7 @@ def packing_error(
         expected = alone(sequence.unsqueeze(0))[0].double()
         found = logits[packed.sequence_ids == row].double()
         followed = alone(torch.cat([sequence, ids[row - 1, mask[row - 1]]]).unsqueeze(0))[0, : len(sequence)].double()
-        size = (expected - expected.mean(-1, keepdim=True)).norm().clamp(min=1e-12)
+        size: Tensor = (expected - expected.mean(-1, keepdim=True)).norm().clamp(min=1e-12)
         errors.append(float((found - expected).norm() / size))
         rounding = max(rounding, float((followed - expected).norm() / size))
     worst = math.nan if any(math.isnan(e) for e in errors) else max(errors)
