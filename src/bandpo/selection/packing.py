@@ -254,9 +254,13 @@ def packing_error(
         expected = alone(sequence.unsqueeze(0))[0].double()
         found = logits[packed.sequence_ids == row].double()
         followed = alone(torch.cat([sequence, ids[row - 1, mask[row - 1]]]).unsqueeze(0))[0, : len(sequence)].double()
-        size: Tensor = (expected - expected.mean(-1, keepdim=True)).norm().clamp(min=1e-12)
-        errors.append(float((found - expected).norm() / size))
-        rounding = max(rounding, float((followed - expected).norm() / size))
+        size = max(_norm(expected - expected.mean(-1, keepdim=True)), 1e-12)
+        errors.append(_norm(found - expected) / size)
+        rounding = max(rounding, _norm(followed - expected) / size)
     worst = math.nan if any(math.isnan(e) for e in errors) else max(errors)
     halfway = math.sqrt(max(torch.finfo(d).eps for d in (logits.dtype, torch.float32)))
     return worst, min(max(halfway, 4 * rounding), 4 * halfway)
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.square().sum().sqrt())
