@@ -45,7 +45,7 @@ def traits(*names: Trait) -> Callable[[T], T]:
 
     * `of_batch`: what it does to one token depends on other sequences of the call, as in Clip-Cov. No weight can mend such
       an objective on a part of its batch, so it is refused where samples are left out (`bandpo.selection`).
-    * `membership`: bounds that only say which tokens are inside, as a bool tensor; a surrogate that takes such bounds.
+    * `membership`: bounds that have no edges and return a bool tensor, which tokens are inside; a surrogate that takes such.
     * `without_advantage`: it has a gradient where the advantage is 0, such as that of a penalty.
 
     An objective finds the marks through `functools.partial`, `functools.wraps` and the fields of a dataclass.
