@@ -194,28 +194,6 @@ def policy_sums(
     return sums
 
 
-def averaged_by_host(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
-    """Values for a host that averages the metrics of parts of a batch by itself, where shares of few tokens would go wrong.
-
-    Shares of a bin of p, and of the tokens with `A != 0`, become shares of all tokens: each part then has a number, whether or
-    not it has such tokens, and the average of parts of one size is the value of the whole. They have `_of_all` in their names.
-
-    Args:
-        sums: From `policy_sums`.
-    """
-    tokens = sums["clip_fraction/any"].denominator
-    report: dict[str, Tensor] = {}
-    for name, found in sums.items():
-        family, slash, rest = name.partition("/")
-        if family == "clip_fraction_by_prob":
-            report[f"{family}_of_all{slash}{rest}"] = found.numerator / tokens
-        elif family == "band" and rest.endswith("_fraction"):
-            report[f"{name}_of_all"] = found.numerator / tokens
-        else:
-            report[name] = found.value()
-    return report
-
-
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of `x` where `mask` is on; NaN, no number, for an empty mask. NaN elsewhere does not matter."""
     total = x.masked_fill(~mask, 0).sum(dtype=None if x.is_floating_point() else torch.float32)
