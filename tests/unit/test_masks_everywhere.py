@@ -1,7 +1,5 @@
 """A mask is bool, or 0 and 1, wherever one is taken: a label of -100 is refused, never counted as a valid token."""
 
-import re
-
 import pytest
 import torch
 
@@ -34,5 +32,5 @@ TAKERS = {
 @pytest.mark.parametrize("taker", TAKERS)
 def test_labels_are_no_mask(taker):
     TAKERS[taker](LABELS.clamp(min=0))
-    with pytest.raises(ValueError, match=re.escape("must be bool, or 0 and 1; for labels, in which -100 marks")):
+    with pytest.raises(ValueError, match=r"must be bool, or 0 and 1, got .*for labels, in which -100 marks"):
         TAKERS[taker](LABELS)

@@ -189,7 +189,7 @@ def mismatch(log: Log) -> Finding | None:
 
 
 def signal(log: Log) -> Finding | None:
-    """Whether any group ever taught anything."""
+    """Whether any group ever had signal."""
     silent = log.no_signal()
     if silent:
         return Finding(
@@ -203,7 +203,7 @@ def signal(log: Log) -> Finding | None:
 
 
 def still(log: Log) -> Finding | None:
-    """Whether anything moved."""
+    """Whether any metric changes from row to row."""
     series = [values for what in log.found if len(values := log.series(what)[1]) >= 5]
     name, norms = log.series("gradient")
     if len(norms) >= 5 and not any(norms):
