@@ -1,4 +1,4 @@
-"""The command line on inputs that are not those of the first reports: other hosts, secrets that a file holds, models that name code."""
+"""Commands on other inputs than those first reported: other hosts, secrets that a file holds, models that name code."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bandpo._secrets import HIDDEN
+from bandpo._secrets import HIDDEN, hide, redact_text
 from bandpo.cli import main
 from bandpo.run.data import load_tokenizer
 
@@ -96,7 +96,7 @@ def test_an_adapter_that_names_code_is_refused(base):
     folder("adapter", adapter_config={
         "peft_type": "LORA", "base_model_name_or_path": base, "megatron_config": {"a": 1}, "megatron_core": "pwn"
     })  # fmt: skip
-    with pytest.raises(ValueError, match="adapter_config.json: megatron_.* names code that is elsewhere"):
+    with pytest.raises(ValueError, match=r"adapter_config.json: megatron_.* names code that is elsewhere"):
         load_tokenizer("adapter", trust_remote_code=False)
 
 
@@ -119,3 +119,11 @@ def test_a_model_that_names_code_is_refused_before_training(capsys):
     command += ["--bf16", "false", "--use_cpu", "true"]
     assert main(command) == 2
     assert "attn_implementation names code that is elsewhere" in capsys.readouterr().err
+
+
+def test_the_working_directory_of_a_shell_is_no_secret(monkeypatch, tmp_path):
+    """Every shell has it in the environment, under a name that means a password elsewhere."""
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("MYSQL_PWD", PLAIN)
+    assert hide(f"{tmp_path}/rw.py") == f"{tmp_path}/rw.py"
+    assert redact_text(f"at {tmp_path}/rw.py:2 with {PLAIN}") == f"at {tmp_path}/rw.py:2 with {HIDDEN}"

@@ -132,8 +132,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, local: bool = False) -
 
 
 def _refuse_code(folder: Path) -> None:
-    """Refuse a model's folder that names code elsewhere: attention kernels of the Hub, which transformers fetches and runs, and
-    a module for an adapter's layers, which PEFT imports. The same holds for the folder that an adapter names as its base.
+    """Refuse a model's folder that names code elsewhere.
+
+    That is attention kernels of the Hub, which transformers fetches and runs, and a module for an adapter's layers, which PEFT
+    imports. The same holds for the folder that an adapter names as its base.
 
     Args:
         folder: Of a model or an adapter; a Hub name is none.
