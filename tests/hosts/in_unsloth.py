@@ -31,7 +31,8 @@ from bandpo import OBJECTIVES
 try:
     ours._refuse_unsupported(
         OBJECTIVES["bandpo-kl"], SimpleNamespace(use_vllm=False, importance_sampling_level="token", loss_type="grpo",
-        scale_rewards="group", delta=None, top_entropy_quantile=1.0, off_policy_mask_threshold=None), given=False, own_sampler=False)
+        scale_rewards="group", delta=None, top_entropy_quantile=1.0, off_policy_mask_threshold=None),
+        given=False, own_sampler=False)
     refused = ""
 except ValueError as error:
     refused = str(error)
