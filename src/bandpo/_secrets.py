@@ -319,7 +319,7 @@ def _values() -> set[str]:
     """All that is known to be secret now, in the spellings that files have."""
     found = set(_remembered)
     for name, value in os.environ.items():
-        if is_secret(name):
+        if is_secret(name) and name != "PWD":  # a shell's working directory, which is in every path
             found |= _worth_hiding([value])
         if "://" in value:
             found |= _worth_hiding(_in_urls(value))

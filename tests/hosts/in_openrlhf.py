@@ -165,7 +165,7 @@ def test_the_exchange_reaches_a_ray_worker(monkeypatch, host, tmp_path):
         runtime_env={"env_vars": {"PYTHONPATH": ":".join(path), "TOKENIZERS_PARALLELISM": "true"}},
     )  # fmt: skip
     try:
-        found = ray.get(ray.remote(_in_a_worker).remote(CHILD.format(path=path, host=HOST)), timeout=120)
+        found = ray.get(ray.remote(_in_a_worker).remote(CHILD.format(path=path, host=HOST)), timeout=500)
     finally:
         ray.shutdown()
     assert found == ("TV", 0.2)

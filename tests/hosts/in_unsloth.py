@@ -31,7 +31,7 @@ from bandpo import OBJECTIVES
 try:
     ours._refuse_unsupported(
         OBJECTIVES["bandpo-kl"], SimpleNamespace(use_vllm=False, importance_sampling_level="token", loss_type="grpo",
-        scale_rewards="group", delta=None, top_entropy_quantile=1.0, off_policy_mask_threshold=None), given=False)
+        scale_rewards="group", delta=None, top_entropy_quantile=1.0, off_policy_mask_threshold=None), given=False, own_sampler=False)
     refused = ""
 except ValueError as error:
     refused = str(error)
@@ -49,7 +49,7 @@ def run(order, tmp_path):
                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}  # fmt: skip
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT, order, os.environ["BANDPO_HOST"]], capture_output=True, text=True, cwd=tmp_path,
-        env=environment, timeout=300,
+        env=environment, timeout=900,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.strip().splitlines()[-1])

@@ -34,7 +34,7 @@ def test_a_fresh_process_registers_the_losses_by_the_environment(module):
     )
     environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": module,
                    "PYTHONPATH": ":".join([HOST, *[p for p in sys.path if p]])}  # fmt: skip
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=180)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=600)
     assert found.stdout.strip().endswith("True True"), found.stderr[-2000:]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pebble import ProcessPool
 
-from bandpo.run.answers import boxed_answer, is_plain_number, reference
+from bandpo.run.answers import boxed_answer, is_plain_number, reference, with_variables
 
 SECONDS = 10.0
 """Limit for one completion: reading both sides and comparing them. The process that exceeds it is killed."""
@@ -80,6 +80,7 @@ def _read_reference(answer: Any) -> list[Any] | None:
     text = reference(answer)
     if text is None:
         return None
+    text = with_variables(text)
     gold = [g for g in _parse(text, anchored=False) if not isinstance(g, str)]  # text alone is what it could not parse
     own = text[1:-1] if text.startswith("$") and text.count("$") == 2 and text.endswith("$") else None
     if not gold or (own is not None and not _compare(gold, rf"\boxed{{{own}}}")):
@@ -92,6 +93,8 @@ def _compare(gold: list[Any], answer: str | None) -> float:
 
     if answer is None:
         return 0.0
+    if any(getattr(g, "free_symbols", None) for g in gold):
+        answer = with_variables(answer)
     found = _parse(answer, anchored=True)
     digits = max(_digits(g) for g in gold)
     return float(
