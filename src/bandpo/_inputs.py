@@ -45,7 +45,7 @@ def traits(*names: Trait) -> Callable[[T], T]:
 
     * `of_batch`: what it does to one token depends on other sequences of the call, as in Clip-Cov. No weight can mend such
       an objective on a part of its batch, so it is refused where samples are left out (`bandpo.selection`).
-    * `membership`: bounds that only say which tokens are inside, as a bool tensor; a surrogate that takes such bounds.
+    * `membership`: bounds that have no edges and return a bool tensor, which tokens are inside; a surrogate that takes such.
     * `without_advantage`: it has a gradient where the advantage is 0, such as that of a penalty.
 
     An objective finds the marks through `functools.partial`, `functools.wraps` and the fields of a dataclass.
@@ -143,10 +143,7 @@ def _name(component: object) -> str:
 
 
 def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """The mask as bool. Any number but 0 and 1 is refused: a label of -100, say, must not count as a valid token.
-
-    A mask of another dtype is read for that where this costs nothing, on a CPU. On an accelerator the host does not wait: the
-    device checks it and stops with the same message (`torch._assert_async`).
+    """The mask as bool. Any number but 0 and 1 is refused: a label such as -100 must not count as a valid token.
 
     Raises:
         TypeError: If it is no tensor.
@@ -156,16 +153,31 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     on = mask == 1
-    fits = on | (mask == 0)
-    message = (
-        f"{name} must be bool, or 0 and 1; for labels, in which -100 marks what does not count, pass labels != -100"
-    )
-    if mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling():
-        if not fits.all():
-            raise ValueError(f"{message}; found {mask[~fits][0].item()}")
-    else:
-        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+    check_values(
+        on | (mask == 0), mask, f"{name} must be bool, or 0 and 1",
+        fix="for labels, in which -100 marks what does not count, pass labels != -100",
+    )  # fmt: skip
     return on
+
+
+def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> None:
+    """All values must fit. The host reads the answer on a CPU alone; an accelerator checks by itself, and stops.
+
+    Args:
+        fits: Bool, of each value.
+        values: The values, for the message.
+        what: What they must be.
+        fix: What to do about one that does not fit.
+
+    Raises:
+        ValueError: With the first value that does not fit; on an accelerator and under `torch.compile` a RuntimeError.
+    """
+    end = f"; {fix}" if fix else ""
+    if fits.device.type == "cpu" and type(fits) is Tensor and not torch.compiler.is_compiling():
+        if not fits.all():
+            raise ValueError(f"{what}, got {values[~fits].flatten()[0].item()}{end}")
+    else:
+        torch._assert_async(fits.all(), f"{what}{end}")  # type: ignore[attr-defined]
 
 
 def check_tensor(name: str, value: object, *, floating: bool = True) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from bandpo._inputs import as_mask
 from bandpo.bounds import Bounds, RatioBounds, as_divergence
 from bandpo.divergences import FDivergence, binary_divergence
 
@@ -191,7 +192,7 @@ def _pushed(
         raise ValueError(f"batch needs {sorted(names)} and may have 'mask', got {sorted(batch)}")
     x, logp = (batch[k].detach().to(torch.float64) for k in ("log_ratio", "old_logprobs"))
     a = batch["advantages"].detach().to(torch.float64).expand(x.shape)
-    valid = batch["mask"] != 0 if "mask" in batch else torch.ones_like(x, dtype=torch.bool)
+    valid = as_mask(batch["mask"]) if "mask" in batch else torch.ones_like(x, dtype=torch.bool)
     pushed = valid & (a * x > 0)
     clipped, distances = torch.zeros_like(pushed), x[:0]
     if bounds is not None:

@@ -11,8 +11,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "entropy": ("entropy", "actor/entropy"),
     "clip": ("clip_ratio/region_mean", "actor/band/clip_fraction/any", "actor/pg_clipfrac", "clip_fraction/any"),
     "ratio": ("ratio/mean", "actor/band/ratio/mean"),
-    "divergence": ("band/divergence_max", "actor/band/band/divergence_max"),
-    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction", "actor/band/band/cap_fraction_of_all"),
+    "divergence": ("band/divergence_max", "actor/band/divergence_max", "actor/band/band/divergence_max"),
+    "cap": ("band/cap_fraction", "actor/band/cap_fraction_of_all", "actor/band/band/cap_fraction"),
     "nonfinite": ("nonfinite_fraction", "actor/band/nonfinite_fraction"),
     "reward": ("reward", "critic/score/mean", "critic/rewards/mean"),
     "zero variance": ("frac_reward_zero_std",),
@@ -200,7 +200,7 @@ def mismatch(log: Log) -> Finding | None:
 
 
 def signal(log: Log) -> Finding | None:
-    """Whether any group ever taught anything."""
+    """Whether any group ever had signal."""
     silent = log.no_signal()
     if silent:
         return Finding(
@@ -214,7 +214,7 @@ def signal(log: Log) -> Finding | None:
 
 
 def still(log: Log) -> Finding | None:
-    """Whether anything moved."""
+    """Whether any metric changes from row to row."""
     series = [values for what in log.found if len(values := log.series(what)[1]) >= 5]
     name, norms = log.series("gradient")
     if len(norms) >= 5 and not any(norms):

@@ -187,7 +187,7 @@ class Text(str):
 
 
 def parsed(text: str) -> Any:
-    """The value that a text of the command line stands for, as Hydra has it; itself where it is no YAML."""
+    """The value that Hydra reads from a text of the command line; the text itself where it is no YAML."""
     try:
         return parse_yaml(str(text), "a value") if text else None
     except ValueError:

@@ -70,7 +70,7 @@ class _Job:
     run: RunConfig
     sampling: _Sampling
     folder: Path | None
-    """Of the run whose held-out prompts these are, None where the prompts were named."""
+    """Folder of the run whose held-out prompts are used, None where the prompts were named."""
     reward: str
 
 

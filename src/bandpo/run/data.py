@@ -57,7 +57,7 @@ def run_prompts(
 def held_out_prompts(
     run: RunConfig, tokenizer: Any, window: int | None, *, completion: int, seed: int, say: Say
 ) -> Dataset:
-    """The second half of `run_prompts`.
+    """The prompts that `run_prompts` holds out.
 
     Args:
         run: As there.
@@ -310,7 +310,7 @@ def load_pairs(
         split: Split of a Hub dataset.
         held_out: Prompts that the run is evaluated on, column "prompt".
         tokenizer: The model's.
-        system_prompt: What stands before the held-out prompts.
+        system_prompt: The system prompt of the held-out prompts.
         limit: Tokens of the longest prompt and completion; None for no limit.
         skip_bad: Leave bad rows out, and say how many.
         say: Takes that message.

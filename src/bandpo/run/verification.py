@@ -5,6 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any
 
@@ -47,13 +48,9 @@ def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]
         [2, 3]
     """
     asked = {str(a): a for a in answers if isinstance(a, str | float | bool) and not is_plain_number(a)}
-    if len(asked) < _MANY:
-        futures = {text: _pool().schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
+    with nullcontext(_pool()) if len(asked) < _MANY else _new_pool(os.cpu_count() or 1) as pool:
+        futures = {text: pool.schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
         found = {text: _result(future) for text, future in futures.items()}
-    else:
-        with ProcessPool(max_workers=os.cpu_count() or 1, context=get_context("spawn"), initializer=_quiet) as pool:
-            futures = {text: pool.schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
-            found = {text: _result(future) for text, future in futures.items()}
     return [i for i, a in enumerate(answers) if not (is_plain_number(a) or found.get(str(a)))]
 
 
@@ -135,16 +132,20 @@ def _result(future: Any) -> float | None:
         value = future.result()
     except KeyboardInterrupt:
         raise
-    except BaseException:  # math-verify and sympy raise what they like on a model's LaTeX; what they raise is handed on
+    except BaseException:  # math-verify and sympy raise what they like on a model's LaTeX
         return None
     return value if value is None or math.isfinite(value) else None
 
 
 @functools.cache
 def _pool() -> ProcessPool:
-    pool = ProcessPool(max_workers=_WORKERS, context=get_context("spawn"), initializer=_quiet)
+    pool = _new_pool(_WORKERS)
     atexit.register(_close, pool)
     return pool
+
+
+def _new_pool(workers: int) -> ProcessPool:
+    return ProcessPool(max_workers=workers, context=get_context("spawn"), initializer=_quiet)
 
 
 def _close(pool: ProcessPool) -> None:
