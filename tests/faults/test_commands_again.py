@@ -127,3 +127,23 @@ def test_the_working_directory_of_a_shell_is_no_secret(monkeypatch, tmp_path):
     monkeypatch.setenv("MYSQL_PWD", PLAIN)
     assert hide(f"{tmp_path}/rw.py") == f"{tmp_path}/rw.py"
     assert redact_text(f"at {tmp_path}/rw.py:2 with {PLAIN}") == f"at {tmp_path}/rw.py:2 with {HIDDEN}"
+
+
+@pytest.mark.parametrize("name", ["kl", "policy_loss", "actor/ppo_kl", "actor/kl_loss", "critic/vf_loss", "loss/aux"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"nan"', '"-Infinity"'])
+def test_a_log_in_which_anything_of_the_update_is_nan_is_a_problem(name, value, capsys):
+    Path("log.jsonl").write_text(f'{{"entropy": 1.0, "loss": 0.1, "{name}": {value}}}\n' * 6)
+    assert main(["doctor", "log.jsonl"]) == 1
+    assert f"!! nonfinite: {name} is not finite in 6 rows" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_log_in_which_a_score_has_no_number_is_a_warning(capsys):
+    Path("log.jsonl").write_text('{"entropy": 1.0, "rewards/format/mean": NaN, "n": 1e999}\n' * 6)
+    assert main(["doctor", "log.jsonl"]) == 0
+    assert "?? nonfinite: not finite in some rows: rewards/format/mean, n" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_log_of_nothing_but_nan_is_examined(capsys):
+    Path("log.jsonl").write_text('{"kl": NaN}\n' * 6)
+    assert main(["doctor", "log.jsonl"]) == 1
+    assert "kl is not finite in 6 rows" in capsys.readouterr().out

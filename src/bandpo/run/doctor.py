@@ -22,7 +22,7 @@ from bandpo.composition import Objective
 from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.hosts import host_of_keys, not_readable
-from bandpo.doctor.symptoms import LOOKED_FOR
+from bandpo.doctor.symptoms import LOOKED_FOR, is_broken
 from bandpo.doctor.verl import is_verl, read_verl
 
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
@@ -115,7 +115,9 @@ def read_config(
 
 
 def read_log(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of a log, with the metrics that the rules look at and nothing else; a last line without its end is no row.
+    """Rows of a log, with the metrics that the rules look at, and others where they are no number.
+
+    A last line without its end is no row.
 
     Args:
         path: A JSONL file.
@@ -137,7 +139,7 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
             raise ValueError(f"{where}: a row is an object like {{...}}, got {type(row).__name__}")
         if len(rows) == _MAX_ROWS:
             raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 10000")
-        rows.append({name: row[name] for name in LOOKED_FOR if name in row})
+        rows.append({name: value for name, value in row.items() if name in LOOKED_FOR or is_broken(value)})
         start = end + 1
     return rows
 
