@@ -160,12 +160,36 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
     message = (
         f"{name} must be bool, or 0 and 1; for labels, in which -100 marks what does not count, pass labels != -100"
     )
-    if mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling():
-        if not fits.all():
-            raise ValueError(f"{message}; found {mask[~fits][0].item()}")
-    else:
-        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+    check_all(fits, mask, message + "; found {}")
     return on
+
+
+def check_all(fits: Tensor, values: Tensor, message: str) -> None:
+    """All values must fit. The host waits for the answer on a CPU alone; elsewhere the device checks, and stops.
+
+    Args:
+        fits: Bool, of each value.
+        values: The values.
+        message: With `{}` for the first value that does not fit, which only a CPU can say.
+
+    Raises:
+        ValueError: If one does not fit; on an accelerator and under `torch.compile` a RuntimeError.
+    """
+    if torch.compiler.is_compiling() or fits.device.type != "cpu":
+        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+        return
+    # torch.func hands over its own tensors, which nothing can be read from; what they wrap can be.
+    fits, values = _unwrapped(fits), _unwrapped(values)
+    if type(fits) is not Tensor or torch._C._len_torch_dispatch_stack():  # a fake tensor, or a trace in the making
+        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+    elif not fits.all():
+        raise ValueError(message.format(values[~fits].flatten()[0].item()))
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_tensor(name: str, value: object, *, floating: bool = True) -> None:

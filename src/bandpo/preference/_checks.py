@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_tensor
+from bandpo._inputs import check_all, check_tensor
 
 
 def check_number(
@@ -68,11 +68,7 @@ def check_values(fits: Tensor, values: Tensor, message: str) -> None:
     Raises:
         ValueError: With the first value that does not fit; on an accelerator and under `torch.compile` a RuntimeError.
     """
-    if fits.device.type == "cpu" and type(fits) is Tensor and not torch.compiler.is_compiling():
-        if not fits.all():
-            raise ValueError(f"{message}, got {values[~fits].flatten()[0].item()}")
-    else:
-        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+    check_all(fits, values, message + ", got {}")
 
 
 def check_distribution(name: str, value: object) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from bandpo._inputs import as_mask
+
 Pooling = Literal["last", "mean"]
 Matching = Literal["ordered", "all"]
 
@@ -115,7 +117,7 @@ def pool_hidden(hidden_states: Sequence[Tensor], mask: Tensor, how: Pooling = "l
     """
     if how not in ("last", "mean"):
         raise ValueError(f"pooling must be last or mean, got {how!r}")
-    mask = mask != 0
+    mask = as_mask(mask)
     if not mask.any(1).all():
         raise ValueError(f"sequence {int((~mask.any(1)).nonzero()[0])} of the batch has no token that counts")
     if how == "mean":
