@@ -173,11 +173,20 @@ def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> N
         ValueError: With the first value that does not fit; on an accelerator and under `torch.compile` a RuntimeError.
     """
     end = f"; {fix}" if fix else ""
-    if fits.device.type == "cpu" and type(fits) is Tensor and not torch.compiler.is_compiling():
-        if not fits.all():
-            raise ValueError(f"{what}, got {values[~fits].flatten()[0].item()}{end}")
-    else:
+    # torch.func hands over its own tensors, which nothing can be read from; what they wrap can be.
+    readable = fits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        fits, values = _unwrapped(fits), _unwrapped(values)
+    if not readable or type(fits) is not Tensor or torch._C._len_torch_dispatch_stack():  # a fake tensor, or a trace
         torch._assert_async(fits.all(), f"{what}{end}")  # type: ignore[attr-defined]
+    elif not fits.all():
+        raise ValueError(f"{what}, got {values[~fits].flatten()[0].item()}{end}")
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_tensor(name: str, value: object, *, floating: bool = True) -> None:

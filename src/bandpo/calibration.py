@@ -9,6 +9,7 @@ from torch import Tensor
 from bandpo._inputs import as_mask
 from bandpo.bounds import Bounds, RatioBounds, as_divergence
 from bandpo.divergences import FDivergence, binary_divergence
+from bandpo.tokens import is_logprob
 
 _GRID = 4097
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -192,7 +193,9 @@ def _pushed(
         raise ValueError(f"batch needs {sorted(names)} and may have 'mask', got {sorted(batch)}")
     x, logp = (batch[k].detach().to(torch.float64) for k in ("log_ratio", "old_logprobs"))
     a = batch["advantages"].detach().to(torch.float64).expand(x.shape)
-    valid = as_mask(batch["mask"]) if "mask" in batch else torch.ones_like(x, dtype=torch.bool)
+    valid = is_logprob(logp) & is_logprob(x) & a.isfinite()  # as in `policy_metrics`: the others are in no statistic
+    if "mask" in batch:
+        valid = valid & as_mask(batch["mask"])
     pushed = valid & (a * x > 0)
     clipped, distances = torch.zeros_like(pushed), x[:0]
     if bounds is not None:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bandpo._inputs import as_mask
 from bandpo.surrogates import ratio
 
 Level = Literal["token", "sequence"]
@@ -71,7 +72,7 @@ class IcePop:
 def _weight(log_mismatch: Tensor, mask: Tensor, level: Level) -> Tensor:
     with torch.no_grad():
         if level == "sequence":
-            log_mismatch = log_mismatch.masked_fill(mask == 0, 0.0).sum(-1, keepdim=True)
+            log_mismatch = log_mismatch.masked_fill(~as_mask(mask), 0.0).sum(-1, keepdim=True)
         return ratio(log_mismatch)
 
 

@@ -5,7 +5,7 @@ group; a group whose scores are all equal has no signal, exactly.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -80,7 +80,8 @@ class Groups:
 def _ids(group_ids: GroupIds, count: int) -> list[Hashable]:
     if isinstance(group_ids, Tensor) and (group_ids.is_floating_point() or group_ids.is_complex()):
         raise TypeError(f"group_ids: a tensor must have an integer dtype, got {group_ids.dtype}")
-    if isinstance(group_ids, str | bytes) or not hasattr(group_ids, "__len__"):
+    # A set and a mapping have no order of their own that could be that of the completions.
+    if isinstance(group_ids, str | bytes | Set | Mapping) or not hasattr(group_ids, "__len__"):
         raise TypeError(
             f"group_ids: pass an integer tensor or a list with an id for each completion, got {group_ids!r}"
         )
@@ -90,7 +91,8 @@ def _ids(group_ids: GroupIds, count: int) -> list[Hashable]:
     if len(found) != count or (isinstance(group_ids, Tensor) and group_ids.dim() != 1):
         raise ValueError(f"group_ids: {count} completions need as many ids in one dimension, got {len(found)}")
     for i, key in enumerate(found):
-        if not isinstance(key, Hashable):
+        # Two tensors never have one hash, so that each completion would be a group of its own, without any signal.
+        if isinstance(key, Tensor) or not isinstance(key, Hashable):
             raise TypeError(f"group_ids[{i}] is {key!r}; an id must be hashable, such as an integer or a string")
         if key is None or key != key:
             raise ValueError(f"group_ids[{i}] is {key!r}; a completion without an id belongs to no group")

@@ -125,7 +125,7 @@ def policy_loss(
     if ref_logprobs is not None:
         known = usable & is_logprob(ref_logprobs)
         kl = approx_kl(fill(ref_logprobs.detach(), known) - fill(logprobs, known))
-        report["kl/ref"] = masked_mean(kl.detach(), valid)
+        report["kl/ref"] = masked_mean(kl.detach(), known)
         if kl_coef:
             loss = loss + kl_coef * reduce(kl)
     return loss, report
@@ -187,7 +187,7 @@ def aggregate(
         max_length: The constant of `seq-mean-token-sum-norm`, and of it alone.
 
     Returns:
-        0-d tensor; 0 for an empty mask, also where the normalizer is 0.
+        0-d tensor in float32 (float64 for float64); 0 for an empty mask, also where the normalizer is 0.
 
     Raises:
         TypeError: If an argument is no tensor or number.
@@ -214,7 +214,8 @@ def aggregate(
     if aggregation == "token-sum" and normalizer is not None:
         raise ValueError("aggregation 'token-sum' divides by nothing: leave normalizer out")
     valid = as_mask(mask)
-    values = values.expand(valid.shape).masked_fill(~valid, 0.0)
+    # Float16 has no number for the tokens of a batch, and would divide by infinity.
+    values = fill(values.expand(valid.shape), valid)
     if aggregation == "token-sum":
         return values.sum()
     count = loss_normalizer(valid, aggregation)

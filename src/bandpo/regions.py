@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bandpo._inputs import inputs_of, needs, traits
+from bandpo._inputs import as_mask, inputs_of, needs, traits
 from bandpo._roots import log1mexp
 from bandpo._values import ByValue
 from bandpo.bounds import Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
@@ -201,7 +201,7 @@ class Balanced:
         raises, widens = (math.floor((end - start) / self.step + 1e-9) for start, end in (self.low, self.high))
         pairs = [self._pair(i, raises) for i in range(raises + widens + 1)]
         r = log_ratio.exp()
-        a = torch.where(mask != 0, advantages, 0.0)
+        a = torch.where(as_mask(mask), advantages, 0.0)
         enough: list[Tensor] = []
         for low, high in pairs[:-1]:
             kept = torch.minimum(r * a, r.clamp(low, high) * a)

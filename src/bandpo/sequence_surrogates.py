@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bandpo._inputs import needs, traits
+from bandpo._inputs import as_mask, needs, traits
 from bandpo.bounds import RatioBounds
 from bandpo.surrogates import clip, ratio
 
@@ -22,7 +22,8 @@ def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *
         >>> geometric_mean(x, torch.ones(1, 1), edge, mask=torch.ones(1, 2))
         tensor([[0.7071]])
     """
-    valid, count = mask != 0, (mask != 0).sum(-1, keepdim=True).clamp_min(1)
+    valid = as_mask(mask)
+    count = valid.sum(-1, keepdim=True).clamp_min(1)
     clamped = log_ratio.clamp(bounds.lower.log(), bounds.upper.log())
     pessimistic = torch.where(advantages < 0, torch.maximum(log_ratio, clamped), torch.minimum(log_ratio, clamped))
     own = torch.where(valid, pessimistic, 0.0)
@@ -45,7 +46,7 @@ def tapered(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logpr
         tensor([[0.2500, 0.2500]])
     """
     del bounds
-    whole = torch.where(mask != 0, log_ratio, 0.0).sum(-1, keepdim=True).detach()
+    whole = torch.where(as_mask(mask), log_ratio, 0.0).sum(-1, keepdim=True).detach()
     return torch.where(advantages < 0, whole.clamp(max=0.0).exp(), 1.0) * advantages * logprobs
 
 
@@ -61,7 +62,7 @@ def clip_cov(
     least one) gets no gradient. The draw is torch's: seed it by `torch.manual_seed`. Means and share are those of the call,
     so micro-batches differ from the whole batch.
     """
-    valid = mask != 0
+    valid = as_mask(mask)
     a = advantages.expand(valid.shape)
     r = ratio(log_ratio.detach())
     covariance = _covariance(a, logprobs, valid)
@@ -83,7 +84,7 @@ def kl_cov(
     A `share` of the batch's tokens, at least one, is penalised. Its mean is that of the call. The bounds are not used.
     """
     del bounds
-    valid = mask != 0
+    valid = as_mask(mask)
     covariance = _covariance(advantages.expand(valid.shape), logprobs, valid)
     chosen = valid & (_rank(torch.where(valid, -covariance, torch.inf)) < _count(valid, share))
     return ratio(log_ratio) * advantages - torch.where(chosen, beta * log_ratio.abs(), 0.0)

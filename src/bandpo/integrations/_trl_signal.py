@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bandpo.advantages import group_advantages
 from bandpo.groups import informative
 
 PATIENCE = 20
@@ -30,9 +31,34 @@ def without_signal(per_function: Tensor, weights: Tensor, size: int, *, summed_f
         >>> without_signal(rewards, torch.ones(1), 3, summed_first=True)
         tensor([ True, False])
     """
-    columns = [total_rewards(per_function, weights)] if summed_first else per_function.unbind(1)
+    if summed_first:
+        columns = [total_rewards(per_function, weights)]
+    else:  # a function of weight 0 has no share in the advantages
+        columns = per_function.masked_fill(weights.to(per_function.device) == 0, math.nan).unbind(1)
     signal = torch.stack([informative(column, size).view(-1, size)[:, 0] for column in columns])
     return ~signal.any(0)
+
+
+def normalized_then_summed(per_function: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Advantages by TRL's "normalize_then_sum", in float64: each function's rewards by their groups, then the sum by the batch.
+
+    In float32 the mean of equal rewards is off by its rounding, which TRL divides by the 1e-4 that keeps it from dividing by 0:
+    seven rewards of 12345.678 count as -0.85 each.
+
+    Args:
+        per_function: `(completions, functions)`, NaN where a function gave no reward; the groups are consecutive.
+        weights: Of the functions.
+        size: Completions of a group, at least 2.
+
+    Examples:
+        >>> rewards = torch.tensor([[1.0, 12345.678], [0.0, 12345.678]])
+        >>> normalized_then_summed(rewards, torch.ones(2), 2)
+        tensor([ 0.7070, -0.7070], dtype=torch.float64)
+    """
+    wide = per_function.to(torch.float64)
+    each = torch.stack([group_advantages(rewards, size) for rewards in wide.unbind(1)], 1)
+    total = (each * weights.to(wide)).sum(1)
+    return group_advantages(total.masked_fill(wide.isnan().all(1), math.nan), len(total))
 
 
 def total_rewards(per_function: Tensor, weights: Tensor) -> Tensor:

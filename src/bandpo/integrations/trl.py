@@ -28,12 +28,12 @@ from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations._trl_packing import packed_scores, probe_packing, refuse_packing
 from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, local_rows, mask_of, top_logprobs
 from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts
-from bandpo.integrations._trl_signal import SignalWatch, total_rewards, without_signal
+from bandpo.integrations._trl_signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.losses import aggregate
 from bandpo.metrics import TRL_NAMES, PooledSum, policy_sums
 from bandpo.regions import TopK
 from bandpo.schedules import Adaptive, Schedule
-from bandpo.surrogates import clip
+from bandpo.surrogates import MAX_LOG_RATIO, clip
 from bandpo.tokens import TokenObjective, as_columns, fill, is_logprob, sequence_log_ratio, token_objective
 
 
@@ -87,7 +87,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._goes_through_epsilon = _goes_through_epsilon(self.objective)
         self._last_logprobs: Tensor | None = None
         self._scored_batch: dict[str, Any] | None = None
-        self.last_rewards = torch.empty(0)
+        self.last_rewards = self._rewards_of_functions = torch.empty(0)
         self._groups_without_signal = torch.empty(0, dtype=torch.bool)
         self._sampling_seconds = 0.0
         _refuse_unsupported(
@@ -108,7 +108,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._measured = [0.0, 0.0]  # numerator and denominator since the adaptive radius was last moved
         self._pooled = {"train": PooledLog(), "eval": PooledLog()}
         self._signal = SignalWatch()
-        self._told_nonfinite = False
+        self._told_nonfinite = self._silenced = False
         self.say: Callable[[str], Any] = lambda text: warnings.warn(text, stacklevel=3)
         """Takes the main process's sentences to the user."""
         self._packs = False  # whether the model is known to keep packed sequences apart
@@ -158,23 +158,29 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _without_nonfinite(self, new: Tensor, batch: dict[str, Any]) -> Tensor:
         """Log-probs for TRL, which has no rule for NaN and infinity: such tokens add nothing to its loss.
 
-        The rule is that of `token_objective`: they count in the denominators, their advantage is 0, and a sequence's ratio
-        leaves them out. The batch is changed in place: TRL reads the rest of it after it has called us.
+        The rule is that of `token_objective`: they count in the denominators, with an advantage of 0, and a ratio of the
+        sequence leaves them out. Log-ratios beyond ±40, whose exponentials would overflow, have no gradient. TRL reads the rest
+        of the batch after it has called us.
         """
-        valid = mask_of(batch) != 0
         old, ref = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
-        strange = valid & ~is_logprob(new)
-        if old is not None:
-            strange = strange | (valid & ~is_logprob(old))
+        old = new.detach() if old is None else old
+        strange = ~(is_logprob(new) & is_logprob(old))  # padding too: TRL multiplies it by 0, and NaN stays NaN
+        valid = mask_of(batch) != 0
+        by_sequence, used = self.objective.ratio_level == "sequence", valid & ~strange
         if strange.any():
-            old, new = _or_zero(new.detach() if old is None else old, strange), _or_zero(new, strange)
-            if self.objective.ratio_level == "sequence":
-                # TRL takes the mean over all valid tokens; with this it is the mean over the others.
-                new = torch.where(strange, old + sequence_log_ratio(new - old, valid & ~strange), new)
-            advantages = as_columns(batch["advantages"], new).expand(new.shape)
-            batch |= {"old_per_token_logps": old, "advantages": _or_zero(advantages, strange)}
+            old, new = _or_zero(old, strange), _or_zero(new, strange)
+            if by_sequence:  # TRL takes the mean over all valid tokens: of the others, it is this
+                new = torch.where(strange, old + sequence_log_ratio(new - old, used), new)
+        log_ratio = (new - old).detach()
+        held = (sequence_log_ratio(log_ratio, used) if by_sequence else log_ratio).abs() > MAX_LOG_RATIO
+        batch["old_per_token_logps"] = torch.where(held, new.detach(), old)
+        silent = valid & (strange | held)
+        self._silenced = bool(silent.any())
+        if self._silenced:
+            batch["advantages"] = _or_zero(as_columns(batch["advantages"], new).expand(new.shape), silent)
         if ref is not None:  # equal log-probs have no KL, and no gradient of it
-            batch["ref_per_token_logps"] = torch.where(strange | ~is_logprob(ref), new.detach(), ref)
+            off = strange | ~is_logprob(ref) | ((ref - new.detach()).abs() > MAX_LOG_RATIO)
+            batch["ref_per_token_logps"] = torch.where(off, new.detach(), ref)
         return new
 
     def _packed_scores(
@@ -198,6 +204,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         per_function = super()._calculate_rewards(*args, **kwargs)
         # TRL leaves NaN out of its group statistics; an infinite reward is no score either, and would spoil its whole group.
         per_function = per_function.masked_fill(per_function.isinf(), math.nan)
+        self._rewards_of_functions = per_function
         self.last_rewards = total_rewards(per_function, self.reward_weights)
         self._metrics[self._mode]["reward/unscored"].append(self.last_rewards.isnan().float().mean().item())
         self._groups_without_signal = without_signal(
@@ -238,13 +245,17 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _generate_with_extras(self, inputs: Any) -> dict[str, Any]:
         """TRL's rollout, sampled as its options say and not as the model's file does, and what the objective needs of it.
 
-        A group without signal has advantages of exactly 0, and not the rounding of its mean.
+        A group without signal has advantages of exactly 0, and not the rounding of its mean; nor has a reward function that
+        says the same of all of a group a share in the advantages that are normalised for each function.
         """
         own = getattr(self, "generation_config", None)  # none with vLLM
         with nullcontext() if own is None else sampling_by(self.model, own):
             rollout = super()._generate_and_score_completions(inputs)
         silent = self._groups_without_signal
         mine = local_rows(self, len(rollout["advantages"]))
+        if self.multi_objective_aggregation == "normalize_then_sum" and self._group_size > 1:
+            exact = normalized_then_summed(self._rewards_of_functions, self.reward_weights, self._group_size)
+            rollout["advantages"] = exact[mine].to(rollout["advantages"])
         rows = silent.repeat_interleave(self._group_size)[mine].to(rollout["advantages"].device)
         rollout["advantages"] = rollout["advantages"].masked_fill(rows, 0.0)
         log = self._metrics[self._mode]
@@ -404,11 +415,12 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             nonfinite=terms.nonfinite,
         )  # fmt: skip
         rows = torch.tensor(float(len(mask)), device=mask.device)
-        around = {"sequences": PooledSum((mask != 0).any(1).sum(), rows)}
+        silenced = torch.tensor(float(self._silenced), device=mask.device)
+        around = {"sequences": PooledSum((mask != 0).any(1).sum(), rows), "silenced": PooledSum(silenced, rows)}
         found = over_processes(self.accelerator, sums | around)
-        sequences = found.pop("sequences")
-        # TRL has counted clips under advantages of 0, or over tokens that are no numbers.
-        replaced = not self._goes_through_epsilon or found["nonfinite_fraction"].numerator > 0
+        sequences, silenced = found.pop("sequences"), found.pop("silenced")
+        # TRL has counted clips under advantages of 0.
+        replaced = not self._goes_through_epsilon or silenced.numerator > 0
         log, pooled = self._metrics[self._mode], self._pooled[self._mode]
         for name, total in found.items():
             if name not in TRL_NAMES:
