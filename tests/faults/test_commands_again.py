@@ -9,6 +9,7 @@ import pytest
 from bandpo._secrets import HIDDEN, hide, redact_text
 from bandpo.cli import main
 from bandpo.run.data import load_tokenizer
+from bandpo.run.rewards import CheckedReward, RewardError
 
 TOKEN = "hf_" + "Q" * 34
 PLAIN = "plain-secret-987"
@@ -147,3 +148,17 @@ def test_a_log_of_nothing_but_nan_is_examined(capsys):
     Path("log.jsonl").write_text('{"kl": NaN}\n' * 6)
     assert main(["doctor", "log.jsonl"]) == 1
     assert "kl is not finite in 6 rows" in capsys.readouterr().out
+
+
+def test_what_a_failed_reward_says_is_kept_without_secrets(tmp_path):
+    def asks_a_server(completions, **_):
+        raise ValueError(f"cannot reach https://me:{PLAIN}@host/x?sig={PLAIN} with token={PLAIN}")
+
+    reward = CheckedReward(asks_a_server, "mine", folder=tmp_path)
+    with pytest.raises(RewardError):
+        reward(prompts=["p"], completions=["token=of-the-model"])
+    [row] = [json.loads(line) for line in (tmp_path / "failed_reward.jsonl").read_text().splitlines()]
+    assert "cannot reach https://<hidden>@host" in row["error"]
+    assert "https://<hidden>@host" in row["traceback"]
+    assert PLAIN not in row["error"] + row["traceback"]
+    assert row["completion"] == "token=of-the-model"

@@ -16,6 +16,7 @@ from typing import Any
 
 from bandpo._errors import LINES, RunError, place_of, printable, what_happened
 from bandpo._files import write_jsonl
+from bandpo._secrets import redact_text
 from bandpo.lab.tasks import TASKS, score
 from bandpo.run.verification import verify_all
 
@@ -147,7 +148,7 @@ class CheckedReward:
         write_jsonl(
             path,
             (
-                {"error": what, "prompt": p, "completion": c, "traceback": where}
+                {"error": redact_text(what), "prompt": p, "completion": c, "traceback": redact_text(where)}
                 for p, c in zip(prompts, completions, strict=True)
             ),
         )
