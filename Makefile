@@ -4,16 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-verl test-browser bench fuzz evidence lint types docs notebook format clean
+.PHONY: train test test-verl test-hosts test-browser bench fuzz evidence lint types docs notebook format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
 
-test: $(VENV)/.installed test-verl  ## all tests; those against verl run first, in an environment of their own
+test: $(VENV)/.installed test-verl test-hosts  ## all tests; those in other hosts' code run first, in processes of their own
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-verl: $(VENV)-verl/.installed
 	$(VENV)-verl/bin/python -m pytest tests/contract_verl -q -p no:cacheprovider -o filterwarnings=default
+
+test-hosts: $(VENV)/.installed $(VENV)-verl/.installed  ## our adapters in the hosts' own wheels (HOSTS=skyrl for one; STRICT=1: the records must be fresh)
+	$(BIN)/python tests/hosts/run.py --main $(BIN)/python --verl $(VENV)-verl/bin/python $(addprefix --only ,$(HOSTS))
+	$(if $(STRICT),STRICT=1 $(BIN)/python -m pytest tests/hosts -q -p no:cacheprovider)
 
 test-browser: $(VENV)/.installed  ## reports and the explorer in a headless Chromium; `make test` skips these where there is none
 	$(BIN)/python -m pytest tests/browser
@@ -64,4 +68,4 @@ notebook: $(VENV)/.docs-installed  ## examples/first_steps.ipynb from examples/f
 	$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext": null}' examples/first_steps.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl site runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl .hosts site runs .pytest_cache .ruff_cache .hypothesis

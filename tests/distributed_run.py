@@ -53,13 +53,14 @@ def main(out: Path, folder: Path) -> None:
     )  # fmt: skip
     trainer.train()
     history = gather_object([trainer._pruned.prune.history]) if trainer._pruned is not None else []
+    weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in trainer.model.state_dict().items()}
     if PartialState().is_main_process:
         logs = [
             {k: v for k, v in row.items() if k in ("loss", "reward", "selection/kept", "selection/prompts_kept")}
             for row in trainer.state.log_history
             if "loss" in row
         ]
-        found = {"processes": processes, "logs": logs, "weights": trainer.model.state_dict(), "history": history}
+        found = {"processes": processes, "logs": logs, "weights": weights, "history": history}
         torch.save(found, out)
 
 

@@ -1,4 +1,4 @@
-"""Reading what a stranger may have written: bounded in size, depth and work, and nothing in it is run."""
+"""Reads files that a stranger may have written: bounded in size, depth and work, and nothing in them is executed."""
 
 import functools
 import json
@@ -139,7 +139,7 @@ def _check_events(text: str, where: str) -> None:
 
 
 def _check_values(found: Any, where: str) -> None:
-    """Refuses values that grow or never end when aliases are followed: YAML builds each alias once, who reads it goes in."""
+    """Refuses values that grow or never end when aliases are followed: YAML builds each alias once, but readers follow all."""
     nodes = characters = 0
     pending = [(found, 1)]
     while pending:

@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def is_usable(path: Path, say: Say) -> bool:
     """Whether a folder of the cache is there and as it was written.
 
     Args:
-        path: It.
+        path: The folder.
         say: Takes a message if it is there and cannot be used.
     """
     if not path.exists():
@@ -37,7 +37,7 @@ def is_usable(path: Path, say: Say) -> bool:
 
 
 @contextmanager
-def sole_maker(path: Path, say: Say) -> Iterator[None]:
+def sole_maker(path: Path, say: Say) -> Generator[None]:
     """For as long as the block runs no other process makes this folder; what a killed one left of it is cleared away.
 
     Args:
@@ -65,7 +65,7 @@ def store(path: Path, save: Callable[[Path], object]) -> None:
     """Write a folder of the cache, whole or not at all, in place of a damaged one.
 
     Args:
-        path: It; inside of `sole_maker(path)`.
+        path: The folder; call this within `sole_maker(path)`.
         save: Writes the files into the folder that it is given.
 
     Raises:

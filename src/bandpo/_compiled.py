@@ -40,8 +40,8 @@ class Compiled:
         self._graphs = dict[object, Function]()
         self._radii = dict[object, list[object]]()
         self._said = set[str]()
-        parameters = inspect.signature(function).parameters if _is_ours(function) else {}
-        self._place = list(parameters).index("radius") if "radius" in parameters else None
+        parameters = list(inspect.signature(function).parameters) if _is_ours(function) else []
+        self._place = parameters.index("radius") if "radius" in parameters else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # as a part of a larger graph

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; the message says why and how to go on."""
+    """A run cannot continue; the message says why, and how to continue it."""
 
 
 @contextmanager
 def exits_are_errors() -> Generator[None]:
-    """Code that a run was given, an objective or a callback, cannot end the process in silence.
+    """Code that a run was given, such as an objective or a callback, cannot end the process without a message.
 
     `sys.exit`, whatever its status, and everything else that is no `Exception` becomes a `RunError` with the place; only a
     `KeyboardInterrupt` passes. `os._exit` ends a process before any code can see it.

@@ -17,7 +17,7 @@ _CHUNK = 1 << 22
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that there is the old one or the new one, and never half of it; also if others write it at this time.
+    """Write a file so that either the old one or the whole new one exists, also if other processes write it at the same time.
 
     A symbolic link in its place is replaced, not followed. Values of secret environment variables and options are hidden.
 
@@ -38,13 +38,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
-    """The same with strict JSON: NaN and infinities become null."""
+    """Write a file of strict JSON as `write_text` does; NaN and infinities become null."""
     text = json.dumps(_strict(hide_in(content)), indent=indent, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """The same with a JSON value on each line."""
+    """Write a file with a JSON value on each line, as `write_text` does."""
     write_text(path, "".join(json.dumps(hide_in(row), ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -72,18 +72,16 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_jsonl(path: Path, limit: int | None = None, *, follow: bool = True) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file that was appended to; a last line without its end, as a killed process leaves it, is no row.
 
     Args:
         path: The file.
-        limit: Bytes that it may have; None for any number. Set it for a file of somebody else.
-        follow: Whether it may be a symbolic link.
 
     Raises:
         ValueError: If another line is not a JSON object (the message has its number), or if it is no regular file.
     """
-    data = read_regular(path, limit, follow=follow)
+    data = read_regular(path)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         row = parse_json(line, f"{path}, line {number}")

@@ -45,7 +45,7 @@ def traits(*names: Trait) -> Callable[[T], T]:
 
     * `of_batch`: what it does to one token depends on other sequences of the call, as in Clip-Cov. No weight can mend such
       an objective on a part of its batch, so it is refused where samples are left out (`bandpo.selection`).
-    * `membership`: bounds that only say which tokens are inside, as a bool tensor; a surrogate that takes such bounds.
+    * `membership`: bounds that have no edges and return a bool tensor, which tokens are inside; a surrogate that takes such.
     * `without_advantage`: it has a gradient where the advantage is 0, such as that of a penalty.
 
     An objective finds the marks through `functools.partial`, `functools.wraps` and the fields of a dataclass.
@@ -143,10 +143,7 @@ def _name(component: object) -> str:
 
 
 def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """The mask as bool. Any number but 0 and 1 is refused: a label of -100, say, must not count as a valid token.
-
-    A mask of another dtype is read for that where this costs nothing, on a CPU. On an accelerator the host does not wait: the
-    device checks it and stops with the same message (`torch._assert_async`).
+    """The mask as bool. Any number but 0 and 1 is refused: a label such as -100 must not count as a valid token.
 
     Raises:
         TypeError: If it is no tensor.
@@ -156,34 +153,34 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     on = mask == 1
-    fits = on | (mask == 0)
-    message = (
-        f"{name} must be bool, or 0 and 1; for labels, in which -100 marks what does not count, pass labels != -100"
-    )
-    check_all(fits, mask, message + "; found {}")
+    check_values(
+        on | (mask == 0), mask, f"{name} must be bool, or 0 and 1",
+        fix="for labels, in which -100 marks what does not count, pass labels != -100",
+    )  # fmt: skip
     return on
 
 
-def check_all(fits: Tensor, values: Tensor, message: str) -> None:
-    """All values must fit. The host waits for the answer on a CPU alone; elsewhere the device checks, and stops.
+def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> None:
+    """All values must fit. The host reads the answer on a CPU alone; an accelerator checks by itself, and stops.
 
     Args:
         fits: Bool, of each value.
-        values: The values.
-        message: With `{}` for the first value that does not fit, which only a CPU can say.
+        values: The values, for the message.
+        what: What they must be.
+        fix: What to do about one that does not fit.
 
     Raises:
-        ValueError: If one does not fit; on an accelerator and under `torch.compile` a RuntimeError.
+        ValueError: With the first value that does not fit; on an accelerator and under `torch.compile` a RuntimeError.
     """
-    if torch.compiler.is_compiling() or fits.device.type != "cpu":
-        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
-        return
+    end = f"; {fix}" if fix else ""
     # torch.func hands over its own tensors, which nothing can be read from; what they wrap can be.
-    fits, values = _unwrapped(fits), _unwrapped(values)
-    if type(fits) is not Tensor or torch._C._len_torch_dispatch_stack():  # a fake tensor, or a trace in the making
-        torch._assert_async(fits.all(), message)  # type: ignore[attr-defined]
+    readable = fits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        fits, values = _unwrapped(fits), _unwrapped(values)
+    if not readable or type(fits) is not Tensor or torch._C._len_torch_dispatch_stack():  # a fake tensor, or a trace
+        torch._assert_async(fits.all(), f"{what}{end}")  # type: ignore[attr-defined]
     elif not fits.all():
-        raise ValueError(message.format(values[~fits].flatten()[0].item()))
+        raise ValueError(f"{what}, got {values[~fits].flatten()[0].item()}{end}")
 
 
 def _unwrapped(x: Tensor) -> Tensor:

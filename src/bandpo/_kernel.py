@@ -34,7 +34,7 @@ def clipped_objective(
         bounds_of: The objective's bounds.
 
     Returns:
-        Value and bounds in float32; None where the kernel does not serve: float64, tensor radii, kinked divergences,
+        Value and bounds in float32; None where the kernel cannot be used: float64, tensor radii, kinked divergences,
         `relax`, bounds that are neither `Band` nor `Clip`.
     """
     if torch.float64 in (logprobs.dtype, old_logprobs.dtype, advantages.dtype):

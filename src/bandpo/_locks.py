@@ -12,10 +12,10 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bandpo._secrets import redact_text
 
@@ -41,7 +41,7 @@ class Claim:
     """A folder that is this process's until it is released or the process ends.
 
     Args:
-        folder: It is made if it is not there, and taken away on release if it was made here and nothing was put into it.
+        folder: Made if it does not exist; then removed on release if it is still empty.
         name: Of the lock file.
 
     Raises:
@@ -79,8 +79,8 @@ class Claim:
         _unmake(self._made)
 
 
-def waiting_claim(folder: Path, name: str, say: Callable[[], None] = lambda: None) -> Claim:
-    """The same, after those who hold it now.
+def waiting_claim(folder: Path, name: str, say: Callable[[], object] = lambda: None) -> Claim:
+    """A `Claim`, once those who hold the lock now have released it.
 
     Args:
         folder: As for `Claim`.
@@ -102,7 +102,7 @@ def claim_output(folder: Path) -> Claim:
     """A claim on a folder for results, which is refused if a link in it leads elsewhere: what others made may have one.
 
     Args:
-        folder: It.
+        folder: The folder for results.
 
     Raises:
         ValueError: If another uses it, it is a file, or it has a link that leads out of it.
@@ -129,7 +129,7 @@ def claim_file(path: Path) -> Claim:
     """A claim on a file that will be written; its folder is made.
 
     Args:
-        path: It.
+        path: The file.
 
     Raises:
         InUseError: If another process is about to write it.
@@ -138,7 +138,7 @@ def claim_file(path: Path) -> Claim:
 
 
 @contextmanager
-def released(claim: Claim) -> Iterator[Claim]:
+def released(claim: Claim) -> Generator[Claim]:
     """Holds a claim for as long as the block runs."""
     try:
         yield claim
@@ -288,10 +288,10 @@ def _started(process: int) -> str:
 def _read(file: int) -> dict[str, Any]:
     os.lseek(file, 0, os.SEEK_SET)
     try:
-        found = json.loads(os.read(file, 10_000))
+        found: Any = json.loads(os.read(file, 10_000))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def _write(file: int, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Secrets do not get into what a run leaves behind: one place that decides what a secret is and hides it.
+"""Keeps secrets out of all files and messages of a run: one place that decides what a secret is and hides it.
 
 A secret is a value under a key that names one (`hub_token`, `WANDB_API_KEY`), the user part and the query of a URL, a token
-of a well-known form (`hf_...`), and, wherever it stands, the value of an environment variable or option that holds one.
+of a well-known form (`hf_...`), and, wherever it is found, the value of an environment variable or option that holds one.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ _KEYS = _words(
     """api access private secret account auth encryption signing storage ssh master shared client subscription service license
     wandb hf huggingface hub openai anthropic azure aws gcp google comet neptune mlflow clearml swanlab"""
 )
-"""`key` behind one of these words names a secret; `sort_key` and `metric_key` do not."""
+"""`key` after one of these words names a secret; `sort_key` and `metric_key` do not."""
 _TOKENS = _words(
     """pad eos bos unk sep cls mask image audio video stop start end next last first new special per eot boi eoi think tool
     prefix suffix middle"""
 )
-"""`token` behind one of these words is a token of a language model."""
+"""`token` after one of these words is a token of a language model."""
 _PLURAL = _words("api auth access hub hf secret bearer session refresh")
 _NOT_THE_SECRET = _words("file files path paths dir directory env name url uri type id index ids length count ttl")
 """A key that ends so tells where a secret is, or about it."""
@@ -90,7 +90,7 @@ def redact(value: Any, key: str = "") -> Any:
 
     Args:
         value: Dictionaries, lists and plain values in any nesting.
-        key: What the value itself stands under.
+        key: The key of the value itself, if it has one.
 
     Examples:
         >>> redact({"hub_token": "hf_1", "seed": 0, "server": "http://me:pw@host:1/x?sig=3", "kwargs": {"token": "a"}})
@@ -164,7 +164,7 @@ def hide(text: str) -> str:
 
 
 def hide_in(value: Any) -> Any:
-    """The same for all texts in dictionaries and lists."""
+    """A copy of dictionaries and lists in which `hide` is applied to all texts."""
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, dict):
@@ -173,7 +173,7 @@ def hide_in(value: Any) -> Any:
 
 
 def remember(settings: Any) -> None:
-    """Know the secrets in these settings from now on, so that they are hidden wherever they stand.
+    """Remember the secrets in these settings, so that they are hidden wherever they are written from now on.
 
     Args:
         settings: As for `redact`; or a command line, as a list.
@@ -319,7 +319,7 @@ def _values() -> set[str]:
     """All that is known to be secret now, in the spellings that files have."""
     found = set(_remembered)
     for name, value in os.environ.items():
-        if is_secret(name):
+        if is_secret(name) and name != "PWD":  # a shell's working directory, which is in every path
             found |= _worth_hiding([value])
         if "://" in value:
             found |= _worth_hiding(_in_urls(value))

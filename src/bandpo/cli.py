@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _guarded(run: Callable[[Any], object], options: Any) -> int:
-    """A command's status: 2 for a mistake in the input, 1 for a run that could not go on, or an error of ours."""
+    """A command's status: 2 for a mistake in the input, 1 for a run that could not continue, or for a bug of ours."""
     try:
         found = run(options)
     except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python from complaining when it flushes

@@ -152,7 +152,7 @@ class Objective(ByValue):
         return {name: groups.flat(x).masked_fill(~counts, 0) for name, x in stats.items()}
 
     def with_radius(self, radius: Radius | tuple[Radius, Radius]) -> "Objective":
-        """The same objective with another radius of its ball, a 0-d tensor say that a schedule moves.
+        """The same objective with another radius of its ball, such as a 0-d tensor that a schedule moves.
 
         Raises:
             ValueError: If its trust region is no ball.

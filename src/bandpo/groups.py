@@ -25,7 +25,7 @@ class Groups:
         count: Completions.
         group_size: Completions of each group, which are consecutive.
         group_ids: Instead of the size, an id for each completion: an integer tensor, or a sequence such as a list of names.
-            Completions with equal ids are one group; groups may differ in size and stand in any order.
+            Completions with equal ids are one group; groups may differ in size and be in any order.
 
     Raises:
         TypeError: If the size is no integer, or the ids are not of such a kind.
@@ -203,7 +203,7 @@ def group_signal(rewards: Tensor, *, reward_range: float = 1.0) -> Tensor:
 
 
 def informative(rewards: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None) -> Tensor:
-    """Which completions stand in a group whose scores differ, the ones that DAPO's dynamic sampling keeps (arXiv:2503.14476).
+    """Which completions are in a group whose scores differ: those that DAPO's dynamic sampling keeps (arXiv:2503.14476).
 
     Args:
         rewards: `(completions,)`; one that is NaN or infinite is no score and left out of the comparison.

@@ -49,7 +49,7 @@ def policy_loss(
             objectives with `anchor="rollout"`, which then need no second forward pass.
         advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`, float; no gradient flows into them. Advantages per token move
             each token by its own, also where the ratio is that of a sequence (GSPO-token, arXiv:2507.18071, sec. 4.3).
-        mask: `(batch, time)`, bool or 0/1: the tokens that count. What stands elsewhere never matters, NaN included. Another
+        mask: `(batch, time)`, bool or 0/1: the tokens that count. Values elsewhere never matter, NaN included. Another
             number, such as a label of -100, is refused: on a CPU by a ValueError; on an accelerator, where the host does not
             wait for it, by a failed assertion of the device.
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.

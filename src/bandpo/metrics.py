@@ -147,11 +147,9 @@ def policy_sums(
     strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
     if nonfinite is not None:
         strange = strange | nonfinite
-    lower: Tensor | None = None
-    upper: Tensor | None = None
     if isinstance(bounds, RatioBounds):
-        lower, upper = bounds.lower.expand(valid.shape), bounds.upper.expand(valid.shape)
-        strange = strange | lower.isnan() | upper.isnan()
+        bounds = RatioBounds(bounds.lower.expand(valid.shape), bounds.upper.expand(valid.shape))
+        strange = strange | bounds.lower.isnan() | bounds.upper.isnan()
     total = valid.sum().to(torch.float32)
     used = valid & ~strange
     r, p = log_ratio.exp(), old_logprobs.exp()
@@ -181,9 +179,9 @@ def policy_sums(
         "kl/old_new": mean(r - log_ratio - 1),
         "nonfinite_fraction": PooledSum((strange & valid).count_nonzero(), total),
     }
-    if lower is not None and upper is not None:
-        sums |= {"band/lower_mean": mean(lower), "band/upper_mean": mean(upper)}
-        sums |= _what_binds(lower, upper, p, pushed_up, pushed_down, getattr(bounds_of, "max_ratio", None))
+    if isinstance(bounds, RatioBounds):
+        sums |= {"band/lower_mean": mean(bounds.lower), "band/upper_mean": mean(bounds.upper)}
+        sums |= _what_binds(bounds, p, pushed_up, pushed_down, getattr(bounds_of, "max_ratio", None))
     if isinstance(bounds_of, Band):
         spent = torch.where(used, _divergence_over_radius(bounds_of, log_ratio, old_logprobs), 0.0)
         sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
@@ -194,28 +192,6 @@ def policy_sums(
         sums["correction/weight_mean"] = mean(weights)
         sums["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
     return sums
-
-
-def averaged_by_host(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
-    """Values for a host that averages the metrics of parts of a batch by itself, where shares of few tokens would go wrong.
-
-    Shares of a bin of p, and of the tokens with `A != 0`, become shares of all tokens: each part then has a number, whether or
-    not it has such tokens, and the average of parts of one size is the value of the whole. They have `_of_all` in their names.
-
-    Args:
-        sums: From `policy_sums`.
-    """
-    tokens = sums["clip_fraction/any"].denominator
-    report: dict[str, Tensor] = {}
-    for name, found in sums.items():
-        family, slash, rest = name.partition("/")
-        if family == "clip_fraction_by_prob":
-            report[f"{family}_of_all{slash}{rest}"] = found.numerator / tokens
-        elif family == "band" and rest.endswith("_fraction"):
-            report[f"{name}_of_all"] = found.numerator / tokens
-        else:
-            report[name] = found.value()
-    return report
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -282,15 +258,15 @@ def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -
 
 
 def _what_binds(
-    lower: Tensor, upper: Tensor, p: Tensor, pushed_up: Tensor, pushed_down: Tensor, max_ratio: float | None
+    bounds: RatioBounds, p: Tensor, pushed_up: Tensor, pushed_down: Tensor, max_ratio: float | None
 ) -> dict[str, PooledSum]:
     """The pushed tokens whose edge is the cap, the simplex, or the region itself."""
     # A cap is met exactly; 1/p was rounded inward and here once more by exp and by the product.
-    capped = upper == max_ratio
-    saturated_up = ~capped & (upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
+    capped = bounds.upper == max_ratio
+    saturated_up = ~capped & (bounds.upper * p >= 1 - 8 * torch.finfo(p.dtype).eps)
     pushed = (pushed_up | pushed_down).count_nonzero().to(torch.float32)
     cap = (pushed_up & capped).count_nonzero()
-    saturated = ((pushed_up & saturated_up) | (pushed_down & (lower == 0))).count_nonzero()
+    saturated = ((pushed_up & saturated_up) | (pushed_down & (bounds.lower == 0))).count_nonzero()
     return {
         "band/cap_fraction": PooledSum(cap, pushed),
         "band/saturated_fraction": PooledSum(saturated, pushed),

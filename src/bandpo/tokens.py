@@ -14,7 +14,7 @@ from bandpo.composition import Objective
 from bandpo.surrogates import clip, hold
 
 LOWEST_LOGPROB = -1e9
-"""A log-prob below it counts as -inf: the lowest number of a dtype stands for "impossible" in many models."""
+"""A log-prob below it counts as -inf: the lowest number of a dtype means "impossible" in many models."""
 
 
 class TokenObjective(NamedTuple):
@@ -31,7 +31,7 @@ class TokenObjective(NamedTuple):
     advantages: Tensor
     """As a column or per token; 0 where they are not finite, and per token also where the mask is off or a token left out."""
     weights: Tensor | None
-    """Of the correction for the sampler, where the objective has one."""
+    """Weights of the correction for the sampler, `(batch, time)` or `(batch, 1)`; None where the objective has none."""
     nonfinite: Tensor
     """Valid tokens that are left out because a number of theirs is NaN or infinite, bool, `(batch, time)`."""
 
@@ -271,9 +271,9 @@ def _per_token(value: Tensor, objective: Objective, usable: Tensor) -> Tensor:
 def _fused(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
 ) -> tuple[Tensor, RatioBounds] | None:
-    """Objective and bounds from one Triton kernel, on CUDA; None where it does not serve."""
-    serves = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
-    if not serves or torch.compiler.is_compiling() or not _runs_triton(logprobs.device.type):
+    """Objective and bounds from one Triton kernel, on CUDA; None where it cannot be used."""
+    fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
+    if not fits or torch.compiler.is_compiling() or not _runs_triton(logprobs.device.type):
         return None
     from bandpo._kernel import clipped_objective
 

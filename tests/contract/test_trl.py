@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_refused_and_true_takes_the_one_before(make_mode
     whole, _ = train(tmp_path, make_model, tokenizer, prompts, **common)
     state = tmp_path / "checkpoint-4" / "bandpo_state_0.pt"
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"checkpoint-4 cannot be gone on from: bandpo_state_0\.pt has \d+ bytes"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 cannot be resumed: bandpo_state_0\.pt has \d+ bytes"):
         train(tmp_path, make_model, tokenizer, prompts, resume=str(tmp_path / "checkpoint-4"), **common)
     with pytest.warns(UserWarning, match=r"checkpoint-4 is not used: bandpo_state_0\.pt has"):
         resumed, log = train(tmp_path, make_model, tokenizer, prompts, resume=True, **common)

@@ -519,7 +519,7 @@ def test_a_state_that_cannot_be_read_is_one_sentence_and_runs_nothing(make, chec
     if content == "other":
         torch.save([1, 2, 3], path)
     seal(checkpoint)
-    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be gone on from: "):
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be resumed: "):
         make("other", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
     assert not os.path.exists("/tmp/bandpo-pwned")
 
@@ -528,7 +528,7 @@ def test_a_state_that_cannot_be_read_is_one_sentence_and_runs_nothing(make, chec
 def test_a_trainer_state_that_is_none_is_one_sentence(make, checkpoint, text):
     (checkpoint / "trainer_state.json").write_text(text)
     seal(checkpoint)
-    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be gone on from: "):
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be resumed: "):
         make("other", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import doctor_targets
 import folders_targets
 import losses_targets
+import numerics_targets
 import preference_targets
 import rewards_targets
 import trainer_targets
@@ -83,8 +84,7 @@ TARGETS: dict[str, Target] = {
     "any dataset": Target(DATASETS, any_dataset, bad=False, slow=True),
     "bad options of a run": Target(BAD_OPTIONS, bad_options, bad=True, slow=True),
 }
-TARGETS |= {
-    name: Target(*entry)
-    for room in (losses_targets, trainer_targets, preference_targets, doctor_targets, rewards_targets, folders_targets)
-    for name, entry in room.TARGETS.items()
-}
+ROOMS = (
+    numerics_targets, losses_targets, trainer_targets, preference_targets, doctor_targets, rewards_targets, folders_targets,
+)  # fmt: skip
+TARGETS |= {name: Target(*entry) for room in ROOMS for name, entry in room.TARGETS.items()}

@@ -226,7 +226,7 @@ def any_state(content: bytes) -> str:
     else:
         message = ""
     if message:
-        assert "cannot be gone on from" in message
+        assert "cannot be resumed" in message
         return "refused"
     pooled, log = reader._pooled["train"], reader._metrics["train"]
     pooled.begin(log)

@@ -162,3 +162,19 @@ def test_large_radii_in_band_and_capped():
         assert Band(KL, radius)(logp).upper.tolist() == pytest.approx([math.exp(0.7), 10.0])
         for dtype in (torch.float32, torch.float64):
             assert in_band(x.to(dtype), logp.to(dtype), KL, radius).all()
+
+
+def test_kl_has_converged_on_a_dense_grid():
+    logp, radius = -torch.logspace(-12, 2.5, 300, dtype=torch.float64), torch.logspace(-8, 3, 200, dtype=torch.float64)
+    logp, radius = (x.expand(200, 300) for x in (logp, radius.unsqueeze(1)))
+    lower, upper = ratio_bounds(logp, KL, radius, log=True)
+    # the equation of each side, y p - (1-p) log(1 + p/(1-p) (1 - e^-y)) = δ, in the place where float64 can check it
+    p, rest, fall = logp.exp(), -logp.expm1(), -lower
+    residual = p * fall - rest * (p / rest * -(-fall).expm1()).log1p() - radius
+    assert (residual.abs() <= 1e-12 * radius + 4e-16 * p * fall).all()
+    # and the divergence a little inside and a little outside of the upper bound
+    free = upper >= -logp * (1 - 1e-12)
+    for factor, inside in ((1 - 1e-11, True), (1 + 1e-11, False)):
+        found = in_band(upper * factor, logp, KL, radius)
+        sharp = ~free & (radius > 1e-3)  # below, `in_band` itself is no sharper than this
+        assert (found == inside)[sharp].all()

@@ -1,6 +1,7 @@
 """What the README and the docs show runs, and every public name has an entry."""
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def test_every_public_name_has_an_entry_in_the_api_page():
     page = (ROOT / "docs" / "api.md").read_text()
     for name in bandpo.__all__:
         assert name == "__version__" or re.search(rf"(::: bandpo\.{name}$|\b{name}\b.*\])", page, re.MULTILINE), name
+
+
+def test_every_entry_of_the_api_page_exists():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for path, members in re.findall(r"^::: (\S+)$(?:\n    options:\n      members: \[(.*)\])?", page, re.MULTILINE):
+        found = pkgutil.resolve_name(path)
+        assert all(hasattr(found, name) for name in members.split(", ") if members), (path, members)
 
 
 def test_every_objective_and_divergence_has_a_row():

@@ -152,7 +152,7 @@ def test_any_other_number_is_refused(value):
         ),
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(ValueError, match=r"mask must be bool, or 0 and 1.*labels != -100; found"):
+        with pytest.raises(ValueError, match=r"mask must be bool, or 0 and 1, got .*labels != -100"):
             call()
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo import KL, OBJECTIVES, Band, RatioBounds, policy_metrics
+from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations._pooled import PooledLog, Total, over_processes, without_empty
-from bandpo.metrics import PROB_BINS, averaged_by_host, masked_mean, policy_sums
+from bandpo.metrics import PROB_BINS, masked_mean, policy_sums
 
 
 def made(seed, rows=6, width=5, objective="bandpo-kl"):
@@ -221,8 +222,8 @@ def test_the_pool_begins_anew_with_each_line_and_takes_over_the_host_s_values():
 def test_what_a_host_averages_itself_is_the_whole_where_its_parts_have_one_size():
     data = made(5)
     data["mask"] = torch.ones(6, 5, dtype=torch.bool)
-    parts = [averaged_by_host(policy_sums(**rows_of(data, slice(i, i + 2)))) for i in (0, 2, 4)]
-    whole = averaged_by_host(policy_sums(**data))
+    parts = [mean_proof(policy_sums(**rows_of(data, slice(i, i + 2)))) for i in (0, 2, 4)]
+    whole = mean_proof(policy_sums(**data))
     assert not any(x.isnan() for x in whole.values())
     for name, value in whole.items():
         if not name.endswith("_max"):

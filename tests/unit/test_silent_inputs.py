@@ -115,7 +115,7 @@ def test_gradients_by_sample_take_masks_of_0_and_1(dtype):
         (want,) = torch.autograd.grad(loss(leaf, old[i], mask[i]), leaf)
         torch.testing.assert_close(found[i], want)
     if dtype != torch.bool:
-        with pytest.raises(ValueError, match="found -100"):
+        with pytest.raises(ValueError, match="got -100"):
             torch.func.vmap(torch.func.grad(loss))(new, old, torch.where(mask == 0, -100, mask))
     traced = make_fx(loss)(new[0], old[0], mask[0])
     torch.testing.assert_close(traced(new[1], old[1], mask[1]), loss(new[1], old[1], mask[1]))

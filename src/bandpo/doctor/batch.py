@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from bandpo._bounded import parse_json, read_regular
+from bandpo._inputs import as_mask
 from bandpo.bounds import Band
 from bandpo.calibration import clip_fraction, radius_for
 from bandpo.composition import Objective
 from bandpo.divergences import CHI2, KL, TV
 from bandpo.doctor.findings import Finding
+from bandpo.doctor.symptoms import MISMATCH
 from bandpo.objectives import OBJECTIVES
+from bandpo.tokens import is_logprob
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "logprobs": ("logprobs", "per_token_logps", "log_prob", "log_probs", "trainer_logprobs"),
@@ -33,7 +36,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 
 SHOWN = ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2")
 _SUFFIXES = (".safetensors", ".pt", ".npz")
-_MISMATCH = 0.02
 
 _MAX_BYTES = 1 << 30
 _MAX_HEADER = 1 << 18  # bytes; that of a batch has some hundred
@@ -148,10 +150,10 @@ def examine_batch(
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
     batch = check_batch(batch)
-    mask = batch["mask"] != 0 if "mask" in batch else torch.ones_like(batch["logprobs"], dtype=torch.bool)
+    mask = as_mask(batch["mask"]) if "mask" in batch else torch.ones_like(batch["logprobs"], dtype=torch.bool)
     if not mask.any():
         raise ValueError("the batch has no valid token: its mask is 0 everywhere")
-    finite = batch["logprobs"].isfinite() & batch["old_logprobs"].isfinite() & batch["advantages"].isfinite()
+    finite = is_logprob(batch["logprobs"]) & is_logprob(batch["old_logprobs"]) & batch["advantages"].isfinite()
     found = _broken(batch, mask, finite)
     mask = mask & finite
     if not mask.any():
@@ -236,7 +238,7 @@ def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
     apart = apart[apart.isfinite()].abs()
     mean, worst = (apart.mean().item(), apart.max().item()) if len(apart) else (0.0, 0.0)
     seen = f"|log-prob| of sampler and trainer differ by {mean:.4f} on average, {worst:.3f} at most"
-    if mean > _MISMATCH:
+    if mean > MISMATCH:
         return Finding(
             "mismatch", "warning", seen, "precision, kernels, stale weights or cut sampling",
             "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop)",

@@ -13,6 +13,7 @@ _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("NeMo-RL", ("grpo", "policy")),
     ("NeMo-RL", ("loss_fn", "policy")),
     ("NeMo-RL", ("grpo", "checkpointing")),
+    ("NeMo-RL", ("grpo", "loss_fn")),
     ("SkyRL", ("trainer", "generator")),
     ("prime-rl", ("orchestrator",)),
     ("EasyR1", ("worker", "algorithm")),
@@ -20,11 +21,17 @@ _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("AReaL", ("gconfig", "actor")),
     ("AReaL", ("allocation_mode",)),
     ("open-instruct", ("num_unique_prompts_rollout",)),
+    ("ROLL", ("actor_train",)),
     ("OpenRLHF", ("pretrain", "rollout_batch_size")),
     ("OpenRLHF", ("actor_num_nodes",)),
     ("slime", ("hf_checkpoint", "rollout_batch_size")),
     ("LLaMA-Factory", ("finetuning_type",)),
+    ("LLaMA-Factory", ("stage", "do_train")),
     ("Axolotl", ("base_model", "datasets")),
+    ("Axolotl", ("base_model", "rl")),
+    ("TRL's RLOOTrainer", ("normalize_advantages",)),
+    ("TRL's RLOOTrainer", ("reward_clip_range",)),
+    ("one of TRL's distillation trainers", ("teacher_model_name_or_path",)),
     ("ms-swift", ("rlhf_type",)),
     ("accelerate", ("compute_environment",)),
     ("accelerate", ("distributed_type",)),
@@ -35,7 +42,7 @@ _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _BY_WORD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("SkyRL", ("skyrl", "trainer.algorithm.advantage_estimator=", "generator.n_samples_per_prompt=")),
     ("OpenRLHF", ("openrlhf",)),
-    ("NeMo-RL", ("nemo_rl", "nemo-rl", "run_grpo_", "grpo.num_prompts_per_step=", "policy.generation.")),
+    ("NeMo-RL", ("nemo_rl", "nemo-rl", "run_grpo_", "loss_fn.", "grpo.num_prompts_per_step=", "policy.generation.")),
     ("prime-rl", ("prime_rl", "prime-rl")),
     ("AReaL", ("areal",)),
     ("open-instruct", ("open_instruct",)),
@@ -80,6 +87,8 @@ def host_of_keys(given: Mapping[Any, Any]) -> str:
     for host, needed in _BY_KEYS:
         if keys.issuperset(needed):
             return host
+    if any(isinstance(value, Mapping) and "_component_" in value for value in given.values()):
+        return "torchtune"
     if isinstance(given.get("defaults"), str):  # Hydra's is a list
         return "NeMo-RL"
     return ""

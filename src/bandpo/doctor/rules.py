@@ -89,7 +89,8 @@ def anchor(s: Setup) -> Finding:
             + (" and policy_loss.bypass_mode the same" if s.ours else ""),
         )  # fmt: skip
     if wanted == "rollout":
-        source = "the trainer's own, as it samples itself" if s.engine == "" else f"{s.engine or 'its'} log-probs"
+        whose = f"{s.engine}'s" if s.engine else "its"
+        source = "the trainer's own, as it samples itself" if s.engine == "" else f"{whose} log-probs"
         return Finding("anchor", "ok", f"ratios are taken against the sampler, {source}")
     if s.corrected is None or (s.engine is None and not s.corrected):
         return _unknown("anchor", "whether the sampler's differences from the trainer are weighed")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bandpo._secrets import redact_text
 from bandpo.composition import Objective
 from bandpo.doctor.findings import Level
 from bandpo.objectives import get_objective
@@ -114,6 +115,6 @@ def named_objective(name: str, unread: list[str]) -> Objective | None:
 
 
 def short(value: object) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    """A value in a message, without secrets, cut where it is long."""
+    text = redact_text(repr(value)) if isinstance(value, str | int | float | bool | None) else type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."

@@ -19,7 +19,7 @@ class Word:
     """A word of a command.
 
     Args:
-        text: Without its quotes; expansions stand as they are written.
+        text: Without its quotes; expansions are left as they are written.
         known: How many characters of the text come before the first expansion; all of them where there is none.
     """
 

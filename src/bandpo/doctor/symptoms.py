@@ -1,6 +1,7 @@
 """Symptoms in a log of metrics, in the names of TRL, of verl, or our own."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "entropy": ("entropy", "actor/entropy"),
     "clip": ("clip_ratio/region_mean", "actor/band/clip_fraction/any", "actor/pg_clipfrac", "clip_fraction/any"),
     "ratio": ("ratio/mean", "actor/band/ratio/mean"),
-    "divergence": ("band/divergence_max", "actor/band/band/divergence_max"),
-    "cap": ("band/cap_fraction", "actor/band/band/cap_fraction", "actor/band/band/cap_fraction_of_all"),
+    "divergence": ("band/divergence_max", "actor/band/divergence_max", "actor/band/band/divergence_max"),
+    "cap": ("band/cap_fraction", "actor/band/cap_fraction_of_all", "actor/band/band/cap_fraction"),
     "nonfinite": ("nonfinite_fraction", "actor/band/nonfinite_fraction"),
     "reward": ("reward", "critic/score/mean", "critic/rewards/mean"),
     "zero variance": ("frac_reward_zero_std",),
@@ -26,6 +27,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """What the rules look at, and the hosts' names for it; the first that a log has is taken."""
 LOOKED_FOR = frozenset(name for names in NAMES.values() for name in names)
+
+_OF_THE_UPDATE = re.compile(r"(^|[/_])(kl|loss|grad_norm|entropy|ratio|logps?|log_?probs?)($|[/_])")
+_SHOWN = 8  # names of metrics in a line
 
 COLLAPSE, EXPLOSION = 0.2, 2.0
 """Entropy at the end over that at the start, below and above which it counts as collapsed or exploded."""
@@ -52,6 +56,13 @@ class Log:
                 if values:
                     self.found[what] = (name, values)
                     break
+        looked_at = {name for name, _ in self.found.values()}
+        self.broken: dict[str, int] = {}
+        """Other metrics that are NaN or infinite, with the number of rows."""
+        for row in rows:
+            for name, value in row.items():
+                if name not in looked_at and is_broken(value):
+                    self.broken[str(name)] = self.broken.get(str(name), 0) + 1
 
     def series(self, what: str) -> tuple[str, list[float]]:
         """The name that the log has for it, and its finite values; no values if it has none."""
@@ -91,7 +102,7 @@ def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         [('entropy', 'warning')]
     """
     log = Log(rows)
-    if not log.found:
+    if not log.found and not log.broken:
         raise ValueError(
             f"the log has {len(rows)} rows and none of the metrics that are looked for: "
             f"{', '.join(name for names in NAMES.values() for name in names)}"
@@ -189,7 +200,7 @@ def mismatch(log: Log) -> Finding | None:
 
 
 def signal(log: Log) -> Finding | None:
-    """Whether any group ever taught anything."""
+    """Whether any group ever had signal."""
     silent = log.no_signal()
     if silent:
         return Finding(
@@ -203,7 +214,7 @@ def signal(log: Log) -> Finding | None:
 
 
 def still(log: Log) -> Finding | None:
-    """Whether anything moved."""
+    """Whether any metric changes from row to row."""
     series = [values for what in log.found if len(values := log.series(what)[1]) >= 5]
     name, norms = log.series("gradient")
     if len(norms) >= 5 and not any(norms):
@@ -250,11 +261,21 @@ def nonfinite(log: Log) -> Finding | None:
         broken = sum(not math.isfinite(v) for v in numbers)
         if broken:
             seen.append(f"{other} is not finite in {broken} of {len(numbers)} rows")
+    update = {other: count for other, count in log.broken.items() if _OF_THE_UPDATE.search(other)}
+    seen += [f"{other} is not finite in {count} rows" for other, count in [*update.items()][:_SHOWN]]
     if seen:
         return Finding(
             "nonfinite", "problem", "; ".join(seen),
             "log-probs of NaN or infinity: 16-bit overflow, a broken checkpoint, a token of probability 0 in the sampler; or "
             "weights that are NaN", "float32 log-probs, a smaller learning rate, the checkpoint before",
+        )  # fmt: skip
+    if log.broken:
+        names = [*log.broken]
+        return Finding(
+            "nonfinite", "warning", f"not finite in some rows: {', '.join(names[:_SHOWN])}"
+            + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""),
+            "a mean over nothing, such as the score of a reward that gave no number; or a value that overflowed",
+            "look at these metrics",
         )  # fmt: skip
     return Finding("nonfinite", "ok", f"{name} is 0 throughout") if values else None
 
@@ -301,6 +322,12 @@ def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | N
 def _ends(values: Sequence[float]) -> tuple[float, float]:
     size = max(1, len(values) // 10)
     return sum(values[:size]) / size, sum(values[-size:]) / size
+
+
+def is_broken(value: Any) -> bool:
+    """Whether a value of a log is NaN or infinite, as a number or as text."""
+    number = _number(value)
+    return number is not None and not math.isfinite(number)
 
 
 def _number(value: Any) -> float | None:

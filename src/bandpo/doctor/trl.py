@@ -52,9 +52,14 @@ _ASSUMED = (
     "temperature", "top_p", "top_k", "max_completion_length",
 )  # fmt: skip
 _MAY_BE_INFINITE = frozenset({"max_ratio", "epsilon_high", "delta"})
-_SHARED = frozenset(
-    {"beta", "loss_type", "temperature", "use_vllm", "packing", "model_init_kwargs", "max_prompt_length"}
-)
+_SHARED = frozenset({
+    "beta", "loss_type", "temperature", "use_vllm", "packing", "model_init_kwargs", "max_prompt_length", "top_k", "top_p",
+    "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs", "disable_dropout",
+    "ds3_gather_for_generation", "log_completions", "max_completion_length", "num_completions_to_print", "pad_to_multiple_of",
+    "ref_model_mixup_alpha", "ref_model_sync_steps", "router_aux_loss_coef", "shuffle_dataset", "sync_ref_model",
+    "trust_remote_code",
+})  # fmt: skip
+"""Keys that other trainers of TRL have too, or files of other frameworks: they do not tell whose file it is."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _REGION = frozenset({"epsilon", "epsilon_high", "loss_type", "scale_rewards", "importance_sampling_level"})
 _ZOO = {"cispo": "cispo", "sapo": "sapo", "gmpo": "gmpo"}
@@ -67,6 +72,7 @@ _RUN_ONLY = frozenset({"task", "dataset"})
 def is_trl(given: Mapping[Any, Any]) -> bool:
     """Whether a YAML file is one of `bandpo train`, or has a key that of TRL's trainers only the one of GRPO has."""
     names = {f.name for f in fields(BandGRPOConfig)} - {f.name for f in fields(TrainingArguments)} - _SHARED
+    names = {name for name in names if not name.startswith("vllm_") or name.startswith("vllm_importance_sampling_")}
     return is_run(given) or not names.isdisjoint(given) or "reward_funcs" in given
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from bandpo._bounded import parse_yaml, read_regular
 from bandpo._files import read_yaml
+from bandpo._secrets import redact_arguments, redact_text
 from bandpo.bounds import Clip
 from bandpo.composition import Objective
 from bandpo.doctor.findings import Level
@@ -186,7 +187,7 @@ class Text(str):
 
 
 def parsed(text: str) -> Any:
-    """The value that a text of the command line stands for, as Hydra has it; itself where it is no YAML."""
+    """The value that Hydra reads from a text of the command line; the text itself where it is no YAML."""
     try:
         return parse_yaml(str(text), "a value") if text else None
     except ValueError:
@@ -311,13 +312,14 @@ def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: boo
     settings = Settings(defaults=listed or at is not None)
     unresolved: list[str] = []
     words = list(command[0 if at is None else at + 1 :])
+    shown = redact_arguments([word.text for word in words])
     for i, word in enumerate(words):
         key = _key(word)
         if key is not None:
             known = word.literal
             settings.given[key] = Text(word.text.partition("=")[2]) if known else UNKNOWN
             if not known:
-                unresolved.append(word.text.lstrip("+~"))
+                unresolved.append(shown[i].lstrip("+~"))
         elif word.text.startswith(("--config", "-cn", "-cp", "-cd")):
             option, equals, value = word.text.partition("=")
             value = value if equals else words[i + 1].text if i + 1 < len(words) else ""
@@ -327,7 +329,7 @@ def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: boo
         elif word.text in _OWN_ARGUMENTS:
             settings.unread.append(f"{word.text} (the arguments of the script) is taken as empty")
         elif not word.literal and not (at is not None and _are_plain(word, plain)):
-            settings.unread.append(f"{word.text} is not resolved and may set anything")
+            settings.unread.append(f"{shown[i]} is not resolved and may set anything")
             settings.defaults = False
     if unresolved:
         settings.unread.append(f"not resolved: {_some(unresolved)}")
@@ -448,7 +450,8 @@ def _setup(s: Settings, vocabulary: int | None) -> Setup:
 
 
 def _lines(unread: Iterable[str]) -> tuple[str, ...]:
-    lines = [line if len(line) <= 400 else line[:397] + "..." for line in dict.fromkeys(unread)]
+    whole = [redact_text(line) for line in dict.fromkeys(unread)]
+    lines = [line if len(line) <= 400 else line[:397] + "..." for line in whole]
     more = len(lines) - _MAX_UNREAD
     return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
@@ -555,5 +558,6 @@ def _ours(s: Settings, mode: str, prefix: str) -> tuple[Objective | None, bool, 
 
 def _some(names: Iterable[str]) -> str:
     """The first of many names."""
+    names = [redact_text(name) for name in names]
     names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

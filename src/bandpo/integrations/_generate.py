@@ -97,8 +97,8 @@ def sampling_by(model: Any, config: GenerationConfig) -> Iterator[None]:
     """A model's own `generation_config` set aside: what `config` leaves open is transformers' default, not the model's.
 
     Args:
-        model: It, an adapter around it included.
-        config: With which `generate` is called.
+        model: The model, an adapter around it included.
+        config: The one that `generate` is called with.
     """
     saved = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
     for module, _ in saved:
@@ -134,7 +134,7 @@ def pad_token(tokenizer: Any) -> int:
     """The token to fill batches with: the tokenizer's, or its end token, as TRL does.
 
     Args:
-        tokenizer: It.
+        tokenizer: The tokenizer.
 
     Raises:
         ValueError: If it has neither.
@@ -148,7 +148,7 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts behind an answer, None where it puts none."""
+    """The special token that the chat template puts after an answer, None where it puts none."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]

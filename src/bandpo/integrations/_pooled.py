@@ -57,7 +57,7 @@ class PooledLog:
             ValueError: If it is something else.
         """
         if not isinstance(parts, dict) or not all(_is_part(name, part) for name, part in parts.items()):
-            raise ValueError("the sums behind the metrics are not as they were saved")
+            raise ValueError("the sums of the metrics are not as they were saved")
         self.parts = parts
 
     def begin(self, log: Log) -> None:

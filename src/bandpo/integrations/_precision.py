@@ -64,7 +64,7 @@ def lost_updates(parameters: Iterable[Tensor], learning_rate: float, optimizer: 
 
 
 def lost_updates_of(trainer: Any) -> str | None:
-    """The same for a trainer of transformers, before it trains; None where it was given an optimizer of unknown steps."""
+    """`lost_updates` of a trainer of transformers, before it trains; None where it was given an optimizer of its own."""
     # Sharded training in lower precision keeps float32 weights beside these.
     if trainer.optimizer is not None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None

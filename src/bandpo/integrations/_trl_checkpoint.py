@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count, and from which a run goes on as if it had never stopped."""
+"""Checkpoints that are whole or do not count, and from which a run continues as if it had never stopped."""
 
 import errno
 import shutil
@@ -27,7 +27,7 @@ def latest_checkpoint(folder: Path, say: Callable[[str], Any]) -> Path | None:
     """The last whole checkpoint in a run's folder, if any.
 
     Args:
-        folder: It; need not exist.
+        folder: The folder; it need not exist.
         say: Takes a message for each checkpoint that is damaged.
     """
     return latest_whole(_checkpoints(folder), _step_of, say)
@@ -41,7 +41,7 @@ class WholeCheckpoints(Trainer):
     """What a trainer of this project adds to transformers' checkpoints.
 
     The last file written, `bandpo_files.json`, holds size and CRC-32 of all others: a checkpoint without it, or that
-    differs from it, is not gone on from. Older checkpoints are deleted once the new one is whole. The running sum behind the
+    differs from it, is never resumed. Older checkpoints are deleted once the new one is whole. The running sum behind the
     logged `loss` travels along, so that a run resumed between two logs logs the same.
     """
 
@@ -56,11 +56,11 @@ class WholeCheckpoints(Trainer):
         """What `state_to_keep` gave, from a checkpoint.
 
         Args:
-            state: It.
+            state: The state.
         """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; True goes on from the last whole checkpoint, and a damaged one is refused.
+        """As in transformers; True resumes the last whole checkpoint, and a damaged one is refused.
 
         Args:
             resume_from_checkpoint: A folder, or True for the last one in `output_dir`.
@@ -149,7 +149,7 @@ class WholeCheckpoints(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same in the run that goes on."""
+        """What must be the same in the run that resumes."""
         fixed = {name: getattr(self.args, name) for name in _FIXED if hasattr(self.args, name)}
         return {"processes": self.accelerator.num_processes, **fixed}
 
@@ -162,9 +162,8 @@ class WholeCheckpoints(Trainer):
         path = checkpoint / _STATE_FILE.format(rank=self.accelerator.process_index)
         if not path.exists():  # another number of processes: the first one's file says how many
             path = checkpoint / _STATE_FILE.format(rank=0)
-        with _readable(
-            checkpoint
-        ):  # on the CPU first: "cpu:0", as processes on one have it, is no place that torch loads to
+        with _readable(checkpoint):
+            # On the CPU first: torch cannot load to "cpu:0", which processes on a CPU have as their device.
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
             raise _cannot_resume(
@@ -196,7 +195,7 @@ def _readable(checkpoint: Path) -> Iterator[None]:
 
 def _cannot_resume(checkpoint: str | Path, why: str) -> ValueError:
     return ValueError(
-        f"checkpoint {checkpoint} cannot be gone on from: {why}. Use the one before it, or start a new run from its weights "
+        f"checkpoint {checkpoint} cannot be resumed: {why}. Use the one before it, or start a new run from its weights "
         "(model=CHECKPOINT)"
     )
 
@@ -252,6 +251,6 @@ def _cannot_write(folder: Path, run: Path, error: Exception) -> str:
     free = shutil.disk_usage(run).free / 2**20
     return (
         f"cannot write {folder} ({type(error).__name__}: {error}); {free:.0f} MiB are free there. "
-        f"{f'The last whole checkpoint is {last.name}' if last else 'There is no checkpoint before it'}: make room, then go on "
-        "with --resume_from_checkpoint latest"
+        f"{f'The last whole checkpoint is {last.name}' if last else 'There is no checkpoint before it'}: make room, then "
+        "resume with --resume_from_checkpoint latest"
     )

@@ -140,12 +140,12 @@ def packed_scores(
         labels = packed.flat(labels) if _is_flash(config) else labels
         with trainer.accelerator.autocast():
             out = model(**_inputs(packed, config), labels=labels, fused_lm_head=True)
-        # Values are those of the next token: one place to the right they stand at their own.
+        # The model gives each place the value of the next token: shifted by one, each token has its own.
         logps.append(packed.unpack(_rows(pad(out.log_probs, (1, 0)), packed))[:, -logits_to_keep:])
         if compute_entropy:
             entropies.append(packed.unpack(_rows(pad(out.entropy, (1, 0)), packed))[:, -logits_to_keep:])
         densities.append(float(attention.sum()) / packed.input_ids.numel())
-    mode = "train" if trainer.model.training else "eval"
-    trainer._metrics[mode]["packing/density"].append(sum(densities) / len(densities))
-    trainer._metrics[mode]["packing/padded_density"].append(float(attention_mask.float().mean()))
+    log = trainer._metrics[trainer._mode]
+    log["packing/density"].append(sum(densities) / len(densities))
+    log["packing/padded_density"].append(float(attention_mask.float().mean()))
     return torch.cat(logps), torch.cat(entropies) if compute_entropy else None

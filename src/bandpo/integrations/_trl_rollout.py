@@ -16,8 +16,7 @@ def group_extras(trainer: Any, rollout: dict[str, Any]) -> dict[str, Tensor]:
     if objective.group_stats is None:
         return {}
     advantages = trainer.accelerator.gather(rollout["advantages"])
-    size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    stats = objective.group_inputs(trainer.last_rewards.to(advantages.dtype), advantages, size)
+    stats = objective.group_inputs(trainer.last_rewards.to(advantages.dtype), advantages, trainer._group_size)
     mine = local_rows(trainer, len(rollout["advantages"]))
     return {PREFIX + name: x[mine] for name, x in stats.items()}
 
@@ -85,8 +84,7 @@ class Refill:
             rollout = _merge(rollout, fresh, replaced, source, trainer._tokenizer.pad_token_id)
             dull[dull.nonzero().flatten()[:count]] = False
             rounds += 1
-        mask = rollout["completion_mask"] * rollout.get("tool_mask", 1)
-        rollout["num_items_in_batch"] = accelerator.gather(mask.sum()).sum()
+        rollout["num_items_in_batch"] = accelerator.gather(mask_of(rollout).sum()).sum()
         log = trainer._metrics["train"]
         log["dynamic_sampling/rounds"].append(float(rounds))
         log["dynamic_sampling/dull_before"].append(before)
@@ -113,6 +111,12 @@ class Refill:
             places = numbers[numbers.div(len(data), rounding_mode="floor") == epoch] % len(data)
             chosen += [data[i] for i in order[places].tolist() for _ in range(size)]
         return chosen
+
+
+def mask_of(batch: dict[str, Any]) -> Tensor:
+    """The valid tokens of a batch or rollout of TRL: those of the completions, without what tools wrote."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def local_rows(trainer: Any, rows: int) -> slice:

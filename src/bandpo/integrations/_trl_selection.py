@@ -1,6 +1,5 @@
 """Pruned and packed batches in TRL: rows leave a rollout before it is split, forward passes run without padding."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from bandpo.integrations._trl_config import BandGRPOConfig
-from bandpo.integrations._trl_rollout import PREFIX, local_rows
+from bandpo.integrations._trl_rollout import PREFIX, local_rows, mask_of
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
 WEIGHT = f"{PREFIX}weight"
@@ -56,11 +55,10 @@ class PrunedRollouts:
         advantages = rollout["advantages"].view(-1, size)
         rewards = trainer.last_rewards[local_rows(trainer, len(weights))].view(-1, size).to(advantages.device)
         keys = [_key(row) for row in inputs[::size]]
-        mine = zip(keys, _of_scored(advantages.abs(), rewards).tolist(), strict=True)
-        found = [(key, mean) for key, mean in gather_object(list(mine)) if not math.isnan(mean)]
-        self.prune.update([key for key, _ in found], torch.tensor([[mean] for _, mean in found]))
+        groups = gather_object(list(zip(keys, advantages.tolist(), rewards.tolist(), strict=True)))
+        self.prune.update([key for key, _, _ in groups], *(torch.tensor([g[i] for g in groups]) for i in (1, 2)))
         before = torch.tensor(weights, device=advantages.device)
-        tokens = (rollout["completion_mask"] * rollout.get("tool_mask", 1)).sum(1)
+        tokens = mask_of(rollout).sum(1)
         log = trainer._metrics["train"]
         if not torch.equal(before, torch.ones_like(before)):
             # Tokens that were never sampled cannot be counted: their number is estimated with the same weights.
@@ -125,11 +123,6 @@ def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.G
         return keep.to(chosen.weight.dtype)
     dropping = torch.where(chosen.dropping == 1, 0.0, chosen.dropping * (1 - rest / max(1, len(others))))
     return (1 / (1 - dropping)).masked_fill(~keep, 0.0)
-
-
-def _of_scored(x: Tensor, rewards: Tensor) -> Tensor:
-    """Mean of each group over the completions that have a reward; NaN where none has."""
-    return x.masked_fill(rewards.isnan(), math.nan).nanmean(1)
 
 
 def _key(row: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which groups of a rollout teach something, and what a run says that never had one."""
+"""Which groups of a rollout have signal, rewards that differ, and the warning for a run in which none ever had."""
 
 import math
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bandpo.advantages import group_advantages
+from bandpo.groups import informative
 
 PATIENCE = 20
 
@@ -16,7 +17,7 @@ def without_signal(per_function: Tensor, weights: Tensor, size: int, *, summed_f
 
     Args:
         per_function: `(completions, functions)`, NaN where a function gave no reward; the groups are consecutive.
-        weights: Of the functions.
+        weights: The functions' weights.
         size: Completions of a group.
         summed_first: Whether the advantages come from the weighted sum (TRL's "sum_then_normalize"), or from each function's
             rewards by themselves ("normalize_then_sum"), where rewards whose sums are equal still teach.
@@ -25,21 +26,17 @@ def without_signal(per_function: Tensor, weights: Tensor, size: int, *, summed_f
         Bool, `(groups,)`.
 
     Examples:
-        >>> import torch
         >>> nan = float("nan")
         >>> rewards = torch.tensor([[nan], [1.0], [1.0], [0.0], [1.0], [1.0]])
         >>> without_signal(rewards, torch.ones(1), 3, summed_first=True)
         tensor([ True, False])
     """
     if summed_first:
-        values = total_rewards(per_function, weights).unsqueeze(1)
+        columns = [total_rewards(per_function, weights)]
     else:  # a function of weight 0 has no share in the advantages
-        values = per_function.masked_fill(weights.to(per_function.device) == 0, math.nan)
-    groups = values.view(-1, size, values.shape[1])
-    scored = ~groups.isnan()
-    highest = groups.masked_fill(~scored, -math.inf).amax(1)
-    lowest = groups.masked_fill(~scored, math.inf).amin(1)
-    return (highest <= lowest).all(1)  # -inf <= inf where nothing is scored
+        columns = per_function.masked_fill(weights.to(per_function.device) == 0, math.nan).unbind(1)
+    signal = torch.stack([informative(column, size).view(-1, size)[:, 0] for column in columns])
+    return ~signal.any(0)
 
 
 def normalized_then_summed(per_function: Tensor, weights: Tensor, size: int) -> Tensor:
@@ -71,19 +68,19 @@ def total_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
 
 
 class SignalWatch:
-    """Notes whether any group of the rollouts taught something, and has a sentence for a run where none does.
+    """Counts the rollouts with signal, a group whose rewards differ, and words the warning for a run without any.
 
     Args:
-        patience: Rollouts without any signal, one after the other, before it says so.
+        patience: Consecutive rollouts without signal after which it warns.
     """
 
     def __init__(self, patience: int = PATIENCE) -> None:
         self.patience = patience
-        self.rollouts = self.taught = self.since = 0
+        self.rollouts = self.with_signal = self.since = 0
         self.lowest, self.highest = math.inf, -math.inf
 
     def note(self, groups_without_signal: Tensor, rewards: Tensor) -> str | None:
-        """Take in a rollout; a sentence when there has been no signal for long.
+        """Count a rollout; the warning, if it is the last of `patience` without signal.
 
         Args:
             groups_without_signal: Bool, `(groups,)`, of all processes.
@@ -93,7 +90,7 @@ class SignalWatch:
         if scored := [x for x in rewards.tolist() if not math.isnan(x)]:
             self.lowest, self.highest = min(self.lowest, *scored), max(self.highest, *scored)
         if not groups_without_signal.all():
-            self.taught, self.since = self.taught + 1, 0
+            self.with_signal, self.since = self.with_signal + 1, 0
             return None
         self.since += 1
         if self.since != self.patience:
@@ -104,8 +101,8 @@ class SignalWatch:
         )
 
     def verdict(self) -> str | None:
-        """A sentence for the end of a run in which no group ever taught anything."""
-        if not self.rollouts or self.taught:
+        """The warning at the end of a run in which no group ever had signal, None for other runs."""
+        if not self.rollouts or self.with_signal:
             return None
         if self.lowest > self.highest:
             seen = "no completion was scored"

@@ -26,7 +26,7 @@ from bandpo.integrations._trl_checkpoint import WholeCheckpoints
 from bandpo.integrations._trl_config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations._trl_config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations._trl_packing import packed_scores, probe_packing, refuse_packing
-from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, local_rows, top_logprobs
+from bandpo.integrations._trl_rollout import PREFIX, Refill, group_extras, local_rows, mask_of, top_logprobs
 from bandpo.integrations._trl_selection import WEIGHT, PrunedRollouts
 from bandpo.integrations._trl_signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.losses import aggregate
@@ -142,7 +142,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self.say(text)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        without_empty(self._metrics["train" if self.model.training else "eval"])
+        without_empty(self._metrics[self._mode])
         super().log(logs, start_time)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +156,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         return self._without_nonfinite(out[0], self._scored_batch), *out[1:]
 
     def _without_nonfinite(self, new: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Log-probs for TRL, which has no rule for values that are no numbers: such tokens carry nothing of its loss.
+        """Log-probs for TRL, which has no rule for NaN and infinity: such tokens add nothing to its loss.
 
         The rule is that of `token_objective`: they count in the denominators, with an advantage of 0, and a ratio of the
         sequence leaves them out. Log-ratios beyond ±40, whose exponentials would overflow, have no gradient. TRL reads the rest
@@ -165,7 +165,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         old, ref = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
         old = new.detach() if old is None else old
         strange = ~(is_logprob(new) & is_logprob(old))  # padding too: TRL multiplies it by 0, and NaN stays NaN
-        valid = _mask_of(batch) != 0
+        valid = mask_of(batch) != 0
         by_sequence, used = self.objective.ratio_level == "sequence", valid & ~strange
         if strange.any():
             old, new = _or_zero(old, strange), _or_zero(new, strange)
@@ -237,9 +237,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if self.model.training:
             if self._refill is not None:
                 rollout = self._refill(rollout, self._generate_with_extras)
-            if (
-                isinstance(self._radius_rule, Adaptive) and self._measured[1]
-            ):  # without a valid token there is no evidence
+            if isinstance(self._radius_rule, Adaptive) and self._measured[1] > 0:  # some valid token was measured
                 self._radius_rule.update(self._measured[0] / self._measured[1])
                 self._measured = [0.0, 0.0]
         return rollout
@@ -340,14 +338,14 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             }
         return token_objective(
             self.objective, logprobs=new, old_logprobs=old, rollout_logprobs=sampled, advantages=inputs["advantages"],
-            mask=_mask_of(inputs), extras=extras,
+            mask=mask_of(inputs), extras=extras,
         )  # fmt: skip
 
     def _inherited_terms(
         self, new: Tensor, old: Tensor, bounds: RatioBounds | None, inputs: dict[str, Any]
     ) -> TokenObjective:
-        """The same for the metrics, where TRL has computed the objective itself."""
-        valid = _mask_of(inputs) != 0
+        """What the metrics need of `_own_terms` where TRL has computed the objective itself."""
+        valid = mask_of(inputs) != 0
         strange = valid & ~(is_logprob(new) & is_logprob(old))
         log_ratio, old = (_or_zero(fill(x, valid), strange) for x in (new - old, old))
         if self.objective.ratio_level == "sequence":
@@ -384,7 +382,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _policy_term(self, value: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The policy loss of a surrogate that TRL does not know, normalised as TRL's `loss_type` is."""
-        mask, per_token = _mask_of(inputs), -value
+        mask, per_token = mask_of(inputs), -value
         if WEIGHT in inputs:
             per_token = per_token * inputs[WEIGHT].unsqueeze(1)
         if self.use_vllm and self.vllm_importance_sampling_correction:
@@ -410,7 +408,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     @torch.no_grad()
     def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
         """Our metrics into TRL's log, pooled over processes and micro-batches, with one transfer to the host."""
-        mask = _mask_of(inputs)
+        mask = mask_of(inputs)
         sums = policy_sums(
             log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
             bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
@@ -463,7 +461,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._measured[1] += seen.denominator
 
     def state_to_keep(self) -> dict[str, Any]:
-        # TRL alone forgets the rollout that is being reused; a resumed run would go on with another one.
+        # TRL alone forgets the rollout that is being reused; a resumed run would continue with another one.
         return {
             "step": self._step, "rollout": self._buffered_inputs, "metrics": dict(self._metrics["train"]),
             "pooled": self._pooled["train"].parts, "signal": self._signal.state_dict(),
@@ -520,7 +518,7 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
             )
     if isinstance(objective.bounds, TopK) and args.use_vllm:
         raise ValueError(
-            f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not hand on from vLLM; "
+            f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not pass on from vLLM; "
             "choose dppo-kl or dppo-tv, or use_vllm=False"
         )
     if isinstance(objective.bounds, TopK) and own_sampler:
@@ -555,8 +553,3 @@ def _refuse_unsupported(objective: Objective, args: BandGRPOConfig, *, given: bo
                 raise ValueError(
                     f"{name}={getattr(args, name)} acts on TRL's own clipped loss, which this objective replaces"
                 )
-
-
-def _mask_of(inputs: dict[str, Any]) -> Tensor:
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -140,12 +140,12 @@ class OnlinePreferenceTrainer:
     arXiv:2601.08421, algorithm 1 (objective "dpo" or another with a fixed reference, latest batch only) and algorithm 3
     ("pdfr", "rebel", "rdrc"); with `resample=False` off-policy training; with labels "probe" RBRM (arXiv:2503.10093): a probe
     learns from the rewards of a few prompts, then ranks the samples of the others by the current policy's hidden states. The
-    reward is not asked for those, and a prompt that has taught the probe once is never ranked by it.
+    reward is not asked for those, and a prompt that the probe has learned from is never ranked by it.
 
     The reference scores each batch beside the policy, in the same precision, so that log-ratios of equal weights are 0. Weights
     are trained in float32 unless the model or `model_init_kwargs` say otherwise.
 
-    A round is done when its folder in `output_dir/rounds` is sealed (as a checkpoint is); `train(resume=True)` goes on
+    A round is done when its folder in `output_dir/rounds` is sealed (as a checkpoint is); `train(resume=True)` continues
     after the last one, with the same result as an uninterrupted run. Full weights, text, data parallel; sampling is
     transformers' `generate`.
 
@@ -185,7 +185,7 @@ class OnlinePreferenceTrainer:
         """Do the rounds; what each of them measured.
 
         Args:
-            resume: Go on after the last complete round in `output_dir`.
+            resume: Continue after the last complete round in `output_dir`.
         """
         start = self._restore() if resume else 0
         for k in range(start, self.args.rounds):
@@ -207,8 +207,8 @@ class OnlinePreferenceTrainer:
         self._refuse_long(prompt, completion)
         use_probe = self.args.labels == "probe"
         policy, hidden = self._score(
-            self.model, prompt, completion, hidden=self.args.probe_pooling if use_probe else None
-        )  # type: ignore[arg-type]
+            self.model, prompt, completion, hidden=self.args.probe_pooling if use_probe else None,  # type: ignore[arg-type]
+        )  # fmt: skip
         fixed, _ = self._score(self.reference, prompt, completion)
         shape = (len(samples), self.args.samples_per_prompt)
         rewards = torch.tensor([row["rewards"] for row in samples], dtype=torch.float32)
@@ -221,7 +221,7 @@ class OnlinePreferenceTrainer:
             assert self.probe is not None
             with torch.no_grad():
                 scores = self.probe(hidden.to(self.args.device)).cpu().view(shape)
-            scores[taught] = torch.nan  # these prompts have taught the probe; only the others are re-ranked
+            scores[taught] = torch.nan  # the probe has learned from these prompts; only the others are re-ranked
         ranked = rerank(
             scores, top=self.args.pairs_per_prompt, bottom=self.args.pairs_per_prompt, ties=self.objective.needs_gap
         )
@@ -248,9 +248,7 @@ class OnlinePreferenceTrainer:
                 "samples_per_prompt or prompts_per_round, or start from a model that sometimes succeeds"
             )
         measured = {"round": float(k), "pairs": float(len(rows))}
-        if (
-            fresh
-        ):  # samples of the policy as it is: old ones say nothing of its reward, nor of its distance from the start
+        if fresh:  # old samples tell neither the policy's reward nor its distance from the start
             asked = torch.ones(len(samples), dtype=torch.bool)
             if use_probe and not self.args.probe_audit:
                 asked = taught
@@ -400,7 +398,7 @@ class OnlinePreferenceTrainer:
                 torch.save(self.probe.state_dict(), folder / "probe.pt")
             write_text(folder / "round.json", json.dumps(self.history))
             seal(folder)  # last, and in one step: a round without it never happened
-            for old in range(k - 1):  # a run goes on from the last round, or the one before if that is damaged
+            for old in range(k - 1):  # a run continues from the last round, or the one before if that is damaged
                 shutil.rmtree(self._folder / f"{old}" / "model", ignore_errors=True)
                 (self._folder / f"{old}" / "optimizer.pt").unlink(missing_ok=True)
         PartialState().wait_for_everyone()

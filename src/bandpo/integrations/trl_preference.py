@@ -184,8 +184,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
                     warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
                     references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
-        mode = "train" if self.model.training else "eval"
-        self._pooled[mode].begin(self._metrics[mode])
+        self._pooled[self._mode].begin(self._metrics[self._mode])
         recorded = _Recorder(model)
         with self._given_references(), self._hidden_states() as hidden:
             host = super()._compute_loss(recorded, inputs, return_outputs)
@@ -236,6 +235,10 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         accuracy = (rewards[0] > rewards[1]).float().mean()
         return confidence, {"probe/confidence": confidence.mean(), "probe/accuracy": accuracy}
 
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
     @contextmanager
     def _given_references(self) -> Iterator[None]:
         saved, self.precompute_ref_logps = self.precompute_ref_logps, True
@@ -254,9 +257,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
 
         Implicit rewards take the place of TRL's, which know no link.
         """
-        mode = "train" if self.model.training else "eval"
-        self.pairs_seen += pairs if mode == "train" else 0
-        log, pooled = self._metrics[mode], self._pooled[mode]
+        self.pairs_seen += pairs if self.model.training else 0
+        log, pooled = self._metrics[self._mode], self._pooled[self._mode]
         every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
         used = (every * (1 - metrics["nonfinite_fraction"])).round()
         sums: dict[str, PooledSum] = {}
@@ -285,7 +287,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             self._probe_optimizer.load_state_dict(state["probe_optimizer"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        without_empty(self._metrics["train" if self.model.training else "eval"])
+        without_empty(self._metrics[self._mode])
         super().log(logs, start_time)
 
 

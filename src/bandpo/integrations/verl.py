@@ -1,7 +1,9 @@
-"""The objectives as policy losses of verl >= 0.9, found by its plug-in mechanism: nothing to import, nothing to fork.
+"""The objectives as policy losses of verl, found by its plug-in mechanism: nothing to import, nothing to fork.
 
-`pip install bandpo` puts an entry point into verl's group `verl.plugins`. Every worker loads it, and it registers `bandpo` and
-`bandpo:NAME` for each objective of the zoo. (verl older than 0.9: `VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl`.)
+`pip install bandpo` puts an entry point into verl's group `verl.plugins` (verl >= 0.9). Every worker loads it, and it registers
+`bandpo` and `bandpo:NAME` for each objective of the zoo. verl 0.7.1 and 0.8.0, which know no plug-ins, take it from the
+environment variable `VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl` in every process. verl does not say when a plug-in
+fails to load; `python -c "import bandpo.integrations.verl"` does.
 
     actor_rollout_ref.actor.policy_loss.loss_mode=bandpo
     actor_rollout_ref.actor.policy_loss._target_=bandpo.integrations.verl.BandPolicyLossConfig   # for the options below
@@ -10,7 +12,6 @@
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,17 +24,25 @@ try:
     from verl.workers.config import ActorConfig
     from verl.workers.config.actor import PolicyLossConfig
 except ImportError as error:
-    raise ImportError(f"bandpo.integrations.verl needs verl >= 0.9: pip install 'bandpo[verl]' ({error})") from error
+    raise ImportError(f"bandpo.integrations.verl needs verl >= 0.7.1: pip install 'bandpo[verl]' ({error})") from error
 
 from bandpo._inputs import as_mask
 from bandpo.composition import Objective
+from bandpo.integrations._host import OPTIONS, attributes, parse_options, refuse_ignored
+from bandpo.integrations._host_metrics import as_floats, mean_proof
 from bandpo.integrations._overrides import Overrides
-from bandpo.metrics import averaged_by_host, policy_sums
+from bandpo.metrics import policy_sums
 from bandpo.objectives import OBJECTIVES, get_objective
 from bandpo.surrogates import clip, dual_clip
 from bandpo.tokens import TokenObjective, token_objective
 
-_WIDTHS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
+_DUAL_CLIP = 3.0
+# verl's options of its own losses, at verl's defaults. `clip_ratio_c` belongs to them for objectives that do not clip.
+_ACTOR = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "tau_pos": 1.0, "tau_neg": 1.05}
+_POLICY_LOSS = {
+    "clip_cov_ratio": 0.0002, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0, "kl_cov_ratio": 0.0002, "ppo_kl_coef": 0.1,
+    "dro_beta": None,
+}  # fmt: skip
 
 
 @dataclass
@@ -43,7 +52,8 @@ class BandPolicyLossConfig(PolicyLossConfig):
     `loss_agg_mode`, `clip_ratio_c` (dual clip, of objectives that clip) and the KL loss stay verl's, in `actor`.
 
     Args:
-        loss_mode: `bandpo`, or `bandpo:NAME`, which is the same with `objective=NAME`.
+        loss_mode: `bandpo`, or `bandpo:NAME`, which is the same with `objective=NAME`. verl's own configuration has `vanilla`
+            there, so it must be set.
         objective: A name of `bandpo objectives`, or "package.module:NAME" of an `Objective`.
         divergence: Of a band.
         radius: δ of a ball.
@@ -57,7 +67,8 @@ class BandPolicyLossConfig(PolicyLossConfig):
             need it true, the others false.
 
     Raises:
-        ValueError: If an option would be ignored, or the objective needs what verl does not give a loss.
+        ValueError: If an option would be ignored or is of another type, `loss_mode` names a loss of verl, or the objective
+            needs what verl does not give a loss.
     """
 
     loss_mode: str = "bandpo"
@@ -125,8 +136,8 @@ def register() -> None:
 def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective, *, ranks: int) -> dict[str, float]:
     """Metrics of this micro-batch; verl averages them over micro-batches and ranks.
 
-    A metric without a number is left out. verl refuses that on several ranks, each must report the same names: there shares of
-    few tokens are shares of all tokens, which always have a number where a token is valid.
+    A micro-batch without a valid token reports nothing. On several ranks verl refuses that, each must report the same names:
+    there it counts as 0.
     """
     sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
@@ -134,13 +145,12 @@ def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective, *, rank
     )  # fmt: skip
     log_ratio = terms.log_ratio.detach().expand(valid.shape)
     used = valid & ~terms.nonfinite
-    report = averaged_by_host(sums) if ranks > 1 else {name: found.value() for name, found in sums.items()}
-    found = {f"actor/band/{name}": value for name, value in report.items()} | {
-        "actor/pg_clipfrac": sums["clip_fraction/any"].value(),
-        "actor/ppo_kl": -torch.where(used, log_ratio, 0.0).sum() / used.sum(),
+    report = {f"band/{name}": value for name, value in mean_proof(sums).items()} | {
+        "pg_clipfrac": sums["clip_fraction/any"].value().nan_to_num(),
+        "ppo_kl": (-torch.where(used, log_ratio, 0.0).sum() / used.sum()).nan_to_num(),
     }
-    values = torch.stack([x.float() for x in found.values()]).tolist()  # one synchronisation
-    return {name: v for name, v in zip(found, values, strict=True) if ranks > 1 or not math.isnan(v)}
+    found = as_floats(report | {"tokens": valid.sum()}, "actor/")
+    return found if found.pop("actor/tokens") or ranks > 1 else {}
 
 
 def _objective(config: ActorConfig, name: str | None) -> Objective:
@@ -148,30 +158,40 @@ def _objective(config: ActorConfig, name: str | None) -> Objective:
     options = config.policy_loss
     own = isinstance(options, BandPolicyLossConfig)
     asked = tuple((f, getattr(options, f)) for f in _OPTIONS) if own else ()
-    return _kept(name, asked, *(getattr(config, w) for w in _WIDTHS), config.clip_ratio_c)
+    theirs = {**attributes(options, _POLICY_LOSS), **attributes(config, _ACTOR)}
+    return _kept(name, asked, tuple(theirs.items()), config.clip_ratio_c)
 
 
 @functools.lru_cache(maxsize=64)
 def _kept(
-    name: str | None, options: tuple[tuple[str, Any], ...], width: float, low: float, high: float, dual: float | None
+    name: str | None, options: tuple[tuple[str, Any], ...], theirs: tuple[tuple[str, Any], ...], dual: float | None
 ) -> Objective:
     given = dict(options)
     if given and name is not None and given["objective"] not in (name, BandPolicyLossConfig.objective):
         raise ValueError(f"policy_loss: loss_mode=bandpo:{name} and objective={given['objective']}; set one of them")
-    if (width, low, high) != (0.2, 0.2, 0.2):
-        raise ValueError(
-            f"actor: clip_ratio={width}, clip_ratio_low={low} and clip_ratio_high={high} would be ignored; set "
-            "policy_loss.epsilon and policy_loss.epsilon_high, and leave these at 0.2"
-        )
+    refuse_ignored("verl", dict(theirs), {**_ACTOR, **_POLICY_LOSS})
     objective = _build(name or given.get("objective", BandPolicyLossConfig.objective), given)
-    if dual is not None and objective.surrogate is clip:
-        objective = dataclasses.replace(objective, surrogate=partial(dual_clip, c=dual))
-    return objective
+    if objective.surrogate is not clip:
+        refuse_ignored("verl", {"clip_ratio_c": dual}, {"clip_ratio_c": _DUAL_CLIP} if dual is not None else {})
+        return objective
+    if dual is None:
+        return objective
+    if not dual > 1:
+        raise ValueError(
+            f"verl: clip_ratio_c={dual!r} must be greater than 1, it is the largest ratio of a bad token (dual clip)"
+        )
+    return dataclasses.replace(objective, surrogate=partial(dual_clip, c=dual))
 
 
 def _resolve(options: BandPolicyLossConfig) -> Objective:
-    name = options.loss_mode.partition(":")[2] or options.objective
-    return _build(name, {field: getattr(options, field) for field in _OPTIONS})
+    mode, colon, name = options.loss_mode.partition(":")
+    if mode != "bandpo" or bool(colon) != bool(name):
+        raise ValueError(
+            f"policy_loss: loss_mode={options.loss_mode!r} would train without bandpo, whose options are set beside it; "
+            "set actor_rollout_ref.actor.policy_loss.loss_mode=bandpo (or bandpo:NAME)"
+        )
+    refuse_ignored("verl", attributes(options, _POLICY_LOSS), _POLICY_LOSS)
+    return _build(name or options.objective, {field: getattr(options, field) for field in _OPTIONS})
 
 
 def _build(name: str, given: dict[str, Any]) -> Objective:
@@ -180,6 +200,10 @@ def _build(name: str, given: dict[str, Any]) -> Objective:
     if missing:
         raise ValueError(f"objective {name!r} needs {missing}, which verl does not give a policy loss")
     bypass = given.get("bypass_mode")
+    if isinstance(bypass, str):
+        if bypass.lower() not in ("true", "false"):
+            raise ValueError(f"policy_loss: bypass_mode={bypass!r} must be true or false")
+        bypass = bypass.lower() == "true"
     if objective.anchor == "rollout" and bypass is not True:
         raise ValueError(
             f"objective {name!r} takes its ratio against the rollout's log-probs (anchor='rollout'), but "
@@ -193,9 +217,7 @@ def _build(name: str, given: dict[str, Any]) -> Objective:
             "mode puts the rollout's log-probs there. Set algorithm.rollout_correction.bypass_mode=False, or choose an "
             "objective with anchor='rollout'"
         )
-    return Overrides(**{f.name: given[f.name] for f in dataclasses.fields(Overrides) if f.name in given}).apply(
-        objective, name
-    )
+    return Overrides(**parse_options({name: given[name] for name in OPTIONS if name in given})).apply(objective, name)
 
 
 def _missing(objective: Objective) -> str:
@@ -206,10 +228,6 @@ def _missing(objective: Objective) -> str:
     return ""
 
 
-_OPTIONS = (
-    "objective",
-    *(f.name for f in dataclasses.fields(Overrides) if f.name != "divergence_top_k"),
-    "bypass_mode",
-)
+_OPTIONS = ("objective", *OPTIONS, "bypass_mode")
 
 register()

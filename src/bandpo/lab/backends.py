@@ -33,8 +33,8 @@ def processes(
 ) -> Outcomes[Work, Made]:
     """Spawned processes, each with a session of its own.
 
-    A process that dies (killed for memory, say) takes no other work with it: its work is tried once more, in a new one. None is
-    left behind, however this process ends.
+    A process that dies, such as one killed for memory, affects its own work only, which is tried once more in a new process. No
+    process is left running, however this one ends.
 
     Args:
         work: What to make.
@@ -142,7 +142,7 @@ def _serve(pipe: Connection, make: Callable[[Any], Any]) -> None:
             return
         try:
             outcome = (make(item), None, "")
-        except BaseException as error:  # of any kind, sys.exit too: it belongs to this item, the others go on
+        except BaseException as error:  # of any kind, sys.exit too: it is the outcome of this item alone
             outcome = (None, redact_text(repr(error)), redact_text(traceback.format_exc()))
         try:
             pipe.send(outcome)

@@ -93,7 +93,7 @@ def _check_options(run: dict[str, Any]) -> None:
 
 
 def train_and_measure(run: dict[str, Any]) -> dict[str, Any]:
-    """Make one run in a process of its own, or go on with it, unless its result is there; what `measure` finds.
+    """Make one run in a process of its own, or resume it, unless its result exists; what `measure` finds.
 
     Args:
         run: As `selection_on_the_main_job` describes it.

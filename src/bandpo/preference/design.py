@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_int, check_tensor
-from bandpo.preference._checks import check_number, check_values
+from bandpo._inputs import check_int, check_tensor, check_values
+from bandpo.preference._checks import check_number
 
 PromptMarginal = Literal["design", "uniform"]
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bandpo._inputs import check_tensor
-from bandpo.preference._checks import check_column, check_number, check_values
+from bandpo._inputs import check_tensor, check_values
+from bandpo.preference._checks import check_column, check_number
 from bandpo.preference.links import LOG, Link
 from bandpo.preference.objectives import PairObjective, get_pair_objective
 
@@ -106,21 +106,10 @@ def _log_ratio(objective: PairObjective, new: Tensor, ref: Tensor | None, length
         check_column(f"ref_{side}_logprobs", ref, new, like_name=f"{side}_logprobs")
         wide = wide - ref.detach().to(wide.dtype)
     if lengths is not None:
-        _check_like(f"{side}_lengths", lengths, new, f"{side}_logprobs")
+        check_column(f"{side}_lengths", lengths, new, like_name=f"{side}_logprobs", floating=False)
         check_values(lengths >= 1, lengths, f"{side}_lengths must be at least 1: a completion has a token")
         wide = wide / lengths
     return wide
-
-
-def _check_like(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
-    """A tensor of numbers, integers included, of the same shape as another one."""
-    check_tensor(name, value, floating=False)
-    if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} must hold numbers, got {value.dtype}")
-    if value.shape != like.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} but {like_name} has {tuple(like.shape)}; they must be equal"
-        )
 
 
 def _target(objective: PairObjective, gap: Tensor | None, confidence: Tensor | None, *, like: Tensor) -> Tensor | None:
@@ -136,12 +125,12 @@ def _target(objective: PairObjective, gap: Tensor | None, confidence: Tensor | N
     if gap is not None and confidence is not None:
         raise ValueError("reward_gap and confidence are both given; a soft target is one of them")
     if confidence is not None:
-        _check_like("confidence", confidence, like, "chosen_logprobs")
+        check_column("confidence", confidence, like, like_name="chosen_logprobs", floating=False)
         check_values((confidence >= 0) & (confidence <= 1), confidence, "confidence must be a probability, in [0, 1]")
         return confidence.detach().to(like.dtype)
     if gap is not None:
-        _check_like("reward_gap", gap, like, "chosen_logprobs")
-        check_values(gap.isfinite(), gap, "reward_gap must be finite; leave pairs without a score out")
+        check_column("reward_gap", gap, like, like_name="chosen_logprobs", floating=False)
+        check_values(gap.isfinite(), gap, "reward_gap must be finite", fix="leave pairs without a score out")
         scaled = objective.label_scale * gap.detach().to(like.dtype)
         return scaled.sigmoid() if objective.target == "soft" else scaled
     if objective.target == "squared":

@@ -7,6 +7,8 @@ one before it. Here a reference is read as a whole, and a completion's answer is
 import math
 import numbers
 import re
+import unicodedata
+from fractions import Fraction
 from typing import Any
 
 _BOX = re.compile(r"\\boxed(?![A-Za-z])\s*")
@@ -16,6 +18,21 @@ _JOINED = re.compile(r"(\s|\$|,|;|\\[,;: ]|\\\]|\\\[|\\\)|\\\(|and|or|\\text\{\s
 _NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?\s*(\\?%)?")
 _SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d+)")
 _BASED = re.compile(r"([0-9A-F]+)_\{?(\d{1,2})\}?")
+_PREFIXED = re.compile(r"0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+")
+_MIXED = re.compile(r"([+-]?\d+) (\d+)/(\d+)")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\{(\d+)\}(?!\d)")
+_UNIT = re.compile(
+    r"(?<=\d) ?(in|(?:[kcm]?m|mi|ft|in|[km]?g|m?[lL]|mol|[kM]?[JW])"
+    r"/(?:s|h|hr|min|day|[km]?g|[kcm]?m|m?[lL]|mol)(?:\^\{?[23]\}?)?)$"
+)
+_CHOICE = re.compile(
+    r"(?:\\(?:text\w*|mathrm|mathbf)\s*\{\s*)?\([A-H]\)\s*\}?[\s~]*(?:[-+.]?\d|\\?\$|\\[dt]?frac|\\sqrt)"
+)
+_ROOT = re.compile(r"√\s*(\d+|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+_VULGAR = re.compile("[¼½¾⅐-⅞]")
+_LAST_LETTERS = re.compile(r"(?<=[\d}\s])(?<!\\)([A-Za-z]{1,3})(\}?\$?)$")
+_MEASURED = re.compile(r"[$\\boxed{]*[+-]?[\d.,/]+(?:\s+[A-Za-z]+|[kcm]m|[km]g|m[lL]|ft|lbs?|hrs?|min|yr)\}?\$?")
 _SPACED = re.compile(r"[+-]?\d{1,3}( \d{3})+(\.\d+)?")
 _DIGIT_GROUP = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\})(?=\d{3}(?!\d))")
 _MONEY = re.compile(r"^\\?[$€£¥]\s*(?=[\d.])|(?<=\d)\s*\\?[$€£¥]$")
@@ -28,7 +45,6 @@ _UNIT_BEFORE_DIGIT = re.compile(
 _AND = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{\s*,?\s*(and|or)\s*\}", re.IGNORECASE)
 _SYMBOLS = {
     "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "π": r"\pi ", "∞": r"\infty ",
-    r"\varnothing": r"\emptyset ",
     "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "°": r"^\circ ",
 }  # fmt: skip
 _FUNCTION = re.compile(r"(?<![A-Za-z\\_])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi)(?![A-Za-z])")
@@ -123,6 +139,8 @@ def reference(answer: Any) -> str | None:
     dollars = len(_DOLLAR.findall(text))
     if _ANCHOR.search(text) or (dollars and dollars % 2 == 0):
         return text
+    if _CHOICE.match(text):  # the letter, or the value behind it?
+        return None
     latex = as_latex(_DOLLAR.sub("", text))
     return f"${latex}$" if latex else None
 
@@ -158,8 +176,15 @@ def as_latex(text: str) -> str | None:
     """
     text = re.sub(r"(?<![\\.])[.,;]$", "", text.strip()).strip()
     text = _MONEY.sub("", text)
-    for symbol, command in _SYMBOLS.items():
-        text = text.replace(symbol, command)
+    text = text.replace(r"\varnothing", r"\emptyset ")
+    if not text.isascii():
+        text = _without_unicode(text)
+    if _PREFIXED.fullmatch(text):
+        return str(int(text, 0))
+    if found := _MIXED.fullmatch(text):
+        return rf"{found[1]}\frac{{{found[2]}}}{{{found[3]}}}"
+    text = _UNIT.sub(r"\\text{ \1}", _REPEATING.sub(_fraction, text))
+    text = _both_signs(text)
     if found := _SCIENTIFIC.fullmatch(text):
         return rf"{found[1]}\times 10^{{{int(found[2])}}}"
     if _SPACED.fullmatch(text):
@@ -174,3 +199,43 @@ def as_latex(text: str) -> str | None:
     text = _TEXT.sub(lambda m: m["keep"] or rf"\text{{{' ' if mixed else ''}{m['words']}}}", text)
     text = re.sub(r"(?<=\d) (?=\\text\{ )", "", text)
     return None if _UNIT_BEFORE_DIGIT.search(_AND.sub(",", text)) else text
+
+
+def with_variables(latex: str) -> str:
+    r"""An answer whose last letters are variables, in braces so that math-verify does not take them for a unit: $6m$ is not 6.
+
+    Args:
+        latex: In `$...$` or in a box.
+
+    Examples:
+        >>> with_variables(r"$2\pi h$"), with_variables(r"\boxed{6ab}"), with_variables("$5 m$"), with_variables("$5cm$")
+        ('$2\\pi {h}$', '\\boxed{6{ab}}', '$5 m$', '$5cm$')
+    """
+    return latex if _MEASURED.fullmatch(latex) else _LAST_LETTERS.sub(r"{\1}\2", latex)
+
+
+def _without_unicode(text: str) -> str:
+    """Mathematical characters as the commands that they stand for."""
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1].strip('(){}')}}}", text)
+    text = _SUPERSCRIPT.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}}}", text)
+    text = _VULGAR.sub(lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
+    for symbol, command in _SYMBOLS.items():
+        text = text.replace(symbol, command)
+    return text
+
+
+def _fraction(decimal: re.Match[str]) -> str:
+    """A number with a period as the fraction that it is."""
+    whole, fixed, period = decimal.groups()
+    scale = 10 ** len(fixed)
+    value = Fraction(int((whole + fixed) or 0), scale) + Fraction(int(period), scale * (10 ** len(period) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _both_signs(text: str) -> str:
+    r"""An answer with its only `\pm` inside of a group as the two answers that it stands for; others are math-verify's."""
+    before, sign, after = text.partition(r"\pm")
+    inside = len(re.findall(r"(?<!\\)\{", before)) > len(re.findall(r"(?<!\\)\}", before))
+    if not sign or not inside or r"\pm" in after or r"\mp" in text or after[:1].isalpha():
+        return text
+    return f"{before}+{after}, {before}-{after}"

@@ -70,7 +70,7 @@ class _Job:
     run: RunConfig
     sampling: _Sampling
     folder: Path | None
-    """Of the run whose held-out prompts these are, None where the prompts were named."""
+    """Folder of the run whose held-out prompts are used, None where the prompts were named."""
     reward: str
 
 
@@ -86,8 +86,6 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
     progress = Progress()
     local = Path(job.model).is_dir()  # its files may name others, which are not fetched for it
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    if local and not options.trust_remote_code:
-        _refuse_kernels(Path(job.model) / "config.json")
     tokenizer = load_tokenizer(job.model, local=local, **code)
     with exits_are_errors():
         reward = CheckedReward(
@@ -256,24 +254,6 @@ def _sampling(job: _Job, options: argparse.Namespace) -> _Sampling:
         "max_completion_length": options.max_new_tokens or length,
     }  # fmt: skip
     return replace(job.sampling, **{name: value for name, value in asked.items() if value is not None})
-
-
-def _refuse_kernels(path: Path) -> None:
-    """A model's configuration can name attention kernels of the Hub, which transformers fetches and runs.
-
-    Raises:
-        ValueError: If it does.
-    """
-    found = [read_yaml(path)] if path.is_file() else []  # JSON is YAML
-    while found:
-        for key, value in found.pop().items():
-            if isinstance(value, dict):
-                found.append(value)
-            elif str(key).endswith("_implementation") and isinstance(value, str) and "/" in value:
-                raise ValueError(
-                    f"{path}: {key} names code of the Hub, {printable(repr(value))[:80]}; it is used only with "
-                    "--trust-remote-code"
-                )
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The report of a comparison: figures, one self-contained page, and the evidence page of the documentation."""
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,6 @@ import jinja2
 from matplotlib.figure import Figure
 
 from bandpo._files import write_text
-from bandpo._secrets import hide
 from bandpo.lab.claims import Claim, claims, duels
 from bandpo.lab.figures import (
     plot_clip_maps,
@@ -26,6 +24,7 @@ from bandpo.lab.figures import (
 from bandpo.lab.problems import PROBLEMS
 from bandpo.lab.stats import number
 from bandpo.lab.summary import ABLATED, runs_of
+from bandpo.run.report import save_svg
 
 
 class Picture(NamedTuple):
@@ -71,7 +70,7 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
     figures: dict[str, dict[str, str]] = {}
     for i, picture in enumerate(pictures(summary)):
         name = f"{picture.section}-{i}.svg"
-        figures.setdefault(picture.section, {})[picture.title] = _svg(picture.figure, folder / "figures" / name)
+        figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, folder / "figures" / name)
     page = _template("compare.html.j2", autoescape=True).render(
         title="Trust regions compared: " + ", ".join(summary["tasks"]), summary=summary, figures=figures, tasks=_tasks(summary),
         claims=claims(summary), exact_text=_exact_text(summary), about=summary["about"],
@@ -180,12 +179,3 @@ def _template(name: str, *, autoescape: bool) -> jinja2.Template:
     environment.filters["number"] = number
     environment.filters["runs_of"] = runs_of
     return environment.get_template(name)
-
-
-def _svg(figure: Figure, path: Path) -> str:
-    path.parent.mkdir(exist_ok=True)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = hide(buffer.getvalue())
-    write_text(path, text)
-    return text[text.index("<svg") :]

@@ -12,12 +12,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl.data_utils import extract_prompt
 
+from bandpo._bounded import parse_json, read_regular
 from bandpo._errors import printable
 from bandpo.lab.tasks import TASKS, make_splits
 from bandpo.run.config import RunConfig
 from bandpo.run.verification import unreadable
 
 Say = Callable[[str], None]
+_MAX_MODEL_CONFIG_BYTES = 1 << 24
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -55,7 +57,7 @@ def run_prompts(
 def held_out_prompts(
     run: RunConfig, tokenizer: Any, window: int | None, *, completion: int, seed: int, say: Say
 ) -> Dataset:
-    """The second half of `run_prompts`.
+    """The prompts that `run_prompts` holds out.
 
     Args:
         run: As there.
@@ -113,18 +115,54 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, local: bool = False) -
 
     Args:
         name: Hub name or folder.
-        trust_remote_code: Run code that the folder brings.
+        trust_remote_code: Run code that the folder brings or names.
         local: Download nothing.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or its folder names code and may not.
     """
+    if not trust_remote_code:
+        _refuse_code(Path(name))
     try:
         return AutoTokenizer.from_pretrained(
             name, padding_side="left", trust_remote_code=trust_remote_code, local_files_only=local
         )
     except OSError as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuse a model's folder that names code elsewhere.
+
+    That is attention kernels of the Hub, which transformers fetches and runs, and a module for an adapter's layers, which PEFT
+    imports. The same holds for the folder that an adapter names as its base.
+
+    Args:
+        folder: Of a model or an adapter; a Hub name is none.
+
+    Raises:
+        ValueError: If it does.
+    """
+    adapter = folder / "adapter_config.json"
+    base = _json_of(adapter).get("base_model_name_or_path")
+    for path in (folder / "config.json", adapter, *([Path(base) / "config.json"] if isinstance(base, str) else [])):
+        found = [_json_of(path)]
+        while found:
+            for key, value in found.pop().items():
+                kernel = "_implementation" in key and isinstance(value, str) and "/" in value
+                if kernel or (key.startswith("megatron_") and value and value != "megatron.core"):
+                    raise ValueError(
+                        f"{path}: {key} names code that is elsewhere, {printable(repr(value))[:80]}; it is used only with "
+                        "--trust-remote-code"
+                    )
+                if isinstance(value, dict):
+                    found.append(value)
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, an empty one where there is no such file or another value in it."""
+    content = parse_json(read_regular(path, _MAX_MODEL_CONFIG_BYTES), str(path)) if path.exists() else None
+    return content if isinstance(content, dict) else {}
 
 
 def window_of(config: Any) -> int | None:
@@ -272,7 +310,7 @@ def load_pairs(
         split: Split of a Hub dataset.
         held_out: Prompts that the run is evaluated on, column "prompt".
         tokenizer: The model's.
-        system_prompt: What stands before the held-out prompts.
+        system_prompt: The system prompt of the held-out prompts.
         limit: Tokens of the longest prompt and completion; None for no limit.
         skip_bad: Leave bad rows out, and say how many.
         say: Takes that message.

@@ -17,11 +17,12 @@ from typing import Any
 from bandpo._bounded import parse_json, parse_yaml, read_regular
 from bandpo._errors import printable
 from bandpo._files import read_yaml
+from bandpo._secrets import redact_text
 from bandpo.composition import Objective
 from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.hosts import host_of_keys, not_readable
-from bandpo.doctor.symptoms import LOOKED_FOR
+from bandpo.doctor.symptoms import LOOKED_FOR, is_broken
 from bandpo.doctor.verl import is_verl, read_verl
 
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
@@ -69,7 +70,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:
-        print(json.dumps([{"file": printable(name), "findings": [_plain(f) for f in found]} for name, found in sections],
+        print(json.dumps([{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections],
                          indent=1))  # fmt: skip
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -114,7 +115,9 @@ def read_config(
 
 
 def read_log(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of a log, with the metrics that the rules look at and nothing else; a last line without its end is no row.
+    """Rows of a log, with the metrics that the rules look at, and others where they are no number.
+
+    A last line without its end is no row.
 
     Args:
         path: A JSONL file.
@@ -136,7 +139,7 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
             raise ValueError(f"{where}: a row is an object like {{...}}, got {type(row).__name__}")
         if len(rows) == _MAX_ROWS:
             raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 10000")
-        rows.append({name: row[name] for name in LOOKED_FOR if name in row})
+        rows.append({name: value for name, value in row.items() if name in LOOKED_FOR or is_broken(value)})
         start = end + 1
     return rows
 
@@ -166,7 +169,7 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
 
 
 def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
-    lines = [printable(name)]
+    lines = [_shown(name)]
     for f in findings:
         mark = f"\x1b[{_COLOURS[f.level]}m{_MARKS[f.level]}\x1b[0m" if colour else _MARKS[f.level]
         lines.append(f" {mark} {_wrap(f'{f.rule}: {f.seen}')}")
@@ -174,7 +177,7 @@ def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
             lines.append(f"      {_wrap(f'why: {f.cause}')}")
         if f.knob:
             lines.append(f"      {_wrap(f'set: {f.knob}')}")
-        lines += [f"      {printable(row)}" for row in f.details]
+        lines += [f"      {_shown(row)}" for row in f.details]
     counts = [
         f"{n} {level}{'s' if n > 1 else ''}" for level in ("problem", "warning") if (n := _count(findings, level))
     ]
@@ -187,9 +190,14 @@ def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
 def _plain(finding: Finding) -> dict[str, Any]:
     """For JSON, with the same texts as on a terminal."""
     return {
-        name: [printable(row) for row in value] if isinstance(value, list | tuple) else printable(str(value))
+        name: [_shown(row) for row in value] if isinstance(value, list | tuple) else _shown(str(value))
         for name, value in asdict(finding).items()
     }
+
+
+def _shown(text: str) -> str:
+    """What a file says, without its secrets and without what a terminal would act on."""
+    return printable(redact_text(text))
 
 
 def _count(findings: Sequence[Finding], level: str) -> int:
@@ -197,5 +205,5 @@ def _count(findings: Sequence[Finding], level: str) -> int:
 
 
 def _wrap(text: str) -> str:
-    text = printable(text)
+    text = _shown(text)
     return textwrap.fill(text, 84, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)

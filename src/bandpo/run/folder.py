@@ -25,7 +25,7 @@ _claims: ContextVar[list[Claim] | None] = ContextVar("claims", default=None)
 
 @contextmanager
 def released_at_end() -> Iterator[None]:
-    """Of a run, as a decorator: the folder that it claimed is free again, however it ends."""
+    """A decorator for a run: releases the folder that the run claimed, however the run ends."""
     claims: list[Claim] = []
     before = _claims.set(claims)
     try:
@@ -37,7 +37,7 @@ def released_at_end() -> Iterator[None]:
 
 
 def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], say: Callable[[str], None]) -> str | None:
-    """Set the output folder; the checkpoint to go on from, if any.
+    """Set the output folder; the checkpoint to resume, if any.
 
     Nothing that exists is overwritten: a folder with a run in it is refused unless that run is resumed. `latest` takes up
     whatever a killed run left: its last whole checkpoint, or its beginning where there is none yet. The main process claims the
@@ -61,7 +61,7 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
     if resume is None:
         if (folder / "metrics.jsonl").exists():
             raise ValueError(
-                f"output_dir {folder} holds a run already; choose another, or go on with --resume_from_checkpoint latest"
+                f"output_dir {folder} holds a run already; choose another, or resume with --resume_from_checkpoint latest"
             )
         return None
     if resume == "latest":
@@ -82,7 +82,7 @@ def _claimed(wanted: Path, *, numbered: bool) -> Path:
     """The folder, held by the main process for all; the same error on every process where that cannot be.
 
     Args:
-        wanted: It.
+        wanted: The folder.
         numbered: Whether it may get a number where it is in use or holds a run.
     """
     outcome: Path | Exception | None = None
@@ -105,7 +105,7 @@ def _hold(claim: Claim, folder: Path) -> Path:
 
 
 def _claim_free(wanted: Path) -> Path:
-    """The folder itself, or with the first number behind it that is free."""
+    """The folder itself, or else its name with the first number that is free."""
     folder, number = wanted, 2
     while True:
         if not (folder / "metrics.jsonl").exists():
@@ -145,7 +145,7 @@ def make_folder(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[s
 
 
 def environment(args: TrainerConfig, seconds: float | None = None) -> dict[str, Any]:
-    """Of a run; the seconds are known at its end.
+    """The environment of a run, for env.json; the seconds are known at its end.
 
     Args:
         args: TRL's config.

@@ -67,7 +67,7 @@ class PreferenceRun:
         """To the end.
 
         Args:
-            resume: A checkpoint folder; in rounds, anything that is not None goes on after the last complete one.
+            resume: A checkpoint folder; in rounds, anything that is not None continues after the last complete one.
         """
         if self.rounds is not None:
             self.rounds.train(resume=resume is not None)

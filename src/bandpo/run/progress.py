@@ -66,7 +66,7 @@ class TrainingProgress(TrainerCallback):
     Two files, so that the first is the same for the same seed: metrics.jsonl has what the run did, timings.jsonl what it took.
     The summary at the end of training is of this session alone, so it goes with the timings. The last step is logged whatever
     logging_steps is, and of a session that ends early the rows since the last log are kept, marked `unfinished`; a session that
-    goes on from a checkpoint makes them again.
+    resumes from a checkpoint makes them again.
 
     Args:
         progress: For messages.
@@ -146,7 +146,7 @@ class TrainingProgress(TrainerCallback):
 
 
 def _is_kept(row: dict[str, Any], step: int) -> bool:
-    """Whether a row stays when a run goes on from a checkpoint of this step."""
+    """Whether a row is kept when a run resumes from a checkpoint of this step."""
     number = row.get("step")
     whole = isinstance(number, int | float) and number <= step
     return whole and "train_runtime" not in row and "unfinished" not in row

@@ -28,7 +28,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], not
     """
     samples = read_jsonl(folder / "samples.jsonl")
     pictures = {
-        name: _svg(figure, folder / "figures" / f"{i}.svg") for i, (name, figure) in enumerate(figures.items(), 1)
+        name: save_svg(figure, folder / "figures" / f"{i}.svg") for i, (name, figure) in enumerate(figures.items(), 1)
     }
     page = _environment().get_template("report.html.j2").render(
         title=title,
@@ -50,8 +50,13 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _svg(figure: Figure, path: Path) -> str:
-    """Save a figure and return it as markup for the page."""
+def save_svg(figure: Figure, path: Path) -> str:
+    """Save a figure, close it, and return it as markup for the page.
+
+    Args:
+        figure: What to save.
+        path: Where; its folder is made.
+    """
     path.parent.mkdir(exist_ok=True)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -5,12 +5,13 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any
 
 from pebble import ProcessPool
 
-from bandpo.run.answers import boxed_answer, is_plain_number, reference
+from bandpo.run.answers import boxed_answer, is_plain_number, reference, with_variables
 
 SECONDS = 10.0
 """Limit for one completion: reading both sides and comparing them. The process that exceeds it is killed."""
@@ -47,13 +48,9 @@ def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]
         [2, 3]
     """
     asked = {str(a): a for a in answers if isinstance(a, str | float | bool) and not is_plain_number(a)}
-    if len(asked) < _MANY:
-        futures = {text: _pool().schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
+    with nullcontext(_pool()) if len(asked) < _MANY else _new_pool(os.cpu_count() or 1) as pool:
+        futures = {text: pool.schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
         found = {text: _result(future) for text, future in futures.items()}
-    else:
-        with ProcessPool(max_workers=os.cpu_count() or 1, context=get_context("spawn"), initializer=_quiet) as pool:
-            futures = {text: pool.schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
-            found = {text: _result(future) for text, future in futures.items()}
     return [i for i, a in enumerate(answers) if not (is_plain_number(a) or found.get(str(a)))]
 
 
@@ -83,6 +80,7 @@ def _read_reference(answer: Any) -> list[Any] | None:
     text = reference(answer)
     if text is None:
         return None
+    text = with_variables(text)
     gold = [g for g in _parse(text, anchored=False) if not isinstance(g, str)]  # text alone is what it could not parse
     own = text[1:-1] if text.startswith("$") and text.count("$") == 2 and text.endswith("$") else None
     if not gold or (own is not None and not _compare(gold, rf"\boxed{{{own}}}")):
@@ -95,6 +93,8 @@ def _compare(gold: list[Any], answer: str | None) -> float:
 
     if answer is None:
         return 0.0
+    if any(getattr(g, "free_symbols", None) for g in gold):
+        answer = with_variables(answer)
     found = _parse(answer, anchored=True)
     digits = max(_digits(g) for g in gold)
     return float(
@@ -132,16 +132,20 @@ def _result(future: Any) -> float | None:
         value = future.result()
     except KeyboardInterrupt:
         raise
-    except BaseException:  # math-verify and sympy raise what they like on a model's LaTeX; what they raise is handed on
+    except BaseException:  # math-verify and sympy raise what they like on a model's LaTeX
         return None
     return value if value is None or math.isfinite(value) else None
 
 
 @functools.cache
 def _pool() -> ProcessPool:
-    pool = ProcessPool(max_workers=_WORKERS, context=get_context("spawn"), initializer=_quiet)
+    pool = _new_pool(_WORKERS)
     atexit.register(_close, pool)
     return pool
+
+
+def _new_pool(workers: int) -> ProcessPool:
+    return ProcessPool(max_workers=workers, context=get_context("spawn"), initializer=_quiet)
 
 
 def _close(pool: ProcessPool) -> None:

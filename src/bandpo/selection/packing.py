@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bandpo._inputs import as_mask
 from bandpo._values import ByValue
 
 
@@ -135,9 +136,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, windo
             f"pack_rows: input_ids and attention_mask must be (batch, time) both, got {tuple(input_ids.shape)} and "
             f"{tuple(attention_mask.shape)}"
         )
-    mask = attention_mask != 0
-    if not bool((mask == attention_mask).all()):
-        raise ValueError("pack_rows: attention_mask must be 1 at real tokens and 0 elsewhere; it holds other values")
+    mask = as_mask(attention_mask, "attention_mask")
     lengths = mask.sum(1)
     bins = window_pack(cast("list[int]", lengths.tolist()), capacity, window)
     start = torch.zeros_like(lengths)
@@ -219,7 +218,7 @@ def packing_error(
 ) -> tuple[float, float]:
     """How far a model's logits of packed sequences are from those of the same sequences alone.
 
-    Short sequences of the given tokens are run by themselves, and packed into two rows with empty places behind them. The error
+    Short sequences of the given tokens are run by themselves, and packed into two rows that end in empty places. The error
     of a sequence is `‖packed - alone‖ / ‖alone - mean over the vocabulary‖`.
 
     Args:
@@ -242,7 +241,7 @@ def packing_error(
         >>> packing_error(mixed, lambda packed: mixed(packed.input_ids), torch.arange(1, 9))[0] > 0.1
         True
     """
-    lengths = torch.tensor([19, 2, 11, 1, 13])  # a short one behind a long one shows what leaks over the border
+    lengths = torch.tensor([19, 2, 11, 1, 13])  # a short one after a long one shows what leaks over the border
     mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).to(tokens.device)
     places = torch.randint(len(tokens), tuple(mask.shape), generator=torch.Generator().manual_seed(0))
     ids = tokens[places.to(tokens.device)] * mask
@@ -255,9 +254,13 @@ def packing_error(
         expected = alone(sequence.unsqueeze(0))[0].double()
         found = logits[packed.sequence_ids == row].double()
         followed = alone(torch.cat([sequence, ids[row - 1, mask[row - 1]]]).unsqueeze(0))[0, : len(sequence)].double()
-        size = (expected - expected.mean(-1, keepdim=True)).norm().clamp(min=1e-12)
-        errors.append(float((found - expected).norm() / size))
-        rounding = max(rounding, float((followed - expected).norm() / size))
+        size = max(_norm(expected - expected.mean(-1, keepdim=True)), 1e-12)
+        errors.append(_norm(found - expected) / size)
+        rounding = max(rounding, _norm(followed - expected) / size)
     worst = math.nan if any(math.isnan(e) for e in errors) else max(errors)
     halfway = math.sqrt(max(torch.finfo(d).eps for d in (logits.dtype, torch.float32)))
     return worst, min(max(halfway, 4 * rounding), 4 * halfway)
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.square().sum().sqrt())

@@ -1,0 +1,202 @@
+"""The objectives in AReaL, one line before the trainer is made.
+
+    import bandpo.integrations.areal as bandpo_areal
+
+    bandpo_areal.install(config, objective="bandpo-kl", radius=0.05)  # config: the GRPOConfig of your script
+    with PPOTrainer(config, ...) as trainer:
+        ...
+
+AReaL has no hook. `install` exchanges its actor engines for subclasses that put our loss in the place of `ppo_actor_loss_fn` in
+whatever process they live in (AReaL's workers import the engine by its path), and sends the options there as the environment
+variable BANDPO_LOSS of the actor's workers. The reduction is AReaL's: a mean over the valid tokens of a micro-batch, which its
+engines weigh by their number. The sampler's log-probs exist with `actor.use_decoupled_loss`.
+"""
+
+import importlib
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bandpo.composition import Objective
+from bandpo.integrations._host import (
+    ENVIRONMENT,
+    attributes,
+    evaluate,
+    host_objective,
+    options_of_environment,
+    parse_options,
+    refuse_ignored,
+)
+from bandpo.losses import aggregate
+from bandpo.tokens import fill
+
+_DEFAULTS = {
+    "eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None, "importance_sampling_level": "token", "use_sapo_loss": False,
+}  # fmt: skip
+_ENGINES = {
+    "BandFSDPPPOActor": ("areal.engine", "FSDPPPOActor"),
+    "BandMegatronPPOActor": ("areal.engine", "MegatronPPOActor"),
+    "BandArchonPPOActor": ("areal.experimental.engine.archon_engine", "ArchonPPOActor"),
+}
+
+
+def install(config: Any, objective: str = "bandpo-kl", *, backend: str = "fsdp", **options: Any) -> None:
+    """Make AReaL's trainer use our loss; call it before `PPOTrainer(config, ...)`.
+
+    Args:
+        config: AReaL's configuration, whose `actor` is trained.
+        objective: A name of `bandpo objectives`, or "package.module:NAME".
+        backend: Of the actor's engine: `fsdp`, `megatron` or `archon`.
+        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+
+    Raises:
+        ValueError: If an option would be ignored, or the objective needs what this configuration does not give a loss.
+    """
+    actor = config.actor
+    refuse_ignored("AReaL", attributes(actor, _DEFAULTS), _DEFAULTS)
+    chosen = _objective({"objective": objective, **options})
+    if (chosen.anchor == "rollout" or chosen.correction is not None) and not actor.use_decoupled_loss:
+        raise ValueError(
+            f"AReaL: objective {objective!r} needs the sampler's log-probs beside the recomputed ones: set "
+            "actor.use_decoupled_loss=true"
+        )
+    if actor.rejection_sampling is not None and (chosen.anchor == "rollout" or chosen.correction is not None):
+        raise ValueError(
+            f"AReaL: actor.rejection_sampling is set, and objective {objective!r} accounts for the sampler itself; use one"
+        )
+    names = {"fsdp": "BandFSDPPPOActor", "megatron": "BandMegatronPPOActor", "archon": "BandArchonPPOActor"}
+    if backend not in names:
+        raise ValueError(f"backend={backend!r}; choose one of {', '.join(names)}")
+    text = json.dumps({"objective": objective, **parse_options(options)})
+    os.environ[ENVIRONMENT] = text
+    for spec in actor.scheduling_spec:
+        spec.env_vars[ENVIRONMENT] = text
+    module, name = _ENGINES[names[backend]]
+    setattr(importlib.import_module(module), name, _engine(names[backend]))
+
+
+def policy_loss(
+    objective: Objective, *, logprobs: Tensor, proximal_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    loss_mask: Tensor, rejection_sampling: Any = None, cu_seqlens: Tensor | None = None, **ignored: Any,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """AReaL's `ppo_actor_loss_fn` with the objective: `-Σ s(log r_t, A_t, b_t) / valid tokens`.
+
+    Args:
+        objective: What to train on.
+        logprobs: With gradient, padded `(batch, time)` or packed `(tokens,)`.
+        proximal_logprobs: Of the policy before the update.
+        old_logprobs: The sampler's, where the decoupled loss is on.
+        advantages: Per token.
+        loss_mask: Of valid tokens.
+        rejection_sampling: AReaL's; its own function applies it.
+        cu_seqlens: Where packed sequences begin; objectives of whole sequences need it.
+        ignored: AReaL's clip options, which must be at their defaults.
+
+    Returns:
+        The loss, and AReaL's statistics of each token.
+
+    Raises:
+        ValueError: If an option would be ignored, or packed sequences cannot be told apart.
+    """
+    refuse_ignored("AReaL", ignored, _DEFAULTS)
+    valid = loss_mask != 0
+    count, kept = valid.sum().clamp_min(1), valid
+    new, old, sampler = (fill(x, valid) for x in (logprobs, proximal_logprobs.detach(), old_logprobs.detach()))
+    weight, stats = None, {}
+    if rejection_sampling is not None:
+        from areal.utils.functional.functional import apply_rejection_sampling
+
+        found = apply_rejection_sampling(
+            proximal_logprobs=old,
+            old_logprobs=sampler,
+            loss_mask=valid,
+            cu_seqlens=cu_seqlens,
+            config=rejection_sampling,
+        )
+        kept, weight = found.loss_mask.bool(), found.behave_imp_weight
+        used = (weight > 0) & kept
+        stats = {
+            "behave_approx_kl": torch.where(used, old - sampler, 0.0), "behave_imp_weight": weight.detach(),
+            "behave_mask": used, "filtered_fraction": found.filtered_fraction,
+        }  # fmt: skip
+    lengths = None if logprobs.dim() == 2 else _lengths(objective, cu_seqlens, len(logprobs))
+    given = {"logprobs": new, "old_logprobs": old, "rollout_logprobs": sampler, "advantages": advantages, "mask": kept}
+    result = evaluate(objective, **{name: _rows(x, lengths) for name, x in given.items()})
+    value, log_ratio, clipped = (_tokens(x, lengths) for x in (result.value, result.log_ratio, result.clipped))
+    term = -value if weight is None else -value * weight
+    loss = aggregate(term.view(1, -1), kept.view(1, -1), "token-mean", normalizer=count)
+    return loss, {
+        "loss": term.detach(), "importance_weight": torch.where(kept, log_ratio.exp(), 0.0), "approx_kl": log_ratio,
+        "clip_mask": clipped, "dual_clip_mask": torch.zeros_like(clipped), **stats,
+    }  # fmt: skip
+
+
+def exchange() -> None:
+    """Put our loss in the place of AReaL's, in this process; the engines do it when they are made."""
+    import areal.trainer.ppo.actor as module
+
+    given = options_of_environment("AReaL")
+    objective = _objective(given)
+
+    def ppo_actor_loss_fn(
+        logprobs: Tensor, proximal_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_clip: float,
+        loss_mask: Tensor, eps_clip_higher: float | None = None, c_clip: float | None = None,
+        rejection_sampling: Any = None, importance_sampling_level: str = "token", cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        return policy_loss(
+            objective, logprobs=logprobs, proximal_logprobs=proximal_logprobs, old_logprobs=old_logprobs,
+            advantages=advantages, loss_mask=loss_mask, rejection_sampling=rejection_sampling, cu_seqlens=cu_seqlens,
+            eps_clip=eps_clip, eps_clip_higher=eps_clip_higher, c_clip=c_clip,
+            importance_sampling_level=importance_sampling_level,
+        )  # fmt: skip
+
+    module.ppo_actor_loss_fn = ppo_actor_loss_fn
+
+
+def __getattr__(name: str) -> Any:
+    """The engines, made when AReaL's workers import them by path."""
+    if name in _ENGINES:
+        return _engine(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _engine(name: str) -> type:
+    module, base = _ENGINES[name]
+    host = getattr(importlib.import_module(module), base)
+    if host.__module__ == __name__:
+        return host
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        host.__init__(self, *args, **kwargs)
+        exchange()
+
+    return type(name, (host,), {"__init__": __init__, "__module__": __name__})
+
+
+def _objective(given: dict[str, Any]) -> Objective:
+    options = dict(given)
+    name = options.pop("objective", "bandpo-kl")
+    return host_objective("AReaL", name, options, sampler="beside")
+
+
+def _lengths(objective: Objective, cu_seqlens: Tensor | None, tokens: int) -> list[int]:
+    """Of the packed sequences; all tokens in one row where the objective does not look beyond a token."""
+    whole = objective.ratio_level != "token" or "mask" in (*objective.bounds_inputs, *objective.surrogate_inputs)
+    if not whole and getattr(objective.correction, "level", "token") == "token":
+        return [tokens]
+    if cu_seqlens is None:
+        raise ValueError(f"AReaL: objective {objective.name!r} looks at whole sequences, and cu_seqlens is missing")
+    found = cu_seqlens.diff().tolist()
+    return [*found, tokens - sum(found)] if sum(found) < tokens else found
+
+
+def _rows(x: Tensor, lengths: list[int] | None) -> Tensor:
+    return x if lengths is None else pad_sequence(list(x.split(lengths)), batch_first=True)
+
+
+def _tokens(x: Tensor, lengths: list[int] | None) -> Tensor:
+    return x if lengths is None else torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)])

@@ -1,0 +1,92 @@
+"""The objectives as a policy loss of SkyRL, registered before training starts.
+
+    # train_bandpo.py, in the place of `python -m skyrl.train.entrypoints.main_base`
+    from skyrl.train.entrypoints.main_base import main
+    from bandpo.integrations.skyrl import register
+
+    register("bandpo-kl", radius=0.05)
+    main()
+
+    python train_bandpo.py trainer.algorithm.policy_loss_type=bandpo ...  # and every other option as before
+
+SkyRL copies its registry to every worker, which needs bandpo installed. It scales the advantages for
+`trainer.algorithm.loss_reduction` beforehand, so its losses are masked sums, and so is this one: the reduction is SkyRL's,
+never the objective's own.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bandpo.composition import Objective
+from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
+from bandpo.integrations._host_metrics import as_floats
+from bandpo.tokens import fill
+
+_DEFAULTS = {"eps_clip_low": 0.2, "eps_clip_high": 0.2, "clip_ratio_c": 3.0, "use_tis": False}
+
+
+def register(objective: Objective | str = "bandpo-kl", *, name: str = "bandpo", **options: Any) -> None:
+    """Register the objective with SkyRL as `trainer.algorithm.policy_loss_type=NAME`; call it before `main`.
+
+    Args:
+        objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
+        name: What `policy_loss_type` says.
+        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+
+    Raises:
+        ValueError: If an option would be ignored, or the objective needs what SkyRL does not give a loss.
+    """
+    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
+
+    chosen = host_objective("SkyRL", objective, options, sampler="beside", scaled=True)
+    PolicyLossRegistry.register(name, partial(policy_loss, chosen))
+
+
+def policy_loss(
+    objective: Objective, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: Any,
+    loss_mask: Tensor | None = None, rollout_logprobs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """A policy loss as SkyRL calls it, after the objective: `-Σ m_t w_t s(log r_t, A_t, b_t)`, A scaled by SkyRL.
+
+    Args:
+        objective: What to train on.
+        log_probs: `(batch, time)`, with gradient.
+        old_log_probs: Recomputed before the update.
+        advantages: Per token, scaled for the loss reduction.
+        config: SkyRL's `AlgorithmConfig`; its `off_policy_correction` is applied by SkyRL's own function.
+        loss_mask: Of valid tokens; None for all.
+        rollout_logprobs: The sampler's.
+
+    Returns:
+        The sum, and metrics as floats, which SkyRL averages over micro-batches (`_max`: takes the maximum of).
+
+    Raises:
+        ValueError: If SkyRL's options contradict the objective.
+    """
+    from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import off_policy_correction_enabled
+    from skyrl.backends.skyrl_train.utils.ppo_utils import apply_off_policy_correction, reduce_loss
+
+    refuse_ignored("SkyRL", attributes(config, _DEFAULTS), _DEFAULTS)
+    corrected = off_policy_correction_enabled(config.off_policy_correction)
+    if corrected and (objective.anchor == "rollout" or objective.correction is not None):
+        raise ValueError(
+            f"SkyRL: off_policy_correction is on, and objective {objective.name!r} accounts for the sampler itself; use one"
+        )
+    mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
+    found = evaluate(
+        objective, logprobs=log_probs, old_logprobs=old_log_probs, rollout_logprobs=rollout_logprobs,
+        advantages=advantages, mask=mask,
+    )  # fmt: skip
+    metrics = as_floats(found.metrics, "band/")
+    loss = -found.value
+    if corrected:
+        valid = mask != 0
+        sampler = None if rollout_logprobs is None else fill(rollout_logprobs, valid)
+        loss, mask, more = apply_off_policy_correction(
+            loss, fill(old_log_probs, valid), sampler, mask, config.off_policy_correction
+        )
+        metrics |= more
+    return reduce_loss(loss, mask), {"clip_ratio": metrics["band/clip_fraction/any"], **metrics}

@@ -1,0 +1,63 @@
+"""The objectives as the loss of torchtune's GRPO recipe, in its configuration.
+
+    loss:
+      _component_: bandpo.integrations.torchtune.BandLoss
+      objective: bandpo-kl
+      radius: 0.05
+      kl_coeff: 0.01
+
+torchtune leaves the reduction to its loss, so it is the objective's own, over the sequences of a rank.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+import bandpo.losses
+from bandpo.integrations._host import host_objective
+
+
+class BandLoss(nn.Module):
+    """torchtune's `GRPOLoss` with a bandpo objective.
+
+    Args:
+        objective: A name of `bandpo objectives`, or "package.module:NAME".
+        kl_coeff: Coefficient of the KL term (k3), as in torchtune's losses.
+        max_length: The constant of objectives with `seq-mean-token-sum-norm`: the maximal completion length.
+        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+
+    Raises:
+        ValueError: If an option would be ignored, or the objective needs what torchtune does not give a loss.
+    """
+
+    def __init__(
+        self, objective: str = "bandpo-kl", kl_coeff: float = 0.0, max_length: int | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.objective = host_objective("torchtune", objective, options, sampler="none")
+        if (max_length is None) == (self.objective.aggregation == "seq-mean-token-sum-norm"):
+            raise ValueError(
+                f"torchtune: max_length={max_length} with objective {objective!r}, whose aggregation is "
+                f"{self.objective.aggregation!r}; 'seq-mean-token-sum-norm' needs it, the others do not use it"
+            )
+        self.kl_coeff, self.max_length = kl_coeff, max_length
+
+    def forward(
+        self, pi_old_logprobs: Tensor, pi_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor,
+        padding_masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Loss, objective, KL, mean ratio and share of clipped tokens; the last four are for torchtune's log.
+
+        Args:
+            pi_old_logprobs: Of the policy before the update, `(batch, time)`.
+            pi_logprobs: With gradient.
+            ref_logprobs: Of the reference policy.
+            advantages: `(batch,)`.
+            padding_masks: Of valid tokens; None for all.
+        """
+        mask = pi_logprobs.new_ones(pi_logprobs.shape) if padding_masks is None else padding_masks
+        loss, report = bandpo.losses.policy_loss(
+            logprobs=pi_logprobs, old_logprobs=pi_old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages,
+            mask=mask, objective=self.objective, kl_coef=self.kl_coeff, max_length=self.max_length,
+        )  # fmt: skip
+        return loss, -report["loss/policy"], report["kl/ref"], report["ratio/mean"], report["clip_fraction/any"]
