@@ -184,8 +184,9 @@ def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> N
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
     return x
 
 
