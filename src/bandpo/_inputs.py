@@ -177,7 +177,8 @@ def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> N
     readable = fits.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         fits, values = _unwrapped(fits), _unwrapped(values)
-    if not readable or type(fits) is not Tensor or torch._C._len_torch_dispatch_stack():  # a fake tensor, or a trace
+    tracing: bool = readable and torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+    if not readable or type(fits) is not Tensor or tracing:  # a fake tensor, or a trace
         torch._assert_async(fits.all(), f"{what}{end}")  # type: ignore[attr-defined]
     elif not fits.all():
         raise ValueError(f"{what}, got {values[~fits].flatten()[0].item()}{end}")
@@ -185,9 +186,10 @@ def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> N
 
 def _unwrapped(x: Tensor) -> Tensor:
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
+    plain: Any = x
+    while functorch.is_functorch_wrapped_tensor(plain):
+        plain = functorch.get_unwrapped(plain)
+    return plain
 
 
 def check_tensor(name: str, value: object, *, floating: bool = True) -> None:
