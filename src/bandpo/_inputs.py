@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -185,11 +185,10 @@ def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> N
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    plain: Any = x
-    while functorch.is_functorch_wrapped_tensor(plain):
-        plain = functorch.get_unwrapped(plain)
-    return plain
+    functorch = cast("Any", torch._C)._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = cast("Tensor", functorch.get_unwrapped(x))
+    return x
 
 
 def check_tensor(name: str, value: object, *, floating: bool = True) -> None:
