@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -177,15 +177,17 @@ def check_values(fits: Tensor, values: Tensor, what: str, *, fix: str = "") -> N
     readable = fits.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         fits, values = _unwrapped(fits), _unwrapped(values)
-    if not readable or type(fits) is not Tensor or torch._C._len_torch_dispatch_stack():  # a fake tensor, or a trace
+    tracing: bool = readable and torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+    if not readable or type(fits) is not Tensor or tracing:  # a fake tensor, or a trace
         torch._assert_async(fits.all(), f"{what}{end}")  # type: ignore[attr-defined]
     elif not fits.all():
         raise ValueError(f"{what}, got {values[~fits].flatten()[0].item()}{end}")
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    functorch = cast("Any", torch._C)._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = cast("Tensor", functorch.get_unwrapped(x))
     return x
 
 
