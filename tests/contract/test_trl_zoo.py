@@ -257,7 +257,7 @@ def test_trainer_refuses_to_count_the_sampler_twice(make_model, tokenizer, promp
     for name in ("dppo-kl", "tis"):
         with pytest.raises(ValueError, match="count the mismatch twice"):
             named(tmp_path, make_model, tokenizer, prompts, name, use_vllm=True)
-    with pytest.raises(ValueError, match="does not hand on from vLLM"):
+    with pytest.raises(ValueError, match="does not pass on from vLLM"):
         named(
             tmp_path, make_model, tokenizer, prompts, "dppo-topk-kl", use_vllm=True,
             vllm_importance_sampling_correction=False,

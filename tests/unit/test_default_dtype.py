@@ -60,7 +60,7 @@ from bandpo.preference import (
     tabular_optimum,
 )
 from bandpo.regions import topk_divergence
-from bandpo.selection import Informative, Pruning, effective_sample_size, pack_rows, packed_logprobs, stratified
+from bandpo.selection import Informative, Pruning, effective_sample_size, packed_logprobs, packing_error, stratified
 from bandpo.testing import check_bounds, check_divergence, check_logprobs, check_surrogate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -224,15 +224,8 @@ def others():
     found += [*out, *torch.autograd.grad((out.logprobs + out.entropy).sum(), (hidden, weight))]
     ids, mask = torch.tensor([[1, 2, 3], [0, 3, 1]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
     table = normal(4, 4, seed=3)
-    found += [
-        packed_logprobs(
-            lambda input_ids, position_ids, attention_mask: table[input_ids] + attention_mask.amax(),
-            ids,
-            mask,
-            capacity=5,
-        )
-    ]
-    found += [pack_rows(ids, mask, capacity=5).attention_bias(torch.float32)]
+    found += [packed_logprobs(lambda input_ids, position_ids: table[input_ids], ids, mask, capacity=5)]
+    found += [packing_error(lambda x: table[x], lambda packed: table[packed.input_ids], torch.arange(4))[1]]
     found += [topk_divergence(
         KL, logprobs=logprobs(3), old_logprobs=logprobs(3, seed=1), topk_logprobs=logprobs(3, K, seed=2) - 2,
         old_topk_logprobs=logprobs(3, K, seed=3) - 2, sampled_in_topk=torch.tensor([True, False, True]),

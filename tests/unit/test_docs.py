@@ -44,7 +44,7 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
         config = f"args=Band{trained[1]}Config("
         code = code.replace(config, f"{config}{tiny}, ")
         scope = {
-            "reward": lambda completions, **_: [float(len(c)) for c in completions],
+            "reward": lambda completions, **_: [float(i % 2) for i in range(len(completions))],  # groups with signal
             "dataset": Dataset.from_list([{"prompt": "1+1="}] * 16),
             "pairs": Dataset.from_list([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}] * 16),
         }
