@@ -70,16 +70,19 @@ def test_whatever_is_raised_is_a_failing_reward_with_its_place(error, tmp_path):
 
 @pytest.mark.parametrize("errors", ["stop", "skip"])
 def test_a_ctrl_c_is_the_user_s_and_no_failure(errors):
-    before = signal.getsignal(signal.SIGINT)
-
     def pressed(completions, **_):
         os.kill(os.getpid(), signal.SIGINT)
         return [1.0]
 
     reward, _ = checked(pressed, errors=errors, limit=60)
-    with pytest.raises(KeyboardInterrupt):
-        reward(["p"], ["a"])
-    assert signal.getsignal(signal.SIGINT) is before
+    # A process in the background, and with it its children, ignores the signal unless it says otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reward(["p"], ["a"])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_a_thread_it_is_the_same():
