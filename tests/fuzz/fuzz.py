@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path.append(str(Path(__file__).parents[1]))  # the oracle that the tests share; pytest has it on its path already
-from targets import TARGETS  # noqa: E402
+from targets import TARGETS
 
 
 def run(name: str, examples: int, start: int) -> Counter:
