@@ -100,6 +100,7 @@ def any_expression(draw: tuple[int, int, str]) -> str:
 
     a, b, form = draw
     b = a + b  # the interval from a number to itself is empty
+    b += math.isqrt(b) ** 2 == b  # the root of a square is a number, which may well be one of the others
     gold = form.format(a, b)
     wrong = [*{str(a), str(b), str(a + 1)}, form.format(a + 1, b)]
     right, *others = verify_all([(rf"\boxed{{{box}}}", gold) for box in (gold, *wrong)], seconds=5)
