@@ -66,7 +66,8 @@ def alive(process):
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 sys.path[:0] = [{place!r}]
 from test_backends import make
 from bandpo.lab.backends import processes
