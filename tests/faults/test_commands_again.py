@@ -21,7 +21,6 @@ VERL = "actor_rollout_ref: {rollout: {n: 8}}\n"
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bandpo._secrets._remembered", set())
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])

@@ -27,7 +27,6 @@ def place(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bandpo._secrets._remembered", set())
 
 
 def words(text):
