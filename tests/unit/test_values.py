@@ -103,15 +103,9 @@ def test_every_dataclass_of_the_library_is_one_of_those_above():
     from dataclasses import is_dataclass
 
     elsewhere = (
-        "bandpo.lab",
-        "bandpo.run",
-        "bandpo.doctor.shell",
-        "bandpo.doctor.verl",
-        "bandpo.integrations",
-        "bandpo.plots",
-        "bandpo.cli",
-        "bandpo._kernel",
-    )
+        "bandpo.lab", "bandpo.run", "bandpo.doctor.shell", "bandpo.doctor.verl", "bandpo.integrations", "bandpo.plots",
+        "bandpo.cli", "bandpo._kernel",
+    )  # fmt: skip
     found = set()
     for info in pkgutil.walk_packages(bandpo.__path__, "bandpo."):
         if info.name.startswith(elsewhere) or info.name == "bandpo.__main__":
