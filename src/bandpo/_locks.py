@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import platform
+import stat
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -26,6 +27,8 @@ except ImportError:  # Windows
 
 LOCK = ".bandpo.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+_TRIES = 100
 
 _held: set[str] = set()  # the system's locks are those of a process: threads see each other here
 _guard = threading.Lock()
@@ -148,18 +151,41 @@ def released(claim: Claim) -> Generator[Claim]:
 
 def _make(folder: Path, made: list[Path]) -> None:
     """Make a folder and the ones above it, and note those that were not there before."""
+    for _ in range(_TRIES):  # others that release a claim take their empty folders away at any time
+        try:
+            folder.mkdir()
+        except FileNotFoundError:
+            if folder.parent == folder:
+                raise
+            _make(folder.parent, made)
+        except FileExistsError:
+            if _is_folder(folder):
+                return
+        except OSError:
+            if not folder.is_dir():
+                raise
+            return
+        else:
+            made.append(folder)
+            return
+    raise FileNotFoundError(errno.ENOENT, "the folder cannot be made, or others keep taking it away", str(folder))
+
+
+def _is_folder(place: Path) -> bool:
+    """Whether it is a folder; False where nothing is there any more.
+
+    Raises:
+        FileExistsError: If it is something else.
+    """
     try:
-        folder.mkdir()
+        found = place.stat()
     except FileNotFoundError:
-        if folder.parent == folder or folder.parent.is_dir():
-            raise
-        _make(folder.parent, made)
-        _make(folder, made)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    else:
-        made.append(folder)
+        if place.is_symlink():
+            raise FileExistsError(errno.EEXIST, "a link that leads nowhere", str(place)) from None
+        return False
+    if not stat.S_ISDIR(found.st_mode):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+    return True
 
 
 def _unmake(made: list[Path]) -> None:

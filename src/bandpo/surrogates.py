@@ -186,8 +186,8 @@ def quadratic_tv(
         tensor([1.1000])
     """
     del bounds
-    r = ratio(log_ratio)
-    return r * advantages - advantages.abs() * old_logprobs.exp() * (r - 1).square() / (2 * delta)
+    r, p = ratio(log_ratio), old_logprobs.clamp(max=0.0).exp()  # p <= 1 as for the bounds: inf · 0 would be NaN
+    return r * advantages - advantages.abs() * p * (r - 1).square() / (2 * delta)
 
 
 @traits("without_advantage")

@@ -206,3 +206,26 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_a_lone_surrogate_is_kept(
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert (tmp_path / "target").read_text() == "precious"
     assert read_jsonl(Path(tmp_path / "rows.jsonl")) == rows
+
+
+def test_a_folder_that_is_taken_away_between_two_looks_is_made_again(tmp_path, monkeypatch):
+    """Found by fuzzing: mkdir says that it exists, and by the next look its last holder has removed it."""
+    folder, calls, mkdir = tmp_path / "folder", [], Path.mkdir
+
+    def first_time_there(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 1:
+            raise FileExistsError(17, "File exists", str(self))
+        return mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", first_time_there)
+    claim = Claim(folder)
+    assert folder.is_dir() and len(calls) == 2
+    claim.release()
+    folder.write_text("a file")
+    with pytest.raises(FileExistsError):
+        Claim(folder)
+    folder.unlink()
+    folder.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="leads nowhere"):
+        Claim(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bandpo import Clip, aggregate, clip_fraction, group_advantages, match_radius, policy_loss, radius_for
+from bandpo import OBJECTIVES, Clip, aggregate, clip_fraction, group_advantages, match_radius, policy_loss, radius_for
 from bandpo.corrections import TIS
 from bandpo.preference.losses import kto_loss
 from bandpo.preference.probe import pool_hidden
@@ -132,3 +132,21 @@ def test_preference_losses_by_sample():
         leaf = x[i].clone().requires_grad_()
         (want,) = torch.autograd.grad(loss(leaf, good[i], torch.tensor(0.1)), leaf)
         torch.testing.assert_close(found[i], want)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_log_prob_above_0_is_held_at_0_and_no_nan(name):
+    """Found by fuzzing: exp(88.7) is infinite in float32, and infinity times a distance of 0 is NaN."""
+    objective = OBJECTIVES[name]
+    if objective.extras:
+        pytest.skip("its extras are of another kind")
+    logp = torch.full((2, 3), -1.0)
+    logp[0, 1] = 88.73
+    new = logp.clone().requires_grad_()
+    loss, _ = policy_loss(
+        logprobs=new, old_logprobs=logp, rollout_logprobs=logp, advantages=torch.ones(2, 3),
+        mask=torch.ones(2, 3, dtype=torch.bool), objective=objective,
+        max_length=3 if objective.aggregation == "seq-mean-token-sum-norm" else None,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.isfinite() and new.grad.isfinite().all()
