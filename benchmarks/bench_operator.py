@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bandpo import DIVERGENCES, KL, alpha, in_band, ratio_bounds
-from bandpo._table import _build, table_for
+from bandpo.bounds.table import _build, table_for
 from bisection import bisection_bounds
 
 RADIUS = 0.05

@@ -4,10 +4,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import split_tensor_dict
 
-from bandpo.integrations._trl_selection import PrunedRollouts
-from bandpo.run import grpo
-from bandpo.run import train as job
+from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.selection import Pruning, density, pack_rows, packed_logprobs, window_pack
+from bandpo.train import command as job
+from bandpo.train import grpo
 
 
 def test_packed_forward_and_backward(paired, report):

@@ -3,9 +3,9 @@
 import statistics
 import time
 
-from bandpo.objectives import get_objective
-from bandpo.run import grpo
-from bandpo.run import train as job
+from bandpo.train import command as job
+from bandpo.train import grpo
+from bandpo.zoo import get_objective
 
 
 def test_overhead_in_the_trainer(tmp_path, monkeypatch, report):

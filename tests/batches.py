@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 from bandpo import policy_loss
-from bandpo.objectives import get_objective
-from bandpo.sequence_surrogates import clip_cov
+from bandpo.surrogates.sequence import clip_cov
+from bandpo.zoo import get_objective
 
 B, T, K = 6, 9, 4
 

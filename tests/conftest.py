@@ -19,4 +19,4 @@ if os.environ.get("CI"):
 @pytest.fixture(autouse=True)
 def no_secrets_of_other_tests(monkeypatch):
     """What one test gives as a secret must not be hidden in what another one writes."""
-    monkeypatch.setattr("bandpo._secrets._remembered", set())
+    monkeypatch.setattr("bandpo._system.secrets._remembered", set())

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
-from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 from trl_runs import reward, settings
 
 

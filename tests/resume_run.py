@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
-from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
-from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
+from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 from trl_runs import reward, rollout, settings
 
 TIMES = ("train_runtime", "step_time", "update_time", "train_samples_per_second", "train_steps_per_second", "total_flos",

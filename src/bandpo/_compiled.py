@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from bandpo.bounds import Band, Radius
-from bandpo.composition import Objective
-from bandpo.regions import TopK
+from bandpo.bounds.regions import TopK
+from bandpo.objective import Objective
 
 Function = Callable[..., Any]
 

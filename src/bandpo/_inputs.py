@@ -14,6 +14,9 @@ PROVIDED = ("logprobs", "old_logprobs", "log_ratio", "advantages", "mask")
 
 Trait = Literal["of_batch", "membership", "without_advantage"]
 
+LOWEST_LOGPROB = -1e9
+"""A log-prob below it counts as -inf: the lowest number of a dtype means "impossible" in many models."""
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 
@@ -231,3 +234,33 @@ def check_shapes(logprobs: Tensor, **others: Tensor | None) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} but logprobs has {tuple(logprobs.shape)}; they must be equal"
             )
+
+
+def is_logprob(x: Tensor) -> Tensor:
+    """Where a tensor holds log-probs that can be used: numbers that are neither NaN nor infinite, as bool."""
+    return widened(x.detach()).abs() <= -LOWEST_LOGPROB
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float64 as it is, else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def fill(x: Tensor, valid: Tensor) -> Tensor:
+    """At least float32, and 0 where the mask is off, so that nothing there (NaN included) reaches value or gradient."""
+    return torch.where(valid, widened(x), 0.0)
+
+
+def as_columns(advantages: Tensor, like: Tensor) -> Tensor:
+    """`(batch,)` as `(batch, 1)`; the other two shapes as they are.
+
+    Raises:
+        ValueError: If it is none of the three.
+    """
+    column = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
+    if column.dim() != 2 or column.shape[0] != like.shape[0] or column.shape[1] not in (1, like.shape[1]):
+        raise ValueError(
+            f"advantages has shape {tuple(advantages.shape)}; with logprobs {tuple(like.shape)} it must be "
+            f"({like.shape[0]},), ({like.shape[0]}, 1) or {tuple(like.shape)}"
+        )
+    return column

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import bandpo
-from bandpo._errors import LINES, RunError, printable
-from bandpo._secrets import redact_text, remember
+from bandpo._system.errors import LINES, RunError, printable
+from bandpo._system.secrets import redact_text, remember
 
 _DESCRIPTION = """\
 Trust regions for LLM reinforcement learning.
@@ -267,51 +267,51 @@ def _is_ours(trace: TracebackType | None) -> bool:
 
 
 def _train(arguments: list[str]) -> None:
-    from bandpo.run.train import train
+    from bandpo.train.command import train
 
     train(arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from bandpo._locks import claim_file, released
-    from bandpo.run.commands import evaluate_model
+    from bandpo._system.locks import claim_file, released
+    from bandpo.train.evaluate_command import evaluate_model
 
     with nullcontext() if options.output is None else released(claim_file(options.output)):
         evaluate_model(options)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from bandpo.run.compare import compare
+    from bandpo.lab.compare import compare
 
     return int(not compare(options).complete)
 
 
 def _lab_preference(options: argparse.Namespace) -> None:
-    from bandpo.run.lab import lab_preference
+    from bandpo.lab.command import lab_preference
 
     lab_preference(options)
 
 
 def _lab_selection(options: argparse.Namespace) -> int:
-    from bandpo.run.lab import lab_selection
+    from bandpo.lab.command import lab_selection
 
     return int(bool(lab_selection(options)["failures"]))
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from bandpo.run.doctor import doctor
+    from bandpo.doctor.command import doctor
 
     return doctor(options)
 
 
 def _bounds(options: argparse.Namespace) -> None:
-    from bandpo.run.tables import show_bounds
+    from bandpo.plots.command import show_bounds
 
     show_bounds(options)
 
 
 def _objectives(options: argparse.Namespace) -> None:
-    from bandpo.run.tables import show_objectives
+    from bandpo.plots.command import show_objectives
 
     show_objectives(options)
 

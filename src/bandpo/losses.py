@@ -7,11 +7,11 @@ from typing import ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor
-from bandpo.composition import Aggregation, Objective
+from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor, fill, is_logprob
 from bandpo.metrics import approx_kl, masked_mean, policy_metrics
-from bandpo.objectives import get_objective
-from bandpo.tokens import fill, is_logprob, token_objective
+from bandpo.objective import Aggregation, Objective
+from bandpo.terms import token_objective
+from bandpo.zoo import get_objective
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +55,7 @@ def policy_loss(
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.
         rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"` or a correction.
         extras: What else the objective needs, named in `Objective.extras`; see `Objective.group_inputs` and
-            `bandpo.regions.TopK`.
+            `bandpo.bounds.regions.TopK`.
         ref_logprobs: Log-probs under the reference policy, for the KL term; no gradient flows into them.
         kl_coef: Its coefficient β >= 0.
         entropy: Per-token entropy, for the metrics only.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bandpo._inputs import as_mask, check_int
 from bandpo._values import Registry
-from bandpo.bounds import Band, Bounds, RatioBounds, radius_of_sides
+from bandpo.bounds import Band, Bounds, RatioBounds
+from bandpo.bounds.band import radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.surrogates import hold
 

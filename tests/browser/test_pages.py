@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bandpo import DIVERGENCES, OBJECTIVES, Band, Objective
 from bandpo.surrogates import soft_edge
-from bandpo.tokens import gradient_weight
+from bandpo.terms import gradient_weight
 
 EXPLORER = Path(__file__).parents[2] / "docs" / "assets" / "explorer.html"
 ATTACKS = [
@@ -21,7 +21,7 @@ ATTACKS = [
 
 
 def report(folder, title="A run"):
-    from bandpo.run.report import write_report
+    from bandpo.train.report import write_report
 
     rows = [
         {"stage": s, "prompt": a, "completions": [a, a], "rewards": [1.0, None]}

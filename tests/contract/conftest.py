@@ -7,7 +7,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # GMPO's trainer lives there, and 
 import pytest
 from datasets import Dataset
 
-from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
 
 @pytest.fixture(scope="session")

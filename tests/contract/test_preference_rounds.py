@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
-from bandpo.integrations.trl_online import OnlinePreferenceConfig, OnlinePreferenceTrainer
-from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
-from bandpo.run.config import RunConfig
-from bandpo.run.preference import PreferenceRun
+from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
+from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
+from bandpo.train.config import RunConfig
+from bandpo.train.preference import PreferenceRun
 
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
@@ -126,7 +126,7 @@ def test_the_metrics_of_a_round_are_its_means_however_often_it_is_logged(
     fit = trainer._fit
 
     def watched(rows, k):
-        from bandpo.integrations import trl_preference
+        from bandpo.integrations.trl import dpo as trl_preference
 
         original = trl_preference.pair_loss
 

@@ -6,7 +6,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from bandpo import KL, Band
-from bandpo.run.config import parse
+from bandpo.train.config import parse
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "trl"
 

@@ -14,7 +14,7 @@ import torch
 from bandpo import RatioBounds, policy_metrics
 from bandpo.bounds import Band
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
-from bandpo.objectives import OBJECTIVES
+from bandpo.zoo import OBJECTIVES
 from trl_runs import reward, settings
 
 SCRIPT = Path(__file__).parents[1] / "resume_run.py"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from bandpo.integrations._generate import end_tokens, pad_token, sample_batches, sampler_of
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
-from bandpo.integrations.trl_online import OnlinePreferenceConfig, OnlinePreferenceTrainer
-from bandpo.lab.models import build_tokenizer
+from bandpo.integrations.trl.generate import end_tokens, pad_token, sample_batches, sampler_of
+from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
+from bandpo.toy.models import build_tokenizer
 from trl_runs import reward, settings
 
 

@@ -16,13 +16,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from bandpo import Clip, Objective, policy_loss, policy_metrics
-from bandpo._files import seal
-from bandpo.integrations._precision import lost_updates, moved_share
-from bandpo.integrations._trl_checkpoint import CheckpointError, _delete_oldest
-from bandpo.integrations._trl_signal import SignalWatch, without_signal
+from bandpo._system.files import seal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl.checkpoint import CheckpointError, _delete_oldest
+from bandpo.integrations.trl.precision import lost_updates, moved_share
+from bandpo.integrations.trl.signal import SignalWatch, without_signal
 from bandpo.surrogates import dual_clip
-from bandpo.tokens import TokenObjective
+from bandpo.terms import TokenObjective
 from trl_runs import loss_and_gradient, reward, rollout, settings, token_logprobs, trl_trainer
 
 pytestmark = pytest.mark.filterwarnings(

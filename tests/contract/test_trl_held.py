@@ -6,8 +6,8 @@ import statistics
 import pytest
 import torch
 
-from bandpo.integrations._trl_signal import normalized_then_summed, without_signal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl.signal import normalized_then_summed, without_signal
 from trl_runs import loss_and_gradient, rollout, settings, token_logprobs
 
 pytestmark = pytest.mark.filterwarnings(

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from bandpo.integrations._generate import score_completions
-from bandpo.integrations.trl_online import OnlinePreferenceConfig, OnlinePreferenceTrainer
-from bandpo.integrations.trl_preference import BandDPOConfig, BandDPOTrainer
+from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
+from bandpo.integrations.trl.generate import score_completions
+from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
 from bandpo.preference import LayerProbe
 
 COMMON = {

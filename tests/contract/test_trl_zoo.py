@@ -10,8 +10,8 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from bandpo import KL, OBJECTIVES, Band, policy_loss
 from bandpo.groups import group_signal
-from bandpo.integrations._trl_rollout import PREFIX, top_logprobs
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl.rollout import PREFIX, top_logprobs
 from trl_runs import band_trainer, loss_and_gradient, named, reward, rollout, settings, token_logprobs, trl_trainer
 
 pytestmark = pytest.mark.filterwarnings(

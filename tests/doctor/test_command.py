@@ -7,7 +7,7 @@ import pytest
 
 from bandpo import KL, Band, Clip
 from bandpo.cli import main
-from bandpo.run.doctor import read_config
+from bandpo.doctor.command import read_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

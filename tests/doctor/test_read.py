@@ -9,9 +9,9 @@ import torch
 from bandpo import Clip
 from bandpo.cli import main
 from bandpo.doctor import examine_batch, examine_setup
+from bandpo.doctor.command import read_config
 from bandpo.doctor.shell import read_script
 from bandpo.doctor.verl import read_verl
-from bandpo.run.doctor import read_config
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bandpo import KL, OBJECTIVES, TV, Band, policy_loss
-from bandpo.calibration import clip_fraction, radius_for
+from bandpo.bounds.calibration import clip_fraction, radius_for
 from bandpo.doctor import examine_batch, examine_log
 from bandpo.doctor.batch import load_batch
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import bandpo.run.train
+import bandpo.train.command
 from bandpo.cli import main
 
 SEAL = "bandpo_files.json"
@@ -39,7 +39,7 @@ def attempt(arguments: list[str], ready: Callable[[], bool] | None, delay: float
 
 
 def run(kills: int, seed: int, arguments: list[str]) -> int:
-    assert bandpo.run.train.train  # imported before the first fork
+    assert bandpo.train.command.train  # imported before the first fork
     folder = Path(arguments[arguments.index("--output_dir") + 1])
     draw = random.Random(seed)
     arguments = [*arguments, "--resume_from_checkpoint", "latest"]

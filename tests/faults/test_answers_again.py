@@ -2,8 +2,8 @@
 
 import pytest
 
-from bandpo.run.answers import reference
-from bandpo.run.verification import is_readable, verify_one
+from bandpo.train.answers import reference
+from bandpo.train.verification import is_readable, verify_one
 
 ANSWERS = {
     # a variable at the end is no unit

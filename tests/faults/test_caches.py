@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandpo._cache import is_usable, sole_maker, store
-from bandpo._errors import RunError
-from bandpo._files import SEAL, damage, read_checked_json, write_checked_json
+from bandpo._system.cache import is_usable, sole_maker, store
+from bandpo._system.errors import RunError
+from bandpo._system.files import SEAL, damage, read_checked_json, write_checked_json
 from bandpo.cli import main
-from bandpo.lab import models, warmup
-from bandpo.lab.models import WarmUp, warmed_up_model
+from bandpo.lab import warmup
 from bandpo.lab.warmup import Checkpoint, warmed_up
+from bandpo.toy import models
+from bandpo.toy.models import WarmUp, warmed_up_model
 
 TINY = WarmUp(steps=1, hidden_size=16, layers=1)
 
@@ -96,8 +97,8 @@ def test_two_makers_make_it_once_and_the_second_waits(monkeypatch):
 
 KILLED = """
 import sys, time
-from bandpo.lab import models
-from bandpo.lab.models import WarmUp, warmed_up_model
+from bandpo.toy import models
+from bandpo.toy.models import WarmUp, warmed_up_model
 def save(self, folder):
     (folder / "half").write_text("x")
     print("saving", flush=True)
@@ -140,7 +141,7 @@ def test_a_cache_that_cannot_be_written_is_used_if_it_has_the_model(cache, monke
         raise PermissionError(13, "Permission denied", str(cache))
 
     monkeypatch.setattr(
-        "bandpo._cache.waiting_claim", denied
+        "bandpo._system.cache.waiting_claim", denied
     )  # root may write anywhere: stands in for a read-only disk
     assert warmed_up_model(TINY) == path
     learned = []
@@ -167,7 +168,7 @@ def test_where_locks_do_not_hold_the_loser_uses_the_winner_s(cache):
 
 
 def store_by_another(path):
-    from bandpo._files import seal
+    from bandpo._system.files import seal
 
     (path / "data").write_text("winner")
     seal(path)

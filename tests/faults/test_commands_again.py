@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bandpo._secrets import HIDDEN, hide, redact_text
+from bandpo._system.secrets import HIDDEN, hide, redact_text
 from bandpo.cli import main
-from bandpo.run.data import load_tokenizer
-from bandpo.run.rewards import CheckedReward, RewardError
+from bandpo.train.data import load_tokenizer
+from bandpo.train.rewards import CheckedReward, RewardError
 
 TOKEN = "hf_" + "Q" * 34
 PLAIN = "plain-secret-987"

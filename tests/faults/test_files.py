@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandpo._files import SEAL, damage, latest_whole, read_jsonl, seal, unseal, write_json, write_jsonl, write_text
+from bandpo._system.files import (
+    SEAL,
+    damage,
+    latest_whole,
+    read_jsonl,
+    seal,
+    unseal,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 @pytest.fixture

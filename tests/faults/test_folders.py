@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bandpo import cli
-from bandpo._files import SEAL, seal, write_text
-from bandpo._locks import Claim, InUseError, claim_file, claim_output, released
+from bandpo._system.files import SEAL, seal, write_text
+from bandpo._system.locks import Claim, InUseError, claim_file, claim_output, released
 from bandpo.cli import main
-from bandpo.run.folder import choose_folder, released_at_end
+from bandpo.train.folder import choose_folder, released_at_end
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +191,7 @@ def test_a_refused_pickle_is_one_line(tmp_path, capsys):
     ["{}", "[]", "null", "[" * 100_000, '{"/etc/hostname": [1, 2]}', '{"../x": [0, 0]}', '{"x\\u0000": [0, 0]}'],
 )
 def test_a_seal_that_says_nothing_is_no_seal(content, tmp_path):
-    from bandpo._files import damage
+    from bandpo._system.files import damage
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "weights").write_text("x")
@@ -203,7 +203,7 @@ def test_a_seal_that_says_nothing_is_no_seal(content, tmp_path):
 
 def test_the_revision_of_a_stranger_s_folder_runs_nothing(tmp_path):
     """git runs a program that a repository's configuration names as its monitor of files."""
-    from bandpo.run.about import git_revision
+    from bandpo._system.about import git_revision
 
     for command in (
         ["init", "-q"],

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from bandpo._bounded import MAX_DEPTH, parse_json, parse_yaml, read_regular
-from bandpo._errors import printable
+from bandpo._system.bounded import MAX_DEPTH, parse_json, parse_yaml, read_regular
+from bandpo._system.errors import printable
 from faults.hostile import ESCAPES, RUN, SECRET, TRL, VERL, listed, plant
 
 SECONDS, MEGABYTES = 2.0, 200.0

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from bandpo import _locks
-from bandpo._files import read_jsonl, write_jsonl, write_text
-from bandpo._locks import LOCK, Claim, InUseError, released, waiting_claim
+from bandpo._system import locks as _locks
+from bandpo._system.files import read_jsonl, write_jsonl, write_text
+from bandpo._system.locks import LOCK, Claim, InUseError, released, waiting_claim
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from bandpo._locks import Claim
+from bandpo._system.locks import Claim
 claim = Claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -139,7 +139,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
 RACE = """
 import sys, time
 from pathlib import Path
-from bandpo._locks import Claim, InUseError
+from bandpo._system.locks import Claim, InUseError
 folder = Path(sys.argv[1])
 while not (folder.parent / "go").exists():
     pass
@@ -168,7 +168,7 @@ def test_of_several_processes_one_is_inside_and_the_folder_may_come_and_go(tmp_p
 WRITE = """
 import sys
 from pathlib import Path
-from bandpo._files import write_text
+from bandpo._system.files import write_text
 for i in range(150):
     write_text(Path(sys.argv[1]), sys.argv[2] * 5000)
 """

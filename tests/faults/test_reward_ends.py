@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bandpo._errors import LINES, RunError, exits_are_errors, printable
-from bandpo.run.rewards import CheckedReward, RewardError, get_reward
+from bandpo._system.errors import LINES, RunError, exits_are_errors, printable
+from bandpo.train.rewards import CheckedReward, RewardError, get_reward
 
 
 class Unspeakable(Exception):
@@ -195,7 +195,7 @@ def test_a_module_that_exits_at_import_is_a_mistake_in_the_input(tmp_path, monke
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=r"could not be imported: its module called sys\.exit\(0\)"):
         get_reward("exits_at_import:f")
-    from bandpo.objectives import get_objective
+    from bandpo.zoo import get_objective
 
     with pytest.raises(ValueError, match="could not be imported"):
         get_objective("exits_at_import:f")

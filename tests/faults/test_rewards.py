@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from bandpo.run.rewards import CheckedReward, RewardError, get_reward, time_limit, unscored_line
-from bandpo.run.verification import verify_all, verify_one
+from bandpo.train.rewards import CheckedReward, RewardError, get_reward, time_limit, unscored_line
+from bandpo.train.verification import verify_all, verify_one
 
 
 def checked(function, **options):
@@ -91,7 +91,7 @@ def test_a_function_that_hangs_is_interrupted(hang):
 
 REGEX = """
 import re, threading
-from bandpo.run.rewards import time_limit
+from bandpo.train.rewards import time_limit
 def run():
     with time_limit(0.2, grace=0.2):
         re.match("(a+)+$", "a" * 40 + "b")

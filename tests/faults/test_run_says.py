@@ -18,7 +18,7 @@ GOLDS = [r"2\sqrt{3}", r"\frac{1}{2}", "1331 and 1728", r"10\pi", "3 hours 20 mi
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, data, rewards and a run in it; tests work in it, and leave it as it was."""
-    from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+    from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
     folder = tmp_path_factory.mktemp("says")
     tokenizer = build_tokenizer()
@@ -129,7 +129,7 @@ def test_evaluate_scores_a_run_as_the_run_did(said, model, capsys):
 
 
 def test_the_same_samples_and_the_system_prompt(said, monkeypatch):
-    import bandpo.run.commands as commands
+    import bandpo.train.evaluate_command as commands
 
     kept = {}
     real = commands.evaluate
@@ -373,7 +373,7 @@ def test_an_objective_that_exits_is_status_1_with_its_place(said, capsys):
 
 def test_unscored_samples_take_no_part_in_an_evaluation(tmp_path):
     """By hand: prompts with 2 of 4 right, 1 of 2 right of 4 (two unscored), none scored."""
-    from bandpo.run.evaluate import Evaluation
+    from bandpo.train.evaluate import Evaluation
 
     nan = math.nan
     rewards = [[1.0, 0.0, 1.0, 0.0], [nan, 1.0, 0.0, nan], [nan] * 4, [0.25, 0.25, nan, 0.25]]

@@ -158,7 +158,7 @@ def test_a_reward_that_raises_hangs_and_gives_nan_is_counted_or_stops_the_run(tm
 
 @pytest.fixture
 def model(tmp_path):
-    from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+    from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
     build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained(tmp_path / "tiny")
@@ -192,9 +192,9 @@ def test_an_empty_completion_has_a_reward_and_no_gradient():
     import torch
 
     from bandpo import policy_loss
-    from bandpo.lab.tasks import TASKS, make_splits, score
-    from bandpo.run.rewards import text_of
-    from bandpo.run.verification import verify_one
+    from bandpo.toy.tasks import TASKS, make_splits, score
+    from bandpo.train.rewards import text_of
+    from bandpo.train.verification import verify_one
 
     for task in TASKS.values():
         assert score(task.name, "", make_splits(task, 4)[1][0]["metadata"]) == 0

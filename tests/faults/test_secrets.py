@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from bandpo._files import write_json, write_jsonl, write_text
-from bandpo._secrets import HIDDEN, hide, is_secret, redact, redact_arguments, redact_text, remember
+from bandpo._system.files import write_json, write_jsonl, write_text
+from bandpo._system.secrets import HIDDEN, hide, is_secret, redact, redact_arguments, redact_text, remember
 from bandpo.cli import main
 
 SMALL = [
@@ -196,7 +196,7 @@ def test_no_secret_is_in_a_comparison(tmp_path, capfd, monkeypatch):
     command = ["compare", "--preset", "smoke", "--updates", "1", "--seeds", "0-1", "--objectives", "grpo", "--jobs", "1",
                "--output", "env-openai-16/x"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["bandpo", *command])
-    monkeypatch.setattr("bandpo.run.compare.PRESETS", smallest())
+    monkeypatch.setattr("bandpo.lab.compare.PRESETS", smallest())
     assert main(command) == 0
     assert search(tmp_path, ALL) == set()
     assert [s for s in ALL for text in capfd.readouterr() if s in text] == []
@@ -210,8 +210,8 @@ def smallest():
 
 def configs():
     from bandpo.integrations.trl import BandGRPOConfig
-    from bandpo.integrations.trl_online import OnlinePreferenceConfig
-    from bandpo.integrations.trl_preference import BandDPOConfig
+    from bandpo.integrations.trl.dpo import BandDPOConfig
+    from bandpo.integrations.trl.online import OnlinePreferenceConfig
 
     return [BandGRPOConfig, BandDPOConfig, OnlinePreferenceConfig]
 

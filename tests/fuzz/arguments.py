@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 import bandpo
 from bandpo import DCPO, KL, OBJECTIVES, Band, Clip, FDivergence, Objective, alpha
-from bandpo.advantages import AdvantageKind
-from bandpo.composition import Aggregation, Anchor, RatioLevel
-from bandpo.integrations._overrides import Overrides
-from bandpo.objectives import get_objective
+from bandpo.groups import AdvantageKind
+from bandpo.integrations.options import Overrides
+from bandpo.objective import Aggregation, Anchor, RatioLevel
 from bandpo.schedules import Schedule, Shape
 from bandpo.selection.pruning import Mode, Pruning
+from bandpo.zoo import get_objective
 
 
 def refused(call: Callable[[], object]) -> str:

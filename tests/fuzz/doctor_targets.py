@@ -23,15 +23,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import bandpo.doctor.trl
-import bandpo.run.config  # noqa: F401 (both here, so that no input pays for loading them)
-from bandpo._bounded import MAX_DEPTH, parse_yaml
-from bandpo._errors import printable
+import bandpo.train.config  # noqa: F401 (both here, so that no input pays for loading them)
+from bandpo._system.bounded import MAX_DEPTH, parse_yaml
+from bandpo._system.errors import printable
 from bandpo.doctor import examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
+from bandpo.doctor.command import read_config, read_log
 from bandpo.doctor.setup import Setup
 from bandpo.doctor.shell import read_script
 from bandpo.doctor.verl import read_verl
-from bandpo.run.doctor import read_config, read_log
 
 PLACE = Path(tempfile.mkdtemp(prefix="bandpo-fuzz-doctor-"))
 SECONDS = 2.0

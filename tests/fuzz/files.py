@@ -14,7 +14,7 @@ import yaml
 from arguments import refused, shapes
 from hypothesis import strategies as st
 
-from bandpo._files import SEAL, damage, read_jsonl, read_yaml, seal
+from bandpo._system.files import SEAL, damage, read_jsonl, read_yaml, seal
 from bandpo.doctor import Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import NAMES as BATCH_NAMES
 from bandpo.doctor.symptoms import NAMES as LOG_NAMES
@@ -209,7 +209,7 @@ attacks = st.one_of(
 
 def any_report(draw: tuple[list[str], str]) -> str:
     """Whatever models write, a report's page has no element that acts."""
-    from bandpo.run.report import write_report
+    from bandpo.train.report import write_report
 
     texts_, title = draw
     folder = PLACE / f"report-{os.getpid()}"
@@ -237,7 +237,7 @@ def any_dataset(data: bytes) -> str:
     """Mutated JSONL and CSV files are read, or refused in words; no row without a prompt and an answer passes."""
     import datasets
 
-    from bandpo.run.data import load_prompts
+    from bandpo.train.data import load_prompts
 
     datasets.disable_progress_bars()
     suffix = ".csv" if data[:1] == b"," else ".jsonl"
@@ -283,7 +283,7 @@ DATASETS = st.one_of(
 
 def bad_options(draw: tuple[str, Any]) -> str:
     """A configuration of `bandpo train` with one key that is unknown or has a value that cannot be."""
-    from bandpo.run.config import parse
+    from bandpo.train.config import parse
 
     key, value = draw
     path = written(
@@ -320,7 +320,7 @@ BAD_OPTIONS = st.one_of(
 
 def any_completion(draw: tuple[str, str]) -> str:
     """Whatever is written as an answer, a task's score is 0 or 1, and 1 for no answer with letters."""
-    from bandpo.lab.tasks import TASKS, make_splits, score
+    from bandpo.toy.tasks import TASKS, make_splits, score
 
     task, text = draw
     if task not in _ROWS:

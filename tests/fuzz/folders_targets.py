@@ -14,10 +14,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from bandpo import _secrets
-from bandpo._files import SEAL, damage, read_checked_json, seal, write_checked_json, write_json, write_text
-from bandpo._locks import Claim, InUseError
-from bandpo._secrets import HIDDEN, hide, redact, redact_arguments, redact_text, remember
+from bandpo._system import secrets as _secrets
+from bandpo._system.files import SEAL, damage, read_checked_json, seal, write_checked_json, write_json, write_text
+from bandpo._system.locks import Claim, InUseError
+from bandpo._system.secrets import HIDDEN, hide, redact, redact_arguments, redact_text, remember
 
 PLACE = Path(tempfile.mkdtemp(prefix="bandpo-fuzz-folders-"))
 

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 import bandpo
 from bandpo import OBJECTIVES
-from bandpo.advantages import AdvantageKind
-from bandpo.groups import group_signal, informative, kl_dual
-from bandpo.objectives import get_objective
+from bandpo.groups import AdvantageKind, group_signal, informative, kl_dual
 from bandpo.selection import Pruning
+from bandpo.zoo import get_objective
 
 ROWS, TIME = 3, 4
 SIZE = ROWS * TIME

@@ -55,7 +55,7 @@ number = st.one_of(
 
 def any_number(draw: tuple[tuple[str, Fraction], tuple[str, Fraction]]) -> str:
     """A number as a reference: itself in a box is right, another number is not, however both are written."""
-    from bandpo.run.verification import verify_one
+    from bandpo.train.verification import verify_one
 
     (gold, value), (box, other) = draw
     assert verify_one(rf"so $\boxed{{{gold}}}$", gold) == 1, gold
@@ -96,7 +96,7 @@ surd = st.tuples(
 
 def any_expression(draw: tuple[int, int, str]) -> str:
     """An expression as a reference: itself in a box is right, the numbers that stand in it are not."""
-    from bandpo.run.verification import verify_all
+    from bandpo.train.verification import verify_all
 
     a, b, form = draw
     b = a + b  # the interval from a number to itself is empty
@@ -150,7 +150,7 @@ pieces = st.lists(
 
 def any_reference(text: str) -> str:
     """Whatever a dataset has as its answer: the same in a box scores 1 or nothing, and a number that is not in it never 1."""
-    from bandpo.run.verification import verify_all
+    from bandpo.train.verification import verify_all
 
     same, other = verify_all([(rf"\boxed{{{text}}}", text), (r"\boxed{8128319}", text)], seconds=5)
     assert other in (0, None), text
@@ -162,7 +162,7 @@ def any_reference(text: str) -> str:
 
 def cut_off(draw: tuple[str, str, int]) -> str:
     """After a whole box a second one begins and is cut off at any place: no answer."""
-    from bandpo.run.verification import verify_one
+    from bandpo.train.verification import verify_one
 
     between, inside, cut = draw
     second = r"\boxed{" + inside.replace("}", "").replace("\\", "")
@@ -224,8 +224,8 @@ raised = st.one_of(
 
 def any_reward(draw: tuple[Any, BaseException | None, str]) -> str:
     """A score is a finite number that float32 can square, or None; else there is a RunError in words for a terminal."""
-    from bandpo._errors import RunError
-    from bandpo.run.rewards import CheckedReward
+    from bandpo._system.errors import RunError
+    from bandpo.train.rewards import CheckedReward
 
     values, error, errors = draw
     said: list[str] = []
@@ -300,7 +300,7 @@ def any_run_folder(draw: tuple[dict[str, Any], bytes | None, str]) -> str:
     """Whatever stands in a run's configuration: a job whose parts are in range, or a refusal; no module is imported."""
     import sys
 
-    from bandpo.run.commands import _job
+    from bandpo.train.evaluate_command import _job
 
     settings, raw, which = draw
     folder = PLACE / f"run-{os.getpid()}"

@@ -16,13 +16,13 @@ import torch
 from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, RatioBounds, policy_metrics
-from bandpo._files import SEAL, damage, latest_whole, read_jsonl, seal
-from bandpo.integrations._pooled import PooledLog, over_processes, without_empty
-from bandpo.integrations._trl_checkpoint import WholeCheckpoints, _readable, latest_checkpoint
-from bandpo.integrations._trl_signal import SignalWatch, without_signal
+from bandpo._system.files import SEAL, damage, latest_whole, read_jsonl, seal
 from bandpo.integrations.trl import BandGRPOTrainer
+from bandpo.integrations.trl.checkpoint import WholeCheckpoints, _readable, latest_checkpoint
+from bandpo.integrations.trl.pooled import PooledLog, over_processes, without_empty
+from bandpo.integrations.trl.signal import SignalWatch, without_signal
 from bandpo.metrics import policy_sums
-from bandpo.run.progress import Progress, TrainingProgress
+from bandpo.train.progress import Progress, TrainingProgress
 
 PLACE = Path(tempfile.mkdtemp(prefix="bandpo-fuzz-trainer-"))
 

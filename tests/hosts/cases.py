@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from bandpo import policy_loss
-from bandpo.objectives import get_objective
+from bandpo.zoo import get_objective
 
 B, T = 6, 9
 FLOAT32 = 8 * torch.finfo(torch.float32).eps  # for hosts that leave float64 on their way; a few roundings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bandpo._errors import RunError
+from bandpo._system.errors import RunError
 from bandpo.lab.backends import WorkError, processes, ray_cluster
 
 

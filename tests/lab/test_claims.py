@@ -124,7 +124,7 @@ def test_a_stale_sampler_is_the_same_at_first_and_another_later():
 
 
 def test_the_evidence_page_is_what_its_json_says():
-    from bandpo.run.compare_report import evidence_page, evidence_pictures
+    from bandpo.lab.report import evidence_page, evidence_pictures
 
     docs = Path(__file__).parents[2] / "docs"
     summary = json.loads((docs / "evidence.json").read_text())

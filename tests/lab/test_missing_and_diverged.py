@@ -105,7 +105,7 @@ def test_a_run_that_diverged_is_a_result_and_no_mean_hides_it(tmp_path):
 
 
 def test_the_pages_say_it_too(tmp_path):
-    from bandpo.run.compare_report import evidence_page, write_report
+    from bandpo.lab.report import evidence_page, write_report
 
     study = study_of(tmp_path, gone={("bandpo-kl", 2)}, missing={("grpo", 3)})
     summary = summarise(study, PLAN)
@@ -170,7 +170,7 @@ def test_a_killed_stack_is_said_and_the_status_is_not_zero(tmp_path, monkeypatch
     monkeypatch.setattr("bandpo.lab.study.run_stack", killed_for_one)
     monkeypatch.setattr("bandpo.lab.study._STACK", 2)
     small = dataclasses.replace(PLAN, seeds=(0, 1), tuning_seeds=0, exact_seeds=0, objectives=("grpo",))
-    monkeypatch.setattr("bandpo.run.compare.PRESETS", {"smoke": small})
+    monkeypatch.setattr("bandpo.lab.compare.PRESETS", {"smoke": small})
     assert main(["compare", "--preset", "smoke", "--jobs", "2", "--output", "c"]) == 1
     said = capsys.readouterr().out
     assert "a process was killed by SIGKILL: its work is tried once more" in said

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bandpo.lab.problems import END, PAD, PROBLEMS, _countdown, addition, paths
-from bandpo.lab.tasks import TASKS, make_splits, score
+from bandpo.toy.tasks import TASKS, make_splits, score
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

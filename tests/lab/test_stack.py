@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bandpo.lab.models import WarmUp, build_model, build_tokenizer
 from bandpo.lab.stack import Adam, Stack
+from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
 END, PAD = 1, 0
 

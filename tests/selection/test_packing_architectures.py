@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from bandpo.integrations._trl_packing import _inputs, _rows, probe_packing, refuse_packing
+from bandpo.integrations.trl.packing import _inputs, _rows, probe_packing, refuse_packing
 from bandpo.selection import pack_rows, packing_error
 
 WINDOW, LENGTHS = 8, (45, 5, 41, 1, 16)

@@ -9,8 +9,8 @@ import torch
 
 from bandpo import OBJECTIVES, Clip, Objective, group_advantages, policy_loss
 from bandpo.selection import Informative, Pruning, check_nothing_lost
-from bandpo.sequence_surrogates import clip_cov
 from bandpo.surrogates import kl_penalty, traits
+from bandpo.surrogates.sequence import clip_cov
 
 nan = math.nan
 

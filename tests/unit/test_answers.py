@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from bandpo.run.answers import as_latex, boxed_answer, reference
-from bandpo.run.verification import unreadable, verify_all, verify_one
+from bandpo.train.answers import as_latex, boxed_answer, reference
+from bandpo.train.verification import unreadable, verify_all, verify_one
 
 # (reference, boxes that are right, boxes that are not: first of all the numbers that stand in the reference)
 CASES = [

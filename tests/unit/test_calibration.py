@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bandpo import CHI2, DCPO, HELLINGER, JS, KL, REVERSE_KL, TV, Band, Clip, match_radius, ratio_bounds
-from bandpo.calibration import max_shift
-from bandpo.regions import TopK
+from bandpo.bounds.calibration import max_shift
+from bandpo.bounds.regions import TopK
 from bandpo.schedules import Adaptive, Schedule
 from batches import batch
 

@@ -160,7 +160,7 @@ def test_mistakes_end_with_one_line_and_status_2(arguments, words, capsys, tmp_p
 
 
 def parsed(*arguments):
-    from bandpo.run.config import parse
+    from bandpo.train.config import parse
 
     return parse(list(arguments))
 

@@ -34,7 +34,7 @@ from bandpo import (
     sequence_log_ratio,
     token_logprobs,
 )
-from bandpo.corrections import TIS, IcePop
+from bandpo.bounds.regions import topk_divergence
 from bandpo.doctor.batch import examine_batch
 from bandpo.groups import group_signal, informative, kl_dual, soft_overlong
 from bandpo.preference import (
@@ -59,8 +59,8 @@ from bandpo.preference import (
     rerank,
     tabular_optimum,
 )
-from bandpo.regions import topk_divergence
 from bandpo.selection import Informative, Pruning, effective_sample_size, packed_logprobs, packing_error, stratified
+from bandpo.surrogates.corrections import TIS, IcePop
 from bandpo.testing import check_bounds, check_divergence, check_logprobs, check_surrogate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -32,7 +32,7 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
     if trained:  # with a tiny local model in place of the Hub's, and one step
         from datasets import Dataset
 
-        from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+        from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
         tokenizer = build_tokenizer()
         build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained("model")
@@ -59,7 +59,7 @@ def test_yaml_in_the_docs_has_known_keys(text):
     from dataclasses import fields
 
     from bandpo.integrations.trl import BandGRPOConfig
-    from bandpo.run.config import RunConfig
+    from bandpo.train.config import RunConfig
 
     known = {f.name for cls in (RunConfig, BandGRPOConfig) for f in fields(cls)}
     assert set(yaml.safe_load(text)) <= known

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, Objective, group_advantages, policy_loss
-from bandpo.advantages import AdvantageKind
 from bandpo.bounds import Clip
-from bandpo.groups import Groups, group_signal, informative, kl_dual
+from bandpo.groups import AdvantageKind, Groups, group_signal, informative, kl_dual
 from bandpo.lab.exact import Tree, run_tree
 from bandpo.selection import Informative
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from bandpo import CHI2, HELLINGER, JS, KL, OBJECTIVES, REVERSE_KL, TV, Band, Clip, FDivergence, tokens
+from bandpo import CHI2, HELLINGER, JS, KL, OBJECTIVES, REVERSE_KL, TV, Band, Clip, FDivergence
+from bandpo import terms as tokens
 from bandpo.surrogates import clip
 from batches import complete, deterministic, run
 
@@ -20,9 +21,9 @@ B, T = 7, 331
 @pytest.fixture(scope="module")
 def kernel():
     # Triton reads the variable when a kernel is defined.
-    sys.modules.pop("bandpo._kernel", None)
+    sys.modules.pop("bandpo.surrogates.kernel", None)
     os.environ["TRITON_INTERPRET"] = "1"
-    from bandpo import _kernel
+    from bandpo.surrogates import kernel as _kernel
 
     del os.environ["TRITON_INTERPRET"]
     return _kernel
@@ -162,7 +163,7 @@ def test_triton_is_never_imported_on_a_cpu():
     code = (
         "import sys, torch, bandpo; x = torch.zeros(1, 2, requires_grad=True);"
         "bandpo.policy_loss(logprobs=x, old_logprobs=x.detach(), advantages=torch.ones(1), mask=torch.ones(1, 2));"
-        "print('bandpo._kernel' in sys.modules)"
+        "print('bandpo.surrogates.kernel' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
@@ -174,7 +175,7 @@ warnings.simplefilter("ignore")  # triton on its own defaults
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bandpo import _kernel as k
+from bandpo.surrogates import kernel as k
 settings = dict(BLOCK=1024, FIRST=k.FIRST_OCTAVE, BITS=k.SHIFT, FRACTION_BITS=k.FRACTION, PER_UNIT=k.PIECES, HOLD=40.0)
 floats = {"fixed_lower", "cap", "end", "center0", "center1"}
 for tabulated, centers in ((True, 0), (True, 2), (False, 0)):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bandpo import KL, OBJECTIVES, Band, Clip, Objective, approx_kl, policy_loss, sequence_log_ratio, token_objective
-from bandpo.corrections import TIS, IcePop
-from bandpo.objectives import get_objective
 from bandpo.surrogates import clip, hold, ratio
+from bandpo.surrogates.corrections import TIS, IcePop
+from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, deterministic, max_length, run
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -27,9 +27,9 @@ from bandpo import (
     ratio_bounds,
     sequence_log_ratio,
 )  # fmt: skip
-from bandpo.objectives import get_objective
-from bandpo.sequence_surrogates import clip_cov
 from bandpo.surrogates import clip, dual_clip, mask
+from bandpo.surrogates.sequence import clip_cov
+from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, deterministic, max_length, run
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

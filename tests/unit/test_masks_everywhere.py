@@ -8,8 +8,8 @@ from bandpo.doctor import examine_batch
 from bandpo.metrics import policy_metrics
 from bandpo.preference.probe import pool_hidden
 from bandpo.selection.packing import pack_rows
+from bandpo.terms import sequence_log_ratio
 from bandpo.testing import check_logprobs
-from bandpo.tokens import sequence_log_ratio
 
 LABELS = torch.tensor([[-100, 1, 1]])
 X = torch.tensor([[0.1, 0.2, 0.3]])

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bandpo
 from bandpo import KL, OBJECTIVES, TV, Band, alpha, in_band, policy_loss, ratio_bounds, token_logprobs
-from bandpo._roots import log_bounds
+from bandpo.bounds.roots import log_bounds
 
 G = torch.Generator().manual_seed(0)
 

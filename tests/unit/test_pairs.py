@@ -5,8 +5,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from bandpo.lab.models import build_tokenizer
-from bandpo.run.data import load_pairs, load_prompts
+from bandpo.toy.models import build_tokenizer
+from bandpo.train.data import load_pairs, load_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
@@ -153,7 +153,7 @@ def test_lengths_are_those_that_trl_trains_on(tmp_path, plain, chat):
     """At the limit a pair passes, one below it does not: counted by TRL's own preparation."""
     from trl import DPOConfig, DPOTrainer
 
-    from bandpo.lab.models import WarmUp, build_model
+    from bandpo.toy.models import WarmUp, build_model
 
     for tokenizer, held_out in ((plain, OTHER), (chat, held(user("9")))):
         name = file(tmp_path, text(1))

@@ -27,8 +27,7 @@ from bandpo import (
     sequence_log_ratio,
     tokens,
 )  # fmt: skip
-from bandpo.regions import Balanced, BySign, Elastic, TopK
-from bandpo.sequence_surrogates import clip_cov, geometric_mean, kl_cov, tapered
+from bandpo.bounds.regions import Balanced, BySign, Elastic, TopK
 from bandpo.surrogates import (
     clip,
     detach,
@@ -42,6 +41,7 @@ from bandpo.surrogates import (
     traits,
     two_sided,
 )  # fmt: skip
+from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov, tapered
 from bandpo.testing import check_bounds, check_surrogate
 from batches import B, T, batch, complete, max_length, run
 

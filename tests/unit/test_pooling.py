@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bandpo import KL, OBJECTIVES, Band, RatioBounds, policy_metrics
 from bandpo.integrations._host_metrics import mean_proof
-from bandpo.integrations._pooled import PooledLog, Total, over_processes, without_empty
+from bandpo.integrations.trl.pooled import PooledLog, Total, over_processes, without_empty
 from bandpo.metrics import PROB_BINS, masked_mean, policy_sums
 
 

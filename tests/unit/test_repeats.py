@@ -46,7 +46,7 @@ def test_figures_are_the_same_bytes(capsys, tmp_path):
 
 
 def test_evaluate(tmp_path, capsys):
-    from bandpo.lab.models import WarmUp, warmed_up_model
+    from bandpo.toy.models import WarmUp, warmed_up_model
 
     model = str(warmed_up_model(WarmUp(steps=100)))
     found = []
@@ -91,7 +91,7 @@ def test_a_run_says_all_about_itself_from_its_first_second(tmp_path, capsys, mon
     """The files are there before the first step; `--config RUN/config.yaml` repeats it (test_run.py)."""
     import yaml
 
-    from bandpo.run.grpo import GRPORun
+    from bandpo.train.grpo import GRPORun
 
     seen = {}
 

@@ -123,7 +123,7 @@ def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
 
 @pytest.mark.usefixtures("cache")
 def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
-    from bandpo.lab.models import WarmUp, build_model, build_tokenizer
+    from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
     build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained(tmp_path / "model")
@@ -149,8 +149,8 @@ def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
 
 
 def test_datasets_and_rewards_are_checked(tmp_path):
-    from bandpo.run.data import load_prompts, split_prompts
-    from bandpo.run.rewards import get_reward, math_reward
+    from bandpo.train.data import load_prompts, split_prompts
+    from bandpo.train.rewards import get_reward, math_reward
 
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "", "answer": "2"}\n')
@@ -181,7 +181,7 @@ def test_datasets_and_rewards_are_checked(tmp_path):
 
 
 def test_tasks_split_without_leakage_and_score_their_answers():
-    from bandpo.lab.tasks import TASKS, make_splits, score
+    from bandpo.toy.tasks import TASKS, make_splits, score
 
     for task in TASKS.values():
         train, held_out = make_splits(task, 800)
@@ -208,7 +208,7 @@ def test_tasks_split_without_leakage_and_score_their_answers():
 def test_report_escapes_what_models_write(tmp_path):
     from matplotlib.figure import Figure
 
-    from bandpo.run.report import write_report
+    from bandpo.train.report import write_report
 
     folder = Path(tmp_path)
     attack = "<script>alert(1)</script>"
@@ -252,7 +252,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
     from rich.console import Console
     from transformers import TrainerControl, TrainerState
 
-    from bandpo.run.progress import Progress, TrainingProgress
+    from bandpo.train.progress import Progress, TrainingProgress
 
     progress = Progress()
     progress.console = Console(file=io.StringIO(), force_terminal=True, width=120)

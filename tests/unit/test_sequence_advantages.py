@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, Clip, Objective, policy_loss
-from bandpo.corrections import TIS
-from bandpo.objectives import get_objective
 from bandpo.surrogates import clip, dual_clip, log_stabilized, two_sided
+from bandpo.surrogates.corrections import TIS
+from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, max_length, run
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

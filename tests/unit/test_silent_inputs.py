@@ -7,11 +7,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bandpo import OBJECTIVES, Clip, aggregate, clip_fraction, group_advantages, match_radius, policy_loss, radius_for
-from bandpo.corrections import TIS
+from bandpo.bounds.regions import Balanced
 from bandpo.preference.losses import kto_loss
 from bandpo.preference.probe import pool_hidden
-from bandpo.regions import Balanced
-from bandpo.sequence_surrogates import geometric_mean
+from bandpo.surrogates.corrections import TIS
+from bandpo.surrogates.sequence import geometric_mean
 
 NAN = math.nan
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo import DIVERGENCES, KL, OBJECTIVES, TV, Objective, binary_divergence
-from bandpo.regions import TopK, topk_divergence
+from bandpo.bounds.regions import TopK, topk_divergence
 from bandpo.surrogates import mask
 from batches import batch, complete, run
 

@@ -10,9 +10,9 @@ import torch
 from scipy.special import lambertw
 
 from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, needs, policy_loss, ratio_bounds, token_objective
-from bandpo.regions import Balanced, BySign, Elastic, Sides, kl3_clip
-from bandpo.sequence_surrogates import clip_cov, geometric_mean, kl_cov
+from bandpo.bounds.regions import Balanced, BySign, Elastic, Sides, kl3_clip
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
+from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov
 from batches import B, T, batch, complete, run
 
 N = 20_000

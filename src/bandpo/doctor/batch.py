@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo._bounded import parse_json, read_regular
-from bandpo._inputs import as_mask
+from bandpo._inputs import as_mask, is_logprob
+from bandpo._system.bounded import parse_json, read_regular
 from bandpo.bounds import Band
-from bandpo.calibration import clip_fraction, radius_for
-from bandpo.composition import Objective
+from bandpo.bounds.calibration import clip_fraction, radius_for
 from bandpo.divergences import CHI2, KL, TV
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.symptoms import MISMATCH
-from bandpo.objectives import OBJECTIVES
-from bandpo.tokens import is_logprob
+from bandpo.objective import Objective
+from bandpo.zoo import OBJECTIVES
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "logprobs": ("logprobs", "per_token_logps", "log_prob", "log_probs", "trainer_logprobs"),

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 
 from bandpo.bounds import Band, RatioBounds
+from bandpo.bounds.regions import TopK
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import Setup
-from bandpo.regions import TopK
 
 PROBABILITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 _PLAIN = (

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bandpo._secrets import redact_text
-from bandpo.composition import Objective
+from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Level
-from bandpo.objectives import get_objective
+from bandpo.objective import Objective
+from bandpo.zoo import get_objective
 
 Host = Literal["bandpo train", "TRL", "verl"]
 

@@ -20,12 +20,12 @@ from transformers import TrainingArguments
 from transformers.utils import logging as hosts_logging
 from trl import GRPOConfig, ModelConfig, ScriptArguments
 
-from bandpo._bounded import parse_json, read_regular
+from bandpo._system.bounded import parse_json, read_regular
 from bandpo.bounds import Clip
-from bandpo.composition import Objective
 from bandpo.doctor.setup import TRL_KNOBS, Host, Setup, named_objective, short
-from bandpo.integrations._trl_config import AGGREGATION_OF, BandGRPOConfig
-from bandpo.objectives import OBJECTIVES
+from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
+from bandpo.objective import Objective
+from bandpo.zoo import OBJECTIVES
 
 _FLAGS = frozenset({
     "use_vllm", "vllm_importance_sampling_correction", "use_liger_kernel", "auto_find_batch_size", "do_eval",

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bandpo._bounded import parse_yaml, read_regular
-from bandpo._files import read_yaml
-from bandpo._secrets import redact_arguments, redact_text
+from bandpo._system.bounded import parse_yaml, read_regular
+from bandpo._system.files import read_yaml
+from bandpo._system.secrets import redact_arguments, redact_text
 from bandpo.bounds import Clip
-from bandpo.composition import Objective
 from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
 from bandpo.doctor.setup import VERL_KNOBS, Setup, named_objective, short
 from bandpo.doctor.shell import Script, Word, read_script
-from bandpo.integrations._overrides import Overrides
-from bandpo.objectives import OBJECTIVES
+from bandpo.integrations.options import Overrides
+from bandpo.objective import Objective
+from bandpo.zoo import OBJECTIVES
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 DEFAULTS: Mapping[str, Any] = {

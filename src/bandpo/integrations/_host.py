@@ -11,16 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_mask
+from bandpo._inputs import as_mask, fill
 from bandpo.bounds import RatioBounds
-from bandpo.composition import Objective
+from bandpo.bounds.regions import Balanced
 from bandpo.integrations._host_metrics import mean_proof
-from bandpo.integrations._overrides import Overrides
+from bandpo.integrations.options import Overrides
 from bandpo.metrics import policy_sums
-from bandpo.objectives import get_objective
-from bandpo.regions import Balanced
-from bandpo.sequence_surrogates import clip_cov, kl_cov
-from bandpo.tokens import TokenObjective, fill, token_objective
+from bandpo.objective import Objective
+from bandpo.surrogates.sequence import clip_cov, kl_cov
+from bandpo.terms import TokenObjective, token_objective
+from bandpo.zoo import get_objective
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(Overrides) if f.name != "divergence_top_k")
 """Names of the options of a region that every host takes."""

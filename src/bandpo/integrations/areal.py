@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bandpo.composition import Objective
+from bandpo._inputs import fill
 from bandpo.integrations._host import (
     ENVIRONMENT,
     attributes,
@@ -32,7 +32,7 @@ from bandpo.integrations._host import (
     refuse_ignored,
 )
 from bandpo.losses import aggregate
-from bandpo.tokens import fill
+from bandpo.objective import Objective
 
 _DEFAULTS = {
     "eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None, "importance_sampling_level": "token", "use_sapo_loss": False,

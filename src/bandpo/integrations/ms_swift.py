@@ -15,11 +15,11 @@ GSPO, CISPO and SAPO of its own. `megatron rlhf` has another trainer, which this
 import importlib
 from typing import Any
 
+from bandpo._inputs import fill
 from bandpo.bounds import RatioBounds
-from bandpo.composition import Objective
 from bandpo.integrations._host import attributes, host_objective, refuse_ignored
+from bandpo.objective import Objective
 from bandpo.surrogates import clip
-from bandpo.tokens import fill
 
 _DEFAULTS = {"epsilon": 0.2, "epsilon_high": None, "importance_sampling_level": "token", "use_liger_kernel": False}
 _LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")

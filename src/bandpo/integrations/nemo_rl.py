@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo.composition import Objective
-from bandpo.corrections import TIS, Correction, IcePop
+from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.losses import aggregate
-from bandpo.tokens import fill
+from bandpo.objective import Objective
+from bandpo.surrogates.corrections import TIS, Correction, IcePop
 
 _DEFAULTS = {
     "disable_ppo_ratio": False, "ratio_clip_min": 0.2, "ratio_clip_max": 0.2, "ratio_clip_c": None,

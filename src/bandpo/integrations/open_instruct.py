@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo.composition import Objective
 from bandpo.integrations._host import attributes, evaluate, host_objective, options_of_environment, refuse_ignored
 from bandpo.integrations._workers import launch, when_imported
+from bandpo.objective import Objective
 
 # open-instruct's own value for the log-prob of a token that is off; it hands a loss no mask.
 _INVALID = 1.0

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo.composition import Objective
-from bandpo.corrections import TIS, Correction, IcePop
 from bandpo.integrations._host import evaluate, host_objective, options_of_environment, refuse_ignored
 from bandpo.integrations._workers import launch, when_imported
+from bandpo.objective import Objective
+from bandpo.surrogates.corrections import TIS, Correction, IcePop
 
 _DEFAULTS = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "dual_clip": None, "policy_loss_type": "ppo"}
 _CHECK: dict[str, Any] = {"sampler": "beside"}

@@ -13,8 +13,8 @@ aggregation. There is no recomputed π_old, so the ratio of every objective is t
 import functools
 from typing import Any
 
-from bandpo.composition import Objective
 from bandpo.integrations._host import evaluate, host_objective
+from bandpo.objective import Objective
 
 
 def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> Any:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo.composition import Objective
+from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, options_of_environment, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
+from bandpo.objective import Objective
 from bandpo.surrogates import MAX_LOG_RATIO
-from bandpo.tokens import fill
 
 _DEFAULTS = {
     "pg_clip": 0.2, "use_pg_clip_range": False, "dual_clip_loss": False, "importance_sampling": "token",

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo.composition import Objective
+from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
-from bandpo.tokens import fill
+from bandpo.objective import Objective
 
 _DEFAULTS = {"eps_clip_low": 0.2, "eps_clip_high": 0.2, "clip_ratio_c": 3.0, "use_tis": False}
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bandpo.composition import Objective
+from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
-from bandpo.tokens import fill
+from bandpo.objective import Objective
 
 # Besides eps_clip_high, which slime sets to eps_clip.
 _DEFAULTS = {

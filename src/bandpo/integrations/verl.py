@@ -27,14 +27,14 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.7.1: pip install 'bandpo[verl]' ({error})") from error
 
 from bandpo._inputs import as_mask
-from bandpo.composition import Objective
 from bandpo.integrations._host import OPTIONS, attributes, parse_options, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats, mean_proof
-from bandpo.integrations._overrides import Overrides
+from bandpo.integrations.options import Overrides
 from bandpo.metrics import policy_sums
-from bandpo.objectives import OBJECTIVES, get_objective
+from bandpo.objective import Objective
 from bandpo.surrogates import clip, dual_clip
-from bandpo.tokens import TokenObjective, token_objective
+from bandpo.terms import TokenObjective, token_objective
+from bandpo.zoo import OBJECTIVES, get_objective
 
 _DUAL_CLIP = 3.0
 # verl's options of its own losses, at verl's defaults. `clip_ratio_c` belongs to them for objectives that do not clip.

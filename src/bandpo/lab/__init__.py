@@ -1,1 +1,1 @@
-"""Small models on procedurally generated tasks, to see on a laptop what each choice does."""
+"""`bandpo compare` and `bandpo lab`: objectives compared over paired seeds, and single experiments."""

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, wait
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from bandpo._errors import RunError
-from bandpo._secrets import redact_text
+from bandpo._system.errors import RunError
+from bandpo._system.secrets import redact_text
 
 Work = TypeVar("Work")
 Made = TypeVar("Made")

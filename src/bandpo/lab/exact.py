@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bandpo.advantages import group_advantages
 from bandpo.bounds import Bounds, RatioBounds
-from bandpo.composition import Objective
-from bandpo.tokens import token_objective
+from bandpo.groups import group_advantages
+from bandpo.objective import Objective
+from bandpo.terms import token_objective
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bandpo.advantages import group_advantages
-from bandpo.composition import Objective
+from bandpo.groups import group_advantages
 from bandpo.lab.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.stack import Adam, Rollout, Stack
 from bandpo.lab.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, pass_at_k, policy_sums
-from bandpo.tokens import token_objective
+from bandpo.objective import Objective
+from bandpo.terms import token_objective
 
 
 @dataclass(frozen=True)

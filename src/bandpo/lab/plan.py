@@ -12,11 +12,11 @@ from typing import Any, cast
 import numpy as np
 
 from bandpo.bounds import DCPO, Band, Clip
-from bandpo.calibration import match_radius
-from bandpo.composition import Objective
+from bandpo.bounds.calibration import match_radius
+from bandpo.bounds.regions import Sides
 from bandpo.lab.loop import Setting
-from bandpo.objectives import OBJECTIVES
-from bandpo.regions import Sides
+from bandpo.objective import Objective
+from bandpo.zoo import OBJECTIVES
 
 _FORMAT = 2  # part of every hash: raise it when the same configuration gives other numbers
 TUNING_SEEDS = 1000  # tuning uses seeds from here on, the report those below

@@ -1,6 +1,6 @@
 """Learning problems of the lab as tensors: prompts of one length, demonstrations for the warm-up, a verifiable reward.
 
-`paths` and `addition` are built so that a rare way is the better one; the others are reasoning-gym's, from `bandpo.lab.tasks`.
+`paths` and `addition` are built so that a rare way is the better one; the others are reasoning-gym's, from `bandpo.toy.tasks`.
 Train and held-out prompts never share a problem.
 """
 
@@ -14,8 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from bandpo.lab.models import build_tokenizer
-from bandpo.lab.tasks import TASKS, make_splits, score
+from bandpo.toy.models import build_tokenizer
+from bandpo.toy.tasks import TASKS, make_splits, score
 
 PAD, END, FIRST = 0, 1, 3  # of the lab's tokenizer; FIRST is its first character
 VOCABULARY = 98
@@ -147,7 +147,7 @@ def addition(rare: float = 0.02, right: float = 0.4, seed: int = 0) -> Problem:
 
 @lru_cache
 def reasoning(task: str) -> Problem:
-    """One of `bandpo.lab.tasks`, its prompts filled up with spaces on the left to one length."""
+    """One of `bandpo.toy.tasks`, its prompts filled up with spaces on the left to one length."""
     chosen = TASKS[task]
     train, held_out = make_splits(chosen, None, 192)
     widest = max(len(row["prompt"]) for row in [*train, *held_out])

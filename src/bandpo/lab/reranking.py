@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bandpo.integrations._generate import sample_batches
-from bandpo.integrations.trl_online import OnlinePreferenceConfig, OnlinePreferenceTrainer
-from bandpo.lab.models import build_tokenizer
+from bandpo.integrations.trl.generate import sample_batches
+from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
+from bandpo.toy.models import build_tokenizer
 
 LENGTH = 8
 ARMS: dict[str, dict[str, Any]] = {

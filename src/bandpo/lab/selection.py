@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bandpo._errors import RunError
-from bandpo._files import read_jsonl, write_json
-from bandpo._secrets import redact_arguments
+from bandpo._system.errors import RunError
+from bandpo._system.files import read_jsonl, write_json
+from bandpo._system.secrets import redact_arguments
 from bandpo.lab.backends import processes
 
 _OPTIONS = "options.json"

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bandpo._errors import RunError
+from bandpo._system.errors import RunError
 from bandpo.bounds import Band, Clip
-from bandpo.composition import Objective
 from bandpo.divergences import KL
 from bandpo.lab.backends import processes
 from bandpo.lab.exact import Outcome, Tree, run_tree
 from bandpo.lab.plan import matched, scaled
-from bandpo.objectives import OBJECTIVES
+from bandpo.objective import Objective
+from bandpo.zoo import OBJECTIVES
 
 RARITIES = (0.1, 0.03, 0.01, 0.003, 0.001)
 REUSE = ((1, 1), (1, 4), (2, 4), (4, 8))

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from bandpo.composition import Objective
 from bandpo.groups import informative, scored
+from bandpo.objective import Objective
 
 Mode = Literal["fixed_count", "bernoulli", "topk_biased"]
 

@@ -1,0 +1,122 @@
+"""Names that have moved. An old name works until a named release, with one warning; after it, an error names the new one."""
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+LAST = "0.2"
+"""The last minor release in which the old names below work."""
+
+_INTERNAL = {name: f"_system.{name.removeprefix('_')}" for name in ("_errors", "_files", "_locks", "_secrets")}
+_TRL = {
+    "trl_online": "trl.online",
+    "trl_preference": "trl.dpo",
+    "_overrides": "options",
+    **{f"_trl_{name}": f"trl.{name}" for name in ("checkpoint", "config", "packing", "rollout", "selection", "signal")},
+}
+_RUN = ("answers", "config", "data", "evaluate", "folder", "grpo", "preference", "progress", "report", "rewards")
+
+MODULES: dict[str, str] = {
+    "advantages": "groups",
+    "calibration": "bounds.calibration",
+    "composition": "objective",
+    "corrections": "surrogates.corrections",
+    "lab.models": "toy.models",
+    "lab.tasks": "toy.tasks",
+    "objectives": "zoo",
+    "plots_zoo": "plots.zoo",
+    "regions": "bounds.regions",
+    "run": "train",
+    "sequence_surrogates": "surrogates.sequence",
+    "tokens": "terms",
+    **{f"run.{name}": f"train.{name}" for name in (*_RUN, "verification")},
+    **{f"integrations.{old}": f"integrations.{new}" for old, new in _TRL.items()},
+    **_INTERNAL,  # configurations that are pickled in checkpoints name them
+}
+"""Old module to new module, both without `bandpo.`."""
+
+NAMES: dict[str, str] = {
+    "DIVERGENCES": "divergences.DIVERGENCES",
+    "TokenLogprobs": "logprobs.TokenLogprobs",
+    "binary_divergence": "divergences.binary_divergence",
+    "gradient_weight": "terms.gradient_weight",
+    "sequence_log_ratio": "terms.sequence_log_ratio",
+}
+"""Old name in `bandpo` to its module and name, without `bandpo.`."""
+
+_SUBMODULES = (
+    *("bounds", "divergences", "doctor", "groups", "logprobs", "losses", "metrics", "preference", "schedules"),
+    *("selection", "surrogates", "testing"),
+)
+
+
+def warn_moved(old: str, new: str, *, last: str = LAST, version: str | None = None, stacklevel: int = 3) -> None:
+    """Warn once for each place that uses an old name, or refuse it after its last release.
+
+    Args:
+        old: The old name, in full.
+        new: The new one.
+        last: The last minor release in which the old name works.
+        version: The version of bandpo; by default this one.
+        stacklevel: How many frames up the user's line is, as in `warnings.warn`.
+
+    Raises:
+        ImportError: If `version` is later than `last`.
+
+    Examples:
+        >>> warn_moved("bandpo.tokens", "bandpo.terms", last="0.2", version="0.3.1")
+        Traceback (most recent call last):
+            ...
+        ImportError: bandpo.tokens was removed after bandpo 0.2; use bandpo.terms
+    """
+    if version is None:
+        from bandpo import __version__ as version
+    if _minor(version) > _minor(last):
+        raise ImportError(f"{old} was removed after bandpo {last}; use {new}")
+    warnings.warn(f"{old} is now {new}; the old name works up to bandpo {last}.*", FutureWarning, stacklevel=stacklevel)
+
+
+def moved_name(name: str) -> object:
+    """What an old name of the package `bandpo` stands for.
+
+    Raises:
+        AttributeError: If there never was such a name.
+    """
+    if name in NAMES:
+        module, _, attribute = NAMES[name].rpartition(".")
+        warn_moved(f"bandpo.{name}", f"bandpo.{NAMES[name]}", stacklevel=4)
+        return getattr(import_module(f"bandpo.{module}"), attribute)
+    if name in _SUBMODULES:
+        warn_moved(f"bandpo.{name} without an import", f"import bandpo.{name}", stacklevel=4)
+        return import_module(f"bandpo.{name}")
+    raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds modules of the package under their old names, and gives the very same module object."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        del path, target
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == "bandpo" and name in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"bandpo.{MODULES[spec.name.partition('.')[2]]}"
+        warn_moved(spec.name, new, stacklevel=3)  # frames of the import system do not count
+        module = import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has just put the old name's specification there.
+        module.__spec__ = module.__spec__.loader_state if module.__spec__ else None
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)

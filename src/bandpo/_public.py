@@ -1,0 +1,33 @@
+"""The public names of `bandpo`, one line each; everything else is imported from its own module."""
+
+from bandpo.bounds import DCPO as DCPO
+from bandpo.bounds import Band as Band
+from bandpo.bounds import Clip as Clip
+from bandpo.bounds import RatioBounds as RatioBounds
+from bandpo.bounds import in_band as in_band
+from bandpo.bounds import match_radius as match_radius
+from bandpo.bounds import radius_for as radius_for
+from bandpo.bounds import ratio_bounds as ratio_bounds
+from bandpo.divergences import CHI2 as CHI2
+from bandpo.divergences import HELLINGER as HELLINGER
+from bandpo.divergences import JEFFREYS as JEFFREYS
+from bandpo.divergences import JS as JS
+from bandpo.divergences import KL as KL
+from bandpo.divergences import LE_CAM as LE_CAM
+from bandpo.divergences import NEYMAN as NEYMAN
+from bandpo.divergences import REVERSE_KL as REVERSE_KL
+from bandpo.divergences import TV as TV
+from bandpo.divergences import FDivergence as FDivergence
+from bandpo.divergences import alpha as alpha
+from bandpo.groups import group_advantages as group_advantages
+from bandpo.logprobs import token_logprobs as token_logprobs
+from bandpo.losses import aggregate as aggregate
+from bandpo.losses import loss_normalizer as loss_normalizer
+from bandpo.losses import policy_loss as policy_loss
+from bandpo.metrics import approx_kl as approx_kl
+from bandpo.metrics import pass_at_k as pass_at_k
+from bandpo.metrics import policy_metrics as policy_metrics
+from bandpo.objective import Objective as Objective
+from bandpo.terms import TokenObjective as TokenObjective
+from bandpo.terms import token_objective as token_objective
+from bandpo.zoo import OBJECTIVES as OBJECTIVES

@@ -1,0 +1,209 @@
+"""`bandpo doctor`: reads what it is given, and prints what the rules say.
+
+Everything that it reads may be a stranger's. It reads regular files only, within bounds; it executes, imports and downloads
+nothing that they name; and it prints no character of theirs that a terminal would act on.
+"""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bandpo._system.bounded import parse_json, parse_yaml, read_regular
+from bandpo._system.errors import printable
+from bandpo._system.files import read_yaml
+from bandpo._system.secrets import redact_text
+from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
+from bandpo.doctor.batch import load_batch
+from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.symptoms import LOOKED_FOR, is_broken
+from bandpo.doctor.verl import is_verl, read_verl
+from bandpo.objective import Objective
+
+_CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
+_MAX_LOG_BYTES, _MAX_ROWS = 1 << 25, 100_000
+_MAX_LINE_BYTES = 1 << 18  # of a log; a row of metrics has some thousand
+_MAX_VALUES, _MAX_INNER = 5000, 100  # of a row; lists and objects in it
+_MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
+_COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Examine configurations, logs, batches and run folders; 1 if there is a problem, else 0.
+
+    Args:
+        options: The options of `bandpo doctor`.
+
+    Raises:
+        ValueError: If a file cannot be read, or is none that can be examined; the command then ends with status 2.
+    """
+    try:
+        return _doctor(options)
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(printable(str(error))) from None
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    overrides = [str(p) for p in options.paths if "=" in str(p)]
+    paths = [Path(p) for p in options.paths if "=" not in str(p)]
+    if not paths:
+        raise ValueError("nothing to examine: name a configuration, a run's folder, a metrics.jsonl or a saved batch")
+    for name, value in (("processes", options.processes), ("vocabulary", options.vocabulary)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    sections: list[tuple[str, list[Finding]]] = []
+    objectives: list[Objective] = []
+    for path in _expand(paths):
+        if path.suffix in _CONFIGS:
+            setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
+            objectives += [] if setup.objective is None else [setup.objective]
+            sections.append((f"{path} ({setup.host})", examine_setup(setup)))
+        elif path.suffix == ".jsonl":
+            sections.append((str(path), examine_log(read_log(path))))
+        else:
+            sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
+    if overrides and not any(path.suffix in _CONFIGS for path in paths):
+        raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
+    if options.json:
+        print(json.dumps([{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections],
+                         indent=1))  # fmt: skip
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print("\n\n".join(_section(name, found, colour=colour) for name, found in sections))
+    return int(any(f.level == "problem" for _, found in sections for f in found))
+
+
+def read_config(
+    path: Path, overrides: Sequence[str] = (), *, processes: int = 1, vocabulary: int | None = None
+) -> Setup:
+    """The settings in a configuration of TRL, verl or `bandpo train`; what is in it tells which.
+
+    Args:
+        path: The file.
+        overrides: `key=value`, which win.
+        processes: That will train (TRL).
+        vocabulary: Of the model.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        return read_verl(path, overrides, vocabulary=vocabulary)
+    given = read_yaml(path, follow=False)
+    if is_verl(given):
+        return read_verl(path, overrides, vocabulary=vocabulary)
+    host = host_of_keys(given)
+    if host:
+        raise not_readable(path, host)
+    from bandpo.doctor.trl import is_run, is_trl, read_trl
+
+    if not is_trl(given):
+        raise not_readable(path, "")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given[key] = parse_yaml(value, override)
+    if not is_run(given):
+        return read_trl(given, processes=processes, vocabulary=vocabulary)
+    from bandpo.train.config import check_run, run_keys
+
+    return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
+
+
+def read_log(path: Path) -> list[Mapping[str, Any]]:
+    """Rows of a log, with the metrics that the rules look at, and others where they are no number.
+
+    A last line without its end is no row.
+
+    Args:
+        path: A JSONL file.
+
+    Raises:
+        ValueError: If a line is no JSON object, or the file is larger than a log of metrics.
+    """
+    data = read_regular(path, _MAX_LOG_BYTES, follow=False)
+    rows: list[Mapping[str, Any]] = []
+    start = 0
+    while (end := data.find(b"\n", start)) >= 0:
+        where = f"{path}, line {len(rows) + 1}"
+        line = data[start:end]
+        inner = line.count(b"[") + line.count(b"{")
+        if len(line) > _MAX_LINE_BYTES or line.count(b",") > _MAX_VALUES or inner > _MAX_INNER:
+            raise ValueError(f"{where} is no row of metrics: it has {len(line):,} bytes")
+        row = parse_json(line, where)
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a row is an object like {{...}}, got {type(row).__name__}")
+        if len(rows) == _MAX_ROWS:
+            raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 10000")
+        rows.append({name: value for name, value in row.items() if name in LOOKED_FOR or is_broken(value)})
+        start = end + 1
+    return rows
+
+
+def _expand(paths: Sequence[Path]) -> list[Path]:
+    """Folders of runs as the files in them; what cannot be examined is refused."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = [
+                path / name for name in ("config.yaml", "metrics.jsonl", "batch.safetensors") if (path / name).exists()
+            ]
+            if not inside:
+                raise ValueError(
+                    f"{path} has no config.yaml, metrics.jsonl or batch.safetensors: it is no run's folder"
+                )
+            found += [p for p in inside if p.stat().st_size]
+        elif not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
+        elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl"):
+            raise ValueError(
+                f"{path}: use {', '.join(_CONFIGS)} (configuration), .jsonl (log) or {', '.join(_BATCHES)} (batch)"
+            )
+        else:
+            found.append(path)
+    return found
+
+
+def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
+    lines = [_shown(name)]
+    for f in findings:
+        mark = f"\x1b[{_COLOURS[f.level]}m{_MARKS[f.level]}\x1b[0m" if colour else _MARKS[f.level]
+        lines.append(f" {mark} {_wrap(f'{f.rule}: {f.seen}')}")
+        if f.cause:
+            lines.append(f"      {_wrap(f'why: {f.cause}')}")
+        if f.knob:
+            lines.append(f"      {_wrap(f'set: {f.knob}')}")
+        lines += [f"      {_shown(row)}" for row in f.details]
+    counts = [
+        f"{n} {level}{'s' if n > 1 else ''}" for level in ("problem", "warning") if (n := _count(findings, level))
+    ]
+    open_questions = sum(f.seen.startswith("not known") for f in findings)
+    if open_questions:
+        counts.append(f"{open_questions} {'rule' if open_questions == 1 else 'rules'} without an answer")
+    return "\n".join([*lines, f"    {', '.join(counts) or 'nothing wrong found'}"])
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    """For JSON, with the same texts as on a terminal."""
+    return {
+        name: [_shown(row) for row in value] if isinstance(value, list | tuple) else _shown(str(value))
+        for name, value in asdict(finding).items()
+    }
+
+
+def _shown(text: str) -> str:
+    """What a file says, without its secrets and without what a terminal would act on."""
+    return printable(redact_text(text))
+
+
+def _count(findings: Sequence[Finding], level: str) -> int:
+    return sum(f.level == level for f in findings)
+
+
+def _wrap(text: str) -> str:
+    text = _shown(text)
+    return textwrap.fill(text, 84, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,256 @@
+"""Checkpoints that are whole or do not count, and from which a run continues as if it had never stopped."""
+
+import errno
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import Trainer, TrainerState
+
+from bandpo._system.errors import RunError
+from bandpo._system.files import damage, latest_whole, seal, unseal
+
+_STATE_FILE = "bandpo_state_{rank}.pt"
+# What the half-used rollout and the place in the data depend on, besides the number of processes.
+_FIXED = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations",
+          "num_iterations")  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def latest_checkpoint(folder: Path, say: Callable[[str], Any]) -> Path | None:
+    """The last whole checkpoint in a run's folder, if any.
+
+    Args:
+        folder: The folder; it need not exist.
+        say: Takes a message for each checkpoint that is damaged.
+    """
+    return latest_whole(_checkpoints(folder), _step_of, say)
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+class WholeCheckpoints(Trainer):
+    """What a trainer of this project adds to transformers' checkpoints.
+
+    The last file written, `bandpo_files.json`, holds size and CRC-32 of all others: a checkpoint without it, or that
+    differs from it, is never resumed. Older checkpoints are deleted once the new one is whole. The running sum behind the
+    logged `loss` travels along, so that a run resumed between two logs logs the same.
+    """
+
+    _carried: tuple[Tensor, int] | None = None
+    _loss_sum = torch.tensor(0.0)
+
+    def state_to_keep(self) -> dict[str, Any]:
+        """More that a checkpoint must hold, as tensors and plain values."""
+        return {}
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        """What `state_to_keep` gave, from a checkpoint.
+
+        Args:
+            state: The state.
+        """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; True resumes the last whole checkpoint, and a damaged one is refused.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the last one in `output_dir`.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        if resume_from_checkpoint is True:
+            found = latest_checkpoint(Path(self.args.output_dir or "."), warnings.warn)
+            if found is None:
+                raise ValueError(f"resume_from_checkpoint=True: {self.args.output_dir} has no whole checkpoint")
+            resume_from_checkpoint = str(found)
+        elif resume_from_checkpoint and (wrong := damage(Path(resume_from_checkpoint))):
+            raise _cannot_resume(resume_from_checkpoint, wrong)
+        if resume_from_checkpoint:
+            self._state_in(Path(resume_from_checkpoint))  # what does not fit is refused before anything slow
+        if resume_from_checkpoint and self._is_done(Path(resume_from_checkpoint)):
+            self._load_from_checkpoint(resume_from_checkpoint)  # transformers would make one step too many
+            return None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _is_done(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is that of the last step."""
+        with _readable(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if self.args.max_steps > 0:
+                done = state.global_step >= self.args.max_steps
+            else:
+                done = state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
+        if done:
+            self.state = state
+        return done
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._carried is not None:  # the first step after a resume: transformers has set its sum to 0
+            carried, self._globalstep_last_logged = self._carried
+            loss, self._carried = loss + carried.to(loss.device), None
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._loss_sum = tr_loss  # transformers sets it to 0 in place when it logs
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            unseal(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            state = {
+                "settings": self._settings(), "loss": self._loss_sum.clone(), "logged": self._globalstep_last_logged,
+                **self.state_to_keep(),
+            }  # fmt: skip
+            torch.save(state, folder / _STATE_FILE.format(rank=self.accelerator.process_index))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(folder)
+        except Exception as error:
+            full = _is_full(error, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            if full:
+                raise CheckpointError(_cannot_write(folder, run, error)) from error
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            _delete_oldest(run, limit, keep=[folder] if best is None else [folder, Path(best)])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        with _readable(folder):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        state = send_to_device(self._state_in(folder), self.accelerator.device)
+        with _readable(folder):
+            self._carried = (state["loss"], state["logged"])
+            self.take_state(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(Path(checkpoint or ".")):
+            super()._load_rng_state(checkpoint)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same in the run that resumes."""
+        fixed = {name: getattr(self.args, name) for name in _FIXED if hasattr(self.args, name)}
+        return {"processes": self.accelerator.num_processes, **fixed}
+
+    def _state_in(self, checkpoint: Path) -> dict[str, Any]:
+        """What `state_to_keep` gave on this process, in a checkpoint of a run with the same processes and batches.
+
+        Raises:
+            ValueError: If it cannot be read, or if the run was another one.
+        """
+        path = checkpoint / _STATE_FILE.format(rank=self.accelerator.process_index)
+        if not path.exists():  # another number of processes: the first one's file says how many
+            path = checkpoint / _STATE_FILE.format(rank=0)
+        with _readable(checkpoint):
+            # On the CPU first: torch cannot load to "cpu:0", which processes on a CPU have as their device.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+            raise _cannot_resume(
+                checkpoint, f"{path.name} was written by another version of bandpo, or by another program"
+            )
+        then = {k: v for k, v in state["settings"].items() if isinstance(v, int)}
+        now = self._settings()
+        changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if changed:
+            had, has = (", ".join(f"{name}={x.get(name)}" for name in changed) for x in (then, now))
+            raise _cannot_resume(
+                checkpoint,
+                f"it was written with {had}, and this run has {has}; its half-used rollout and its place in the data depend on "
+                "them, so set them as they were",
+            )
+        return state
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """What a file of a checkpoint brings up is one sentence: a pickle that is refused or torn fails in many ways."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _cannot_resume(checkpoint, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _cannot_resume(checkpoint: str | Path, why: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {checkpoint} cannot be resumed: {why}. Use the one before it, or start a new run from its weights "
+        "(model=CHECKPOINT)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:300]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """By their step, whatever the clock said when they were written."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _delete_oldest(run: Path, limit: int | None, keep: list[Path]) -> None:
+    """Delete the checkpoints of the lowest steps until `limit` are left; those to keep stay, even where they are more."""
+    if limit is None or limit <= 0:
+        return
+    found, kept = _checkpoints(run), {p.resolve() for p in keep}
+    spare = [p for p in found if p.resolve() not in kept]
+    for old in spare[: max(0, len(found) - limit)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether a file could not be written because there is no room: by the system's own number, or by trying again."""
+    seen = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return True
+        if any(f"(os error {number})" in str(seen) for number in _FULL):  # safetensors has the number in its text only
+            return True
+        seen = seen.__cause__ or seen.__context__
+    if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+        return False
+    written = [p for p in folder.rglob("*") if p.is_file()]  # torch says that it failed, not why
+    if not written:
+        return False
+    try:
+        with max(written, key=lambda p: p.stat().st_size).open("ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as again:
+        return again.errno in _FULL
+    return False
+
+
+def _cannot_write(folder: Path, run: Path, error: Exception) -> str:
+    last = latest_checkpoint(run, lambda _: None)
+    free = shutil.disk_usage(run).free / 2**20
+    return (
+        f"cannot write {folder} ({type(error).__name__}: {error}); {free:.0f} MiB are free there. "
+        f"{f'The last whole checkpoint is {last.name}' if last else 'There is no checkpoint before it'}: make room, then "
+        "resume with --resume_from_checkpoint latest"
+    )

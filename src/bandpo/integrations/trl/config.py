@@ -1,0 +1,237 @@
+"""Options of the TRL trainer: GRPOConfig's, and the trust region's."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+try:
+    from trl import GRPOConfig
+except ImportError as error:
+    raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
+
+from bandpo._system.secrets import HidesSecrets
+from bandpo.bounds import Band
+from bandpo.bounds.regions import TopK
+from bandpo.integrations.options import Overrides
+from bandpo.objective import Aggregation, Objective
+from bandpo.schedules import Adaptive, Schedule
+from bandpo.selection.pruning import Pruning
+from bandpo.zoo import get_objective
+
+_LOSS_TYPE_OF: dict[str, str] = {
+    "seq-mean-token-mean": "grpo",
+    "token-mean": "dapo",
+    "seq-mean-token-sum-norm": "dr_grpo",
+    "seq-mean-token-sum": "luspo",
+}
+AGGREGATION_OF: dict[str, Aggregation] = {
+    "grpo": "seq-mean-token-mean",
+    "dapo": "token-mean",
+    "bnpo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum",
+}
+SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
+
+
+@dataclass
+class BandGRPOConfig(HidesSecrets, GRPOConfig):
+    """`GRPOConfig` with an `objective`; its fields and defaults are TRL's except for the ones below.
+
+    `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
+    `epsilon_high` move the interval of an objective with fixed bounds (grpo, dapo, ...). Dual clip is TRL's `delta`, the KL to
+    a reference its `beta`.
+
+    Raises:
+        ValueError: If an option is set that the objective would ignore, or that no TRL loss can express.
+    """
+
+    objective: str = field(
+        default="bandpo-kl",
+        metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
+    )
+    divergence: str | None = field(
+        default=None,
+        metadata={"help": "Divergence of the band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ..."},
+    )
+    radius: float | None = field(
+        default=None, metadata={"help": "Radius δ of the band, in the units of the divergence."}
+    )
+    radius_upper: float | None = field(
+        default=None, metadata={"help": "Radius of the upper side, where it differs from `radius`."}
+    )
+    max_ratio: float | None = field(
+        default=None, metadata={"help": "Cap on the band's upper bound; inf for none. The paper's runs use 10."}
+    )
+    relax: bool = field(
+        default=False, metadata={"help": "Widen the band to at least [0.8, 1.28], the paper's ablation."}
+    )
+    divergence_top_k: int | None = field(
+        default=None, metadata={"help": "Tokens of the sampler that a dppo-topk-* objective stores, K. Default: 20."}
+    )
+    radius_schedule: str = field(
+        default="constant",
+        metadata={"help": "How the radius goes to radius_end over the run: constant, linear, cosine."},
+    )
+    radius_end: float | None = field(default=None, metadata={"help": "Radius at the end of the schedule."})
+    radius_target: str | None = field(
+        default=None,
+        metadata={"help": "Adapt the radius after each rollout: clip_fraction=VALUE or divergence=VALUE (its mean)."},
+    )
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds of sampling other prompts for groups whose rewards are all equal (DAPO); 0 for none."
+        },
+    )
+    pruning: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on fewer samples without bias, as {prompts: 0.5, completions: 0.5}: shares of the prompts with "
+            "little signal (not sampled) and of the completions with small |A| (not trained on). Also mode, zeros, until."
+        },
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Score sequences side by side in rows without padding, attention kept apart."}
+    )
+    packing_tokens: int | None = field(
+        default=None, metadata={"help": "Places of a packed row. Default: four times the padded width of the batch."}
+    )
+    packing_window: int = field(default=8, metadata={"help": "Sequences that the packer chooses from."})
+    loss_type: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "TRL's normalisation: grpo, dapo, bnpo, dr_grpo or luspo. Default: the objective's."},
+    )
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "TRL's advantage scaling: group, batch or none. Default: the objective's."}
+    )
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Width below 1 of an objective with fixed bounds. Default: the objective's."}
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Its width above 1. Default: the objective's, or epsilon where both are equal."}
+    )
+    importance_sampling_level: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "token or sequence. Default: the objective's."}
+    )
+
+    def __post_init__(self) -> None:
+        objective = self.resolve()
+        self._adopt(objective)
+        self.radius_rule(objective, steps=1)
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
+        pruning = self.selector()
+        if pruning is not None:
+            pruning.check(objective)
+        if pruning is not None and pruning.completions:
+            _refuse_terms_without_weights(self)
+        if pruning is not None and pruning.mode == "bernoulli":
+            raise ValueError(
+                "pruning mode 'bernoulli': TRL splits rollouts into equal parts, which takes a fixed count"
+            )
+        if pruning is not None and self.loss_type == "bnpo":
+            raise ValueError(
+                "pruning with loss_type='bnpo': its denominator is counted after pruning, a bias; use dapo"
+            )
+        for name in ("packing_tokens", "packing_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not self.packing and value not in (None, 8):
+                raise ValueError(f"{name}={value} would be ignored: set packing")
+        super().__post_init__()
+
+    def selector(self) -> Pruning | None:
+        """What chooses prompts and completions, None for all of them."""
+        options = self.pruning
+        if options is None:
+            return None
+        if isinstance(options, str):
+            try:
+                options = json.loads(options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"pruning={self.pruning!r} is not JSON: {error}") from None
+        known = ("prompts", "completions", "mode", "zeros", "until")
+        if not isinstance(options, dict) or set(options) - set(known):
+            raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(known)}")
+        if self.dynamic_sampling:
+            raise ValueError(
+                f"pruning={options} and dynamic_sampling={self.dynamic_sampling} both choose samples; set one"
+            )
+        return Pruning(**options)
+
+    def resolve(self) -> Objective:
+        """The objective with the overrides of this config applied."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Overrides)}
+        return Overrides(**options).apply(get_objective(self.objective), self.objective)
+
+    def radius_rule(self, objective: Objective, steps: int) -> Schedule | Adaptive | None:
+        """What moves the radius during training, None for a constant one."""
+        if self.radius_schedule == "constant" and self.radius_end is None and self.radius_target is None:
+            return None
+        radius = objective.bounds.radius if isinstance(objective.bounds, Band | TopK) else None
+        if not isinstance(radius, int | float):
+            raise ValueError(
+                f"radius_schedule, radius_end and radius_target move one number, and objective {self.objective!r} has "
+                f"{'no radius' if radius is None else f'the radius {radius}'}"
+            )
+        if self.radius_target is None:
+            return Schedule(radius, self.radius_end, steps, self.radius_schedule)  # type: ignore[arg-type]
+        if self.radius_schedule != "constant" or self.radius_end is not None:
+            raise ValueError(f"radius_target={self.radius_target!r} and a radius_schedule are both set; choose one")
+        name, _, value = self.radius_target.partition("=")
+        try:
+            target = float(value)
+        except ValueError:
+            target = math.nan
+        if name not in ("clip_fraction", "divergence") or not target > 0:
+            raise ValueError(f"radius_target={self.radius_target!r}: write clip_fraction=0.01 or divergence=0.001, say")
+        if name == "divergence" and not isinstance(objective.bounds, Band):
+            raise ValueError(f"radius_target={self.radius_target!r}: only a Band reports its realised divergence")
+        return Adaptive(radius, target, rises=name == "divergence", factor=1.25)
+
+    def _adopt(self, objective: Objective) -> None:
+        """Fill TRL's fields from the objective where the user left them, and check those that were set."""
+        if self.loss_type is None:
+            if objective.aggregation not in _LOSS_TYPE_OF:
+                raise ValueError(
+                    f"objective {self.objective!r} aggregates by {objective.aggregation!r}, which no TRL loss_type does; "
+                    f"set loss_type to one of {', '.join(AGGREGATION_OF)}"
+                )
+            self.loss_type = _LOSS_TYPE_OF[objective.aggregation]
+        if self.loss_type not in AGGREGATION_OF:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} replaces the objective; with BandGRPOTrainer it only says how tokens are "
+                f"averaged: {', '.join(AGGREGATION_OF)}"
+            )
+        if self.scale_rewards is None:
+            if objective.advantage not in SCALE_REWARDS_OF:
+                raise ValueError(
+                    f"objective {self.objective!r}: TRL has no {objective.advantage!r} advantages; set scale_rewards"
+                )
+            self.scale_rewards = SCALE_REWARDS_OF[objective.advantage]
+        level = "sequence" if objective.ratio_level == "sequence" else "token"
+        if self.importance_sampling_level is None:
+            self.importance_sampling_level = level
+        if self.importance_sampling_level != level:
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
+                f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
+            )
+
+
+def _refuse_terms_without_weights(args: BandGRPOConfig) -> None:
+    """Pruning completions weighs the policy's loss alone; another term would be that of the kept completions, a bias."""
+    off = {"beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0}
+    what = {"beta": "KL term", "entropy_coef": "entropy bonus", "use_adaptive_entropy": "entropy bonus",
+            "top_entropy_quantile": "quantile of the entropies"}  # fmt: skip
+    for name, neutral in off.items():
+        value = getattr(args, name, neutral)
+        if value != neutral:
+            raise ValueError(
+                f"pruning completions with {name}={value}: TRL's {what[name]} has no weights and would be that of the kept "
+                f"completions; set {name}={neutral}, or prune prompts only"
+            )

@@ -1,0 +1,346 @@
+"""bandpo in TRL's DPO: `BandDPOTrainer` is `DPOTrainer` with any `PairObjective`, and nothing copied.
+
+TRL makes the batch, the forward pass and its metrics, with a loss of weight 0; the log-probs of that pass go into `pair_loss`.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+try:
+    from trl import DPOConfig, DPOTrainer
+except ImportError as error:
+    raise ImportError(f"bandpo.integrations.trl.dpo needs TRL: pip install 'bandpo[trl]' ({error})") from error
+
+from bandpo._system.secrets import HidesSecrets
+from bandpo.integrations.trl.checkpoint import WholeCheckpoints
+from bandpo.integrations.trl.generate import layer_states
+from bandpo.integrations.trl.pooled import PooledLog, checked_metrics, over_processes, without_empty
+from bandpo.integrations.trl.precision import lost_updates_of
+from bandpo.metrics import PooledSum
+from bandpo.preference.links import as_link
+from bandpo.preference.losses import pair_loss, preference_confidence
+from bandpo.preference.objectives import PREFERENCES, PairObjective, get_pair_objective
+from bandpo.preference.probe import LayerProbe, pool_hidden
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_OWN_COLUMNS = ("reward_gap", *REFERENCE_COLUMNS)
+_INERT = {"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "reverse_kl", "ld_alpha": None,
+          "use_weighting": False}  # fmt: skip
+
+
+@dataclass
+class BandDPOConfig(HidesSecrets, DPOConfig):
+    """`DPOConfig` with a preference `objective`; `beta` and `label_smoothing` follow the objective unless they are set.
+
+    Raises:
+        ValueError: If an option is set that the objective would ignore.
+    """
+
+    objective: str = field(default="chipo", metadata={"help": f"Named preference objective: {', '.join(PREFERENCES)}."})
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Regularisation β. Default: the objective's."}
+    )
+    link: str | None = field(
+        default=None, metadata={"help": "log, chi2-kl, chi2, forward-kl, js, alpha:A or chi2-kl:ALPHA,GAMMA."}
+    )
+    r_max: float | None = field(default=None, metadata={"help": "Clip the pair's logit to ±2 r_max. Default: no clip."})
+    label_smoothing: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "ε of cdpo and robust-dpo. Default: the objective's."}
+    )
+    label_scale: float | None = field(default=None, metadata={"help": "Scale of reward gaps (pdfr, rebel, rdrc, vcb)."})
+    calibration: float | None = field(default=None, metadata={"help": "γ_c of rdrc, the final temperature."})
+    confidence_alpha: float = field(default=7.5, metadata={"help": "Sharpness of the probe's confidence (rbrm)."})
+    confidence_level: str = field(
+        default="batch", metadata={"help": "Confidence of the batch, or of each pair (rbrm)."}
+    )
+    confidence_floor: float = field(default=0.5, metadata={"help": "Least confidence (rbrm)."})
+    probe_pooling: str = field(
+        default="mean",
+        metadata={"help": "What the probe sees of a completion's hidden states: their mean, or the last."},
+    )
+    probe_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Adam's, for the co-trained probe; 0 freezes it."}
+    )
+
+    def __post_init__(self) -> None:
+        objective = self.resolve()
+        for name, value in _INERT.items():
+            if getattr(self, name) not in (value, value[0] if isinstance(value, list) else value):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} acts on TRL's own loss, which objective {self.objective!r} replaces"
+                )
+        self.beta, self.label_smoothing = objective.beta, objective.label_smoothing
+        if objective.reference == "none":
+            self.precompute_ref_log_probs = True  # so that TRL loads no reference model; there is nothing to compute
+        super().__post_init__()
+
+    def resolve(self) -> PairObjective:
+        """The objective with the overrides of this config applied."""
+        objective = get_pair_objective(self.objective)
+        names = ("beta", "r_max", "label_smoothing", "label_scale", "calibration")
+        changes: dict[str, Any] = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        if self.link is not None:
+            changes["link"] = as_link(self.link)
+        return dataclasses.replace(objective, **changes)
+
+
+class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
+    """TRL's `DPOTrainer` with the loss of a bandpo preference objective; everything else is inherited.
+
+    A data set may hold more than pairs: "reward_gap" for objectives that distil rewards; "ref_chosen_logps" and
+    "ref_rejected_logps", with which no reference model is loaded; and "prompt_ids", "chosen_ids", "rejected_ids" instead of
+    text. Pairs that `max_length` drops or cuts are counted in a warning.
+
+    Args:
+        model: As in `DPOTrainer`; so are all other arguments.
+        ref_model: As in `DPOTrainer`.
+        args: A `BandDPOConfig`.
+        objective: A `PairObjective` instead of the config's.
+        probe: RBRM's reward. It gives the confidence of each batch, from the policy's own hidden states at the last token, and
+            is trained along with an optimiser of its own.
+        **kwargs: The other arguments of `DPOTrainer`.
+
+    Raises:
+        TypeError: If `args` is no `BandDPOConfig`.
+        ValueError: If the objective needs a probe and has none, or the other way round; if there are reference log-probs and a
+            reference model, or such log-probs of pairs that `max_length` cuts; if no pair is left, or `max_length` leaves
+            nothing of the difference between chosen and rejected.
+
+    Examples:
+        >>> BandDPOTrainer.__mro__[2].__name__
+        'DPOTrainer'
+    """
+
+    _tag_names = ["trl", "dpo", "bandpo"]  # noqa: RUF012 (TRL's convention)
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: BandDPOConfig | None = None, *,
+        objective: PairObjective | None = None, probe: LayerProbe | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        args = BandDPOConfig("BandDPO") if args is None else args
+        if not isinstance(args, BandDPOConfig):
+            raise TypeError(f"args: pass a BandDPOConfig (DPOConfig's fields and more), got {type(args).__name__}")
+        self.objective = args.resolve() if objective is None else objective
+        if probe is not None and self.objective.target != "soft":
+            raise ValueError(f"probe: objective {self.objective.name!r} has no soft target for its confidence")
+        if self.objective.name == "rbrm" and probe is None:
+            raise ValueError("objective 'rbrm' needs a probe: bandpo.preference.LayerProbe, fitted on labelled pairs")
+        self.probe = probe
+        self._probe_optimizer = (
+            torch.optim.Adam(probe.parameters(), lr=args.probe_learning_rate, weight_decay=0.01)
+            if probe is not None and args.probe_learning_rate
+            else None
+        )
+        self._pooled = {"train": PooledLog(), "eval": PooledLog()}
+        if set(REFERENCE_COLUMNS) <= set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+            if ref_model is not None:
+                raise ValueError("ref_model: the data set holds the reference's log-probs already; give one of the two")
+            args = copy.copy(args)
+            args.precompute_ref_log_probs = True  # they are there, so that TRL need not load a reference
+        super().__init__(model, ref_model, args, **kwargs)
+        if (lost := lost_updates_of(self)) is not None:
+            warnings.warn(lost[0].upper() + lost[1:], stacklevel=2)
+        if probe is not None:
+            probe.to(self.accelerator.device)
+        self.loss_weights = [0.0]
+        self.pairs_seen = 0  # by this process, in training
+        self.data_collator = _WithColumns(self.data_collator)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names or ()):
+            found = dataset
+        else:
+            found = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(found, Dataset) and args.max_length is not None:  # a stream is not read ahead
+            _check_cuts(found, len(dataset), args.max_length, dataset_name)
+        return found
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self.objective.reference == "none" or "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *_OWN_COLUMNS]))
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        gap = inputs.pop("reward_gap", None)
+        if "ref_chosen_logps" not in inputs:
+            if self.objective.reference == "none":
+                references = (torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device),) * 2
+            else:
+                with warnings.catch_warnings():  # TRL reads a property by a name that transformers has given up
+                    warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
+                    references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
+        self._pooled[self._mode].begin(self._metrics[self._mode])
+        recorded = _Recorder(model)
+        with self._given_references(), self._hidden_states() as hidden:
+            host = super()._compute_loss(recorded, inputs, return_outputs)
+        losses, metrics = self._pair_loss(recorded.log_probs, inputs, gap, hidden)
+        self._log_pairs(metrics, len(losses))
+        if return_outputs:
+            return host[0] + losses.mean(), host[1]
+        return host + losses.mean()  # the host's: 0 times its own loss, and a model's auxiliary one
+
+    def _pair_loss(
+        self, log_probs: Tensor, inputs: dict[str, Any], gap: Tensor | None, hidden: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = inputs["completion_mask"][:, 1:]
+        chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
+        extras: dict[str, Tensor] = {}
+        if self.objective.length == "mean":
+            extras |= dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True))
+        if self.objective.reference != "none":
+            extras |= {f"ref_{s}_logprobs": inputs[f"ref_{s}_logps"] for s in ("chosen", "rejected")}
+        confidence, probe_metrics = self._confidence(hidden, inputs["completion_mask"])
+        if confidence is not None:
+            extras["confidence"] = confidence
+        elif gap is not None and self.objective.needs_gap and not self.objective.label_smoothing:
+            extras["reward_gap"] = gap
+        losses, metrics = pair_loss(
+            chosen_logprobs=chosen, rejected_logprobs=rejected, objective=self.objective, **extras
+        )
+        return losses, metrics | probe_metrics
+
+    def _confidence(self, hidden: list[Tensor], mask: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The probe's confidence in each pair, after a step of its own training."""
+        if self.probe is None:
+            return None, {}
+        chosen, rejected = pool_hidden(hidden, mask, self.args.probe_pooling).chunk(2)
+        if self._probe_optimizer is not None and self.model.training:
+            with torch.enable_grad():
+                self._probe_optimizer.zero_grad()
+                self.probe.loss(chosen, rejected).backward()
+            self._probe_optimizer.step()
+        with torch.no_grad():
+            rewards = self.probe(chosen), self.probe(rejected)
+        confidence = preference_confidence(
+            *rewards,
+            alpha=self.args.confidence_alpha,
+            level=self.args.confidence_level,
+            floor=self.args.confidence_floor,
+        )
+        accuracy = (rewards[0] > rewards[1]).float().mean()
+        return confidence, {"probe/confidence": confidence.mean(), "probe/accuracy": accuracy}
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @contextmanager
+    def _given_references(self) -> Iterator[None]:
+        saved, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = saved
+
+    def _hidden_states(self) -> Any:
+        if self.probe is None:
+            return nullcontext([])
+        return layer_states(self.accelerator.unwrap_model(self.model))
+
+    def _log_pairs(self, metrics: dict[str, Tensor], pairs: int) -> None:
+        """Our metrics into TRL's log, pooled over processes and micro-batches.
+
+        Implicit rewards take the place of TRL's, which know no link.
+        """
+        self.pairs_seen += pairs if self.model.training else 0
+        log, pooled = self._metrics[self._mode], self._pooled[self._mode]
+        every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
+        used = (every * (1 - metrics["nonfinite_fraction"])).round()
+        sums: dict[str, PooledSum] = {}
+        for name, value in metrics.items():
+            count = every if name == "nonfinite_fraction" or name.startswith("probe/") else used
+            total = torch.where(count > 0, value * count, 0.0)
+            sums[name if name.startswith("rewards/") else f"pairs/{name}"] = PooledSum(total, count)
+        for name, total in over_processes(self.accelerator, sums).items():
+            pooled.put(log, name, total)
+
+    def state_to_keep(self) -> dict[str, Any]:
+        kept = {
+            "metrics": dict(self._metrics["train"]), "pooled": self._pooled["train"].parts,
+            "tokens": self._total_train_tokens,
+        }  # fmt: skip
+        if self.probe is not None and self._probe_optimizer is not None:  # it is trained along with the policy
+            kept |= {"probe": self.probe.state_dict(), "probe_optimizer": self._probe_optimizer.state_dict()}
+        return kept
+
+    def take_state(self, state: dict[str, Any]) -> None:
+        self._metrics["train"].update(checked_metrics(state["metrics"]))
+        self._pooled["train"].load(state["pooled"])
+        self._total_train_tokens = state["tokens"]
+        if self.probe is not None and self._probe_optimizer is not None:
+            self.probe.load_state_dict(state["probe"])
+            self._probe_optimizer.load_state_dict(state["probe_optimizer"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        without_empty(self._metrics[self._mode])
+        super().log(logs, start_time)
+
+
+def _check_cuts(data: Dataset, given: int, max_length: int, name: str) -> None:
+    """Say what `max_length` does to the pairs, and refuse what would make them wrong."""
+    if not len(data):
+        raise ValueError(
+            f"{name} set: none of {given} pairs is left, each prompt fills max_length={max_length}; raise it"
+        )
+    columns = zip(data["prompt_ids"], data["chosen_ids"], data["rejected_ids"], strict=True)
+    rooms = [(max_length - len(p), c, r) for p, c, r in columns]
+    cut = [(room, c, r) for room, c, r in rooms if max(len(c), len(r)) > room]
+    if cut and set(REFERENCE_COLUMNS) <= set(data.column_names):
+        raise ValueError(
+            f"{name} set: {len(cut)} of {given} pairs are longer than max_length={max_length}, and their reference log-probs "
+            "are of the whole completions; raise max_length, or set it to None"
+        )
+    same = sum(c != r and c[: max(room, 0)] == r[: max(room, 0)] for room, c, r in cut)
+    if same:
+        raise ValueError(
+            f"{name} set: of {same} of {given} pairs max_length={max_length} leaves the same text as chosen and as rejected; "
+            "raise it, or set it to None"
+        )
+    if cut or len(data) < given:
+        warnings.warn(
+            f"{name} set: max_length={max_length} drops {given - len(data)} of {given} pairs, whose prompts fill it, and cuts "
+            f"{len(cut)}.",
+            stacklevel=2,
+        )
+
+
+class _Recorder:
+    """Calls a model and keeps the log-probs it returned last."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.log_probs: Tensor = torch.empty(0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **kwargs)
+        if kwargs.get("fused_lm_head"):
+            self.log_probs = out.log_probs
+        return out
+
+
+@dataclass
+class _WithColumns:
+    """TRL's collator, and the reward gaps where the data set has them."""
+
+    collator: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        if "reward_gap" in examples[0]:
+            batch["reward_gap"] = torch.tensor([e["reward_gap"] for e in examples], dtype=torch.float32)
+        return batch

@@ -1,0 +1,135 @@
+"""Pruned and packed batches in TRL: rows leave a rollout before it is split, forward passes run without padding."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from bandpo.integrations.trl.config import BandGRPOConfig
+from bandpo.integrations.trl.rollout import PREFIX, local_rows, mask_of
+from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
+
+WEIGHT = f"{PREFIX}weight"
+
+
+class PrunedRollouts:
+    """Leaves out prompts before TRL samples and completions before it trains, on each process by itself.
+
+    Args:
+        trainer: The trainer.
+        prune: Rates, and the history of the prompts.
+    """
+
+    def __init__(self, trainer: Any, prune: Pruning) -> None:
+        self.trainer, self.prune = trainer, prune
+        args: BandGRPOConfig = trainer.args
+        if args.per_device_train_batch_size * args.steps_per_generation % args.num_generations:
+            raise ValueError("pruning needs whole groups on each process: make per_device_train_batch_size x "
+                             f"steps_per_generation a multiple of num_generations={args.num_generations}")  # fmt: skip
+
+    def before(self, inputs: list[Any]) -> tuple[list[Any], list[float]]:
+        """The prompts to sample, each `num_generations` times as TRL has them, and the weight of each row."""
+        size = self.trainer.num_generations
+        if not self.prune.prompts or self._over():
+            return inputs, [1.0] * len(inputs)
+        keys = [_key(row) for row in inputs[::size]]
+        chosen = self.prune.select_prompts(keys, generator=self._generator(0))
+        drop = (~chosen.keep).nonzero().flatten().tolist()
+        # Equal work on every process, and whole micro-batches: put back as many as that takes, at random.
+        least = min(gather_object([len(drop)]))
+        steps = self.trainer.args.steps_per_generation
+        while least and (len(keys) - least) * size % steps:
+            least -= 1
+        weight = _put_back(chosen, drop, least, self._generator(1), biased=self.prune.mode == "topk_biased")
+        rows = [i for i, w in enumerate(weight.tolist()) if w > 0]
+        log = self.trainer._metrics["train"]
+        log["selection/prompts_kept"].append(len(rows) / len(keys))
+        return [inputs[i * size + j] for i in rows for j in range(size)], [
+            float(weight[i]) for i in rows for _ in range(size)
+        ]
+
+    def after(self, inputs: list[Any], rollout: dict[str, Any], weights: list[float]) -> dict[str, Any]:
+        """The rollout without the completions that are left out, and the weight of each row beside it."""
+        trainer, size = self.trainer, self.trainer.num_generations
+        advantages = rollout["advantages"].view(-1, size)
+        rewards = trainer.last_rewards[local_rows(trainer, len(weights))].view(-1, size).to(advantages.device)
+        keys = [_key(row) for row in inputs[::size]]
+        groups = gather_object(list(zip(keys, advantages.tolist(), rewards.tolist(), strict=True)))
+        self.prune.update([key for key, _, _ in groups], *(torch.tensor([g[i] for g in groups]) for i in (1, 2)))
+        before = torch.tensor(weights, device=advantages.device)
+        tokens = mask_of(rollout).sum(1)
+        log = trainer._metrics["train"]
+        if not torch.equal(before, torch.ones_like(before)):
+            # Tokens that were never sampled cannot be counted: their number is estimated with the same weights.
+            everywhere = trainer.accelerator.gather(
+                torch.stack([(tokens * before).sum(), tokens.sum().float()]).unsqueeze(0)
+            )
+            estimate, seen = everywhere.sum(0)
+            rollout["num_items_in_batch"] = estimate.to(torch.float32)
+            log["selection/tokens_estimated"].append((estimate / seen.clamp(min=1)).item())
+        rows = torch.arange(len(before), device=before.device)
+        weight = before
+        if self.prune.completions and not self._over():
+            chosen = self.prune(rewards, advantages, generator=self._generator(2))
+            drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
+            steps = trainer.args.steps_per_generation
+            least = min(gather_object([len(drop)]))
+            least = min(least - (least - len(before)) % steps, len(before) - steps)
+            flat = Selection(*(x.flatten() for x in chosen))
+            biased = self.prune.mode == "topk_biased"
+            weight = before * _put_back(flat, drop, max(least, 0), self._generator(3), biased=biased).to(before.device)
+            rows = weight.nonzero().flatten()
+        kept = tokens[rows].sum() / tokens.sum().clamp(min=1)
+        if trainer.loss_type != "dapo":  # the others divide by the rows that they are handed
+            full = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+            weight = weight * (len(rows) / full)
+            if self.prune.mode == "topk_biased":
+                weight = (weight > 0).to(weight.dtype)  # the baseline's mean is that of the survivors
+        log["selection/kept"].append(trainer.accelerator.gather(torch.tensor(len(rows) / len(before))).mean().item())
+        log["selection/tokens"].append(trainer.accelerator.gather(kept).mean().item())
+        size = effective_sample_size(weight[rows])
+        log["selection/effective_sample_size"].append(trainer.accelerator.gather(size).mean().item())
+        out = {name: x[rows] if _has_rows(x, len(before)) else x for name, x in rollout.items()}
+        return out | {WEIGHT: weight[rows]}
+
+    def _over(self) -> bool:
+        state = self.trainer.state
+        return state.global_step >= self.prune.until * state.max_steps
+
+    def _generator(self, stream: int) -> torch.Generator:
+        trainer = self.trainer
+        seed = trainer.args.seed * 1_000_003 + trainer._step * 101 + trainer.accelerator.process_index * 7 + stream
+        return torch.Generator().manual_seed(seed)
+
+
+def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.Generator, *, biased: bool) -> Tensor:
+    """Weights when only `count` of the dropped entries stay dropped.
+
+    Those that carry nothing come back first; of the others each is as likely, so their P shrinks by one factor.
+    """
+    if not drop:
+        return chosen.weight
+    nothing = [i for i in drop if chosen.dropping[i] == 1]
+    others = [i for i in drop if chosen.dropping[i] < 1]
+    back = len(drop) - count
+    returned = nothing[: min(back, len(nothing))]
+    rest = back - len(returned)
+    if rest:
+        returned += [others[i] for i in torch.randperm(len(others), generator=generator)[:rest].tolist()]
+    keep = chosen.keep.clone()
+    keep[returned] = True
+    if biased:
+        return keep.to(chosen.weight.dtype)
+    dropping = torch.where(chosen.dropping == 1, 0.0, chosen.dropping * (1 - rest / max(1, len(others))))
+    return (1 / (1 - dropping)).masked_fill(~keep, 0.0)
+
+
+def _key(row: Any) -> str:
+    """What makes two rows the same prompt in the history."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else repr(prompt)
+
+
+def _has_rows(x: Any, rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows

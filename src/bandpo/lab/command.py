@@ -1,0 +1,90 @@
+"""`bandpo lab`: experiments that show one thing each, as a figure and a JSON file."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+
+import bandpo
+from bandpo._system.about import about
+from bandpo._system.files import write_json
+from bandpo._system.locks import claim_output, released
+from bandpo.lab.preference import EXPERIMENTS
+from bandpo.lab.preference_figures import FIGURES
+from bandpo.lab.selection import ARMS, selection_on_the_main_job
+from bandpo.lab.selection_figures import plot_selection
+from bandpo.train.progress import Progress, quiet_hosts
+
+
+def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
+    """Train the main job with pruning and packing; leaves selection.json, selection.png and the runs in the output folder.
+
+    Args:
+        options: The options of `bandpo lab selection`.
+    """
+    arms = list(ARMS) if options.only is None else [name.strip() for name in options.only.split(";")]
+    unknown = [a for a in arms if a not in ARMS]
+    if unknown:
+        raise ValueError(f"--only {';'.join(unknown)}: choose from {'; '.join(ARMS)}")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    folder: Path = options.output
+    progress = Progress()
+    steps = ["--max_steps", str(options.steps)] if options.steps else []
+    with released(claim_output(folder)):
+        found = selection_on_the_main_job(
+            folder, seeds=options.seeds, jobs=options.jobs, arms=arms, options=steps, say=progress.say
+        )
+        found = {**about(), "bandpo": bandpo.__version__, **found}
+        write_json(folder / "selection.json", found, indent=None)
+        made = {arm: rows for arm, rows in found["arms"].items() if rows}
+        if made:
+            figure = plot_selection({**found, "arms": made})
+            figure.savefig(folder / "selection.png", dpi=120)
+            plt.close(figure)
+            progress.say(f"figure: {folder / 'selection.png'}")
+    for line in found["failures"]:
+        progress.say(f"missing: {line.splitlines()[0]}")
+    return found
+
+
+def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the preference experiments; each leaves NAME.json and NAME.png in the output folder.
+
+    Args:
+        options: The options of `bandpo lab preference`.
+    """
+    names = [*EXPERIMENTS, "reranking"] if options.only is None else options.only.split(",")
+    unknown = [n for n in names if n not in FIGURES]
+    if unknown:
+        raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(FIGURES)}")
+    if options.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, for an interval; got {options.seeds}")
+    progress = Progress()
+    quiet_hosts()
+    torch.set_num_threads(1)
+    folder: Path = options.output
+    with released(claim_output(folder)):
+        return {name: _experiment(name, folder, options.seeds, progress) for name in names}
+
+
+def _experiment(name: str, folder: Path, seeds: int, progress: Progress) -> dict[str, Any]:
+    started = time.monotonic()
+    if name == "reranking":
+        from bandpo.lab.reranking import rerank_against_online  # TRL, and minutes: only where it is asked for
+
+        found = rerank_against_online(seeds=seeds)
+    else:
+        found = EXPERIMENTS[name]()
+    seconds = round(time.monotonic() - started, 1)
+    everything = {**about(), "bandpo": bandpo.__version__, "seconds": seconds, **found}
+    write_json(folder / f"{name}.json", everything, indent=None)
+    figure = FIGURES[name](found)
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    plt.close(figure)
+    progress.say(f"{name:<16} {seconds:>6.1f} s   {folder / f'{name}.png'}")
+    return everything

@@ -1,0 +1,157 @@
+"""`bandpo compare`: tuning, report runs, robustness maps, exact experiments, and one self-contained report."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import bandpo
+from bandpo._system.about import about, command_line, git_revision
+from bandpo._system.files import read_checked_json, write_checked_json, write_json
+from bandpo._system.locks import claim_output, released
+from bandpo.lab.claims import claims
+from bandpo.lab.exact import wilson
+from bandpo.lab.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
+from bandpo.lab.problems import PROBLEMS
+from bandpo.lab.report import claims_table, write_evidence, write_report
+from bandpo.lab.study import Study
+from bandpo.lab.summary import summarise, write_tables
+from bandpo.lab.sweeps import bandit, sweep
+from bandpo.train.progress import Progress
+from bandpo.zoo import OBJECTIVES
+
+_FORMAT = 1  # of the sweeps
+
+
+class Comparison(NamedTuple):
+    """What a comparison left."""
+
+    report: Path
+    complete: bool
+    """Whether every run of the plan has a result."""
+
+
+def compare(options: argparse.Namespace) -> Comparison:
+    """Run a comparison.
+
+    The folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md and report.html. One comparison
+    at a time uses it.
+
+    Args:
+        options: The options of `bandpo compare`.
+    """
+    started = time.monotonic()
+    plan = _plan(options)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    folder = options.output or Path("runs") / f"compare-{options.preset}"
+    with released(claim_output(folder)):
+        return _compare(options, plan, folder, started)
+
+
+def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: float) -> Comparison:
+    progress = Progress()
+    progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)} -> {folder}")
+    study = Study(folder, options.jobs, progress.say, options.backend)
+    write_json(folder / "plan.json", describe(plan))
+    torch.set_num_threads(1)
+    objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
+    made: list[list[Job]] = []
+    for task in plan.tasks:
+        made.append(tuning_jobs(plan, task))
+        study.run(made[-1], f"{task}, tuning")
+        tuned = [arm for o in objectives if (arm := study.tuned(plan, task, o)) is not None]
+        made.append(jobs_of(plan, task, [*report_arms(plan), *tuned], plan.seeds))
+        study.run(made[-1], f"{task}, report")
+        made.append([j for jobs in robust_jobs(plan, task).values() for j in jobs])
+        study.run(made[-1], f"{task}, robustness")
+    summary = summarise(study, plan)
+    exact = [o for o in objectives if OBJECTIVES[o].ratio_level == "token" and not OBJECTIVES[o].extras]
+    summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
+    summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
+    summary["about"] = _about(study, plan, made)
+    summary = write_tables(summary, folder)
+    report = write_report(folder, summary)
+    progress.say((folder / "table.md").read_text())
+    progress.say(claims_table(claims(summary)))
+    for line in summary["diverged"]:
+        progress.say(f"diverged: {line}")
+    for line in study.failures:
+        progress.say(f"failed: {line}")
+    for line in summary["incomplete"]:
+        progress.say(f"missing: {line}")
+    if options.evidence is not None:
+        progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
+    progress.say(f"report: {report}, {(time.monotonic() - started) / 60:.1f} min")
+    if summary["incomplete"]:
+        progress.say(f"{len(summary['incomplete'])} parts are missing; the same command makes what is missing")
+    return Comparison(report, not summary["incomplete"])
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    changes: dict[str, Any] = {}
+    for name in ("objectives", "tasks"):
+        given = getattr(options, name)
+        if given is not None:
+            changes[name] = tuple(x.strip() for x in given.split(","))
+    for task in changes.get("tasks", ()):
+        if task not in PROBLEMS:
+            raise ValueError(f"--tasks: {task!r} is unknown; choose from {', '.join(PROBLEMS)}")
+    if options.seeds is not None:
+        changes["seeds"] = _seeds(options.seeds)
+    if options.updates is not None:
+        changes["updates"] = options.updates
+    return dataclasses.replace(PRESETS[options.preset], **changes)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """`0-9` or `0,3,5`."""
+    try:
+        first, dash, last = text.partition("-")
+        return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(x) for x in text.split(","))
+    except ValueError:
+        raise ValueError(f"--seeds {text}: write 0-9, or 0,3,5") from None
+
+
+def _exact(names: list[str], seeds: int) -> dict[str, Any]:
+    """The bandit of the bottleneck, at each objective's default width."""
+    found: dict[str, Any] = {}
+    for name in names:
+        outcome = bandit(OBJECTIVES[name], seeds)
+        commits = int(outcome.commits.sum())
+        found[name] = {
+            "commit": [commits / seeds, *wilson(commits, seeds)],
+            "curve": outcome.curve.mean(1).tolist(),
+            "value": outcome.value.mean().item(),
+            "entropy": outcome.entropy.mean().item(),
+            "discovery": outcome.discovery.float().median().item(),
+        }
+    return found
+
+
+def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The bandit's planes, kept in the folder as runs are."""
+    key = hashlib.sha256(json.dumps([_FORMAT, names, seeds]).encode()).hexdigest()[:20]
+    path = folder / f"sweeps-{key}.json"
+    if path.exists():
+        try:
+            return read_checked_json(path)
+        except ValueError as error:
+            say(f"  {error}; it is made again")
+    write_checked_json(path, json.loads(json.dumps(sweep(names, seeds, workers))))
+    return read_checked_json(path)
+
+
+def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
+    return {
+        "command": command_line(), "bandpo": bandpo.__version__, "torch": torch.__version__,
+        "git": git_revision() or "", "environment": about(), "plan": describe(plan),
+        "runs": len({job for jobs in sets for job in jobs}),
+        "core_minutes": round(study.core_seconds([job for jobs in sets for job in jobs]) / 60, 1),
+    }  # fmt: skip

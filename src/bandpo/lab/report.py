@@ -1,0 +1,181 @@
+"""The report of a comparison: figures, one self-contained page, and the evidence page of the documentation."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib.figure import Figure
+
+from bandpo._system.files import write_text
+from bandpo.lab.claims import Claim, claims, duels
+from bandpo.lab.figures import (
+    plot_clip_maps,
+    plot_curves,
+    plot_exact,
+    plot_forest,
+    plot_planes,
+    plot_regimes,
+    plot_robustness,
+    plot_staleness,
+)  # fmt: skip
+from bandpo.lab.problems import PROBLEMS
+from bandpo.lab.stats import number
+from bandpo.lab.summary import ABLATED, runs_of
+from bandpo.train.report import save_svg
+
+
+class Picture(NamedTuple):
+    """A figure and what it shows."""
+
+    section: str
+    title: str
+    figure: Figure
+
+
+def pictures(summary: Mapping[str, Any]) -> Iterator[Picture]:
+    """All figures of a summary, the exact experiments first."""
+    if summary["exact"]:
+        yield Picture("exact", "A rare best arm", plot_exact(summary["exact"]))
+    if summary["sweeps"]:
+        s = summary["sweeps"]
+        yield Picture("exact", "Where the region decides: rarity and reuse", plot_regimes(s["regimes"]))
+        yield Picture("exact", "Learning rate and width", plot_planes(s["planes"]))
+        yield Picture(
+            "exact",
+            "Staleness, radius and cap, tuning",
+            plot_staleness(s["staleness"], s["radius and cap"], s["tuning"]),
+        )
+    for task, found in summary["tasks"].items():
+        if not found:
+            continue
+        default = {label: c for label, c in found["curves"].items() if " " not in label}
+        yield Picture(task, "Learning curves, default widths", plot_curves(default))
+        for measure, differences in found["differences"].items():
+            title = f"{measure}, against {found['baseline']}"
+            yield Picture(task, title, plot_forest(differences, found["baseline"], measure))
+        for measure, differences in found["ablations"].items():
+            yield Picture(task, f"{measure}, parts of the KL band", plot_forest(differences, ABLATED, measure))
+        yield Picture(task, "Who is clipped", plot_clip_maps(found["clip"]))
+        if found["robustness"]:
+            plan = summary["about"]["plan"]
+            rates, reuse = plan["robust_rates"], [tuple(r) for r in plan["robust_reuse"]]
+            yield Picture(task, "Robustness", plot_robustness(found["robustness"], rates, reuse))
+
+
+def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """report.html, and its figures in figures/."""
+    figures: dict[str, dict[str, str]] = {}
+    for i, picture in enumerate(pictures(summary)):
+        name = f"{picture.section}-{i}.svg"
+        figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, folder / "figures" / name)
+    page = _template("compare.html.j2", autoescape=True).render(
+        title="Trust regions compared: " + ", ".join(summary["tasks"]), summary=summary, figures=figures, tasks=_tasks(summary),
+        claims=claims(summary), exact_text=_exact_text(summary), about=summary["about"],
+    )  # fmt: skip
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def evidence_page(summary: Mapping[str, Any]) -> str:
+    """The evidence page, in Markdown.
+
+    Args:
+        summary: As in summary.json.
+    """
+    return _template("evidence.md.j2", autoescape=False).render(
+        about=summary["about"], claims=claims(summary), duels=_scores(summary), tasks=_tasks(summary), summary=summary,
+        exact_text=_exact_text(summary), pictures={title: file for title, file, _ in evidence_pictures(summary)},
+    )  # fmt: skip
+
+
+def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
+    """Title, file name and figure of the pictures on the evidence page."""
+    for picture in pictures(summary):
+        title = picture.title if picture.section == "exact" else f"{picture.section}: {picture.title}"
+        if picture.section == "exact" or picture.title.startswith(("mean@", "entropy", "Who", "Robust", "Learning")):
+            name = "".join(c if c.isalnum() else "-" for c in title.lower())
+            yield title, f"{'-'.join(filter(None, name.split('-')))}.png", picture.figure
+
+
+def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """evidence.md and evidence.json, with pictures in assets/evidence/.
+
+    Args:
+        folder: Of the documentation.
+        summary: As in summary.json.
+    """
+    assets = folder / "assets" / "evidence"
+    assets.mkdir(parents=True, exist_ok=True)
+    for old in assets.glob("*.png"):
+        old.unlink()
+    for _, file, figure in evidence_pictures(summary):
+        figure.savefig(assets / file, dpi=110)
+    write_text(folder / "evidence.json", json.dumps(summary) + "\n")
+    page = folder / "evidence.md"
+    write_text(page, evidence_page(summary))
+    return page
+
+
+def claims_table(found: list[Claim]) -> str:
+    """For the terminal."""
+    return "\n".join(f"{c.verdict:>22}  {c.text}" for c in found)
+
+
+def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Wins, ties and losses of each band against each rival, over the tasks."""
+    rows: list[dict[str, Any]] = []
+    for variant in ("", " tuned"):
+        for task, measures in duels(summary, variant).items():
+            for measure, pairs in measures.items():
+                for (band, rival), d in pairs.items():
+                    state = "diverged" if math.isnan(d.mean.value) else "tie"
+                    if d.p_holm < 0.05:
+                        state = "win" if d.mean.value > 0 else "loss"
+                    rows.append(
+                        {"band": band, "rival": rival, "variant": variant.strip() or "default", "task": task,
+                         "measure": measure, "state": state, "difference": d}
+                    )  # fmt: skip
+    return rows
+
+
+def _tasks(summary: Mapping[str, Any]) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    for task, found in summary["tasks"].items():
+        if found:
+            table = next(iter(found["table"].values()))
+            start = ", ".join(f"{name} {number(value)}" for name, value in found["before"].items())
+            tasks[task] = {
+                **found,
+                "measures": [m for m, v in table.items() if isinstance(v, dict) and "value" in v],
+                "text": f"{PROBLEMS[task]().description}. Before training: {start}.",
+            }
+    return tasks
+
+
+def _exact_text(summary: Mapping[str, Any]) -> str:
+    plan = summary["about"]["plan"]
+    text = (
+        "Ten arms; the best has probability 0.01 at the start and reward 1, a common one (0.40) pays 0.6, the others 0.2. "
+        "Adam, rate 0.1, 60 batches of 8 groups of 8, 2 epochs (K) of 4 mini-batches (M), default widths, "
+        f"{plan['exact_seeds']} seeds."
+    )
+    if summary["sweeps"]:
+        text += (
+            f" The sweeps change one or two of these, with {plan['sweep_seeds']} seeds for each cell; the plane of rarity and "
+            "reuse has balls matched to ε = 0.2."
+        )
+    return text
+
+
+def _template(name: str, *, autoescape: bool) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bandpo.run"), autoescape=autoescape, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["number"] = number
+    environment.filters["runs_of"] = runs_of
+    return environment.get_template(name)

@@ -1,0 +1,119 @@
+"""`bandpo bounds` and `bandpo objectives`. They need torch, and matplotlib for figures."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from bandpo.bounds import Band, Clip, RatioBounds
+from bandpo.bounds.band import as_divergence
+from bandpo.bounds.calibration import match_radius
+from bandpo.divergences import FDivergence, alpha
+from bandpo.zoo import OBJECTIVES
+
+_PROBABILITIES = [1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999]
+_FIGURES = (".png", ".svg", ".pdf")
+
+
+def show_bounds(options: argparse.Namespace) -> None:
+    """Print the interval of one trust region or of several, and draw it.
+
+    Args:
+        options: The options of `bandpo bounds`.
+    """
+    divergences = [_divergence(name.strip()) for name in options.divergence.split(",")]
+    if options.match is not None and len(divergences) == 1:
+        raise ValueError(f"--match {options.match} needs several divergences: --divergence kl,tv,chi2, say")
+    if not options.no_figure:
+        _check_figure("--output", options.output)
+    pure = Band(divergences[0], options.radius, max_ratio=None)
+    bands = {
+        f"{d.name}, radius {radius:.4g}": Band(d, radius, max_ratio=options.max_ratio)
+        for d in divergences
+        for radius in [
+            options.radius
+            if d is divergences[0] or options.match is None
+            else match_radius(d, like=pure, by=options.match)
+        ]
+    }
+    if len(bands) == 1:
+        _print_band(*next(iter(bands.items())), options.max_ratio)
+    else:
+        _print_families(bands)
+    if not options.no_figure:
+        from bandpo.plots import plot_bounds, plot_families
+
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        if len(bands) == 1:
+            label, band = next(iter(bands.items()))
+            figure = plot_bounds(band, f"band: {label}")
+        else:
+            figure = plot_families(bands, matched=options.match)
+        figure.savefig(options.output, dpi=150)
+        print(f"\nfigure: {options.output}")
+
+
+def show_objectives(options: argparse.Namespace) -> None:
+    """Print the named objectives, and draw their gradient weights where asked.
+
+    Args:
+        options: The options of `bandpo objectives`.
+    """
+    path: Path | None = options.plot
+    if path is not None and path.suffix:
+        _check_figure("--plot", path)
+    for name, objective in OBJECTIVES.items():
+        print(f"{name}\n    {objective.formula}\n    {objective.paper}")
+        print(
+            f"    aggregation {objective.aggregation}, advantage {objective.advantage}, ratio per {objective.ratio_level}, "
+            f"against the {objective.anchor} policy\n"
+        )
+    if path is None:
+        return
+    from bandpo.plots.zoo import plot_weight, plot_zoo
+
+    if path.suffix:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_zoo().savefig(path, dpi=150)
+        print(f"figure: {path}")
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for name in OBJECTIVES:
+        plot_weight(name).savefig(path / f"{name}.png", dpi=110)
+    print(f"{len(OBJECTIVES)} figures: {path}/")
+
+
+def _divergence(name: str) -> FDivergence:
+    if not name.startswith("alpha:"):
+        return as_divergence(name)
+    try:
+        return alpha(float(name.partition(":")[2]))
+    except ValueError as error:
+        raise ValueError(f"--divergence {name}: after 'alpha:' comes the order, a finite number ({error})") from None
+
+
+def _check_figure(option: str, path: Path) -> None:
+    if path.suffix not in _FIGURES:
+        raise ValueError(f"{option} {path}: the figure must end in .png, .svg or .pdf")
+
+
+def _print_band(label: str, band: Band, max_ratio: float | None) -> None:
+    p = torch.tensor(_PROBABILITIES, dtype=torch.float64)
+    lower, upper = band(p.log())
+    print(f"{label}{'' if max_ratio is None else f', cap {max_ratio:g}'}\n")
+    print(f"{'p':>7}  {'lower':>10}  {'upper':>10}  {'1/p':>10}  {'p·upper':>8}   Clip-Higher")
+    wide = Clip(0.2, 0.28)(p.log())
+    for row in zip(p, lower, upper, 1 / p, p * upper, wide.lower, wide.upper, strict=True):
+        values = [x.item() for x in row]
+        print(f"{values[0]:>7g}  {values[1]:>10.4g}  {values[2]:>10.4f}  {values[3]:>10.4f}  {values[4]:>8.4f}   "
+              f"{values[5]:.2f} … {values[6]:.2f}")  # fmt: skip
+
+
+def _print_families(bands: dict[str, Band]) -> None:
+    p = torch.tensor(_PROBABILITIES, dtype=torch.float64)
+    intervals: list[RatioBounds] = [band(p.log()) for band in bands.values()]
+    width = max(22, *(len(label) for label in bands))
+    print("  ".join([f"{'p':>7}", *(f"{label:>{width}}" for label in bands)]))
+    for i, probability in enumerate(_PROBABILITIES):
+        cells = [f"{lower[i].item():.4g} … {upper[i].item():.4f}" for lower, upper in intervals]
+        print("  ".join([f"{probability:>7g}", *(f"{cell:>{width}}" for cell in cells)]))

@@ -1,0 +1,111 @@
+"""Small multiples: the gradient weight w(r, p, A) of every objective. Needs the extra `plot`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bandpo.bounds import Clip
+from bandpo.bounds.regions import Balanced
+from bandpo.groups import kl_dual
+from bandpo.objective import Objective
+from bandpo.plots.figures import BLACK, GREY
+from bandpo.surrogates import clip
+from bandpo.surrogates.sequence import clip_cov, kl_cov
+from bandpo.terms import gradient_weight
+from bandpo.zoo import OBJECTIVES, get_objective
+
+_LOGITS = torch.linspace(-7.5, 5.5, 90, dtype=torch.float64)
+_LOG_RATIOS = torch.linspace(-1.6, 1.6, 90, dtype=torch.float64)
+_NORM = TwoSlopeNorm(vmin=-1.0, vcenter=0.0, vmax=2.0)
+
+
+def plot_weight(objective: Objective | str) -> Figure:
+    """Gradient weight of one objective over p and r, for A = 1 and A = -1."""
+    with plt.rc_context({"font.size": 7}):
+        figure = Figure(figsize=(2.7, 1.45), layout="constrained")
+        _draw_pair(figure.subplots(1, 2, sharey=True), get_objective(objective), labels=True)
+    return figure
+
+
+def plot_zoo() -> Figure:
+    """The same for every named objective, in one figure."""
+    columns = 6
+    rows = math.ceil(len(OBJECTIVES) / columns)
+    with plt.rc_context({"font.size": 7}):
+        figure = Figure(figsize=(2.35 * columns, 1.55 * rows + 1.0), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=[1.55 * rows, 1.0])
+        parts = upper.subfigures(rows, columns, wspace=0.02, hspace=0.02)
+        for part, objective in zip(parts.flat, OBJECTIVES.values(), strict=False):
+            part.suptitle(objective.name, fontsize=9, fontweight="bold")
+            picture = _draw_pair(part.subplots(1, 2, sharey=True), objective, labels=False)
+        bar = figure.colorbar(picture, cax=lower.add_axes((0.2, 0.7, 0.6, 0.16)), orientation="horizontal")
+        bar.set_label(
+            "weight w of the token's gradient, A·r·w·∇log π\nleft A > 0, right A < 0; across: probability p from 0.0006 to "
+            "0.996; up: ratio r from 0.2 to 5; grey: π > 1",
+            fontsize=9,
+        )
+    return figure
+
+
+def _draw_pair(pair: Any, objective: Objective, *, labels: bool) -> Any:
+    picture = None
+    for axes, advantage in zip(pair, (1.0, -1.0), strict=True):
+        picture = _draw(axes, objective, advantage)
+        if labels:
+            axes.set_title("A > 0" if advantage > 0 else "A < 0", fontsize=7, pad=2)
+            axes.set_xlabel("p", labelpad=0)
+            axes.set_xticks([-6.9, -2.2, 2.2], ["0.001", "0.1", "0.9"])
+    if labels:
+        pair[0].set_ylabel("r", labelpad=0)
+    return picture
+
+
+def _draw(axes: Axes, objective: Objective, advantage: float) -> Any:
+    r, logit = torch.meshgrid(_LOG_RATIOS.exp(), _LOGITS, indexing="ij")
+    shown = _of_one_token(objective)
+    weight = gradient_weight(shown, r, logit.sigmoid(), advantage, _extras(shown, r.numel(), advantage))
+    axes.set_facecolor(GREY)
+    grid = (x.numpy() for x in (_LOGITS, _LOG_RATIOS, weight.clamp(-1, 2)))
+    picture = axes.pcolormesh(*grid, cmap="PuOr_r", norm=_NORM, rasterized=True)
+    axes.axhline(0, color=BLACK, lw=0.4)
+    axes.set_xticks([])
+    axes.set_yticks([math.log(x) for x in (0.25, 1, 4)], ["¼", "1", "4"])
+    axes.tick_params(length=2, pad=1)
+    return picture
+
+
+def _of_one_token(objective: Objective) -> Objective:
+    """What can be drawn of an objective that looks at the whole batch: the rule for a token without the batch's choice."""
+    if objective.surrogate is clip_cov:
+        return dataclasses.replace(objective, surrogate=clip)
+    if objective.surrogate is kl_cov:
+        return dataclasses.replace(objective, surrogate=partial(kl_cov, share=1.0))
+    if isinstance(objective.bounds, Balanced):
+        return dataclasses.replace(objective, bounds=Clip(1 - objective.bounds.low[0], objective.bounds.high[0] - 1))
+    return objective
+
+
+def _extras(objective: Objective, n: int, advantage: float) -> Mapping[str, Tensor]:
+    """A group of half right answers; no other tokens than the sampled one."""
+    if not objective.extras:
+        return {}
+    halves = torch.tensor([1.0, -1.0], dtype=torch.float64) * abs(advantage)
+    dual = kl_dual(halves, 0.05)
+    known = {
+        "signal": torch.ones(n, dtype=torch.float64),
+        "dual": dual.dual.expand(n),
+        "baseline": dual.baseline.expand(n),
+        "topk_logprobs": torch.zeros(n, 1, 0, dtype=torch.float64),
+        "old_topk_logprobs": torch.zeros(n, 1, 0, dtype=torch.float64),
+        "sampled_in_topk": torch.zeros(n, 1, dtype=torch.bool),
+    }
+    return {name: known[name] for name in objective.extras}

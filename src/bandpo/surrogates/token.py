@@ -1,0 +1,273 @@
+"""What happens at the edge of the interval: `(log_ratio, advantages, bounds) -> per-token objective` to be maximised.
+
+Every gradient has one form, `A·r·w·∇log π`, with the weight `w(r, p, A)` that each docstring gives: 1 is the plain
+importance-weighted policy gradient, 0 a token that does not move. Fix a keyword by `functools.partial`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bandpo._inputs import needs
+from bandpo._inputs import traits as traits
+from bandpo.bounds import RatioBounds
+
+Surrogate = Callable[..., Tensor]
+
+# exp(40) = 2e17: squares of such ratios, and sums of these, stay finite in float32.
+MAX_LOG_RATIO = 40.0
+
+
+def hold(log_ratio: Tensor) -> Tensor:
+    """A log-ratio within ±40; beyond, it stays there and has no gradient.
+
+    One exploded token then cannot turn the batch's loss or gradient into NaN.
+
+    Examples:
+        >>> hold(torch.tensor([-200.0, 0.5, 90.0]))
+        tensor([-40.0000,   0.5000,  40.0000])
+    """
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """`r = exp(log r)`, held within e^±40."""
+    return hold(log_ratio).exp()
+
+
+def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
+    """The pessimistic surrogate of PPO (arXiv:1707.06347, eq. 7): `min(r·A, r̃·A)` with `r̃` the ratio clamped to the bounds.
+
+    `w = 1`, and 0 where the ratio has left on the side the advantage pushes to: `A > 0, r > upper` or `A < 0, r < lower`.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> clip(torch.tensor([1.5, 0.5]).log(), torch.tensor([1.0, -1.0]), edge)
+        tensor([ 1.2000, -0.8000])
+    """
+    r = ratio(log_ratio)
+    return torch.minimum(r * advantages, r.clamp(bounds.lower, bounds.upper) * advantages)
+
+
+def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
+    """As `clip`, and for `A < 0` at least `c·A`: a bad token whose ratio explodes stops weighing (arXiv:1912.09729, eq. 5).
+
+    `w` of `clip`, and 0 where `A < 0, r > c`. The BandPO paper's runs use `c = 10`, verl's default is 3.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> dual_clip(torch.tensor([9.0]).log(), torch.tensor([-1.0]), edge, c=3.0)
+        tensor([-3.])
+    """
+    pessimistic = clip(log_ratio, advantages, bounds)
+    return torch.where(advantages < 0, torch.maximum(pessimistic, c * advantages), pessimistic)
+
+
+@traits("membership")
+def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, truncate: float | None = None) -> Tensor:
+    """`r·A` inside, 0 where the ratio has left on the side the advantage pushes to (DPPO, arXiv:2602.04879, eq. 12).
+
+    Its gradient is that of `clip` with the same bounds; the value differs by a constant of the policy. With `truncate`, C,
+    the weight is `w = min(r, C)/r` inside (eq. 23). For the gradient alone nothing needs to be solved: pass the result of
+    `in_band`, or of `TopK`, instead of bounds.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> mask(torch.tensor([1.5, 1.1]).log(), torch.tensor([1.0, 1.0]), edge)
+        tensor([0.0000, 1.1000])
+        >>> mask(torch.tensor([1.5, 1.1]).log(), torch.tensor([1.0, 1.0]), torch.tensor([False, True]))
+        tensor([0.0000, 1.1000])
+    """
+    r = ratio(log_ratio)
+    if isinstance(bounds, RatioBounds):
+        outside = torch.where(advantages > 0, r > bounds.upper, r < bounds.lower)
+    else:
+        outside = ~bounds & torch.where(advantages > 0, log_ratio > 0, log_ratio < 0)
+    if truncate is not None:
+        r = torch.where(r > truncate, _score(r.clamp(max=truncate), log_ratio), r)
+    return (r * advantages).masked_fill(outside, 0.0)
+
+
+def two_sided(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
+    """`r̃·A`, clamped on both sides whatever the sign of A (ABC-GRPO, arXiv:2601.03895), without PPO's minimum.
+
+    `w = 1[lower <= r <= upper]`. With `Band("tv", 0.1)` its gradient is that of prime-rl's sign-blind mask,
+    `|π - μ| <= 0.1`; the values differ by a constant of the policy. Other widths for A < 0: `bandpo.bounds.regions.BySign`.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> two_sided(torch.tensor([1.5, 0.5]).log(), torch.tensor([-1.0, 1.0]), edge)
+        tensor([-1.2000,  0.8000])
+    """
+    return ratio(log_ratio).clamp(bounds.lower, bounds.upper) * advantages
+
+
+def soft_edge(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, temperature: float = 0.25) -> Tensor:
+    """As `clip`, but past the edge the slope decays instead of vanishing; a smooth edge for any bounds (our own design).
+
+    `w = sech²(x/T)` at the relative overshoot `x = r/edge - 1`, 1 inside; `T -> 0` is `clip`, `T -> ∞` no edge at all.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> soft_edge(torch.tensor([1.1, 1.5]).log(), torch.tensor([1.0, 1.0]), edge)
+        tensor([1.1000, 1.4285])
+    """
+    r = ratio(log_ratio)
+    edge = torch.where(advantages > 0, bounds.upper, bounds.lower)
+    outside = torch.where(advantages > 0, r > edge, r < edge)
+    # The branch that is not taken must be finite too: its gradient is multiplied by 0.
+    safe = torch.where(outside, edge, 1.0)
+    past = safe * (1 + temperature * ((r / safe - 1) / temperature).tanh())
+    return torch.where(outside, past, r) * advantages
+
+
+@needs("logprobs")
+def detach(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor) -> Tensor:
+    """`sg(r̃)·A·log π`: the clamped ratio weighs, and no token is lost (CISPO, arXiv:2506.13585, eq. 4).
+
+    `w = r̃/r`. `Clip(1, C - 1)` caps the weight at C.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.0), torch.tensor(5.0))
+        >>> detach(torch.tensor([8.0]).log(), torch.tensor([1.0]), edge, logprobs=torch.tensor([-0.5]))
+        tensor([-2.5000])
+    """
+    return ratio(log_ratio).clamp(bounds.lower, bounds.upper).detach() * advantages * logprobs
+
+
+def soft(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> Tensor:
+    """`(4/τ) σ(τ(r - 1))·A`, a soft gate around r = 1 in place of an interval (SAPO, arXiv:2511.20347).
+
+    `w = sech²(τ(r - 1)/2)`, with τ by the sign of A. The bounds are not used.
+
+    Examples:
+        >>> soft(torch.tensor([0.0]), torch.tensor([1.0]), RatioBounds(torch.tensor(0.0), torch.tensor(9.0)))
+        tensor([2.])
+    """
+    del bounds
+    tau = torch.where(advantages > 0, torch.full_like(advantages, tau_positive), tau_negative)
+    return torch.sigmoid(tau * (ratio(log_ratio) - 1)) * (4 / tau) * advantages
+
+
+def quadratic(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
+    """`r·A - |A|(r - 1)²/(2ε)`, ε the width on the side of the advantage (SPO, arXiv:2401.16025; CFPO, arXiv:2601.22801).
+
+    `w = 1 - sign(A)(r - 1)/ε`: 0 at the edge, and past it the token is pulled back. CFPO derives it from a TV
+    constraint and has SPO's formula (CFPO's is known to us from re-implementations). For A > 0 and large r the pull grows
+    like `r²/ε`.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> quadratic(torch.tensor([1.2]).log(), torch.tensor([1.0]), edge)
+        tensor([1.1000])
+    """
+    r = ratio(log_ratio)
+    width = torch.where(advantages > 0, bounds.upper - 1, 1 - bounds.lower)
+    width = width.clamp_min(torch.finfo(width.dtype).eps)  # a token of p = 1 has none
+    return r * advantages - advantages.abs() * (r - 1).square() / (2 * width)
+
+
+@needs("old_logprobs")
+def quadratic_tv(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, old_logprobs: Tensor, delta: float = 12.5
+) -> Tensor:
+    """`r·A - |A|·p(r - 1)²/(2δ)`: `quadratic` with `ε = δ/p`, the width of a TV ball (DRPO, arXiv:2606.09821).
+
+    `w = 1 - sign(A)(π - p)/δ`, which changes sign exactly on the boundary of DPPO's TV mask. With the published δ = 12.5 it
+    stays within [0.92, 1.08]. The bounds are not used.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.0), torch.tensor(9.0))
+        >>> half = torch.tensor([0.5]).log()
+        >>> quadratic_tv(torch.tensor([1.2]).log(), torch.tensor([1.0]), edge, old_logprobs=half, delta=0.1)
+        tensor([1.1000])
+    """
+    del bounds
+    r, p = ratio(log_ratio), old_logprobs.clamp(max=0.0).exp()  # p <= 1 as for the bounds: inf · 0 would be NaN
+    return r * advantages - advantages.abs() * p * (r - 1).square() / (2 * delta)
+
+
+@traits("without_advantage")
+def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta: float = 1.0) -> Tensor:
+    """`r·A - β(r - 1 - log r)`: PPO's KL penalty in place of a clip (arXiv:1707.06347, eq. 8).
+
+    The second term is an unbiased, non-negative estimate of KL(π_old ‖ π) from samples of π_old. `w = 1 - β(1 - 1/r)/A`. The
+    bounds are not used. `bandpo.schedules.Adaptive` moves β as the paper does.
+
+    Examples:
+        >>> kl_penalty(torch.tensor([0.1]), torch.tensor([1.0]), RatioBounds(torch.tensor(0.0), torch.tensor(9.0)))
+        tensor([1.1000])
+    """
+    del bounds
+    held = hold(log_ratio)
+    r = held.exp()
+    return r * advantages - beta * (r - 1 - held)
+
+
+@traits("without_advantage")
+@needs("dual", "baseline")
+def log_stabilized(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, dual: Tensor, baseline: Tensor
+) -> Tensor:
+    """`ρ(A - b) - λ(ρ log ρ - ρ + 1)`: the Lagrangian of a KL ball around π_old for each prompt (our own reading of QUATRO).
+
+    `max E_π[A]  s.t.  KL(π ‖ π_old) <= δ` has the multiplier λ and the solution `ρ = exp((A - b)/λ)`, with `b = λ log Z`;
+    `bandpo.groups.kl_dual` solves for both. `w = 1 - (b + λ log ρ)/A`: no gradient at the solution, sample by sample, and
+    past it a pull back that a clip does not have. QUATRO (arXiv:2602.04620) describes a per-prompt KL constraint, a dual
+    variable for each prompt and a log-ratio stabiliser; its printed equations could not be established, and this is not a
+    reproduction of it. The bounds are not used.
+
+    Examples:
+        >>> half = torch.tensor([[0.5]])
+        >>> log_stabilized(torch.zeros(1, 1), torch.ones(1, 1), None, dual=half, baseline=half)
+        tensor([[0.5000]])
+    """
+    del bounds
+    held = hold(log_ratio)
+    r = held.exp()
+    return r * (advantages - baseline) - dual * (r * held - r + 1)
+
+
+def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
+    """For A > 0 the inverse ratio weighs, `min(1/r, c)`; for A < 0 PPO's clip (ASPO, arXiv:2510.06062).
+
+    Rare tokens of good answers are raised more, not less. A > 0: `w = min(1/r, c)/r` for `r <= upper`, else 0. A < 0: `w` of
+    `clip`.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> aspo(torch.tensor([0.5, 0.1, 1.3]).log(), torch.ones(3), edge)
+        tensor([2., 3., 0.])
+    """
+    r = ratio(log_ratio)
+    inverse = _score(ratio(-log_ratio).clamp(max=c), log_ratio)
+    positive = (inverse * advantages).masked_fill(r > bounds.upper, 0.0)
+    return torch.where(advantages > 0, positive, clip(log_ratio, advantages, bounds))
+
+
+def reinsert(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta_low: float = 0.75, beta_high: float = 1.0
+) -> Tensor:
+    """As `clip`, but clipped tokens keep a constant gradient, `β·edge·A` (CE-GPPO, arXiv:2509.20712).
+
+    `w = β_low·lower/r` for `A < 0, r < lower`, `β_high·upper/r` for `A > 0, r > upper`, 1 inside. The two β are those of a
+    third party's port.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
+        >>> reinsert(torch.tensor([0.5]).log(), torch.tensor([-1.0]), edge)
+        tensor([-0.6000])
+    """
+    r = ratio(log_ratio)
+    edge = torch.where(advantages > 0, beta_high * bounds.upper, beta_low * bounds.lower)
+    outside = torch.where(advantages > 0, r > bounds.upper, r < bounds.lower)
+    # A free side has no edge, and inf times a gradient of 0 would be NaN.
+    return torch.where(outside, _score(torch.where(outside, edge, 1.0), log_ratio), r) * advantages
+
+
+def _score(weight: Tensor, log_ratio: Tensor) -> Tensor:
+    """Value `weight`, gradient `weight·∇log π`: the score-function form of a weight that is a constant of the update."""
+    return weight.detach() * (1 + log_ratio - log_ratio.detach())

@@ -1,0 +1,253 @@
+"""One step from log-probabilities to the objective of each token: anchor, ratio, bounds, surrogate, correction."""
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bandpo._inputs import as_columns, as_mask, check_shapes, check_tensor, fill, is_logprob, traits_of
+from bandpo.bounds import RatioBounds
+from bandpo.objective import Objective
+from bandpo.surrogates import clip, hold
+
+
+class TokenObjective(NamedTuple):
+    """What `token_objective` returns."""
+
+    value: Tensor
+    """Objective to maximise, `(batch, time)`; 0 where the mask is off and where a token is left out."""
+    log_ratio: Tensor
+    """`log r` at the objective's ratio level, held within ±40, with gradient; 0 where the mask is off or a token left out."""
+    bounds: RatioBounds | Tensor
+    """What the surrogate was given: an interval, or whether the token is inside."""
+    anchor_logprobs: Tensor
+    """Log-probs of the policy that the ratio is taken against; 0 where the mask is off or a token is left out."""
+    advantages: Tensor
+    """As a column or per token; 0 where they are not finite, and per token also where the mask is off or a token left out."""
+    weights: Tensor | None
+    """Weights of the correction for the sampler, `(batch, time)` or `(batch, 1)`; None where the objective has none."""
+    nonfinite: Tensor
+    """Valid tokens that are left out because a number of theirs is NaN or infinite, bool, `(batch, time)`."""
+
+
+def token_objective(
+    objective: Objective,
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    rollout_logprobs: Tensor | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+) -> TokenObjective:
+    """Per-token objective before aggregation, `w_t s(log r_t, A_t, b_t)`, for adapters that aggregate as their host does.
+
+    A valid token is left out where its advantage or a log-prob that the objective uses is NaN or infinite, or an extra is
+    NaN: its value and gradient are 0, and what is said of its sequence or batch leaves it out.
+
+    Args:
+        objective: What to evaluate.
+        logprobs: As in `policy_loss`; so are the others.
+        old_logprobs: As there.
+        advantages: As there.
+        mask: As there.
+        rollout_logprobs: As there.
+        extras: As there.
+
+    Raises:
+        TypeError: If a dtype does not fit, or the bounds give something else than an interval or a bool tensor.
+        ValueError: If shapes do not fit, an input that the objective needs is missing, or an extra is not used by it.
+    """
+    anchor = rollout_logprobs if objective.anchor == "rollout" else old_logprobs
+    if anchor is None:
+        what = "the sampler (anchor='rollout'): pass rollout_logprobs" if objective.anchor == "rollout" else (
+            "the policy before the update (anchor='old'): pass old_logprobs"
+        )  # fmt: skip
+        raise ValueError(f"objective {objective.name!r} measures its ratio against {what}")
+    if objective.correction is not None and rollout_logprobs is None:
+        raise ValueError(
+            f"objective {objective.name!r} corrects for the sampler by {objective.correction}: pass rollout_logprobs"
+        )
+    check_shapes(logprobs, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
+    check_tensor("advantages", advantages)
+    columns = as_columns(advantages.detach(), logprobs)
+    own = _own_inputs(extras, objective, mask)
+
+    valid = as_mask(mask)
+    usable = valid & is_logprob(logprobs) & is_logprob(anchor) & columns.isfinite()
+    if objective.correction is not None and rollout_logprobs is not None:
+        usable = usable & is_logprob(rollout_logprobs)
+    for x in own.values():
+        nan = x.isnan()
+        usable = usable & ~(nan if nan.dim() == 2 else nan.flatten(2).any(-1))
+    nonfinite = valid & ~usable
+
+    new, old = fill(logprobs, usable), fill(anchor.detach(), usable)
+    per_token = columns.shape[1] > 1
+    # At token level a column stays one: a surrogate tells by it that a sequence has one advantage.
+    as_column = not per_token and objective.ratio_level == "token"
+    advantages = fill(columns, columns.isfinite() if as_column else usable)
+    log_ratio = hold(_at_level(new - old, usable, objective, per_token=per_token))
+    fused = _fused(logprobs, anchor, advantages, usable, objective)
+    if fused is not None:
+        return TokenObjective(fused[0], log_ratio, fused[1], old, advantages, None, nonfinite)
+
+    inputs = {
+        "logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable,
+        **{name: _fill_any(x, usable) for name, x in own.items()},
+    }  # fmt: skip
+    with torch.no_grad():
+        bounds = objective.bounds(old, **{name: inputs[name].detach() for name in objective.bounds_inputs})
+    _check_bounds(bounds, objective)
+    value = objective.surrogate(
+        log_ratio, advantages, bounds, **{name: inputs[name] for name in objective.surrogate_inputs}
+    )
+    weights = None
+    if objective.correction is not None and rollout_logprobs is not None:
+        weights = objective.correction(old - fill(rollout_logprobs.detach(), usable), usable)
+        value = value * weights
+    # Expanded first: one value of a sequence counts once for each of its tokens, but not for one that is left out.
+    value = torch.where(usable, _per_token(value, objective, usable), 0.0)
+    return TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite)
+
+
+def gradient_weight(
+    objective: Objective,
+    ratios: Tensor,
+    probabilities: Tensor,
+    advantage: float,
+    extras: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The weight w in `∇ = A·r·w(r, p, A)·∇log π` of tokens that are sequences of their own; the form all objectives share.
+
+    Args:
+        objective: Whose weight.
+        ratios: r > 0, any shape.
+        probabilities: p of the anchor, the same shape, in (0, 1); `p·r > 1` gives NaN, there is no such policy.
+        advantage: A, not 0.
+        extras: Extras of the objective, one row for each token.
+
+    Returns:
+        float64 tensor of the shape of `ratios`.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES
+        >>> gradient_weight(OBJECTIVES["grpo"], torch.tensor([1.1, 1.3]), torch.tensor([0.5, 0.5]), 1.0)
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    r, p = ratios.detach().to(torch.float64).reshape(-1, 1), probabilities.detach().to(torch.float64).reshape(-1, 1)
+    new = (p * r).log().requires_grad_()
+    a = torch.full_like(r, advantage)
+    value = token_objective(
+        objective, logprobs=new, old_logprobs=p.log(), rollout_logprobs=p.log(), advantages=a, mask=torch.ones_like(r),
+        extras=extras,
+    ).value  # fmt: skip
+    (gradient,) = torch.autograd.grad(value.sum(), new)
+    weight = torch.where(p * r > 1, torch.nan, gradient / (a * r))
+    return weight.view(ratios.shape)
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Length-normalised log-ratio of each sequence, `mean_t log r_t`, `(batch, 1)` (GSPO, arXiv:2507.18071, eq. 7).
+
+    The mean is over the valid tokens whose log-ratio is finite; 0 where there is none.
+
+    Examples:
+        >>> import torch
+        >>> sequence_log_ratio(torch.tensor([[0.1, 0.3, 9.0]]), torch.tensor([[1, 1, 0]]))
+        tensor([[0.2000]])
+    """
+    usable = as_mask(mask) & log_ratio.isfinite()
+    total = log_ratio.masked_fill(~usable, 0.0).sum(-1, keepdim=True)
+    return total / usable.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _at_level(token_log_ratio: Tensor, usable: Tensor, objective: Objective, *, per_token: bool) -> Tensor:
+    """The log-ratio that the surrogate is given, of tokens whose own is 0 where they are not used.
+
+    With advantages per token, the ratio of a sequence stays what it is, but each token's term has the gradient of its own
+    log-prob alone, so that it is moved by its own advantage (GSPO-token, arXiv:2507.18071, sec. 4.3). Times the length for a
+    product, that adds up to the gradient of the sequence's ratio where all its advantages are equal.
+    """
+    if objective.ratio_level == "token":
+        return token_log_ratio
+    count = usable.sum(-1, keepdim=True).clamp_min(1)
+    whole = token_log_ratio.sum(-1, keepdim=True)
+    whole = whole / count if objective.ratio_level == "sequence" else whole
+    if not per_token:
+        return whole
+    own = token_log_ratio - token_log_ratio.detach()
+    return whole.detach() + (own if objective.ratio_level == "sequence" else own * count)
+
+
+def _own_inputs(extras: Mapping[str, Tensor] | None, objective: Objective, mask: Tensor) -> dict[str, Tensor]:
+    """The objective's own inputs without gradient, beginning with a column or with tokens."""
+    given = dict(extras or {})
+    if set(given) != set(objective.extras):
+        raise ValueError(
+            f"objective {objective.name!r} takes the extras {sorted(objective.extras) or 'none'}, got {sorted(given) or 'none'}"
+            + (
+                "; objective.group_inputs(rewards, advantages, group_size) makes those of a group"
+                if objective.group_stats is not None
+                else ""
+            )
+        )
+    for name, x in given.items():
+        check_tensor(f"extras[{name!r}]", x, floating=False)
+        if x.shape[:1] != mask.shape[:1] or (x.dim() > 1 and x.shape[1] not in (1, mask.shape[1])):
+            raise ValueError(
+                f"extras[{name!r}] has shape {tuple(x.shape)}; it must begin with ({mask.shape[0]},), ({mask.shape[0]}, 1) "
+                f"or {tuple(mask.shape)}"
+            )
+        given[name] = x.detach().unsqueeze(-1) if x.dim() == 1 else x.detach()
+    return given
+
+
+def _fill_any(x: Tensor, usable: Tensor) -> Tensor:
+    """An extra in its own dtype, 0 where a token is not used; more dimensions than tokens have stay as they are."""
+    return torch.where(usable, x, torch.zeros((), dtype=x.dtype, device=x.device)) if x.dim() == 2 else x
+
+
+def _check_bounds(bounds: RatioBounds | Tensor, objective: Objective) -> None:
+    if isinstance(bounds, RatioBounds):
+        return
+    if not (isinstance(bounds, Tensor) and bounds.dtype == torch.bool):
+        raise TypeError(
+            f"objective {objective.name!r}: bounds={objective.bounds!r} returned {type(bounds).__name__}; they must return "
+            "RatioBounds(lower, upper), or a bool tensor that says which tokens are inside"
+        )
+    if "membership" not in traits_of(objective.surrogate):
+        raise TypeError(
+            f"objective {objective.name!r}: bounds={objective.bounds!r} say which tokens are inside, and the surrogate needs "
+            "edges; use bandpo.surrogates.mask, or mark yours with bandpo.surrogates.traits('membership')"
+        )
+
+
+def _per_token(value: Tensor, objective: Objective, usable: Tensor) -> Tensor:
+    if value.dim() != 2 or value.shape[0] != usable.shape[0] or value.shape[1] not in (1, usable.shape[1]):
+        raise ValueError(
+            f"objective {objective.name!r}: the surrogate returned shape {tuple(value.shape)}; it must be "
+            f"{tuple(usable.shape)}, or ({usable.shape[0]}, 1) for one value of each sequence"
+        )
+    return value.expand(usable.shape)
+
+
+def _fused(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
+) -> tuple[Tensor, RatioBounds] | None:
+    """Objective and bounds from one Triton kernel, on CUDA; None where it cannot be used."""
+    fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
+    if not fits or torch.compiler.is_compiling() or not _runs_triton(logprobs.device.type):
+        return None
+    from bandpo.surrogates.kernel import clipped_objective
+
+    return clipped_objective(logprobs, old_logprobs.detach(), advantages, valid, objective.bounds)
+
+
+@functools.cache
+def _runs_triton(device: str) -> bool:
+    """Whether the kernel can run; without Triton CUDA tensors take the plain path."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None

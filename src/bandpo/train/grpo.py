@@ -1,0 +1,131 @@
+"""`bandpo train` with a policy-gradient objective: BandPO and the zoo."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from transformers import PrinterCallback
+from trl.models import unwrap_model_for_generation
+
+from bandpo.bounds import RatioBounds
+from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
+from bandpo.terms import TokenObjective
+from bandpo.train.config import RunConfig
+from bandpo.train.progress import Progress, TrainingProgress
+from bandpo.train.rewards import RewardFunction
+
+_TOKENS_KEPT = 4000
+
+
+class GRPORun:
+    """One run, with what the job around it needs: a model to evaluate, training, saving.
+
+    Args:
+        _: The run's config, for other methods.
+        args: The trainer's.
+        model: A model, or where to load it from.
+        tokenizer: Its tokenizer.
+        prompts: To sample for.
+        reward: Scores the samples.
+        lora: A LoRA config, or None.
+        progress: For messages.
+    """
+
+    def __init__(
+        self, _: RunConfig, args: BandGRPOConfig, model: Any, tokenizer: Any, prompts: Dataset, reward: RewardFunction,
+        lora: Any, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.log = TrainingProgress(progress, Path(args.output_dir or "."))
+        self.trainer = _Trainer(
+            model=model, reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
+            peft_config=lora, callbacks=[self.log],
+        )  # fmt: skip
+        self.trainer.remove_callback(PrinterCallback)
+        self.notes: list[str] = []
+        """What the trainer said, such as that no group ever had signal: a reader of the report must know it too."""
+        self.trainer.say = self._say
+
+    def _say(self, text: str) -> None:
+        self.log.progress.say(text)
+        self.notes.append(text)
+
+    @property
+    def name(self) -> str:
+        """Of the objective."""
+        return self.trainer.objective.name
+
+    def train(self, resume: str | None) -> None:
+        """To the end.
+
+        Args:
+            resume: A checkpoint folder.
+        """
+        try:
+            self.trainer.train(resume_from_checkpoint=resume)
+        except BaseException:
+            self.log.log_unfinished(self.trainer)
+            raise
+
+    def save(self, folder: Path) -> None:
+        """The model, and beside it the last batch, for `bandpo doctor`."""
+        self.trainer.save_model(str(folder))
+        if self.trainer.last_batch and self.trainer.is_world_process_zero():
+            save_file(self.trainer.last_batch, folder.parent / "batch.safetensors")
+
+    @contextmanager
+    def for_sampling(self) -> Iterator[Any]:
+        """The model, ready to generate."""
+        with unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator) as model:
+            yield model
+
+    def figures(self, log: list[dict[str, Any]]) -> dict[str, Figure]:
+        """For the report."""
+        training = [row for row in log if "reward" in row or "entropy" in row]
+        return {
+            "Training": plot_training(training),
+            "Who is clipped": plot_clip_by_probability(training),
+            "The band, with tokens of this run": plot_bounds(
+                self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens
+            ),
+        }
+
+
+class _Trainer(BandGRPOTrainer):
+    """Remembers some tokens of the last rollouts for the figure of the band, and the last batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
+        self.last_batch: dict[str, torch.Tensor] = {}
+        self._draw = random.Random(0)
+
+    def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
+        super()._log_band(terms, inputs)
+        valid = inputs["completion_mask"] != 0
+        if self.model.training:
+            self.last_batch = _as_batch(terms, valid)
+        p = terms.anchor_logprobs.exp()
+        log_ratio, advantages = (x.detach().expand(valid.shape) for x in (terms.log_ratio, terms.advantages))
+        if isinstance(terms.bounds, RatioBounds):
+            lower, upper = (b.expand(valid.shape) for b in terms.bounds)
+            low, high = log_ratio.exp() < lower, log_ratio.exp() > upper
+        else:
+            low, high = ~terms.bounds & (log_ratio < 0), ~terms.bounds & (log_ratio > 0)
+        clipped = torch.where(advantages > 0, high, low & (advantages < 0)).float()
+        chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_KEPT // 40))
+        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped)):
+            self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]
+
+
+def _as_batch(terms: TokenObjective, valid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch in the names that the doctor reads."""
+    old = terms.anchor_logprobs
+    tensors = {"logprobs": old + terms.log_ratio, "old_logprobs": old, "advantages": terms.advantages, "mask": valid}
+    return {name: x.detach().expand(valid.shape).contiguous().cpu() for name, x in tensors.items()}

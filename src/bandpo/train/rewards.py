@@ -1,0 +1,323 @@
+"""Rewards by name, and what happens when one of them raises, hangs or gives no number."""
+
+import faulthandler
+import importlib
+import inspect
+import itertools
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bandpo._system.errors import LINES, RunError, place_of, printable, what_happened
+from bandpo._system.files import write_jsonl
+from bandpo._system.secrets import redact_text
+from bandpo.toy.tasks import TASKS, score
+from bandpo.train.verification import verify_all
+
+RewardFunction = Callable[..., list[float | None]]
+
+_LARGEST = 1e18
+"""Largest reward in size: advantages are made of squares in float32, which end at 3e38."""
+
+
+class RewardError(RunError):
+    """A reward function failed; the samples it was called with are kept."""
+
+
+class _Failure(Exception):
+    """One call of the function failed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+class CheckedReward:
+    """A reward function whose failures are said, counted and never taken for a score.
+
+    A reward of None, NaN, infinity or beyond ±1e18, whose square float32 does not hold, counts as unscored: TRL leaves such a
+    sample out of its group and gives it no advantage. Whatever the function raises is a failure, `SystemExit` and
+    `KeyboardInterrupt` too; only a Ctrl-C that the user pressed interrupts.
+
+    Args:
+        function: With TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
+        name: For messages.
+        limit: Seconds for one call, None for no limit. A call that takes longer is interrupted, see `time_limit`.
+        errors: "stop" ends the run at the first call that raises or takes too long; "skip" scores its samples one by one and
+            counts those that fail as unscored.
+        folder: Where samples of a failed call are written, with the traceback, to failed_reward.jsonl.
+        say: Takes messages.
+    """
+
+    def __init__(
+        self, function: RewardFunction, name: str, *, limit: float | None = None, errors: str = "stop",
+        folder: Path | None = None, say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"reward {name!r} is async; write a plain function (it may run asyncio inside)")
+        self.function, self.name, self.limit, self.errors = function, name, limit, errors
+        self.folder, self.say = folder, say
+        self.__name__ = getattr(function, "__name__", name)
+        self.scored = self.unscored = self.failed = 0
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        failed = self.failed
+        try:
+            values = self._once(prompts, completions, columns)
+        except _Failure as failure:
+            values = self._failed(failure.error, prompts, completions, columns)
+        missing = values.count(None)
+        if missing and not self.unscored:
+            self.say(
+                f"reward {self.name!r} left {missing} of {len(values)} samples unscored; they are counted and not learnt from"
+            )
+        self.scored, self.unscored = self.scored + len(values) - missing, self.unscored + missing
+        if "log_metric" in columns and self.errors == "skip":  # TRL's; an evaluation has none
+            columns["log_metric"]("reward/failed", float(self.failed - failed))
+        return values
+
+    def _once(self, prompts: list[Any], completions: list[Any], columns: dict[str, Any]) -> list[float | None]:
+        with _noting_interrupts() as interrupts:
+            try:
+                with time_limit(self.limit):
+                    values = self.function(prompts=prompts, completions=completions, **columns)
+                    if isinstance(values, Iterator):  # its code runs here, not while its numbers are checked
+                        values = list(itertools.islice(values, len(completions) + 1))
+            except BaseException as error:  # a user's function raises what it likes
+                if isinstance(error, KeyboardInterrupt) and interrupts:
+                    raise
+                raise _Failure(error) from error
+        return self._numbers(values, len(completions))
+
+    def _numbers(self, values: Any, count: int) -> list[float | None]:
+        try:
+            if isinstance(values, str | bytes | Mapping | Set):
+                raise TypeError(f"a {type(values).__name__} is no list; it must give one value for each")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what numpy and torch say about float() of their scalars
+                found = [_number(v) for v in values]
+        except Exception as error:  # tensors and arrays have errors of their own
+            raise RewardError(
+                f"reward {self.name!r} must return a number or None for each completion, got {_shown(values)} "
+                f"({printable(str(error))[:200]})"
+            ) from None
+        if len(found) != count:
+            raise RewardError(
+                f"reward {self.name!r} returned {len(found)} values for {count} completions; it must give one for each"
+            )
+        return found
+
+    def _failed(
+        self, error: BaseException, prompts: list[Any], completions: list[Any], columns: dict[str, Any]
+    ) -> list[float | None]:
+        late = isinstance(error, RewardTimeout)
+        what = f"took over {self.limit:g} s" if late else what_happened(error)
+        where = _traceback(error)
+        kept = self._keep(prompts, completions, what, where)
+        if self.errors != "skip":
+            raise RewardError(
+                f"reward {self.name!r} {what} on {len(completions)} completions{kept}, at {place_of(error)}. Mend it and "
+                f"resume with --resume_from_checkpoint latest, or set reward_errors: skip to leave such samples out\n{where}"
+            ) from error
+        if not self.failed:
+            self.say(
+                f"reward {self.name!r} {what}{kept}; its samples are scored one by one, those that fail are left out\n{where}"
+            )
+        values: list[float | None] = []
+        for i in range(len(completions)):
+            own = {
+                k: v[i : i + 1] if isinstance(v, list) and len(v) == len(completions) else v for k, v in columns.items()
+            }
+            try:
+                values += self._once(prompts[i : i + 1], completions[i : i + 1], own)
+            except _Failure:
+                values.append(None)
+                self.failed += 1
+        return values
+
+    def _keep(self, prompts: list[Any], completions: list[Any], what: str, where: str) -> str:
+        if self.folder is None or not self.folder.is_dir():
+            return ""
+        path = self.folder / "failed_reward.jsonl"
+        write_jsonl(
+            path,
+            (
+                {"error": redact_text(what), "prompt": p, "completion": c, "traceback": redact_text(where)}
+                for p, c in zip(prompts, completions, strict=True)
+            ),
+        )
+        return f" (kept in {path})"
+
+
+def _number(value: Any) -> float | None:
+    """A reward as a float, None where it is none that could be learnt from."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{_shown(value)} is text")
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= _LARGEST else None  # NaN is not
+
+
+def _shown(value: Any) -> str:
+    """The start of a value, for a message."""
+    try:
+        return repr(printable(str(value)[:80]))
+    except Exception:  # an object of a user's class
+        return f"an object of type {type(value).__name__}"
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback from the function on, as Python prints it."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    try:
+        lines = traceback.format_exception(type(error), error, frames)
+    except Exception:  # an exception whose text cannot be made
+        lines = traceback.format_tb(frames)
+    return printable("".join(lines).rstrip()[-8000:], keep=LINES)
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """The Ctrl-C that were pressed in this block: a function can raise KeyboardInterrupt without any."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield pressed  # other threads get no signals, and a handler of C or none cannot be called from here
+        return
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class RewardTimeout(Exception):
+    """Raised inside of a reward function that takes too long."""
+
+
+@contextmanager
+def time_limit(seconds: float | None, grace: float = 10.0) -> Iterator[None]:
+    """Raise `RewardTimeout` in this block after some seconds, or end the process where that cannot be done.
+
+    Python takes signals in its main thread, between instructions. A block in another thread, or in a C function that does not
+    come back (a regular expression that backtracks for years), cannot be interrupted; then faulthandler writes "Timeout" and
+    where every thread is to stderr, and ends the process with status 1. SIGUSR1 and not SIGALRM, which math-verify and others
+    use for limits of their own.
+
+    Args:
+        seconds: None for no limit.
+        grace: Seconds between the signal and the end.
+    """
+    if seconds is None:
+        yield
+        return
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGUSR1")
+    here, done = threading.get_ident(), threading.Event()
+
+    def stop(*_: Any) -> None:
+        if not done.is_set():
+            raise RewardTimeout
+
+    def watch() -> None:
+        if not done.wait(seconds):
+            signal.pthread_kill(here, signal.SIGUSR1)
+
+    if sys.__stderr__ is not None:  # its thread works without Python's lock, which re does not give back
+        faulthandler.dump_traceback_later(seconds + grace, exit=True, file=sys.__stderr__)
+    before = signal.signal(signal.SIGUSR1, stop) if main else None
+    watcher = threading.Thread(target=watch, daemon=True)
+    if main:
+        watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        faulthandler.cancel_dump_traceback_later()
+        if main:
+            watcher.join()
+            signal.signal(signal.SIGUSR1, before)
+
+
+def get_reward(name: str) -> RewardFunction:
+    """The reward behind a task's name, "math" (math-verify on the column "answer") or "package.module:NAME".
+
+    A reward function has TRL's signature, `f(prompts, completions, **columns) -> list of floats`. Naming a module runs it.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name in TASKS:
+        return _task_reward(name)
+    if name == "math":
+        return math_reward
+    if ":" not in name:
+        raise ValueError(
+            f"reward {name!r} is unknown: use 'math', a task ({', '.join(TASKS)}) or 'package.module:NAME'"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        reward = getattr(importlib.import_module(module), attribute)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module's own code runs, and may raise anything
+        raise ValueError(f"reward {name!r} could not be imported: its module {what_happened(error)}") from error
+    if not callable(reward):
+        raise ValueError(f"reward {name!r} must be a function, got {reward!r}")
+    return reward
+
+
+def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+    r"""1 where math-verify finds the completion's last box equal to the answer, else 0; None where it could not tell.
+
+    None means: the answer cannot be read, math-verify raised, or it took over ten seconds. It runs in a process of its own, so
+    that the limit holds in every thread. What is read of a completion and of an answer is in `bandpo.train.answers`.
+
+    Examples:
+        >>> math_reward(["1/2+1/2", ""], [r"It is $\boxed{1}$", r"\boxed{2}"], ["1", r"2\sqrt{3}"])
+        [1.0, 0.0]
+    """
+    return verify_all([(text_of(c), a) for c, a in zip(completions, answer, strict=True)])
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion: itself, or of its messages.
+
+    Examples:
+        >>> text_of([{"role": "assistant", "content": "7"}])
+        '7'
+    """
+    return completion if isinstance(completion, str) else "".join(str(message["content"]) for message in completion)
+
+
+def _task_reward(task: str) -> RewardFunction:
+    def reward(prompts: list[str], completions: list[str], metadata: list[str], **_: Any) -> list[float | None]:
+        return [score(task, text_of(c), m) for c, m in zip(completions, metadata, strict=True)]
+
+    reward.__name__ = task
+    return reward
+
+
+def unscored_line(reward: CheckedReward) -> str | None:
+    """What the end of a run says about samples without a score, None if there were none."""
+    if not reward.unscored:
+        return None
+    total = reward.scored + reward.unscored
+    failed = f", {reward.failed} of them because it failed" if reward.failed else ""
+    return f"reward {reward.name!r} left {reward.unscored} of {total} samples unscored{failed}"
