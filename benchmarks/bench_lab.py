@@ -2,7 +2,7 @@
 
 import torch
 
-from bandpo.lab.stack import Stack
+from bandpo.lab.comparison.stack import Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
 RUNS, PROMPTS, GROUP, WIDTH, NEW = 12, 16, 8, 2, 8

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from bandpo import KL, Band, Clip
-from bandpo.lab.tabular import Problem, ppo_clip, random_mdp
+from bandpo.lab.experiments.tabular import Problem, ppo_clip, random_mdp
 from bandpo.plots import plot_convergence
 
 OUTER = 300

@@ -19,11 +19,18 @@ _TRL = {
 }
 _RUN = ("answers", "config", "data", "evaluate", "folder", "grpo", "preference", "progress", "report", "rewards")
 
+_COMPARISON = (
+    *("claims", "exact", "figures", "loop", "plan", "problems", "report", "stack", "study", "summary", "sweeps"),
+    "warmup",
+)
+_EXPERIMENTS = ("command", "preference", "preference_figures", "reranking", "selection", "selection_figures", "tabular")
+
 MODULES: dict[str, str] = {
     "advantages": "groups",
     "calibration": "bounds.calibration",
     "composition": "objective",
     "corrections": "surrogates.corrections",
+    "lab.compare": "lab.comparison.command",
     "lab.models": "toy.models",
     "lab.tasks": "toy.tasks",
     "objectives": "zoo",
@@ -32,6 +39,8 @@ MODULES: dict[str, str] = {
     "run": "train",
     "sequence_surrogates": "surrogates.sequence",
     "tokens": "terms",
+    **{f"lab.{name}": f"lab.comparison.{name}" for name in _COMPARISON},
+    **{f"lab.{name}": f"lab.experiments.{name}" for name in _EXPERIMENTS},
     **{f"run.{name}": f"train.{name}" for name in (*_RUN, "verification")},
     **{f"integrations.{old}": f"integrations.{new}" for old, new in _TRL.items()},
     **_INTERNAL,  # configurations that are pickled in checkpoints name them

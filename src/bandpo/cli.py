@@ -281,19 +281,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from bandpo.lab.compare import compare
+    from bandpo.lab.comparison.command import compare
 
     return int(not compare(options).complete)
 
 
 def _lab_preference(options: argparse.Namespace) -> None:
-    from bandpo.lab.command import lab_preference
+    from bandpo.lab.experiments.command import lab_preference
 
     lab_preference(options)
 
 
 def _lab_selection(options: argparse.Namespace) -> int:
-    from bandpo.lab.command import lab_selection
+    from bandpo.lab.experiments.command import lab_selection
 
     return int(bool(lab_selection(options)["failures"]))
 

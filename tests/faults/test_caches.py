@@ -16,8 +16,8 @@ from bandpo._system.cache import is_usable, sole_maker, store
 from bandpo._system.errors import RunError
 from bandpo._system.files import SEAL, damage, read_checked_json, write_checked_json
 from bandpo.cli import main
-from bandpo.lab import warmup
-from bandpo.lab.warmup import Checkpoint, warmed_up
+from bandpo.lab.comparison import warmup
+from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.toy import models
 from bandpo.toy.models import WarmUp, warmed_up_model
 

@@ -196,14 +196,14 @@ def test_no_secret_is_in_a_comparison(tmp_path, capfd, monkeypatch):
     command = ["compare", "--preset", "smoke", "--updates", "1", "--seeds", "0-1", "--objectives", "grpo", "--jobs", "1",
                "--output", "env-openai-16/x"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["bandpo", *command])
-    monkeypatch.setattr("bandpo.lab.compare.PRESETS", smallest())
+    monkeypatch.setattr("bandpo.lab.comparison.command.PRESETS", smallest())
     assert main(command) == 0
     assert search(tmp_path, ALL) == set()
     assert [s for s in ALL for text in capfd.readouterr() if s in text] == []
 
 
 def smallest():
-    from bandpo.lab.plan import PRESETS
+    from bandpo.lab.comparison.plan import PRESETS
 
     return {"smoke": dataclasses.replace(PRESETS["smoke"], tuning_seeds=0, exact_seeds=0)}
 

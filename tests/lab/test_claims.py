@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from bandpo import OBJECTIVES, Band
-from bandpo.lab import sweeps
-from bandpo.lab.claims import FAILS, HOLDS, OPPOSED, PARTLY, UNMEASURED, claims, duels
-from bandpo.lab.exact import Tree, run_tree
-from bandpo.lab.plan import ABLATIONS, Arm
+from bandpo.lab.comparison import sweeps
+from bandpo.lab.comparison.claims import FAILS, HOLDS, OPPOSED, PARTLY, UNMEASURED, claims, duels
+from bandpo.lab.comparison.exact import Tree, run_tree
+from bandpo.lab.comparison.plan import ABLATIONS, Arm
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, (4, 10))
 
@@ -124,7 +124,7 @@ def test_a_stale_sampler_is_the_same_at_first_and_another_later():
 
 
 def test_the_evidence_page_is_what_its_json_says():
-    from bandpo.lab.report import evidence_page, evidence_pictures
+    from bandpo.lab.comparison.report import evidence_page, evidence_pictures
 
     docs = Path(__file__).parents[2] / "docs"
     summary = json.loads((docs / "evidence.json").read_text())

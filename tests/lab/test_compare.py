@@ -13,7 +13,7 @@ import pytest
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip
 from bandpo.cli import main
 from bandpo.lab.backends import BACKENDS
-from bandpo.lab.plan import (
+from bandpo.lab.comparison.plan import (
     ABLATIONS,
     PRESETS,
     Arm,
@@ -25,7 +25,7 @@ from bandpo.lab.plan import (
     scaled,
     tuning_arms,
 )
-from bandpo.lab.study import Study, run_stack
+from bandpo.lab.comparison.study import Study, run_stack
 
 
 def test_widths_scale_epsilon_or_delta_and_leave_the_rest():

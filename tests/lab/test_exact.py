@@ -9,7 +9,7 @@ import torch
 from scipy import stats as scipy_stats
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective
-from bandpo.lab.exact import Tree, largest_shift, run_tree, updates_to_common, wilson
+from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common, wilson
 from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bandpo import OBJECTIVES, policy_loss
-from bandpo.lab.loop import Loop, Run, Setting
-from bandpo.lab.problems import PROBLEMS, Problem
+from bandpo.lab.comparison.loop import Loop, Run, Setting
+from bandpo.lab.comparison.problems import PROBLEMS, Problem
 
 
 def tiny():
@@ -24,8 +24,8 @@ def tiny():
 @pytest.fixture(autouse=True)
 def problem(monkeypatch, tmp_path_factory):
     made = tiny()
-    monkeypatch.setattr("bandpo.lab.loop.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
-    monkeypatch.setattr("bandpo.lab.warmup.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
+    monkeypatch.setattr("bandpo.lab.comparison.loop.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
+    monkeypatch.setattr("bandpo.lab.comparison.warmup.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
     monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
 
 

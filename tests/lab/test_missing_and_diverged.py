@@ -13,13 +13,13 @@ import torch
 
 from bandpo import OBJECTIVES
 from bandpo.cli import main
-from bandpo.lab.claims import UNMEASURED, claims, duels
-from bandpo.lab.figures import plot_clip_maps, plot_curves, plot_forest
-from bandpo.lab.loop import Loop, Run
-from bandpo.lab.plan import PRESETS, jobs_of, report_arms, tuning_arms
+from bandpo.lab.comparison.claims import UNMEASURED, claims, duels
+from bandpo.lab.comparison.figures import plot_clip_maps, plot_curves, plot_forest
+from bandpo.lab.comparison.loop import Loop, Run
+from bandpo.lab.comparison.plan import PRESETS, jobs_of, report_arms, tuning_arms
+from bandpo.lab.comparison.study import Study, diverged
+from bandpo.lab.comparison.summary import markdown, runs_of, summarise, write_tables
 from bandpo.lab.stats import compare, holm, interval, iqm
-from bandpo.lab.study import Study, diverged
-from bandpo.lab.summary import markdown, runs_of, summarise, write_tables
 from bandpo.metrics import PROB_BINS
 
 PLAN = dataclasses.replace(
@@ -105,7 +105,7 @@ def test_a_run_that_diverged_is_a_result_and_no_mean_hides_it(tmp_path):
 
 
 def test_the_pages_say_it_too(tmp_path):
-    from bandpo.lab.report import evidence_page, write_report
+    from bandpo.lab.comparison.report import evidence_page, write_report
 
     study = study_of(tmp_path, gone={("bandpo-kl", 2)}, missing={("grpo", 3)})
     summary = summarise(study, PLAN)
@@ -167,10 +167,10 @@ def killed_for_one(jobs):
 
 def test_a_killed_stack_is_said_and_the_status_is_not_zero(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bandpo.lab.study.run_stack", killed_for_one)
-    monkeypatch.setattr("bandpo.lab.study._STACK", 2)
+    monkeypatch.setattr("bandpo.lab.comparison.study.run_stack", killed_for_one)
+    monkeypatch.setattr("bandpo.lab.comparison.study._STACK", 2)
     small = dataclasses.replace(PLAN, seeds=(0, 1), tuning_seeds=0, exact_seeds=0, objectives=("grpo",))
-    monkeypatch.setattr("bandpo.lab.compare.PRESETS", {"smoke": small})
+    monkeypatch.setattr("bandpo.lab.comparison.command.PRESETS", {"smoke": small})
     assert main(["compare", "--preset", "smoke", "--jobs", "2", "--output", "c"]) == 1
     said = capsys.readouterr().out
     assert "a process was killed by SIGKILL: its work is tried once more" in said

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bandpo.cli import main
-from bandpo.lab import preference
-from bandpo.lab.preference_figures import FIGURES
+from bandpo.lab.experiments import preference
+from bandpo.lab.experiments.preference_figures import FIGURES
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "preference.json"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bandpo.lab.problems import END, PAD, PROBLEMS, _countdown, addition, paths
+from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, _countdown, addition, paths
 from bandpo.toy.tasks import TASKS, make_splits, score
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bandpo.cli import main
-from bandpo.lab.selection import ARMS
-from bandpo.lab.selection_figures import plot_selection
+from bandpo.lab.experiments.selection import ARMS
+from bandpo.lab.experiments.selection_figures import plot_selection
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "selection.json"
 

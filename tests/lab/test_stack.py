@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bandpo.lab.stack import Adam, Stack
+from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
 END, PAD = 1, 0

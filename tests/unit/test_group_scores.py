@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bandpo import OBJECTIVES, Objective, group_advantages, policy_loss
 from bandpo.bounds import Clip
 from bandpo.groups import AdvantageKind, Groups, group_signal, informative, kl_dual
-from bandpo.lab.exact import Tree, run_tree
+from bandpo.lab.comparison.exact import Tree, run_tree
 from bandpo.selection import Informative
 
 KINDS = AdvantageKind.__args__

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bandpo import KL, Band, Clip
-from bandpo.lab.tabular import Problem, ppo_clip, random_mdp, safe_step_sum
+from bandpo.lab.experiments.tabular import Problem, ppo_clip, random_mdp, safe_step_sum
 
 
 def problem(regularizer, seed=0, strength=0.2):

@@ -1,1 +1,5 @@
-"""`bandpo compare` and `bandpo lab`: objectives compared over paired seeds, and single experiments."""
+"""Experiments with trust regions on small problems.
+
+`comparison` is `bandpo compare`: objectives against each other over paired seeds. `experiments` has the single experiments of
+`bandpo lab`. Both use `stats` (intervals and tests of paired runs) and `backends` (worker processes or a Ray cluster).
+"""

@@ -91,7 +91,7 @@ def plot_families(bands: Mapping[str, Bounds], *, matched: str | None = None) ->
 
 
 def plot_convergence(groups: Mapping[str, Mapping[str, Sequence[float]]], *, title: str = "") -> Figure:
-    """Distance to the optimal value over the outer steps of tabular PPO-Clip (`bandpo.lab.tabular`), on a log scale.
+    """Distance to the optimal value over the outer steps of tabular PPO-Clip (`bandpo.lab.experiments.tabular`), log scale.
 
     Args:
         groups: For each group, drawn in a style of its own, the gaps of its runs; a run has the same colour in every group.

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
-from bandpo.lab.exact import largest_shift, updates_to_common
+from bandpo.lab.comparison.exact import largest_shift, updates_to_common
+from bandpo.lab.comparison.summary import common_seeds
 from bandpo.lab.stats import Difference, number, paired
-from bandpo.lab.summary import common_seeds
 
 HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
     "holds", "holds in part", "does not hold", "does not hold, the opposite is seen", "not testable here",
@@ -32,7 +32,7 @@ class Claim(NamedTuple):
 
 
 def claims(summary: Mapping[str, Any]) -> list[Claim]:
-    """All claims, on a summary of `bandpo.lab.summary.summarise`.
+    """All claims, on a summary of `bandpo.lab.comparison.summary.summarise`.
 
     Args:
         summary: With the `values` of each arm of each task; `exact` and `sweeps` may be empty.

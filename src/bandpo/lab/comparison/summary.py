@@ -11,9 +11,19 @@ from typing import Any
 import numpy as np
 
 from bandpo._system.files import write_text
-from bandpo.lab.plan import ABLATIONS, TUNING_SEEDS, Arm, Job, Plan, jobs_of, report_arms, robust_jobs, tuning_arms
+from bandpo.lab.comparison.plan import (
+    ABLATIONS,
+    TUNING_SEEDS,
+    Arm,
+    Job,
+    Plan,
+    jobs_of,
+    report_arms,
+    robust_jobs,
+    tuning_arms,
+)
+from bandpo.lab.comparison.study import Study, diverged
 from bandpo.lab.stats import Difference, best_of_bootstrap, interval, iqm, number, paired
-from bandpo.lab.study import Study, diverged
 from bandpo.metrics import PROB_BINS
 
 BASELINE = "grpo"

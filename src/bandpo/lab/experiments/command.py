@@ -12,10 +12,10 @@ import bandpo
 from bandpo._system.about import about
 from bandpo._system.files import write_json
 from bandpo._system.locks import claim_output, released
-from bandpo.lab.preference import EXPERIMENTS
-from bandpo.lab.preference_figures import FIGURES
-from bandpo.lab.selection import ARMS, selection_on_the_main_job
-from bandpo.lab.selection_figures import plot_selection
+from bandpo.lab.experiments.preference import EXPERIMENTS
+from bandpo.lab.experiments.preference_figures import FIGURES
+from bandpo.lab.experiments.selection import ARMS, selection_on_the_main_job
+from bandpo.lab.experiments.selection_figures import plot_selection
 from bandpo.train.progress import Progress, quiet_hosts
 
 
@@ -75,7 +75,9 @@ def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
 def _experiment(name: str, folder: Path, seeds: int, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     if name == "reranking":
-        from bandpo.lab.reranking import rerank_against_online  # TRL, and minutes: only where it is asked for
+        from bandpo.lab.experiments.reranking import (
+            rerank_against_online,
+        )  # TRL, and minutes: only where it is asked for
 
         found = rerank_against_online(seeds=seeds)
     else:

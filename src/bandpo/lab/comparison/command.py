@@ -15,14 +15,14 @@ import bandpo
 from bandpo._system.about import about, command_line, git_revision
 from bandpo._system.files import read_checked_json, write_checked_json, write_json
 from bandpo._system.locks import claim_output, released
-from bandpo.lab.claims import claims
-from bandpo.lab.exact import wilson
-from bandpo.lab.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
-from bandpo.lab.problems import PROBLEMS
-from bandpo.lab.report import claims_table, write_evidence, write_report
-from bandpo.lab.study import Study
-from bandpo.lab.summary import summarise, write_tables
-from bandpo.lab.sweeps import bandit, sweep
+from bandpo.lab.comparison.claims import claims
+from bandpo.lab.comparison.exact import wilson
+from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
+from bandpo.lab.comparison.problems import PROBLEMS
+from bandpo.lab.comparison.report import claims_table, write_evidence, write_report
+from bandpo.lab.comparison.study import Study
+from bandpo.lab.comparison.summary import summarise, write_tables
+from bandpo.lab.comparison.sweeps import bandit, sweep
 from bandpo.train.progress import Progress
 from bandpo.zoo import OBJECTIVES
 

@@ -10,8 +10,8 @@ import jinja2
 from matplotlib.figure import Figure
 
 from bandpo._system.files import write_text
-from bandpo.lab.claims import Claim, claims, duels
-from bandpo.lab.figures import (
+from bandpo.lab.comparison.claims import Claim, claims, duels
+from bandpo.lab.comparison.figures import (
     plot_clip_maps,
     plot_curves,
     plot_exact,
@@ -21,9 +21,9 @@ from bandpo.lab.figures import (
     plot_robustness,
     plot_staleness,
 )  # fmt: skip
-from bandpo.lab.problems import PROBLEMS
+from bandpo.lab.comparison.problems import PROBLEMS
+from bandpo.lab.comparison.summary import ABLATED, runs_of
 from bandpo.lab.stats import number
-from bandpo.lab.summary import ABLATED, runs_of
 from bandpo.train.report import save_svg
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bandpo.groups import group_advantages
-from bandpo.lab.problems import END, PAD, PROBLEMS, Problem
-from bandpo.lab.stack import Adam, Rollout, Stack
-from bandpo.lab.warmup import Checkpoint, warmed_up
+from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
+from bandpo.lab.comparison.stack import Adam, Rollout, Stack
+from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, pass_at_k, policy_sums
 from bandpo.objective import Objective

@@ -20,8 +20,8 @@ import torch
 from bandpo._system.files import read_checked_json, write_checked_json, write_text
 from bandpo._system.secrets import redact_text
 from bandpo.lab.backends import BACKENDS
-from bandpo.lab.loop import Loop, Run, Setting
-from bandpo.lab.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
+from bandpo.lab.comparison.loop import Loop, Run, Setting
+from bandpo.lab.comparison.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
 from bandpo.objective import Objective
 
 _STACK = 12  # runs in one stack

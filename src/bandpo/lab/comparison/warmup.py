@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from bandpo._system.cache import cache_root, is_usable, sole_maker, store
-from bandpo.lab.problems import PAD, PROBLEMS, Problem
-from bandpo.lab.stack import Adam, Stack
+from bandpo.lab.comparison.problems import PAD, PROBLEMS, Problem
+from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
 _FORMAT = 1  # part of the cache's key: raise it when what is built from the same config changes

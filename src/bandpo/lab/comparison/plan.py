@@ -14,7 +14,7 @@ import numpy as np
 from bandpo.bounds import DCPO, Band, Clip
 from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.regions import Sides
-from bandpo.lab.loop import Setting
+from bandpo.lab.comparison.loop import Setting
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 

@@ -11,8 +11,8 @@ from bandpo._system.errors import RunError
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
 from bandpo.lab.backends import processes
-from bandpo.lab.exact import Outcome, Tree, run_tree
-from bandpo.lab.plan import matched, scaled
+from bandpo.lab.comparison.exact import Outcome, Tree, run_tree
+from bandpo.lab.comparison.plan import matched, scaled
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
