@@ -123,15 +123,15 @@ def test_a_stale_sampler_is_the_same_at_first_and_another_later():
         run_tree(Tree(), OBJECTIVES["grpo"], lag=-1)
 
 
-def test_the_evidence_page_is_what_its_json_says():
-    from bandpo.lab.comparison.report import evidence_page, evidence_pictures
+def test_the_evidence_pages_are_what_their_json_says():
+    from bandpo.lab.comparison.report import evidence_pages, evidence_pictures
 
     docs = Path(__file__).parents[2] / "docs"
     summary = json.loads((docs / "evidence.json").read_text())
-    page = (docs / "evidence.md").read_text()
-    assert evidence_page(summary) == page
+    pages = {name: (docs / name).read_text() for name in ("evidence.md", "evidence-data.md")}
+    assert evidence_pages(summary) == pages
     assert summary["failures"] == summary["incomplete"] == []
     assert {row["runs"] for found in summary["tasks"].values() for row in found["table"].values()} == {10}
     files = {file for _, file, _ in evidence_pictures(summary)}
     assert {p.name for p in (docs / "assets" / "evidence").iterdir()} == files
-    assert all(f"assets/evidence/{file})" in page for file in files)
+    assert all("".join(pages.values()).count(f"assets/evidence/{file})") == 1 for file in files)

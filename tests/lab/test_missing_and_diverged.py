@@ -105,7 +105,7 @@ def test_a_run_that_diverged_is_a_result_and_no_mean_hides_it(tmp_path):
 
 
 def test_the_pages_say_it_too(tmp_path):
-    from bandpo.lab.comparison.report import evidence_page, write_report
+    from bandpo.lab.comparison.report import evidence_pages, write_report
 
     study = study_of(tmp_path, gone={("bandpo-kl", 2)}, missing={("grpo", 3)})
     summary = summarise(study, PLAN)
@@ -120,7 +120,7 @@ def test_the_pages_say_it_too(tmp_path):
         "core_minutes": 1,
     }
     summary = write_tables({**summary, "exact": {}, "sweeps": {}, "about": about}, tmp_path)
-    for page in (write_report(tmp_path, summary).read_text(), evidence_page(summary)):
+    for page in (write_report(tmp_path, summary).read_text(), "".join(evidence_pages(summary).values())):
         for words in ("7 of 8", "8, 1 diverged", "paths: bandpo-kl, seed 2", "paths: grpo, no result of seed 3"):
             assert words in page, words
 

@@ -80,20 +80,29 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
     return path
 
 
-def evidence_page(summary: Mapping[str, Any]) -> str:
-    """The evidence page, in Markdown.
+def evidence_pages(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The evidence pages of the documentation in Markdown, by file name: the claims, and the data behind them.
 
     Args:
-        summary: As in summary.json.
+        summary: The content of summary.json.
     """
-    return _template("evidence.md.j2", autoescape=False).render(
-        about=summary["about"], claims=claims(summary), duels=_scores(summary), tasks=_tasks(summary), summary=summary,
-        exact_text=_exact_text(summary), pictures={title: file for title, file, _ in evidence_pictures(summary)},
-    )  # fmt: skip
+    content = {
+        "about": summary["about"],
+        "claims": claims(summary),
+        "duels": _scores(summary),
+        "tasks": _tasks(summary),
+        "summary": summary,
+        "exact_text": _exact_text(summary),
+        "pictures": {title: file for title, file, _ in evidence_pictures(summary)},
+    }
+    return {
+        name: _template(f"{name}.j2", autoescape=False).render(content).rstrip("\n") + "\n"
+        for name in ("evidence.md", "evidence-data.md")
+    }
 
 
 def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Title, file name and figure of the pictures on the evidence page."""
+    """Title, file name and figure of the pictures on the evidence pages."""
     for picture in pictures(summary):
         title = picture.title if picture.section == "exact" else f"{picture.section}: {picture.title}"
         if picture.section == "exact" or picture.title.startswith(("mean@", "entropy", "Who", "Robust", "Learning")):
@@ -102,11 +111,14 @@ def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Fi
 
 
 def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """evidence.md and evidence.json, with pictures in assets/evidence/.
+    """Writes evidence.md, evidence-data.md and evidence.json, with pictures in assets/evidence/.
 
     Args:
-        folder: Of the documentation.
-        summary: As in summary.json.
+        folder: The folder of the documentation.
+        summary: The content of summary.json.
+
+    Returns:
+        The path of evidence.md.
     """
     assets = folder / "assets" / "evidence"
     assets.mkdir(parents=True, exist_ok=True)
@@ -115,9 +127,9 @@ def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
     for _, file, figure in evidence_pictures(summary):
         figure.savefig(assets / file, dpi=110)
     write_text(folder / "evidence.json", json.dumps(summary) + "\n")
-    page = folder / "evidence.md"
-    write_text(page, evidence_page(summary))
-    return page
+    for name, text in evidence_pages(summary).items():
+        write_text(folder / name, text)
+    return folder / "evidence.md"
 
 
 def claims_table(found: list[Claim]) -> str:
@@ -159,14 +171,14 @@ def _tasks(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _exact_text(summary: Mapping[str, Any]) -> str:
     plan = summary["about"]["plan"]
     text = (
-        "Ten arms; the best has probability 0.01 at the start and reward 1, a common one (0.40) pays 0.6, the others 0.2. "
+        "Ten arms; the best has probability 0.01 at the start and reward 1, a common one (0.40) pays 0.6, the others 0.2.\n"
         "Adam, rate 0.1, 60 batches of 8 groups of 8, 2 epochs (K) of 4 mini-batches (M), default widths, "
         f"{plan['exact_seeds']} seeds."
     )
     if summary["sweeps"]:
         text += (
-            f" The sweeps change one or two of these, with {plan['sweep_seeds']} seeds for each cell; the plane of rarity and "
-            "reuse has balls matched to ε = 0.2."
+            f" The\nsweeps change one or two of these, with {plan['sweep_seeds']} seeds for each cell; the plane of rarity and "
+            "reuse has balls\nmatched to ε = 0.2."
         )
     return text
 
