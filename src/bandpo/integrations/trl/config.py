@@ -14,7 +14,7 @@ except ImportError as error:
 from bandpo._system.secrets import HidesSecrets
 from bandpo.bounds import Band
 from bandpo.bounds.regions import TopK
-from bandpo.integrations.options import Overrides
+from bandpo.integrations.options import RegionOptions
 from bandpo.objective import Aggregation, Objective
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection.pruning import Pruning
@@ -165,8 +165,8 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
 
     def resolve(self) -> Objective:
         """The objective with the overrides of this config applied."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Overrides)}
-        return Overrides(**options).apply(get_objective(self.objective), self.objective)
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(RegionOptions)}
+        return RegionOptions(**options).apply(get_objective(self.objective), self.objective)
 
     def radius_rule(self, objective: Objective, steps: int) -> Schedule | Adaptive | None:
         """What moves the radius during training, None for a constant one."""
