@@ -1,0 +1,71 @@
+"""Writes the tables of the documentation that the source has: the options of a region, and the names that have moved.
+
+    python tools/tables.py           # writes them
+    python tools/tables.py --check   # status 1 if a page is out of date
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bandpo._deprecations import LAST, MODULES, NAMES
+from bandpo.integrations.options import HELP
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def options_table() -> str:
+    """The options of a region, with the help texts of `RegionOptions`."""
+    rows = [f"| `{name}` | {text} |" for name, text in HELP.items()]
+    return "\n".join(["| option | meaning |", "|---|---|", *rows])
+
+
+def moved_table() -> str:
+    """Old names and new names, modules first."""
+    moved = {**MODULES, **NAMES}
+    public = {old: new for old, new in sorted(moved.items()) if not any(p.startswith("_") for p in old.split("."))}
+    rows = [f"| `bandpo.{old}` | `bandpo.{new}` | {LAST} |" for old, new in public.items()]
+    return "\n".join(["| old name | new name | works up to |", "|---|---|---|", *rows])
+
+
+TABLES = {("objectives.md", "options"): options_table, ("stability.md", "moved"): moved_table}
+
+
+def page(text: str, name: str, table: str) -> str:
+    """A page with one of its tables brought up to date.
+
+    Args:
+        text: The page.
+        name: The name in the marks around the table.
+        table: The table.
+
+    Raises:
+        ValueError: If the page does not have the marks.
+    """
+    begin, end = f"<!-- {name}: begin, written by tools/tables.py -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the page has no {begin} ... {end}")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+def main() -> int:
+    """Writes the tables, or compares them."""
+    parser = argparse.ArgumentParser(description="The tables of the documentation that the source has.")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = 0
+    for (file, name), table in TABLES.items():
+        old = (DOCS / file).read_text(encoding="utf-8")
+        new = page(old, name, table())
+        if old != new and check:
+            print(f"docs/{file} is out of date; run python tools/tables.py")
+            stale += 1
+        elif old != new:
+            (DOCS / file).write_text(new, encoding="utf-8")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
