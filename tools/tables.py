@@ -5,9 +5,11 @@
 """
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
+import bandpo._public  # noqa: F401: it imports all modules of the core
 from bandpo._deprecations import LAST, MODULES, NAMES
 from bandpo.integrations.options import HELP
 
@@ -21,8 +23,13 @@ def options_table() -> str:
 
 
 def moved_table() -> str:
-    """Old names and new names, modules first."""
+    """Old names and new names, without private ones."""
     moved = {**MODULES, **NAMES}
+    for name, module in list(sys.modules.items()):
+        finder = vars(module).get("__getattr__") if name.startswith("bandpo.") else None
+        if finder is not None and finder.__module__ == "bandpo._deprecations":  # made by `moved_within`
+            names = inspect.getclosurevars(finder).nonlocals["names"]
+            moved |= {f"{name.partition('.')[2]}.{old}": new for old, new in names.items()}
     public = {old: new for old, new in sorted(moved.items()) if not any(p.startswith("_") for p in old.split("."))}
     rows = [f"| `bandpo.{old}` | `bandpo.{new}` | {LAST} |" for old, new in public.items()]
     return "\n".join(["| old name | new name | works up to |", "|---|---|---|", *rows])

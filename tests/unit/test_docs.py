@@ -1,14 +1,17 @@
-"""What the README and the docs show runs, and every public name has an entry."""
+"""What the README and the docs show runs, every public name has an entry, and each page is written as CONTRIBUTING asks."""
 
+import importlib.util
 import json
 import pkgutil
 import re
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 import yaml
 
 import bandpo
@@ -16,6 +19,38 @@ from bandpo.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@cache
+def tool(name) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def loop():
+    """What a reader's own training loop has at hand before the loss."""
+    old = torch.randn(16, 5).sub(3)
+    return {
+        "logprobs": (old + 0.1 * torch.randn(16, 5)).requires_grad_(),
+        "old_logprobs": old,
+        "mask": torch.ones(16, 5),
+        "rewards": torch.tensor([0.0, 1.0] * 8),
+    }
+
+
+def prose(page):
+    """A page without its code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page):
+    """Where a link into the page may lead, as the site and GitHub spell it."""
+    heads = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
+    return slugs | set(re.findall(r'<a id="([\w-]+)">', page.read_text()))
 
 
 def blocks(language):
@@ -52,7 +87,11 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
         with pytest.warns(FutureWarning, match="gradient_checkpointing"):
             exec(code, scope)
     else:
-        exec(code, {})
+        scope = loop()
+        exec(code, scope)
+        if "loss.backward()" in code:
+            reached = [x.grad for x in scope.values() if isinstance(x, torch.Tensor) and x.is_leaf and x.grad is not None]
+            assert reached and all(grad.isfinite().all() and grad.any() for grad in reached)
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
@@ -102,8 +141,8 @@ def test_surrogates_and_regions_have_rows():
     for objective in bandpo.OBJECTIVES.values():
         surrogate = objective.surrogate
         surrogate = surrogate.func if isinstance(surrogate, partial) else surrogate
-        assert f"`{surrogate.__name__}`" in page
-        assert re.search(rf"`(regions\.)?{type(objective.bounds).__name__}`", page)
+        assert re.search(rf"`(experimental\.)?{surrogate.__name__}`", page)
+        assert re.search(rf"`(experimental\.)?{type(objective.bounds).__name__}`", page)
 
 
 @pytest.mark.slow
@@ -124,7 +163,7 @@ def test_tests_that_the_docs_name_exist():
 
 
 def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {page.name for page in PAGES} - {"README.md"}
 
 
@@ -142,6 +181,145 @@ def test_the_notebook_is_the_example():
 
 
 def test_links_inside_the_docs_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
+
+
+# ---- pages that programs write ----
+
+
+def test_the_picture_of_the_architecture_is_that_of_the_imports():
+    """If it fails: `python tools/architecture.py`."""
+    tool_, page = tool("architecture"), ROOT / "docs" / "architecture.md"
+    graph = tool_.imports()
+    assert tool_.mistakes(graph) == []
+    assert tool_.picture(graph) == tool_.PICTURE.read_text()
+    assert tool_.page(graph, page.read_text()) == page.read_text()
+    assert len(graph) > 20 and "bounds" in graph["surrogates"] and "lab" not in graph["train"]
+
+
+def test_the_architecture_has_a_rule_that_can_break():
+    tool_ = tool("architecture")
+    graph = {room: set(used) for room, used in tool_.imports().items()}
+    graph["bounds"].add("train")
+    assert "bounds imports train, which stands on a higher floor" in tool_.mistakes(graph)
+    graph["bounds"].remove("train")
+    graph["divergences"].add("surrogates")
+    assert "bounds imports itself by way of other rooms" in tool_.mistakes(graph)
+    graph["new"] = {"bounds"}
+    assert any(x.startswith("no floor lists new") for x in tool_.mistakes(graph))
+    assert ">new<" in tool_.picture(graph)  # and it is drawn all the same
+    assert tool_.main.__doc__
+
+
+def test_every_room_has_a_paragraph_and_a_floor():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.findall(r"^\*\*`([\w.]+)`\*\* [a-z]", page, re.MULTILINE)
+    assert sorted(rooms) == sorted(tool("architecture").imports())
+
+
+def test_where_to_change_what_names_files_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", page.partition("## Where do I change")[2], re.MULTILINE)[2:]
+    assert len(rows) >= 12
+    for row in rows:
+        files = [x for cell in row for x in re.findall(r"`((?:src|tests|tools)/[\w/.]+)`", cell)]
+        assert files and all((ROOT / x).exists() for x in files), row
+
+
+def test_tables_that_the_source_has():
+    """If it fails: `python tools/tables.py`."""
+    tables = tool("tables")
+    for (file, name), table in tables.TABLES.items():
+        text = (ROOT / "docs" / file).read_text()
+        assert tables.page(text, name, table()) == text, file
+    with pytest.raises(ValueError, match="the page has no"):
+        tables.page("nothing", "moved", "")
+
+
+def test_options_of_a_region_are_tabled_once_and_completely():
+    from dataclasses import fields
+
+    from bandpo.integrations.options import RegionOptions
+
+    for option in fields(RegionOptions):
+        rows = [page.name for page in PAGES if re.search(rf"^\| `{option.name}` \|", page.read_text(), re.MULTILINE)]
+        assert rows == ["objectives.md"], option.name
+
+
+def test_every_old_name_is_in_the_table_of_moved_names():
+    from bandpo import _deprecations
+
+    page = (ROOT / "docs" / "stability.md").read_text()
+    for old, new in {**_deprecations.MODULES, **_deprecations.NAMES}.items():
+        private = any(part.startswith("_") for part in old.split("."))
+        assert private != (f"| `bandpo.{old}` | `bandpo.{new}` | {_deprecations.LAST} |" in page), old
+    assert "| `bandpo.bounds.Elastic` | `bandpo.experimental.Elastic` |" in page  # moved out of a module that stays
+
+
+# ---- how the pages are written ----
+
+FACTS = {
+    r"0\.00714": "theory.md",
+    r"every ratio is 1": "concepts.md",
+    r"\b53\.5-fold": "radii.md",
+    r"292 to 585": "performance.md",
+    r"1356": "evidence.md",
+    r"\bGPL-3\.0\. |code is GPL-3\.0": "README.md",
+    r"steps_per_generation = gradient_accumulation_steps": "concepts.md",
+    r"0\.491 ± 0\.058": "start.md",
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_a_fact_is_said_once(fact):
+    found = [page.name for page in PAGES for _ in re.findall(fact, re.sub(r"\s+", " ", prose(page)))]
+    assert found == [FACTS[fact]]
+
+
+def test_lines_are_wrapped():
+    """At most 120 columns, but for tables and for links and pictures, which nobody can break."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for i, line in enumerate(page.read_text().splitlines(), 1):
+            free = line.lstrip().startswith(("|", "![", "<iframe")) or re.search(r"\]\(\S{40,}\)|https?://\S{40,}", line)
+            assert len(line) <= 120 or free, f"{page.name}:{i}: {len(line)} columns"
+
+
+def test_the_first_screen_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    screen = text.partition("\n## ")[0]
+    assert len(screen.splitlines()) <= 40
+    assert "pip install bandpo" in screen and screen.index("pip install") < screen.index("```python")
+    assert screen.count("![") == text.count("![") == 1
+    intro = screen.split("\n\n")[1]
+    assert len(re.findall(r"[.?](?=\s|$)", re.sub(r"\(\[.*?\)\)", "", intro))) == 2  # two sentences
+    for section in text.split("\n## ")[1:]:
+        for paragraph in re.split(r"\n\n|\n\* ", section):
+            assert paragraph.count("](") <= 2, paragraph
+    assert f"{len(bandpo.OBJECTIVES)} objectives" in text
+
+
+def test_tables_of_numbers_are_on_the_data_page():
+    claims, data = ((ROOT / "docs" / name).read_text() for name in ("evidence.md", "evidence-data.md"))
+    assert "evidence-data.md#claim-by-claim" in claims and len(claims.splitlines()) < 100 < len(data.splitlines())
+    assert not re.search(r"\[[+-]\d\.\d+, [+-]\d", claims)  # an interval
+
+
+def test_no_page_speaks_the_old_dialect():
+    old = r"goes on|gone on|nobody's|serves? only|\bhas go\b|turns? round|would turn|say so\b|says so\b|as there\b|mend\b"
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        found = re.search(old, re.sub(r"\s+", " ", prose(page)))
+        assert not found, f"{page.name}: {found[0]}"
+
+
+def test_no_page_names_what_has_moved():
+    from bandpo import _deprecations
+
+    gone = {**_deprecations.MODULES, **_deprecations.NAMES}
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        text = page.read_text() if page.name != "stability.md" else ""  # which names them on purpose
+        for name in re.findall(r"\bbandpo\.([\w.]+)", text):
+            assert name.rstrip(".") not in gone, f"{page.name}: bandpo.{name}"
