@@ -60,7 +60,7 @@ def test_latest_takes_up_whatever_there_is(tmp_path, capsys):
         main(["train", *SMALL, "--output_dir", "run", "--save_total_limit", "2", "--resume_from_checkpoint", "latest"])
         == 0
     )
-    assert "run has no whole checkpoint yet: the run starts from its beginning" in capsys.readouterr().out
+    assert "run has no complete checkpoint yet: the run starts from its beginning" in capsys.readouterr().out
     before = {name: (tmp_path / "run" / name).read_bytes() for name in SAME}
     weights = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -68,7 +68,7 @@ def test_latest_takes_up_whatever_there_is(tmp_path, capsys):
     assert main(["train", *SMALL, *changed, "--output_dir", "run", "--resume_from_checkpoint", "latest"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"checkpoint-4 is not used: model\.safetensors has \d+ bytes instead of \d+", said)
-    assert "this run began with other settings: save_total_limit 2 -> 7. It goes on with the new ones" in said
+    assert "this run began with other settings: save_total_limit 2 -> 7. It continues with the new ones" in said
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in SAME}
     assert main(["train", *SMALL, "--output_dir", "run", "--resume_from_checkpoint", "run/checkpoint-2x"]) == 2
 

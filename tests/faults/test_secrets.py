@@ -138,7 +138,7 @@ PLANTED = {
     "--vllm_server_base_url": "http://user:option-server-23@localhost:8000/v1?key=option-query-24",
     "--vllm_server_host": "me:option-host-25@localhost",
     "--run_name": "named-env-hf-token-11",  # an environment's secret inside of another option
-    "--hub_model_id": "option-login-26:option-password-27@hub/x",
+    "--hub_model_id": "option-login-26:option-password-27@hub/x-env-openai-16",
     "--generation_kwargs": '{"api_key": "option-generation-28"}',
     "--system_prompt": "look at https://h/x?sig=option-signature-29",
 }

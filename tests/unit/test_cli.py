@@ -1,15 +1,19 @@
 """The commands as a user types them."""
 
+import argparse
 import re
 import subprocess
 import sys
 import time
 import warnings
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import yaml
 
-from bandpo.cli import main
+import bandpo as package
+from bandpo.cli import COMMANDS, _parser, main
 
 
 def bandpo(*arguments, **kwargs):
@@ -21,12 +25,23 @@ def bandpo(*arguments, **kwargs):
 def imported_by(code):
     """Names of the top-level packages that a piece of Python imports."""
     report = "import sys; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
-    found = subprocess.run([sys.executable, "-c", f"{code}; {report}"], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return set(found.stdout.split())
 
 
+HELPS = [["--help"], *([name, "--help"] for name in ("evaluate", "compare", "lab", "doctor", "bounds", "objectives"))]
+HELPS += [["lab", "preference", "--help"], ["lab", "selection", "--help"]]
+
+
 def test_help_does_not_import_torch_and_is_quick():
-    assert "torch" not in imported_by("from bandpo.cli import _parser; _parser().format_help()")
+    code = f"""
+import contextlib, io
+from bandpo.cli import main
+for arguments in {HELPS}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+        main(arguments)
+    assert "usage: bandpo" in shown.getvalue(), arguments"""
+    assert not imported_by(code) & {"torch", "transformers", "matplotlib", "trl", "rich", "jinja2", "numpy"}
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -36,6 +51,54 @@ def test_help_does_not_import_torch_and_is_quick():
     for command in ("train", "evaluate", "bounds", "objectives"):
         assert f"bandpo {command}" in result.stdout
     assert min(seconds) < 0.5
+
+
+def parsers(parser):
+    """A parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_every_option_of_every_command_has_a_help_text():
+    for command in COMMANDS:
+        for parser in parsers(_parser(command)):
+            for action in parser._actions:
+                assert action.help or isinstance(action, argparse._SubParsersAction), (parser.prog, action.dest)
+
+
+def test_the_choices_that_the_options_name_are_those_of_the_lab():
+    from bandpo.lab.backends import BACKENDS
+    from bandpo.lab.comparison.plan import PRESETS
+    from bandpo.lab.comparison.problems import PROBLEMS
+    from bandpo.lab.experiments.preference import EXPERIMENTS
+
+    def options(name):
+        parser = argparse.ArgumentParser("bandpo")
+        import_module(f"bandpo.lab.{name}.arguments").add_arguments(parser)
+        return {(p.prog.split()[-1], a.dest): a for p in parsers(parser) for a in p._actions}
+
+    compare = options("comparison")
+    assert compare["bandpo", "preset"].choices == tuple(PRESETS)
+    assert compare["bandpo", "backend"].choices == tuple(BACKENDS)
+    assert compare["bandpo", "tasks"].help.startswith(", ".join(PROBLEMS))
+    assert ", ".join([*EXPERIMENTS, "reranking"]) in options("experiments")["preference", "only"].help
+
+
+def test_tables_need_no_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; from bandpo.cli import main; import bandpo.plots"
+    code += "\nassert main(['bounds', '--no-figure']) == main(['objectives']) == 0"
+    code += "\nassert main(['bounds']) == 2"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bandpo.plots needs matplotlib: pip install 'bandpo[plot]'" in done.stderr
+
+
+def test_training_does_not_depend_on_the_lab():
+    for path in (Path(package.__file__).parent / "train").glob("*.py"):
+        assert "bandpo.lab" not in path.read_text(), path
 
 
 def test_importing_the_package_brings_torch_and_nothing_else_of_weight():
@@ -107,8 +170,6 @@ def test_objectives_lists_name_formula_and_paper(capsys):
 
 
 def test_no_command_prints_the_help_and_version_the_version(capsys):
-    import bandpo as package
-
     assert main([]) == 0
     assert "commands" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -147,6 +208,7 @@ def test_no_command_prints_the_help_and_version_the_version(capsys):
         (["train", "--output_dir", "/dev/null"], "/dev/null is a file"),
         (["train", "--reward_errors", "ignore"], "reward_errors.*'ignore'.*stop, skip"),
         (["train", "--reward_timeout", "0"], "reward_timeout must be a positive number"),
+        (["train", "--report_to", "paper"], "report_to: got 'paper'; choose from none, .*tensorboard"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
@@ -157,6 +219,19 @@ def test_mistakes_end_with_one_line_and_status_2(arguments, words, capsys, tmp_p
     assert error.startswith("bandpo: ")
     assert re.search(words, error, flags=re.DOTALL), error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "comet_ml"])
+def test_a_logger_without_its_package_is_a_mistake_in_the_input(name, capsys, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, f"is_{name.removesuffix('_ml')}_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--report_to", name]) == 2
+    error = capsys.readouterr().err
+    assert f"report_to={name} needs a package: pip install {name.replace('_', '-')}, or set report_to: none" in error
+    assert "bug" not in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def parsed(*arguments):

@@ -1,4 +1,4 @@
-"""`bandpo bounds` and `bandpo objectives`. They need torch, and matplotlib for figures."""
+"""`bandpo bounds` and `bandpo objectives`; matplotlib is imported for figures only."""
 
 import argparse
 from pathlib import Path
@@ -23,38 +23,20 @@ def show_bounds(options: argparse.Namespace) -> None:
     """
     divergences = [_divergence(name.strip()) for name in options.divergence.split(",")]
     if options.match is not None and len(divergences) == 1:
-        raise ValueError(f"--match {options.match} needs several divergences: --divergence kl,tv,chi2, say")
+        raise ValueError(f"--match {options.match} needs several divergences, for example --divergence kl,tv,chi2")
     if not options.no_figure:
         _check_figure("--output", options.output)
-    pure = Band(divergences[0], options.radius, max_ratio=None)
-    bands = {
-        f"{d.name}, radius {radius:.4g}": Band(d, radius, max_ratio=options.max_ratio)
-        for d in divergences
-        for radius in [
-            options.radius
-            if d is divergences[0] or options.match is None
-            else match_radius(d, like=pure, by=options.match)
-        ]
-    }
+    bands = _bands(divergences, options.radius, options.match, options.max_ratio)
     if len(bands) == 1:
         _print_band(*next(iter(bands.items())), options.max_ratio)
     else:
         _print_families(bands)
     if not options.no_figure:
-        from bandpo.plots import plot_bounds, plot_families
-
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        if len(bands) == 1:
-            label, band = next(iter(bands.items()))
-            figure = plot_bounds(band, f"band: {label}")
-        else:
-            figure = plot_families(bands, matched=options.match)
-        figure.savefig(options.output, dpi=150)
-        print(f"\nfigure: {options.output}")
+        _draw_bands(bands, options.match, options.output)
 
 
 def show_objectives(options: argparse.Namespace) -> None:
-    """Print the named objectives, and draw their gradient weights where asked.
+    """Print the named objectives, and draw their gradient weights if a path is given.
 
     Args:
         options: The options of `bandpo objectives`.
@@ -83,6 +65,33 @@ def show_objectives(options: argparse.Namespace) -> None:
     print(f"{len(OBJECTIVES)} figures: {path}/")
 
 
+def _bands(
+    divergences: list[FDivergence], radius: float, match: str | None, max_ratio: float | None
+) -> dict[str, Band]:
+    """The bands by their labels; with a match the radii of the other divergences follow from the first one."""
+    first = Band(divergences[0], radius, max_ratio=None)
+    bands: dict[str, Band] = {}
+    for divergence in divergences:
+        own = radius
+        if match is not None and divergence is not divergences[0]:
+            own = match_radius(divergence, like=first, by=match)
+        bands[f"{divergence.name}, radius {own:.4g}"] = Band(divergence, own, max_ratio=max_ratio)
+    return bands
+
+
+def _draw_bands(bands: dict[str, Band], matched: str | None, path: Path) -> None:
+    from bandpo.plots.figures import plot_bounds, plot_families
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(bands) == 1:
+        label, band = next(iter(bands.items()))
+        figure = plot_bounds(band, f"band: {label}")
+    else:
+        figure = plot_families(bands, matched=matched)
+    figure.savefig(path, dpi=150)
+    print(f"\nfigure: {path}")
+
+
 def _divergence(name: str) -> FDivergence:
     if not name.startswith("alpha:"):
         return as_divergence(name)
@@ -104,9 +113,9 @@ def _print_band(label: str, band: Band, max_ratio: float | None) -> None:
     print(f"{'p':>7}  {'lower':>10}  {'upper':>10}  {'1/p':>10}  {'p·upper':>8}   Clip-Higher")
     wide = Clip(0.2, 0.28)(p.log())
     for row in zip(p, lower, upper, 1 / p, p * upper, wide.lower, wide.upper, strict=True):
-        values = [x.item() for x in row]
-        print(f"{values[0]:>7g}  {values[1]:>10.4g}  {values[2]:>10.4f}  {values[3]:>10.4f}  {values[4]:>8.4f}   "
-              f"{values[5]:.2f} … {values[6]:.2f}")  # fmt: skip
+        v = [x.item() for x in row]
+        cells = f"{v[0]:>7g}  {v[1]:>10.4g}  {v[2]:>10.4f}  {v[3]:>10.4f}  {v[4]:>8.4f}"
+        print(f"{cells}   {v[5]:.2f} … {v[6]:.2f}")
 
 
 def _print_families(bands: dict[str, Band]) -> None:

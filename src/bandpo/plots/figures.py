@@ -1,7 +1,7 @@
 """The project's figures: the band, and what a run did. Needs the extra `plot`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,26 +18,38 @@ from bandpo._inputs import inputs_of
 from bandpo.bounds import DCPO, Bounds, Clip
 from bandpo.metrics import PROB_BINS
 
-# Okabe and Ito's palette: told apart by everybody, and in grey by its lightness.
 BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a", "#222222"
-STYLE: dict[str, Any] = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-    "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "svg.fonttype": "path", "svg.hashsalt": "bandpo",
-}  # fmt: skip
+"""The palette of Okabe and Ito: colour-blind readers can tell the colours apart, and in grey print their lightness differs."""
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "bandpo",
+}
+"""Settings of matplotlib for all figures; the fixed salt makes the same SVG for the same figure."""
 Log = Sequence[Mapping[str, Any]]
+"""Rows of a metrics.jsonl."""
+
+_LOGIT_RANGE = (-11.5, 7.0)
+"""Horizontal axis of a band, the logit of p: from p = 1e-5 to p = 0.999."""
 
 
 def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[float]] | None = None) -> Figure:
     """The interval of the ratio against p, over PPO's clip, Clip-Higher, DCPO and the simplex limit.
 
     Args:
-        bounds: What to draw; a region that depends on more than p is left out.
-        label: Its name in the legend.
-        tokens: "p", "ratio" and "clipped" (0 or 1) of a run's tokens, drawn as points.
+        bounds: Bounds to draw; they are left out if they depend on more than p.
+        label: Name of the bounds in the legend.
+        tokens: "p", "ratio" and "clipped" (0 or 1) of the tokens of a run, drawn as points.
     """
-    logit = torch.linspace(-11.5, 7, 1000, dtype=torch.float64)
-    logp = torch.nn.functional.logsigmoid(logit)
+    logit, logp = _probabilities()
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
         if not inputs_of(bounds):
@@ -57,10 +69,6 @@ def plot_bounds(bounds: Bounds, label: str, *, tokens: Mapping[str, Sequence[flo
                 (clipped == 1, ORANGE, 14, "… whose gradient is clipped"),
             ):
                 axes.scatter(x[chosen], ratio[chosen], s=size, color=colour, alpha=0.6, lw=0, label=name, zorder=3)
-        axes.set(
-            yscale="log", ylim=(0.02, 60), xlim=(-11.5, 7), xlabel="probability of the token under the old policy, p",
-            ylabel="ratio r = π/π_old",
-        )  # fmt: skip
         _probability_axes(axes)
         axes.legend(loc="upper right", fontsize=8)
     return figure
@@ -70,21 +78,17 @@ def plot_families(bands: Mapping[str, Bounds], *, matched: str | None = None) ->
     """The intervals of several balls over p, for radii that were matched by `match_radius`.
 
     Args:
-        bands: Label and bounds of each.
-        matched: By what, for the title.
+        bands: Bounds by their labels.
+        matched: What was matched, for the title; None if the radii are the same.
     """
-    logit = torch.linspace(-11.5, 7, 1000, dtype=torch.float64)
-    logp = torch.nn.functional.logsigmoid(logit)
+    logit, logp = _probabilities()
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
         looks = [(c, s) for s in ("-", "--", ":") for c in (BLUE, ORANGE, GREEN, PINK, BLACK)]
         for (label, band), (colour, style) in zip(bands.items(), looks, strict=False):
             _draw_interval(axes, logit, band(logp), colour, label, style=style)
         axes.plot(logit, (-logp).exp(), color=GREY, lw=1, label="simplex limit, 1/p")
-        axes.set(
-            yscale="log", ylim=(0.02, 60), xlim=(-11.5, 7), xlabel="probability of the token under the old policy, p",
-            ylabel="ratio r = π/π_old", title="the same radius" if matched is None else f"radii matched by {matched}",
-        )  # fmt: skip
+        axes.set_title("the same radius" if matched is None else f"radii matched by {matched}")
         _probability_axes(axes)
         axes.legend(loc="upper right", fontsize=8)
     return figure
@@ -94,8 +98,8 @@ def plot_convergence(groups: Mapping[str, Mapping[str, Sequence[float]]], *, tit
     """Distance to the optimal value over the outer steps of tabular PPO-Clip (`bandpo.lab.experiments.tabular`), log scale.
 
     Args:
-        groups: For each group, drawn in a style of its own, the gaps of its runs; a run has the same colour in every group.
-        title: Of the figure.
+        groups: Gaps of the runs of each group. Each group has a line style, and a run has the same colour in every group.
+        title: Title of the figure.
     """
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
@@ -109,7 +113,11 @@ def plot_convergence(groups: Mapping[str, Mapping[str, Sequence[float]]], *, tit
 
 
 def plot_training(log: Log) -> Figure:
-    """Reward, entropy and clip fractions over the optimiser steps of a run."""
+    """Reward, entropy and clip fractions over the optimiser steps of a run.
+
+    Args:
+        log: Rows of metrics.jsonl.
+    """
     with mpl.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
         _draw_series(left, log, "reward", BLUE, "reward")
@@ -133,13 +141,14 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
     """Reward of the samples, distance from the reference and implicit rewards over a preference run.
 
     Args:
-        log: Rows of its metrics.jsonl.
-        unit: What a step is: "round", or "step" of a run on given pairs, which samples nothing. Rounds on samples that were
-            drawn once have no samples of their policies either.
+        log: Rows of metrics.jsonl.
+        unit: What a row is about: "round", or "step" of a run on given pairs. Rows without the reward of new samples, as in a
+            run that samples only once, are drawn without the two figures about samples.
     """
     with mpl.rc_context(STYLE):
-        sampled = unit == "round" and all("reward" in row for row in log)  # not so where samples were drawn once
-        figure, axes = plt.subplots(1, 3 if sampled else 2, figsize=(11 if sampled else 7.6, 3.2), layout="constrained")
+        sampled = unit == "round" and all("reward" in row for row in log)
+        figure = plt.figure(figsize=(11 if sampled else 7.6, 3.2), layout="constrained")
+        axes = cast("Sequence[Axes]", figure.subplots(1, 3 if sampled else 2))
         if sampled:
             _draw_series(axes[0], log, "reward", BLUE, "reward")
             axes[0].set(ylabel="mean reward", title="Samples of the policy")
@@ -159,7 +168,11 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
 
 
 def plot_clip_by_probability(log: Log) -> Figure:
-    """Share of tokens whose gradient is clipped in bins of p, and how many tokens a bin has, over a whole run."""
+    """Share of tokens whose gradient is clipped in bins of p, and the share of tokens in each bin, over a whole run.
+
+    Args:
+        log: Rows of metrics.jsonl.
+    """
     low, high, share = ([_weighted(log, key, b) for b in PROB_BINS] for key in ("low", "high", None))
     with mpl.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(
@@ -178,7 +191,20 @@ def plot_clip_by_probability(log: Log) -> Figure:
     return figure
 
 
+def _probabilities() -> tuple[torch.Tensor, torch.Tensor]:
+    """The horizontal axis of a band: logits and log-probabilities, `(1000,)`, float64."""
+    logit = torch.linspace(*_LOGIT_RANGE, 1000, dtype=torch.float64)
+    return logit, torch.nn.functional.logsigmoid(logit)
+
+
 def _probability_axes(axes: Axes) -> None:
+    axes.set(
+        yscale="log",
+        ylim=(0.02, 60),
+        xlim=_LOGIT_RANGE,
+        xlabel="probability of the token under the old policy, p",
+        ylabel="ratio r = π/π_old",
+    )
     ticks = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
     axes.set_xticks(ticks.logit().tolist(), ["1e-5", "1e-4", "0.001", "0.01", "0.1", "0.5", "0.9", "0.99", "0.999"])
     axes.set_yticks([0.05, 0.2, 0.5, 1, 2, 5, 10, 50], ["0.05", "0.2", "0.5", "1", "2", "5", "10", "50"])
@@ -201,7 +227,7 @@ def _draw_series(axes: Axes, log: Log, key: str, colour: str, label: str) -> Non
 
 
 def _weighted(log: Log, side: str | None, bin_name: str) -> float:
-    """A bin's clip fraction over the run, rows weighted by its tokens; the mean share of tokens for side None."""
+    """The clip fraction of a bin over the run, its rows weighted by their tokens; the mean share of tokens for side None."""
     share_key, clip_key = f"token_fraction_by_prob/{bin_name}", f"clip_fraction_by_prob/{side}/{bin_name}"
     shares = [row[share_key] for row in log if row.get(share_key) is not None]
     if side is None:

@@ -1,16 +1,17 @@
-"""Small multiples: the gradient weight w(r, p, A) of every objective. Needs the extra `plot`."""
+"""The gradient weight w(r, p, A) of every objective, as small multiples. This module needs the extra `plot`."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from bandpo.bounds import Clip
@@ -28,25 +29,32 @@ _NORM = TwoSlopeNorm(vmin=-1.0, vcenter=0.0, vmax=2.0)
 
 
 def plot_weight(objective: Objective | str) -> Figure:
-    """Gradient weight of one objective over p and r, for A = 1 and A = -1."""
+    """The gradient weight of one objective over p and r, for A = 1 and A = -1.
+
+    Args:
+        objective: Objective or its name.
+    """
     with plt.rc_context({"font.size": 7}):
         figure = Figure(figsize=(2.7, 1.45), layout="constrained")
-        _draw_pair(figure.subplots(1, 2, sharey=True), get_objective(objective), labels=True)
+        pair = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True))
+        _draw_pair(pair, get_objective(objective), labels=True)
     return figure
 
 
 def plot_zoo() -> Figure:
-    """The same for every named objective, in one figure."""
+    """The gradient weights of all named objectives in one figure."""
     columns = 6
     rows = math.ceil(len(OBJECTIVES) / columns)
     with plt.rc_context({"font.size": 7}):
         figure = Figure(figsize=(2.35 * columns, 1.55 * rows + 1.0), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1.55 * rows, 1.0])
-        parts = upper.subfigures(rows, columns, wspace=0.02, hspace=0.02)
-        for part, objective in zip(parts.flat, OBJECTIVES.values(), strict=False):
+        upper, lower = cast("Sequence[SubFigure]", figure.subfigures(2, 1, height_ratios=[1.55 * rows, 1.0]))
+        grid: Any = upper.subfigures(rows, columns, wspace=0.02, hspace=0.02)
+        pictures: list[ScalarMappable] = []
+        for part, objective in zip(cast("Sequence[SubFigure]", grid.flat), OBJECTIVES.values(), strict=False):
             part.suptitle(objective.name, fontsize=9, fontweight="bold")
-            picture = _draw_pair(part.subplots(1, 2, sharey=True), objective, labels=False)
-        bar = figure.colorbar(picture, cax=lower.add_axes((0.2, 0.7, 0.6, 0.16)), orientation="horizontal")
+            pair = cast("Sequence[Axes]", part.subplots(1, 2, sharey=True))
+            pictures.append(_draw_pair(pair, objective, labels=False))
+        bar = figure.colorbar(pictures[0], cax=lower.add_axes((0.2, 0.7, 0.6, 0.16)), orientation="horizontal")
         bar.set_label(
             "weight w of the token's gradient, A·r·w·∇log π\nleft A > 0, right A < 0; across: probability p from 0.0006 to "
             "0.996; up: ratio r from 0.2 to 5; grey: π > 1",
@@ -55,20 +63,18 @@ def plot_zoo() -> Figure:
     return figure
 
 
-def _draw_pair(pair: Any, objective: Objective, *, labels: bool) -> Any:
-    picture = None
-    for axes, advantage in zip(pair, (1.0, -1.0), strict=True):
-        picture = _draw(axes, objective, advantage)
-        if labels:
-            axes.set_title("A > 0" if advantage > 0 else "A < 0", fontsize=7, pad=2)
+def _draw_pair(pair: Sequence[Axes], objective: Objective, *, labels: bool) -> ScalarMappable:
+    pictures = [_draw(axes, objective, advantage) for axes, advantage in zip(pair, (1.0, -1.0), strict=True)]
+    if labels:
+        for axes, title in zip(pair, ("A > 0", "A < 0"), strict=True):
+            axes.set_title(title, fontsize=7, pad=2)
             axes.set_xlabel("p", labelpad=0)
             axes.set_xticks([-6.9, -2.2, 2.2], ["0.001", "0.1", "0.9"])
-    if labels:
         pair[0].set_ylabel("r", labelpad=0)
-    return picture
+    return pictures[0]
 
 
-def _draw(axes: Axes, objective: Objective, advantage: float) -> Any:
+def _draw(axes: Axes, objective: Objective, advantage: float) -> ScalarMappable:
     r, logit = torch.meshgrid(_LOG_RATIOS.exp(), _LOGITS, indexing="ij")
     shown = _of_one_token(objective)
     weight = gradient_weight(shown, r, logit.sigmoid(), advantage, _extras(shown, r.numel(), advantage))
@@ -83,7 +89,7 @@ def _draw(axes: Axes, objective: Objective, advantage: float) -> Any:
 
 
 def _of_one_token(objective: Objective) -> Objective:
-    """What can be drawn of an objective that looks at the whole batch: the rule for a token without the batch's choice."""
+    """The objective; for one that chooses tokens in the whole batch, its rule for a single token."""
     if objective.surrogate is clip_cov:
         return dataclasses.replace(objective, surrogate=clip)
     if objective.surrogate is kl_cov:
@@ -94,7 +100,7 @@ def _of_one_token(objective: Objective) -> Objective:
 
 
 def _extras(objective: Objective, n: int, advantage: float) -> Mapping[str, Tensor]:
-    """A group of half right answers; no other tokens than the sampled one."""
+    """Further inputs: a group with half of the answers right, and no tokens stored besides the sampled one."""
     if not objective.extras:
         return {}
     halves = torch.tensor([1.0, -1.0], dtype=torch.float64) * abs(advantage)

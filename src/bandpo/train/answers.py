@@ -1,7 +1,7 @@
-r"""Which part of a text is its mathematical answer, and how that part is written as LaTeX; what cannot be read is None.
+r"""The part of a text that is its mathematical answer, written as LaTeX; None for what cannot be read.
 
-math-verify finds expressions anywhere in a text, so that the reference `2\sqrt{3}` gives 2 and a box that was cut off gives the
-one before it. Here a reference is read as a whole, and a completion's answer is the last thing that it put into a box.
+math-verify finds expressions anywhere in a text: for the reference `2\sqrt{3}` it gives 2, and for a box that was cut off it
+gives the box before it. Here a reference is read as a whole, and the answer of a completion is the content of its last box.
 """
 
 import math
@@ -56,15 +56,15 @@ _TEXT = re.compile(
 
 
 def boxed_answer(completion: str) -> str | None:
-    r"""What a completion put into its last box, as LaTeX; the text itself where it has no box.
+    r"""The content of the last box in a completion as LaTeX, or the text itself if it has no box.
 
-    Boxes that follow each other with nothing but commas or "and" between them are one answer of several parts.
+    Boxes with nothing but commas or "and" between them are one answer of several parts.
 
     Args:
-        completion: Text.
+        completion: Text of the completion.
 
     Returns:
-        None where the last box is empty or was cut off, also in the middle of the command: then there is no answer.
+        LaTeX; None if the last box is empty or was cut off, also in the middle of the command: then there is no answer.
 
     Examples:
         >>> boxed_answer(r"\boxed{12}. Hmm, so \boxed{13}.")
@@ -93,7 +93,7 @@ def boxed_answer(completion: str) -> str | None:
 
 
 def _closing_brace(text: str, opening: int) -> int | None:
-    """Where the group that opens there is closed, None where it is not; escaped braces count as characters."""
+    """The position of the brace that closes the group, None if there is none; escaped braces count as characters."""
     if not text.startswith("{", opening):
         return None
     depth, i = 0, opening
@@ -113,14 +113,14 @@ def _closing_brace(text: str, opening: int) -> int | None:
 def reference(answer: Any) -> str | None:
     r"""A reference answer in a form whose anchors math-verify finds, `$...$` or `\boxed{...}`.
 
-    A text with a box, or with mathematics in `$...$`, `\(...\)` or `\[...\]`, is a solution whose answer is there; of a text
-    with `####` (GSM8K) the answer is what follows. Anything else is the answer itself, all of it.
+    In a text with a box, or with mathematics in `$...$`, `\(...\)` or `\[...\]`, that part holds the answer; in a text with
+    `####` (GSM8K) the answer follows it. Any other text is the answer as a whole.
 
     Args:
-        answer: Text or a number.
+        answer: Reference answer, text or a number.
 
     Returns:
-        None where it is something else, is not finite, or is prose.
+        LaTeX; None if the answer is of another type, is not finite, or is prose.
 
     Examples:
         >>> reference(r"2\sqrt{3}"), reference("48 / 2 = 24\n#### 24"), reference(1450)
@@ -146,10 +146,10 @@ def reference(answer: Any) -> str | None:
 
 
 def is_plain_number(answer: Any) -> bool:
-    """Whether a reference is nothing but a number in digits, which needs no parser to be known as readable.
+    """Whether a reference is only a number in digits, so that it is readable without asking a parser.
 
     Args:
-        answer: Of any type.
+        answer: Reference answer of any type.
     """
     if isinstance(answer, int):
         return not isinstance(answer, bool)
@@ -159,14 +159,14 @@ def is_plain_number(answer: Any) -> bool:
 def as_latex(text: str) -> str | None:
     r"""An answer as LaTeX that math-verify reads as a whole.
 
-    Numbers lose the marks between their thousands, `1.5e-3` gets its power of ten, `101_2` becomes the number that it is, plain
-    words become `\text{...}` and plain names of functions their commands.
+    Marks between thousands are removed, `1.5e-3` is written with a power of ten, `101_2` is converted to a decimal number,
+    plain words become `\text{...}`, and plain names of functions become commands.
 
     Args:
-        text: An answer, and nothing else.
+        text: An answer without other text.
 
     Returns:
-        None where it is prose, a duration or the like, of which math-verify would take the first number.
+        LaTeX; None for prose, a duration or the like, from which math-verify would take only the first number.
 
     Examples:
         >>> as_latex("18 dollars"), as_latex("5 pi"), as_latex("6.02e23"), as_latex(r"100\,000")
@@ -202,10 +202,10 @@ def as_latex(text: str) -> str | None:
 
 
 def with_variables(latex: str) -> str:
-    r"""An answer whose last letters are variables, in braces so that math-verify does not take them for a unit: $6m$ is not 6.
+    r"""Put the last letters of an answer in braces where they are variables: else math-verify takes $6m$ for 6 with a unit.
 
     Args:
-        latex: In `$...$` or in a box.
+        latex: Answer in `$...$` or in a box.
 
     Examples:
         >>> with_variables(r"$2\pi h$"), with_variables(r"\boxed{6ab}"), with_variables("$5 m$"), with_variables("$5cm$")
@@ -215,7 +215,7 @@ def with_variables(latex: str) -> str:
 
 
 def _without_unicode(text: str) -> str:
-    """Mathematical characters as the commands that they stand for."""
+    """Replace mathematical characters by their commands."""
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1].strip('(){}')}}}", text)
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}}}", text)
     text = _VULGAR.sub(lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
@@ -225,7 +225,7 @@ def _without_unicode(text: str) -> str:
 
 
 def _fraction(decimal: re.Match[str]) -> str:
-    """A number with a period as the fraction that it is."""
+    """A repeating decimal as a fraction."""
     whole, fixed, period = decimal.groups()
     scale = 10 ** len(fixed)
     value = Fraction(int((whole + fixed) or 0), scale) + Fraction(int(period), scale * (10 ** len(period) - 1))
@@ -233,7 +233,7 @@ def _fraction(decimal: re.Match[str]) -> str:
 
 
 def _both_signs(text: str) -> str:
-    r"""An answer with its only `\pm` inside of a group as the two answers that it stands for; others are math-verify's."""
+    r"""An answer whose only `\pm` is inside a group as two answers; math-verify itself reads the other cases."""
     before, sign, after = text.partition(r"\pm")
     inside = len(re.findall(r"(?<!\\)\{", before)) > len(re.findall(r"(?<!\\)\}", before))
     if not sign or not inside or r"\pm" in after or r"\mp" in text or after[:1].isalpha():

@@ -1,11 +1,12 @@
-"""`bandpo train`: warm-up where needed, evaluation, BandPO training by TRL, evaluation, report."""
+"""`bandpo train`: warm-up where needed, evaluation, training by TRL, evaluation, report."""
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork nothing; the warning about it is noise
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # bandpo forks no process; the warning about it would be noise
 
 import torch
 import yaml
@@ -15,30 +16,55 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import read_jsonl, write_json
+from bandpo._system.progress import Progress, quiet_hosts
 from bandpo._system.secrets import redact
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl.generate import sampler_of
 from bandpo.toy.models import WarmUp, warmed_up_model
-from bandpo.train.config import RunConfig, TrainerConfig, parse
+from bandpo.train.arguments import EVALUATION_SEED
+from bandpo.train.config import RunConfig, TrainerConfig, check_reporters, parse
 from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
-from bandpo.train.evaluate import Evaluation, evaluate
+from bandpo.train.evaluate import DEFAULT_LENGTH, Evaluation, evaluate
 from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end
 from bandpo.train.grpo import GRPORun
 from bandpo.train.preference import PreferenceRun
-from bandpo.train.progress import Progress, quiet_hosts
-from bandpo.train.report import write_report
-from bandpo.train.rewards import CheckedReward, RewardFunction, get_reward, unscored_line
+from bandpo.train.report import evaluation_table, write_report
+from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run: its configuration, and its parts after they have been read and checked."""
+
+    run: RunConfig
+    args: TrainerConfig
+    folder: Path
+    progress: Progress
+    tokenizer: Any
+    prompts: Dataset
+    """What to train on: prompts, or pairs of completions."""
+    held_out: Dataset
+    reward: CheckedReward
+    method: GRPORun | PreferenceRun
+
+    @property
+    def temperature(self) -> float:
+        """The sampling temperature of the evaluation."""
+        return self.args.temperature if self.run.eval_temperature is None else self.run.eval_temperature
 
 
 @released_at_end()
 def train(arguments: list[str]) -> Path:
-    """Run the job that the arguments describe; the folder of its results.
+    """Run the job that the arguments describe.
 
-    The folder holds config.yaml (which repeats the run), env.json, metrics.jsonl, samples.jsonl, evaluation.json, figures/,
-    report.html, the checkpoints and model/.
+    The folder of a run holds config.yaml (which repeats the run), env.json, metrics.jsonl, samples.jsonl, evaluation.json,
+    figures/, report.html, the checkpoints and model/.
 
     Args:
         arguments: Command line after `bandpo train`.
+
+    Returns:
+        Folder of the results.
     """
     started = time.monotonic()
     quiet_hosts()
@@ -51,6 +77,7 @@ def train(arguments: list[str]) -> Path:
 
 
 def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: float) -> Path:
+    check_reporters(args)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     progress = Progress(main=PartialState().is_main_process)
@@ -60,68 +87,65 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: 
         progress.say(f"the run in {folder} is finished: {folder / 'report.html'}")
         return folder
     progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
+    job = _make_job(run, args, given, folder, progress, resumed=resume is not None)
 
-    model_name = run.model or str(_small_model(run, progress))
-    tokenizer, window = _load_tokenizer(model_name, args)
-    prompts, held_out = _load_data(run, args, tokenizer, window, progress)
-    reward = CheckedReward(
-        get_reward(run.reward or run.task or ""), run.reward or run.task or "", limit=run.reward_timeout,
-        errors=run.reward_errors, folder=folder, say=progress.say,
-    )  # fmt: skip
-    if run.model is None:  # tiny: load it here; a large one is loaded by TRL, with model_init_kwargs
-        model: Any = AutoModelForCausalLM.from_pretrained(model_name, trust_remote_code=False)
-    else:
-        model = model_name
-    # What can be wrong in the input has been read by now.
-    make_folder(folder, run, args, given, resumed=resume is not None)
-    args.disable_tqdm = True
-    kind = GRPORun if isinstance(args, BandGRPOConfig) else PreferenceRun
-    job = kind(run, args, model, tokenizer, prompts, reward, _lora(run), progress)  # type: ignore[arg-type]
-
-    before = _evaluation_before(folder, job, tokenizer, held_out, reward, run, args)
+    before = _evaluate_before(job)
     progress.say(f"before training: {_line(before)}")
-    job.train(resume)
-    after_samples = _evaluate(job, tokenizer, held_out, reward, run, args)
-    after = after_samples.summary()
+    job.method.train(resume)
+    after = _evaluate(job)
+    evaluation = _results(job, before, after.summary())
 
-    job.save(folder / "model")
+    job.method.save(folder / "model")
     if PartialState().is_main_process:
-        tokenizer.save_pretrained(folder / "model")
-        after_samples.write(folder / "samples.jsonl", "after")
-        evaluation = {
-            "before": before, "after": after, "prompts": len(held_out), "samples": run.eval_samples,
-            "temperature": _temperature(run, args), "top_p": args.top_p,
-        }  # fmt: skip
-        write_json(folder / "evaluation.json", evaluation)
-        write_json(folder / "env.json", environment(args, time.monotonic() - started))
-        title = f"{job.name} on {redact(run.task or run.dataset)}, seed {args.seed}"
-        log = read_jsonl(folder / "metrics.jsonl")
-        unscored = unscored_line(reward)
-        notes = [*job.notes, *([unscored] if unscored else [])]
-        report = write_report(folder, title=title, figures=job.figures(log), notes=notes)
-        progress.table(title, evaluation)
-        if unscored:
-            progress.say(unscored)
-        progress.say(f"report: {report}")
-        progress.say(f"model:  {folder / 'model'}")
-        progress.say(f"done in {time.monotonic() - started:.0f} s")
+        after.write(folder / "samples.jsonl", "after")
+        _write_results(job, evaluation, started)
     return folder
 
 
+def _make_job(
+    run: RunConfig, args: TrainerConfig, given: dict[str, Any], folder: Path, progress: Progress, *, resumed: bool
+) -> _Job:
+    """Read and check all parts of a run, make its folder, and build its trainer: a bad input leaves no folder behind."""
+    model_name = run.model or str(_small_model(run, progress))
+    tokenizer, window = _load_tokenizer(model_name, args)
+    prompts, held_out = _load_data(run, args, tokenizer, window, progress)
+    reward_name = run.reward or run.task or ""
+    reward = CheckedReward(
+        get_reward(reward_name),
+        reward_name,
+        limit=run.reward_timeout,
+        errors=run.reward_errors,
+        folder=folder,
+        say=progress.say,
+    )
+    model: Any = model_name  # TRL loads it, with model_init_kwargs
+    if run.model is None:
+        model = AutoModelForCausalLM.from_pretrained(model_name, trust_remote_code=False)
+    make_folder(folder, run, args, given, resumed=resumed)
+    args.disable_tqdm = True
+    if isinstance(args, BandGRPOConfig):
+        method = GRPORun(args, model, tokenizer, prompts, reward, _lora(run), progress)
+    else:
+        method = PreferenceRun(run, args, model, tokenizer, prompts, reward, _lora(run), progress)
+    return _Job(run, args, folder, progress, tokenizer, prompts, held_out, reward, method)
+
+
 def _small_model(run: RunConfig, progress: Progress) -> Path:
+    """The folder of the built-in model, warmed up on the task."""
     assert run.task is not None
     warm_up = WarmUp(task=run.task, steps=run.warm_up_steps)
+
+    def show(step: int, loss: float) -> None:
+        progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}")
+
     if PartialState().is_main_process:
-        warmed_up_model(
-            warm_up, lambda step, loss: progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}"),
-            progress.say,
-        )  # fmt: skip
+        warmed_up_model(warm_up, show, progress.say)
     PartialState().wait_for_everyone()
     return warm_up.path
 
 
 def _load_tokenizer(name: str, args: TrainerConfig) -> tuple[Any, int | None]:
-    """A model's tokenizer, and how many positions the model knows."""
+    """The tokenizer of a model, and the number of its positions."""
     tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     try:
         return tokenizer, window_of(AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
@@ -134,19 +158,26 @@ def _load_data(
 ) -> tuple[Dataset, Dataset]:
     """What to train on, prompts or pairs, and the held-out prompts."""
     prompts, held_out = run_prompts(
-        run, tokenizer, window, completion=args.max_completion_length, seed=args.seed, say=progress.say
+        run, tokenizer, window, completion=_longest_completion(args), seed=args.seed, say=progress.say
     )
-    if run.pairs is not None:
-        limits = [n for n in (getattr(args, "max_length", None), window) if n is not None]
-        prompts = load_pairs(
-            run.pairs, split=run.dataset_split, held_out=held_out, tokenizer=tokenizer,
-            system_prompt=None if run.task else run.system_prompt, limit=min(limits, default=None),
-            skip_bad=run.bad_rows == "skip", say=progress.say,
-        )  # fmt: skip
-    return prompts, held_out
+    if run.pairs is None:
+        return prompts, held_out
+    limits = [n for n in (cast("int | None", getattr(args, "max_length", None)), window) if n is not None]
+    pairs = load_pairs(
+        run.pairs,
+        split=run.dataset_split,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        system_prompt=None if run.task else run.system_prompt,
+        limit=min(limits, default=None),
+        skip_bad=run.bad_rows == "skip",
+        say=progress.say,
+    )
+    return pairs, held_out
 
 
 def _lora(run: RunConfig) -> Any:
+    """The configuration of LoRA for PEFT, None where all weights are trained."""
     if not run.lora_rank:
         return None
     try:
@@ -156,48 +187,68 @@ def _lora(run: RunConfig) -> Any:
     return LoraConfig(r=run.lora_rank, lora_alpha=run.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _temperature(run: RunConfig, args: TrainerConfig) -> float:
-    """That of the evaluation."""
-    return args.temperature if run.eval_temperature is None else run.eval_temperature
-
-
-def _evaluate(
-    job: GRPORun | PreferenceRun,
-    tokenizer: Any,
-    rows: Dataset,
-    reward: RewardFunction,
-    run: RunConfig,
-    args: TrainerConfig,
-) -> Evaluation:
-    with job.for_sampling() as model:
-        return evaluate(
-            model,
-            tokenizer,
-            rows,
-            reward,
-            samples=run.eval_samples,
-            max_new_tokens=args.max_completion_length,
-            temperature=_temperature(run, args),
-            top_p=args.top_p,
-            seed=1234,
-            batch_size=args.per_device_eval_batch_size,
-            sampler=sampler_of(args),
-        )
-
-
-def _evaluation_before(
-    folder: Path, job: GRPORun | PreferenceRun, tokenizer: Any, rows: Dataset, reward: RewardFunction, run: RunConfig,
-    args: TrainerConfig,
-) -> dict[str, float]:  # fmt: skip
-    """The evaluation of the starting model; a resumed run has it in its folder."""
-    samples = folder / "samples.jsonl"
+def _evaluate_before(job: _Job) -> dict[str, float]:
+    """The evaluation of the starting model; a resumed run reads it from its folder."""
+    samples = job.folder / "samples.jsonl"
     found = Evaluation.read(samples, "before")
-    PartialState().wait_for_everyone()  # all have read
+    PartialState().wait_for_everyone()  # every process has read the file before it changes
     if found is None:
-        found = _evaluate(job, tokenizer, rows, reward, run, args)
+        found = _evaluate(job)
         if PartialState().is_main_process:
             found.write(samples, "before")
     return found.summary()
+
+
+def _evaluate(job: _Job) -> Evaluation:
+    with job.method.for_sampling() as model:
+        return evaluate(
+            model,
+            job.tokenizer,
+            job.held_out,
+            job.reward,
+            samples=job.run.eval_samples,
+            max_new_tokens=_longest_completion(job.args),
+            temperature=job.temperature,
+            top_p=job.args.top_p,
+            seed=EVALUATION_SEED,
+            batch_size=job.args.per_device_eval_batch_size,
+            sampler=sampler_of(job.args),
+        )
+
+
+def _longest_completion(args: TrainerConfig) -> int:
+    return DEFAULT_LENGTH if args.max_completion_length is None else args.max_completion_length
+
+
+def _results(job: _Job, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    return {
+        "before": before,
+        "after": after,
+        "prompts": len(job.held_out),
+        "samples": job.run.eval_samples,
+        "temperature": job.temperature,
+        "top_p": job.args.top_p,
+    }
+
+
+def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> None:
+    """Write the results of a run that has trained to its end, and print them."""
+    folder, progress = job.folder, job.progress
+    job.tokenizer.save_pretrained(folder / "model")
+    write_json(folder / "evaluation.json", evaluation)
+    write_json(folder / "env.json", environment(job.args, time.monotonic() - started))
+    title = f"{job.method.name} on {redact(job.run.task or job.run.dataset)}, seed {job.args.seed}"
+    figures = job.method.figures(read_jsonl(folder / "metrics.jsonl"))
+    unscored = unscored_line(job.reward)
+    notes = [*job.method.notes, *([unscored] if unscored else [])]
+    report = write_report(folder, title=title, figures=figures, notes=notes)
+    progress.show(evaluation_table(title, evaluation))
+    if unscored:
+        progress.say(unscored)
+    progress.say(f"report: {report}")
+    progress.say(f"model:  {folder / 'model'}")
+    progress.say(f"done in {time.monotonic() - started:.0f} s")
 
 
 def _line(summary: dict[str, float]) -> str:

@@ -5,9 +5,10 @@ import importlib.resources
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from trl import TrlParser
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl.scripts.utils import TrlParser
 
 from bandpo._system.files import read_yaml
 from bandpo._system.secrets import HIDDEN, redact_text, remember
@@ -25,14 +26,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "rdrc": {"objective": "rdrc"},
     "rbrm": {"objective": "rbrm", "labels": "probe", "resample": False},
 }
-"""What `bandpo train --method` stands for: grpo is policy gradient with the zoo's objectives, the others learn preferences."""
+"""The methods of `bandpo train`, with the options that each implies: grpo is policy gradient, the others learn preferences."""
 
 TrainerConfig = BandGRPOConfig | OnlinePreferenceConfig
+
+_PACKAGE_OF = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
+"""The package of an integration that has another name."""
 
 
 @dataclass
 class RunConfig:
-    """What to train on what. The options of TRL's GRPOConfig, or of its DPOConfig, stand beside these."""
+    """bandpo's options of `bandpo train`: model, data, reward, evaluation. TRL's config holds the other options.
+
+    Raises:
+        ValueError: If an option has no allowed value, or options contradict each other.
+    """
 
     method: str = field(default="grpo", metadata={"help": f"One of {', '.join(METHODS)}."})
     model: str | None = field(
@@ -44,12 +52,13 @@ class RunConfig:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "As dataset. Default: prompts held out from dataset."}
+        default=None,
+        metadata={"help": "Dataset of the evaluation, as for dataset. Default: prompts held out from dataset."},
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub eval_dataset."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt, text or messages."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the reference answer."})
-    system_prompt: str | None = field(default=None, metadata={"help": "Put before text prompts."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System prompt of text prompts."})
     reward: str | None = field(
         default=None, metadata={"help": "'math', a task's name, or 'package.module:NAME'. Default: the task's."}
     )
@@ -59,31 +68,35 @@ class RunConfig:
     reward_errors: str = field(
         default="stop",
         metadata={
-            "help": "A reward call that raises or hangs ends the run (stop), or leaves its samples unscored (skip)."
+            "help": "What to do when a call of the reward raises or hangs: end the run (stop), or leave its samples "
+            "unscored (skip)."
         },
     )
     bad_rows: str = field(
         default="error",
         metadata={
-            "help": "Rows without prompt or answer, with an answer that reward math cannot read, or too long for the model: "
-            "error, or skip (counted)."
+            "help": "What to do with rows without prompt or answer, with an answer that reward math cannot read, or that are "
+            "too long for the model: end with an error (error), or leave them out and count them (skip)."
         },
     )
     pairs: str | None = field(
         default=None,
-        metadata={"help": "For dpo and chipo: a dataset with columns chosen and rejected, in place of sampled pairs."},
+        metadata={
+            "help": "For dpo and chipo: a dataset with the columns chosen and rejected, used instead of sampled pairs."
+        },
     )
     eval_prompts: int = field(
-        default=256, metadata={"help": "Held-out prompts; their batches follow per_device_eval_batch_size."}
+        default=256,
+        metadata={"help": "Held-out prompts; the batch size of the evaluation is per_device_eval_batch_size."},
     )
-    eval_samples: int = field(default=8, metadata={"help": "Samples of each held-out prompt, k of mean@k."})
+    eval_samples: int = field(default=8, metadata={"help": "Samples of each held-out prompt, the k of mean@k."})
     eval_temperature: float | None = field(
         default=None, metadata={"help": "Sampling temperature of the evaluation. Default: that of training."}
     )
     lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0 trains all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale."})
-    warm_up_steps: int = field(default=250, metadata={"help": "Supervised steps of the built-in small model."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
+    warm_up_steps: int = field(default=250, metadata={"help": "Supervised training steps of the built-in small model."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: chosen by torch."})
     dry_run: bool = field(default=False, metadata={"help": "Print the configuration and stop."})
 
     def __post_init__(self) -> None:
@@ -120,16 +133,22 @@ class RunConfig:
 
 
 class _Parser(TrlParser):
-    """Its errors repeat what was typed."""
+    """A parser whose errors, which repeat what was typed, show no secrets."""
 
     def error(self, message: str) -> NoReturn:
         super().error(redact_text(message))
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any]]:
-    """Our config, TRL's, and the settings as they were given (which repeat the run).
+    """Read the options of `bandpo train` from the file of `--config` and from the command line, which takes precedence.
 
-    The file of `--config` (without it and without `--model`, the method's default job) is read first, the command line wins.
+    Without `--config`, `--model` and `--dataset` the file is the default job of the method.
+
+    Args:
+        arguments: Command line after `bandpo train`.
+
+    Returns:
+        bandpo's part of the configuration, TRL's part, and the settings as they were given, which repeat the run.
 
     Raises:
         ValueError: If a key or option is unknown; the message names the nearest one.
@@ -141,8 +160,20 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
         raise ValueError(f"method: got {method!r}; choose one of {', '.join(METHODS)}")
     cls = BandGRPOConfig if method == "grpo" else OnlinePreferenceConfig
     _as_floats(given, cls)
-    parser = _Parser(
-        (RunConfig, cls),
+    parser = _parser(cls)
+    chosen = _checked_names(parser, given, arguments)
+    _refuse_implied(method, {*chosen, *given})
+    remember(given)
+    _refuse_hidden({key: value for key, value in given.items() if key not in chosen})
+    parser.set_defaults_with_config(**given, **METHODS[method])
+    run, trainer = parser.parse_args_into_dataclasses(arguments)
+    values = vars(parser.parse_args(arguments))
+    return run, trainer, {**given, **{name: values[name] for name in sorted(chosen)}}
+
+
+def _parser(cls: type[TrainerConfig]) -> _Parser:
+    return _Parser(
+        cast("Any", (RunConfig, cls)),
         prog="bandpo train",
         usage="bandpo train [--method METHOD] [--config FILE.yaml] [--OPTION VALUE ...]",
         description="Without --config, --model and --dataset: the main job, a small model on the CPU. Every option is also a "
@@ -150,6 +181,10 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
         "GRPOConfig, or with a preference method (--method dpo --help) of its DPOConfig.",
         allow_abbrev=False,
     )
+
+
+def _checked_names(parser: _Parser, given: dict[str, Any], arguments: list[str]) -> set[str]:
+    """The names of the options on the command line; an unknown option or key of the file is an error."""
     known = {action.dest for action in parser._actions} - {"help"}
     for key in given:
         _check_known(key, known, "key")
@@ -157,30 +192,61 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
     for option in options:
         if option not in parser._option_string_actions:
             _check_known(option.lstrip("-").replace("-", "_"), known, "option")
-    chosen = {parser._option_string_actions[o].dest for o in options}
-    implied = METHODS[method]
-    for name in implied:
-        if name in chosen or name in given:
-            raise ValueError(f"{name} is what method {method!r} stands for ({name}={implied[name]}); leave it out")
-    remember(given)
-    for key in given:
-        if key not in chosen and HIDDEN in str(given[key]):
+    return {parser._option_string_actions[o].dest for o in options}
+
+
+def _refuse_implied(method: str, names: set[str]) -> None:
+    for name, value in METHODS[method].items():
+        if name in names:
+            raise ValueError(f"{name}: method {method!r} means {name}={value}; leave it out")
+
+
+def _refuse_hidden(given: dict[str, Any]) -> None:
+    """A file that a run wrote has no secrets: they must be given again."""
+    for key, value in given.items():
+        if HIDDEN in str(value):
             raise ValueError(
                 f"{key}: the file has {HIDDEN} in it, since a run writes no secrets; give it: --{key} VALUE"
             )
-    parser.set_defaults_with_config(**given, **implied)
-    run, trainer = parser.parse_args_into_dataclasses(arguments)
-    values = vars(parser.parse_args(arguments))
-    return run, trainer, {**given, **{name: values[name] for name in sorted(chosen)}}
+
+
+def check_reporters(args: TrainerConfig) -> None:
+    """Check that the packages that `report_to` names are installed.
+
+    Args:
+        args: TRL's part of the configuration.
+
+    Raises:
+        ValueError: If one is not, or `report_to` has an unknown name.
+    """
+    names = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+    for name in names:
+        if name in (None, "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: got {name!r}; choose from none, {', '.join(INTEGRATION_TO_CALLBACK)}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()  # transformers checks for the package here, and a run would do so too late
+        except (RuntimeError, ImportError) as error:
+            package = _PACKAGE_OF.get(name, name)
+            raise ValueError(
+                f"report_to={name} needs a package: pip install {package}, or set report_to: none ({error})"
+            ) from error
 
 
 def run_keys() -> frozenset[str]:
-    """The keys of a `bandpo train` file that are ours and not TRL's."""
+    """The keys of a `bandpo train` file that are bandpo's and not TRL's."""
     return frozenset(f.name for f in fields(RunConfig))
 
 
 def check_run(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a `bandpo train` file for a policy-gradient method, our part of them checked.
+    """Check bandpo's part of the settings in a `bandpo train` file of a policy-gradient method.
+
+    Args:
+        given: Keys and values of the file.
+
+    Returns:
+        All settings, with numbers that YAML reads as text converted.
 
     Raises:
         ValueError: If a value is refused, or the method learns preferences.
@@ -204,30 +270,43 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 
 def _read_yaml(arguments: list[str]) -> dict[str, Any]:
-    """Take `--config FILE` out of the arguments and read it; the main job's file stands in for none."""
-    for i, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            if argument == "--config" and i + 1 == len(arguments):
-                raise ValueError("--config needs a file")
-            path = Path(arguments[i + 1] if argument == "--config" else argument.partition("=")[2])
-            del arguments[i : i + (2 if argument == "--config" else 1)]
-            break
-    else:
+    """Remove `--config FILE` from the arguments and read the file; without it, read the file of the method's default job."""
+    path = _take_config(arguments)
+    if path is None:
         if any(a.split("=")[0] in ("--model", "--dataset", "--help", "-h") for a in arguments):
             return {}
-        method = METHODS.get(_option(arguments, "--method") or "grpo", {})
-        job = (
-            "main_job" if not method else "preference_job" if method.get("resample", True) else "offline_preference_job"
-        )
-        path = Path(str(importlib.resources.files("bandpo.configs") / f"{job}.yaml"))
+        path = _default_job(_option(arguments, "--method") or "grpo")
     try:
         return read_yaml(path)
     except OSError as error:
         raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
 
 
+def _take_config(arguments: list[str]) -> Path | None:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 == len(arguments):
+            raise ValueError("--config needs a file")
+        if argument == "--config":
+            path = Path(arguments[i + 1])
+            del arguments[i : i + 2]
+            return path
+        if argument.startswith("--config="):
+            del arguments[i]
+            return Path(argument.partition("=")[2])
+    return None
+
+
+def _default_job(method: str) -> Path:
+    implied = METHODS.get(method, {})
+    if not implied:
+        name = "main_job"
+    else:
+        name = "preference_job" if implied.get("resample", True) else "offline_preference_job"
+    return Path(str(importlib.resources.files("bandpo.configs") / f"{name}.yaml"))
+
+
 def _as_floats(given: dict[str, Any], cls: type) -> None:
-    """YAML reads 1e-6, without a dot, as text."""
+    """Convert numbers such as 1e-6, which YAML reads as text because they have no dot."""
     floats = {f.name for c in (RunConfig, cls) for f in fields(c) if "float" in str(f.type)}
     for key, value in given.items():
         if key in floats and isinstance(value, str):

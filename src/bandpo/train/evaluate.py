@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -15,15 +15,19 @@ from bandpo.integrations.trl.generate import as_completion, sample_batches
 from bandpo.metrics import pass_at_k
 from bandpo.train.rewards import RewardFunction
 
+DEFAULT_LENGTH = 1024
+"""Number of tokens of the longest completion where nothing else says it."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Samples of every prompt and their rewards.
+    """The samples of each prompt and their rewards.
 
     Args:
-        prompts: One for each row.
-        completions: k for each row.
-        rewards: k for each row; a sample counts as right from 0.5 on. NaN where the reward function gave None.
+        prompts: Prompts, text or messages.
+        completions: k completions of each prompt.
+        rewards: k rewards for each prompt; a sample counts as right if its reward is at least 0.5. NaN where the reward
+            function gave None.
     """
 
     prompts: list[Any]
@@ -32,18 +36,18 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """Samples of each prompt, k."""
+        """The number of samples of each prompt, k."""
         return len(self.rewards[0])
 
     def summary(self) -> dict[str, float]:
-        """`mean@k` (mean over prompts of the mean reward), unbiased `pass@j` for j = 1, 2, 4 … k, share of prompts with signal.
+        """`mean@k`, unbiased `pass@j` for j = 1, 2, 4 ... k, and the share of prompts with a learning signal.
 
-        Samples that the reward function could not score take no part: a prompt's mean is over its scored samples, pass@j is
-        over the prompts with at least j of them (NaN if there are none), and a prompt has signal if its scored rewards differ.
-        `unscored` counts the samples.
+        `mean@k` is the mean over prompts of the mean reward. Samples that the reward function could not score are left out: the
+        mean of a prompt is over its scored samples, pass@j is over the prompts with at least j of them (NaN if there are none),
+        and a prompt has a signal if its scored rewards differ. `unscored` is the number of the other samples.
 
         Raises:
-            ValueError: If it could score none.
+            ValueError: If no sample could be scored.
         """
         rewards = torch.tensor(self.rewards, dtype=torch.float64)
         scored = (~rewards.isnan()).sum(1)
@@ -67,7 +71,12 @@ class Evaluation:
         return report
 
     def write(self, path: Path, stage: str) -> None:
-        """Add the samples to a JSONL file, one prompt a line; those of the same stage that it had go."""
+        """Add the samples to a JSONL file, one prompt per line; rows of the same stage in the file are replaced.
+
+        Args:
+            path: File to write.
+            stage: Name of the evaluation, "before" or "after".
+        """
         kept = [row for row in read_jsonl(path) if row["stage"] != stage] if path.exists() else []
         rows = zip(self.prompts, self.completions, self.rewards, strict=True)
         own = [{"stage": stage, "prompt": p, "completions": c, "rewards": [_or_none(x) for x in r]} for p, c, r in rows]
@@ -75,7 +84,12 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path, stage: str) -> "Evaluation | None":
-        """What `write` wrote, None where there is nothing of that stage."""
+        """Read what `write` wrote; None if the file has no rows of that stage.
+
+        Args:
+            path: File to read; it may not exist.
+            stage: Name of the evaluation, "before" or "after".
+        """
         rows = [row for row in read_jsonl(path) if row["stage"] == stage] if path.exists() else []
         if not rows:
             return None
@@ -97,41 +111,61 @@ def evaluate(
     seed: int = 0,
     sampler: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """Sample `samples` completions of every row and score them; the rows are divided among the processes.
+    """Sample completions of every row and score them; the rows are divided among the processes.
 
     Args:
-        model: A causal LM with `generate`.
-        tokenizer: Its tokenizer, padding on the left.
-        rows: Dataset with "prompt" and what the reward needs.
-        reward: A reward function.
-        samples: Completions of each prompt.
-        max_new_tokens: Their maximal length.
-        temperature: Of sampling; 0 is greedy.
-        top_p: Of sampling.
-        batch_size: Completions at once.
-        seed: Of sampling; the state of the random generators is restored.
-        sampler: What else the sampler is, from `sampler_of` the trainer's config: without it, none of a model's own options.
+        model: Causal LM with `generate`.
+        tokenizer: Tokenizer of the model, padding on the left.
+        rows: Dataset with the column "prompt" and the columns that the reward needs.
+        reward: Reward function.
+        samples: Number of completions of each prompt.
+        max_new_tokens: Number of tokens of the longest completion.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Probability mass that is sampled from.
+        batch_size: Number of completions that are sampled at once.
+        seed: Seed of the sampling; the state of the random generators is restored afterwards.
+        sampler: Further options of the sampler, from `sampler_of` the trainer's config; the generation config that a model
+            brings is not used.
+
+    Returns:
+        The samples of all processes, in the order of the rows.
     """
-    state = PartialState()
-    found: list[tuple[int, list[str], list[float]]] = []
     batches = sample_batches(
-        model, tokenizer, rows["prompt"], samples=samples, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, batch_size=batch_size, seed=seed, **(sampler or {}),
-    )  # fmt: skip
+        model,
+        tokenizer,
+        cast("list[Any]", rows["prompt"]),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        batch_size=batch_size,
+        seed=seed,
+        **(sampler or {}),
+    )
+    found: list[_Scored] = []
     for chosen, _, completions in batches:
-        batch = [rows[i] for i in chosen]
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        columns = {c: [row[c] for row in batch for _ in range(samples)] for c in rows.column_names if c != "prompt"}
-        asked = [row["prompt"] for row in batch for _ in range(samples)]
-        scores = reward(asked, [as_completion(p, t) for p, t in zip(asked, texts, strict=True)], **columns)
-        values = [math.nan if s is None else float(s) for s in scores]
+        batch = [cast("dict[str, Any]", rows[i]) for i in chosen]
+        texts = cast("list[str]", tokenizer.batch_decode(completions, skip_special_tokens=True))
+        scores = _score(batch, texts, samples, reward)
         for j, i in enumerate(chosen):
             part = slice(j * samples, (j + 1) * samples)
-            found.append((i, texts[part], values[part]))
-    everything = sorted(gather_object(found)) if state.num_processes > 1 else found
-    return Evaluation(
-        [rows[i]["prompt"] for i, _, _ in everything], [t for _, t, _ in everything], [s for _, _, s in everything]
-    )
+            found.append((i, texts[part], scores[part]))
+    if PartialState().num_processes > 1:
+        found = sorted(cast("list[_Scored]", gather_object(found)))
+    prompts = [cast("dict[str, Any]", rows[i])["prompt"] for i, _, _ in found]
+    return Evaluation(prompts, [texts for _, texts, _ in found], [scores for _, _, scores in found])
+
+
+_Scored = tuple[int, list[str], list[float]]
+"""Number of a row, its completions, and their rewards."""
+
+
+def _score(batch: list[dict[str, Any]], texts: list[str], samples: int, reward: RewardFunction) -> list[float]:
+    """The rewards of all completions of a batch of rows; NaN where there is none."""
+    prompts = [row["prompt"] for row in batch for _ in range(samples)]
+    columns = {name: [row[name] for row in batch for _ in range(samples)] for name in batch[0] if name != "prompt"}
+    completions = [as_completion(p, t) for p, t in zip(prompts, texts, strict=True)]
+    return [math.nan if s is None else float(s) for s in reward(prompts, completions, **columns)]
 
 
 def _or_none(value: float) -> float | None:

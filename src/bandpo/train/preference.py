@@ -1,9 +1,9 @@
-"""`bandpo train --method dpo|chipo|online-dpo|pdfr|rebel|rdrc|rbrm`: rounds of sampling and fitting, or a dataset of pairs."""
+"""`bandpo train` with a method that learns preferences: rounds of sampling and fitting, or a dataset of pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -11,38 +11,50 @@ from matplotlib.figure import Figure
 from transformers import PrinterCallback
 
 from bandpo._system.files import write_jsonl
+from bandpo._system.progress import Progress
 from bandpo.integrations.trl.dpo import BandDPOTrainer
 from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
 from bandpo.plots import plot_preference
 from bandpo.train.config import RunConfig
-from bandpo.train.progress import Progress, TrainingProgress
+from bandpo.train.folder import HidesSecretsInCard
+from bandpo.train.progress import TrainingProgress
 from bandpo.train.rewards import RewardFunction
 
 _SHOWN = (
-    ("reward", "reward of its samples", ".3f"), ("pairs", "pairs", ".0f"), ("rewards/accuracies", "preferred right", ".3f"),
+    ("reward", "reward of its samples", ".3f"),
+    ("pairs", "pairs", ".0f"),
+    ("rewards/accuracies", "preferred right", ".3f"),
     ("concentrability/log_mean", "KL to the start", ".3f"),
     ("probe/agrees_with_reward", "probe agrees with reward", ".3f"),
-)  # fmt: skip
+)
+"""The metrics that are shown after a round: key, name, format."""
 
 
 class PreferenceRun:
-    """One run of a preference method, with what the job around it needs: a model to evaluate, training, saving.
+    """One run of a preference method: the trainer, saving, and the figures.
 
     Args:
-        run: The run's config.
-        args: The trainer's.
-        model: A model, or where to load it from.
-        tokenizer: Its tokenizer.
-        prompts: To sample for; or the pairs, where the config names them.
-        reward: Labels the samples.
-        lora: A LoRA config, or None.
-        progress: For messages.
+        run: bandpo's part of the configuration.
+        args: Configuration of the trainer.
+        model: A model, or the name or folder to load it from.
+        tokenizer: Tokenizer of the model.
+        prompts: Prompts to sample completions for; or pairs, where the configuration names them.
+        reward: Reward function that labels the samples.
+        lora: Configuration of LoRA, or None.
+        progress: Prints messages.
     """
 
     def __init__(
-        self, run: RunConfig, args: OnlinePreferenceConfig, model: Any, tokenizer: Any, prompts: Dataset,
-        reward: RewardFunction, lora: Any, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        run: RunConfig,
+        args: OnlinePreferenceConfig,
+        model: Any,
+        tokenizer: Any,
+        prompts: Dataset,
+        reward: RewardFunction,
+        lora: Any,
+        progress: Progress,
+    ) -> None:
         self.args, self.progress, self.name = args, progress, run.method
         self.folder = Path(args.output_dir or ".")
         self.notes: list[str] = []
@@ -52,22 +64,29 @@ class PreferenceRun:
             return
         self.rounds = None
         self.log = TrainingProgress(progress, self.folder)
-        self.pairs = BandDPOTrainer(
-            model=model, args=args, train_dataset=prompts, peft_config=lora,
-            processing_class=tokenizer, callbacks=[self.log],
-        )  # fmt: skip
+        self.pairs = _PairsTrainer(
+            model=model,
+            args=args,
+            train_dataset=prompts,
+            peft_config=lora,
+            processing_class=tokenizer,
+            callbacks=[self.log],
+        )
         self.pairs.remove_callback(PrinterCallback)
 
     @property
     def model(self) -> Any:
-        """As it is now."""
-        return self.rounds.model if self.rounds is not None else self.pairs.accelerator.unwrap_model(self.pairs.model)
+        """The model with its present weights."""
+        if self.rounds is not None:
+            return self.rounds.model
+        return cast("Any", self.pairs.accelerator.unwrap_model(self.pairs.model))
 
     def train(self, resume: str | None) -> None:
-        """To the end.
+        """Train to the end.
 
         Args:
-            resume: A checkpoint folder; in rounds, anything that is not None continues after the last complete one.
+            resume: Folder of the checkpoint to continue from, None for a new run. A run in rounds continues after its last
+                complete round, whichever folder is given.
         """
         if self.rounds is not None:
             self.rounds.train(resume=resume is not None)
@@ -79,7 +98,11 @@ class PreferenceRun:
             raise
 
     def save(self, folder: Path) -> None:
-        """The model."""
+        """Save the model.
+
+        Args:
+            folder: Folder of the model.
+        """
         if self.rounds is not None:
             if PartialState().is_main_process:
                 self.rounds.model.save_pretrained(folder)
@@ -87,18 +110,26 @@ class PreferenceRun:
             self.pairs.save_model(str(folder))
 
     @contextmanager
-    def for_sampling(self) -> Iterator[Any]:
+    def for_sampling(self) -> Generator[Any]:
         """The model, ready to generate."""
         yield self.model
 
     def figures(self, log: list[dict[str, Any]]) -> dict[str, Figure]:
-        """For the report."""
+        """The figures of the report by their headings.
+
+        Args:
+            log: Rows of metrics.jsonl.
+        """
         title = "Rounds" if self.rounds is not None else "Training"
         return {title: plot_preference(log, "round" if self.rounds is not None else "step")}
 
 
+class _PairsTrainer(HidesSecretsInCard, BandDPOTrainer):
+    pass
+
+
 class _Rounds(OnlinePreferenceTrainer):
-    """Says what each round measured, and keeps metrics.jsonl."""
+    """Prints what each round measured, and writes metrics.jsonl."""
 
     progress: Progress
 

@@ -1,4 +1,4 @@
-"""Rewards by name, and what happens when one of them raises, hangs or gives no number."""
+"""Rewards by name, and what happens when a reward function raises, hangs or returns no number."""
 
 import faulthandler
 import importlib
@@ -9,10 +9,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bandpo._system.errors import LINES, RunError, place_of, printable, what_happened
 from bandpo._system.files import write_jsonl
@@ -23,11 +23,11 @@ from bandpo.train.verification import verify_all
 RewardFunction = Callable[..., list[float | None]]
 
 _LARGEST = 1e18
-"""Largest reward in size: advantages are made of squares in float32, which end at 3e38."""
+"""Largest absolute value of a reward: advantages are computed from squares in float32, whose largest number is 3e38."""
 
 
 class RewardError(RunError):
-    """A reward function failed; the samples it was called with are kept."""
+    """A reward function failed; the samples of the call are written to a file."""
 
 
 class _Failure(Exception):
@@ -39,26 +39,35 @@ class _Failure(Exception):
 
 
 class CheckedReward:
-    """A reward function whose failures are said, counted and never taken for a score.
+    """A reward function whose failures are reported, counted and never taken for a score.
 
-    A reward of None, NaN, infinity or beyond ±1e18, whose square float32 does not hold, counts as unscored: TRL leaves such a
-    sample out of its group and gives it no advantage. Whatever the function raises is a failure, `SystemExit` and
-    `KeyboardInterrupt` too; only a Ctrl-C that the user pressed interrupts.
+    A reward of None, NaN, infinity or beyond ±1e18, whose square float32 cannot hold, counts as unscored: TRL leaves such a
+    sample out of its group and gives it no advantage. Everything that the function raises is a failure, also `SystemExit` and
+    `KeyboardInterrupt`; only a Ctrl-C that the user pressed interrupts the run.
 
     Args:
-        function: With TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
-        name: For messages.
+        function: Reward function with TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
+        name: Name for messages.
         limit: Seconds for one call, None for no limit. A call that takes longer is interrupted, see `time_limit`.
-        errors: "stop" ends the run at the first call that raises or takes too long; "skip" scores its samples one by one and
-            counts those that fail as unscored.
-        folder: Where samples of a failed call are written, with the traceback, to failed_reward.jsonl.
-        say: Takes messages.
+        errors: "stop" ends the run at the first call that raises or takes too long; "skip" scores the samples of that call one
+            by one and counts those that fail as unscored.
+        folder: Folder in which the samples of a failed call are written to failed_reward.jsonl, with the traceback.
+        say: Prints a message.
+
+    Raises:
+        ValueError: If the function is async.
     """
 
     def __init__(
-        self, function: RewardFunction, name: str, *, limit: float | None = None, errors: str = "stop",
-        folder: Path | None = None, say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+        self,
+        function: RewardFunction,
+        name: str,
+        *,
+        limit: float | None = None,
+        errors: str = "stop",
+        folder: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         if inspect.iscoroutinefunction(function):
             raise ValueError(f"reward {name!r} is async; write a plain function (it may run asyncio inside)")
         self.function, self.name, self.limit, self.errors = function, name, limit, errors
@@ -78,7 +87,7 @@ class CheckedReward:
                 f"reward {self.name!r} left {missing} of {len(values)} samples unscored; they are counted and not learnt from"
             )
         self.scored, self.unscored = self.scored + len(values) - missing, self.unscored + missing
-        if "log_metric" in columns and self.errors == "skip":  # TRL's; an evaluation has none
+        if "log_metric" in columns and self.errors == "skip":  # TRL passes it in training; an evaluation has none
             columns["log_metric"]("reward/failed", float(self.failed - failed))
         return values
 
@@ -87,22 +96,24 @@ class CheckedReward:
             try:
                 with time_limit(self.limit):
                     values = self.function(prompts=prompts, completions=completions, **columns)
-                    if isinstance(values, Iterator):  # its code runs here, not while its numbers are checked
-                        values = list(itertools.islice(values, len(completions) + 1))
-            except BaseException as error:  # a user's function raises what it likes
+                    if isinstance(values, Iterator):  # a generator's code runs here, not while its numbers are checked
+                        values = list(itertools.islice(cast("Iterator[Any]", values), len(completions) + 1))
+            except BaseException as error:  # a user's function may raise anything
                 if isinstance(error, KeyboardInterrupt) and interrupts:
                     raise
                 raise _Failure(error) from error
         return self._numbers(values, len(completions))
 
-    def _numbers(self, values: Any, count: int) -> list[float | None]:
+    def _numbers(self, values: object, count: int) -> list[float | None]:
         try:
             if isinstance(values, str | bytes | Mapping | Set):
-                raise TypeError(f"a {type(values).__name__} is no list; it must give one value for each")
+                raise TypeError(
+                    f"a {type(cast('object', values)).__name__} is no list; it must give one value for each"
+                )
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what numpy and torch say about float() of their scalars
-                found = [_number(v) for v in values]
-        except Exception as error:  # tensors and arrays have errors of their own
+                warnings.simplefilter("ignore")  # numpy and torch warn about float() of their scalars
+                found = [_number(v) for v in cast("Iterable[Any]", values)]
+        except Exception as error:  # tensors and arrays raise errors of their own types
             raise RewardError(
                 f"reward {self.name!r} must return a number or None for each completion, got {_shown(values)} "
                 f"({printable(str(error))[:200]})"
@@ -129,11 +140,13 @@ class CheckedReward:
             self.say(
                 f"reward {self.name!r} {what}{kept}; its samples are scored one by one, those that fail are left out\n{where}"
             )
+        return self._one_by_one(prompts, completions, columns)
+
+    def _one_by_one(self, prompts: list[Any], completions: list[Any], columns: dict[str, Any]) -> list[float | None]:
+        """The scores of the samples of a failed call, None for those that fail again."""
         values: list[float | None] = []
         for i in range(len(completions)):
-            own = {
-                k: v[i : i + 1] if isinstance(v, list) and len(v) == len(completions) else v for k, v in columns.items()
-            }
+            own = {name: _part(column, i, len(completions)) for name, column in columns.items()}
             try:
                 values += self._once(prompts[i : i + 1], completions[i : i + 1], own)
             except _Failure:
@@ -145,18 +158,22 @@ class CheckedReward:
         if self.folder is None or not self.folder.is_dir():
             return ""
         path = self.folder / "failed_reward.jsonl"
-        write_jsonl(
-            path,
-            (
-                {"error": redact_text(what), "prompt": p, "completion": c, "traceback": redact_text(where)}
-                for p, c in zip(prompts, completions, strict=True)
-            ),
-        )
+        error, trace = redact_text(what), redact_text(where)
+        samples = zip(prompts, completions, strict=True)
+        write_jsonl(path, ({"error": error, "prompt": p, "completion": c, "traceback": trace} for p, c in samples))
         return f" (kept in {path})"
 
 
+def _part(column: Any, i: int, count: int) -> Any:
+    """The value of one sample as a list; a column that is no list over the samples is passed as it is."""
+    if not isinstance(column, list):
+        return column
+    values = cast("list[Any]", column)
+    return values[i : i + 1] if len(values) == count else values
+
+
 def _number(value: Any) -> float | None:
-    """A reward as a float, None where it is none that could be learnt from."""
+    """A reward as a float, None where nothing can be learned from it."""
     if value is None:
         return None
     if isinstance(value, str | bytes):
@@ -165,36 +182,36 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return number if abs(number) <= _LARGEST else None  # NaN is not
+    return number if abs(number) <= _LARGEST else None  # the comparison is false for NaN
 
 
 def _shown(value: Any) -> str:
     """The start of a value, for a message."""
     try:
         return repr(printable(str(value)[:80]))
-    except Exception:  # an object of a user's class
+    except Exception:  # the class of a user may raise in __str__
         return f"an object of type {type(value).__name__}"
 
 
 def _traceback(error: BaseException) -> str:
-    """The traceback from the function on, as Python prints it."""
+    """The traceback as Python prints it, from the first frame that is not in this file."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
     try:
         lines = traceback.format_exception(type(error), error, frames)
-    except Exception:  # an exception whose text cannot be made
+    except Exception:  # the class of a user may raise in __str__
         lines = traceback.format_tb(frames)
     return printable("".join(lines).rstrip()[-8000:], keep=LINES)
 
 
 @contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
-    """The Ctrl-C that were pressed in this block: a function can raise KeyboardInterrupt without any."""
+def _noting_interrupts() -> Generator[list[int]]:
+    """The signals of Ctrl-C during this block: a function can raise KeyboardInterrupt without one."""
     pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield pressed  # other threads get no signals, and a handler of C or none cannot be called from here
+        yield pressed  # other threads get no signals, and a handler that is not Python's cannot be called from here
         return
 
     def note(number: int, frame: Any) -> None:
@@ -209,21 +226,21 @@ def _noting_interrupts() -> Iterator[list[int]]:
 
 
 class RewardTimeout(Exception):
-    """Raised inside of a reward function that takes too long."""
+    """Raised inside a reward function that takes too long."""
 
 
 @contextmanager
-def time_limit(seconds: float | None, grace: float = 10.0) -> Iterator[None]:
-    """Raise `RewardTimeout` in this block after some seconds, or end the process where that cannot be done.
+def time_limit(seconds: float | None, grace: float = 10.0) -> Generator[None]:
+    """Raise `RewardTimeout` in this block after some seconds, or end the process if the block cannot be interrupted.
 
-    Python takes signals in its main thread, between instructions. A block in another thread, or in a C function that does not
-    come back (a regular expression that backtracks for years), cannot be interrupted; then faulthandler writes "Timeout" and
-    where every thread is to stderr, and ends the process with status 1. SIGUSR1 and not SIGALRM, which math-verify and others
-    use for limits of their own.
+    Python handles signals in its main thread, between instructions. A block in another thread, or in a C function that does not
+    return (a regular expression that backtracks for years), cannot be interrupted; then faulthandler writes "Timeout" and the
+    stack of every thread to stderr, and ends the process with status 1. The signal is SIGUSR1, since math-verify and other
+    libraries use SIGALRM for limits of their own.
 
     Args:
-        seconds: None for no limit.
-        grace: Seconds between the signal and the end.
+        seconds: Time limit in seconds; None for no limit.
+        grace: Seconds between the signal and the end of the process.
     """
     if seconds is None:
         yield
@@ -239,7 +256,7 @@ def time_limit(seconds: float | None, grace: float = 10.0) -> Iterator[None]:
         if not done.wait(seconds):
             signal.pthread_kill(here, signal.SIGUSR1)
 
-    if sys.__stderr__ is not None:  # its thread works without Python's lock, which re does not give back
+    if sys.__stderr__ is not None:  # its thread needs no lock of Python, which re does not release
         faulthandler.dump_traceback_later(seconds + grace, exit=True, file=sys.__stderr__)
     before = signal.signal(signal.SIGUSR1, stop) if main else None
     watcher = threading.Thread(target=watch, daemon=True)
@@ -256,12 +273,13 @@ def time_limit(seconds: float | None, grace: float = 10.0) -> Iterator[None]:
 
 
 def get_reward(name: str) -> RewardFunction:
-    """The reward behind a task's name, "math" (math-verify on the column "answer") or "package.module:NAME".
+    """The reward function of a name. It has TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
 
-    A reward function has TRL's signature, `f(prompts, completions, **columns) -> list of floats`. Naming a module runs it.
+    Args:
+        name: Name of a task, "math" (math-verify on the column "answer"), or "package.module:NAME", whose module is imported.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no reward of that name.
     """
     if name in TASKS:
         return _task_reward(name)
@@ -276,18 +294,25 @@ def get_reward(name: str) -> RewardFunction:
         reward = getattr(importlib.import_module(module), attribute)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the module's own code runs, and may raise anything
+    except BaseException as error:  # the code of the module runs, and may raise anything
         raise ValueError(f"reward {name!r} could not be imported: its module {what_happened(error)}") from error
     if not callable(reward):
         raise ValueError(f"reward {name!r} must be a function, got {reward!r}")
-    return reward
+    return cast("RewardFunction", reward)
 
 
 def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
     r"""1 where math-verify finds the completion's last box equal to the answer, else 0; None where it could not tell.
 
-    None means: the answer cannot be read, math-verify raised, or it took over ten seconds. It runs in a process of its own, so
-    that the limit holds in every thread. What is read of a completion and of an answer is in `bandpo.train.answers`.
+    None means that the answer cannot be read, that math-verify raised, or that it took over ten seconds. It runs in a process
+    of its own, so that the limit holds in every thread. `bandpo.train.answers` says what is read from a completion and from an
+    answer.
+
+    Args:
+        prompts: Prompts, not used.
+        completions: Completions, text or messages.
+        answer: Reference answer of each completion.
+        **_: Further columns, not used.
 
     Examples:
         >>> math_reward(["1/2+1/2", ""], [r"It is $\boxed{1}$", r"\boxed{2}"], ["1", r"2\sqrt{3}"])
@@ -297,7 +322,10 @@ def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], *
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: itself, or of its messages.
+    """The text of a completion, which is a text or a list of messages.
+
+    Args:
+        completion: Text or messages.
 
     Examples:
         >>> text_of([{"role": "assistant", "content": "7"}])
@@ -315,7 +343,11 @@ def _task_reward(task: str) -> RewardFunction:
 
 
 def unscored_line(reward: CheckedReward) -> str | None:
-    """What the end of a run says about samples without a score, None if there were none."""
+    """A line for the end of a run about samples without a score, None if there were none.
+
+    Args:
+        reward: Reward function of the run.
+    """
     if not reward.unscored:
         return None
     total = reward.scored + reward.unscored

@@ -1,4 +1,4 @@
-"""math-verify in processes of its own: a time limit that holds in every thread, and failures that are no zeros."""
+"""math-verify in separate processes: its time limit holds in every thread, and a failure is not taken for a score of 0."""
 
 import atexit
 import functools
@@ -14,19 +14,20 @@ from pebble import ProcessPool
 from bandpo.train.answers import boxed_answer, is_plain_number, reference, with_variables
 
 SECONDS = 10.0
-"""Limit for one completion: reading both sides and comparing them. The process that exceeds it is killed."""
+"""Limit for one completion, to read both sides and to compare them. A process that exceeds it is killed."""
 
 _WORKERS = 2
+"""Processes that verify completions."""
 _MANY = 200
-"""References from which on all CPUs read them."""
+"""From this number of references on, they are read by as many processes as there are CPUs."""
 
 
 def verify_all(pairs: Sequence[tuple[str, Any]], *, seconds: float = SECONDS) -> list[float | None]:
     r"""1 or 0 for each (completion, answer); None where the answer cannot be read, or math-verify raised or took too long.
 
     Args:
-        pairs: Completion and reference answer.
-        seconds: Limit for each.
+        pairs: Pairs of a completion and a reference answer.
+        seconds: Limit for each pair.
 
     Examples:
         >>> verify_all([(r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{3}", "2"), (r"\boxed{3}", "for all n that 3 divides")])
@@ -37,11 +38,11 @@ def verify_all(pairs: Sequence[tuple[str, Any]], *, seconds: float = SECONDS) ->
 
 
 def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]:
-    r"""Which reference answers cannot be read, so that no completion could be scored against them.
+    r"""The positions of the reference answers that cannot be read, so that no completion could be scored against them.
 
     Args:
-        answers: As in the dataset.
-        seconds: Limit for each.
+        answers: Reference answers, as the dataset holds them.
+        seconds: Limit for each answer.
 
     Examples:
         >>> unreadable(["72", r"2\sqrt{3}", "for all n that 3 divides", ["7"]])
@@ -58,17 +59,20 @@ def is_readable(answer: Any) -> bool:
     """Whether a reference answer can be read, in this process and without a limit.
 
     Args:
-        answer: As in the dataset.
+        answer: Reference answer, as the dataset holds it.
     """
     return _read_reference(answer) is not None
 
 
 def verify_one(completion: str, answer: Any) -> float | None:
-    """One verification in this process, without a limit.
+    """Verify one completion in this process, without a limit.
 
     Args:
-        completion: Text that should hold the answer in LaTeX, in a box for preference.
-        answer: The reference.
+        completion: Text that should hold the answer in LaTeX, best in a box.
+        answer: Reference answer.
+
+    Returns:
+        1 or 0; None where the reference cannot be read.
     """
     gold = _read_reference(answer)
     return None if gold is None else _compare(gold, boxed_answer(completion))
@@ -76,12 +80,12 @@ def verify_one(completion: str, answer: Any) -> float | None:
 
 @functools.lru_cache(maxsize=4096)
 def _read_reference(answer: Any) -> list[Any] | None:
-    """A reference as math-verify's expressions; None where it finds none, or the very same text in a box would not be right."""
+    """A reference as math-verify's expressions; None if it finds none, or if it would not accept the same text in a box."""
     text = reference(answer)
     if text is None:
         return None
     text = with_variables(text)
-    gold = [g for g in _parse(text, anchored=False) if not isinstance(g, str)]  # text alone is what it could not parse
+    gold = [g for g in _parse(text, anchored=False) if not isinstance(g, str)]  # a text is what it could not parse
     own = text[1:-1] if text.startswith("$") and text.count("$") == 2 and text.endswith("$") else None
     if not gold or (own is not None and not _compare(gold, rf"\boxed{{{own}}}")):
         return None
@@ -105,7 +109,7 @@ def _compare(gold: list[Any], answer: str | None) -> float:
 
 
 def _digits(gold: Any) -> int:
-    """Decimal places to compare to: math-verify's 6, or as many as show four digits of the smallest number."""
+    """The decimal places of the comparison: math-verify's 6, or as many as show four digits of the smallest number."""
     parts = list(gold.args) if type(gold).__name__ in ("FiniteSet", "Tuple") else [gold]
     sizes = [abs(float(p)) for p in parts if getattr(p, "is_number", False) and getattr(p, "is_real", False)]
     small = min((s for s in sizes if 0 < s < 1), default=1.0)
@@ -113,7 +117,7 @@ def _digits(gold: Any) -> int:
 
 
 def _parse(text: str, *, anchored: bool) -> list[Any]:
-    """Expressions of a text, of both sides alike; a completion's are in a box, or in `$...$` after the word "answer"."""
+    """The expressions in a text; in a completion they are in a box, or in `$...$` after the word "answer"."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not anchored)
@@ -132,7 +136,7 @@ def _result(future: Any) -> float | None:
         value = future.result()
     except KeyboardInterrupt:
         raise
-    except BaseException:  # math-verify and sympy raise what they like on a model's LaTeX
+    except BaseException:  # math-verify and sympy may raise anything on LaTeX that a model wrote
         return None
     return value if value is None or math.isfinite(value) else None
 
@@ -157,5 +161,5 @@ def _quiet() -> None:
     import logging
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

@@ -15,6 +15,7 @@ import bandpo
 from bandpo._system.about import about, command_line, git_revision
 from bandpo._system.files import read_checked_json, write_checked_json, write_json
 from bandpo._system.locks import claim_output, released
+from bandpo._system.progress import Progress
 from bandpo.lab.comparison.claims import claims
 from bandpo.lab.comparison.exact import wilson
 from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
@@ -23,7 +24,6 @@ from bandpo.lab.comparison.report import claims_table, write_evidence, write_rep
 from bandpo.lab.comparison.study import Study
 from bandpo.lab.comparison.summary import summarise, write_tables
 from bandpo.lab.comparison.sweeps import bandit, sweep
-from bandpo.train.progress import Progress
 from bandpo.zoo import OBJECTIVES
 
 _FORMAT = 1  # of the sweeps

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from matplotlib.figure import Figure
 
 from bandpo._system.files import write_text
+from bandpo._system.pages import save_svg, template
 from bandpo.lab.comparison.claims import Claim, claims, duels
 from bandpo.lab.comparison.figures import (
     plot_clip_maps,
@@ -24,7 +24,8 @@ from bandpo.lab.comparison.figures import (
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.comparison.summary import ABLATED, runs_of
 from bandpo.lab.stats import number
-from bandpo.train.report import save_svg
+
+_FILTERS = {"number": number, "runs_of": runs_of}
 
 
 class Picture(NamedTuple):
@@ -71,7 +72,7 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
     for i, picture in enumerate(pictures(summary)):
         name = f"{picture.section}-{i}.svg"
         figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, folder / "figures" / name)
-    page = _template("compare.html.j2", autoescape=True).render(
+    page = template("bandpo.lab.comparison", "compare.html.j2", _FILTERS).render(
         title="Trust regions compared: " + ", ".join(summary["tasks"]), summary=summary, figures=figures, tasks=_tasks(summary),
         claims=claims(summary), exact_text=_exact_text(summary), about=summary["about"],
     )  # fmt: skip
@@ -96,7 +97,7 @@ def evidence_pages(summary: Mapping[str, Any]) -> dict[str, str]:
         "pictures": {title: file for title, file, _ in evidence_pictures(summary)},
     }
     return {
-        name: _template(f"{name}.j2", autoescape=False).render(content).rstrip("\n") + "\n"
+        name: template("bandpo.lab.comparison", f"{name}.j2", _FILTERS).render(content).rstrip("\n") + "\n"
         for name in ("evidence.md", "evidence-data.md")
     }
 
@@ -181,13 +182,3 @@ def _exact_text(summary: Mapping[str, Any]) -> str:
             "reuse has balls\nmatched to ε = 0.2."
         )
     return text
-
-
-def _template(name: str, *, autoescape: bool) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bandpo.run"), autoescape=autoescape, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["number"] = number
-    environment.filters["runs_of"] = runs_of
-    return environment.get_template(name)

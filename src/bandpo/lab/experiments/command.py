@@ -12,11 +12,11 @@ import bandpo
 from bandpo._system.about import about
 from bandpo._system.files import write_json
 from bandpo._system.locks import claim_output, released
+from bandpo._system.progress import Progress, quiet_hosts
 from bandpo.lab.experiments.preference import EXPERIMENTS
 from bandpo.lab.experiments.preference_figures import FIGURES
 from bandpo.lab.experiments.selection import ARMS, selection_on_the_main_job
 from bandpo.lab.experiments.selection_figures import plot_selection
-from bandpo.train.progress import Progress, quiet_hosts
 
 
 def lab_selection(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""Options of `bandpo compare`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo compare`.
+
+    Args:
+        parser: Parser of the command.
+    """
+    parser.description = (
+        "Tunes, runs and compares objectives on tiny models, over paired seeds. An interrupted or extended comparison "
+        "continues where it ended: a run whose configuration has a result is not repeated."
+    )
+    add = parser.add_argument
+    add(
+        "--preset",
+        default="quick",
+        choices=("smoke", "quick", "paper", "full"),
+        help="size: half a minute, some minutes, an hour or more (default: quick)",
+    )
+    add("--objectives", help="names separated by commas, see `bandpo objectives` (default: the preset's)")
+    add("--tasks", help="paths, addition, countdown, chain_sum, letter_counting (default: the preset's)")
+    add("--seeds", help="seeds of the report, 0-9 or 0,3,5 (default: the preset's)")
+    add("--updates", type=int, help="rollouts of a run (default: the preset's)")
+    add("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    add(
+        "--backend",
+        default="processes",
+        choices=("processes", "ray"),
+        help="where the runs are made: in local processes, or in Ray's cluster at RAY_ADDRESS or a local one "
+        "(default: processes)",
+    )
+    add("--output", type=Path, help="folder of the results (default: runs/compare-PRESET)")
+    add(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        help="also write evidence.md, evidence.json and pictures there, as in docs/",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `bandpo compare`.
+
+    Args:
+        options: The options of the command.
+
+    Returns:
+        Exit status: 1 if a run of the plan has no result, else 0.
+    """
+    from bandpo.lab.comparison.command import compare
+
+    return int(not compare(options).complete)

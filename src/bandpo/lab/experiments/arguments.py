@@ -1,0 +1,58 @@
+"""Options of `bandpo lab`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the topics of `bandpo lab` and their options.
+
+    Args:
+        parser: Parser of the command.
+    """
+    topics = parser.add_subparsers(dest="topic", required=True, metavar="TOPIC")
+    _add_preference(
+        topics.add_parser("preference", help="preference learning: links, coverage, distillation, designs, re-ranking")
+    )
+    _add_selection(topics.add_parser("selection", help="pruning and packing on the main job: reward, tokens, seconds"))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a topic of `bandpo lab`.
+
+    Args:
+        options: The options of the command.
+
+    Returns:
+        Exit status: 1 if a run failed, else 0.
+    """
+    from bandpo.lab.experiments.command import lab_preference, lab_selection
+
+    if options.topic == "preference":
+        lab_preference(options)
+        return 0
+    return int(bool(lab_selection(options)["failures"]))
+
+
+def _add_preference(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--only",
+        help="names separated by commas: regret, concentrability, coverage, distillation, calibration, design, reranking "
+        "(default: all, some minutes)",
+    )
+    add("--seeds", type=int, default=5, help="seeds of the experiment on a transformer (default: 5)")
+    _add_output(parser, "runs/lab-preference")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", help="arms separated by semicolons, named as in the report (default: all, half an hour)")
+    add("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
+    add("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    add("--steps", type=int, help="optimiser steps of a run (default: the main job's)")
+    _add_output(parser, "runs/lab-selection")
+
+
+def _add_output(parser: argparse.ArgumentParser, folder: str) -> None:
+    parser.add_argument("--output", type=Path, default=Path(folder), help=f"folder of the results (default: {folder})")

@@ -1,0 +1,41 @@
+"""Options of `bandpo bounds` and `bandpo objectives`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_bounds_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo bounds`.
+
+    Args:
+        parser: Parser of the command.
+    """
+    add = parser.add_argument
+    add(
+        "--divergence",
+        default="kl",
+        help="kl, reverse_kl, tv, chi2, ... or alpha:VALUE; several separated by commas (default: kl)",
+    )
+    add("--radius", type=float, default=0.05, help="δ, in the units of the (first) divergence (default: 0.05)")
+    add(
+        "--match",
+        help="with several divergences, choose the radii of the others so that they agree with the first one in: upper@P or "
+        "lower@P (the bound of a token of probability P) or max_shift (default: the same radius for all)",
+    )
+    add("--max-ratio", type=float, help="cap on the upper bound; the paper's runs use 10 (default: none)")
+    add("--output", type=Path, default=Path("bounds.png"), help="figure: .png, .svg or .pdf (default: bounds.png)")
+    add("--no-figure", action="store_true", help="print the table only")
+
+
+def add_objectives_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo objectives`.
+
+    Args:
+        parser: Parser of the command.
+    """
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="also draw the gradient weight of each over p and r: one figure (.png, .svg, .pdf), or a folder of figures",
+    )

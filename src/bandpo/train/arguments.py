@@ -1,0 +1,61 @@
+"""Options of `bandpo evaluate`. Those of `bandpo train` are TRL's too, and are read in `bandpo.train.config`."""
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+EVALUATION_SEED = 1234
+"""Seed of the sampling in every evaluation, so that evaluations of one model agree."""
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo evaluate`.
+
+    Args:
+        parser: Parser of the command.
+    """
+    parser.description = (
+        "Samples a model on prompts and scores the samples. For the model of a bandpo run (RUN, RUN/model, RUN/checkpoint-N) "
+        "the prompts that the run held out are used, with the run's settings; options that are given take precedence. Another "
+        "model needs --task, or --dataset and --reward."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of a run, or folder or Hub name of a causal LM")
+    add("--task", help="built-in task (default: the run's)")
+    add("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file (default: the run's)")
+    add("--dataset-config", help="configuration of a Hub dataset")
+    add("--dataset-split", help="split of a Hub dataset (default: test)")
+    add("--prompt-column", help="column with the prompt (default: the run's, or prompt)")
+    add("--answer-column", help="column with the reference answer (default: the run's, or answer)")
+    add("--system-prompt", help="system prompt of text prompts (default: the run's)")
+    add(
+        "--reward", help="math, a task's name, or package.module:NAME, which is imported (default: the run's or task's)"
+    )
+    add("--prompts", type=int, help="number of prompts at most (default: the run's, or 256)")
+    add("--samples", type=int, help="samples of each prompt, the k of mean@k (default: the run's, or 8)")
+    add("--temperature", type=float, help="sampling temperature, 0 is greedy (default: the run's, or 1.0)")
+    add("--top-p", type=float, help="probability mass that is sampled from (default: the run's, or 1.0)")
+    add("--max-new-tokens", type=int, help="tokens of the longest completion (default: the run's, the task's, or 1024)")
+    add("--batch-size", type=int, help="completions sampled at once (default: the run's, or 512)")
+    add("--seed", type=int, default=EVALUATION_SEED, help=f"seed of the sampling (default: {EVALUATION_SEED})")
+    add(
+        "--bad-rows",
+        choices=("error", "skip"),
+        help="what to do with rows that cannot be used or scored: end with an error, or leave them out and count them "
+        "(default: the run's, or error)",
+    )
+    add("--trust-remote-code", action="store_true", help="allow running code that the folder of the model contains")
+    add("--output", type=Path, help="JSON file to write the summary to")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Run `bandpo evaluate`; one process at a time writes its output file.
+
+    Args:
+        options: The options of the command.
+    """
+    from bandpo._system.locks import claim_file, released
+    from bandpo.train.evaluate_command import evaluate_model
+
+    with nullcontext() if options.output is None else released(claim_file(options.output)):
+        evaluate_model(options)
