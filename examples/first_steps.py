@@ -16,7 +16,7 @@ from bandpo.testing import check_divergence
 # %% [markdown]
 # ## The interval of a token
 #
-# A KL ball of radius 0.05 leaves a rare token much more room than a common one; a clip of 0.2 treats them alike.
+# A KL ball of radius 0.05 leaves a rare token much more room than a common one. A clip of 0.2 treats them alike.
 
 # %%
 p = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99])
@@ -27,7 +27,7 @@ for row in zip(p, lower, upper, strict=True):
 # %% [markdown]
 # ## The loss
 #
-# Log-probs under the new and the old policy, advantages and a mask; any named objective.
+# It takes log-probs under the new and the old policy, advantages and a mask, for any named objective.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ for name in ("grpo", "dapo", "bandpo-kl", "cispo"):
 # %% [markdown]
 # ## A divergence of your own
 #
-# One convex function; the check tests what every bound relies on.
+# A divergence is one convex function. The check tests the properties on which every bound relies.
 
 # %%
 mine = FDivergence("mine", lambda u: 2 * (1 + u) - 4 * u.sqrt())
@@ -57,7 +57,7 @@ print(f"mine       loss {loss.item():+.4f}, clipped {metrics['clip_fraction/any'
 # %% [markdown]
 # ## A radius
 #
-# One that does what a clip you trust does, or one that clips a given share of a batch.
+# Choose a radius that does what a clip you trust does, or one that clips a given share of a batch.
 
 # %%
 tokens = {

@@ -3,15 +3,17 @@
     python tools/architecture.py           # writes docs/assets/architecture.svg and the list in docs/architecture.md
     python tools/architecture.py --check   # status 1 if either is out of date, or an import breaks a rule
 
-A room is a module or a package directly below `bandpo`, and `integrations.trl`. Rooms stand on floors. A room may import rooms of
-lower floors, and rooms of its own floor as long as no circle of imports arises. Only the standard library is needed.
+A room is a module or a package directly below `bandpo`, and `integrations.trl`. Rooms stand on floors. A room may import
+rooms of lower floors, and rooms of its own floor as long as no circle of imports arises. Only the standard library is needed.
 """
 
 import argparse
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ BEGIN, END = "<!-- imports: begin, written by tools/architecture.py -->", "<!-- 
 FLOORS: dict[str, dict[str, str]] = {
     "Commands": {"cli": "the command line"},
     "Applications": {
-        "lab": "comparisons, experiments",
+        "lab": "compare, experiments",
         "train": "bandpo train, evaluate",
         "doctor": "does the region act?",
     },
@@ -49,7 +51,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "preference": "learning from pairs",
         "logprobs": "token log-probs",
         "schedules": "radii that move",
-        "_compiled": "policy_loss as one graph",
+        "_compiled": "policy_loss in one graph",
     },
     "Foundations": {
         "_inputs": "checks of arguments",
@@ -59,16 +61,20 @@ FLOORS: dict[str, dict[str, str]] = {
         "configs": "configuration files",
     },
 }
-"""Floors from top to bottom, with their rooms and what each room is. A room that is not listed gets a floor of its own imports."""
+"""Floors from top to bottom, with their rooms and what each room is. An unlisted room is put where its imports allow."""
 
 _PARTS_OF = {"": "bandpo", "_public": "bandpo", "__main__": "cli"}
 _SPLIT = ("integrations.trl",)
+_LOWEST = list(FLOORS)[-1]
 
 Graph = dict[str, set[str]]
 
 
 def imports() -> Graph:
-    """The rooms of the source, each with the rooms that it imports, whether at the top of a file or inside a function."""
+    """The rooms of the source, each with the rooms that it imports.
+
+    An import may be at the top of a file, inside a function, or a string `"module:name"` such as the command line has.
+    """
     modules = {_module(path): path for path in sorted(SOURCE.rglob("*.py"))}
     graph: Graph = {}
     for module, path in modules.items():
@@ -80,7 +86,10 @@ def imports() -> Graph:
 
 
 def floors(graph: Graph) -> dict[str, list[str]]:
-    """The rooms of the source on their floors, from top to bottom; a room that `FLOORS` does not list is put where its imports allow."""
+    """The rooms of the source on their floors, from top to bottom.
+
+    A room that `FLOORS` does not list is put where its imports allow.
+    """
     order = list(FLOORS)
     placed = {title: [room for room in rooms if room in graph] for title, rooms in FLOORS.items()}
     floor_of = {room: i for i, rooms in enumerate(placed.values()) for room in rooms}
@@ -93,14 +102,18 @@ def mistakes(graph: Graph) -> list[str]:
     """Imports that break a rule: a room that no floor lists, an arrow that points upward, and a circle."""
     level = {room: i for i, rooms in enumerate(floors(graph).values()) for room in rooms}
     listed = {room for rooms in FLOORS.values() for room in rooms}
-    found = [f"no floor lists {room}; add it to FLOORS in tools/architecture.py" for room in sorted(graph.keys() - listed)]
+    found = [
+        f"no floor lists {room}; add it to FLOORS in tools/architecture.py" for room in sorted(graph.keys() - listed)
+    ]
     found += [
         f"{room} imports {used}, which stands on a higher floor"
         for room in sorted(graph)
         for used in sorted(graph[room])
         if level[used] < level[room]
     ]
-    return found + [f"{room} imports itself by way of other rooms" for room in sorted(graph) if room in _below(graph, room)]
+    return found + [
+        f"{room} imports itself by way of other rooms" for room in sorted(graph) if room in _below(graph, room)
+    ]
 
 
 def listing(graph: Graph) -> str:
@@ -116,7 +129,8 @@ def listing(graph: Graph) -> str:
 def picture(graph: Graph) -> str:
     """The rooms on their floors, as an SVG with colours for light and dark pages.
 
-    An arrow is left out where a chain of other arrows leads to the same room, and to the foundations, which nearly all rooms use.
+    An arrow is left out where a chain of other arrows leads to the same room. Arrows to the foundations, which nearly all rooms
+    use, are left out too.
     """
     rows = _rows(graph)
     arrows = _shortest(graph, set(rows[-1][1]))
@@ -154,7 +168,7 @@ def _room(module: str) -> str:
 
 
 def _targets(module: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom):
@@ -166,6 +180,10 @@ def _targets(module: str, path: Path, modules: dict[str, Path]) -> Iterator[str]
                     inner = f"{source}.{alias.name}"
                     if alias.name != "__version__":  # every room may read the version
                         yield inner if inner in modules else source
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # "bandpo.train.command:train"
+            named = re.fullmatch(r"(bandpo(?:\.\w+)+):\w+", node.value)
+            if named and named[1] in modules:
+                yield named[1]
 
 
 def _below(graph: Graph, room: str) -> set[str]:
@@ -183,11 +201,11 @@ def _below(graph: Graph, room: str) -> set[str]:
 _WIDTH, _LEFT, _MIDDLE = 960, 108.0, 530.0
 _BOX, _TALL, _ROW = (150, 44), 44, 74
 _HEAD = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="The rooms of bandpo and their imports">
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="The rooms of bandpo">
 <style>
   text {{ font: 13px system-ui, sans-serif; fill: #1f2430 }}
   .name {{ font-weight: 600; font-size: 15px; text-anchor: middle }}
-  .what {{ font-size: 12px; text-anchor: middle; fill: #525a6b }}
+  .what {{ font-size: 11px; text-anchor: middle; fill: #525a6b }}
   .floor {{ font-size: 12px; fill: #525a6b }}
   .band {{ fill: #8892a6; fill-opacity: .1 }}
   .box {{ fill: #ffffff; stroke: #3b5bdb; stroke-width: 1.3 }}
@@ -206,10 +224,11 @@ _HEAD = """\
 
 
 def _rows(graph: Graph) -> list[tuple[str, list[str]]]:
-    """Floor by floor, rooms in rows: a room stands above the rooms of its floor that it imports."""
+    """Rows of rooms, floor by floor: a room stands above those of its floor that it imports. The lowest floor is one row."""
     rows: list[tuple[str, list[str]]] = []
     for title, rooms in floors(graph).items():
-        depth = {room: _depth(graph, room, frozenset(rooms), frozenset()) for room in rooms}
+        inside = frozenset() if title == _LOWEST else frozenset(rooms)
+        depth = {room: _depth(graph, room, inside, frozenset()) for room in rooms}
         for level in range(max(depth.values()), -1, -1):
             rows.append((title, [room for room in rooms if depth[room] == level]))
     return rows
@@ -249,7 +268,7 @@ def _columns(lanes: list[list[str]], tracks: list[list[str]]) -> dict[str, float
     """A horizontal place for each node: near the mean of its neighbours, and clear of the nodes beside it."""
     neighbours: dict[str, list[str]] = {node: [] for lane in lanes for node in lane}
     for track in tracks:
-        for above, below in zip(track, track[1:], strict=False):
+        for above, below in pairwise(track):
             neighbours[above].append(below)
             neighbours[below].append(above)
     x = {node: place for lane in lanes for node, place in zip(lane, _packed([_MIDDLE] * len(lane), lane), strict=True)}
@@ -322,7 +341,9 @@ def _arrow(points: list[tuple[float, float]]) -> str:
         last = place == len(points) - 1
         there = end if last else (x, y - _TALL / 2)
         half = (there[1] - here[1]) / 2
-        path += f"C{here[0]:.0f} {here[1] + half:.0f} {there[0]:.0f} {there[1] - half:.0f} {there[0]:.0f} {there[1]:.0f}"
+        path += (
+            f"C{here[0]:.0f} {here[1] + half:.0f} {there[0]:.0f} {there[1] - half:.0f} {there[0]:.0f} {there[1]:.0f}"
+        )
         if not last:
             path += f"V{y + _TALL / 2:.0f}"
             here = (x, y + _TALL / 2)
@@ -351,7 +372,9 @@ def main() -> int:
                 wrong.append(f"{path.relative_to(ROOT)} is out of date; run python tools/architecture.py")
             else:
                 path.write_text(text, encoding="utf-8")
-    print("\n".join(wrong) or f"{len(graph)} rooms, {sum(map(len, graph.values()))} imports between them, no rule broken")
+    print(
+        "\n".join(wrong) or f"{len(graph)} rooms, {sum(map(len, graph.values()))} imports between them, no rule broken"
+    )
     return 1 if wrong else 0
 
 

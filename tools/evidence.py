@@ -1,8 +1,8 @@
 """Writes docs/evidence.md and docs/evidence-data.md anew from docs/evidence.json, without running anything.
 
-    python tools/evidence.py            # the two pages
-    python tools/evidence.py --figures  # the pictures in docs/assets/evidence too
-    python tools/evidence.py --check    # status 1 if a page is not what the JSON file gives
+* `python tools/evidence.py`: the two pages.
+* `python tools/evidence.py --figures`: the pictures in docs/assets/evidence too.
+* `python tools/evidence.py --check`: changes nothing; status 1 if a page is not what the JSON file gives.
 """
 
 import argparse

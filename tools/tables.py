@@ -1,7 +1,7 @@
 """Writes the tables of the documentation that the source has: the options of a region, and the names that have moved.
 
-    python tools/tables.py           # writes them
-    python tools/tables.py --check   # status 1 if a page is out of date
+* `python tools/tables.py`: writes them.
+* `python tools/tables.py --check`: changes nothing; status 1 if a page is out of date.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import inspect
 import sys
 from pathlib import Path
 
-import bandpo._public  # noqa: F401: it imports all modules of the core
+import bandpo._public  # noqa: F401  (it imports all modules of the core)
 from bandpo._deprecations import LAST, MODULES, NAMES
 from bandpo.integrations.options import HELP
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Five steps on one GPU with a 0.5B model, each method in turn: does every piece work on this machine?
-# Needs verl with vLLM, and the data of prepare_data.py. Not run by the project's CI, which has no GPU.
+# Five steps on one GPU with a 0.5B model, for each method in turn, to check that every part works on this machine.
+# It needs verl with vLLM, and the data of prepare_data.py. The project's CI has no GPU and does not run it.
 set -euo pipefail
 cd "$(dirname "$0")"
 for method in ${METHODS:-grpo bandpo-kl bandpo-tv dppo-kl no-clip}; do

@@ -90,7 +90,9 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
         scope = loop()
         exec(code, scope)
         if "loss.backward()" in code:
-            reached = [x.grad for x in scope.values() if isinstance(x, torch.Tensor) and x.is_leaf and x.grad is not None]
+            reached = [
+                x.grad for x in scope.values() if isinstance(x, torch.Tensor) and x.is_leaf and x.grad is not None
+            ]
             assert reached and all(grad.isfinite().all() and grad.any() for grad in reached)
 
 
@@ -223,7 +225,9 @@ def test_every_room_has_a_paragraph_and_a_floor():
 
 def test_where_to_change_what_names_files_that_exist():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", page.partition("## Where do I change")[2], re.MULTILINE)[2:]
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", page.partition("## Where do I change")[2], re.MULTILINE)[
+        2:
+    ]
     assert len(rows) >= 12
     for row in rows:
         files = [x for cell in row for x in re.findall(r"`((?:src|tests|tools)/[\w/.]+)`", cell)]
@@ -284,7 +288,9 @@ def test_lines_are_wrapped():
     """At most 120 columns, but for tables and for links and pictures, which nobody can break."""
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for i, line in enumerate(page.read_text().splitlines(), 1):
-            free = line.lstrip().startswith(("|", "![", "<iframe")) or re.search(r"\]\(\S{40,}\)|https?://\S{40,}", line)
+            free = line.lstrip().startswith(("|", "![", "<iframe")) or re.search(
+                r"\]\(\S{40,}\)|https?://\S{40,}", line
+            )
             assert len(line) <= 120 or free, f"{page.name}:{i}: {len(line)} columns"
 
 
@@ -309,7 +315,9 @@ def test_tables_of_numbers_are_on_the_data_page():
 
 
 def test_no_page_speaks_the_old_dialect():
-    old = r"goes on|gone on|nobody's|serves? only|\bhas go\b|turns? round|would turn|say so\b|says so\b|as there\b|mend\b"
+    old = (
+        r"goes on|gone on|nobody's|serves? only|\bhas go\b|turns? round|would turn|say so\b|says so\b|as there\b|mend\b"
+    )
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         found = re.search(old, re.sub(r"\s+", " ", prose(page)))
         assert not found, f"{page.name}: {found[0]}"
