@@ -181,7 +181,16 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` is on; NaN, no number, for an empty mask. NaN elsewhere does not matter."""
+    """Mean of `x` where `mask` is on, 0-d; NaN for an empty mask. A NaN of `x` elsewhere does not matter.
+
+    Args:
+        x: Numbers or bools, any shape.
+        mask: Bool, the same shape.
+
+    Examples:
+        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
     total = x.masked_fill(~mask, 0).sum(dtype=None if x.is_floating_point() else torch.float32)
     return total / mask.sum()
 
@@ -190,6 +199,12 @@ def approx_kl(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator `e^x - x - 1`, per token: with `x = log q - log p` and samples of `p`, of KL(p ‖ q).
 
     `x` is held within ±40; beyond, it has no gradient.
+
+    Args:
+        log_ratio: `x`, any shape.
+
+    Returns:
+        A tensor of the shape of `log_ratio`, in nats.
 
     Examples:
         >>> approx_kl(torch.tensor([0.0, 0.1]))

@@ -39,6 +39,9 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
             result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never` that of a surrogate
             that keeps every gradient.
 
+    Returns:
+        A decorator that gives back the surrogate itself.
+
     Examples:
         >>> @stops(outside)
         ... def surrogate(log_ratio, advantages, bounds):
@@ -56,12 +59,12 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
 
 
 def never(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor) -> Tensor:
-    """The rule of a surrogate that keeps every gradient: False for each token.
+    """The rule of a surrogate that keeps every gradient: False in the shape of `log_ratio`.
 
     Args:
-        log_ratio: `log r`, any float tensor.
-        advantages: Not used.
-        bounds: Not used.
+        log_ratio: `log r`, any shape.
+        advantages: Not used, any shape.
+        bounds: Not used, any shape.
 
     Examples:
         >>> never(torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.bool))
