@@ -146,9 +146,11 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
         return mask
     on = mask == 1
     check_values(
-        on | (mask == 0), mask, f"{name} must be bool, or 0 and 1",
+        on | (mask == 0),
+        mask,
+        f"{name} must be bool, or 0 and 1",
         fix="for labels, in which -100 marks what does not count, pass labels != -100",
-    )  # fmt: skip
+    )
     return on
 
 
@@ -196,7 +198,7 @@ def check_tensor(name: str, value: object, *, floating: bool = True) -> None:
 
 
 def check_int(name: str, value: object) -> None:
-    """An argument must be an integer, and True is none.
+    """An argument must be an integer, and not a bool.
 
     Raises:
         TypeError: If it is not.

@@ -7,7 +7,20 @@
 
 The objectives of the zoo that use them (`quatro-reading`, `etr-reading`, `bapo-reading`, `clip-cov`, `kl-cov`) keep their
 names. What is outside of this module follows the usual rule: a public name is renamed with a warning first.
+
+Args:
+    log_ratio: `log r` at the ratio level of the objective, with gradient: `(batch, time)`, or `(batch, 1)` for sequences.
+    advantages: A, `(batch, 1)` or `(batch, time)`.
+    bounds: The interval of each token, two tensors of the shape of `log_ratio` or 0-d.
+    mask: The tokens that are used, bool or 0/1, `(batch, time)`.
+    logprobs: `log π` of the sampled tokens, with gradient, `(batch, time)`.
+    old_logprobs: `log p` of the policy that the ratio is taken against, `(batch, time)`.
+
+Returns:
+    Objective of each token, to be maximised, of the shape of `log_ratio`.
 """
+
+# ruff: noqa: D417 (the module's docstring describes the arguments that all functions take)
 
 import math
 from dataclasses import dataclass
@@ -38,6 +51,9 @@ class Elastic:
         macro: b >= 0.
         scale: A₀ > 0.
         limit: Largest s, >= 1.
+
+    Raises:
+        ValueError: If a number is out of its range.
 
     Examples:
         >>> half = torch.full((1, 1), 0.5)
@@ -77,10 +93,13 @@ class Balanced:
     three sets of constants that disagree; these are its README's.
 
     Args:
-        low: Smallest and largest lower edge.
+        low: Smallest and largest lower edge, within [0, 1].
         high: Smallest and largest upper edge.
-        step: Of both.
+        step: Step of both edges, positive.
         target: ρ₀ in (0, 1).
+
+    Raises:
+        ValueError: If a number is out of its range.
 
     Examples:
         >>> x, a = torch.tensor([[2.0, 0.5]]).log(), torch.tensor([[1.0, -1.0]])
@@ -134,6 +153,13 @@ def log_stabilized(
     variable for each prompt and a log-ratio stabiliser; its printed equations could not be established, and this is not a
     reproduction of it. The bounds are not used.
 
+    Args:
+        dual: λ of each token's prompt, `(batch, 1)` or `(batch, time)`.
+        baseline: b of each token's prompt, the same shape.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
     Examples:
         >>> half = torch.tensor([[0.5]])
         >>> log_stabilized(torch.zeros(1, 1), torch.ones(1, 1), None, dual=half, baseline=half)
@@ -153,14 +179,35 @@ def _outside_or_drawn(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds
 @traits("of_batch")
 @stops(_outside_or_drawn)
 def clip_cov(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
-    share: float = 2e-4, low: float = 1.0, high: float = 5.0,
-) -> Tensor:  # fmt: skip
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds,
+    *,
+    logprobs: Tensor,
+    mask: Tensor,
+    share: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+) -> Tensor:
     """`clip`, with a few random tokens of high covariance taken out (Clip-Cov, arXiv:2505.22617).
 
-    Of the unclipped tokens with `low < (A - mean A)(log π - mean log π) < high`, a random `share` of the batch's tokens (at
-    least one) gets no gradient. The draw is torch's: seed it by `torch.manual_seed`. Means and share are those of the call,
+    Among the unclipped tokens with `low < (A - mean A)(log π - mean log π) < high`, a random `share` of the batch's tokens
+    (at least one) gets no gradient. The draw is torch's: seed it by `torch.manual_seed`. Means and share are those of the call,
     so micro-batches differ from the whole batch.
+
+    Args:
+        share: Share of the tokens that are drawn, between 0 and 1.
+        low: Lowest covariance of a token that can be drawn.
+        high: Highest covariance of a token that can be drawn.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
+    Examples:
+        >>> edge, x = RatioBounds(torch.tensor(0.8), torch.tensor(1.2)), torch.tensor([[0.0, 0.0, 0.5]])
+        >>> logp = torch.tensor([[-9.0, -0.1, -1.0]])
+        >>> clip_cov(x, torch.tensor([[-1.0, 1.0, 1.0]]), edge, logprobs=logp, mask=x == x, low=4.0, high=9.0)
+        tensor([[0.0000, 1.0000, 1.2000]])
     """
     valid = as_mask(mask)
     a = advantages.expand(valid.shape)
@@ -175,12 +222,30 @@ def clip_cov(
 @traits("of_batch", "without_advantage")
 @stops(never)
 def kl_cov(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
-    share: float = 2e-4, beta: float = 0.1,
-) -> Tensor:  # fmt: skip
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds,
+    *,
+    logprobs: Tensor,
+    mask: Tensor,
+    share: float = 2e-4,
+    beta: float = 0.1,
+) -> Tensor:
     """`r·A`, less `β|log r|` on the tokens of the highest covariance of A and log π (KL-Cov, arXiv:2505.22617).
 
     A `share` of the batch's tokens, at least one, is penalised. Its mean is that of the call. The bounds are not used.
+
+    Args:
+        share: Share of the tokens that are penalised, between 0 and 1.
+        beta: β >= 0, in objective per nat.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
+    Examples:
+        >>> edge, x = RatioBounds(torch.tensor(0.0), torch.tensor(9.0)), torch.tensor([[0.1, 0.2]])
+        >>> kl_cov(x, torch.tensor([[-1.0, 1.0]]), edge, logprobs=x - 1, mask=x == x, share=1.0)
+        tensor([[-1.1152,  1.2014]])
     """
     del bounds
     valid = as_mask(mask)

@@ -39,7 +39,8 @@ def policy_loss(
     """Policy loss to minimise, and detached 0-d metrics.
 
     `-agg_t w_t s(log r_t, A_t, b(log p_t)) + β agg_t k3_t`, with the bounds `b`, surrogate `s`, ratio level, anchor,
-    correction `w` and aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`.
+    correction `w` and aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`
+    (Schulman's k3).
     Arguments are keyword-only: hosts disagree on the order of new and old.
 
     Both log-ratios are held within ±40; beyond, they have no gradient. A valid token with a number that is NaN or infinite
@@ -48,25 +49,26 @@ def policy_loss(
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`, with gradient.
-        old_logprobs: The same under the policy before the update; no gradient flows into it. May be left out for
-            objectives with `anchor="rollout"`, which then need no second forward pass.
+        old_logprobs: The same under the policy before the update, `(batch, time)`; no gradient flows into it. None is allowed
+            for objectives with `anchor="rollout"`, which then need no second forward pass.
         advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`, float; no gradient flows into them. Advantages per token move
             each token by its own, also where the ratio is that of a sequence (GSPO-token, arXiv:2507.18071, sec. 4.3).
         mask: `(batch, time)`, bool or 0/1: the tokens that count. Values elsewhere never matter, NaN included. Another
             number, such as a label of -100, is refused: on a CPU by a ValueError; on an accelerator, where the host does not
             wait for it, by a failed assertion of the device.
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.
-        rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"` or a correction.
-        extras: What else the objective needs, named in `Objective.extras`; see `Objective.group_inputs` and
-            `bandpo.bounds.regions.TopK`.
-        ref_logprobs: Log-probs under the reference policy, for the KL term; no gradient flows into them.
-        kl_coef: Its coefficient β >= 0.
-        entropy: Per-token entropy, for the metrics only.
+        rollout_logprobs: Log-probs under the sampler, `(batch, time)`; required by objectives with `anchor="rollout"` or a
+            correction.
+        extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token; see
+            `Objective.group_inputs` and `bandpo.bounds.TopK`.
+        ref_logprobs: Log-probs under the reference policy, `(batch, time)`, for the KL term; no gradient flows into them.
+        kl_coef: Coefficient of the KL term, β >= 0.
+        entropy: Entropy of each token in nats, `(batch, time)`, for the metrics only.
         sample_weight: `(batch,)`, multiplies all terms of a sequence; of a pruned batch (`bandpo.selection`), with the
             `normalizer` of the batch before pruning. Refused with objectives that look at the whole batch.
-        normalizer: Tokens (`token-mean`) or sequences (`seq-mean-*`) of the whole batch when this call sees a part of it
-            (gradient accumulation, data parallelism): the parts' losses then add up to the whole's, but for objectives that
-            look at the whole batch, which see their part alone. See `loss_normalizer`.
+        normalizer: Number of tokens (`token-mean`) or sequences (`seq-mean-*`) of the whole batch, a number or a 0-d tensor,
+            when this call sees a part of it (gradient accumulation, data parallelism): the losses of the parts then add up to
+            that of the whole. Objectives that look at the whole batch see their part alone. See `loss_normalizer`.
         max_length: The constant length of `seq-mean-token-sum-norm`.
 
     Returns:
@@ -92,8 +94,14 @@ def policy_loss(
         tensor(0.)
     """
     objective = get_objective(objective)
-    check_shapes(logprobs, old_logprobs=old_logprobs, mask=mask, rollout_logprobs=rollout_logprobs,
-                 ref_logprobs=ref_logprobs, entropy=entropy)  # fmt: skip
+    check_shapes(
+        logprobs,
+        old_logprobs=old_logprobs,
+        mask=mask,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+    )
     if not isinstance(kl_coef, int | float) or not 0 <= kl_coef < math.inf:
         raise ValueError(f"kl_coef must be a number >= 0, got {kl_coef!r}")
     if kl_coef and ref_logprobs is None:
@@ -114,9 +122,14 @@ def policy_loss(
         return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
 
     terms = token_objective(
-        objective, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=usable,
-        rollout_logprobs=rollout_logprobs, extras=extras,
-    )  # fmt: skip
+        objective,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=usable,
+        rollout_logprobs=rollout_logprobs,
+        extras=extras,
+    )
     usable = usable & ~terms.nonfinite
     loss = -reduce(terms.value)
     # The loss leaves out more tokens than the objective does: those without a weight or a reference.

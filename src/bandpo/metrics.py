@@ -181,7 +181,16 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` is on; NaN, no number, for an empty mask. NaN elsewhere does not matter."""
+    """Mean of `x` where `mask` is on, 0-d; NaN for an empty mask. A NaN of `x` elsewhere does not matter.
+
+    Args:
+        x: Numbers or bools, any shape.
+        mask: Bool, the same shape.
+
+    Examples:
+        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
     total = x.masked_fill(~mask, 0).sum(dtype=None if x.is_floating_point() else torch.float32)
     return total / mask.sum()
 
@@ -190,6 +199,12 @@ def approx_kl(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator `e^x - x - 1`, per token: with `x = log q - log p` and samples of `p`, of KL(p ‖ q).
 
     `x` is held within ±40; beyond, it has no gradient.
+
+    Args:
+        log_ratio: `x`, any shape.
+
+    Returns:
+        A tensor of the shape of `log_ratio`, in nats.
 
     Examples:
         >>> approx_kl(torch.tensor([0.0, 0.1]))
@@ -239,11 +254,11 @@ def _clip_sums(
     # A clip stops exactly what is outside, and that has been computed.
     same = stopped is not None and stops_outside(terms.objective.surrogate)
     left = stopped if stopped is not None and same else outside(log_ratio, advantages, outside_of, ratio=r)
-    down = log_ratio < 0
+    above = log_ratio > 0
     if not same:  # what is outside lies on the side that A pushes to; another rule may stop a ratio of exactly 1
-        down = down | ((log_ratio == 0) & (advantages < 0))
-    counted = left if stopped is None else stopped
-    n_low, n_high, n = _count_by_probability(counted & down & used, counted & ~down & used, used, p)
+        above = above | ((log_ratio == 0) & (advantages > 0))
+    counted = (left if stopped is None else stopped) & used
+    n_low, n_high, n = _count_by_probability(counted, counted & above, used, p)
     count = n.sum()
     sums: dict[str, PooledSum] = {}
     if stopped is not None:
@@ -261,18 +276,20 @@ def _clip_sums(
     if same or stopped is None:
         low, high = n_low.sum(), n_high.sum()
     else:
-        low, high = ((left & side & used).count_nonzero().to(torch.float32) for side in (down, ~down))
+        left = left & used
+        high = (left & above).count_nonzero().to(torch.float32)
+        low = left.count_nonzero().to(torch.float32) - high
     sums["outside_fraction/low"] = PooledSum(low, count)
     sums["outside_fraction/high"] = PooledSum(high, count)
     sums["outside_fraction/any"] = PooledSum(low + high, count)
     return sums, n
 
 
-def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counted tokens below and above 1, and all valid tokens, in each bin of p, by one scatter."""
+def _count_by_probability(counted: Tensor, above: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counted tokens with a ratio below 1, those above 1, and all valid tokens, in each bin of p, by one scatter."""
     # Counted edge by edge: a tensor of edges would be copied to the device, and the host would wait for it.
-    cell = low.to(torch.int32)
-    cell = (cell + 2 * high + 3 * ~valid) * len(PROB_BINS)
+    cell = counted.to(torch.int32)
+    cell = (cell + above + 3 * ~valid) * len(PROB_BINS)
     for edge in PROB_EDGES:
         cell += p >= edge
     ones = torch.ones((), dtype=torch.int64, device=p.device).expand(cell.numel())

@@ -150,7 +150,7 @@ class Objective(ByValue):
         check_tensor("advantages", advantages)
         if rewards.dim() != 1 or rewards.shape != advantages.shape:
             raise ValueError(
-                f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have one and the same shape "
+                f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have the same shape "
                 f"(completions,); group_size is {group_size}"
             )
         groups = Groups(len(rewards), group_size, group_ids)
@@ -163,6 +163,9 @@ class Objective(ByValue):
 
     def with_radius(self, radius: Radius | tuple[Radius, Radius]) -> "Objective":
         """The same objective with another radius of its ball, such as a 0-d tensor that a schedule moves.
+
+        Args:
+            radius: δ > 0, a number or a tensor that broadcasts to the tokens, or `(lower, upper)`.
 
         Raises:
             ValueError: If its trust region is no ball.

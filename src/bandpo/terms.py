@@ -61,12 +61,13 @@ def token_objective(
     Args:
         objective: What to evaluate.
         logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`, with gradient.
-        old_logprobs: The same under the policy before the update; None for objectives with `anchor="rollout"`.
+        old_logprobs: The same under the policy before the update, `(batch, time)`; None for objectives with `anchor="rollout"`.
         advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`, float.
         mask: `(batch, time)`, bool or 0/1: the tokens that count.
-        rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"` or a correction.
-        extras: What else the objective needs, named in `Objective.extras`.
-        bounds: The result of `objective.bounds` for these tokens where it is known already; None computes it.
+        rollout_logprobs: Log-probs under the sampler, `(batch, time)`; required by objectives with `anchor="rollout"` or a
+            correction.
+        extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token.
+        bounds: The result of `objective.bounds` for these tokens, `(batch, time)`, where it is known already; None computes it.
 
     Returns:
         The value of each token, and what it was made from.
@@ -153,14 +154,14 @@ def gradient_weight(
     advantage: float,
     extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The weight w in `∇ = A·r·w(r, p, A)·∇log π` of tokens that are sequences of their own; the form all objectives share.
+    """The weight w in `∇ = A·r·w(r, p, A)·∇log π` of tokens that are sequences of their own; see `bandpo.surrogates.token`.
 
     Args:
         objective: Whose weight.
         ratios: r > 0, any shape.
         probabilities: p of the anchor, the same shape, in (0, 1); `p·r > 1` gives NaN, there is no such policy.
         advantage: A, not 0.
-        extras: Extras of the objective, one row for each token.
+        extras: Extras of the objective, one for each token.
 
     Returns:
         float64 tensor of the shape of `ratios`.
@@ -174,9 +175,14 @@ def gradient_weight(
     new = (p * r).log().requires_grad_()
     a = torch.full_like(r, advantage)
     value = token_objective(
-        objective, logprobs=new, old_logprobs=p.log(), rollout_logprobs=p.log(), advantages=a, mask=torch.ones_like(r),
+        objective,
+        logprobs=new,
+        old_logprobs=p.log(),
+        rollout_logprobs=p.log(),
+        advantages=a,
+        mask=torch.ones_like(r),
         extras=extras,
-    ).value  # fmt: skip
+    ).value
     (gradient,) = torch.autograd.grad(value.sum(), new)
     weight = torch.where(p * r > 1, torch.nan, gradient / (a * r))
     return weight.view(ratios.shape)
@@ -186,6 +192,10 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """Length-normalised log-ratio of each sequence, `mean_t log r_t`, `(batch, 1)` (GSPO, arXiv:2507.18071, eq. 7).
 
     The mean is over the valid tokens whose log-ratio is finite; 0 where there is none.
+
+    Args:
+        log_ratio: `log r` of each token, `(batch, time)`.
+        mask: `(batch, time)`, bool or 0/1.
 
     Examples:
         >>> import torch

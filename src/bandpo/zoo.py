@@ -26,7 +26,7 @@ from bandpo.surrogates import (
     soft,
     soft_edge,
     two_sided,
-)  # fmt: skip
+)
 from bandpo.surrogates.corrections import TIS, IcePop
 from bandpo.surrogates.sequence import geometric_mean, tapered
 
@@ -342,9 +342,16 @@ OBJECTIVES: Mapping[str, Objective] = Registry(__name__, "OBJECTIVES", {o.name: 
 def get_objective(objective: Objective | str) -> Objective:
     """The `Objective` behind a name in `OBJECTIVES`, a "package.module:NAME" string, or itself.
 
+    Args:
+        objective: The name, the string or the object.
+
     Raises:
         ValueError: If the name is unknown; the message names the nearest one.
         TypeError: If what is found is no `Objective`.
+
+    Examples:
+        >>> get_objective("grpo").paper
+        'GRPO, arXiv:2402.03300; PPO clip, arXiv:1707.06347'
     """
     if isinstance(objective, str) and ":" in objective:
         module, _, attribute = objective.partition(":")

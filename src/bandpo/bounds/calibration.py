@@ -31,14 +31,14 @@ def match_radius(
     under χ². Nothing is searched for: the radius is the divergence of the very point that `like` allows.
 
     * `upper@P` or `lower@P`: the same bound at probability P, `δ = D(P, r_like(P))`.
-    * `max_shift`: the same largest rise of a token's probability, `s = max_p p(r_up - 1)`; the ball that reaches it first has
-      `δ = min_p D(p, 1 + s/p)`.
+    * `max_shift`: the same largest rise of a token's probability, `s = max_p p(r_up - 1)` (see `max_shift`); the ball that
+      reaches it first has `δ = min_p D(p, 1 + s/p)`.
     * `outside_fraction`: the same number of tokens of `batch` outside, on the side that their advantage pushes to; δ lies
       between the divergence of the last token that is and of the first that is not.
 
     Args:
         divergence: Whose radius to find, an `FDivergence` or a name.
-        like: The trust region to match, `Band(KL, 0.05)` say, or `Clip(0.2)`; a function of the old log-probs alone.
+        like: The trust region to match, such as `Band(KL, 0.05)` or `Clip(0.2)`; a function of the old log-probs alone.
         by: The measure.
         batch: For `outside_fraction`: `log_ratio`, `old_logprobs`, `advantages` of tokens (any one shape, or advantages that
             broadcast), and `mask` where some do not count.
@@ -47,6 +47,7 @@ def match_radius(
         δ, for both sides of the ball and without a `max_ratio`.
 
     Raises:
+        TypeError: If `by` is no string, or `like` returns no interval.
         ValueError: If the measure is unknown or cannot be met: a bound that no ball gives, no token of the batch to clip.
 
     Examples:
@@ -77,7 +78,10 @@ def match_radius(
 
 
 def max_shift(bounds: Bounds) -> float:
-    """Largest rise of a token's probability that the bounds allow, `max_p p·(min(r_up, 1/p) - 1)`.
+    """Largest rise of a token's probability that the bounds allow, `max_p p·(min(r_up, 1/p) - 1)`; see `match_radius`.
+
+    Args:
+        bounds: A function of the old log-probs alone.
 
     Examples:
         >>> from bandpo import TV, Band
@@ -166,7 +170,8 @@ def outside_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:
 
     Args:
         bounds: A function of the old log-probs alone.
-        batch: As in `radius_for`.
+        batch: `log_ratio`, `old_logprobs` and `advantages` of tokens (any one shape, or advantages that broadcast), and `mask`
+            where some do not count.
 
     Raises:
         ValueError: If a name of the batch is missing or unknown.

@@ -14,13 +14,14 @@ def outside(
     of `A = 0` is never outside, and neither is one whose numbers are NaN.
 
     Args:
-        log_ratio: `log r`, any float tensor.
+        log_ratio: `log r`, float, any shape.
         advantages: A, a tensor that broadcasts to `log_ratio`.
-        bounds: The interval of each token, or a bool tensor that is True where a token is inside its region.
-        ratio: `exp(log_ratio)` where it has been computed already; None computes it.
+        bounds: The interval of each token, or a bool tensor that is True where a token is inside its region; both broadcast to
+            `log_ratio`.
+        ratio: `exp(log_ratio)`, the same shape, where it has been computed already; None computes it.
 
     Returns:
-        Bool tensor of the common shape.
+        Bool tensor of the shape that the arguments broadcast to.
 
     Examples:
         >>> import torch

@@ -27,6 +27,9 @@ def log_clip(low: float = 0.4, high: float | None = None) -> Clip:
         low: Width below 0, positive.
         high: Width above 0; None means the same as `low`.
 
+    Raises:
+        ValueError: If a width is not positive or not finite.
+
     Examples:
         >>> edges = log_clip(0.4)
         >>> round(1 - edges.low, 4), round(1 + edges.high, 4)
@@ -43,6 +46,12 @@ def kl3_clip(delta: float = 0.05) -> Clip:
 
     From `-W₀(-e^(-1-δ))` to `-W₋₁(-e^(-1-δ))`, Lambert's W; the same for every token. It is the limit `p -> 0` of the KL band
     of radius `δp`. The paper's δ could not be established.
+
+    Args:
+        delta: δ > 0, in nats.
+
+    Raises:
+        ValueError: If δ is not positive or not finite.
 
     Examples:
         >>> edges = kl3_clip(0.05)
@@ -68,7 +77,10 @@ class BySign:
 
     Args:
         positive: Bounds for A > 0, a function of the old log-probs alone.
-        negative: Bounds for A <= 0.
+        negative: Bounds for A <= 0, likewise.
+
+    Raises:
+        ValueError: If one of the two asks for more than the old log-probs.
 
     Examples:
         >>> bounds = BySign(Clip(0.2, 0.3), Clip(0.1, 0.2))
@@ -96,7 +108,10 @@ class Sides:
 
     Args:
         lower: Bounds whose lower edge counts, a function of the old log-probs alone.
-        upper: Bounds whose upper edge counts.
+        upper: Bounds whose upper edge counts, likewise.
+
+    Raises:
+        ValueError: If one of the two asks for more than the old log-probs.
 
     Examples:
         >>> from bandpo import Band
@@ -130,6 +145,9 @@ class TopK(ByValue):
         radius: δ, or `(lower, upper)`.
         k: How many tokens the trainers store; vLLM returned at most 20 when the paper was written.
 
+    Raises:
+        ValueError: If the radius or `k` is out of range.
+
     Examples:
         >>> TopK("tv", 0.15).k
         20
@@ -146,22 +164,36 @@ class TopK(ByValue):
             raise ValueError(f"TopK: k must be a whole number >= 1, got {self.k!r}")
 
     def __call__(
-        self, old_logprobs: Tensor, *, topk_logprobs: Tensor, old_topk_logprobs: Tensor, sampled_in_topk: Tensor,
+        self,
+        old_logprobs: Tensor,
+        *,
+        topk_logprobs: Tensor,
+        old_topk_logprobs: Tensor,
+        sampled_in_topk: Tensor,
         logprobs: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         assert isinstance(self.divergence, FDivergence)
         distance = topk_divergence(
-            self.divergence, logprobs=logprobs, old_logprobs=old_logprobs, topk_logprobs=topk_logprobs,
-            old_topk_logprobs=old_topk_logprobs, sampled_in_topk=sampled_in_topk,
-        )  # fmt: skip
+            self.divergence,
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            topk_logprobs=topk_logprobs,
+            old_topk_logprobs=old_topk_logprobs,
+            sampled_in_topk=sampled_in_topk,
+        )
         down, up = radius_of_sides(self.radius)
         return distance <= torch.where(logprobs < old_logprobs, down, up)
 
 
 def topk_divergence(
-    divergence: FDivergence, *, logprobs: Tensor, old_logprobs: Tensor, topk_logprobs: Tensor, old_topk_logprobs: Tensor,
+    divergence: FDivergence,
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    topk_logprobs: Tensor,
+    old_topk_logprobs: Tensor,
     sampled_in_topk: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Divergence over the old policy's top K tokens, the sampled one and the rest (DPPO, arXiv:2602.04879, eq. 15-16).
 
     Args:

@@ -28,6 +28,9 @@ class TIS:
         cap: C > 0; verl's default is 2, TRL's 3.
         level: `token`, or `sequence` for the product over the sequence.
 
+    Raises:
+        ValueError: If a number or the level is out of range.
+
     Examples:
         >>> TIS(2.0)(torch.tensor([[0.5, 3.0]]).log(), torch.ones(1, 2))
         tensor([[0.5000, 2.0000]])
@@ -51,6 +54,9 @@ class IcePop:
         low: At least 0; verl's default is 0.5.
         high: Above `low`; verl's default is 5.
         level: `token`, or `sequence` for the product over the sequence.
+
+    Raises:
+        ValueError: If a number or the level is out of range.
 
     Examples:
         >>> IcePop()(torch.tensor([[0.4, 3.0]]).log(), torch.ones(1, 2))

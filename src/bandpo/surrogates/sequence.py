@@ -1,4 +1,16 @@
-"""Surrogates that look at the whole sequence of a token: GMPO and TOPR."""
+"""Surrogates that look at the whole sequence of a token: GMPO and TOPR.
+
+Args:
+    log_ratio: `log r` at the ratio level of the objective, with gradient: `(batch, time)`, or `(batch, 1)` for sequences.
+    advantages: A, `(batch, 1)` or `(batch, time)`.
+    bounds: The interval of each token, two tensors of the shape of `log_ratio` or 0-d.
+    mask: The tokens that are used, bool or 0/1, `(batch, time)`.
+    logprobs: `log π` of the sampled tokens, with gradient, `(batch, time)`.
+    old_logprobs: `log p` of the policy that the ratio is taken against, `(batch, time)`.
+
+Returns:
+    Objective of each token, to be maximised, of the shape of `log_ratio`.
+"""
 
 import torch
 from torch import Tensor
@@ -21,9 +33,12 @@ def _outside_in_logs(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds)
 def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, mask: Tensor) -> Tensor:
     """`exp(mean_t c_t)·A`, `c_t` the log-ratio clamped on the side A pushes to (GMPO, arXiv:2507.20673, eq. 4).
 
-    One value for a sequence, `(batch, 1)`, where it has one advantage. With advantages per token a token's value is the
-    geometric mean times its own advantage, and so is its gradient, as in GSPO-token (arXiv:2507.18071, sec. 4.3). With bounds
+    One value for a sequence where it has one advantage. With advantages per token, a token's value is the geometric mean times
+    its own advantage, with the gradient of that product, as in GSPO-token (arXiv:2507.18071, sec. 4.3). The bounds are
     `[e^-ε, e^ε]`; `w` of `clip` times the geometric mean over `r`.
+
+    Returns:
+        `(batch, 1)` for one advantage per sequence, else `(batch, time)`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.5), torch.tensor(2.0))
@@ -48,6 +63,9 @@ def tapered(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logpr
 
     Good sequences are imitated however unlikely they have become; bad ones weigh less as they vanish. Known to us from
     descriptions of the paper. The bounds are not used.
+
+    Returns:
+        The value of each token, `(batch, time)`.
 
     Examples:
         >>> edge, one = RatioBounds(torch.tensor(0.0), torch.tensor(9.0)), torch.ones(1, 2)

@@ -2,7 +2,20 @@
 
 Every gradient has one form, `A·r·w·∇log π`, with the weight `w(r, p, A)` that each docstring gives: 1 is the plain
 importance-weighted policy gradient, 0 a token that does not move. Fix a keyword by `functools.partial`.
+
+Args:
+    log_ratio: `log r` at the ratio level of the objective, with gradient: `(batch, time)`, or `(batch, 1)` for sequences.
+    advantages: A, `(batch, 1)` or `(batch, time)`.
+    bounds: The interval of each token, two tensors of the shape of `log_ratio` or 0-d.
+    mask: The tokens that are used, bool or 0/1, `(batch, time)`.
+    logprobs: `log π` of the sampled tokens, with gradient, `(batch, time)`.
+    old_logprobs: `log p` of the policy that the ratio is taken against, `(batch, time)`.
+
+Returns:
+    Objective of each token, to be maximised, of the shape of `log_ratio`.
 """
+
+# ruff: noqa: D417 (the module's docstring describes the arguments that all functions take)
 
 from collections.abc import Callable
 
@@ -23,7 +36,7 @@ MAX_LOG_RATIO = 40.0
 
 
 def hold(log_ratio: Tensor) -> Tensor:
-    """A log-ratio within ±40; beyond, it stays there and has no gradient.
+    """A log-ratio within ±40, in the shape of `log_ratio`; beyond, it stays there and has no gradient.
 
     One exploded token then cannot turn the batch's loss or gradient into NaN.
 
@@ -35,7 +48,12 @@ def hold(log_ratio: Tensor) -> Tensor:
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
-    """`r = exp(log r)`, held within e^±40."""
+    """The ratio `r`, held within e^±40: `exp` of `hold`, in the shape of `log_ratio`.
+
+    Examples:
+        >>> ratio(torch.tensor([0.0, 0.5]))
+        tensor([1.0000, 1.6487])
+    """
     return hold(log_ratio).exp()
 
 
@@ -44,6 +62,9 @@ def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     """The pessimistic surrogate of PPO (arXiv:1707.06347, eq. 7): `min(r·A, r̃·A)` with `r̃` the ratio clamped to the bounds.
 
     `w = 1`, and 0 where the ratio has left on the side the advantage pushes to: `A > 0, r > upper` or `A < 0, r < lower`.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
@@ -65,6 +86,12 @@ def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: flo
 
     `w` of `clip`, and 0 where `A < 0, r > c`. The BandPO paper's runs use `c = 10`, verl's default is 3.
 
+    Args:
+        c: The ratio above which a token of `A < 0` stops, at least 1.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
         >>> dual_clip(torch.tensor([9.0]).log(), torch.tensor([-1.0]), edge, c=3.0)
@@ -82,6 +109,13 @@ def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, tr
     Its gradient is that of `clip` with the same bounds; the value differs by a constant of the policy. With `truncate`, C,
     the weight is `w = min(r, C)/r` inside (eq. 23). For the gradient alone nothing needs to be solved: pass the result of
     `in_band`, or of `TopK`, instead of bounds.
+
+    Args:
+        bounds: The interval of each token, or a bool tensor of the shape of `log_ratio`, True where a token is inside.
+        truncate: C, the largest weight; None for no limit.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
@@ -110,6 +144,9 @@ def two_sided(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Ten
     `w = 1[lower <= r <= upper]`. With `Band("tv", 0.1)` its gradient is that of prime-rl's sign-blind mask,
     `|π - μ| <= 0.1`; the values differ by a constant of the policy. Other widths for A < 0: `bandpo.bounds.regions.BySign`.
 
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
         >>> two_sided(torch.tensor([1.5, 0.5]).log(), torch.tensor([-1.0, 1.0]), edge)
@@ -123,6 +160,12 @@ def soft_edge(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, temper
     """As `clip`, but past the edge the slope decays instead of vanishing; a smooth edge for any bounds (our own design).
 
     `w = sech²(x/T)` at the relative overshoot `x = r/edge - 1`, 1 inside; `T -> 0` is `clip`, `T -> ∞` no edge at all.
+
+    Args:
+        temperature: T > 0, in units of the relative overshoot.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
@@ -144,6 +187,9 @@ def detach(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logpro
 
     `w = r̃/r`. `Clip(1, C - 1)` caps the weight at C.
 
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.0), torch.tensor(5.0))
         >>> detach(torch.tensor([8.0]).log(), torch.tensor([1.0]), edge, logprobs=torch.tensor([-0.5]))
@@ -159,6 +205,13 @@ def soft(
     """`(4/τ) σ(τ(r - 1))·A`, a soft gate around r = 1 in place of an interval (SAPO, arXiv:2511.20347).
 
     `w = sech²(τ(r - 1)/2)`, with τ by the sign of A. The bounds are not used.
+
+    Args:
+        tau_positive: τ for `A > 0`, positive.
+        tau_negative: τ for `A <= 0`, positive.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> soft(torch.tensor([0.0]), torch.tensor([1.0]), RatioBounds(torch.tensor(0.0), torch.tensor(9.0)))
@@ -176,6 +229,9 @@ def quadratic(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Ten
     `w = 1 - sign(A)(r - 1)/ε`: 0 at the edge, and past it the token is pulled back. CFPO derives it from a TV
     constraint and has SPO's formula (CFPO's is known to us from re-implementations). For A > 0 and large r the pull grows
     like `r²/ε`.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
@@ -197,6 +253,12 @@ def quadratic_tv(
     `w = 1 - sign(A)(π - p)/δ`, which changes sign exactly on the boundary of DPPO's TV mask. With the published δ = 12.5 it
     stays within [0.92, 1.08]. The bounds are not used.
 
+    Args:
+        delta: δ > 0, in units of probability.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.0), torch.tensor(9.0))
         >>> half = torch.tensor([0.5]).log()
@@ -216,6 +278,12 @@ def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta:
     The second term is an unbiased, non-negative estimate of KL(π_old ‖ π) from samples of π_old. `w = 1 - β(1 - 1/r)/A`. The
     bounds are not used. `bandpo.schedules.Adaptive` moves β as the paper does.
 
+    Args:
+        beta: β >= 0, in objective per nat.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
     Examples:
         >>> kl_penalty(torch.tensor([0.1]), torch.tensor([1.0]), RatioBounds(torch.tensor(0.0), torch.tensor(9.0)))
         tensor([1.1000])
@@ -232,6 +300,12 @@ def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 
 
     Rare tokens of good answers are raised more, not less. A > 0: `w = min(1/r, c)/r` for `r <= upper`, else 0. A < 0: `w` of
     `clip`.
+
+    Args:
+        c: Largest inverse ratio that weighs, positive.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
@@ -260,6 +334,13 @@ def reinsert(
 
     `w = β_low·lower/r` for `A < 0, r < lower`, `β_high·upper/r` for `A > 0, r > upper`, 1 inside. The two β are those of a
     third party's port.
+
+    Args:
+        beta_low: β at the lower edge, at least 0; 0 is `clip` there.
+        beta_high: β at the upper edge, at least 0.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
