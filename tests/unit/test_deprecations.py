@@ -1,5 +1,6 @@
 """Old names give the very same objects as the new ones, warn once with the replacement, and end after a named release."""
 
+import ast
 import importlib
 import pickle
 import sys
@@ -11,7 +12,8 @@ import pytest
 import bandpo
 from bandpo import OBJECTIVES, _deprecations
 from bandpo._deprecations import MODULES, NAMES, warn_moved
-from bandpo.bounds import BySign, Clip, Elastic
+from bandpo.bounds import BySign, Clip
+from bandpo.experimental import Elastic
 from bandpo.surrogates import TIS
 from bandpo.surrogates.sequence import tapered
 from sources import modules
@@ -59,6 +61,29 @@ def test_an_old_name_is_the_new_object(old, new):
     assert [w.filename for w in caught] == [__file__]  # the user's line
 
 
+def moved_within():
+    """Module, old name and new name of each entry in a call of `moved_within`."""
+    for module in modules().values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("moved_within"):
+                for old, new in eval(ast.unparse(node.args[1])).items():
+                    yield pytest.param(module.name, old, new, id=f"{module.name}.{old}")
+
+
+@pytest.mark.parametrize(("module", "old", "new"), [*moved_within()])
+def test_a_name_that_left_its_module_is_the_new_object(module, old, new):
+    home, _, name = new.rpartition(".")
+    loaded = importlib.import_module(module)
+    with pytest.warns(
+        FutureWarning, match=rf"^{module}\.{old} is now bandpo\.{new}; the old name works up to"
+    ) as caught:
+        found = getattr(loaded, old)
+    assert found is getattr(importlib.import_module(f"bandpo.{home}"), name)
+    assert [w.filename for w in caught] == [__file__]
+    with pytest.raises(AttributeError, match="no attribute 'never_was'"):
+        _ = loaded.never_was
+
+
 def test_each_line_that_uses_an_old_name_warns_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -92,7 +117,6 @@ def test_an_old_name_ends_after_its_last_release(version, works, monkeypatch):
 
 
 OLD_PICKLES = [
-    pytest.param(Elastic(micro=0.25), "bandpo.regions", id="region"),
     pytest.param(BySign(Clip(0.1), Clip(0.2)), "bandpo.regions", id="region of regions"),
     pytest.param(TIS(cap=3.0), "bandpo.corrections", id="correction"),
     pytest.param(tapered, "bandpo.sequence_surrogates", id="function"),
@@ -112,6 +136,16 @@ def test_a_pickle_that_names_an_old_module_loads(value, old):
     assert type(found) is type(value)
 
 
+def test_a_pickle_of_a_class_that_moved_twice_loads():
+    text = pickle.dumps(Elastic(micro=0.25), protocol=0).replace(b"cbandpo.experimental\n", b"cbandpo.regions\n")
+    with pytest.warns(FutureWarning) as caught:
+        assert pickle.loads(text) == Elastic(micro=0.25)
+    assert [str(w.message).partition(";")[0] for w in caught] == [
+        "bandpo.regions is now bandpo.bounds.regions",
+        "bandpo.bounds.regions.Elastic is now bandpo.experimental.Elastic",
+    ]
+
+
 def test_the_configuration_in_an_old_checkpoint_loads(tmp_path):
     from bandpo.integrations.trl import BandGRPOConfig
 
@@ -122,3 +156,14 @@ def test_the_configuration_in_an_old_checkpoint_loads(tmp_path):
     with pytest.warns(FutureWarning, match=r"_trl_config is now bandpo\.integrations\.trl\.config"):
         found = pickle.loads(text.replace(new, old))
     assert type(found) is BandGRPOConfig and found.objective == config.objective
+
+
+@pytest.mark.parametrize("name", _deprecations._SUBMODULES)
+def test_a_submodule_is_imported_from_the_package_without_a_warning(name, monkeypatch):
+    module = importlib.import_module(f"bandpo.{name}")
+    monkeypatch.delattr(bandpo, name)  # as in a process in which nothing has imported it
+    scope = {}
+    exec(f"from bandpo import {name} as found", scope)  # warnings are errors here
+    assert scope["found"] is module
+    with pytest.warns(FutureWarning, match=rf"^bandpo\.{name} without an import is now import bandpo\.{name}; "):
+        assert getattr(bandpo, name) is module

@@ -12,15 +12,16 @@ from sources import SRC, Module, imports, modules, prose
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(floor.split())
     for floor in (
-        "_deprecations _inputs _system _values",
+        "_deprecations _system",
+        "_inputs _values",
         "divergences groups logprobs schedules",
         "bounds toy",
         "surrogates",
-        "objective",
+        "experimental objective",
         "zoo terms",
         "metrics _compiled",
         "losses",
-        "experimental preference selection testing",
+        "preference selection testing",
         "_public integrations plots",
         "bandpo train",
         "doctor",

@@ -84,9 +84,9 @@ def read_checked_json(path: Path) -> dict[str, Any]:
         content: object = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} must hold a JSON object with a result, got {type(content).__name__}")
-    found = cast("dict[str, Any]", content)
+    found = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    if not found:
+        raise ValueError(f"{path} must hold a JSON object with a result, got {type(cast('object', content)).__name__}")
     expected = found.pop("crc32", None)
     if expected is not None and expected != zlib.crc32(json.dumps(found).encode()):
         raise ValueError(f"{path} has changed since it was written: its checksum is another one")

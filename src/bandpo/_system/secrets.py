@@ -109,12 +109,12 @@ def redact(value: Any, key: str = "") -> Any:
         inner = key if is_secret(key) else ""
         items = cast("Mapping[object, object]", value).items()
         mapping = {redact(k) if isinstance(k, str) else k: redact(v, inner or str(k)) for k, v in items}
-        return mapping if type(value) is dict else _like(value, mapping)
+        return mapping if type(cast("object", value)) is dict else _like(value, mapping)
     if isinstance(value, list | tuple | set | frozenset):
         if key == "" and _is_texts(value):
             return _redact_list(value)
         items = [redact(v, key) for v in cast("Iterable[object]", value)]
-        return items if type(value) is list else _like(value, items)
+        return items if type(cast("object", value)) is list else _like(value, items)
     is_number = isinstance(value, int | float | complex) and not isinstance(value, bool)
     return HIDDEN if is_number and is_secret(key) else value
 
@@ -287,10 +287,11 @@ def _hide_assigned(text: str) -> str:
     return "".join(parts) + text[done:]
 
 
-def _like(value: Any, content: Any) -> Any:
+def _like(value: object, content: Any) -> Any:
     """The content in the class of the value; the content itself where that class cannot be made from it."""
+    kind: Any = type(value)
     try:
-        return type(value)(*content) if hasattr(value, "_fields") else type(value)(content)
+        return kind(*content) if hasattr(value, "_fields") else kind(content)
     except TypeError:  # its constructor takes other arguments
         return content
 

@@ -33,8 +33,8 @@ def preferential_g_optimal(
 ) -> Design:
     """Preferential G-optimal design of arXiv:2601.08421, algorithm 2.
 
-    For each prompt π^cg minimises `max_a ‖φ(x,a) - E_π φ‖_{V(x,π)⁻¹}`; μ is the G-optimal design of the features that are centred
-    in this way, and its marginal weighs the prompts. Neither depends on a scale or an offset of the features. A centred
+    For each prompt π^cg minimises `max_a ‖φ(x,a) - E_π φ‖_{V(x,π)⁻¹}`; μ is the G-optimal design of the features that are
+    centred in this way, and its marginal weighs the prompts. Neither depends on a scale or an offset of the features. A centred
     G-optimal design of φ is a D-optimal design of (1, φ), found by multiplicative updates `w ← w·leverage/rank`, which stop
     when the optimality gap (Kiefer and Wolfowitz) is below the tolerance.
 

@@ -177,9 +177,13 @@ def fit_pairs(differences: Tensor, wins: Tensor, losses: Tensor, *, beta: float,
 
     low, high = (torch.full_like(scale, limit) for limit in _LOG_RIDGES)
     free = ridge(low)
-    inside = free.norm(dim=-1, keepdim=True) <= radius
+    inside = _norm(free) <= radius
     for _ in range(_RIDGE_BISECTIONS):
         middle = (low + high) / 2
-        outside = ridge(middle).norm(dim=-1, keepdim=True) > radius
+        outside = _norm(ridge(middle)) > radius
         low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
     return torch.where(inside, free, ridge(high))
+
+
+def _norm(theta: Tensor) -> Tensor:
+    return cast("Tensor", cast("Any", theta).norm(dim=-1, keepdim=True))  # torch's stub is incomplete
