@@ -1,4 +1,4 @@
-"""`torch.compile` without its limit of variants: each kind of call has its own graph, and a radius that moves is an input."""
+"""`torch.compile` without a limit of variants: each kind of call has a graph, and a changing radius is an input."""
 
 import functools
 import inspect
@@ -18,20 +18,20 @@ from bandpo.objective import Objective
 
 Function = Callable[..., Any]
 
-_CONSTANT_RADII = 2  # of one ball: so many are constants of their graphs, which read a table
-_MANY = 8  # graphs, after which it is said what makes a new one
+_CONSTANT_RADII = 2  # radii of one ball that are constants of their graphs, which read a table
+_MANY = 8  # graphs, after which a warning says what makes a new one
 
 
 class Compiled:
     """A function of the core, with a compiled graph for each kind of call.
 
-    PyTorch keeps the graphs of a function in one list and gives up at the ninth. Here each kind of call (objective, dtypes,
-    which arguments there are) has a copy of the function, with a list to itself, and a list that is full is begun again.
+    PyTorch keeps the graphs of a function in one list and stops compiling at the ninth. Here each kind of call (objective,
+    dtypes, which arguments are given) has a copy of the function with a separate list, and a full list is replaced.
 
     Args:
-        function: What to compile.
+        function: The function to compile.
         compiler: `torch.compile` with its options.
-        by_shape: Whether each shape is a kind of its own.
+        by_shape: Whether calls with different shapes are of different kinds.
     """
 
     def __init__(self, function: Function, compiler: Callable[[Function], Function], *, by_shape: bool) -> None:
@@ -44,7 +44,7 @@ class Compiled:
         self._place = parameters.index("radius") if "radius" in parameters else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # as a part of a larger graph
+        if torch.compiler.is_compiling():  # the call is part of a larger graph
             return self._function(*args, **kwargs)
         args = tuple(self._radius(a) if i == self._place else self._region(a) for i, a in enumerate(args))
         kwargs = {
@@ -56,22 +56,22 @@ class Compiled:
             self._graphs[kind] = self._compiler(_copy(self._function))
             if len(self._graphs) > _MANY:
                 self._say(
-                    f"has compiled its graph no. {len(self._graphs)}: each other objective, dtype, gradient mode or set of "
-                    "arguments needs one of its own, which takes seconds. Keep the objects that you pass, and the compiled "
-                    "function, for the whole run"
+                    f"has compiled its graph no. {len(self._graphs)}: each new objective, dtype, gradient mode or set of "
+                    "arguments needs a new graph, which takes seconds to compile. Reuse the objects that you pass, and the "
+                    "compiled function, for the whole run"
                 )
         try:
             return self._graphs[kind](*args, **kwargs)
         except FailOnRecompileLimitHit:
             self._say(
-                "compiles again and again, because a number among its arguments, or the layout of a tensor, is another one in "
-                "each call. Pass it as a tensor, keep it constant, or do without compiling"
+                "compiles repeatedly, because a number among its arguments, or the layout of a tensor, differs from call to "
+                "call. Pass it as a tensor, keep it constant, or do not compile"
             )
             self._graphs[kind] = self._compiler(_copy(self._function))
             return self._graphs[kind](*args, **kwargs)
 
     def _region(self, value: Any) -> Any:
-        """An argument, with the radius of its ball as a tensor once it has been seen to move."""
+        """An argument; the radius of its ball becomes a tensor once it has changed between calls."""
         ball = value.bounds if isinstance(value, Objective) else value
         if not isinstance(ball, Band | TopK):
             return value
@@ -90,15 +90,15 @@ class Compiled:
             seen.append(radius)
             return radius
         self._say(
-            f"has seen radius {radius} after {' and '.join(map(str, seen))}: a radius that moves is from now on an input of "
-            "one graph, which solves for the bounds in float64 at each call; a constant one is read from a table, and faster"
+            f"has seen radius {radius} after {' and '.join(map(str, seen))}: from now on the changing radius is an input of "
+            "one graph, which solves for the bounds in float64 at each call; a constant radius is faster (read from a table)"
         )
         if isinstance(radius, tuple):
             return tuple(_as_input(side) for side in radius)
         return _as_input(radius)
 
     def _kind(self, value: Any) -> object:
-        """What a graph is made for. A number is no part of it: PyTorch makes an input of one that changes, where it can."""
+        """The kind of call that a graph is made for, without numbers: PyTorch makes a changing number an input if it can."""
         if isinstance(value, Tensor):
             shape = tuple(value.shape) if self._by_shape else tuple(min(n, 2) for n in value.shape)
             return value.dtype, value.device, value.requires_grad, shape, value.is_contiguous()
@@ -134,7 +134,7 @@ def _is_ours(function: Function) -> bool:
 
 
 def _copy(function: Function) -> Function:
-    """A function that calls this one, with a code object of its own: that is what PyTorch keeps graphs by."""
+    """A function that calls this one and has a new code object, by which PyTorch finds the graphs of a function."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)

@@ -139,7 +139,7 @@ def moved_name(name: str) -> object:
         module, _, attribute = NAMES[name].rpartition(".")
         warn_moved(f"bandpo.{name}", f"bandpo.{NAMES[name]}", stacklevel=4)
         return getattr(import_module(f"bandpo.{module}"), attribute)
-    if name in _SUBMODULES:
+    if name in _SUBMODULES and not _is_from_import():
         warn_moved(f"bandpo.{name} without an import", f"import bandpo.{name}", stacklevel=4)
         return import_module(f"bandpo.{name}")
     raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
@@ -165,6 +165,16 @@ class MovedModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         # The import system has just put the old name's specification there.
         module.__spec__ = module.__spec__.loader_state if module.__spec__ else None
+
+
+def _is_from_import() -> bool:
+    """Whether `from bandpo import name` asks, which finds a submodule without our help."""
+    from inspect import currentframe
+
+    frame = currentframe()
+    for _ in range(3):  # moved_name, bandpo.__getattr__, and what called it
+        frame = frame.f_back if frame else None
+    return frame is not None and frame.f_code.co_name == "_handle_fromlist"
 
 
 def _minor(version: str) -> tuple[int, int]:

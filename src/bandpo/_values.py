@@ -1,4 +1,4 @@
-"""What makes the library's immutable objects values: equality, hashes and pickles that hold for all of their parts."""
+"""Equality, hashes and pickles of the library's immutable objects, which compare by the values of their fields."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class ByValue:
-    """Equality of a dataclass (made with `eq=False`) whose fields may hold tensors or `functools.partial`.
+    """Equality for a dataclass (made with `eq=False`) whose fields may hold tensors or `functools.partial`.
 
-    A dataclass's own comparison asks a tensor for its truth, and takes two partials of one function for different things.
-    Two equal objects have one hash; the hash leaves out what a tensor holds, because a schedule may write to it.
+    The comparison of a plain dataclass fails for tensors, whose equality is a tensor, and finds two partials of one function
+    different. Two equal objects have one hash; it leaves out the values of tensors, because a schedule may change them.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -30,12 +30,12 @@ class ByValue:
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping of named objects, pickled and copied as the module's variable that it is.
+    """A read-only mapping of named objects, which is pickled and copied by the name of its module variable.
 
     Args:
-        module: `__name__` of its module.
-        variable: Its name there.
-        entries: What it holds.
+        module: `__name__` of the module that defines the mapping.
+        variable: Name of the variable in that module.
+        entries: The named objects.
     """
 
     def __init__(self, module: str, variable: str, entries: Mapping[str, T]) -> None:

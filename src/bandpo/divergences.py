@@ -1,4 +1,4 @@
-"""f-divergences: which ball a trust region is. One generator per divergence, and the binary form every bound rests on."""
+"""f-divergences, the balls of trust regions: one generator per divergence, and the binary form that every bound inverts."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,10 +12,26 @@ from torch import Tensor
 from bandpo._inputs import check_tensor
 from bandpo._values import ByValue, Registry
 
+__all__ = [
+    "CHI2",
+    "DIVERGENCES",
+    "HELLINGER",
+    "JEFFREYS",
+    "JS",
+    "KL",
+    "LE_CAM",
+    "NEYMAN",
+    "REVERSE_KL",
+    "TV",
+    "FDivergence",
+    "alpha",
+    "binary_divergence",
+]
+
 # exp(±700) is still a normal float64: beyond it a probability, or its complement, is treated as e^-700.
 MAX_LOG = 700.0
 MAX_LOG_FLOAT32 = 80.0  # the same for statistics in float32
-# A smaller radius leaves no room and a larger one counts as this: squares of both, and δ/p, stay in the range of float64.
+# A radius below the first is treated as 0, and one above the second as the second: squares and δ/p then fit into float64.
 SMALLEST_RADIUS, LARGEST_RADIUS = 1e-300, 1e300
 
 LogBounds = tuple[Tensor, Tensor]
@@ -23,23 +39,23 @@ LogBounds = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FDivergence(ByValue):
-    """An f-divergence `D_f(π ‖ π_old) = Σ π_old f(π / π_old)`, given by its generator.
+    """An f-divergence (Csiszár, 1967), `D_f(π ‖ π_old) = Σ π_old f(π / π_old)`, given by its generator.
 
-    A user's own divergence needs `name` and `f` only; check it once with `bandpo.testing.check_divergence`. Make it once, too:
-    bounds are tabulated for each divergence, and a new one with an equal-looking lambda is another divergence. One whose
-    functions are defined at the top level of a module can be pickled, for worker processes.
+    A new divergence needs `name` and `f` only; check it once with `bandpo.testing.check_divergence`. Create the object once
+    and reuse it: bounds are tabulated for each divergence, and a second object with the same lambda counts as a different
+    divergence. If the functions are defined at the top level of a module, the object can be pickled for worker processes.
 
     Args:
         name: Name in messages, tables and plots.
         f: Generator, elementwise on a float64 tensor of ratios `u > 0`: convex, `f(1) = 0`, `f >= 0`
-            (add `c·(u - 1)` to reach `f'(1) = 0`; that changes no divergence).
+            (add `c·(u - 1)` to reach `f'(1) = 0`; that does not change the divergence).
         f_exp: The same generator as a function of `t = log u`, `f(exp(t))`, written so that nothing cancels near `t = 0`
-            and nothing overflows to NaN for `t` in `[-inf, 700]`. Without it `f(exp(t))` is used as it stands: bounds are
+            and nothing overflows to NaN for `t` in `[-inf, 700]`. Without it `f(exp(t))` is evaluated directly: bounds are
             then as exact as `f` itself near 1, and ratios below 1e-308 count as 0.
         slope_at_infinity: `lim f(u)/u` as `u → ∞`, which may be `inf`. It decides the lower bound of a certain token
             (`p = 1`). Without it `f(e^700)/e^700` is used.
-        closed_form: Maps float64 `log p <= 0` and the radius to `(log lower, log upper)` where an inverse to full precision
-            is known. The caller clips the result to the simplex; `-inf` and `+inf` are fine.
+        closed_form: Maps float64 `log p <= 0` and the radius to `(log lower, log upper)`, for a divergence whose inverse is
+            known to full precision. The caller clips the result to the simplex; `-inf` and `+inf` are allowed.
 
     Raises:
         TypeError: If `f` is not callable.
@@ -65,23 +81,29 @@ class FDivergence(ByValue):
             object.__setattr__(self, "slope_at_infinity", float(self.of_log(edge) * (-edge).exp()))
 
     def __hash__(self) -> int:
-        return hash(self.name)  # asked for at each call: the other parts would take longer than the name tells apart
+        return hash(
+            self.name
+        )  # computed at each call; hashing the other fields would cost more than it would distinguish
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """A built-in divergence is pickled and copied as itself."""
         return self.name if DIVERGENCES.get(self.name.lower()) is self else super().__reduce_ex__(protocol)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """The generator at ratio `u`."""
+        """The generator at ratio `u`, elementwise."""
         return self.f(u)
 
     def of_log(self, t: Tensor) -> Tensor:
-        """The generator at log-ratio `t`: `f(exp(t))`."""
+        """The generator at a log-ratio, `f(exp(t))`.
+
+        Args:
+            t: Log-ratio, any shape, float64 (or float32 for statistics).
+        """
         return self.f(t.exp()) if self.f_exp is None else self.f_exp(t)
 
     @property
     def recession(self) -> float:
-        """`lim f(u)/u` for `u → ∞`: what probability costs where the old policy had none."""
+        """`lim f(u)/u` for `u → ∞`: the cost of probability where the old policy had none."""
         assert self.slope_at_infinity is not None
         return self.slope_at_infinity
 
@@ -93,15 +115,15 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
     that gives the token the ratio `r`.
 
     Args:
-        log_ratio: `log r`, any float dtype; ratios above `1/p` give NaN (no such policy).
-        old_logprobs: `log p <= 0`, same shape.
+        log_ratio: `log r`, any shape and float dtype; ratios above `1/p` give NaN, because there is no such policy.
+        old_logprobs: `log p <= 0`, the same shape.
         divergence: The divergence.
 
     Returns:
         float64 tensor of the broadcast shape, in the units of the divergence (nats for KL).
 
     Raises:
-        TypeError: If one of the two is no float tensor.
+        TypeError: If one of the two tensors does not have a float dtype.
 
     Examples:
         >>> p, r = torch.tensor([0.5]), torch.tensor([1.308484])
@@ -114,12 +136,12 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
 
 
 def divergence_of_two(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tensor:
-    """`binary_divergence` in the dtype of its input; in float32 it is off by about `p·2^-24·|x|`, for statistics."""
+    """`binary_divergence` in the dtype of its input; the error in float32, for statistics, is about `p·2^-24·|x|`."""
     logp = logp.clamp(-MAX_LOG if logp.dtype == torch.float64 else -MAX_LOG_FLOAT32, 0.0)
     p, odds = logp.exp(), (-logp).expm1()  # odds = (1-p)/p, from expm1: 1-p of a rounded p has lost the digits
     gain = x.expm1()
     rest = p * odds * divergence.of_log((-gain / odds).log1p())  # its ratio is (1-pr)/(1-p) = 1 - (r-1)/odds
-    # p = 1: what the token loses lands where there was nothing, and there is nothing to gain.
+    # p = 1: the mass that the token loses goes where the old policy had none, and the token cannot gain.
     lost = torch.where(gain == 0, 0.0, torch.where(gain > 0, math.nan, -gain * divergence.recession))
     return p * divergence.of_log(x) + torch.where(logp < 0, rest, lost)
 
@@ -156,7 +178,7 @@ def _neyman_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
 
 def _hellinger_bounds(logp: Tensor, radius: Tensor) -> LogBounds:
     """`√r = b ∓ √(odds (1-b²))` with `b = 1 - δ/2`: an arc on the sphere of √π, which ends where it leaves the simplex."""
-    radius = radius.clamp_max(2.0)  # the whole sphere
+    radius = radius.clamp_max(2.0)  # reaches the whole sphere
     turn = -radius / 2
     step = _root(radius * (1 - radius / 4), (-logp).expm1())
     upper = (2 * (turn + step).log1p()).masked_fill(logp >= 2 * turn.log1p(), math.inf)
@@ -348,10 +370,13 @@ def alpha(a: float) -> FDivergence:
     """The α-divergence with generator `(u^α - αu - (1-α)) / (α(α-1))`.
 
     `alpha(0)` is KL, `alpha(1)` is REVERSE_KL, `alpha(2)` is ½ CHI2, `alpha(0.5)` is 2 HELLINGER and `alpha(-1)` is
-    ½ NEYMAN; those three use their closed forms with the radius rescaled. A Rényi ball is an α-ball of another radius.
+    ½ NEYMAN; the last three use those closed forms with a rescaled radius. A Rényi ball is an α-ball of another radius.
 
     Args:
         a: The order α, any finite float.
+
+    Returns:
+        KL or REVERSE_KL itself for α of 0 or 1, otherwise a new divergence.
 
     Raises:
         ValueError: If `a` is not finite.
@@ -399,7 +424,7 @@ def _alpha_exp(t: Tensor, order: float) -> Tensor:
 
 
 def _multiple(logp: Tensor, radius: Tensor, of: FDivergence, factor: float) -> LogBounds:
-    """Closed form of a divergence that is another one over `factor`."""
+    """Closed form of a divergence that is the divergence `of` divided by `factor`."""
     assert of.closed_form is not None
     return of.closed_form(logp, factor * radius)
 

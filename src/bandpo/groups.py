@@ -1,7 +1,7 @@
-"""What a trainer makes of the groups of a batch: advantages, duals, signal, which to keep, penalties of length.
+"""Statistics of the groups of a batch: advantages, KL duals, signal, informative completions, and a penalty of length.
 
-A reward that is NaN or infinite is no score. An unscored completion has advantage 0 and takes no part in what is said of its
-group; a group whose scores are all equal has no signal, exactly.
+A reward that is NaN or infinite is not a score. A completion without a score has advantage 0 and is left out of all statistics
+of the group; a group whose scores are all equal has a signal of exactly 0.
 """
 
 import math
@@ -13,23 +13,34 @@ from torch import Tensor
 
 from bandpo._inputs import check_int, check_tensor
 
-_STEPS = 100  # halvings of log λ: to the last bit of float64 from any bracket
+__all__ = [
+    "AdvantageKind",
+    "GroupIds",
+    "KLDual",
+    "group_advantages",
+    "group_signal",
+    "informative",
+    "kl_dual",
+    "soft_overlong",
+]
+
+_STEPS = 100  # bisections of log λ, which reach the last bit of float64 from any bracket
 
 GroupIds = Tensor | Sequence[Hashable]
 AdvantageKind = Literal["std", "mean", "leave-one-out"]
 
 
 class Groups:
-    """Which completions belong together, and their values as a table with one row for each group.
+    """The groups of completions, and values of completions as a table with one row for each group.
 
     Args:
-        count: Completions.
+        count: Number of completions.
         group_size: Completions of each group, which are consecutive.
         group_ids: Instead of the size, an id for each completion: an integer tensor, or a sequence such as a list of names.
             Completions with equal ids are one group; groups may differ in size and be in any order.
 
     Raises:
-        TypeError: If the size is no integer, or the ids are not of such a kind.
+        TypeError: If the size is not an integer, or the ids have another type.
         ValueError: If not exactly one of the two is given, or it does not fit the number of completions.
 
     Examples:
@@ -81,18 +92,18 @@ class Groups:
 def _ids(group_ids: GroupIds, count: int) -> list[Hashable]:
     if isinstance(group_ids, Tensor) and (group_ids.is_floating_point() or group_ids.is_complex()):
         raise TypeError(f"group_ids: a tensor must have an integer dtype, got {group_ids.dtype}")
-    # A set and a mapping have no order of their own that could be that of the completions.
+    # A set and a mapping have no order that could be the order of the completions.
     if isinstance(group_ids, str | bytes | Set | Mapping) or not hasattr(group_ids, "__len__"):
         raise TypeError(
             f"group_ids: pass an integer tensor or a list with an id for each completion, got {group_ids!r}"
         )
-    # A numpy array of names has tolist, too.
+    # A numpy array of names also has tolist.
     listed: Any = group_ids.tolist() if hasattr(group_ids, "tolist") else list(group_ids)  # type: ignore[union-attr]
     found = cast("list[Hashable]", listed)
     if len(found) != count or (isinstance(group_ids, Tensor) and group_ids.dim() != 1):
         raise ValueError(f"group_ids: {count} completions need as many ids in one dimension, got {len(found)}")
     for i, key in enumerate(found):
-        # Two tensors never have one hash, so that each completion would be a group of its own, without any signal.
+        # Two tensors never have the same hash: each completion would be a separate group, without any signal.
         if isinstance(key, Tensor) or not isinstance(key, Hashable):
             raise TypeError(f"group_ids[{i}] is {key!r}; an id must be hashable, such as an integer or a string")
         if key is None or key != key:
@@ -101,14 +112,15 @@ def _ids(group_ids: GroupIds, count: int) -> list[Hashable]:
 
 
 def scored(x: Tensor) -> Tensor:
-    """Which entries are scores: the finite ones."""
+    """Whether each entry is a score, that is finite; bool, the same shape."""
     return x.isfinite()
 
 
 def centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores less the mean of their row in float64, and how many there are, at least 1: `(..., group)` and `(..., 1)`.
+    """Scores less the mean of their row in float64, `(..., group)`, and the number of scores, at least 1, `(..., 1)`.
 
-    0 where there is no score. Measured from the largest score, so that equal ones leave exactly 0 at any magnitude.
+    The difference is 0 where there is no score. Scores are measured from the largest one, so that equal scores give exactly 0
+    at any magnitude.
     """
     wide, counts = x.detach().to(torch.float64), scored(x)
     n = counts.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1)
@@ -129,23 +141,23 @@ def group_advantages(
     `std`: `(R - mean) / (std + eps)` with the unbiased std (GRPO, arXiv:2402.03300). `mean`: `R - mean` (Dr.GRPO,
     arXiv:2503.20783). `leave-one-out`: `R - mean of the others` (RLOO, arXiv:2402.14740).
 
-    A reward that is NaN or infinite is no score: its advantage is 0, and mean and std are those of the scored completions of
-    the group. Where these all have one reward, or there is a single one, every advantage is exactly 0.
+    A reward that is NaN or infinite is not a score: its advantage is 0, and mean and std are those of the scored completions
+    of the group. If these all have the same reward, or there is only one, every advantage is exactly 0.
 
     Args:
         rewards: `(completions,)`, float.
-        group_size: Completions per prompt, at least 2, where the groups are consecutive and of one size.
+        group_size: Completions per prompt, at least 2, for groups that are consecutive and of one size.
         group_ids: Instead, an id for each completion, for groups of different sizes or in any order: an integer tensor
             `(completions,)`, or a sequence such as a list of the prompts' names.
-        kind: Which of the three.
-        eps: At least 0; TRL's 1e-4.
+        kind: The formula: "std", "mean" or "leave-one-out".
+        eps: Added to the std, at least 0; 1e-4 in TRL.
 
     Returns:
-        Tensor of the shape and dtype of `rewards`, computed in float64.
+        Tensor of the same shape and dtype as `rewards`, computed in float64.
 
     Raises:
         ValueError: If not exactly one of `group_size` and `group_ids` is given, or it does not fit, or the kind is unknown.
-        TypeError: If `rewards` is no float tensor, the group size no integer, or an id cannot be compared.
+        TypeError: If `rewards` is not a float tensor, the group size is not an integer, or an id is not hashable.
 
     Examples:
         >>> import torch
@@ -182,31 +194,31 @@ def group_advantages(
 
 
 class KLDual(NamedTuple):
-    """Multiplier and baseline of a KL ball, one of each for a group."""
+    """Multiplier and baseline of a KL ball, one of each for every group."""
 
     dual: Tensor
-    """λ >= 0, in the units of the advantages; 0 for a group without spread."""
+    """λ >= 0, `(..., 1)`, in the units of the advantages; 0 for a group without spread."""
     baseline: Tensor
-    """`b = λ log mean exp(A/λ)`; the solution is `ρ = exp((A - b)/λ)`."""
+    """`b = λ log mean exp(A/λ)`, `(..., 1)`; the solution is `ρ = exp((A - b)/λ)`."""
 
 
 def kl_dual(advantages: Tensor, radius: float = 0.05, *, floor: float = 0.05) -> KLDual:
     """Multiplier of the KL trust region of each prompt, `max_ρ mean ρA  s.t.  mean ρ log ρ <= δ, mean ρ = 1`.
 
     The convex dual `g(λ) = λδ + λ log mean exp(A/λ)` (as in REPS and MPO) is least where KL(softmax(A/λ) ‖ uniform) = δ. That
-    KL falls from log(G/k), for k completions that share the maximum, to 0: one root, found by bisection in log λ. Where
-    δ >= log(G/k) the ball holds the best completions alone, the constraint is slack, and λ is `floor` times the spread; where
-    all advantages are equal there is nothing to gain, and λ = 0. For small δ, `λ -> std(A)/√(2δ)`: dividing by the group's
-    std, as GRPO does, is this trust region to first order. Part of our own reading of QUATRO, arXiv:2602.04620.
+    KL falls from log(G/k), for k completions that share the maximum, to 0: one root, found by bisection in log λ. If
+    δ >= log(G/k), the best completions alone are within the ball, the constraint is slack, and λ is `floor` times the spread;
+    if all advantages are equal, there is nothing to gain, and λ = 0. For small δ, `λ -> std(A)/√(2δ)`: division by the group's
+    std, as in GRPO, is this trust region to first order. This is part of our own reading of QUATRO, arXiv:2602.04620.
 
     Args:
-        advantages: `(..., group_size)`; a constant added to a group changes its baseline only. One that is NaN or infinite
-            is left out.
+        advantages: A, `(..., group_size)`; a constant added to a group changes only the baseline. NaN and infinite entries
+            are left out.
         radius: δ > 0, in nats for each sequence.
         floor: Smallest λ, in units of `max A - min A`.
 
     Returns:
-        λ and b, `(..., 1)`, in the dtype of `advantages`; solved in float64. No gradient.
+        λ and b, `(..., 1)`, in the dtype of `advantages`; solved in float64, without gradient.
 
     Raises:
         ValueError: If `radius` or `floor` is not positive.
@@ -227,7 +239,7 @@ def kl_dual(advantages: Tensor, radius: float = 0.05, *, floor: float = 0.05) ->
         spread = torch.where(n > 0, top - bottom, 0.0)
         top = torch.where(n > 0, top, 0.0)
         unit = torch.where(spread > 0, spread, 1.0)
-        # In [-1, 0], so that what follows does not depend on the scale of rewards; what is left out weighs e^-inf.
+        # In [-1, 0], so that the search does not depend on the scale of rewards; entries that are left out weigh e^-inf.
         x = torch.where(counts, (a - top) / unit, -math.inf)
         x = torch.where(n > 0, x, 0.0)
         log_n = n.clamp_min(1).to(torch.float64).log()
@@ -237,24 +249,27 @@ def kl_dual(advantages: Tensor, radius: float = 0.05, *, floor: float = 0.05) ->
             middle = (low + high) / 2
             too_far = _tilted_kl(x, middle, log_n) > radius
             low, high = torch.where(too_far, middle, low), torch.where(too_far, high, middle)
-        # `high` is feasible; where the floor is, the bisection closes in on it.
+        # `high` is feasible; where the floor is the solution, the bisection converges to it.
         dual = torch.where(spread > 0, high.exp() * unit, 0.0)
         log_mean = (x / high.exp()).logsumexp(-1, keepdim=True) - log_n
         return KLDual(*(v.to(advantages.dtype) for v in (dual, top + dual * log_mean)))
 
 
 def group_signal(rewards: Tensor, *, reward_range: float = 1.0) -> Tensor:
-    """How much a group can teach, in [0, 1]: its variance over the largest one, `4·var/range²`.
+    """How much a group can teach, in [0, 1]: the variance of the rewards over the largest possible one, `4·var/range²`.
 
-    For rewards of 0 and 1 it is `4q(1-q)` at a share q of right answers: 1 where half are right, 0 where all agree or nothing
-    is scored.
+    For rewards of 0 and 1 and a share q of right answers this is `4q(1-q)`: 1 if half are right, 0 if all agree or none is
+    scored. It is the macro signal in our own reading of ETR (arXiv:2601.03723).
 
     Args:
-        rewards: `(..., group_size)`; one that is NaN or infinite is no score and left out.
+        rewards: `(..., group_size)`; NaN and infinite entries are not scores and are left out.
         reward_range: Largest less smallest possible reward.
 
     Returns:
-        `(..., 1)`.
+        `(..., 1)`, in the dtype of `rewards`.
+
+    Raises:
+        ValueError: If `reward_range` is not a positive number.
 
     Examples:
         >>> group_signal(torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
@@ -272,12 +287,15 @@ def informative(rewards: Tensor, group_size: int | None = None, *, group_ids: Gr
     """Which completions are in a group whose scores differ: those that DAPO's dynamic sampling keeps (arXiv:2503.14476).
 
     Args:
-        rewards: `(completions,)`; one that is NaN or infinite is no score and left out of the comparison.
-        group_size: Completions per prompt, where the groups are consecutive and of one size.
+        rewards: `(completions,)`; NaN and infinite entries are not scores and are left out of the comparison.
+        group_size: Completions per prompt, for groups that are consecutive and of one size.
         group_ids: Instead, an id for each completion; see `bandpo.group_advantages`.
 
     Returns:
-        Bool tensor of the shape of `rewards`.
+        Bool tensor of the same shape.
+
+    Raises:
+        ValueError: If `rewards` does not have one dimension, or the groups do not fit.
 
     Examples:
         >>> informative(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
@@ -298,12 +316,15 @@ def soft_overlong(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
     0 up to `max_length - buffer`, then falling linearly to -1 at `max_length`, and -1 beyond.
 
     Args:
-        lengths: Tokens of each completion, integer or float.
-        max_length: L_max, 20480 in the paper.
-        buffer: L_cache, 4096 in the paper; `0 < buffer <= max_length`.
+        lengths: Number of tokens of each completion, any shape, integer or float.
+        max_length: L_max in tokens, 20480 in the paper.
+        buffer: L_cache in tokens, 4096 in the paper; `0 < buffer <= max_length`.
 
     Returns:
-        float32 tensor of the shape of `lengths`.
+        float32 tensor of the same shape.
+
+    Raises:
+        ValueError: If `buffer` is out of range.
 
     Examples:
         >>> soft_overlong(torch.tensor([10, 18, 20, 25]), max_length=20, buffer=4)
@@ -317,6 +338,6 @@ def soft_overlong(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
 
 
 def _tilted_kl(x: Tensor, log_dual: Tensor, log_n: Tensor) -> Tensor:
-    """KL(softmax(x/λ) ‖ uniform) along the last dimension, in nats, over the n entries that are not -inf."""
+    """KL(softmax(x/λ) ‖ uniform) along the last dimension, in nats, over the n entries that are not -inf, `(..., 1)`."""
     z = (x / log_dual.exp()).log_softmax(-1)
     return (z.exp() * z.clamp_min(torch.finfo(z.dtype).min)).sum(-1, keepdim=True) + log_n

@@ -1,4 +1,4 @@
-"""Log-probs of the chosen tokens straight from the last hidden states, without the (tokens, vocabulary) matrix."""
+"""Log-probs of the chosen tokens, computed from the last hidden states without the (tokens, vocabulary) matrix."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,16 @@ _LOGITS_AT_A_TIME = 1 << 25
 
 
 class TokenLogprobs(NamedTuple):
-    """What `token_logprobs` returns; what was not asked for is None."""
+    """The result of `token_logprobs`; fields that were not requested are None."""
 
     logprobs: Tensor
+    """Log-probs of the chosen tokens, `(...)`, with gradient."""
     entropy: Tensor | None = None
+    """Entropy in nats, `(...)`, with gradient."""
     top_logprobs: Tensor | None = None
+    """The largest log-probs, `(..., top_k)`, largest first, without gradient."""
     top_ids: Tensor | None = None
+    """The tokens of `top_logprobs`, `(..., top_k)`, int64."""
 
 
 def token_logprobs(
@@ -31,20 +35,20 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-prob (and entropy) of the chosen tokens from hidden states and the LM head, chunk by chunk.
 
-    `log softmax((h Wᵀ + b) / T)` at the target, and `H = -Σ π log π`, forward and backward, with the logits of one chunk of
-    tokens in memory at a time: the backward pass computes them again. Tokens whose gradient is 0 (padding, clipped by the
-    trust region) cost nothing there on a CPU.
+    Computes `log softmax((h Wᵀ + b) / T)` at the target, and the entropy `H = -Σ π log π`, with the logits of one chunk of
+    tokens in memory at a time; the backward pass computes the logits again. Tokens whose gradient is 0 (padding, or clipped by
+    the trust region) cost nothing in the backward pass on a CPU.
 
     Args:
-        hidden: Last hidden states, `(..., features)`, any float dtype; products are taken in it, or under `torch.autocast` in
-            autocast's dtype, forward and backward; the softmax in float32 (float64 for float64).
-        weight: LM head, `(vocabulary, features)`.
+        hidden: Last hidden states, `(..., features)`, any float dtype. Products are computed in this dtype, or under
+            `torch.autocast` in autocast's dtype, forward and backward; the softmax in float32 (float64 for float64).
+        weight: Weight of the LM head, `(vocabulary, features)`.
         targets: Chosen tokens, `(...)`, int64.
-        bias: `(vocabulary,)`, where the head has one.
-        temperature: T > 0, the one the tokens were sampled at.
-        entropy: Also return the entropy, in nats, with gradient.
-        top_k: Also return this many of the largest log-probs and their tokens, largest first, without gradient.
-        chunk_size: Tokens at a time; by default as many as have 32 Mi logits.
+        bias: Bias of the LM head, `(vocabulary,)`, or None.
+        temperature: T > 0, the temperature at which the tokens were sampled.
+        entropy: Whether to return the entropy as well.
+        top_k: Number of the largest log-probs to return as well.
+        chunk_size: Tokens in a chunk; by default as many as have 32 Mi logits.
 
     Returns:
         `TokenLogprobs`, with shapes `(...)` and `(..., top_k)`, in float32 (float64 for float64).
@@ -79,9 +83,16 @@ def token_logprobs(
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float,
-        entropy: bool, top_k: int, rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        entropy: bool,
+        top_k: int,
+        rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = _wide(hidden.dtype)
         n = hidden.shape[0]
         logprobs, entropies, log_z = hidden.new_empty(3, n, dtype=wide)
@@ -115,7 +126,7 @@ class _ChunkedHead(torch.autograd.Function):
         live = d_logprobs != 0
         if ctx.entropy and d_entropy is not None:
             live = live | (d_entropy != 0)
-        # On a GPU the host would have to wait for the number of live tokens.
+        # On a GPU, the number of live tokens would cost a host sync.
         index = (
             live.nonzero().squeeze(-1) if hidden.device.type == "cpu" else torch.arange(len(live), device=live.device)
         )
@@ -148,20 +159,20 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inputs as autocast would give them to the head, by casts that gradients pass.
+    """The inputs in the dtype that autocast would give them, by differentiable casts.
 
-    Left to autocast itself, only the forward pass would take its products in the narrow dtype: the backward pass usually runs
-    outside of it, and would subtract the logarithm of another softmax's sum from the logits that it computes again.
+    With autocast itself, only the forward pass would compute products in the narrow dtype: the backward pass usually runs
+    outside of autocast, and would subtract the log-sum of a different softmax from the logits that it computes again.
     """
     device = hidden.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     narrow = torch.get_autocast_dtype(device)
-    cast = [x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(narrow)
-            for x in (hidden, weight, bias)]  # fmt: skip
-    assert cast[0] is not None
-    assert cast[1] is not None
-    return cast[0], cast[1], cast[2]
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(narrow)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -174,9 +185,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, top_k: int,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    top_k: int,
     chunk_size: int | None,
-) -> None:  # fmt: skip
+) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (..., features) and (vocabulary, features)"

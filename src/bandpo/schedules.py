@@ -1,4 +1,4 @@
-"""Radii (and other coefficients) that move during training: by the step, or by what the last updates did."""
+"""Radii (and other coefficients) that change during training: by the step, or by a measurement of the last updates."""
 
 import math
 from collections.abc import Mapping
@@ -12,16 +12,20 @@ Shape = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value that goes from `start` to `end` over a run.
+    """A value that moves from `start` to `end` over a run.
 
-    `linear`: `start + (end - start)·x`; `cosine`: `end + (start - end)(1 + cos πx)/2`, at the fraction x of the
-    run that is done.
+    With x the completed fraction of the run, `linear` is `start + (end - start)·x`, and `cosine` is
+    `end + (start - end)(1 + cos πx)/2` (SGDR, arXiv:1608.03983, eq. 5).
 
     Args:
         start: Value at step 0.
         end: Value at the last step and beyond; None means `start`.
         steps: Length of the run, at least 1.
-        shape: Which of the three; `constant` is `start` throughout.
+        shape: "constant", which is `start` throughout, "linear" or "cosine".
+
+    Raises:
+        TypeError: If `steps` is not an integer.
+        ValueError: If the shape is unknown, `steps` is below 1, or `end` does not fit the shape.
 
     Examples:
         >>> schedule = Schedule(0.1, 0.02, steps=100, shape="linear")
@@ -46,7 +50,7 @@ class Schedule:
             raise ValueError(f"Schedule: end={self.end} would be ignored by shape='constant'; choose linear or cosine")
 
     def __call__(self, step: int) -> float:
-        """The value at a step."""
+        """The value at a step, counted from 0."""
         end = self.start if self.end is None else self.end
         x = min(max(step / self.steps, 0.0), 1.0)
         if self.shape == "linear":
@@ -58,18 +62,21 @@ class Schedule:
 class Adaptive:
     """A value that follows a measurement, by PPO's rule for its KL coefficient (arXiv:1707.06347, section 4).
 
-    Measured above `tolerance` times the target, the value moves by `factor` the way that lowers the measurement; below the
-    target over `tolerance`, the other way.
+    If the measurement is above `tolerance` times the target, the value changes by `factor` in the direction that lowers the
+    measurement; below the target over `tolerance`, in the other direction.
 
     Args:
-        value: Where it starts, positive; afterwards where it stands.
-        target: Wanted measurement, positive.
+        value: The initial value, positive; later the current value.
+        target: Desired measurement, positive.
         rises: Whether the measurement rises with the value: False for a clip fraction by the radius and for the KL by PPO's β,
             True for the realised divergence by the radius.
-        factor: Step, above 1; the paper's 2 is coarse for a radius.
-        tolerance: At least 1, the paper's 1.5.
+        factor: Factor of one change, above 1; the paper's 2 is coarse for a radius.
+        tolerance: At least 1; 1.5 in the paper.
         low: Smallest value.
         high: Largest value.
+
+    Raises:
+        ValueError: If a number is out of range.
 
     Examples:
         >>> radius = Adaptive(0.05, target=0.01, rises=False)
@@ -94,7 +101,14 @@ class Adaptive:
             raise ValueError(f"Adaptive: factor > 1 and tolerance >= 1 are required, got {self!r}")
 
     def update(self, measured: float) -> float:
-        """Take a measurement in, and return the new value. NaN, no measurement, changes nothing."""
+        """Update the value from a measurement.
+
+        Args:
+            measured: The measurement; NaN, for no measurement, is ignored.
+
+        Returns:
+            The new value.
+        """
         direction = (measured > self.tolerance * self.target) - (measured < self.target / self.tolerance)
         if self.rises:
             direction = -direction
@@ -102,9 +116,13 @@ class Adaptive:
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint needs."""
+        """The state for a checkpoint."""
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint.
+
+        Args:
+            state: The result of `state_dict`.
+        """
         self.value = state["value"]

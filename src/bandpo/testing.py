@@ -1,4 +1,4 @@
-"""Checks for what users bring: divergences, bounds, surrogates, inputs. They raise AssertionError or ValueError and say why."""
+"""Checks for a user's own divergences, bounds, surrogates and inputs; an AssertionError or ValueError says what is wrong."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ _LOGPS = (-50.0, -20.0, -7.0, -3.0, -1.0, -math.log(2), -0.3, -0.05, -1e-3, -1e-
 
 
 def check_divergence(divergence: FDivergence) -> None:
-    """Check that a divergence is one, and that its bounds are right.
+    """Check that a divergence is an f-divergence, and that its bounds are right (docs/theory.md has the proofs).
 
-    The generator: `f(1) = 0`, `f >= 0`, convex; `f_exp(t) = f(exp(t))` where given. The bounds, over a grid of p and δ:
+    The generator: `f(1) = 0`, `f >= 0`, convex; `f_exp(t) = f(exp(t))` if given. The bounds, over a grid of p and δ:
     bracket 1 within `[0, 1/p]`; lie on the ball's surface or at the simplex' edge (the residual); widen with δ, narrow
     with p; mirror, `p·r_low(p) + (1-p)·r_up(1-p) = 1`; tend to `(0, ∞)` as `p → 0` and to `(r*, 1)` as `p → 1`, where
     `f(r*) + (1-r*)·lim f(u)/u = δ`.
@@ -28,7 +28,7 @@ def check_divergence(divergence: FDivergence) -> None:
         divergence: The divergence to check.
 
     Raises:
-        AssertionError: Naming the property, the place and the value.
+        AssertionError: If a property does not hold; the message has the property, the place and the value.
 
     Examples:
         >>> check_divergence(FDivergence("mine", lambda u: 2 * (1 + u) - 4 * u.sqrt()))
@@ -60,15 +60,15 @@ def check_divergence(divergence: FDivergence) -> None:
 def check_bounds(bounds: Bounds, extras: Mapping[str, Tensor] | None = None) -> None:
     """Check that a bounds object maps log-probs to `0 <= lower <= 1 <= upper`, elementwise and without a gradient.
 
-    What it `needs` are a ratio and an advantage of 1; each extra of its own is 0 unless it is given.
+    If the bounds ask for further inputs, they get a ratio and an advantage of 1; other extras are 0 unless they are given.
 
     Args:
         bounds: The bounds to check.
         extras: Extras by name, each a 0-d tensor.
 
     Raises:
-        AssertionError: Naming the property.
-        TypeError: If the bounds only say which tokens are inside.
+        AssertionError: If a property does not hold; the message names it.
+        TypeError: If the bounds have no edges because they only say which tokens are inside.
 
     Examples:
         >>> from bandpo import Clip
@@ -97,15 +97,14 @@ def check_bounds(bounds: Bounds, extras: Mapping[str, Tensor] | None = None) -> 
 def check_surrogate(surrogate: Surrogate, extras: Mapping[str, Tensor] | None = None) -> None:
     """Check that a surrogate is elementwise, finite, and on policy (`r = 1`) has the policy gradient, `A`.
 
-    It is given sequences of one token. What it `needs` is that of a token of old probability 0.5; each extra of its own is 0
-    unless it is given.
+    The surrogate gets sequences of one token with old probability 0.5; other extras are 0 unless they are given.
 
     Args:
         surrogate: The surrogate to check.
         extras: Extras by name, each a 0-d tensor.
 
     Raises:
-        AssertionError: Naming the property.
+        AssertionError: If a property does not hold; the message names it.
 
     Examples:
         >>> from bandpo.surrogates import clip
@@ -134,15 +133,15 @@ def check_surrogate(surrogate: Surrogate, extras: Mapping[str, Tensor] | None = 
 
 
 def check_logprobs(logprobs: Tensor, mask: Tensor | None = None, *, name: str = "logprobs") -> None:
-    """The checks of values that the hot path leaves out because they would stall the device.
+    """Check the values of log-probs; the hot path leaves these checks out because they would stall the device.
 
     Args:
-        logprobs: What should be log-probabilities.
-        mask: Where they count; all by default.
-        name: What to call them in the message.
+        logprobs: Log-probabilities, any shape.
+        mask: The entries to check, the same shape, bool or 0 and 1; all by default.
+        name: Name of the log-probs in messages.
 
     Raises:
-        ValueError: If one is NaN or above 0 by more than rounding (1e-6).
+        ValueError: If a value is NaN or above 0 by more than rounding (1e-6).
 
     Examples:
         >>> check_logprobs(torch.tensor([0.3, -1.0]), name="old_logprobs")
@@ -166,7 +165,7 @@ def _needed(
     old: Tensor,
     extras: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """What a component asks for besides its fixed arguments, in the shape of its tokens."""
+    """The further inputs that a component asks for, in the shape of its tokens."""
     given = {name: torch.zeros_like(old).detach() for name in inputs_of(component) if name not in PROVIDED}
     if unknown := set(extras or {}) - set(given):
         raise ValueError(
@@ -174,14 +173,17 @@ def _needed(
         )
     given |= {name: x.to(old.dtype).expand_as(old) for name, x in (extras or {}).items()}
     batch = {
-        "logprobs": old + log_ratio, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages,
+        "logprobs": old + log_ratio,
+        "old_logprobs": old,
+        "log_ratio": log_ratio,
+        "advantages": advantages,
         "mask": torch.ones_like(old, dtype=torch.bool),
-    }  # fmt: skip
+    }
     return {name: batch[name] if name in PROVIDED else given[name] for name in inputs_of(component)}
 
 
 def _at_most(a: Tensor, b: Tensor) -> bool:
-    """`a <= b` up to the accuracy that is promised for log-bounds, with some room for an f that is less exact."""
+    """Whether `a <= b` up to the accuracy that is promised for log-bounds, with some room for a less exact f."""
     return bool(((a <= b) | torch.isclose(a, b, rtol=1e-11, atol=1e-11)).all())
 
 
@@ -209,7 +211,7 @@ def _check_generator(divergence: FDivergence) -> None:
 
 
 def _check_residual(divergence: FDivergence, logp: Tensor, lower: Tensor, radius: float) -> None:
-    """Inside, the divergence is at most δ; a little further it is more, or the bound is the simplex' edge."""
+    """Check that the divergence is at most δ inside, and more a little further, unless the bound is the simplex' edge."""
     inner = binary_divergence(lower * (1 - 1e-9), logp, divergence)
     outer = binary_divergence(lower * (1 + 1e-9) - 1e-12, logp, divergence)
     where = f"{divergence.name}, radius {radius:g}, lower bound: "
@@ -231,7 +233,7 @@ def _check_limits(divergence: FDivergence, radius: float) -> None:
     where = f"{divergence.name}, radius {radius:g}: "
     rare, certain = torch.tensor([-600.0, 0.0], dtype=torch.float64).unsqueeze(-1)
     lower, upper = ratio_bounds(rare, divergence, radius)
-    # r_low ≤ ε needs f(ε) ≤ δ/p, which a slowly growing f reaches late: p = e^-600 is late.
+    # r_low ≤ ε needs f(ε) ≤ δ/p, which a slowly growing f reaches only at a very small p, here e^-600.
     assert lower.item() < 1e-6, f"{where}the lower bound must tend to 0 as p → 0, got {lower.item():g}"
     assert upper.item() > 1e3, f"{where}the upper bound must grow without limit as p → 0, got {upper.item():g}"
     lower, upper = ratio_bounds(certain, divergence, radius)

@@ -1,36 +1,37 @@
-"""Reads files that a stranger may have written: bounded in size, depth and work, and nothing in them is executed."""
+"""Readers for untrusted files: size, depth and work are bounded, and nothing in a file is executed."""
 
 import functools
 import json
 import os
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MAX_YAML_BYTES = 1 << 20
 MAX_NODES = 20_000
-"""Values of a YAML file, aliases counted as often as they are used."""
+"""Limit for the number of values in a YAML file; an alias counts each time it is used."""
 MAX_DEPTH = 50
 MAX_DIGITS = 100
-"""Digits of a whole number. Longer ones cost quadratic time, or are too large for a float."""
-_MAX_CHARACTERS = 4 * MAX_YAML_BYTES  # of the texts of a YAML file, aliases counted as often as they are used
+"""Limit for the digits of a number. Longer integers take quadratic time, or are too large for a float."""
+_MAX_CHARACTERS = 4 * MAX_YAML_BYTES  # in all texts of a YAML file; an alias counts each time it is used
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link"}
 
 
 def read_regular(path: Path, limit: int | None = None, *, follow: bool = True) -> bytes:
-    """The content of a regular file: never of a pipe or device, which could block or have no end.
+    """The content of a regular file; pipes and devices, which could block or never end, are refused.
 
     Args:
         path: The file.
-        limit: Bytes that it may have; None for any number.
-        follow: Whether it may be a symbolic link. In a stranger's folder it may not: the link could lead to any file.
+        limit: Largest allowed size in bytes; None for no limit.
+        follow: Whether the file may be a symbolic link. Pass False in an untrusted folder: a link could lead to any file.
 
     Returns:
-        All of its bytes.
+        The bytes of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no regular file, is larger than the limit, or cannot be read.
+        ValueError: If the file is not a regular file, is larger than the limit, or cannot be read.
     """
     try:
         mode = (path.stat() if follow else path.lstat()).st_mode
@@ -41,7 +42,7 @@ def read_regular(path: Path, limit: int | None = None, *, follow: bool = True) -
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged in between
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced after the first check
                 raise ValueError(f"{path} is not a regular file")
             data = file.read(-1 if limit is None else limit + 1)
     except FileNotFoundError:
@@ -56,18 +57,18 @@ def read_regular(path: Path, limit: int | None = None, *, follow: bool = True) -
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The plain values of a YAML document: null, true, false, numbers, texts, lists and mappings of these.
 
-    Dates stay text. Aliases and merge keys work, and count as often as they are used.
+    Dates are read as text. Aliases and merge keys work; their values count each time they are used.
 
     Args:
         text: The document.
-        where: Its name, for messages.
+        where: Name of the document in messages.
 
     Returns:
-        What it holds.
+        The values of the document.
 
     Raises:
         ImportError: If PyYAML is not installed.
-        ValueError: If it is not YAML, has a tag that makes an object, or more or deeper values than any configuration.
+        ValueError: If the text is not YAML, has a tag that creates an object, or exceeds the limits of number or depth.
 
     Examples:
         >>> parse_yaml("a: [1, 2.5, x]", "example")
@@ -92,24 +93,24 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     except _Excess as error:
         raise ValueError(str(error)) from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML's own constructors stumble over a tag on a text that is none of its kind, "!!int ''" for one
+        # PyYAML's constructors raise these for a tag that does not fit its text, for example "!!int ''"
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())[:200]}") from None
     _check_values(found, where)
     return found
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """A JSON value; a whole number of more digits than any count has becomes a float, which may be infinite.
+    """The value of a JSON text; an integer of more than `MAX_DIGITS` digits becomes a float, which may be infinite.
 
     Args:
         text: The JSON.
-        where: Its name, for messages.
+        where: Name of the text in messages.
 
     Returns:
-        What it holds.
+        The value.
 
     Raises:
-        ValueError: If it is not JSON, or nested too deep.
+        ValueError: If the text is not JSON, or is nested too deep.
     """
     try:
         return json.loads(text, parse_int=_whole)
@@ -118,15 +119,15 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 class _Excess(ValueError):
-    """More than is read; its message is complete."""
+    """A limit was exceeded; the message is complete."""
 
 
 def _check_events(text: str, where: str) -> None:
-    """Refuses depth and number of values before anything is built: building recurses."""
+    """Check depth and number of values before any value is built, because building recurses."""
     import yaml
 
     nodes = depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in cast("Iterable[object]", yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
             continue
@@ -138,18 +139,16 @@ def _check_events(text: str, where: str) -> None:
             raise _Excess(f"{where} has values nested deeper than {MAX_DEPTH}")
 
 
-def _check_values(found: Any, where: str) -> None:
-    """Refuses values that grow or never end when aliases are followed: YAML builds each alias once, but readers follow all."""
+def _check_values(found: object, where: str) -> None:
+    """Check the number and depth of values with all aliases followed: YAML builds each alias once, but readers follow all."""
     nodes = characters = 0
-    pending = [(found, 1)]
+    pending: list[tuple[object, int]] = [(found, 1)]
     while pending:
         value, depth = pending.pop()
         nodes += 1
         if isinstance(value, str):
             characters += len(value)
-        inside = (
-            [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-        )
+        inside = _inside(value)
         if nodes + len(pending) + len(inside) > 2 * MAX_NODES or characters > _MAX_CHARACTERS:
             raise ValueError(f"{where} has more than {MAX_NODES:,} values when its aliases are followed")
         if depth > MAX_DEPTH + 1:
@@ -157,12 +156,22 @@ def _check_values(found: Any, where: str) -> None:
         pending += [(x, depth + 1) for x in inside]
 
 
+def _inside(value: object) -> list[object]:
+    """The values that a mapping (its keys among them) or a list holds."""
+    if isinstance(value, dict):
+        mapping = cast("dict[object, object]", value)
+        return [*mapping, *mapping.values()]
+    return list(cast("Iterable[object]", value)) if isinstance(value, list | tuple) else []
+
+
 @functools.cache
 def _loader() -> Any:
     import yaml
 
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        """YAML's safe loader without merges that grow, numbers that take long, dates and binary data."""
+    safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(safe):
+        """YAML's safe loader without exponential merges, slow numbers, dates and binary data."""
 
         merged = 0
         merging = 0
@@ -182,10 +191,10 @@ def _loader() -> Any:
             super().flatten_mapping(node)
             self.merging -= 1
 
-    def number(kind: str) -> Any:
+    def number(kind: str) -> Callable[[Any, Any], object]:
         build = getattr(yaml.SafeLoader, f"construct_yaml_{kind}")
 
-        def construct(loader: Any, node: Any) -> Any:
+        def construct(loader: Any, node: Any) -> object:
             if len(loader.construct_scalar(node)) > MAX_DIGITS:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark
@@ -196,7 +205,7 @@ def _loader() -> Any:
 
     for kind in ("int", "float"):
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", number(kind))
-    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", Loader.construct_scalar)  # stays text
     for kind in ("binary", "omap", "pairs", "set"):
         Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_undefined)
     return Loader

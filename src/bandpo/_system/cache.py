@@ -1,4 +1,4 @@
-"""Folders that are made once and used by many: sealed, checked whenever they are used, and made by one process at a time."""
+"""Folders that are made once and shared by runs: sealed, checked at each use, and made by one process at a time."""
 
 import os
 import secrets
@@ -17,16 +17,16 @@ Say = Callable[[str], object]
 
 
 def cache_root() -> Path:
-    """The user's cache directory, or $BANDPO_CACHE."""
+    """The folder of all caches: $BANDPO_CACHE, or the user's cache directory."""
     return Path(os.environ.get("BANDPO_CACHE") or platformdirs.user_cache_dir("bandpo"))
 
 
 def is_usable(path: Path, say: Say) -> bool:
-    """Whether a folder of the cache is there and as it was written.
+    """Whether a folder of the cache exists and is unchanged since it was written.
 
     Args:
         path: The folder.
-        say: Takes a message if it is there and cannot be used.
+        say: Called with a message if the folder exists but cannot be used.
     """
     if not path.exists():
         return False
@@ -38,11 +38,11 @@ def is_usable(path: Path, say: Say) -> bool:
 
 @contextmanager
 def sole_maker(path: Path, say: Say) -> Generator[None]:
-    """For as long as the block runs no other process makes this folder; what a killed one left of it is cleared away.
+    """Keep other processes from making this folder while the block runs, and remove what a killed process left behind.
 
     Args:
         path: A folder of the cache.
-        say: Takes a message if another process is making it now; this one waits.
+        say: Called with a message if another process is making the folder now; this process then waits.
 
     Raises:
         RunError: If the cache cannot be written.
@@ -62,14 +62,14 @@ def sole_maker(path: Path, say: Say) -> Generator[None]:
 
 
 def store(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a folder of the cache, whole or not at all, in place of a damaged one.
+    """Write a folder of the cache completely or not at all; a damaged folder is replaced.
 
     Args:
         path: The folder; call this within `sole_maker(path)`.
-        save: Writes the files into the folder that it is given.
+        save: A function that writes the files into the folder that it is given.
 
     Raises:
-        RunError: If they cannot be written; nothing is left behind.
+        RunError: If the files cannot be written; no partial folder is left.
     """
     aside, old = (path.with_name(_aside(path) + secrets.token_hex(4)) for _ in range(2))
     try:
@@ -79,8 +79,8 @@ def store(path: Path, save: Callable[[Path], object]) -> None:
         if path.exists():
             path.rename(old)
         aside.rename(path)
-    except Exception as error:  # each library has its own for a full disk
-        if damage(path) is not None:  # else another has made it meanwhile, where locks do not hold
+    except Exception as error:  # each library raises an exception of a different class when the disk is full
+        if damage(path) is not None:  # otherwise another process has made it meanwhile, on a file system without locks
             raise _cannot_write(path, error) from error
     finally:
         for left in (aside, old):

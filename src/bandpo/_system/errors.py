@@ -1,4 +1,4 @@
-"""Errors that are nobody's mistake in the input: they end a run, and what it had is kept."""
+"""Failures at run time that are not bad input: they end a run, and its results so far are kept."""
 
 import traceback
 import unicodedata
@@ -12,10 +12,13 @@ class RunError(RuntimeError):
 
 @contextmanager
 def exits_are_errors() -> Generator[None]:
-    """Code that a run was given, such as an objective or a callback, cannot end the process without a message.
+    """Turn an attempt of a user's code, such as an objective or a callback, to end the process into a `RunError`.
 
-    `sys.exit`, whatever its status, and everything else that is no `Exception` becomes a `RunError` with the place; only a
-    `KeyboardInterrupt` passes. `os._exit` ends a process before any code can see it.
+    `sys.exit`, with any status, and every other exception that is not an `Exception` becomes a `RunError` that names the
+    place. A `KeyboardInterrupt` passes unchanged. `os._exit` cannot be intercepted.
+
+    Raises:
+        RunError: If the code in the block raises such an exception.
     """
     try:
         yield
@@ -29,7 +32,7 @@ def exits_are_errors() -> Generator[None]:
 
 
 def what_happened(error: BaseException) -> str:
-    """An exception in words, for one line of a message.
+    """A description of an exception that fits into one line of a message.
 
     Examples:
         >>> what_happened(SystemExit(0)), what_happened(ValueError("odd"))
@@ -37,7 +40,7 @@ def what_happened(error: BaseException) -> str:
     """
     try:
         text = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {error!r}"
-    except Exception:  # a user's exception has a repr of its own
+    except Exception:  # the exception is a user's, and its repr may fail
         text = f"raised {type(error).__name__}"
     return printable(text[:500])
 
@@ -49,18 +52,18 @@ def place_of(error: BaseException) -> str:
 
 
 LINES = "\n\t"
-"""What a message of several lines keeps."""
+"""The control characters that a message of several lines keeps."""
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""The text with what a terminal would act on written out: control characters, marks of direction, line ends.
+    r"""The text with control characters, text-direction marks and line ends escaped, so that a terminal only prints it.
 
     Args:
-        text: With what a file, a model or a user's code put into it.
-        keep: Characters that are left as they are, such as `LINES`.
+        text: The text, which may come from a file, a model or a user's code.
+        keep: Characters that are not escaped, such as `LINES`.
 
     Returns:
-        Text that a terminal only prints.
+        The escaped text.
 
     Examples:
         >>> printable("\x1b[2Jgone\r\u202e")

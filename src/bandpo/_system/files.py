@@ -1,4 +1,4 @@
-"""Files that a killed process leaves whole: written aside and moved in one step; folders that say when they are complete."""
+"""Files that are whole even if the writing process is killed, and folders that record when they are complete."""
 
 import json
 import math
@@ -7,27 +7,28 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from bandpo._system.bounded import MAX_YAML_BYTES, parse_json, parse_yaml, read_regular
 from bandpo._system.secrets import hide, hide_in
 
 SEAL = "bandpo_files.json"
-_CHUNK = 1 << 22
+"""The file in a complete folder that lists the other files with their sizes and checksums."""
+_CHUNK = 1 << 22  # bytes that are read at a time for a checksum
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that either the old one or the whole new one exists, also if other processes write it at the same time.
+    """Write a file so that at any time either the old content or the whole new content exists, also with several writers.
 
-    A symbolic link in its place is replaced, not followed. Values of secret environment variables and options are hidden.
+    A symbolic link at the path is replaced, not followed. Values of secret environment variables and options are hidden.
 
     Args:
-        path: Where; its folder exists.
-        text: All of it.
+        path: The file; its folder must exist.
+        text: The whole content.
     """
     aside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        # A surrogate without its pair is no Unicode, but models and JSON files have them: kept as JSON's own escape.
+        # Models and JSON files may contain a surrogate without its pair, which is not Unicode: written as JSON's escape.
         with aside.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(hide(text))
             file.flush()
@@ -38,34 +39,54 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
-    """Write a file of strict JSON as `write_text` does; NaN and infinities become null."""
-    text = json.dumps(_strict(hide_in(content)), indent=indent, ensure_ascii=False, allow_nan=False)
+    """Write a file of strict JSON as `write_text` does; NaN and infinities become null.
+
+    Args:
+        path: The file; its folder must exist.
+        content: Dictionaries, lists and plain values.
+        indent: Spaces for each level of nesting; None writes a single line.
+    """
+    text = json.dumps(finite_or_null(hide_in(content)), indent=indent, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write a file with a JSON value on each line, as `write_text` does."""
+    """Write a file with a JSON value on each line, as `write_text` does.
+
+    Args:
+        path: The file; its folder must exist.
+        rows: The values, one for each line. NaN stays NaN.
+    """
     write_text(path, "".join(json.dumps(hide_in(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_checked_json(path: Path, content: dict[str, Any]) -> None:
-    """JSON with its own CRC-32, under the key `crc32`, so that damage is seen when it is read. NaN stays NaN."""
+    """Write JSON with a CRC-32 of the content under the key `crc32`, so that a reader detects damage. NaN stays NaN.
+
+    Args:
+        path: The file; its folder must exist.
+        content: The object, not empty.
+    """
     text = json.dumps(hide_in(content))
     write_text(path, f'{{"crc32": {zlib.crc32(text.encode())}, {text[1:]}\n')
 
 
 def read_checked_json(path: Path) -> dict[str, Any]:
-    """What `write_checked_json` wrote; a file without a checksum, as older versions wrote it, is read as it is.
+    """The object that `write_checked_json` wrote; files of older versions, which have no checksum, are accepted.
+
+    Args:
+        path: The file.
 
     Raises:
-        ValueError: If it is no such file, or has changed since; the message says which.
+        ValueError: If the file is not such an object, or has changed since it was written; the message says which.
     """
     try:
-        found = json.loads(path.read_bytes())
+        content: object = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{path} must hold a JSON object with a result, got {type(found).__name__}")
+    found = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    if not found:
+        raise ValueError(f"{path} must hold a JSON object with a result, got {type(cast('object', content)).__name__}")
     expected = found.pop("crc32", None)
     if expected is not None and expected != zlib.crc32(json.dumps(found).encode()):
         raise ValueError(f"{path} has changed since it was written: its checksum is another one")
@@ -73,53 +94,53 @@ def read_checked_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that was appended to; a last line without its end, as a killed process leaves it, is no row.
+    """Rows of a JSONL file that was appended to; an unfinished last line, which a killed process leaves, is ignored.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: If another line is not a JSON object (the message has its number), or if it is no regular file.
+        ValueError: If another line is not a JSON object (the message has its number), or the file is not a regular file.
     """
     data = read_regular(path)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        row = parse_json(line, f"{path}, line {number}")
+        row: object = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: a row is an object like {{...}}, got {type(row).__name__}")
-        rows.append(row)
+        rows.append(cast("dict[str, Any]", row))
     return rows
 
 
 def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """The keys and values of a YAML file, which can hold plain values only.
+    """The keys and values of a YAML file, which may hold plain values only.
 
     Args:
         path: The file.
-        follow: Whether it may be a symbolic link.
+        follow: Whether the file may be a symbolic link.
 
     Raises:
-        ValueError: If it is something else, or larger or deeper than any configuration; one line.
+        ValueError: If the file does not hold such keys and values, or exceeds the limits of `_system.bounded`; one line.
     """
-    found = parse_yaml(read_regular(path, MAX_YAML_BYTES, follow=follow), str(path))
+    found: object = parse_yaml(read_regular(path, MAX_YAML_BYTES, follow=follow), str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(found).__name__}")
-    return found
+    return cast("dict[str, Any]", found)
 
 
 def seal(folder: Path) -> None:
-    """Mark a folder as complete: sizes and CRC-32 of its files, written last, once they are on the disk."""
+    """Mark a folder as complete: write the sizes and CRC-32 of its files, after they have been flushed to the disk."""
     files = {str(p.relative_to(folder)): _fingerprint(p, sync=True) for p in _files(folder)}
     write_json(folder / SEAL, files)
 
 
 def unseal(folder: Path) -> None:
-    """Before a folder is written to again."""
+    """Remove the mark of completeness, before a folder is written to again."""
     (folder / SEAL).unlink(missing_ok=True)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, None for nothing."""
+    """The damage of a sealed folder, in a message's words; None if the folder is complete and unchanged."""
     try:
         expected = json.loads((folder / SEAL).read_bytes())
         if not expected:
@@ -142,12 +163,12 @@ def damage(folder: Path) -> str | None:
 
 
 def latest_whole(folders: Iterable[Path], number: Callable[[Path], int], say: Callable[[str], None]) -> Path | None:
-    """The folder of the highest number that is complete; those passed over are named.
+    """The complete folder of the highest number, None if there is none; damaged ones of higher numbers are reported.
 
     Args:
-        folders: Candidates.
-        number: Of a folder.
-        say: Takes a message for each that is damaged.
+        folders: The candidates.
+        number: Maps a folder to its number.
+        say: Called with a message for each damaged folder.
     """
     for folder in sorted(folders, key=number, reverse=True):
         wrong = damage(folder)
@@ -157,11 +178,17 @@ def latest_whole(folders: Iterable[Path], number: Callable[[Path], int], say: Ca
     return None
 
 
-def _strict(value: Any) -> Any:
+def finite_or_null(value: object) -> Any:
+    """A copy of dictionaries and lists in which NaN and infinities are None, as strict JSON requires.
+
+    Examples:
+        >>> finite_or_null({"a": (1, float("inf"))})
+        {'a': [1, None]}
+    """
     if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
+        return {k: finite_or_null(v) for k, v in cast("dict[object, object]", value).items()}
     if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
+        return [finite_or_null(v) for v in cast("Iterable[object]", value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

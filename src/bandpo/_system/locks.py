@@ -1,8 +1,8 @@
-"""Folders and files that one process uses at a time, whatever kills it.
+"""Locks for folders and files that one process uses at a time; a killed process does not leave them locked.
 
-A lock is a file that the operating system locks for its holder and frees when the holder dies, in whatever way: a run that
-was killed does not block the next one, on this machine or on another that shares the disk. Where a file system has no such
-locks, the process number, the machine and its start, which are written in the file, tell whether the holder lives.
+A lock is a file that the operating system locks for its holder and frees when the holder ends, in whatever way. So a killed
+run does not block the next one, on this machine or on another that shares the disk. On a file system without such locks, the
+process number, the machine and the start time, which are written in the file, show whether the holder is still alive.
 """
 
 import contextlib
@@ -26,11 +26,12 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".bandpo.lock"
+"""Name of the lock file in a folder that is in use."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
-_TRIES = 100
+_TRIES = 100  # to make a folder that other processes remove at the same time
 
-_held: set[str] = set()  # the system's locks are those of a process: threads see each other here
+_held: set[str] = set()  # the system's locks belong to the process, so threads of one process see each other here
 _guard = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_held.clear)  # a child does not inherit the locks of its parent
@@ -41,15 +42,15 @@ class InUseError(ValueError):
 
 
 class Claim:
-    """A folder that is this process's until it is released or the process ends.
+    """An exclusive claim of this process on a folder, until it is released or the process ends.
 
     Args:
-        folder: Made if it does not exist; then removed on release if it is still empty.
-        name: Of the lock file.
+        folder: The folder. It is made if it does not exist; then it is removed on release if it is still empty.
+        name: Name of the lock file in the folder.
 
     Raises:
-        InUseError: If another holds it; the message says who.
-        OSError: If it cannot be made.
+        InUseError: If another process or thread holds the lock; the message says who.
+        OSError: If the folder or the lock file cannot be made.
     """
 
     def __init__(self, folder: Path, name: str = LOCK) -> None:
@@ -63,7 +64,9 @@ class Claim:
                 with _guard:
                     if self._key in _held:
                         raise InUseError(_in_use(self.path, {"process": os.getpid()}))
-                    with contextlib.suppress(FileNotFoundError):  # one that made the folder has just taken it away
+                    with contextlib.suppress(
+                        FileNotFoundError
+                    ):  # the process that had made the folder has just removed it
                         self._file = _lock(self.path)
                         _held.add(self._key)
         except BaseException:
@@ -71,11 +74,11 @@ class Claim:
             raise
 
     def release(self) -> None:
-        """Give it back; more than once does no harm."""
+        """Release the lock; a second call does nothing."""
         with _guard:
             if self._file is None or self._key not in _held:
                 return
-            self.path.unlink(missing_ok=True)  # before it is unlocked: whoever waits sees that the file is another one
+            self.path.unlink(missing_ok=True)  # before it is unlocked, so that a waiting process sees the replacement
             os.close(self._file)
             self._file = None
             _held.discard(self._key)
@@ -83,11 +86,11 @@ class Claim:
 
 
 def waiting_claim(folder: Path, name: str, say: Callable[[], object] = lambda: None) -> Claim:
-    """A `Claim`, once those who hold the lock now have released it.
+    """A `Claim`, after a wait until the present holder has released the lock.
 
     Args:
-        folder: As for `Claim`.
-        name: Of the lock file.
+        folder: The folder, as in `Claim`.
+        name: Name of the lock file.
         say: Called once if there is a wait.
     """
     waited = False
@@ -102,13 +105,13 @@ def waiting_claim(folder: Path, name: str, say: Callable[[], object] = lambda: N
 
 
 def claim_output(folder: Path) -> Claim:
-    """A claim on a folder for results, which is refused if a link in it leads elsewhere: what others made may have one.
+    """A claim on a folder for results; a folder with a link that leads out of it, which others may have put there, is refused.
 
     Args:
         folder: The folder for results.
 
     Raises:
-        ValueError: If another uses it, it is a file, or it has a link that leads out of it.
+        ValueError: If another process uses the folder, it is a file, or a link in it leads out of it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output folder {folder} is a file; choose another")
@@ -129,7 +132,7 @@ def claim_output(folder: Path) -> Claim:
 
 
 def claim_file(path: Path) -> Claim:
-    """A claim on a file that will be written; its folder is made.
+    """A claim on a file that will be written; the folder of the file is made.
 
     Args:
         path: The file.
@@ -142,7 +145,7 @@ def claim_file(path: Path) -> Claim:
 
 @contextmanager
 def released(claim: Claim) -> Generator[Claim]:
-    """Holds a claim for as long as the block runs."""
+    """Release a claim at the end of the block."""
     try:
         yield claim
     finally:
@@ -151,7 +154,7 @@ def released(claim: Claim) -> Generator[Claim]:
 
 def _make(folder: Path, made: list[Path]) -> None:
     """Make a folder and the ones above it, and note those that were not there before."""
-    for _ in range(_TRIES):  # others that release a claim take their empty folders away at any time
+    for _ in range(_TRIES):  # other processes remove their empty folders when they release a claim
         try:
             folder.mkdir()
         except FileNotFoundError:
@@ -172,7 +175,7 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 
 def _is_folder(place: Path) -> bool:
-    """Whether it is a folder; False where nothing is there any more.
+    """Whether a path is a folder; False if it does not exist any more.
 
     Raises:
         FileExistsError: If it is something else.
@@ -192,12 +195,12 @@ def _unmake(made: list[Path]) -> None:
     for place in reversed(made):
         try:
             place.rmdir()
-        except OSError:  # something is in it by now
+        except OSError:  # it is not empty any more
             return
 
 
 def _lock(path: Path) -> int:
-    """An open, locked file with our name in it.
+    """An open, locked file that names this process.
 
     Raises:
         InUseError: If another process holds it.
@@ -207,7 +210,9 @@ def _lock(path: Path) -> int:
         try:
             holder = _read(file)
             taken = _take(file)
-            if taken is None:  # the file system has no locks: whoever makes the file holds it, and leaves it if killed
+            if (
+                taken is None
+            ):  # no locks on this file system: the process that makes the file holds it, and leaves it if killed
                 taken = new
                 if not new and holder and not _lives(holder):
                     _set_aside(path, holder)
@@ -221,11 +226,11 @@ def _lock(path: Path) -> int:
         finally:
             if file >= 0:
                 os.close(file)
-        # Its holder took the file away while we opened it: the next try makes a new one.
+        # The holder removed the file while we opened it: the next try makes a new one.
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The file, and whether it was made here."""
+    """The open lock file, and whether this call made it."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
         try:
@@ -234,13 +239,13 @@ def _open(path: Path) -> tuple[int, bool]:
             pass
         try:
             return os.open(path, flags), False
-        except FileNotFoundError:  # taken away between the two, the file or its folder
+        except FileNotFoundError:  # the file or its folder was removed between the two calls
             if not path.parent.is_dir():
                 raise
 
 
 def _take(file: int) -> bool | None:
-    """Whether the system's lock is ours now; None where there are no such locks."""
+    """Whether we hold the system's lock now; None on a file system without locks."""
     if fcntl is None:
         return None
     try:
@@ -262,7 +267,7 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 def _set_aside(path: Path, dead: dict[str, Any]) -> None:
-    """Take the file of a dead process away, and of no other: a living one may have taken its place by now."""
+    """Remove the lock file of a dead process, unless a living process has replaced it by now."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.rename(aside)
@@ -279,7 +284,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    """Whether the process of a lock file lives, as far as this machine can tell: one on another machine counts as alive."""
+    """Whether the process of a lock file is alive; a process on another machine counts as alive."""
     process = holder.get("process")
     if not isinstance(process, int) or process <= 0:
         return False
@@ -291,9 +296,9 @@ def _lives(holder: dict[str, Any]) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # the process belongs to another user
         pass
-    return holder.get("started") == _started(process)  # else its number was given to another
+    return holder.get("started") == _started(process)  # otherwise a new process has the same number
 
 
 def _boot() -> str:
@@ -304,7 +309,7 @@ def _boot() -> str:
 
 
 def _started(process: int) -> str:
-    """When a process started, in the kernel's ticks; empty where that is not known."""
+    """The start time of a process in the kernel's ticks; empty if it is not known."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,7 +1,7 @@
-"""Keeps secrets out of all files and messages of a run: one place that decides what a secret is and hides it.
+"""Secrets are kept out of all files and messages of a run: this module decides what a secret is, and hides it.
 
 A secret is a value under a key that names one (`hub_token`, `WANDB_API_KEY`), the user part and the query of a URL, a token
-of a well-known form (`hf_...`), and, wherever it is found, the value of an environment variable or option that holds one.
+of a well-known form (`hf_...`), and, wherever it occurs, the value of an environment variable or option that holds a secret.
 """
 
 import contextlib
@@ -13,11 +13,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard, TypeVar, cast
 from urllib.parse import quote
 
 HIDDEN = "<hidden>"
-"""What is written in the place of a secret."""
+"""The text that replaces a secret."""
+
+C = TypeVar("C", bound="HidesSecrets")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -40,9 +42,9 @@ _TOKENS = _words(
 """`token` after one of these words is a token of a language model."""
 _PLURAL = _words("api auth access hub hf secret bearer session refresh")
 _NOT_THE_SECRET = _words("file files path paths dir directory env name url uri type id index ids length count ttl")
-"""A key that ends so tells where a secret is, or about it."""
+"""A key that ends with one of these words names the place or a property of a secret, not the secret."""
 _SHORTEST = 6
-"""Shorter values of environment variables are not searched for: they would be found inside of ordinary words."""
+"""Shorter values of environment variables are not searched for: they would be found within ordinary words."""
 _ORDINARY = _words("true false none null default disabled enabled password secret auto always never hidden <hidden>")
 
 _URL = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,20}://)(?P<rest>[^\s\"'<>`\\]*)")
@@ -58,12 +60,15 @@ _KEY = re.compile(
 _VALUE = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|(?:Bearer |Basic )?[^\s,;&)\]}\"']+")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
-_remembered: set[str] = set()
+_remembered: set[str] = set()  # values of secret options, of this process
 
 
 @lru_cache(maxsize=4096)
 def is_secret(key: str) -> bool:
     """Whether a key names a secret.
+
+    Args:
+        key: Name of an option, an environment variable or a field, in any spelling.
 
     Examples:
         >>> [is_secret(k) for k in ("hub_token", "WANDB_API_KEY", "apiKey", "AWS_ACCESS_KEY_ID", "db.password", "token")]
@@ -86,7 +91,7 @@ def is_secret(key: str) -> bool:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A copy of settings without their secrets; everything else in it is as it was.
+    """A copy of settings in which secrets are hidden and nothing else is changed.
 
     Args:
         value: Dictionaries, lists and plain values in any nesting.
@@ -102,25 +107,23 @@ def redact(value: Any, key: str = "") -> Any:
         return _redact_value(value) if isinstance(value, str) else value
     if isinstance(value, Mapping):
         inner = key if is_secret(key) else ""
-        found = {redact(k) if isinstance(k, str) else k: redact(v, inner or str(k)) for k, v in value.items()}
-        return found if type(value) is dict else _like(value, found)
+        items = cast("Mapping[object, object]", value).items()
+        mapping = {redact(k) if isinstance(k, str) else k: redact(v, inner or str(k)) for k, v in items}
+        return mapping if type(cast("object", value)) is dict else _like(value, mapping)
     if isinstance(value, list | tuple | set | frozenset):
-        if key == "" and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        if key == "" and _is_texts(value):
             return _redact_list(value)
-        found = [redact(v, key) for v in value]
-        return found if type(value) is list else _like(value, found)
-    if (
-        is_secret(key)
-        and value is not None
-        and not isinstance(value, bool)
-        and isinstance(value, int | float | complex)
-    ):
-        return HIDDEN
-    return value
+        items = [redact(v, key) for v in cast("Iterable[object]", value)]
+        return items if type(cast("object", value)) is list else _like(value, items)
+    is_number = isinstance(value, int | float | complex) and not isinstance(value, bool)
+    return HIDDEN if is_number and is_secret(key) else value
 
 
 def redact_text(text: str) -> str:
-    """A message, a traceback or a log line without its secrets: `key=value` pairs, URLs, known forms and known values.
+    """A message, a traceback or a log line without the secrets in `key=value` pairs, URLs, known forms and known values.
+
+    Args:
+        text: The text.
 
     Examples:
         >>> redact_text("cannot push with hub_token='abc' to https://u:p@host/x")
@@ -130,7 +133,10 @@ def redact_text(text: str) -> str:
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line without its secrets: `--hub_token X`, `--hub_token=X`, `hub.token=X`, and JSON values with such keys.
+    """A command line without the secrets in `--hub_token X`, `--hub_token=X`, `hub.token=X` and JSON values with such keys.
+
+    Args:
+        arguments: The words of the command line.
 
     Examples:
         >>> redact_arguments(["train", "--hub_token", "hf_1", "--seed", "3", "--model_init_kwargs={'token': 'x'}"])
@@ -157,28 +163,32 @@ def hide(text: str) -> str:
     """Text in which the values of secret environment variables and options are hidden, and nothing else is changed.
 
     Args:
-        text: Such as a sample of a model, which must be kept as it is otherwise.
+        text: The text, for example a model's sample, which must stay unchanged otherwise.
     """
     pattern = _pattern(frozenset(_values()))
     return text if pattern is None else pattern.sub(HIDDEN, text)
 
 
 def hide_in(value: Any) -> Any:
-    """A copy of dictionaries and lists in which `hide` is applied to all texts."""
+    """A copy of dictionaries and lists in which `hide` is applied to all texts, keys among them.
+
+    Args:
+        value: Dictionaries, lists and plain values in any nesting.
+    """
     if isinstance(value, str):
         return hide(value)
     if isinstance(value, dict):
-        return {hide_in(k): hide_in(v) for k, v in value.items()}
-    return [hide_in(v) for v in value] if isinstance(value, list | tuple) else value
+        return {hide_in(k): hide_in(v) for k, v in cast("dict[object, object]", value).items()}
+    return [hide_in(v) for v in cast("Iterable[object]", value)] if isinstance(value, list | tuple) else value
 
 
 def remember(settings: Any) -> None:
-    """Remember the secrets in these settings, so that they are hidden wherever they are written from now on.
+    """Remember the secrets in these settings, so that from now on they are hidden wherever they would be written.
 
     Args:
-        settings: As for `redact`; or a command line, as a list.
+        settings: Settings as in `redact`, or a command line as a list.
     """
-    if isinstance(settings, list) and all(isinstance(x, str) for x in settings):
+    if _is_texts(settings):
         options = itertools.pairwise(settings)
         _collect({a.lstrip("-"): b for a, b in options if a.startswith("--") and "=" not in a})
         settings = dict(a.lstrip("+-").split("=", 1) for a in settings if "=" in a) | {"": settings}
@@ -186,38 +196,41 @@ def remember(settings: Any) -> None:
 
 
 class HidesSecrets:
-    """For a configuration: what is written of it, by `to_dict` or by pickling, has no secrets; copies keep them."""
+    """A base class for configurations: `to_dict` and pickles leave secrets out, and copies keep them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration for JSON, without secrets."""
-        plain: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        real = {
-            k: getattr(self, k) for k in plain if k.endswith("_token")
-        }  # transformers hides pad_token too, and None
+        plain = cast("dict[str, Any]", cast("Any", super()).to_dict())
+        # transformers hides every key that ends so: tokens of the vocabulary, such as pad_token, and None
+        real = {k: getattr(self, k) for k in plain if k.endswith("_token")}
         return redact({**plain, **real})
 
     def __getstate__(self) -> dict[str, Any]:
         return redact(vars(self))
 
-    def __copy__(self) -> Any:
+    def __copy__(self: C) -> C:
         new = object.__new__(type(self))
         vars(new).update(vars(self))
         return new
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self: C, memo: dict[int, Any]) -> C:
         new = object.__new__(type(self))
         memo[id(self)] = new
         vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
 
+def _is_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(x, str) for x in cast("list[object]", value))
+
+
 def _redact_list(items: list[str]) -> list[str]:
-    """A list may be a command line."""
+    """The texts without secrets; a list with options is read as a command line."""
     return redact_arguments(items) if any(x.startswith("--") for x in items) else [_redact_value(x) for x in items]
 
 
 def _redact_value(text: str) -> str:
-    """URLs, logins, known forms and known values in a text."""
+    """The text without the secrets in URLs, logins, known forms and known values."""
     if "://" in text:
         text = _URL.sub(_hide_in_url, text)
     if "@" in text:
@@ -232,7 +245,7 @@ def _may_be_json(text: str) -> bool:
 
 
 def _redact_json(text: str) -> str:
-    """A dictionary or list on the command line or in an environment variable."""
+    """The text of a dictionary or list, on a command line or in an environment variable, without secrets."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -259,7 +272,7 @@ def _hide_in_url(match: re.Match[str]) -> str:
 
 
 def _hide_assigned(text: str) -> str:
-    """`key=value`, `'key': 'value'` and `--key value` with a key that names a secret."""
+    """The text without the values in `key=value`, `'key': 'value'` and `--key value` whose key names a secret."""
     parts: list[str] = []
     done = 0
     for match in _KEY.finditer(text):
@@ -274,19 +287,22 @@ def _hide_assigned(text: str) -> str:
     return "".join(parts) + text[done:]
 
 
-def _like(value: Any, content: Any) -> Any:
+def _like(value: object, content: Any) -> Any:
+    """The content in the class of the value; the content itself where that class cannot be made from it."""
+    kind: Any = type(value)
     try:
-        return type(value)(*content) if hasattr(value, "_fields") else type(value)(content)
-    except TypeError:  # a class of its own that cannot be made so
+        return kind(*content) if hasattr(value, "_fields") else kind(content)
+    except TypeError:  # its constructor takes other arguments
         return content
 
 
-def _collect(value: Any, key: str = "") -> None:
+def _collect(value: object, key: str = "") -> None:
+    """Remember the secrets of settings in any nesting."""
     if isinstance(value, Mapping):
-        for k, v in value.items():
+        for k, v in cast("Mapping[object, object]", value).items():
             _collect(v, key if is_secret(key) else str(k))
     elif isinstance(value, list | tuple | set | frozenset):
-        for v in value:
+        for v in cast("Iterable[object]", value):
             _collect(v, key)
     elif isinstance(value, str):
         if is_secret(key):
@@ -298,7 +314,7 @@ def _collect(value: Any, key: str = "") -> None:
 
 
 def _in_urls(text: str) -> Iterable[str]:
-    """Passwords and values of queries in the URLs of a text."""
+    """The passwords and the values of secret query parameters in the URLs of a text."""
     for match in _URL.finditer(text) if "://" in text else ():
         place, _, query = match["rest"].partition("#")[0].partition("?")
         user = place.rpartition("@")[0]
@@ -316,10 +332,10 @@ def _worth_hiding(values: Iterable[str]) -> set[str]:
 
 
 def _values() -> set[str]:
-    """All that is known to be secret now, in the spellings that files have."""
+    """All values that are known to be secret now."""
     found = set(_remembered)
     for name, value in os.environ.items():
-        if is_secret(name) and name != "PWD":  # a shell's working directory, which is in every path
+        if is_secret(name) and name != "PWD":  # PWD is a shell's working directory, not a password
             found |= _worth_hiding([value])
         if "://" in value:
             found |= _worth_hiding(_in_urls(value))
@@ -331,5 +347,5 @@ def _pattern(values: frozenset[str]) -> re.Pattern[str] | None:
     spelled = {
         form for v in values for form in (v, quote(v, safe=""), json.dumps(v)[1:-1], html.escape(v), repr(v)[1:-1])
     }
-    # Longest first: one secret may begin as another one does.
+    # Longest first, because one secret may be the beginning of another.
     return re.compile("|".join(map(re.escape, sorted(spelled, key=lambda s: (-len(s), s))))) if spelled else None

@@ -1,4 +1,4 @@
-"""Which interval a token's ratio may occupy: `old_logprobs -> RatioBounds`."""
+"""The interval that a token's ratio may occupy: `old_logprobs -> RatioBounds`."""
 
 import math
 from collections.abc import Callable
@@ -24,10 +24,13 @@ class RatioBounds(NamedTuple):
     """Elementwise interval for the ratio `r = π(a|s) / π_old(a|s)`, with `0 <= lower <= 1 <= upper`."""
 
     lower: Tensor
+    """Lower bounds, the same shape as the old log-probs."""
     upper: Tensor
+    """Upper bounds, the same shape as the old log-probs."""
 
 
-# Maps the old log-probs of tokens, and what it `needs` besides, to their intervals, or to whether they are inside one.
+# Maps the old log-probs of tokens, and the further inputs that it asks for by name, to their intervals, or to a bool tensor
+# that says which tokens are inside.
 Bounds = Callable[..., RatioBounds | Tensor]
 
 
@@ -50,15 +53,15 @@ def ratio_bounds(
         divergence: An `FDivergence`, or the name of a built-in one ("kl", "tv", "chi2", ...).
         radius: δ > 0 in the units of the divergence (nats for KL); a float, a tensor that broadcasts to `old_logprobs`,
             or a pair `(lower, upper)` of these. Tensor entries that are not positive give NaN bounds.
-        max_ratio: Cap on the upper bound, `>= 1`; None for none.
-        log: Return the bounds of `log r`.
+        max_ratio: Cap on the upper bound, `>= 1`; None for no cap.
+        log: Whether to return the bounds of `log r`.
 
     Returns:
         Bounds of the shape, dtype and device of `old_logprobs`, rounded inward. No gradient flows through them; NaN in gives
         NaN out. Float64 input, tensor radii and `log=True` are solved in float64 and rounded once (log-bounds within a relative
-        1e-12; docs/theory.md states the domain, and what holds outside of it). Else a float32 table of the float64 bounds is
-        read (within 4 units of 2^-24 of the lower and of 2^-23 of the upper bound), made at the first call for a
-        divergence, radius and device; 16-bit results are the float32 ones rounded inward.
+        1e-12; docs/theory.md states the domain of this promise, and the accuracy outside). All other input reads a float32
+        table of the float64 bounds (within 4 units of 2^-24 of the lower and of 2^-23 of the upper bound), which the first
+        call for a divergence, radius and device makes; 16-bit results are the float32 ones rounded inward.
 
     Raises:
         TypeError: If `old_logprobs` is not a tensor of one of the four dtypes, or another argument has the wrong type.
@@ -100,20 +103,20 @@ def in_band(
     """Whether each ratio lies inside the band, without solving for the bounds.
 
     Evaluates `p f(r) + (1-p) f((1-pr)/(1-p)) <= δ` (arXiv:2603.04918, Thm. 1) once, in float64; for float32 and 16-bit input
-    with a float radius it compares `r` with the tabulated bounds, so that it decides as a clip to `ratio_bounds` does.
+    with a float radius it compares `r` with the tabulated bounds, so that the result agrees with a clip to `ratio_bounds`.
 
     Args:
-        log_ratio: `log r`.
-        old_logprobs: `log p`, same shape.
-        divergence: As in `ratio_bounds`.
-        radius: As in `ratio_bounds`; of a pair, the radius of the side the ratio is on.
+        log_ratio: `log r`, any shape; a float dtype.
+        old_logprobs: `log p`, the same shape.
+        divergence: The f-divergence or its name, as in `ratio_bounds`.
+        radius: The radius δ, as in `ratio_bounds`; of a pair, the radius of the side that the ratio is on counts.
 
     Returns:
-        Bool tensor; False where an input is NaN or `r > 1/p`.
+        Bool tensor of the same shape; False where an input is NaN or `r > 1/p`.
 
     Raises:
-        TypeError: As `ratio_bounds`.
-        ValueError: As `ratio_bounds`, and if the two shapes differ.
+        TypeError: If an argument has the wrong type or dtype, as in `ratio_bounds`.
+        ValueError: If the radius is out of range, as in `ratio_bounds`, or the two shapes differ.
 
     Examples:
         >>> p, r = torch.tensor([0.5, 0.5, 0.01]), torch.tensor([1.30, 1.31, 7.8])
@@ -151,7 +154,12 @@ class Band(ByValue):
         radius: δ > 0; a float, a tensor that broadcasts to the tokens, or a pair `(lower, upper)`.
         max_ratio: Cap on the upper bound. The paper's runs use 10, which for KL and δ = 0.05 decides every token with
             `p < 0.00714`; None is the pure theory.
-        relax: Widen to at least this fixed interval, the paper's ablation (`Clip(0.2, 0.28)`); reported there as worse.
+        relax: A fixed interval that the band always contains, the paper's ablation (`Clip(0.2, 0.28)`), which the paper
+            reports as worse.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the divergence's name is unknown, or the radius or the cap is out of range.
 
     Examples:
         >>> Band(KL, 0.05)(torch.tensor([0.001, 0.5]).log()).upper
@@ -186,6 +194,9 @@ class Clip:
         low: Width below 1, in `[0, 1]`; 1 leaves the lower side free.
         high: Width above 1, `>= 0`; `inf` leaves the upper side free, None means the same as `low`.
 
+    Raises:
+        ValueError: If a width is out of range.
+
     Examples:
         >>> Clip(0.2, 0.28)(torch.zeros(2))
         RatioBounds(lower=tensor([0.8000, 0.8000]), upper=tensor([1.2800, 1.2800]))
@@ -213,13 +224,16 @@ class Clip:
 class DCPO:
     """Dynamic-adaptive clipping of DCPO (arXiv:2509.02333), from `|(r - 1)·π| <= ε`.
 
-    `r` from `½ + ½√max(1 - 4ε_l/p, 0)` to `½ + ½√(1 + 4ε_h/p)`, the upper side capped.
-    It may pass `1/p`: common tokens can be given ratios that no policy reaches.
+    `r` from `½ + ½√max(1 - 4ε_l/p, 0)` to `½ + ½√(1 + 4ε_h/p)`, with a cap on the upper bound. The upper bound may exceed
+    `1/p`: for common tokens it allows ratios that no policy reaches.
 
     Args:
-        low: ε_l, the paper's 0.16.
-        high: ε_h, the paper's 0.20.
-        max_ratio: Cap on the upper bound, the paper's 10; None for none.
+        low: ε_l, 0.16 in the paper.
+        high: ε_h, 0.20 in the paper.
+        max_ratio: Cap on the upper bound, 10 in the paper; None for no cap.
+
+    Raises:
+        ValueError: If a number is out of range.
 
     Examples:
         >>> DCPO()(torch.tensor([0.01, 0.5]).log())
@@ -244,18 +258,18 @@ class DCPO:
 
 
 def _tabulated(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radius]) -> tuple[Tensor, Tensor] | None:
-    """Float32 bounds from the table of the region, where it has one: not for tensor radii, nor for an f with kinks."""
+    """Float32 bounds from the table of the region; None for tensor radii, and for an f with kinks."""
     low, high = radii
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
     if isinstance(logp, FakeTensor) and not torch.compiler.is_compiling() and not logp.fake_mode.allow_non_fake_inputs:
-        return None  # a table is a real tensor, which a fake one cannot meet
+        return None  # a table is a real tensor, which cannot be combined with a fake one
     table = table_for(divergence, low, high, logp.device)
     return None if table is None else table.bounds(logp)
 
 
 def _finish(lower: Tensor, upper: Tensor, dtype: torch.dtype, cap: float | None) -> RatioBounds:
-    """Bounds in float64 or float32 to the caller's dtype, rounded inward and capped."""
+    """Bounds in float64 or float32 as the caller's dtype, rounded inward and capped."""
     lower, upper = round_inward(lower, dtype, up=True), round_inward(upper, dtype, up=False)
     if cap is not None:
         limit = torch.full((), cap, dtype=torch.float64, device=upper.device)
@@ -264,7 +278,16 @@ def _finish(lower: Tensor, upper: Tensor, dtype: torch.dtype, cap: float | None)
 
 
 def round_inward(x: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:
-    """Cast to a narrower dtype, never past `x` in the wrong direction; 16-bit dtypes by way of float32."""
+    """Cast to a narrower dtype and round in one direction; 16-bit dtypes are reached through float32.
+
+    Args:
+        x: Float64 or float32, any shape.
+        dtype: The float dtype of the result.
+        up: Whether the result is at least `x`; otherwise it is at most `x`.
+
+    Returns:
+        Tensor of the same shape.
+    """
     if x.dtype == dtype:
         return x
     if x.dtype == torch.float64 and dtype != torch.float32:
@@ -288,7 +311,15 @@ def _check_logprobs(logprobs: Tensor) -> None:
 
 
 def as_divergence(divergence: FDivergence | str) -> FDivergence:
-    """The divergence behind a name, or itself."""
+    """The divergence of that name, or the divergence itself.
+
+    Args:
+        divergence: An f-divergence, or the name of a built-in one in any case.
+
+    Raises:
+        TypeError: If the argument is neither a divergence nor a text.
+        ValueError: If the name is unknown.
+    """
     if isinstance(divergence, FDivergence):
         return divergence
     if isinstance(divergence, str) and divergence.lower() in DIVERGENCES:
@@ -299,7 +330,15 @@ def as_divergence(divergence: FDivergence | str) -> FDivergence:
 
 
 def radius_of_sides(radius: Radius | tuple[Radius, Radius]) -> tuple[Radius, Radius]:
-    """The radius of the lower and of the upper side, checked."""
+    """The radius of the lower side and of the upper side, checked.
+
+    Args:
+        radius: δ for both sides, or a pair `(lower, upper)`.
+
+    Raises:
+        TypeError: If a radius is neither a number nor a float tensor.
+        ValueError: If a tuple does not have two entries, or a number is not positive and finite.
+    """
     if not isinstance(radius, tuple):
         radius = (radius, radius)
     if len(radius) != 2:
@@ -327,7 +366,7 @@ def _as_radii(radii: tuple[Radius, Radius], like: Tensor) -> tuple[Tensor, Tenso
 
 
 def _as_radius(radius: Radius, like: Tensor) -> Tensor:
-    """Radius as a float64 tensor that broadcasts to `like`; NaN where a tensor entry is not a radius."""
+    """The radius as a float64 tensor that broadcasts to `like`; NaN where a tensor entry is not a radius."""
     if not isinstance(radius, Tensor):
         return torch.full((), radius, dtype=torch.float64, device=like.device)
     ours, theirs = radius.shape[::-1], like.shape[::-1]

@@ -1,4 +1,4 @@
-"""The bounds in float64: closed forms where a divergence has one, else one search for both sides."""
+"""The bounds in float64: a divergence's closed form if it has one, otherwise one search for both sides."""
 
 import math
 from collections.abc import Callable
@@ -17,22 +17,22 @@ from bandpo.divergences import (
 )
 
 _FLOAT64_EXPONENT_BITS = 11
-# log-bounds are promised within 1e-12 ≈ 2^-39.9 relative; 44 digits leave the rounding of the divergence its share.
+# log-bounds are promised within 1e-12 ≈ 2^-39.9 relative; 44 digits leave room for the rounding of the divergence.
 _MANTISSA_BITS = 44
 _STEPS = _FLOAT64_EXPONENT_BITS + _MANTISSA_BITS
 
 
 def log_bounds(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius_high: Tensor) -> LogBounds:
-    """Bounds of `log r` at float64 `logp <= 0`, saturated at the simplex. NaN where `logp` or a radius is.
+    """Bounds of `log r` at float64 `logp <= 0`, saturated at the simplex; NaN where `logp` or a radius is NaN.
 
-    What float64 cannot hold is treated as the nearest that it can, on the narrower side: p below e^-700 as e^-700 (0 itself
-    is free), 1 - p below e^-700 as 0, a radius above 1e300 as 1e300, one below 1e-300 as 0.
+    Values beyond the range of float64 are replaced by the nearest value in it, on the narrower side: p below e^-700 by e^-700
+    (p = 0 itself is unbounded), 1 - p below e^-700 by 0, a radius above 1e300 by 1e300, a radius below 1e-300 by 0.
 
     Args:
         divergence: The divergence.
-        logp: Float64, any shape.
-        radius_low: Radius of the lower side, float64, broadcasting to `logp`.
-        radius_high: Radius of the upper side.
+        logp: `log p`, float64, any shape.
+        radius_low: Radius of the lower side, float64; broadcasts to `logp`.
+        radius_high: Radius of the upper side, float64; broadcasts to `logp`.
     """
     held = torch.where(logp > -math.exp(-MAX_LOG), 0.0, logp.clamp_min(-MAX_LOG))
     low = radius_low.clamp(SMALLEST_RADIUS, LARGEST_RADIUS)
@@ -43,11 +43,11 @@ def log_bounds(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius
         log_lower, log_upper = divergence.closed_form(held, low)
         if high is not low:
             _, log_upper = divergence.closed_form(held, high)
-    # Past what float64 can hold, p is 0 and every f leaves the token free (docs/theory.md, limits).
+    # At p = 0 no f bounds the token (docs/theory.md, limits).
     impossible = logp == -math.inf
     log_lower = log_lower.clamp_max(0.0).masked_fill(radius_low < SMALLEST_RADIUS, 0.0)
     log_upper = torch.minimum(log_upper.clamp_min(0.0).masked_fill(radius_high < SMALLEST_RADIUS, 0.0), -logp)
-    # A closed form may have lost a NaN or met 0·inf at a radius that is none: both sides say so.
+    # A closed form may have lost a NaN, or computed 0·inf at an invalid radius: both bounds become NaN.
     bad = (low + high + logp).isnan()
     return (
         log_lower.masked_fill(impossible, -math.inf).masked_fill(bad, math.nan),
@@ -56,7 +56,7 @@ def log_bounds(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius
 
 
 def largest_feasible(feasible: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Largest `y` in `[0, inf]` with `feasible(y)`, elementwise, where feasibility is lost once and for good as `y` grows.
+    """Largest `y` in `[0, inf]` with `feasible(y)`, elementwise; as `y` grows, feasibility is lost once and not regained.
 
     The order of positive float64 numbers is the order of their bit patterns, so the answer is built one binary digit
     at a time, most significant first: 11 steps find the exponent, 44 the mantissa. The result is feasible itself (rounded
@@ -64,7 +64,7 @@ def largest_feasible(feasible: Callable[[Tensor], Tensor], like: Tensor) -> Tens
     which no comparison accepts, so the search needs no bracket. The number of steps never depends on the data.
 
     Args:
-        feasible: Maps a float64 tensor `y` to a bool tensor of its shape. False on NaN.
+        feasible: Maps a float64 tensor `y` to a bool tensor of the same shape; False on NaN.
         like: Float64 tensor that gives the shape and device of the answer.
 
     Returns:
@@ -78,14 +78,14 @@ def largest_feasible(feasible: Callable[[Tensor], Tensor], like: Tensor) -> Tens
 
 
 def log1mexp(logp: Tensor) -> Tensor:
-    """`log(1 - p)` from `log p`, exact to rounding at both ends (Mächler's split at p = ½)."""
+    """`log(1 - p)` from `log p`, exact to rounding at both ends (Mächler's split at p = ½); the same shape and dtype."""
     return torch.where(logp > -math.log(2), (-logp.expm1()).log(), (-logp.exp()).log1p())
 
 
 def _search(divergence: FDivergence, logp: Tensor, radius_low: Tensor, radius_high: Tensor) -> LogBounds:
     """Bounds of `log r` by one search over both sides.
 
-    The binary divergence of {token, rest} does not care which of the two events is called the token. So with
+    The binary divergence of {token, rest} is the same whichever of the two events is called the token. So with
     `shrink(p)` the largest `y` such that an event of probability `p` may fall to `p e^-y`, the lower bound of `log r` is
     `-shrink(p)`, and the upper one leaves the rest `(1-p) e^-shrink(1-p)`: the mirror identity (docs/theory.md), with no
     `1 - (nearly 1)` anywhere.

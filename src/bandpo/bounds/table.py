@@ -1,4 +1,4 @@
-"""The bounds in float32 at the speed of memory: cubics in log p, in a table that is built once per region.
+"""The bounds in float32 at the speed of memory: cubics in log p, from a table that is built once for each region.
 
 A table belongs to one divergence, one pair of radii and one device. Both bounds are functions of `t = -log p` alone,
 smooth except at `t = 0` and at the (at most two) points where a side saturates. With `x` the distance of `t` to the
@@ -6,13 +6,13 @@ nearest of these *centers*, the domain is cut into 16 pieces per power of two of
 into 16 pieces per unit of `t` elsewhere; a piece is found from the bits of `x`, without a search. On each piece a cubic
 interpolates the float64 bounds at the Chebyshev nodes.
 
-Why that suffices. Interpolation misses by at most `max|b⁗| h⁴ / 192`, `h` being half a piece. A bound that behaves like
-`x^½` or `x log x` at a center has `|b⁗| <= x^-4` times its own size, so pieces of `x/16` miss by 5e-9 of it; elsewhere
-`|b⁗|` is of the order of 1 (relative to the upper bound), and `h = 1/32` misses by the same 5e-9, a twelfth of a unit
-of float32 in the last place. Evaluation adds half a unit for the last addition and a little for the products. All of it
-is added to the constant term, inward, so that no result passes the true bound. A build evaluates every row where the
-error of a cubic interpolant peaks, and refuses a function that it misses by more than 4 units: then the caller solves.
-tests/unit/test_table.py compares 19 divergences with the float64 bounds over the whole domain.
+Why the error is small. Interpolation misses by at most `max|b⁗| h⁴ / 192`, with `h` half a piece. A bound that behaves like
+`x^½` or `x log x` at a center has `|b⁗| <= x^-4` times the bound, so pieces of `x/16` have a relative error of 5e-9; elsewhere
+`|b⁗|` is of the order of 1 (relative to the upper bound), and `h = 1/32` gives the same 5e-9, a twelfth of a unit of float32
+in the last place. Evaluation adds half a unit for the last addition, and a little for the products. The sum of these errors
+is added to the constant term, inward, so that no result exceeds the true bound. A build evaluates every row at the points
+where the error of a cubic interpolant peaks, and refuses a function with an error above 4 units; the caller then solves for
+the bounds. tests/unit/test_table.py compares 19 divergences with the float64 bounds over the whole domain.
 """
 
 import functools
@@ -27,7 +27,7 @@ from torch import Tensor
 from bandpo.bounds.roots import largest_feasible, log1mexp, log_bounds
 from bandpo.divergences import MAX_LOG, FDivergence, binary_divergence
 
-PIECES = 16  # per power of two of the distance to a center, and per unit of t
+PIECES = 16  # for each power of two of the distance to a center, and for each unit of t
 SHIFT = 23 - 4  # leaves the exponent and the first four bits of a float32's mantissa
 FRACTION = (1 << SHIFT) - 1
 _SMALLEST = -126  # of float32's normal numbers; a token with -log p below 2^-126 counts as certain, p = 1
@@ -39,14 +39,26 @@ _LARGEST = math.log(torch.finfo(torch.float32).max) - 1e-6
 class Table(NamedTuple):
     """Coefficients and the few numbers that find their row."""
 
-    coefficients: Tensor  # (8, rows) float32: of the lower bound c0, c1, c2, c3, then of the upper one
-    centers: tuple[tuple[float, int, int], ...]  # float32 center in t, first row to its left, first row to its right
-    uniform: int  # first row of the uniform pieces, less the one that t = 0 would have
-    end: float  # from this t on the last row holds
-    last: int  # number of rows, less one
+    coefficients: Tensor
+    """c0, c1, c2, c3 of the lower bound, then of the upper bound, `(8, rows)` float32."""
+    centers: tuple[tuple[float, int, int], ...]
+    """For each center: the float32 center in t, the first row on the left, and the first row on the right."""
+    uniform: int
+    """The first row of the uniform pieces, less the row that t = 0 would have."""
+    end: float
+    """The last row is used from this t on."""
+    last: int
+    """The number of rows, less one."""
 
     def bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower and upper bound of the ratio at float32 `log p`, rounded inward. NaN stays NaN."""
+        """Lower and upper bound of the ratio, rounded inward.
+
+        Args:
+            logp: `log p`, float32, any shape; NaN gives NaN bounds.
+
+        Returns:
+            Two float32 tensors of the same shape.
+        """
         t = logp.flatten().neg().clamp(0.0, self.end)
         x, first = t, torch.zeros((), dtype=torch.int32, device=t.device)
         for center, left, right in self.centers:
@@ -71,7 +83,14 @@ class Table(NamedTuple):
 
 
 def table_for(divergence: FDivergence, radius_low: float, radius_high: float, device: torch.device) -> Table | None:
-    """The table of a region, from the cache; None where a table cannot hold its bounds (a warning says so, once)."""
+    """The table of a region, from the cache; None, with one warning, if no table is accurate enough for the bounds.
+
+    Args:
+        divergence: The divergence.
+        radius_low: Radius of the lower side.
+        radius_high: Radius of the upper side.
+        device: The device that holds the coefficients.
+    """
     # hex() pins a float that torch.compile has made symbolic (the same code was called with another radius before)
     low, high = (float.fromhex(float(r).hex()) for r in (radius_low, radius_high))
     return _constant_table(divergence, low, high, str(device))
@@ -85,7 +104,7 @@ def _constant_table(divergence: FDivergence, radius_low: float, radius_high: flo
 # A schedule of radii makes a table for each; 64 of them are 25 MB.
 @functools.lru_cache(maxsize=64)
 def _cached_table(divergence: FDivergence, radius_low: float, radius_high: float, device: str) -> Table | None:
-    # In a thread of its own none of the caller's modes holds: fake tensors, default device, inference, autocast.
+    # A new thread has none of the caller's modes: fake tensors, default device, inference, autocast.
     with ThreadPoolExecutor(max_workers=1) as pool:
         table = pool.submit(_build, divergence, radius_low, radius_high).result()
         if isinstance(table, Table):
@@ -99,7 +118,7 @@ def _cached_table(divergence: FDivergence, radius_low: float, radius_high: float
 
 
 class _Pieces(NamedTuple):
-    """Where the cubics live: row `i` covers `t = center + sign·(start + u·width)`, `0 <= u < 1`."""
+    """The pieces of the domain: row `i` covers `t = center + sign·(start + u·width)`, `0 <= u < 1`."""
 
     start: Tensor
     width: Tensor
@@ -110,7 +129,7 @@ class _Pieces(NamedTuple):
 
 
 def _build(divergence: FDivergence, radius_low: float, radius_high: float) -> Table | str:
-    """The table, or what is wrong with it."""
+    """The table, or the reason why there is none, for a message."""
     low, high = (torch.full((), r, dtype=torch.float64) for r in (radius_low, radius_high))
 
     def exact(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,15 +166,15 @@ def _build(divergence: FDivergence, radius_low: float, radius_high: float) -> Ta
 
 
 def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
-    """Float32 cubics, `(4, rows)`, that evaluate to no less than the `(rows, 9)` values; and by how much more at most."""
+    """Float32 cubics, `(4, rows)`, that evaluate to at least the `(rows, 9)` values, and the largest excess of each row."""
     powers = u.unsqueeze(0) ** torch.arange(4).unsqueeze(1)
     through_nodes = torch.inverse(powers[:, 1::2])
     slopes = (values[:, 1::2] @ through_nodes)[:, 1:].float()
     slopes[pieces.width == 0] = 0.0
     missing = values - slopes.double() @ powers[1:]
     least, most = missing.amin(1), missing.amax(1)
-    # The last addition rounds by half a unit (what rounds to more than 1 below, or less than 1 above, is held at 1); each
-    # product by a share of its own size; and the distance to a center by 2^-24, which is 16 times that in u.
+    # The last addition rounds by half a unit (a lower bound that rounds to more than 1, or an upper one to less, is held at 1);
+    # each product by a share of the product; and the distance to a center by 2^-24, which is 16 times that in u.
     largest = values.abs().amax(1) * (1 + 2.0**-20)
     largest = torch.where(values.amax(1) > 0, largest.clamp_max(1 - 2.0**-30), largest)
     exponent: Tensor = torch.frexp(largest).exponent

@@ -1,4 +1,4 @@
-"""Checks of arguments that the preference losses and designs share."""
+"""Checks of arguments for the preference losses and designs."""
 
 import math
 
@@ -11,18 +11,18 @@ from bandpo._inputs import check_tensor
 def check_number(
     name: str, value: object, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
-    """An argument must be a finite number between two bounds; True is none.
+    """Check that an argument is a finite number between two bounds; a bool is not a number.
 
     Args:
-        name: The argument's name, for the message.
+        name: Name of the argument in messages.
         value: The argument.
-        low: Least value.
-        high: Largest value.
+        low: Smallest allowed value.
+        high: Largest allowed value.
         open_low: Whether `low` itself is refused.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of range or not finite.
+        TypeError: If the argument is not a number.
+        ValueError: If the argument is out of range or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -35,18 +35,18 @@ def check_number(
 def check_column(
     name: str, value: object, like: Tensor | None = None, *, like_name: str = "", floating: bool = True
 ) -> None:
-    """An argument must be a tensor with one number for each item, as many as `like` has.
+    """Check that an argument is a tensor with one number for each item, in the shape of `like` if that is given.
 
     Args:
-        name: The argument's name, for the message.
+        name: Name of the argument in messages.
         value: The argument.
-        like: Another argument, whose shape it must have.
-        like_name: The name of the other argument.
-        floating: Whether it must have a float dtype; otherwise integers will do.
+        like: Another argument with the required shape, or None for any number of items.
+        like_name: Name of that other argument.
+        floating: Whether the dtype must be a float dtype; otherwise integers are allowed.
 
     Raises:
-        TypeError: If it is no tensor of such numbers.
-        ValueError: If it has another shape.
+        TypeError: If the argument is not a tensor of such numbers.
+        ValueError: If the shape is another one.
     """
     check_tensor(name, value, floating=floating)
     assert isinstance(value, Tensor)

@@ -1,7 +1,7 @@
-"""Links: how far a log-ratio counts in a preference loss. The trust region of DPO and its relatives.
+"""Links, which map log-ratios to scores in a preference loss: the trust region of DPO and related objectives.
 
-A policy that maximises `E_π[r] - β D_f(π ‖ π_ref)` has `r(x, y) = β f'(π(y|x)/π_ref(y|x)) + Z(x)`. The link is `φ = f'`, taken
-as a function of `Δ = log π - log π_ref`; a difference of two of them is free of `Z`.
+A policy that maximises `E_π[r] - β D_f(π ‖ π_ref)` has `r(x, y) = β f'(π(y|x)/π_ref(y|x)) + Z(x)`. The link is `φ = f'`, as a
+function of `Δ = log π - log π_ref`; a difference of two link values does not contain `Z`.
 """
 
 import math
@@ -15,23 +15,23 @@ from torch import Tensor
 
 from bandpo._values import ByValue, Registry
 
-# e^88 is the last power that float32 and bfloat16 hold; the experiments of arXiv:2407.13399 stop the exponential at 20.
+# e^88 is the largest power in the range of float32 and bfloat16; arXiv:2407.13399's experiments stop the exponential at 20.
 _LOW, _HIGH = -88.0, 20.0
 _MAX = 80.0  # TRL's limit for the α-divergence in float32
-_NEWTON = 12
+_NEWTON = 12  # steps of `log_wright_omega`
 
 Elementwise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Link(ByValue):
-    """A link `φ(π/π_ref)` as a function of the log-ratio, and its inverse.
+    """A link `φ(π/π_ref)` as a function of the log-ratio, and the inverse of the link (f-DPO, arXiv:2309.16240).
 
     Args:
-        name: For messages and tables.
-        formula: One line, `z` being the ratio.
+        name: Name in messages and tables.
+        formula: Formula in one line, with `z` for the ratio.
         of_log: `Δ -> φ(e^Δ)`, elementwise, increasing, for float32 or float64.
-        inverse_log: `u -> log φ⁻¹(u)`, elementwise; -inf and +inf where `u` lies outside of φ's range.
+        inverse_log: `u -> log φ⁻¹(u)`, elementwise; -inf or +inf if `u` is outside of the range of φ.
 
     Examples:
         >>> CHI2_KL(torch.tensor([-1.0, 0.0, 1.0]))
@@ -50,7 +50,11 @@ class Link(ByValue):
         return super().__reduce_ex__(protocol)
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        """φ at the log-ratio, in its dtype; half-precision input is computed in float32 and returned in it."""
+        """φ at the log-ratio, in the dtype of the log-ratio; half-precision input gives a float32 result.
+
+        Raises:
+            TypeError: If the log-ratio is not a float tensor.
+        """
         if not log_ratio.is_floating_point():
             raise TypeError(f"link {self.name!r}: log_ratio must be a floating point tensor, got {log_ratio.dtype}")
         wide = log_ratio.float() if log_ratio.dtype in (torch.float16, torch.bfloat16) else log_ratio
@@ -60,13 +64,21 @@ class Link(ByValue):
 def chi2_kl(alpha: float = 1.0, gamma: float = 1.0) -> Link:
     """Mixed chi-squared and KL link of χPO, `φ(z) = z^α + γ log z`.
 
-    arXiv:2407.13399: α = γ = 1 is the method (f(z) = ½(z-1)² + z log z); γ < 1 is its theorem H.1; the experiments take
-    α and γ in {¼, 1} x {0.1, 1} and compute `exp(clip(α log z, -88, 20)) + γ log z`. That the exponent is `α log z` is our
-    reading: only it gives φ at α = γ = 1. The KL part keeps the gradient alive where the exponential is clipped. The inverse,
-    by Lambert's W as `(γ/α) ω(αu/γ - log(γ/α))` for z^α, is that of the link without the clip.
+    In arXiv:2407.13399, α = γ = 1 is the method (f(z) = ½(z-1)² + z log z), and γ < 1 is theorem H.1; the experiments use
+    α and γ in {¼, 1} x {0.1, 1} and compute `exp(clip(α log z, -88, 20)) + γ log z`. The exponent `α log z` is our reading:
+    no other one gives φ at α = γ = 1. The KL part keeps a gradient where the exponential is clipped. The inverse is that of
+    the link without the clip, by Lambert's W: `(γ/α) ω(αu/γ - log(γ/α))` for z^α.
+
+    Args:
+        alpha: α > 0, the power of the ratio.
+        gamma: γ > 0, the weight of the KL part.
 
     Raises:
-        ValueError: If `alpha` or `gamma` is not positive. For γ = 0 use `CHI2`, whose inverse meets the constraint π >= 0.
+        ValueError: If `alpha` or `gamma` is not positive. For γ = 0 use `CHI2`, whose inverse obeys the constraint π >= 0.
+
+    Examples:
+        >>> chi2_kl(gamma=0.1)(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.2679, 1.0000, 2.8183])
     """
     for name, value in (("alpha", alpha), ("gamma", gamma)):
         if not (0 < value < math.inf):
@@ -90,10 +102,19 @@ def _inverse_chi2_kl(u: Tensor, alpha: float, gamma: float) -> Tensor:
 
 
 def alpha_link(a: float) -> Link:
-    """Link of the α-divergence as in f-DPO and TRL, `φ(z) = (z^(a-1) - 1)/(a - 1)`: log z at a = 1, z - 1 at a = 2.
+    """Link of the α-divergence as in TRL and f-DPO (arXiv:2309.16240), `φ(z) = (z^(a-1) - 1)/(a - 1)`.
+
+    The limit at a = 1 is log z, and a = 2 gives z - 1.
+
+    Args:
+        a: The order α, a finite number other than 1.
 
     Raises:
         ValueError: If `a` is not finite or is 1, which is `LOG`.
+
+    Examples:
+        >>> alpha_link(2.0)(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 1.7183])
     """
     if not math.isfinite(a) or a == 1:
         raise ValueError(f"alpha_link: a must be a finite number other than 1 (which is LOG), got {a}")
@@ -112,10 +133,10 @@ def _inverse_alpha(u: Tensor, k: float) -> Tensor:
 def log_wright_omega(x: Tensor) -> Tensor:
     """`log ω(x)` for Wright's ω, the root of `w + log w = x`; so `ω(x) = W₀(e^x)` without overflow.
 
-    Newton's method on `y + e^y = x` from `min(x, log max(x, 1))`, where it converges from above without overshooting.
+    Newton's method on `y + e^y = x` from `min(x, log max(x, 1))`, from where it converges from above without overshooting.
 
     Args:
-        x: Floating point, any shape; solved in float64.
+        x: A float tensor, any shape; solved in float64.
 
     Examples:
         >>> log_wright_omega(torch.tensor([-50.0, 2.0, 10.0], dtype=torch.float64))
@@ -133,11 +154,11 @@ def _js(log_ratio: Tensor) -> Tensor:
 
 
 LOG = Link("log", "log z", lambda d: d * 1.0, lambda u: u * 1.0)
-"""Reverse KL, D(π ‖ π_ref): DPO's."""
+"""Reverse KL, D(π ‖ π_ref), the link of DPO."""
 CHI2_KL = chi2_kl()
-"""Chi-squared and KL: χPO's, arXiv:2407.13399."""
+"""Chi-squared and KL, the link of χPO, arXiv:2407.13399."""
 CHI2 = Link("chi2", "z - 1", lambda d: d.clamp(max=_MAX).expm1(), lambda u: u.clamp(min=-1).log1p())
-"""Pure chi-squared, ½(z-1)²: its optimum may give an action probability 0."""
+"""Pure chi-squared, ½(z-1)²; the optimal policy may give an action probability 0."""
 FORWARD_KL = Link(
     "forward-kl", "1 - 1/z", lambda d: -(-d).clamp(max=_MAX).expm1(), lambda u: -(-u.clamp(max=1)).log1p()
 )
@@ -154,10 +175,13 @@ LINKS: Mapping[str, Link] = Registry(
 
 
 def as_link(link: Link | str) -> Link:
-    """A link, or the one of that name: log, chi2-kl, chi2, forward-kl, js, alpha:A, chi2-kl:ALPHA,GAMMA.
+    """The link of that name, or the link itself.
+
+    Args:
+        link: A link, or its name: log, chi2-kl, chi2, forward-kl, js, alpha:A or chi2-kl:ALPHA,GAMMA.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If the name is unknown.
 
     Examples:
         >>> as_link("alpha:0.5").formula

@@ -1,4 +1,4 @@
-"""The one pairwise loss, and what is made before it: confidence, calibrated rewards; KTO for what comes without pairs."""
+"""The pairwise loss; the confidence and the calibrated rewards that it may take; and KTO for completions without pairs."""
 
 import torch
 from torch import Tensor
@@ -24,29 +24,29 @@ def pair_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each pair, and detached 0-d metrics. The table of formulas is in `PairObjective`.
 
-    "Chosen" is the first completion of the pair: where a reward gap or a confidence says so, it need not be the better one.
-    A pair with a log-prob that is not finite has loss 0 and gradient 0, takes no part in the metrics, and is counted in
-    `nonfinite_fraction`.
+    "Chosen" is the first completion of the pair; with a reward gap or a confidence it need not be the better one. A pair with a
+    log-prob that is not finite has loss 0 and gradient 0, is left out of the metrics, and is counted in `nonfinite_fraction`.
 
     Args:
         chosen_logprobs: Log-prob of the first completion, summed over its tokens, `(pairs,)`, with gradient.
-        rejected_logprobs: The same of the second.
-        ref_chosen_logprobs: Of the first under the reference; required unless the objective has reference "none".
-        ref_rejected_logprobs: Of the second.
+        rejected_logprobs: Log-prob of the second completion, `(pairs,)`, with gradient.
+        ref_chosen_logprobs: Log-prob of the first completion under the reference, `(pairs,)`; required unless the objective
+            has reference "none".
+        ref_rejected_logprobs: Log-prob of the second completion under the reference, `(pairs,)`.
         objective: A `PairObjective`, or a name in `PREFERENCES`.
-        chosen_lengths: Tokens of the first, at least 1, for objectives with length "mean".
-        rejected_lengths: Tokens of the second.
-        reward_gap: Reward of the first less that of the second, finite, for "squared" targets, and for "soft"
-            ones through `σ(label_scale·gap)`.
-        confidence: Probability that the first is preferred, for "soft" targets; no gradient flows into it.
+        chosen_lengths: Number of tokens of the first completion, `(pairs,)`, at least 1, for objectives with length "mean".
+        rejected_lengths: Number of tokens of the second completion, `(pairs,)`.
+        reward_gap: Reward of the first completion less that of the second, `(pairs,)`, finite; for "squared" targets, and for
+            "soft" ones through `σ(label_scale·gap)`.
+        confidence: Probability that the first completion is preferred, `(pairs,)`, for "soft" targets; without gradient.
 
     Returns:
-        `(pairs,)` in at least float32, and metrics: `rewards/*` are implicit rewards βφ. A mean over no pair is NaN.
+        The loss, `(pairs,)` in at least float32, and metrics; `rewards/*` are implicit rewards βφ. A mean over no pair is NaN.
 
     Raises:
-        TypeError: If an input is no tensor of a fitting dtype.
-        ValueError: If shapes differ, a value is out of range, or an input that the objective needs is missing, or one that it
-            would ignore is given. Values are checked on a CPU; on an accelerator the device stops.
+        TypeError: If an input is not a tensor of a fitting dtype.
+        ValueError: If shapes differ, a value is out of range, an input that the objective needs is missing, or an input that
+            it would ignore is given. Values are checked on a CPU; on an accelerator a device assertion stops the process.
 
     Examples:
         >>> new = torch.tensor([-3.0, -4.0]), torch.tensor([-3.5, -3.0])
@@ -80,10 +80,14 @@ def pair_loss(
         clipped = (difference.detach() != h.detach()).to(h.dtype)
     h = h - objective.margin
     columns = {
-        "rewards/chosen": scores[0], "rewards/rejected": scores[1], "rewards/margins": difference,
-        "rewards/accuracies": (difference > 0).to(h.dtype), "log_ratio/chosen": sides[0],
-        "log_ratio/rejected": sides[1], "clipped": clipped,
-    }  # fmt: skip
+        "rewards/chosen": scores[0],
+        "rewards/rejected": scores[1],
+        "rewards/margins": difference,
+        "rewards/accuracies": (difference > 0).to(h.dtype),
+        "log_ratio/chosen": sides[0],
+        "log_ratio/rejected": sides[1],
+        "clipped": clipped,
+    }
     count = finite.sum()
     metrics = {name: torch.where(finite, x.detach(), 0.0).sum() / count for name, x in columns.items()}
     metrics["nonfinite_fraction"] = 1 - finite.to(h.dtype).mean()
@@ -113,7 +117,7 @@ def _log_ratio(objective: PairObjective, new: Tensor, ref: Tensor | None, length
 
 
 def _target(objective: PairObjective, gap: Tensor | None, confidence: Tensor | None, *, like: Tensor) -> Tensor | None:
-    """What h is compared with: a probability, a gap, or nothing."""
+    """The target of h: a probability, a reward gap, or None."""
     for name, value, used in (
         ("reward_gap", gap, objective.needs_gap),
         ("confidence", confidence, objective.target == "soft"),
@@ -166,21 +170,21 @@ def preference_confidence(
 ) -> Tensor:
     """Confidence that the first of a pair is the better one, from a probe's rewards (RBRM, arXiv:2503.10093).
 
-    `max(σ(α(mean σ(R₁) - mean σ(R₂))), floor)`. The batch mean, α = 7.5 and floor ½ are what the authors' code does; what the
-    paper defines was not established. level="pair" takes each pair's own σ(R) in place of the means.
+    Computes `max(σ(α(mean σ(R₁) - mean σ(R₂))), floor)`. The batch mean, α = 7.5 and floor ½ follow the authors' code; the
+    definition in the paper was not established. level="pair" uses the σ(R) of each pair in place of the means.
 
     Args:
-        chosen_rewards: `(pairs,)`.
-        rejected_rewards: `(pairs,)`.
-        alpha: Sharpness.
-        level: "batch", one value for all; or "pair".
-        floor: Least confidence; ½ makes a doubtful pair pull towards the reference. 0 for none.
+        chosen_rewards: Rewards R₁ of the first completions, `(pairs,)`.
+        rejected_rewards: Rewards R₂ of the second completions, `(pairs,)`.
+        alpha: Sharpness α > 0.
+        level: "batch" for one value for all pairs, or "pair".
+        floor: Smallest confidence, in [0, 1); at ½ a doubtful pair pulls towards the reference.
 
     Returns:
         `(pairs,)`, detached.
 
     Raises:
-        TypeError: If rewards are no float tensors.
+        TypeError: If rewards are not float tensors.
         ValueError: If shapes differ, or a value is out of range or NaN.
 
     Examples:
@@ -206,16 +210,19 @@ def preference_confidence(
 def reward_calibration(rewards: Tensor, log_ratio: Tensor, calibration: float) -> Tensor:
     """Reward of reward calibration, `r - γ_c log(π_k/π₀)` (arXiv:2601.08421, algorithm 3).
 
-    With reference π_k and step β, `u = log(π/π₀)` obeys `u ← (1 - γ_c/β) u + r/β`: it tends to r/γ_c, where γ_c = 0 (REBEL)
-    grows without end. So γ_c is the final temperature and β the size of the step.
+    With reference π_k and step β, `u = log(π/π₀)` obeys `u ← (1 - γ_c/β) u + r/β`. It tends to r/γ_c, and grows without limit
+    for γ_c = 0 (REBEL). So γ_c is the final temperature and β the size of the step.
 
     Args:
-        rewards: Of completions or of pairs' gaps, any shape.
-        log_ratio: `log π_k - log π₀` of the same completions, or its gap.
+        rewards: Rewards of completions, or reward gaps of pairs, any shape.
+        log_ratio: `log π_k - log π₀` of the same completions, or the gap of pairs, the same shape.
         calibration: γ_c >= 0.
 
+    Returns:
+        The calibrated rewards, the same shape and dtype as `rewards`.
+
     Raises:
-        TypeError: If rewards or log_ratio are no float tensors.
+        TypeError: If `rewards` or `log_ratio` is not a float tensor.
         ValueError: If shapes differ, a log-ratio is not finite, or γ_c is below 0.
 
     Examples:
@@ -241,25 +248,27 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     link: Link = LOG,
 ) -> Tensor:
-    """KTO's loss of completions that are good or bad by themselves (arXiv:2402.01306).
+    """KTO loss of single completions that are labelled good or bad (arXiv:2402.01306).
 
-    `w_d (1 - σ(β(Δ - z₀)))` for desirable ones, `w_u (1 - σ(β(z₀ - Δ)))` for others; z₀ an estimate of KL(π ‖ π_ref) from
-    mismatched pairs, held at >= 0 by the caller, without gradient. Train with TRL's `KTOTrainer`; this is its formula.
+    Computes `w_d (1 - σ(β(Δ - z₀)))` for desirable completions and `w_u (1 - σ(β(z₀ - Δ)))` for others, with z₀ an estimate of
+    KL(π ‖ π_ref) from mismatched pairs, which the caller keeps >= 0 and without gradient. For training use TRL's `KTOTrainer`,
+    which has the same formula.
 
     Args:
-        log_ratio: `log π - log π_ref` of each completion, `(batch,)`. One that is not finite has loss 0 and gradient 0.
-        desirable: Bool, `(batch,)`.
+        log_ratio: Δ = `log π - log π_ref` of each completion, `(batch,)`. A value that is not finite gives loss 0 and
+            gradient 0.
+        desirable: Whether each completion is good, bool, `(batch,)`.
         kl: z₀ >= 0, 0-d.
         beta: β > 0.
         desirable_weight: w_d >= 0.
         undesirable_weight: w_u >= 0.
-        link: Only `LOG`: the loss is no difference within a prompt, so another link's Z(x) would not cancel.
+        link: Only `LOG` is allowed: the loss is not a difference within a prompt, so the Z(x) of another link would not cancel.
 
     Returns:
         `(batch,)` in at least float32.
 
     Raises:
-        TypeError: If an input is no tensor of a fitting dtype: labels of 0 and 1 must be made bool.
+        TypeError: If an input is not a tensor of a fitting dtype; convert labels of 0 and 1 to bool.
         ValueError: If `link` is not `LOG`, shapes differ, or a value is out of range.
 
     Examples:

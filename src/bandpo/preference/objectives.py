@@ -1,4 +1,4 @@
-"""A preference objective as link x target x reference, and the named ones."""
+"""Preference objectives as link x target x reference, and the named ones."""
 
 import math
 from collections.abc import Mapping
@@ -15,11 +15,12 @@ Length = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class PairObjective:
-    """What a pair of completions should do to the policy: link x target x reference.
+    """The loss of a pair of completions as link x target x reference; `PREFERENCES` has the papers of the named ones.
 
-    With scores `s = φ(log π - log π_ref)` of both completions and `h = clip(β (s₁ - s₂), ±2 R_max) - margin`:
+    With scores `s = φ(log π - log π_ref)` of both completions and `h = clip(β (s₁ - s₂), ±2 R_max) - margin` (χPO,
+    arXiv:2407.13399, algorithm 1):
 
-    | target | loss | what the pair carries |
+    | target | loss | data of the pair |
     |---|---|---|
     | hard | -log σ(h) | the first was preferred |
     | soft | -q log σ(h) - (1-q) log σ(-h) | q, the probability that the first is preferred |
@@ -29,24 +30,25 @@ class PairObjective:
     | squared | (h - g)² | g, the gap of the rewards |
 
     Args:
-        target: See the table. "soft" takes q as `confidence`; from a reward gap g as `σ(label_scale·g)`; or as `1 - ε`.
-        link: φ; see `bandpo.preference.links`.
+        target: The loss, see the table. For "soft", q is the `confidence`, or `σ(label_scale·g)` of a reward gap g, or `1 - ε`.
+        link: The link φ; see `bandpo.preference.links`.
         beta: β > 0, the regularisation (γ in arXiv:2601.08421).
-        reference: The policy behind `ref_*_logprobs`: "fixed" is π₀, "previous" the policy of the last round, "none" leaves it
-            out. A statement to the trainer, not a computation.
-        r_max: Bound on |reward|: h is clipped to ±2 r_max (χPO, algorithm 1), which ends the gradient of a pair beyond.
-        length: "mean" divides each log-ratio by its length, as SimPO does, and TRL for IPO.
-        margin: Subtracted from h; SimPO's γ.
-        label_smoothing: ε in [0, ½): cDPO's for "soft", robust DPO's for "robust".
-        label_scale: Of the reward gap: inside σ for "soft", a factor for "squared".
+        reference: The policy of `ref_*_logprobs`: "fixed" is π₀, "previous" is the policy of the last round, and "none" means
+            no reference. The trainer reads this; the loss does not compute it.
+        r_max: Bound on |reward|: h is clipped to ±2 r_max, and a pair beyond has no gradient.
+        length: "mean" divides each log-ratio by the length of the completion, as in SimPO, and in TRL for IPO; "sum" does not.
+        margin: Number that is subtracted from h; γ in SimPO.
+        label_smoothing: ε in [0, ½), of cDPO for "soft" and of robust DPO for "robust".
+        label_scale: Scale of the reward gap: inside σ for "soft", a factor for "squared".
         calibration: γ_c >= 0: with reference "previous" the reward is corrected by -γ_c log(π_k/π₀), so that the policy
             tends to π₀ exp(r/γ_c) instead of collapsing (RDRC, arXiv:2601.08421).
-        name: For messages and tables.
-        formula: One line.
-        paper: Where it comes from.
+        name: Name in messages and tables.
+        formula: Formula in one line.
+        paper: Source of the objective.
 
     Raises:
-        ValueError: If a value is out of range, or a link meets a loss in which `Z(x)` would not cancel.
+        TypeError: If `link` is not a `Link`, or a number has another type.
+        ValueError: If a value is out of range, or a link is used in a loss in which `Z(x)` would not cancel.
 
     Examples:
         >>> PairObjective("hard", CHI2_KL, beta=0.1).link.name
@@ -108,7 +110,11 @@ class PairObjective:
         return self.target in ("soft", "squared")
 
     def replace(self, **changes: object) -> "PairObjective":
-        """A copy with some fields changed, checked again."""
+        """A copy with some fields changed; the changed objective is checked.
+
+        Args:
+            changes: New values by field name.
+        """
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -123,59 +129,99 @@ PREFERENCES: Mapping[str, PairObjective] = _named(
     PairObjective(
         name="chipo", link=CHI2_KL, formula="-log σ(β(φ₁ - φ₂)), φ = e^Δ + Δ", paper=f"{_CHIPO}, algorithm 1"
     ),
-    PairObjective(name="chi2-dpo", link=CHI2, formula="-log σ(β(φ₁ - φ₂)), φ = e^Δ - 1", paper="f-DPO, arXiv:2309.16240"),
+    PairObjective(
+        name="chi2-dpo", link=CHI2, formula="-log σ(β(φ₁ - φ₂)), φ = e^Δ - 1", paper="f-DPO, arXiv:2309.16240"
+    ),
     PairObjective(
         name="js-dpo", link=JS, formula="-log σ(β(φ₁ - φ₂)), φ = log(2/(1 + e^-Δ))", paper="f-DPO, arXiv:2309.16240"
     ),
     PairObjective(
-        name="forward-kl-dpo", link=FORWARD_KL, formula="-log σ(β(φ₁ - φ₂)), φ = 1 - e^-Δ", paper="f-DPO, arXiv:2309.16240"
+        name="forward-kl-dpo",
+        link=FORWARD_KL,
+        formula="-log σ(β(φ₁ - φ₂)), φ = 1 - e^-Δ",
+        paper="f-DPO, arXiv:2309.16240",
     ),
     PairObjective(
-        name="cdpo", target="soft", label_smoothing=0.1, formula="-(1-ε) log σ(h) - ε log σ(-h)",
+        name="cdpo",
+        target="soft",
+        label_smoothing=0.1,
+        formula="-(1-ε) log σ(h) - ε log σ(-h)",
         paper="conservative DPO (E. Mitchell's note, 2023)",
     ),
     PairObjective(
-        name="robust-dpo", target="robust", label_smoothing=0.1,
-        formula="[-(1-ε) log σ(h) + ε log σ(-h)]/(1-2ε)", paper="robust DPO, arXiv:2403.00409",
+        name="robust-dpo",
+        target="robust",
+        label_smoothing=0.1,
+        formula="[-(1-ε) log σ(h) + ε log σ(-h)]/(1-2ε)",
+        paper="robust DPO, arXiv:2403.00409",
     ),
     PairObjective(name="slic", target="hinge", formula="max(0, 1 - h)", paper="SLiC-HF, arXiv:2305.10425"),
     PairObjective(
-        name="ipo", target="ipo", length="mean", formula="(Δ₁/|y₁| - Δ₂/|y₂| - 1/(2β))²",
+        name="ipo",
+        target="ipo",
+        length="mean",
+        formula="(Δ₁/|y₁| - Δ₂/|y₂| - 1/(2β))²",
         paper="IPO, arXiv:2310.12036, by mean log-ratios as in TRL",
     ),
     PairObjective(
-        name="simpo", reference="none", length="mean", beta=2.0, margin=0.5,
-        formula="-log σ(β(log π(y₁)/|y₁| - log π(y₂)/|y₂|) - γ)", paper="SimPO, arXiv:2405.14734",
+        name="simpo",
+        reference="none",
+        length="mean",
+        beta=2.0,
+        margin=0.5,
+        formula="-log σ(β(log π(y₁)/|y₁| - log π(y₂)/|y₂|) - γ)",
+        paper="SimPO, arXiv:2405.14734",
     ),
     PairObjective(
-        name="rbrm", target="soft", beta=0.15, formula="-c log σ(h) - (1-c) log σ(-h), c the probe's confidence",
+        name="rbrm",
+        target="soft",
+        beta=0.15,
+        formula="-c log σ(h) - (1-c) log σ(-h), c the probe's confidence",
         paper="RBRM, arXiv:2503.10093",
     ),
     PairObjective(
         name="pdfr", target="soft", formula="-q log σ(h) - (1-q) log σ(-h), q = σ(scale·gap)", paper=f"PDFR, {_ONLINE}"
     ),
     PairObjective(
-        name="vcb", target="squared", formula="(h - gap)²",
+        name="vcb",
+        target="squared",
+        formula="(h - gap)²",
         paper="reward distillation, arXiv:2405.19316; VCB in arXiv:2601.08421",
     ),
     PairObjective(
-        name="rebel", target="squared", reference="previous", beta=1.0, formula="(h - gap)², ratio to the last round's policy",
+        name="rebel",
+        target="squared",
+        reference="previous",
+        beta=1.0,
+        formula="(h - gap)², ratio to the last round's policy",
         paper="REBEL, arXiv:2404.16767",
     ),
     PairObjective(
-        name="rdrc", target="squared", reference="previous", beta=1.0, calibration=0.1,
-        formula="(h - gap + γ_c[u₁ - u₂])², u = log π_k/π₀, ratio to π_k", paper=f"RDRC, {_ONLINE}",
+        name="rdrc",
+        target="squared",
+        reference="previous",
+        beta=1.0,
+        calibration=0.1,
+        formula="(h - gap + γ_c[u₁ - u₂])², u = log π_k/π₀, ratio to π_k",
+        paper=f"RDRC, {_ONLINE}",
     ),
-)  # fmt: skip
+)
 """The named preference objectives, read-only."""
 
 
 def get_pair_objective(objective: PairObjective | str) -> PairObjective:
-    """An objective, or the one of that name in `PREFERENCES`.
+    """The objective of that name in `PREFERENCES`, or the objective itself.
+
+    Args:
+        objective: An objective or its name.
 
     Raises:
         ValueError: If the name is unknown.
-        TypeError: If it is neither.
+        TypeError: If the argument is neither an objective nor a name.
+
+    Examples:
+        >>> get_pair_objective("chipo").formula
+        '-log σ(β(φ₁ - φ₂)), φ = e^Δ + Δ'
     """
     if isinstance(objective, PairObjective):
         return objective

@@ -1,4 +1,4 @@
-"""RBRM's reward, a probe over the layers' hidden states, and re-ranking by it (arXiv:2503.10093)."""
+"""The reward of RBRM, a probe over the layers' hidden states, and re-ranking by this reward (arXiv:2503.10093)."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -14,14 +14,18 @@ Matching = Literal["ordered", "all"]
 
 
 class LayerProbe(nn.Module):
-    """`R(h) = Σ_l v_l t_l` with `t_l = w_lᵀh_l + b_l` and votes `v = σ(U t)`, over the hidden states of L layers.
+    """Reward of RBRM (arXiv:2503.10093) over the hidden states of L layers, `R(h) = Σ_l v_l t_l`.
 
-    The shape of the reward, its margin loss and the optimiser's settings follow the authors' code.
+    Here `t_l = w_lᵀh_l + b_l`, with votes `v = σ(U t)`. The form of the reward, the margin loss and the optimiser's settings
+    follow the authors' code.
 
     Args:
-        layers: L.
+        layers: Number of layers, L.
         width: Size of a hidden state.
-        seed: Of the weights.
+        seed: Seed of the initial weights.
+
+    Raises:
+        ValueError: If `layers` or `width` is below 1.
 
     Examples:
         >>> LayerProbe(3, 8)(torch.zeros(5, 3, 8)).shape
@@ -38,7 +42,14 @@ class LayerProbe(nn.Module):
         self.vote = nn.Parameter(torch.randn(layers, layers, generator=draw, dtype=torch.float32) / layers**0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Rewards `(...)` of hidden states `(..., layers, width)`, in float32."""
+        """Rewards of hidden states, `(...)`, float32.
+
+        Args:
+            hidden: Hidden states, `(..., layers, width)`.
+
+        Raises:
+            ValueError: If the last two dimensions do not fit.
+        """
         if hidden.shape[-2:] != self.weight.shape:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}; this probe takes (..., {len(self.weight)}, {self.weight.shape[1]})"
@@ -47,27 +58,44 @@ class LayerProbe(nn.Module):
         return ((terms @ self.vote.T).sigmoid() * terms).sum(-1)
 
     def loss(self, chosen: Tensor, rejected: Tensor, *, margin: float = 1.0) -> Tensor:
-        """`-log σ(R_chosen - R_rejected - margin)`, averaged over pairs of hidden states `(pairs, layers, width)`."""
-        return -logsigmoid(self(chosen) - self(rejected) - margin).mean()
-
-    def fit(
-        self, chosen: Tensor, rejected: Tensor, *, epochs: int = 50, batch_size: int = 8, learning_rate: float = 1e-3,
-        weight_decay: float = 0.01, held_out: float = 0.1, seed: int = 0,
-    ) -> float:  # fmt: skip
-        """Train on pairs, keep the best epoch by accuracy on held-out pairs, and return that accuracy.
+        """The mean over pairs of `-log σ(R_chosen - R_rejected - margin)`, 0-d.
 
         Args:
             chosen: Hidden states of the better completions, `(pairs, layers, width)`.
-            rejected: Of the worse ones.
-            epochs: At most so many.
+            rejected: Hidden states of the worse completions, `(pairs, layers, width)`.
+            margin: Margin of the rewards.
+        """
+        return -logsigmoid(self(chosen) - self(rejected) - margin).mean()
+
+    def fit(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        *,
+        epochs: int = 50,
+        batch_size: int = 8,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        held_out: float = 0.1,
+        seed: int = 0,
+    ) -> float:
+        """Train on pairs and keep the weights of the epoch with the best accuracy on held-out pairs.
+
+        Args:
+            chosen: Hidden states of the better completions, `(pairs, layers, width)`.
+            rejected: Hidden states of the worse completions, `(pairs, layers, width)`.
+            epochs: Number of epochs.
             batch_size: Pairs in a step.
-            learning_rate: Adam's.
-            weight_decay: Adam's.
-            held_out: Share of the pairs that only choose the epoch.
-            seed: Of the split and the batches.
+            learning_rate: Learning rate of Adam.
+            weight_decay: Weight decay of Adam.
+            held_out: Share of the pairs that are held out to choose the epoch.
+            seed: Seed of the split and of the batches.
+
+        Returns:
+            The best accuracy on the held-out pairs.
 
         Raises:
-            ValueError: If shapes differ, or fewer than 4 pairs are there.
+            ValueError: If shapes differ, or there are fewer than 4 pairs.
         """
         if chosen.shape != rejected.shape or len(chosen) < 4:
             raise ValueError(
@@ -80,7 +108,8 @@ class LayerProbe(nn.Module):
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, weight_decay=weight_decay)
         best, kept = -1.0, {name: p.detach().clone() for name, p in self.state_dict().items()}
         for _ in range(epochs):
-            for rows in train[torch.randperm(len(train), generator=draw)].split(batch_size):
+            shuffled = train[torch.randperm(len(train), generator=draw)]
+            for rows in torch.split(shuffled, batch_size):
                 optimizer.zero_grad()
                 self.loss(chosen[rows], rejected[rows]).backward()
                 optimizer.step()
@@ -92,23 +121,29 @@ class LayerProbe(nn.Module):
 
 
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
-    """Share of pairs whose first reward is the higher one."""
+    """Share of pairs whose first reward is the higher one.
+
+    Args:
+        chosen: Rewards of the first completions, `(pairs,)`.
+        rejected: Rewards of the second completions, `(pairs,)`.
+    """
     return (chosen > rejected).double().mean().item()
 
 
 def pool_hidden(hidden_states: Sequence[Tensor], mask: Tensor, how: Pooling = "last") -> Tensor:
-    """One vector of each layer for each sequence, whichever side the padding is on.
+    """One hidden state of each layer for each sequence, with padding on either side.
 
     Args:
-        hidden_states: Of the layers, each `(batch, time, width)`; leave the embedding layer out, as the authors do.
+        hidden_states: Hidden states of the layers, each `(batch, time, width)`, without the embedding layer as in the
+            authors' code.
         mask: `(batch, time)`, 1 at the tokens that count: the whole text, or the completion.
-        how: "last" takes the last of them, "mean" their mean. Use the same for fitting and scoring.
+        how: "last" for the last of these tokens, "mean" for their mean. Use the same value for fitting and scoring.
 
     Returns:
         `(batch, layers, width)`, float32, detached.
 
     Raises:
-        ValueError: If a sequence has no token that counts.
+        ValueError: If `how` is unknown, or the mask of a sequence is empty.
 
     Examples:
         >>> h = torch.arange(6.0).view(1, 3, 2)
@@ -129,13 +164,16 @@ def pool_hidden(hidden_states: Sequence[Tensor], mask: Tensor, how: Pooling = "l
 
 
 class RankedPairs(NamedTuple):
-    """Pairs from groups of completions; all `(pairs,)`."""
+    """Pairs from groups of completions."""
 
     group: Tensor
+    """Index of the group, `(pairs,)`."""
     chosen: Tensor
+    """Index of the better completion in the group, `(pairs,)`."""
     rejected: Tensor
+    """Index of the worse completion in the group, `(pairs,)`."""
     gap: Tensor
-    """Score of the chosen less that of the rejected."""
+    """Score of the chosen completion less that of the rejected one, `(pairs,)`."""
 
 
 def rerank(
@@ -143,18 +181,21 @@ def rerank(
 ) -> RankedPairs:
     """Pairs of the best and the worst of each group of completions of one prompt.
 
-    The authors sample 8 and keep 4: top=4, bottom=4.
+    The authors of arXiv:2503.10093 sample 8 and keep 4: top=4, bottom=4.
 
     Args:
-        scores: `(groups, size)`; NaN is a completion without a score and is never taken.
-        top: How many of the best.
-        bottom: How many of the worst.
-        matching: "ordered" sets the best against the worst, the second best against the second worst, ...; "all" sets every
-            one of the best against every one of the worst.
-        ties: Keep pairs of equal scores, which teach nothing.
+        scores: Scores of the completions, `(groups, size)`; a NaN is a completion without a score, which is never chosen.
+        top: Number of the best completions to use.
+        bottom: Number of the worst completions to use.
+        matching: "ordered" pairs the best with the worst, the second best with the second worst, and so on; "all" pairs each
+            of the best with each of the worst.
+        ties: Whether to keep pairs of equal scores, which carry no preference.
+
+    Returns:
+        The pairs, in the order of the groups.
 
     Raises:
-        ValueError: If a group is too small, or "ordered" meets different numbers.
+        ValueError: If a group is too small, the matching is unknown, or "ordered" has different numbers of best and worst.
 
     Examples:
         >>> rerank(torch.tensor([[0.1, 0.9, 0.5, 0.3]]), top=2, bottom=2).chosen
@@ -165,7 +206,7 @@ def rerank(
     if matching not in ("ordered", "all"):
         raise ValueError(f"matching must be ordered or all, got {matching!r}")
     if matching == "ordered" and top != bottom:
-        raise ValueError(f"matching='ordered' pairs as many best as worst, got top={top} and bottom={bottom}")
+        raise ValueError(f"matching='ordered' needs equal numbers of best and worst, got top={top} and bottom={bottom}")
     best = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)[:, :top]
     worst = scores.nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)[:, :bottom]
     if matching == "all":
@@ -177,5 +218,17 @@ def rerank(
 
 
 def relabel(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Which pairs of a data set the reward would turn round: `R_rejected > R_chosen`, bool."""
+    """Whether the reward would flip each pair of a data set, `R_rejected > R_chosen`.
+
+    Args:
+        chosen_rewards: Rewards of the chosen completions, `(pairs,)`.
+        rejected_rewards: Rewards of the rejected completions, `(pairs,)`.
+
+    Returns:
+        Bool, `(pairs,)`.
+
+    Examples:
+        >>> relabel(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
+        tensor([False,  True])
+    """
     return rejected_rewards > chosen_rewards

@@ -1,11 +1,12 @@
-"""Where pairs come from and who labels them, for finite policies; and how large the batches of the rounds are.
+"""Samplers of pairs and a source of labels for finite policies, and the sizes of the rounds' batches.
 
-A sampler maps the current policy to pairs, a label source maps the pairs' reward gaps to winners: any goes with any.
+A sampler maps the current policy, a number of pairs and a generator to `Pairs`; a label source maps the pairs' reward gaps to
+winners. Every sampler can be combined with every label source.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +18,14 @@ Pairing = Literal["iid_conditional", "same_component"]
 
 
 class Pairs(NamedTuple):
-    """Indices `(..., n)` of prompts and of the two actions."""
+    """Indices of prompts and of two actions each."""
 
     prompts: Tensor
+    """Index of the prompt, `(..., n)`."""
     first: Tensor
+    """Index of the first action, `(..., n)`."""
     second: Tensor
-
-
-class PairSampler(Protocol):
-    """Draws n pairs; `policy` are the probabilities of the current one, `(..., prompts, actions)`."""
-
-    def __call__(self, policy: Tensor, n: int, generator: torch.Generator) -> Pairs:
-        """The pairs."""
-        ...
+    """Index of the second action, `(..., n)`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +33,12 @@ class OnPolicy(ByValue):
     """Both actions from the current policy (arXiv:2601.08421, algorithm 1).
 
     Args:
-        prompt_probs: `(prompts,)`.
+        prompt_probs: Probabilities of the prompts, `(prompts,)`.
+
+    Examples:
+        >>> policy = torch.tensor([[0.0, 1.0]])
+        >>> OnPolicy(torch.ones(1))(policy, 3, torch.Generator().manual_seed(0)).first
+        tensor([1, 1, 1])
     """
 
     prompt_probs: Tensor
@@ -51,11 +52,16 @@ class OnPolicy(ByValue):
 
 @dataclass(frozen=True, eq=False)
 class Offline(ByValue):
-    """Both actions from a fixed policy, whatever the current one is.
+    """Both actions from a fixed policy, independent of the current one.
 
     Args:
-        prompt_probs: `(prompts,)`.
-        behaviour: `(prompts, actions)`, probabilities.
+        prompt_probs: Probabilities of the prompts, `(prompts,)`.
+        behaviour: Probabilities of the fixed policy, `(prompts, actions)`.
+
+    Examples:
+        >>> fixed, policy = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> Offline(torch.ones(1), fixed)(policy, 3, torch.Generator().manual_seed(0)).first
+        tensor([0, 0, 0])
     """
 
     prompt_probs: Tensor
@@ -68,14 +74,23 @@ class Offline(ByValue):
 
 @dataclass(frozen=True, eq=False)
 class HybridDesign(ByValue):
-    """Part from the current policy, part from a preferential G-optimal design (arXiv:2601.08421, algorithm 2).
+    """A mixture of the current policy and a preferential G-optimal design (arXiv:2601.08421, algorithm 2).
 
     Args:
-        prompt_probs: `(prompts,)`.
-        design: From `preferential_g_optimal`.
-        mix: Share of the design; the paper's is ½.
+        prompt_probs: Probabilities of the prompts, `(prompts,)`.
+        design: The result of `preferential_g_optimal`.
+        mix: Share of the design, ½ in the paper.
         pairing: "iid_conditional" draws both actions from the mixture given the prompt (the literal reading of "from the
-            joint"); "same_component" both from the policy or both from the design. The proof covers either.
+            joint"); "same_component" draws both from the policy or both from the design. The proof covers either.
+
+    Raises:
+        ValueError: If `mix` is not in [0, 1], or the pairing is unknown.
+
+    Examples:
+        >>> from bandpo.preference import preferential_g_optimal
+        >>> sample = HybridDesign(torch.ones(1), preferential_g_optimal(torch.eye(2).unsqueeze(0)), mix=1.0)
+        >>> sample(torch.tensor([[1.0, 0.0]]), 4, torch.Generator().manual_seed(0)).prompts
+        tensor([0, 0, 0, 0])
     """
 
     prompt_probs: Tensor
@@ -107,7 +122,15 @@ class HybridDesign(ByValue):
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One index for each row of non-negative weights, along the last dimension."""
+    """Sample one index for each row of non-negative weights, along the last dimension.
+
+    Args:
+        weights: `(..., n)`; rows need not be normalised.
+        generator: Source of randomness.
+
+    Returns:
+        Indices, `(...)`.
+    """
     edges = weights.cumsum(-1)
     u = torch.rand(edges.shape[:-1], generator=generator, dtype=weights.dtype).unsqueeze(-1) * edges[..., -1:]
     return (
@@ -116,17 +139,20 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """`table[..., index, :]`, batch dimensions together."""
+    """`table[..., index, :]` with shared batch dimensions."""
     return table.gather(-2, index.unsqueeze(-1).expand(*index.shape, table.shape[-1]))
 
 
 def first_wins(reward_gap: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
-    """Bradley-Terry labels: whether the first of each pair wins, with probability σ(gap); or always where the gap is positive.
+    """Bradley-Terry labels: whether the first of each pair wins, with probability σ(gap).
 
     Args:
         reward_gap: Reward of the first less that of the second, any shape.
-        stochastic: False gives the better one the win; a tie then goes to the second.
-        generator: Of the labels.
+        stochastic: If False, the one with the higher reward always wins, and the second wins a tie.
+        generator: Source of randomness of the labels.
+
+    Returns:
+        Bool, the same shape.
 
     Examples:
         >>> first_wins(torch.tensor([2.0, -2.0]), stochastic=False)
@@ -138,14 +164,17 @@ def first_wins(reward_gap: Tensor, *, stochastic: bool = True, generator: torch.
 
 
 def batch_schedule(first: int, rounds: int, *, last: int, growth: float = 0.5, power: float = 1.0) -> list[int]:
-    """Pairs of each round, large early and large last (arXiv:2601.08421, corollary 3.6): `first·η^(αk)`, then one batch `last`.
+    """Number of pairs in each round: `first·η^(αk)` in round k, then `last` (arXiv:2601.08421, corollary 3.6).
 
     Args:
         first: n_i, pairs of round 0.
-        rounds: Rounds in all, at least 2.
-        last: n_f, pairs of the last.
-        growth: η in (0, 1], by which the error shrinks in a round.
+        rounds: Number of rounds, at least 2.
+        last: n_f, pairs of the last round.
+        growth: η in (0, 1], the factor by which the error shrinks in a round.
         power: α >= 0.
+
+    Raises:
+        ValueError: If a number is out of range.
 
     Examples:
         >>> batch_schedule(4000, 4, last=6000)

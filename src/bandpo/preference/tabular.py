@@ -1,31 +1,37 @@
-"""Finite policies: exact optima of every link, concentrability, and the preference fit of a linear softmax policy."""
+"""Finite policies: exact optima for every link, concentrability, and the preference fit of a linear softmax policy."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from bandpo.preference.links import CHI2_KL, LOG, Link
 
-_BISECTIONS = 200
-_NEWTON = 30
+_BISECTIONS = 200  # of Z in `tabular_optimum`
+_NEWTON, _HALVINGS, _RIDGE_BISECTIONS = 30, 8, 40  # in `fit_pairs`
+_LOG_RIDGES = math.log(1e-9), math.log(1e3)  # the range of the ridge's weight in `fit_pairs`
+
+_solve = cast("Any", torch.linalg).solve  # has no types in torch's stubs
 
 
 def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float | Tensor, link: Link = CHI2_KL) -> Tensor:
     """Log-probs of the policy that maximises `E_π[r] - β D_f(π ‖ π_ref)`, with `f' = φ`.
 
-    `π = π_ref φ⁻¹((r - Z)/β)`, with Z by bisection; for χPO φ⁻¹ is Lambert's W (arXiv:2407.13399, eq. 7 and lemma F.2), and for
-    `LOG` it is π_ref exp(r/β) normalised.
+    The optimum is `π = π_ref φ⁻¹((r - Z)/β)`, with Z by bisection; for χPO, φ⁻¹ is Lambert's W (arXiv:2407.13399, eq. 7 and
+    lemma F.2), and for `LOG` the optimum is π_ref exp(r/β) normalised.
 
     Args:
-        rewards: `(..., actions)`.
-        ref_logprobs: The same shape; log-probs of the reference. -inf is an action that it never takes.
+        rewards: Reward of each action, `(..., actions)`.
+        ref_logprobs: Log-probs of the reference, the same shape; -inf is an action that the reference never takes.
         beta: β > 0; a tensor broadcasts with the leading dimensions of `rewards`.
-        link: φ.
+        link: The link φ.
 
     Returns:
-        float64, `(..., actions)`.
+        Log-probs in float64, `(..., actions)`.
+
+    Raises:
+        ValueError: If `beta` is not positive, or shapes differ.
 
     Examples:
         >>> r, uniform = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log()
@@ -57,7 +63,14 @@ def _policy(r: Tensor, ref: Tensor, z: Tensor, beta: Tensor, link: Link) -> Tens
 
 
 def concentrability(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """`C^π = E_π[π/π_ref] = 1 + 2 D_χ²(π ‖ π_ref)` of tabular policies `(..., actions)`, in their dtype (arXiv:2407.13399).
+    """Concentrability of tabular policies, `C^π = E_π[π/π_ref] = 1 + 2 D_χ²(π ‖ π_ref)` (arXiv:2407.13399).
+
+    Args:
+        logprobs: Log-probs of π, `(..., actions)`.
+        ref_logprobs: Log-probs of π_ref, the same shape.
+
+    Returns:
+        `(...)`, in the dtype of the log-probs.
 
     Examples:
         >>> concentrability(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log())
@@ -67,18 +80,21 @@ def concentrability(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 class ConcentrabilityEstimate(NamedTuple):
-    """What a sample says of C^π; the mean alone is heavy-tailed."""
+    """Estimates of C^π from a sample, each 0-d; the mean alone is heavy-tailed."""
 
     mean: Tensor
-    """`mean e^Δ`: unbiased, and dominated by a few completions."""
+    """`mean e^Δ`, which is unbiased but dominated by a few completions."""
     maximum: Tensor
     """`max e^Δ`."""
     log_mean: Tensor
-    """`mean Δ`: KL(π ‖ π_ref), a lower bound of log C^π."""
+    """`mean Δ`, an estimate of KL(π ‖ π_ref), which is a lower bound of log C^π."""
 
 
 def estimate_concentrability(log_ratio: Tensor) -> ConcentrabilityEstimate:
-    """C^π from completions that were sampled from π: their `Δ = log π - log π_ref`, any shape; exponents end at 80.
+    """Estimates of the concentrability C^π (arXiv:2407.13399) from completions that were sampled from π.
+
+    Args:
+        log_ratio: Δ = `log π - log π_ref` of the completions, any shape; exponents are clipped at 80.
 
     Examples:
         >>> estimate_concentrability(torch.tensor([0.0, 1.0])).mean
@@ -92,31 +108,44 @@ def linear_softmax(theta: Tensor, features: Tensor, ref_logprobs: Tensor) -> Ten
     """Log-probs of `π_θ(a|x) ∝ π₀(a|x) exp(θᵀφ(x, a))` (arXiv:2601.08421).
 
     Args:
-        theta: `(..., d)`.
+        theta: Parameters θ, `(..., d)`.
         features: φ, `(prompts, actions, d)`.
         ref_logprobs: log π₀, `(prompts, actions)`.
 
     Returns:
         `(..., prompts, actions)`.
+
+    Examples:
+        >>> linear_softmax(torch.tensor([1.0]), torch.tensor([[[1.0], [0.0]]]), torch.zeros(1, 2)).exp()
+        tensor([[0.7311, 0.2689]])
     """
     return (ref_logprobs + torch.einsum("...d,xad->...xa", theta, features)).log_softmax(-1)
 
 
 def fit_pairs(differences: Tensor, wins: Tensor, losses: Tensor, *, beta: float, radius: float) -> Tensor:
-    """θ that minimises the DPO loss to π₀ on counted pairs, within a ball: `argmin_{‖θ‖ <= R} Σ -log σ(±β θᵀ(φ₁ - φ₂))`.
+    """θ in a ball that minimises the DPO loss (arXiv:2305.18290) to π₀ on counted pairs.
 
-    Without the ball the fit has no minimum where a pair was never lost, as it happens when only the newest batch counts. By
-    Newton's method with a ridge, whose weight is bisected where the free minimum lies outside. Soft labels are fractions.
+    The result is `argmin_{‖θ‖ <= R} Σ -log σ(±β θᵀ(φ₁ - φ₂))`. Without the ball there is no minimum if a pair was never lost,
+    which happens when only the newest batch counts. The fit is Newton's method with a ridge; if the minimum without a ridge
+    is outside of the ball, the weight of the ridge is found by bisection. Fractions of wins and losses are soft labels.
 
     Args:
         differences: `φ₁ - φ₂` of each kind of pair, `(kinds, d)`, float64.
-        wins: How often the first won, `(..., kinds)`.
-        losses: How often the second did.
-        beta: β (γ in the paper).
+        wins: Number of pairs that the first won, `(..., kinds)`.
+        losses: Number of pairs that the second won, `(..., kinds)`.
+        beta: β > 0 (γ in arXiv:2601.08421).
         radius: R > 0.
 
     Returns:
-        `(..., d)`.
+        θ, `(..., d)`.
+
+    Raises:
+        ValueError: If `beta` or `radius` is not positive.
+
+    Examples:
+        >>> wins, losses = torch.tensor([3.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+        >>> fit_pairs(torch.ones(1, 1, dtype=torch.float64), wins, losses, beta=1.0, radius=10.0)  # log 3
+        tensor([1.0986], dtype=torch.float64)
     """
     if not (beta > 0 and radius > 0):
         raise ValueError(f"fit_pairs: beta and radius must be positive, got {beta} and {radius}")
@@ -138,19 +167,23 @@ def fit_pairs(differences: Tensor, wins: Tensor, losses: Tensor, *, beta: float,
             s = (theta @ x.T).sigmoid()
             gradient = ((won + lost) * s - won) @ x + weight * theta
             curvature = torch.einsum("...p,pi,pj->...ij", (won + lost) * s * (1 - s), x, x) + weight.unsqueeze(-1) * eye
-            step = torch.linalg.solve(curvature, gradient)
+            step = cast("Tensor", _solve(curvature, gradient))
             length, now = torch.ones_like(scale), loss(theta)
-            for _ in range(8):  # halve the step of the fits that it would make worse
+            for _ in range(_HALVINGS):  # of a step that would raise the loss
                 worse = loss(theta - length * step) > now
                 length = torch.where(worse.unsqueeze(-1), length / 2, length)
             theta = theta - length * step
         return theta
 
-    low, high = torch.full_like(scale, math.log(1e-9)), torch.full_like(scale, math.log(1e3))
+    low, high = (torch.full_like(scale, limit) for limit in _LOG_RIDGES)
     free = ridge(low)
-    inside = free.norm(dim=-1, keepdim=True) <= radius
-    for _ in range(40):
+    inside = _norm(free) <= radius
+    for _ in range(_RIDGE_BISECTIONS):
         middle = (low + high) / 2
-        outside = ridge(middle).norm(dim=-1, keepdim=True) > radius
+        outside = _norm(ridge(middle)) > radius
         low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
     return torch.where(inside, free, ridge(high))
+
+
+def _norm(theta: Tensor) -> Tensor:
+    return cast("Tensor", cast("Any", theta).norm(dim=-1, keepdim=True))  # torch's stub is incomplete

@@ -1,10 +1,10 @@
-"""Dense packing: sequences of different lengths side by side in rows of a fixed size, with attention kept apart.
+"""Dense packing: sequences of different lengths in rows of a fixed size, without attention between sequences.
 
-A greedy packer that looks at a window of pending sequences, after arXiv:2603.04135 (whose own rule is not known to us).
+The packer is greedy within a window of pending sequences, after arXiv:2603.04135 (whose rule is not known to us).
 
-A model is given the packed tokens and their positions, which start anew with each sequence, and no attention mask: from the
-positions transformers makes each layer's own mask, block-diagonal and with the layer's window. Not every model does so
-(recurrent layers, learned positions, ALiBi), and none says so: `packing_error` measures it.
+The model gets the packed tokens and their positions, which start at 0 with each sequence, and no attention mask: from the
+positions, transformers derives the mask of each layer, block-diagonal and with the layer's window. Some models do not separate
+the sequences (recurrent layers, learned positions, ALiBi), and no model reports that: `packing_error` measures it.
 """
 
 import math
@@ -22,15 +22,15 @@ from bandpo._values import ByValue
 def window_pack(lengths: Sequence[int], capacity: int, window: int = 8) -> list[list[int]]:
     """Bins of at most `capacity` tokens: the oldest pending sequence first, then the largest of the window that fits.
 
-    The oldest one opens each bin, so that none waits longer than those before it, and order is kept up to the window.
+    The oldest sequence starts each bin, so that no sequence waits without limit, and the order is kept up to the window.
 
     Args:
-        lengths: Tokens of each sequence, at least 1.
-        capacity: Tokens of a bin.
-        window: Pending sequences to choose from; 1 packs in order.
+        lengths: Number of tokens of each sequence, at least 1.
+        capacity: Largest number of tokens in a bin.
+        window: Number of pending sequences to choose from; 1 packs in order.
 
     Returns:
-        Indices of each bin's sequences.
+        Indices of the sequences in each bin.
 
     Raises:
         ValueError: If a sequence does not fit into a bin, or a number is below 1.
@@ -65,7 +65,12 @@ def window_pack(lengths: Sequence[int], capacity: int, window: int = 8) -> list[
 
 
 def density(lengths: Sequence[int], bins: Sequence[Sequence[int]], capacity: int) -> float:
-    """Share of the bins' places that hold a token.
+    """Share of the bins' places that hold a token, in [0, 1].
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        bins: Indices of the sequences in each bin.
+        capacity: Places in a bin.
 
     Examples:
         >>> density([6, 5, 4, 3, 2], [[0, 2], [1, 3, 4]], 10)
@@ -76,14 +81,20 @@ def density(lengths: Sequence[int], bins: Sequence[Sequence[int]], capacity: int
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch(ByValue):
-    """Sequences of a padded batch, packed: `(bins, width)`, and where each of its tokens went.
+    """The sequences of a padded batch in the packed layout, and the place of each token.
 
     Args:
-        input_ids: Tokens, 0 where there is none.
-        position_ids: From 0 for each sequence.
-        sequence_ids: Number of the sequence in the padded batch, -1 where there is none.
-        places: `(tokens,)`, flat places of the padded batch's real tokens, in its order.
-        mask: `(batch, time)`, bool: the real tokens of the padded batch.
+        input_ids: Tokens, `(bins, width)`; 0 at empty places.
+        position_ids: Position of each token in the sequence, from 0, `(bins, width)`.
+        sequence_ids: Row of each token in the padded batch, `(bins, width)`; -1 at empty places.
+        places: Flat packed places of the padded batch's real tokens, in the order of that batch, `(tokens,)`.
+        mask: Real tokens of the padded batch, `(batch, time)`, bool.
+
+    Examples:
+        >>> packed = pack_rows(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]]), capacity=3)
+        >>> packed.input_ids, packed.unpack(packed.input_ids)
+        (tensor([[5, 6, 7]]), tensor([[5, 6],
+                [7, 0]]))
     """
 
     input_ids: Tensor
@@ -93,43 +104,64 @@ class PackedBatch(ByValue):
     mask: Tensor
 
     def pack(self, values: Tensor, fill: float) -> Tensor:
-        """Values `(batch, time)` in the packed layout."""
+        """Values in the packed layout, `(bins, width)`.
+
+        Args:
+            values: Values in the padded layout, `(batch, time)`.
+            fill: Value of the empty places.
+        """
         out = values.new_full(self.input_ids.shape, fill)
         out.view(-1)[self.places] = values[self.mask]
         return out
 
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Values `(bins, width)` in the padded layout, with gradient."""
+        """Values in the padded layout, `(batch, time)`, with gradient.
+
+        Args:
+            values: Values in the packed layout, `(bins, width)`.
+            fill: Value of the padding.
+        """
         out = values.new_full(self.mask.shape, fill)
         return out.masked_scatter(self.mask, values.reshape(-1)[self.places])
 
     def varlen(self) -> dict[str, Tensor | int]:
-        """Arguments of flash attention's varlen call, for all bins as one row without gaps; see `flat`."""
+        """The arguments of flash attention's varlen call, for all bins as one row without gaps; see `flat`."""
         lengths = self.mask.sum(1)[self._order()]
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         longest = int(lengths.max())
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
     def flat(self, packed: Tensor) -> Tensor:
-        """Packed values as one row without the empty places, `(1, tokens)`."""
+        """Packed values as one row without the empty places, `(1, tokens)`.
+
+        Args:
+            packed: Values in the packed layout, `(bins, width)`.
+        """
         return packed[self.sequence_ids >= 0].unsqueeze(0)
 
     def _order(self) -> Tensor:
-        """Sequences as they follow each other through the bins."""
+        """Indices of the sequences in the order of the bins."""
         return self.sequence_ids[self.position_ids.eq(0) & (self.sequence_ids >= 0)]
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, window: int = 8) -> PackedBatch:
-    """Pack the rows of a padded batch; padding may stand on either side, or on both.
+    """Pack the rows of a padded batch, with padding on either side or on both.
 
     Args:
-        input_ids: `(batch, time)`.
-        attention_mask: `(batch, time)`, 1 at real tokens and 0 elsewhere; each row has some.
-        capacity: Tokens of a bin. Rows are cut to the fullest bin.
-        window: See `window_pack`.
+        input_ids: Tokens, `(batch, time)`.
+        attention_mask: 1 at real tokens and 0 elsewhere, `(batch, time)`; each row has a real token.
+        capacity: Largest number of tokens in a bin. The width of the result is that of the fullest bin.
+        window: Number of pending sequences to choose from, as in `window_pack`.
+
+    Returns:
+        The packed batch.
 
     Raises:
-        ValueError: If shapes differ, the mask holds anything but 0 and 1, or a row is empty or longer than a bin.
+        ValueError: If shapes differ, the mask holds values other than 0 and 1, or a row is empty or longer than a bin.
+
+    Examples:
+        >>> pack_rows(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]]), capacity=3).sequence_ids
+        tensor([[0, 0, 1]])
     """
     if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -158,19 +190,28 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, *, capacity: int, windo
 
 
 def packed_logprobs(
-    model: Callable[..., Tensor], input_ids: Tensor, attention_mask: Tensor, *, capacity: int, window: int = 8,
+    model: Callable[..., Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    capacity: int,
+    window: int = 8,
     check: bool = True,
-) -> Tensor:  # fmt: skip
-    """Log-probs of a padded batch's tokens from a packed forward pass: `(batch, time)`, 0 at each first token and at padding.
+) -> Tensor:
+    """Log-probs of a padded batch's tokens from a packed forward pass.
 
     Args:
-        model: Called with `input_ids` and `position_ids`; returns logits. It must keep sequences apart where positions start
-            anew, as most of transformers' decoders do when they are called with `use_cache=False`.
-        input_ids: `(batch, time)`.
-        attention_mask: 1 at real tokens, 0 elsewhere.
-        capacity: See `pack_rows`.
-        window: See `pack_rows`.
-        check: Measure first, by `packing_error`, that the model does so. One check is enough for a model.
+        model: Called with `input_ids` and `position_ids`, `(bins, width)`; returns logits `(bins, width, vocabulary)`. It must
+            separate sequences where positions start at 0 again, as most of transformers' decoders do when they are called
+            with `use_cache=False`.
+        input_ids: Tokens, `(batch, time)`.
+        attention_mask: 1 at real tokens and 0 elsewhere, `(batch, time)`.
+        capacity: Largest number of tokens in a bin, as in `pack_rows`.
+        window: Number of pending sequences to choose from, as in `pack_rows`.
+        check: Whether to measure first, by `packing_error`, that the model separates sequences. One check per model is enough.
+
+    Returns:
+        `(batch, time)`; 0 at the first token of each sequence and at padding.
 
     Raises:
         ValueError: If the model mixes packed sequences.
@@ -199,12 +240,12 @@ def packed_logprobs(
 
 
 def mixes_sequences(model: str, error: float, limit: float) -> str:
-    """What to say of a model whose `packing_error` is above the limit.
+    """The message about a model whose `packing_error` is above the limit.
 
     Args:
-        model: Its name.
-        error: From `packing_error`.
-        limit: From `packing_error`.
+        model: Name of the model.
+        error: The error that `packing_error` returned.
+        limit: The limit that `packing_error` returned.
     """
     return (
         f"packing: {model} gives packed sequences other logits than the same sequences alone (relative difference {error:.2g}, "
@@ -216,22 +257,22 @@ def mixes_sequences(model: str, error: float, limit: float) -> str:
 def packing_error(
     alone: Callable[[Tensor], Tensor], together: Callable[[PackedBatch], Tensor], tokens: Tensor
 ) -> tuple[float, float]:
-    """How far a model's logits of packed sequences are from those of the same sequences alone.
+    """Error of a model's logits for packed sequences, measured against the same sequences alone.
 
-    Short sequences of the given tokens are run by themselves, and packed into two rows that end in empty places. The error
-    of a sequence is `‖packed - alone‖ / ‖alone - mean over the vocabulary‖`.
+    Short sequences of the given tokens are run one by one, and packed into two rows that end in empty places. The error of a
+    sequence is `‖packed - alone‖ / ‖alone - mean over the vocabulary‖` (our own measure).
 
     Args:
-        alone: Logits `(1, time, vocabulary)` of token ids `(1, time)`, by the model in eval mode.
-        together: Logits `(bins, width, vocabulary)` of a packed batch.
+        alone: Maps token ids `(1, time)` to logits `(1, time, vocabulary)`, by the model in eval mode.
+        together: Maps a packed batch to logits `(bins, width, vocabulary)`.
         tokens: Token ids to choose from, `(n,)`.
 
     Returns:
-        The largest error of a sequence, NaN if logits are; and the limit of what rounding explains. Rounding is of the order of
-        eps and what a neighbour or a wrong position changes of the order of 1: the limit is √eps, halfway in orders of
-        magnitude, with eps of the logits' dtype or of float32, in which models take softmax and norms whatever their dtype. In
-        a deep model of half precision rounding adds up. So it is measured, by tokens put behind a sequence alone, which change
-        nothing else in a causal model, and four times that is the limit where it is more, up to 4 √eps.
+        The largest error of a sequence (NaN if a logit is NaN), and the largest error that rounding explains. Rounding is of
+        the order of eps, and the effect of a neighbour or a wrong position is of the order of 1: the limit is √eps, halfway
+        in orders of magnitude, with eps of the logits' dtype or of float32, in which models compute softmax and norms. In a
+        deep model of half precision rounding accumulates. It is measured by tokens after a single sequence, which change
+        nothing else in a causal model; if four times this rounding is larger than √eps, it is the limit, up to 4 √eps.
 
     Examples:
         >>> apart = lambda ids: torch.nn.functional.one_hot(ids, 9).float()

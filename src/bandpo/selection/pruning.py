@@ -1,8 +1,9 @@
-"""Which prompts and completions to train on, and the weights that keep the expected gradient: dynamic pruning.
+"""Dynamic pruning: the choice of prompts and completions to train on, with weights that keep the expected gradient.
 
-After arXiv:2603.04135, of which we know the abstract and accounts by others: rates r_q and r_o, prompts pruned by history
-before they are sampled, completions by |A| after, weights C/(1-P). How its P are made is not known to us; the strata below are
-our reading, after InfoBatch (arXiv:2303.04947): what scores below the mean is thinned at random, the rest is kept.
+This follows arXiv:2603.04135, of which we know the abstract and the accounts of others: rates r_q and r_o, prompts pruned by
+history before they are sampled, completions pruned by |A| afterwards, and weights C/(1-P). How the paper computes P is not
+known to us. The strata below are our reading, after InfoBatch (arXiv:2303.04947): entries that score below the mean are
+thinned at random, and the others are kept.
 """
 
 import math
@@ -20,41 +21,44 @@ Mode = Literal["fixed_count", "bernoulli", "topk_biased"]
 
 
 class Selection(NamedTuple):
-    """What to train on, all of one shape."""
+    """The choice of entries to train on; the three tensors have the same shape."""
 
     keep: Tensor
-    """Bool."""
+    """Whether each entry is kept, bool."""
     weight: Tensor
-    """`1/(1-P)` of what is kept, 0 of the rest; for sums over the *unpruned* count. For means over the kept ones
-    multiply by C, the kept share."""
+    """Weight of each entry, `1/(1-P)` if it is kept and 0 if not, for sums over the *unpruned* count. For means over the kept
+    entries, multiply by C, the kept share."""
     dropping: Tensor
-    """P, the probability with which each was dropped."""
+    """Probability P with which each entry was dropped."""
 
 
 class Selector(Protocol):
-    """Chooses completions of groups: `rewards` and `advantages` are `(groups, group_size)`; a reward of NaN is no score."""
+    """A choice of completions within groups; `rewards` and `advantages` are `(groups, group_size)`, NaN without a score."""
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """The choice."""
+        """The selection, `(groups, group_size)`."""
         ...
 
 
 def stratified(
     scores: Tensor, low: Tensor, rate: float, *, mode: Mode = "fixed_count", generator: torch.Generator | None = None
 ) -> Selection:
-    """Thin the low stratum of each row.
+    """Drop entries from the low stratum of each row.
 
     "fixed_count" drops exactly `floor(rate·m)` of a row's m low entries, uniformly at random, so P = floor(rate·m)/m, and
-    both `Σ w·x` and the mean over the kept ones times C are unbiased. "bernoulli" drops each with P = rate: only the sum is
-    unbiased, a mean over a random number of survivors is not. "topk_biased" drops the lowest scores with certainty and
-    weighs nothing: a baseline (as in CPPO, arXiv:2503.22342), which no weight can correct.
+    both `Σ w·x` and the mean over the kept entries times C are unbiased. "bernoulli" drops each low entry with P = rate: only
+    the sum is unbiased; a mean over a random number of entries is not. "topk_biased" always drops the lowest scores, without
+    weights: a baseline (as in CPPO, arXiv:2503.22342), which no weight can correct.
 
     Args:
-        scores: `(..., n)`; decides only which entries "topk_biased" drops.
-        low: Bool, the entries that may be dropped.
-        rate: Share of them, in [0, 1).
-        mode: See above.
-        generator: Of the draw.
+        scores: `(..., n)`; only "topk_biased" uses the values.
+        low: Whether each entry may be dropped, bool, the same shape.
+        rate: Share of the low entries to drop, in [0, 1).
+        mode: "fixed_count", "bernoulli" or "topk_biased".
+        generator: Source of randomness.
+
+    Returns:
+        The selection, of the same shape.
 
     Raises:
         ValueError: If the rate or the mode is not allowed.
@@ -84,15 +88,19 @@ def stratified(
 
 
 def check_nothing_lost(objective: Objective, *, kl_coef: float = 0.0, fix: str) -> None:
-    """Completions with advantage 0 may be left out for certain only where they have no gradient.
+    """Check that completions with advantage 0 have no gradient, so that they can be dropped with probability 1.
 
     Args:
-        objective: Of the loss.
+        objective: The objective of the loss.
         kl_coef: Coefficient of a KL term to a reference in the loss.
-        fix: What to do about it, for the message.
+        fix: The advice at the end of the message.
 
     Raises:
-        ValueError: If they have one.
+        ValueError: If such completions have a gradient.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES
+        >>> check_nothing_lost(OBJECTIVES["grpo"], fix="set zeros=False")
     """
     if "without_advantage" in objective.traits or kl_coef:
         term = f"the KL term (kl_coef={kl_coef})" if kl_coef else f"objective {objective.name!r}"
@@ -104,14 +112,20 @@ def check_nothing_lost(objective: Objective, *, kl_coef: float = 0.0, fix: str) 
 
 @dataclass(frozen=True)
 class Informative:
-    """DAPO's dynamic sampling as a selector: groups whose scores are all equal go (arXiv:2503.14476).
+    """DAPO's dynamic sampling as a selector: groups whose scores are all equal are dropped (arXiv:2503.14476).
 
-    Their advantages are 0, so nothing is lost and nothing weighted, where the loss has no other term; see
-    `check_nothing_lost`.
+    The advantages of these groups are 0. If the loss has no other term, they have no gradient, so that no weights are needed;
+    see `check_nothing_lost`.
+
+    Examples:
+        >>> rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> Informative()(rewards, rewards).keep
+        tensor([[ True,  True],
+                [False, False]])
     """
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """The groups with signal."""
+        """The selection of the groups with signal, `(groups, group_size)`."""
         keep = informative(rewards.flatten(), rewards.shape[-1]).view(rewards.shape)
         weight = keep.to(torch.float32)
         return Selection(keep, weight, 1 - weight)
@@ -119,24 +133,24 @@ class Informative:
 
 @dataclass
 class Pruning:
-    """Dynamic pruning (arXiv:2603.04135; our reading): low-signal prompts before they are sampled, low |A| after.
+    """Dynamic pruning (our reading of arXiv:2603.04135): low-signal prompts before sampling, completions of low |A| after.
 
-    A prompt's score is the mean |A| of its completions when it was last sampled; low is a known score below the mean of all
-    known ones. A completion is low where |A| is below its group's mean. Advantages are those of the whole group.
+    The score of a prompt is the mean |A| of the completions when it was last sampled; it is low if it is below the mean of all
+    known scores. A completion is low if |A| is below the group's mean. Advantages are those of the whole group.
 
-    The weights make any sum over samples unbiased, clipped or with a KL per sample, as long as the choice does not look at the
-    policy in training. Not through Adam, and not through a denominator that is counted after pruning. `check` refuses the
-    objectives for which there is no such sum. A completion without a score (reward or advantage NaN) has no gradient, and takes
-    no part in the means.
+    The weights make any sum over samples unbiased, clipped or with a KL per sample, if the choice does not depend on the
+    policy in training. This does not extend to Adam's steps, nor to a denominator that is counted after pruning. `check`
+    refuses the objectives for which there is no such sum. A completion without a score (reward or advantage NaN) has no
+    gradient, and is left out of the means.
 
     Args:
-        prompts: r_q, the share of low prompts to leave out.
-        completions: r_o, the share of low completions.
-        mode: See `stratified`.
-        zeros: Drop every completion with A = 0 for certain: it has no gradient, so nothing is lost. False where the loss has
-            another term, such as a KL per sample; see `check`.
-        until: Share of the run after which nothing is pruned any more; InfoBatch stops at 0.875.
-        history: Scores by prompt; survives in `state_dict`.
+        prompts: r_q, the share of low prompts to leave out, in [0, 1).
+        completions: r_o, the share of low completions to leave out, in [0, 1).
+        mode: How entries are dropped, see `stratified`.
+        zeros: Whether to drop every completion with A = 0, which has no gradient. Set it to False if the loss has another term,
+            such as a KL per sample; see `check`.
+        until: Share of the run after which nothing is pruned; InfoBatch stops at 0.875.
+        history: Scores by prompt, which `state_dict` saves.
 
     Raises:
         ValueError: If a number is out of range.
@@ -166,14 +180,14 @@ class Pruning:
             raise ValueError(f"Pruning: until must be in (0, 1], got {self.until!r}")
 
     def check(self, objective: Objective, *, kl_coef: float = 0.0) -> None:
-        """Refuse an objective whose gradient the weights cannot keep.
+        """Refuse an objective for which the weights cannot keep the expected gradient.
 
         Args:
-            objective: Of the loss.
-            kl_coef: Coefficient of a KL term to a reference, with the weights of its samples (as in `policy_loss`).
+            objective: The objective of the loss.
+            kl_coef: Coefficient of a KL term to a reference, with the weights of the samples (as in `policy_loss`).
 
         Raises:
-            ValueError: With the reason and the fix.
+            ValueError: If the objective is refused; the message has the reason and the fix.
 
         Examples:
             >>> from bandpo import OBJECTIVES
@@ -182,28 +196,37 @@ class Pruning:
         if (self.prompts or self.completions) and "of_batch" in objective.traits:
             raise ValueError(
                 f"pruning with objective {objective.name!r}: it looks at the whole batch, so that leaving samples out changes "
-                "what it does to the others, which no weight can mend; turn pruning off, or choose another objective"
+                "the terms of the others, which no weight can correct; turn pruning off, or choose another objective"
             )
         if self.completions and self.zeros and self.mode != "topk_biased":
             check_nothing_lost(objective, kl_coef=kl_coef, fix="set zeros=False")
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:
-        """Completions by |A|; equal ones are not below their mean, and all stay unless they are 0."""
+        """The selection of completions by |A|; if all |A| of a group are equal, none is low, and all stay unless they are 0.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
         if rewards.shape != advantages.shape:
             raise ValueError(
-                f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have one and the same shape "
+                f"rewards {tuple(rewards.shape)} and advantages {tuple(advantages.shape)} must have the same shape "
                 "(groups, group_size)"
             )
         size, counts, mean = _sizes(rewards, advantages)
         nothing = (size == 0) & self.zeros & (self.completions > 0) & (self.mode != "topk_biased")
-        # Against rounding: equal |A| are not below their own mean.
+        # The factor is for rounding: equal |A| are not below their mean.
         low = (size < mean * (1 - 1e-6)) & counts & ~nothing
         found = stratified(size, low, self.completions, mode=self.mode, generator=generator)
         keep = found.keep & ~nothing
         return Selection(keep, found.weight.masked_fill(nothing, 0.0), found.dropping.masked_fill(nothing, 1.0))
 
     def select_prompts(self, keys: Sequence[str], *, generator: torch.Generator | None = None) -> Selection:
-        """Prompts by their history, `(prompts,)`; one that was never sampled, or never scored, is kept."""
+        """The selection of prompts by their history, `(prompts,)`; prompts without a known score are kept.
+
+        Args:
+            keys: A key for each prompt.
+            generator: Source of randomness.
+        """
         # A checkpoint of an older version may hold NaN.
         known = {key: score for key, score in self.history.items() if math.isfinite(score)}
         scores = torch.tensor([known.get(key, math.inf) for key in keys], dtype=torch.float64)
@@ -211,13 +234,16 @@ class Pruning:
         return stratified(scores, low, self.prompts, mode=self.mode, generator=generator)
 
     def update(self, keys: Sequence[str], advantages: Tensor, rewards: Tensor | None = None) -> None:
-        """Note what the prompts gave this time. A prompt without a score keeps what was known of it.
+        """Update the scores of prompts that were sampled; a prompt without a new score keeps the old one.
 
         Args:
-            keys: One for each group.
-            advantages: `(groups, group_size)`, of whole groups; NaN where there is no score.
-            rewards: The same shape, NaN where there is no score. Needed where unscored completions have advantage 0, as
-                `group_advantages` makes them: their 0 says nothing about the prompt.
+            keys: The prompt's key for each group.
+            advantages: Advantages of whole groups, `(groups, group_size)`; NaN without a score.
+            rewards: Rewards, the same shape; NaN without a score. They are needed if unscored completions have advantage 0, as
+                in the result of `group_advantages`: such a 0 is not a measurement of the prompt.
+
+        Raises:
+            ValueError: If the numbers of keys and groups differ.
         """
         if len(keys) != len(advantages):
             raise ValueError(f"{len(keys)} prompts and {len(advantages)} groups of advantages do not match")
@@ -227,23 +253,30 @@ class Pruning:
         self.history.update((k, s) for k, s, known in zip(keys, scores, measured, strict=True) if known)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         return {"history": dict(self.history)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state of a checkpoint.
+
+        Args:
+            state: The result of `state_dict`.
+        """
         self.history = dict(state["history"])
 
 
 def _sizes(rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|A| of groups, 0 where nothing is scored; what is scored; and the mean |A| of the scored ones, `(groups, 1)`."""
+    """|A| of groups (0 without a score), whether each has a score, and the mean |A| of the scored ones, `(groups, 1)`."""
     counts = scored(rewards) & scored(advantages)
     size = torch.where(counts, advantages.detach().abs(), 0.0)
     return size, counts, size.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """Kish's `(Σw)²/Σw²`, over the number kept: 1 where all weights are equal; 0-d.
+    """Kish's effective sample size `(Σw)²/Σw²` over the number of kept entries, 0-d; 1 if all their weights are equal.
+
+    Args:
+        weight: Weights, any shape; 0 for dropped entries.
 
     Examples:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 2.0, 0.0]))
