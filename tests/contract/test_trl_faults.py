@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from trl import GRPOTrainer
 
 from bandpo import Clip, Objective, policy_loss, policy_metrics
 from bandpo._system.files import seal
@@ -297,20 +298,20 @@ def test_tokens_that_are_no_numbers_carry_nothing_and_are_told(
     if where == "old":
         inputs["old_per_token_logps"] = inputs["old_per_token_logps"].masked_fill(strange, value)
     else:
-        real = BandGRPOTrainer.__mro__[2]._get_per_token_logps_and_entropies
+        real = GRPOTrainer._get_per_token_logps_and_entropies
 
         def broken(self, *args, **kwargs):
             out = real(self, *args, **kwargs)
             return out[0].masked_fill(strange, value), *out[1:]
 
-        pytest.MonkeyPatch().setattr(BandGRPOTrainer.__mro__[2], "_get_per_token_logps_and_entropies", broken)
+        pytest.MonkeyPatch().setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", broken)
     said = []
     trainer.say = said.append
     try:
         loss, gradient, log = loss_and_gradient(trainer, inputs)
     finally:
         if where == "new":
-            setattr(BandGRPOTrainer.__mro__[2], "_get_per_token_logps_and_entropies", real)  # noqa: B010
+            setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", real)  # noqa: B010
     assert loss.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
     if "nonfinite" in TokenObjective._fields:
         assert log["nonfinite_fraction"] == pytest.approx(3 / inputs["completion_mask"].sum().item())
