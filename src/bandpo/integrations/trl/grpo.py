@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from bandpo._inputs import as_columns, fill, is_logprob
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.bounds.regions import TopK
+from bandpo.integrations.names import TRL_NAMES
 from bandpo.integrations.trl.checkpoint import WholeCheckpoints
 from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
@@ -31,7 +32,7 @@ from bandpo.integrations.trl.rollout import PREFIX, Refill, group_extras, local_
 from bandpo.integrations.trl.selection import WEIGHT, PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.losses import aggregate
-from bandpo.metrics import TRL_NAMES, PooledSum, policy_sums
+from bandpo.metrics import PooledSum, policy_sums
 from bandpo.objective import Objective
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.surrogates import MAX_LOG_RATIO, clip
