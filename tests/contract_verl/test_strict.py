@@ -1,5 +1,6 @@
 """What verl's configuration may not say beside a bandpo objective, and what survives verl's reduction of metrics."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from verl.utils.metric import reduce_metrics
 from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 
+from bandpo.integrations.options import RegionOptions
 from bandpo.integrations.verl import _ACTOR, _DUAL_CLIP, _POLICY_LOSS, BandPolicyLossConfig
 from batches import batch
 
@@ -114,6 +116,15 @@ def test_truth_values_and_numbers_are_read_strictly():
         with pytest.raises(ValueError, match=words):
             BandPolicyLossConfig(**given)
     assert BandPolicyLossConfig(objective="dppo-kl", bypass_mode="True")
+
+
+def test_the_options_of_a_region_are_those_of_every_host():
+    theirs = {f.name: f for f in dataclasses.fields(BandPolicyLossConfig)}
+    for ours in dataclasses.fields(RegionOptions):
+        assert (theirs[ours.name].default, theirs[ours.name].metadata) == (ours.default, ours.metadata)
+    assert all(theirs[name].metadata["help"] for name in ("loss_mode", "objective", "bypass_mode"))
+    with pytest.raises(ValueError, match="divergence_top_k=5 would be ignored"):  # used to be an unknown keyword
+        BandPolicyLossConfig(divergence_top_k=5)
 
 
 def test_metrics_survive_verl_s_mean_over_micro_batches():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import bandpo
 from bandpo import DCPO, KL, OBJECTIVES, Band, Clip, FDivergence, Objective, alpha
 from bandpo.groups import AdvantageKind
-from bandpo.integrations.options import Overrides
+from bandpo.integrations.options import RegionOptions
 from bandpo.objective import Aggregation, Anchor, RatioLevel
 from bandpo.schedules import Schedule, Shape
 from bandpo.selection.pruning import Mode, Pruning
@@ -233,7 +233,7 @@ BAD_SMALL = st.one_of(
 
 def bad_override(draw: tuple[str, str, Any]) -> str:
     objective, option, value = draw
-    return refused(lambda: Overrides(**{option: value}).apply(OBJECTIVES[objective], objective).bounds(LOGP))
+    return refused(lambda: RegionOptions(**{option: value}).apply(OBJECTIVES[objective], objective).bounds(LOGP))
 
 
 BAD_OVERRIDE = st.one_of(

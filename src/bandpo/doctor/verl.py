@@ -19,7 +19,7 @@ from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
 from bandpo.doctor.setup import VERL_KNOBS, Setup, named_objective, short
 from bandpo.doctor.shell import Script, Word, read_script
-from bandpo.integrations.options import Overrides
+from bandpo.integrations.options import RegionOptions
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
@@ -540,7 +540,7 @@ def _objective(s: Settings) -> tuple[Objective | None, bool, str]:
 
 def _ours(s: Settings, mode: str, prefix: str) -> tuple[Objective | None, bool, str]:
     name = mode.partition(":")[2] or (s.get(f"{prefix}objective") if s.has(f"{prefix}objective") else "bandpo-kl")
-    set_here = [f for f in Overrides.__dataclass_fields__ if s.has(f"{prefix}{f}")]
+    set_here = [f for f in RegionOptions.__dataclass_fields__ if s.has(f"{prefix}{f}")]
     options = {f: s.get(f"{prefix}{f}") for f in set_here}
     if name is UNKNOWN or any(value is UNKNOWN for value in options.values()):
         return None, True, ""
@@ -553,7 +553,7 @@ def _ours(s: Settings, mode: str, prefix: str) -> tuple[Objective | None, bool, 
         return objective, True, (
             f"policy_loss has {', '.join(options)} without _target_={_TARGET}: verl refuses unknown keys"
         )  # fmt: skip
-    return Overrides(**options).apply(objective, name), True, ""
+    return RegionOptions(**options).apply(objective, name), True, ""
 
 
 def _some(names: Iterable[str]) -> str:

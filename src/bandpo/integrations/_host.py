@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -15,43 +14,18 @@ from bandpo._inputs import as_mask, fill
 from bandpo.bounds import RatioBounds
 from bandpo.bounds.regions import Balanced
 from bandpo.integrations._host_metrics import mean_proof
-from bandpo.integrations.options import Overrides
+from bandpo.integrations.options import RegionOptions, parse_options
 from bandpo.metrics import policy_sums
 from bandpo.objective import Objective
 from bandpo.surrogates.sequence import clip_cov, kl_cov
 from bandpo.terms import TokenObjective, token_objective
 from bandpo.zoo import get_objective
 
-OPTIONS = tuple(f.name for f in dataclasses.fields(Overrides) if f.name != "divergence_top_k")
-"""Names of the options of a region that every host takes."""
-
 ENVIRONMENT = "BANDPO_LOSS"
 """Variable that carries objective and options, as JSON, into the worker processes of hosts without a place for them."""
 
 Rows = Literal["whole", "one", "packed"]
 """What a row of the host's tensors is: a sequence, the only sequence of the call, or several sequences (or parts of them)."""
-
-
-def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a region with their types checked; those that are None are left out.
-
-    Strings that spell a number or a truth value are read, as command lines and YAML 1.1 (`1e-3`) hand them over.
-
-    Args:
-        options: Any of `OPTIONS`.
-
-    Raises:
-        ValueError: If a name is unknown or a value is not of its type.
-
-    Examples:
-        >>> parse_options({"radius": "1e-3", "relax": "False", "max_ratio": None})
-        {'radius': 0.001, 'relax': False}
-    """
-    if unknown := set(options) - set(OPTIONS):
-        raise ValueError(
-            f"unknown options {', '.join(sorted(unknown))}; choose from objective, {', '.join(sorted(OPTIONS))}"
-        )
-    return {name: _parsed(name, value) for name, value in options.items() if value is not None}
 
 
 def host_objective(
@@ -74,7 +48,7 @@ def host_objective(
     """
     chosen = get_objective(objective)
     name = objective if isinstance(objective, str) else chosen.name
-    chosen = Overrides(**parse_options(options)).apply(chosen, name)
+    chosen = RegionOptions(**parse_options(options)).apply(chosen, name)
     why = _missing(chosen, sampler) or _not_in(rows, chosen)
     if scaled and not why and not proportional(chosen):
         why = "advantages as the estimator made them, and this host scales them before the loss"
@@ -205,21 +179,3 @@ def _not_in(rows: Rows, objective: Objective) -> str:
     if rows == "one" and (isinstance(objective.bounds, Balanced) or surrogate in (clip_cov, kl_cov)):
         return "the other sequences of the batch"
     return ""
-
-
-def _parsed(name: str, value: Any) -> Any:
-    if name == "divergence":
-        if not isinstance(value, str):
-            raise ValueError(f"divergence={value!r} must be a name such as 'kl'")
-        return value
-    if name == "relax":
-        if str(value).lower() not in ("true", "false"):
-            raise ValueError(f"relax={value!r} must be true or false")
-        return str(value).lower() == "true"
-    try:
-        number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number):
-        raise ValueError(f"{name}={value!r} must be a number")
-    return number

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from bandpo.integrations._host import ENVIRONMENT, OPTIONS, host_objective, parse_options
+from bandpo.integrations._host import ENVIRONMENT, host_objective
+from bandpo.integrations.options import HELP, OPTIONS, parse_options
 
 
 def launch(host: str, target: str, hook: str, check: dict[str, Any], arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def launch(host: str, target: str, hook: str, check: dict[str, Any], arguments: 
         "--objective", default="bandpo-kl", help="name (see `bandpo objectives`) or package.module:NAME"
     )
     for name in OPTIONS:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None)
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=None, help=HELP[name])
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     ours = vars(parser.parse_args(given[:cut]))

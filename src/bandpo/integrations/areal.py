@@ -28,9 +28,9 @@ from bandpo.integrations._host import (
     evaluate,
     host_objective,
     options_of_environment,
-    parse_options,
     refuse_ignored,
 )
+from bandpo.integrations.options import parse_options
 from bandpo.losses import aggregate
 from bandpo.objective import Objective
 

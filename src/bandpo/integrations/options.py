@@ -1,9 +1,10 @@
-"""Options of a host's configuration that change an objective's region, the same in every host."""
+"""Options that change the trust region of an objective, declared once for all hosts."""
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from bandpo.bounds import Band, Clip
 from bandpo.bounds.regions import TopK
@@ -11,42 +12,60 @@ from bandpo.objective import Objective
 from bandpo.surrogates import clip
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """What a user set; None leaves the objective's own.
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
-    Args:
-        divergence: Of a band.
-        radius: δ of a ball.
-        radius_upper: Of its upper side.
-        max_ratio: Cap of a band; inf for none.
-        relax: Widen a band to at least [0.8, 1.28].
-        divergence_top_k: K of a Top-K region.
-        epsilon: Width of a fixed interval below 1.
-        epsilon_high: Above 1.
+
+@dataclass
+class RegionOptions:
+    """Changes of an objective's trust region. An option that is None, or `relax=False`, keeps the objective's own value.
+
+    Each field has its description in `metadata["help"]`. The configurations of TRL and verl inherit the fields, and the
+    command lines and keyword arguments of the other adapters are made from them.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES
+        >>> RegionOptions(radius=0.1).apply(OBJECTIVES["bandpo-kl"], "bandpo-kl").bounds.radius
+        0.1
     """
 
-    divergence: str | None = None
-    radius: float | None = None
-    radius_upper: float | None = None
-    max_ratio: float | None = None
-    relax: bool = False
-    divergence_top_k: int | None = None
-    epsilon: float | None = None
-    epsilon_high: float | None = None
+    divergence: str | None = _option(
+        None, "Divergence of a band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ..."
+    )
+    radius: float | None = _option(
+        None, "Radius δ of a band or of a dppo-topk-* region, in the units of its divergence."
+    )
+    radius_upper: float | None = _option(None, "Radius for ratios above 1, where it differs from `radius`.")
+    max_ratio: float | None = _option(
+        None, "Largest upper bound of a band; inf for no such limit. The paper's runs use 10."
+    )
+    relax: bool = _option(False, "Widen a band to at least the interval [0.8, 1.28], as in the paper's ablation.")
+    divergence_top_k: int | None = _option(
+        None, "Number of the sampler's most likely tokens that a dppo-topk-* objective stores (K). Default: 20."
+    )
+    epsilon: float | None = _option(
+        None, "Width of a fixed interval below 1, for objectives with fixed bounds. Default: the objective's."
+    )
+    epsilon_high: float | None = _option(
+        None,
+        "Width of a fixed interval above 1. Default: the objective's, or `epsilon` where its two widths are equal.",
+    )
 
     def apply(self, objective: Objective, name: str) -> Objective:
-        """The objective with its region changed.
+        """The objective with these changes of its region.
 
         Args:
-            objective: What to change.
-            name: For messages, as the user wrote it.
+            objective: The objective to change.
+            name: How the user spelled the objective; used in error messages.
 
         Raises:
-            ValueError: If an option would be ignored.
+            ValueError: If the objective would ignore an option.
         """
         bounds = objective.bounds
-        given: dict[str, Any] = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and v is not False}
+        options = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(RegionOptions)
+        }  # a subclass has more fields
+        given = {k: v for k, v in options.items() if v is not None and v is not False}
         moved = {k: given.pop(k) for k in ("epsilon", "epsilon_high") if k in given}
         if isinstance(bounds, Clip):
             _refuse_ignored(given, name, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective")
@@ -62,7 +81,69 @@ class Overrides:
         return dataclasses.replace(objective, bounds=bounds)
 
 
+OPTIONS = tuple(f.name for f in dataclasses.fields(RegionOptions) if f.name != "divergence_top_k")
+"""Names of the options that every host accepts. Only TRL's trainer stores the sampler's Top-K, so only it accepts K."""
+
+HELP: Mapping[str, str] = {f.name: f.metadata["help"] for f in dataclasses.fields(RegionOptions)}
+"""Description of each option."""
+
+
+def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with their types checked; options that are None are left out.
+
+    A string that spells a number or a truth value is converted: command lines and YAML 1.1 (`1e-3`) give such strings.
+
+    Args:
+        options: Values of fields of `RegionOptions`, by name.
+
+    Raises:
+        ValueError: If a name is unknown or a value has the wrong type.
+
+    Examples:
+        >>> parse_options({"radius": "1e-3", "relax": "False", "max_ratio": None})
+        {'radius': 0.001, 'relax': False}
+    """
+    kinds = {f.name: get_args(f.type) or (f.type,) for f in dataclasses.fields(RegionOptions)}
+    if unknown := set(options) - set(kinds):
+        raise ValueError(
+            f"unknown options {', '.join(sorted(unknown))}; choose from objective, {', '.join(sorted(OPTIONS))}"
+        )
+    return {name: _parsed(name, kinds[name][0], value) for name, value in options.items() if value is not None}
+
+
+def parse_flag(name: str, value: object) -> bool:
+    """A truth value, or a string that spells one.
+
+    Args:
+        name: Name of the option, for the error message.
+        value: What the configuration holds.
+
+    Raises:
+        ValueError: If the value is neither.
+    """
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError(f"{name}={value!r} must be true or false")
+    return str(value).lower() == "true"
+
+
+def _parsed(name: str, kind: type, value: Any) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={value!r} must be a name such as 'kl'")
+        return value
+    if kind is bool:
+        return parse_flag(name, value)
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{name}={value!r} must be a {'whole ' if kind is int else ''}number")
+    return int(number) if kind is int else number
+
+
 def _ball(ball: Band | TopK, given: dict[str, Any], name: str) -> Band | TopK:
+    """The band or Top-K region with other parameters."""
     foreign = ("max_ratio", "relax") if isinstance(ball, TopK) else ("divergence_top_k",)
     _refuse_ignored({k: given[k] for k in foreign if k in given}, name, f"has a {type(ball).__name__} region")
     changes: dict[str, Any] = {k: given[k] for k in ("divergence", "radius") if k in given}

@@ -12,7 +12,7 @@ fails to load; `python -c "import bandpo.integrations.verl"` does.
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,10 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.7.1: pip install 'bandpo[verl]' ({error})") from error
 
 from bandpo._inputs import as_mask
-from bandpo.integrations._host import OPTIONS, attributes, parse_options, refuse_ignored
+from bandpo.integrations._host import attributes, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats, mean_proof
-from bandpo.integrations.options import Overrides
+from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
+from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
 from bandpo.metrics import policy_sums
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, dual_clip
@@ -46,41 +47,36 @@ _POLICY_LOSS = {
 
 
 @dataclass
-class BandPolicyLossConfig(PolicyLossConfig):
-    """verl's options of a policy loss, and the region's.
+class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
+    """verl's options of a policy loss, with an `objective` and the options of its region (fields of `RegionOptions`).
 
-    `loss_agg_mode`, `clip_ratio_c` (dual clip, of objectives that clip) and the KL loss stay verl's, in `actor`.
-
-    Args:
-        loss_mode: `bandpo`, or `bandpo:NAME`, which is the same with `objective=NAME`. verl's own configuration has `vanilla`
-            there, so it must be set.
-        objective: A name of `bandpo objectives`, or "package.module:NAME" of an `Objective`.
-        divergence: Of a band.
-        radius: δ of a ball.
-        radius_upper: Of its upper side.
-        max_ratio: Cap of a band; .inf for none.
-        relax: Widen a band to at least [0.8, 1.28].
-        epsilon: Width of a fixed interval below 1.
-        epsilon_high: Above 1.
-        bypass_mode: Whether verl takes the rollout's log-probs for the old ones. Say
-            `${algorithm.rollout_correction.bypass_mode}`; a worker cannot find it out. Objectives with `anchor="rollout"`
-            need it true, the others false.
+    `loss_agg_mode`, `clip_ratio_c` (dual clip, for objectives that clip) and the KL loss remain options of verl's `actor`.
+    Each field has its description in `metadata["help"]`.
 
     Raises:
-        ValueError: If an option would be ignored or is of another type, `loss_mode` names a loss of verl, or the objective
-            needs what verl does not give a loss.
+        ValueError: If an option would be ignored or has the wrong type, `loss_mode` names a loss of verl, or the objective
+            needs an input that verl does not pass to a policy loss.
     """
 
-    loss_mode: str = "bandpo"
-    objective: str = "bandpo-kl"
-    divergence: str | None = None
-    radius: float | None = None
-    radius_upper: float | None = None
-    max_ratio: float | None = None
-    relax: bool = False
-    epsilon: float | None = None
-    epsilon_high: float | None = None
-    bypass_mode: bool | None = None
+    loss_mode: str = field(
+        default="bandpo",
+        metadata={
+            "help": "`bandpo`, or `bandpo:NAME`, which is the same with `objective=NAME`. verl's own configuration sets "
+            "`vanilla`, so this option must be set."
+        },
+    )
+    objective: str = field(
+        default="bandpo-kl",
+        metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
+    )
+    bypass_mode: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether verl puts the rollout's log-probs in the place of the old ones. Set it to "
+            "`${algorithm.rollout_correction.bypass_mode}`, because a worker cannot find this out. It must be true for "
+            "objectives with `anchor='rollout'` and false for all others."
+        },
+    )
 
     def __post_init__(self) -> None:
         _resolve(self)
@@ -145,12 +141,12 @@ def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective, *, rank
     )  # fmt: skip
     log_ratio = terms.log_ratio.detach().expand(valid.shape)
     used = valid & ~terms.nonfinite
-    report = {f"band/{name}": value for name, value in mean_proof(sums).items()} | {
-        "pg_clipfrac": sums["clip_fraction/any"].value().nan_to_num(),
-        "ppo_kl": (-torch.where(used, log_ratio, 0.0).sum() / used.sum()).nan_to_num(),
+    report = {f"{OWN_PREFIX['verl']}{name}": value for name, value in mean_proof(sums).items()} | {
+        VERL_NAMES["clip_fraction/any"]: sums["clip_fraction/any"].value().nan_to_num(),
+        VERL_NAMES["kl/old_new_k1"]: (-torch.where(used, log_ratio, 0.0).sum() / used.sum()).nan_to_num(),
     }
-    found = as_floats(report | {"tokens": valid.sum()}, "actor/")
-    return found if found.pop("actor/tokens") or ranks > 1 else {}
+    found = as_floats(report | {"tokens": valid.sum()})
+    return found if found.pop("tokens") or ranks > 1 else {}
 
 
 def _objective(config: ActorConfig, name: str | None) -> Objective:
@@ -201,9 +197,7 @@ def _build(name: str, given: dict[str, Any]) -> Objective:
         raise ValueError(f"objective {name!r} needs {missing}, which verl does not give a policy loss")
     bypass = given.get("bypass_mode")
     if isinstance(bypass, str):
-        if bypass.lower() not in ("true", "false"):
-            raise ValueError(f"policy_loss: bypass_mode={bypass!r} must be true or false")
-        bypass = bypass.lower() == "true"
+        bypass = parse_flag("policy_loss: bypass_mode", bypass)
     if objective.anchor == "rollout" and bypass is not True:
         raise ValueError(
             f"objective {name!r} takes its ratio against the rollout's log-probs (anchor='rollout'), but "
@@ -217,7 +211,8 @@ def _build(name: str, given: dict[str, Any]) -> Objective:
             "mode puts the rollout's log-probs there. Set algorithm.rollout_correction.bypass_mode=False, or choose an "
             "objective with anchor='rollout'"
         )
-    return Overrides(**parse_options({name: given[name] for name in OPTIONS if name in given})).apply(objective, name)
+    options = {option: given[option] for option in _REGION if option in given}
+    return RegionOptions(**parse_options(options)).apply(objective, name)
 
 
 def _missing(objective: Objective) -> str:
@@ -228,6 +223,7 @@ def _missing(objective: Objective) -> str:
     return ""
 
 
-_OPTIONS = ("objective", *OPTIONS, "bypass_mode")
+_REGION = tuple(f.name for f in dataclasses.fields(RegionOptions))
+_OPTIONS = ("objective", *_REGION, "bypass_mode")
 
 register()

@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl.dpo needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo._system.secrets import HidesSecrets
-from bandpo.integrations.trl.base import BandTrainer, Say
+from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.generate import layer_states
 from bandpo.integrations.trl.pooled import over_processes
 from bandpo.metrics import PooledSum

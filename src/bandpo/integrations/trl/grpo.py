@@ -16,6 +16,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from bandpo.bounds.regions import TopK
+from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations.trl.generate import end_tokens, sampling_by
@@ -34,7 +35,7 @@ from bandpo.integrations.trl.rollout import PREFIX, Refill, group_extras, local_
 from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
-from bandpo.metrics import TRL_NAMES, PooledSum, policy_sums
+from bandpo.metrics import PooledSum, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective
 
@@ -348,7 +349,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         sequences, silenced = found.pop("sequences"), found.pop("silenced")
         log, pooled = self.current_log, self._pooled[self._mode]
         for name, total in found.items():
-            if name not in TRL_NAMES:
+            if name not in _CLIP_NAMES:
                 pooled.put(log, name, total)
         tokens = found["nonfinite_fraction"].denominator
         for name in ("kl", "entropy"):
@@ -435,7 +436,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             self._radius.load_state_dict(state)
 
 
-_CLIP_NAMES = {ours: theirs for ours, theirs in TRL_NAMES.items() if theirs.startswith("clip_ratio/")}
+_CLIP_NAMES = {ours: theirs for ours, theirs in metrics_of("TRL").items() if theirs.startswith("clip_ratio/")}
 _CLIP_EXTREMES: dict[str, Literal["min", "max"]] = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max"}
 
 

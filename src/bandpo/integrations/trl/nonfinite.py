@@ -1,4 +1,4 @@
-"""Tokens whose log-probs are NaN or infinite: TRL has no rule for them, so its loss gets values under which they add nothing."""
+"""Tokens whose log-probs are NaN or infinite. TRL has no rule for them: it gets values with which they add nothing to its loss."""
 
 from typing import NamedTuple
 
@@ -44,7 +44,9 @@ def without_nonfinite(new: Tensor, batch: Batch, ratio_level: RatioLevel) -> Sco
     by_sequence, used = ratio_level == "sequence", valid & ~strange
     if strange.any():
         old, new = zero_where(strange, old), zero_where(strange, new)
-        if by_sequence:  # TRL averages over all valid tokens: with this value at the others, the mean is that of the used ones
+        if (
+            by_sequence
+        ):  # TRL averages over all valid tokens: with this value at the others, the mean is that of the used ones
             new = torch.where(strange, old + sequence_log_ratio(new - old, used), new)
     log_ratio = (new - old).detach()
     held = (sequence_log_ratio(log_ratio, used) if by_sequence else log_ratio).abs() > MAX_LOG_RATIO

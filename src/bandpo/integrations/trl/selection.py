@@ -99,7 +99,9 @@ class PrunedRollouts:
 
     def _generator(self, stream: int) -> torch.Generator:
         trainer = self.trainer
-        seed = trainer.args.seed * 1_000_003 + trainer.micro_batch * 101 + trainer.accelerator.process_index * 7 + stream
+        seed = (
+            trainer.args.seed * 1_000_003 + trainer.micro_batch * 101 + trainer.accelerator.process_index * 7 + stream
+        )
         return torch.Generator().manual_seed(seed)
 
 

@@ -1,8 +1,8 @@
 """The two ways in which an objective reaches the loss of TRL's `GRPOTrainer`.
 
-TRL's clipped loss takes the two widths of its interval as tensors. If an objective is this loss with other bounds, TRL computes
-it (`HostComputes`). The loss of any other objective is added to what TRL computes for advantages of 0 (`WeCompute`). The trainer
-asks once which of the two it needs (`strategy_for`).
+TRL's clipped loss takes the two widths of its interval as tensors. If an objective is this loss with other bounds, TRL
+computes it (`HostComputes`). The loss of any other objective is added to what TRL computes for advantages of 0 (`WeCompute`).
+The trainer asks once which of the two it needs (`strategy_for`).
 """
 
 import math
