@@ -1,4 +1,4 @@
-"""Tokens whose log-probs are NaN or infinite. TRL has no rule for them: it gets values with which they add nothing to its loss."""
+"""Tokens whose log-probs are NaN or infinite. TRL has no rule for them; with these values they add nothing to its loss."""
 
 from typing import NamedTuple
 
