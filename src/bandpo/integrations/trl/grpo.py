@@ -367,14 +367,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     def _sums(self, terms: TokenObjective, inputs: Batch) -> dict[str, PooledSum]:
         """Our metrics of a micro-batch, its share of sequences with a valid token, and whether advantages were set to 0."""
         mask = mask_of(inputs)
-        sums = policy_sums(
-            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
-            nonfinite=terms.nonfinite,
-        )  # fmt: skip
         rows = torch.tensor(float(len(mask)), device=mask.device)
         silenced = torch.tensor(float(self._silenced), device=mask.device)
-        return sums | {
+        return policy_sums(terms) | {
             "sequences": PooledSum((mask != 0).any(1).sum(), rows),
             "silenced": PooledSum(silenced, rows),
         }
@@ -383,7 +378,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         """Put our clip fractions where TRL's are, and drop TRL's extremes, which ours do not have."""
         log, pooled = self.current_log, self._pooled[self._mode]
         for ours, theirs in _CLIP_NAMES.items():
-            if log.get(theirs):
+            if ours not in found:  # it is not known which gradients the surrogate takes away
+                pooled.drop(log, theirs)
+            elif log.get(theirs):
                 pooled.put(log, theirs, found[ours])
         for theirs in _CLIP_EXTREMES:
             pooled.drop(log, theirs)

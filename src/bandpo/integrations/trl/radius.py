@@ -40,7 +40,7 @@ class MovingRadius:
         if not isinstance(self.rule, Adaptive):
             return
         by_divergence = self.rule.rises
-        seen = metrics["band/divergence_mean" if by_divergence else "clip_fraction/any"]
+        seen = metrics["band/divergence_mean" if by_divergence else "outside_fraction/any"]
         self._measured[0] += seen.numerator * (radius if by_divergence else 1.0)
         self._measured[1] += seen.denominator
 

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bandpo._inputs import as_columns, fill, is_logprob
+from bandpo._inputs import is_logprob
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.bounds.regions import TopK
 from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
@@ -23,7 +23,7 @@ from bandpo.integrations.trl.selection import WEIGHT
 from bandpo.losses import aggregate
 from bandpo.objective import Objective
 from bandpo.surrogates import clip
-from bandpo.terms import TokenObjective, sequence_log_ratio, token_objective
+from bandpo.terms import TokenObjective, token_objective
 
 _NO_CLIP = (1.0, math.inf)  # the interval [0, inf)
 
@@ -122,7 +122,9 @@ class HostComputes(Strategy):
         old, advantages = batch.get("old_per_token_logps"), batch["advantages"]
         if WEIGHT in batch:  # the clipped objective is linear in the advantage
             advantages = advantages * batch[WEIGHT]
-        bounds = None if old is None else self._interval(zero_where(~is_logprob(old), old))
+        bounds = None
+        if old is not None:  # `clip` takes an interval
+            bounds = cast("RatioBounds", region(zero_where(~is_logprob(old), old)))
         if isinstance(region, Clip):  # one number for all tokens, which also fits the ratio of a sequence
             return GivenToTRL(advantages, (region.low, region.high), bounds)
         if bounds is None:  # every ratio is 1
@@ -131,22 +133,18 @@ class HostComputes(Strategy):
 
     def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
         del model
-        new, old = logprobs.detach(), _old_logprobs(batch, logprobs)
-        valid = mask_of(batch) != 0
-        strange = valid & ~(is_logprob(new) & is_logprob(old))
-        log_ratio, old = (zero_where(strange, fill(x, valid)) for x in (new - old, old))
-        if self.trainer.objective.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, valid & ~strange)
-        bounds = self._interval(old) if given.bounds is None else given.bounds
-        columns = as_columns(batch["advantages"], old)
-        return TokenObjective(log_ratio, log_ratio, bounds, old, columns, None, strange)
+        return token_objective(
+            self.trainer.objective,
+            logprobs=logprobs.detach(),
+            old_logprobs=_old_logprobs(batch, logprobs),
+            advantages=batch["advantages"],
+            mask=mask_of(batch),
+            bounds=given.bounds,
+        )
 
     def own_loss(self, terms: TokenObjective, batch: Batch) -> OwnLoss | None:
         del terms, batch
         return None
-
-    def _interval(self, old_logprobs: Tensor) -> RatioBounds:
-        return cast("RatioBounds", self.trainer.objective.bounds(old_logprobs))  # `clip` needs an interval
 
 
 class WeCompute(Strategy):
