@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from bandpo import surrogates
 from bandpo._deprecations import warn_moved
 from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
@@ -17,6 +16,7 @@ from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.surrogates.token import hold
+from bandpo.surrogates.token import mask as clip_by_mask
 from bandpo.terms import TokenObjective
 
 P = ParamSpec("P")
@@ -300,8 +300,8 @@ def _terms_of_a_clip(
     strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
     left_out = strange.expand(valid.shape) if nonfinite is None else strange | nonfinite
     stopped = outside(log_ratio.detach(), advantages, bounds) & valid
-    value = torch.where(valid & ~left_out, surrogates.mask(log_ratio, advantages, bounds), 0.0)
-    objective = Objective(bounds=bounds_of or Clip(), surrogate=surrogates.mask)
+    value = torch.where(valid & ~left_out, clip_by_mask(log_ratio, advantages, bounds), 0.0)
+    objective = Objective(bounds=bounds_of or Clip(), surrogate=clip_by_mask)
     return TokenObjective(
         value, log_ratio, bounds, old_logprobs, advantages, weights, left_out, stopped, valid, objective
     )
