@@ -3,12 +3,11 @@
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from bandpo.integrations.trl.config import BandGRPOConfig
-from bandpo.integrations.trl.pooled import Log
+from bandpo.integrations.trl.pooled import Gathers, Log
 from bandpo.objective import Objective
 
 Batch: TypeAlias = dict[str, Any]
@@ -27,15 +26,14 @@ def gathered(values: list[T]) -> list[T]:
     return gather_object(values)
 
 
-class Accelerator(Protocol):
+class Accelerator(Gathers, Protocol):
     """What is used of accelerate's `Accelerator`."""
 
-    device: torch.device
     num_processes: int
     process_index: int
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, concatenated along the first dimension."""
+    def wait_for_everyone(self) -> None:
+        """Return when all processes are here."""
         ...
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bandpo._system.files import latest_whole, read_jsonl, seal, unseal, write_jsonl, write_text
-from bandpo.integrations.trl.base import Say, warn
+from bandpo.integrations.trl.base import warn
+from bandpo.integrations.trl.checkpoint import Say
 from bandpo.integrations.trl.dpo import REFERENCE_COLUMNS, BandDPOConfig, BandDPOTrainer
 from bandpo.integrations.trl.generate import as_completion, pad_token, sample_batches, score_completions
 from bandpo.integrations.trl.host import gathered

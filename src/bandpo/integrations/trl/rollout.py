@@ -1,4 +1,4 @@
-"""What is added to a rollout of TRL for an objective: statistics of groups, top-K log-probs, other groups (dynamic sampling)."""
+"""What is added to a rollout of TRL for an objective: statistics of groups, top-K log-probs, groups of other prompts."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -70,9 +70,10 @@ def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None
 
 
 class Refill:
-    """DAPO's dynamic sampling (arXiv:2503.14476): groups whose advantages are all equal are replaced by groups of other prompts.
+    """DAPO's dynamic sampling (arXiv:2503.14476): groups whose advantages are all equal are replaced.
 
-    The other prompts are drawn from the training set in an order of their own, which the seed fixes.
+    The groups that replace them are of other prompts, which are drawn from the training set in an order of their own, given by
+    the seed.
 
     Args:
         trainer: The trainer.
