@@ -32,7 +32,8 @@ _TRIAL_BYTES = 1 << 20  # written to see whether there is room
 _LONGEST_LINE = 300  # characters of an error that a message quotes
 
 
-Say = Callable[[str], object]
+Say = Callable[[str], None]
+"""Shows a message to the user."""
 
 
 def latest_checkpoint(folder: Path, say: Say) -> Path | None:
@@ -162,7 +163,7 @@ class WholeCheckpoints(Trainer):
         folder = Path(checkpoint)
         with _readable(folder):
             super()._load_optimizer_and_scheduler(checkpoint)
-        state = send_to_device(self._state_in(folder), self.accelerator.device)
+        state = cast("dict[str, Any]", send_to_device(self._state_in(folder), self.accelerator.device))
         with _readable(folder):
             self._carried = (state["loss"], state["logged"])
             self.take_state(state)

@@ -44,7 +44,7 @@ _PACKING_WINDOW = 8
 
 
 @dataclass
-class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):
+class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
     """TRL's `GRPOConfig` with an `objective` and the options of its trust region (`RegionOptions`).
 
     `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
@@ -144,7 +144,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):
                 options = json.loads(options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"pruning={self.pruning!r} is not JSON: {error}") from None
-        if not isinstance(options, dict) or set(options) - set(_PRUNING_OPTIONS):
+        if not isinstance(options, dict) or set(cast("dict[str, Any]", options)) - set(_PRUNING_OPTIONS):
             raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(_PRUNING_OPTIONS)}")
         if self.dynamic_sampling:
             raise ValueError(
@@ -201,7 +201,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):
                     f"objective {self.objective!r} aggregates by {objective.aggregation!r}, which no TRL loss_type does; "
                     f"set loss_type to one of {', '.join(AGGREGATION_OF)}"
                 )
-            self.loss_type = _LOSS_TYPE_OF[objective.aggregation]
+            self.loss_type = _LOSS_TYPE_OF[objective.aggregation]  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.loss_type not in AGGREGATION_OF:
             raise ValueError(
                 f"loss_type={self.loss_type!r} replaces the objective; with BandGRPOTrainer it only says how tokens are "
@@ -212,10 +212,10 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):
                 raise ValueError(
                     f"objective {self.objective!r}: TRL has no {objective.advantage!r} advantages; set scale_rewards"
                 )
-            self.scale_rewards = SCALE_REWARDS_OF[objective.advantage]
+            self.scale_rewards = SCALE_REWARDS_OF[objective.advantage]  # pyright: ignore[reportIncompatibleVariableOverride]
         level = "sequence" if objective.ratio_level == "sequence" else "token"
         if self.importance_sampling_level is None:
-            self.importance_sampling_level = level
+            self.importance_sampling_level = level  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.importance_sampling_level != level:
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "

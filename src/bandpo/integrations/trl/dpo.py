@@ -92,7 +92,7 @@ class BandDPOConfig(HidesSecrets, DPOConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} acts on TRL's own loss, which objective {self.objective!r} replaces"
                 )
-        self.beta, self.label_smoothing = objective.beta, objective.label_smoothing
+        self.beta, self.label_smoothing = objective.beta, objective.label_smoothing  # pyright: ignore[reportIncompatibleVariableOverride]
         if objective.reference == "none":
             self.precompute_ref_log_probs = True  # so that TRL loads no reference model; there is nothing to compute
         super().__post_init__()
@@ -213,7 +213,7 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         self._pooled[self._mode].begin(self.current_log)
         recorded = _Recorder(model)
         with self._given_references(), self._hidden_states() as hidden:
-            host: Any = super()._compute_loss(recorded, inputs, return_outputs)
+            host = cast("Any", super()._compute_loss(recorded, inputs, return_outputs))
         losses, metrics = self._pair_loss(recorded.log_probs, inputs, gap, hidden)
         self._log_pairs(metrics, len(losses))
         if return_outputs:
@@ -227,7 +227,8 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
             return zeros, zeros
         with warnings.catch_warnings():  # TRL reads a property by a name that transformers has given up
             warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
-            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            found = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        return cast("tuple[Tensor, Tensor]", found)
 
     def _pair_loss(
         self, log_probs: Tensor, inputs: Batch, gap: Tensor | None, hidden: list[Tensor]

@@ -9,12 +9,13 @@ import textwrap
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from bandpo.bounds import Band
 from bandpo.bounds.regions import TopK
 from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
@@ -81,6 +82,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         reward_weights: Tensor
         multi_objective_aggregation: str
         loss_type: str
+        max_completion_length: int
         use_vllm: bool
         vllm_importance_sampling_correction: bool
         current_gradient_accumulation_steps: int
@@ -206,7 +208,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         """TRL's rollout, sampled by TRL's options alone and not by the model's file, with the extras of the objective."""
         own = getattr(self, "generation_config", None)  # there is none with vLLM
         with nullcontext() if own is None else sampling_by(self.model, own):
-            rollout: Batch = super()._generate_and_score_completions(inputs)
+            rollout = cast("Batch", super()._generate_and_score_completions(inputs))
         rollout["advantages"] = self._exact_advantages(rollout["advantages"])
         if self.current_log.get("frac_reward_zero_std"):
             self.current_log["frac_reward_zero_std"][-1] = self._groups_without_signal.float().mean().item()
@@ -232,7 +234,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         return advantages.masked_fill(silent, 0.0)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        rewards = cast("Tensor", super()._calculate_rewards(*args, **kwargs))
         # TRL leaves NaN out of its group statistics. An infinite reward is no score either, and would spoil its whole group.
         rewards = rewards.masked_fill(rewards.isinf(), math.nan)
         self._rewards_of_functions = rewards
@@ -250,9 +252,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.packing:
-            out: tuple[Any, ...] = self._packed_scores(*args, **kwargs)
+            out = self._packed_scores(*args, **kwargs)
         else:
-            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            out = cast("tuple[Any, ...]", super()._get_per_token_logps_and_entropies(*args, **kwargs))
         self._last_logprobs = out[0]
         if self._scored_batch is None:
             return out
@@ -319,10 +321,10 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._last_logprobs, self._scored_batch = None, {**inputs, "advantages": given.advantages}
         try:
             with self._clamping_to(given.epsilon):
-                loss: Tensor = super()._compute_loss(model, self._scored_batch)
+                loss = cast("Tensor", super()._compute_loss(model, self._scored_batch))
         finally:
             self._scored_batch = None
-        logprobs = self._last_logprobs
+        logprobs = cast("Tensor | None", self._last_logprobs)  # set in `_get_per_token_logps_and_entropies`
         if logprobs is None:
             raise RuntimeError(
                 "GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies: this version of TRL is not "
@@ -360,7 +362,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             self._pool_clip_metrics(tokens, sequences)
         self._tell_nonfinite(found["nonfinite_fraction"])
         if self._radius is not None and self.model.training:
-            radius = float(self.objective.bounds.radius)
+            radius = float(cast("Band | TopK", self.objective.bounds).radius)  # pyright: ignore[reportArgumentType]
             log["band/radius"].append(radius)
             self._radius.measure(found, radius)
 
@@ -438,4 +440,6 @@ _CLIP_EXTREMES: dict[str, Literal["min", "max"]] = {"clip_ratio/low_min": "min",
 
 
 def _is_rollout(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(part, dict) for part in value))
+    if value is None:
+        return True
+    return isinstance(value, list) and all(isinstance(part, dict) for part in cast("list[object]", value))

@@ -1,7 +1,7 @@
 """The parts of `BandGRPOTrainer` that its helpers use, with types: TRL and transformers leave most of them open."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -23,7 +23,22 @@ def gathered(values: list[T]) -> list[T]:
     Args:
         values: Picklable values of this process.
     """
-    return gather_object(values)
+    return cast("list[T]", gather_object(values))
+
+
+def split(x: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """A tensor in parts of so many rows; torch's `split` with a type.
+
+    Args:
+        x: Any tensor.
+        rows: Rows of each part; the last part may have fewer.
+    """
+    return cast("tuple[Tensor, ...]", x.split(rows))
+
+
+def ints(x: Tensor) -> list[int]:
+    """The entries of a one-dimensional integer tensor."""
+    return cast("list[int]", x.tolist())
 
 
 class Accelerator(Gathers, Protocol):

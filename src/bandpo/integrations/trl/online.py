@@ -22,7 +22,7 @@ from bandpo.integrations.trl.base import warn
 from bandpo.integrations.trl.checkpoint import Say
 from bandpo.integrations.trl.dpo import REFERENCE_COLUMNS, BandDPOConfig, BandDPOTrainer
 from bandpo.integrations.trl.generate import as_completion, pad_token, sample_batches, score_completions
-from bandpo.integrations.trl.host import gathered
+from bandpo.integrations.trl.host import gathered, ints
 from bandpo.integrations.trl.rollout import shuffled_places
 from bandpo.preference.losses import reward_calibration
 from bandpo.preference.probe import LayerProbe, Pooling, RankedPairs, rerank
@@ -334,7 +334,7 @@ class OnlinePreferenceTrainer:
             u = scored.log_ratio
             gap = reward_calibration(gap, u[group, first] - u[group, second], self.objective.calibration)
             reference = scored.policy
-        places = torch.stack([group, first, second], 1).tolist()
+        places = zip(ints(group), ints(first), ints(second), strict=True)
         return [
             {
                 "prompt_ids": samples[g]["prompt_ids"],
@@ -344,7 +344,7 @@ class OnlinePreferenceTrainer:
                 "ref_chosen_logps": reference[g, a].item(),
                 "ref_rejected_logps": reference[g, b].item(),
             }
-            for (g, a, b), d in zip(cast("list[list[int]]", places), cast("list[float]", gap.tolist()), strict=True)
+            for (g, a, b), d in zip(places, cast("list[float]", gap.tolist()), strict=True)
         ]
 
     def _measure(self, samples: list[Samples], scored: _Scored, taught: Tensor | None) -> dict[str, float]:

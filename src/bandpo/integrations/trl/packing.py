@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bandpo.integrations.trl.host import GRPOHost
+from bandpo.integrations.trl.host import GRPOHost, split
 from bandpo.selection.packing import PackedBatch, mixes_sequences, pack_rows, packing_error
 
 # Layers that attend within the mask that transformers makes from the positions, and feed-forward layers. Layers of any other
@@ -148,7 +148,7 @@ def packed_scores(
     config = model.config.get_text_config()
     capacity = trainer.args.packing_tokens or 4 * input_ids.shape[1]
     at_once = batch_size or len(input_ids)
-    for ids, attention in zip(input_ids.split(at_once), attention_mask.split(at_once), strict=True):
+    for ids, attention in zip(split(input_ids, at_once), split(attention_mask, at_once), strict=True):
         packed = pack_rows(
             ids, attention, capacity=max(capacity, int(attention.sum(1).max())), window=trainer.args.packing_window
         )

@@ -50,13 +50,17 @@ def over_processes(accelerator: Gathers, sums: Mapping[str, PooledSum]) -> dict[
     wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
     mine = torch.stack([x.detach().to(wide) for s in sums.values() for x in (s.numerator, s.denominator)])
     everywhere = accelerator.gather(mine.unsqueeze(0)).cpu().to(torch.float64).view(-1, len(sums), 2)
-    counts = everywhere[..., 1].sum(0).tolist()
-    added = everywhere[..., 0].sum(0).tolist()
-    largest = everywhere[..., 0].masked_fill(everywhere[..., 1] == 0, -math.inf).amax(0).tolist()
+    numerators, denominators = everywhere.unbind(-1)
+    largest = _floats(numerators.masked_fill(denominators == 0, -math.inf).amax(0))
+    added, counts = _floats(numerators.sum(0)), _floats(denominators.sum(0))
     return {
         name: Total(largest[i] if s.kind == "max" else added[i], counts[i], s.kind)
         for i, (name, s) in enumerate(sums.items())
     }
+
+
+def _floats(x: torch.Tensor) -> list[float]:
+    return cast("list[float]", x.tolist())
 
 
 class PooledLog:

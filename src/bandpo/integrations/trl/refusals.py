@@ -2,7 +2,7 @@
 
 import warnings
 
-from trl import GRPOTrainer
+from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from bandpo.bounds.regions import TopK
 from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF, BandGRPOConfig

@@ -1,13 +1,13 @@
 """What is added to a rollout of TRL for an objective: statistics of groups, top-K log-probs, groups of other prompts."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from bandpo.integrations.trl.host import Batch, GRPOHost
+from bandpo.integrations.trl.host import Batch, GRPOHost, ints, split
 
 PREFIX = "bandpo_"
 """Prefix of our tensors in a rollout. They go through TRL's shuffling and splitting like TRL's own."""
@@ -58,7 +58,7 @@ def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None
     found: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         places = torch.arange(len(input_ids), device=input_ids.device)
-        for rows in places.split(trainer.args.per_device_train_batch_size):
+        for rows in split(places, trainer.args.per_device_train_batch_size):
             out = model(
                 input_ids=input_ids[rows], attention_mask=attention[rows], logits_to_keep=length + 1, use_cache=False
             )
@@ -161,9 +161,9 @@ def shuffled_places(first: int, count: int, *, of: int, seed: int) -> list[int]:
     draws = torch.arange(first, first + count)
     epochs = draws.div(of, rounding_mode="floor")
     chosen: list[int] = []
-    for epoch in sorted(set(cast("list[int]", epochs.tolist()))):
+    for epoch in sorted(set(ints(epochs))):
         order = torch.randperm(of, generator=torch.Generator().manual_seed(seed + _SEEDS_PER_PASS * (epoch + 1)))
-        chosen += cast("list[int]", order[draws[epochs == epoch] % of].tolist())
+        chosen += ints(order[draws[epochs == epoch] % of])
     return chosen
 
 
@@ -202,7 +202,7 @@ def _merge(old: Batch, new: Batch, rows: Tensor, source: Tensor, pad_token: int)
             value = pad_token if name in ("prompt_ids", "completion_ids") else 0
             side = "left" if name.startswith("prompt") else "right"
             both = pad([*x.unbind(), *chosen[1].unbind()], padding_value=value, padding_side=side)
-            chosen = list(both.split([len(x), len(source)]))
+            chosen = [both[: len(x)], both[len(x) :]]
         merged[name] = chosen[0].clone()
         merged[name][rows] = chosen[1]
     return merged

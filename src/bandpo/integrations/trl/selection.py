@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bandpo.integrations.trl.host import Batch, GRPOHost, gathered
+from bandpo.integrations.trl.host import Batch, GRPOHost, gathered, ints
 from bandpo.integrations.trl.rollout import PREFIX, local_rows, mask_of
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
@@ -48,14 +48,14 @@ class PrunedRollouts:
             return inputs, [1.0] * len(inputs)
         keys = [_key(row) for row in inputs[::size]]
         chosen = self.prune.select_prompts(keys, generator=self._generator(0))
-        drop = (~chosen.keep).nonzero().flatten().tolist()
+        drop = ints((~chosen.keep).nonzero().flatten())
         # Equal work on every process, and whole micro-batches: put back as many as that takes, at random.
         least = min(gathered([len(drop)]))
         steps = self._steps
         while least and (len(keys) - least) * size % steps:
             least -= 1
         weight = _put_back(chosen, drop, least, self._generator(1), biased=self.prune.mode == "topk_biased")
-        rows = [i for i, w in enumerate(weight.tolist()) if w > 0]
+        rows = ints((weight > 0).nonzero().flatten())
         log = self.trainer.current_log
         log["selection/prompts_kept"].append(len(rows) / len(keys))
         return [inputs[i * size + j] for i in rows for j in range(size)], [
@@ -77,7 +77,8 @@ class PrunedRollouts:
         advantages = rollout["advantages"].view(-1, size)
         rewards = trainer.last_rewards[local_rows(trainer, len(weights))].view(-1, size).to(advantages.device)
         keys = [_key(row) for row in inputs[::size]]
-        groups = gathered(list(zip(keys, advantages.tolist(), rewards.tolist(), strict=True)))
+        scores = (cast("list[list[float]]", x.tolist()) for x in (advantages, rewards))
+        groups = gathered(list(zip(keys, *scores, strict=True)))
         self.prune.update([key for key, _, _ in groups], *(torch.tensor([g[i] for g in groups]) for i in (1, 2)))
         before = torch.tensor(weights, device=advantages.device)
         tokens = mask_of(rollout).sum(1)
@@ -94,7 +95,7 @@ class PrunedRollouts:
         weight = before
         if self.prune.completions and not self._over():
             chosen = self.prune(rewards, advantages, generator=self._generator(2))
-            drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
+            drop = ints((~chosen.keep.flatten()).nonzero().flatten())
             steps = self._steps
             least = min(gathered([len(drop)]))
             least = min(least - (least - len(before)) % steps, len(before) - steps)
@@ -150,7 +151,7 @@ def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.G
     returned = nothing[: min(back, len(nothing))]
     rest = back - len(returned)
     if rest:
-        returned += [others[i] for i in torch.randperm(len(others), generator=generator)[:rest].tolist()]
+        returned += [others[i] for i in ints(torch.randperm(len(others), generator=generator)[:rest])]
     keep = chosen.keep.clone()
     keep[returned] = True
     if biased:

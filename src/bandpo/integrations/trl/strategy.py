@@ -126,7 +126,7 @@ class HostComputes(Strategy):
         if old is not None:  # `clip` takes an interval
             bounds = cast("RatioBounds", region(zero_where(~is_logprob(old), old)))
         if isinstance(region, Clip):  # one number for all tokens, which also fits the ratio of a sequence
-            return GivenToTRL(advantages, (region.low, region.high), bounds)
+            return GivenToTRL(advantages, (region.low, cast("float", region.high)), bounds)  # `Clip` fills `high` in
         if bounds is None:  # every ratio is 1
             return GivenToTRL(advantages, _NO_CLIP)
         return GivenToTRL(advantages, (1 - bounds.lower, bounds.upper - 1), bounds)
