@@ -1,7 +1,8 @@
-"""What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
+"""What an update did: clip, divergence and entropy statistics, and pass@k."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from bandpo._deprecations import warn_moved
 from bandpo._inputs import as_mask, check_int
-from bandpo._values import Registry
 from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
@@ -27,30 +27,6 @@ PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 
 PROB_BINS = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1", "0.1:0.5", "0.5:0.9", "0.9:0.99", ">=0.99")
 """Their names, as they appear in metric keys."""
-
-# The word clip_ratio means three things across hosts; these are the ones that mean the same as ours.
-TRL_NAMES: Mapping[str, str] = Registry(
-    __name__,
-    "TRL_NAMES",
-    {
-        "clip_fraction/low": "clip_ratio/low_mean",
-        "clip_fraction/high": "clip_ratio/high_mean",
-        "clip_fraction/any": "clip_ratio/region_mean",
-        "kl/ref": "kl",
-        "entropy": "entropy",
-        "loss/policy": "policy_loss",
-    },
-)
-VERL_NAMES: Mapping[str, str] = Registry(
-    __name__,
-    "VERL_NAMES",
-    {
-        "clip_fraction/any": "actor/pg_clipfrac",
-        "kl/ref": "actor/kl_loss",
-        "entropy": "actor/entropy",
-        "loss/policy": "actor/pg_loss",
-    },
-)
 
 
 class PooledSum(NamedTuple):
@@ -346,3 +322,11 @@ def _terms_of_a_clip(
     return TokenObjective(
         value, log_ratio, bounds, old_logprobs, advantages, weights, left_out, stopped, valid, objective
     )
+
+
+def __getattr__(name: str) -> object:
+    """The tables of the hosts' names under their old address."""
+    if name in ("TRL_NAMES", "VERL_NAMES"):
+        warn_moved(f"bandpo.metrics.{name}", f"bandpo.integrations.names.{name}")
+        return getattr(import_module("bandpo.integrations.names"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

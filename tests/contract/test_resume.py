@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandpo import RatioBounds, policy_metrics, token_objective
+from bandpo import RatioBounds, policy_metrics
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.terms import TokenObjective
 from bandpo.zoo import OBJECTIVES
-from trl_runs import reward, settings
+from trl_runs import joined, reward, settings
 
 SCRIPT = Path(__file__).parents[1] / "resume_run.py"
 
@@ -45,12 +46,10 @@ def test_two_processes_resume_bit_for_bit(two, trainer):
     assert len(whole["log"]) >= 2 and whole["log"][:-1] == again["log"][:-1]  # the last row is of the session
 
 
-def terms_of(name, part):
-    """The terms of all rows that the processes have kept, as one batch."""
-    return token_objective(
-        OBJECTIVES[name], logprobs=part["anchor_logprobs"] + part["log_ratio"], old_logprobs=part["anchor_logprobs"],
-        advantages=part["advantages"], mask=part["mask"], bounds=RatioBounds(part["lower"], part["upper"]),
-    )  # fmt: skip
+def terms_of(parts):
+    """The terms of several processes as those of one batch."""
+    rebuilt = [p | {"bounds": RatioBounds(*p["bounds"]), "objective": OBJECTIVES[p["objective"]]} for p in parts]
+    return joined([TokenObjective(**p) for p in rebuilt])
 
 
 def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
@@ -58,8 +57,7 @@ def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
     for name, part in two[0]["uneven"].items():
         rows = [p["mask"].sum().item() for p in part["parts"]]
         assert rows[1] == 8 and rows[0] > 20
-        data = {key: torch.cat([p[key] for p in part["parts"]]) for key in part["parts"][0]}
-        want = policy_metrics(terms_of(name, data))
+        want = policy_metrics(terms_of(part["parts"]))
         log = part["log"]
         clips = {"low": "low_mean", "high": "high_mean", "any": "region_mean"}
         for key, value in want.items():
@@ -70,8 +68,7 @@ def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
                 assert ours not in log
             else:
                 assert log[ours] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), (name, ours)
-        first = part["parts"][0]
-        alone = policy_metrics(terms_of(name, first))
+        alone = policy_metrics(terms_of(part["parts"][:1]))
         assert log["ratio/mean"] != pytest.approx(alone["ratio/mean"].item(), rel=1e-3)
         assert math.isfinite(log["entropy"])
 

@@ -21,17 +21,14 @@ from bandpo.bounds.calibration import outside_fraction, radius_for
 from bandpo.divergences import CHI2, KL, TV
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.symptoms import MISMATCH
+from bandpo.integrations.names import TENSORS
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "logprobs": ("logprobs", "per_token_logps", "log_prob", "log_probs", "trainer_logprobs"),
-    "old_logprobs": ("old_logprobs", "old_per_token_logps", "old_log_prob", "old_log_probs"),
-    "rollout_logprobs": ("rollout_logprobs", "sampling_per_token_logps", "rollout_log_probs", "inference_logprobs"),
-    "advantages": ("advantages",),
-    "mask": ("mask", "completion_mask", "response_mask", "loss_mask", "action_mask"),
+    ours: (ours, *theirs.values()) for ours, theirs in TENSORS.items() if ours != "ref_logprobs"
 }
-"""Our names, TRL's, verl's, prime-rl's and OpenRLHF's."""
+"""Our names, and the hosts' names for the same tensors."""
 
 SHOWN = ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2")
 _SUFFIXES = (".safetensors", ".pt", ".npz")

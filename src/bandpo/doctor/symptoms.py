@@ -6,26 +6,45 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bandpo.doctor.findings import Finding
+from bandpo.integrations.names import METRICS, OWN_PREFIX, TRL_NAMES, VERL_NAMES, averaged_name
+
+
+def _hosts(*ours: str) -> tuple[str, ...]:
+    """The names that TRL and verl have for a metric."""
+    return tuple(METRICS[name][host] for name in ours for host in ("TRL", "verl") if host in METRICS[name])
+
+
+def _own(ours: str, *old: str) -> tuple[str, ...]:
+    """The names that a metric of bandpo has in a log of TRL, of verl, and in one of another loop.
+
+    Args:
+        ours: A name of `bandpo.metrics`.
+        old: Names that earlier versions of bandpo wrote.
+    """
+    reported = f"{OWN_PREFIX['verl']}{averaged_name(ours)}"
+    names = (TRL_NAMES.get(ours, ours), reported, VERL_NAMES.get(ours, reported), ours, *old)
+    return tuple(dict.fromkeys(names))
+
 
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "entropy": ("entropy", "actor/entropy"),
-    "clip": ("clip_ratio/region_mean", "actor/band/clip_fraction/any", "actor/pg_clipfrac", "clip_fraction/any"),
-    "ratio": ("ratio/mean", "actor/band/ratio/mean"),
-    "divergence": ("band/divergence_max", "actor/band/divergence_max", "actor/band/band/divergence_max"),
-    "cap": ("band/cap_fraction", "actor/band/cap_fraction_of_all", "actor/band/band/cap_fraction"),
-    "nonfinite": ("nonfinite_fraction", "actor/band/nonfinite_fraction"),
-    "reward": ("reward", "critic/score/mean", "critic/rewards/mean"),
-    "zero variance": ("frac_reward_zero_std",),
-    "spread": ("reward_std",),
-    "largest advantage": ("critic/advantages/max",),
-    "smallest advantage": ("critic/advantages/min",),
-    "mismatch": ("sampling/sampling_logp_difference/mean", "training/rollout_probs_diff_mean"),
-    "cut off": ("completions/clipped_ratio", "response_length/clip_ratio"),
+    "entropy": _hosts("entropy"),
+    "clip": _own("clip_fraction/any"),
+    "ratio": _own("ratio/mean"),
+    "divergence": _own("band/divergence_max", "actor/band/band/divergence_max"),
+    "cap": _own("band/cap_fraction", "actor/band/band/cap_fraction"),
+    "nonfinite": _own("nonfinite_fraction"),
+    "reward": _hosts("reward/mean", "reward/mean_with_kl"),
+    "zero variance": _hosts("reward/zero_variance"),
+    "spread": _hosts("reward/std"),
+    "largest advantage": _hosts("advantages/max"),
+    "smallest advantage": _hosts("advantages/min"),
+    "mismatch": _hosts("rollout/difference"),
+    "cut off": _hosts("length/cut_off"),
     "unscored": ("reward/unscored",),
-    "gradient": ("grad_norm", "actor/grad_norm"),
-    "loss": ("loss", "actor/pg_loss"),
+    "gradient": _hosts("grad_norm"),
+    "loss": (TRL_NAMES["loss"], VERL_NAMES["loss/policy"]),
 }
-"""What the rules look at, and the hosts' names for it; the first that a log has is taken."""
+"""What the rules look at, and the names of it in logs; the first name that a log has is used."""
 LOOKED_FOR = frozenset(name for names in NAMES.values() for name in names)
 
 _OF_THE_UPDATE = re.compile(r"(^|[/_])(kl|loss|grad_norm|entropy|ratio|logps?|log_?probs?)($|[/_])")

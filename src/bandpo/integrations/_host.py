@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bandpo.integrations.names import averaged_name
 from bandpo.metrics import PooledSum
 
 # A mean of this many radii is off any chart, and still a number after a mean in float32.
@@ -31,14 +32,11 @@ def mean_proof(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
     tokens = sums["ratio/mean"].denominator.clamp_min(1)
     found: dict[str, Tensor] = {}
     for name, statistic in sums.items():
-        family, slash, rest = name.partition("/")
-        if family == "clip_fraction_by_prob":
-            found[f"{family}_of_all{slash}{rest}"] = statistic.numerator / tokens
-        elif family == "band" and rest.endswith("_fraction"):
-            found[f"{rest}_of_all"] = statistic.numerator / tokens
+        averaged = averaged_name(name)
+        if "_of_all" in averaged:
+            found[averaged] = statistic.numerator / tokens
         else:
-            value = statistic.value()
-            found[name.removeprefix("band/")] = torch.nan_to_num(value, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+            found[averaged] = torch.nan_to_num(statistic.value(), nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
     return found
 
 

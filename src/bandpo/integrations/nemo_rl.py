@@ -20,10 +20,12 @@ from torch import Tensor
 from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
+from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.losses import aggregate
 from bandpo.objective import Objective
 from bandpo.surrogates.corrections import TIS, Correction, IcePop
 
+_NAMES = metrics_of("NeMo-RL")
 _DEFAULTS = {
     "disable_ppo_ratio": False, "ratio_clip_min": 0.2, "ratio_clip_max": 0.2, "ratio_clip_c": None,
     "sequence_level_importance_ratios": False, "use_cispo": False, "force_on_policy_ratio": False,
@@ -96,14 +98,16 @@ class BandLoss:
         if self.reference_policy_kl_penalty:
             loss = loss + rest
         share = valid.sum() / global_valid_toks.clamp_min(1)
-        own = {f"band/{name}": x * share for name, x in found.metrics.items() if not name.endswith("_max")}
-        metrics = {name: x for name, x in metrics.items() if not name.startswith("probs_ratio")}
+        prefix = OWN_PREFIX["NeMo-RL"]
+        own = {f"{prefix}{name}": x * share for name, x in found.metrics.items() if not name.endswith("_max")}
+        metrics = {name: x for name, x in metrics.items() if not name.startswith(_NAMES["ratio/mean"])}
         ratio = found.log_ratio.exp()
         own |= {
-            "loss": loss.detach(), "probs_ratio": own["band/ratio/mean"],
-            "probs_ratio_min": ratio.masked_fill(~valid, torch.inf).amin(),
-            "probs_ratio_max": ratio.masked_fill(~valid, -torch.inf).amax(),
-        }  # fmt: skip
+            _NAMES["loss"]: loss.detach(),
+            _NAMES["ratio/mean"]: own[f"{prefix}ratio/mean"],
+            _NAMES["ratio/min"]: ratio.masked_fill(~valid, torch.inf).amin(),
+            _NAMES["ratio/max"]: ratio.masked_fill(~valid, -torch.inf).amax(),
+        }
         return loss, metrics | as_floats(own)
 
 
@@ -134,4 +138,4 @@ def _normalizations(host_loss: Any, objective: Objective) -> dict[str, Any]:
     names = evaluate(
         objective, logprobs=one, old_logprobs=one, rollout_logprobs=one, advantages=one, mask=one + 1
     ).metrics
-    return {**table, **{f"band/{name}": table["gen_kl_error"] for name in names}}
+    return {**table, **{f"{OWN_PREFIX['NeMo-RL']}{name}": table["gen_kl_error"] for name in names}}

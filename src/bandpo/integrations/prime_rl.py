@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 from bandpo.integrations._host import evaluate, host_objective
+from bandpo.integrations.names import OWN_PREFIX
 from bandpo.objective import Objective
 
 
@@ -45,7 +46,9 @@ def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> An
     weights = getattr(inputs, "loss_weights", None)
     if weights is not None:
         value = value * weights.masked_fill(inputs.loss_mask == 0, 0.0)
-    return LossOutputs(loss=-value.sum(), metrics={f"band/{name}": x for name, x in found.metrics.items()})
+    return LossOutputs(
+        loss=-value.sum(), metrics={f"{OWN_PREFIX['prime-rl']}{name}": x for name, x in found.metrics.items()}
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,6 +19,7 @@ from torch import Tensor
 from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, options_of_environment, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
+from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 from bandpo.surrogates import MAX_LOG_RATIO
 
@@ -87,10 +88,11 @@ def band_loss_func(self: Any, data: Any, output_tensor: Tensor) -> tuple[Tensor,
             batch[name] = x
     loss = rest + policy
     share = (kept != 0).sum() / counts["batch_num_tokens"]
-    own = {f"actor/band/{n}@sum": x * share for n, x in found.metrics.items() if not n.endswith("_max")}
-    own |= {f"actor/band/{n}@max": x for n, x in found.metrics.items() if n.endswith("_max")}
-    own |= {"actor/pg_loss@sum": policy.detach(), "actor/total_loss@sum": loss.detach()}
-    dropped = ("clipfrac", "actor/pg_loss", "actor/total_loss", "actor/weighted_pg_loss")
+    prefix, names = OWN_PREFIX["ROLL"], metrics_of("ROLL")
+    own = {f"{prefix}{n}@sum": x * share for n, x in found.metrics.items() if not n.endswith("_max")}
+    own |= {f"{prefix}{n}@max": x for n, x in found.metrics.items() if n.endswith("_max")}
+    own |= {f"{names['loss/policy']}@sum": policy.detach(), f"{names['loss']}@sum": loss.detach()}
+    dropped = (*names.values(), "clipfrac", "actor/weighted_pg_loss")
     return loss, {n: x for n, x in metrics.items() if not any(d in n for d in dropped)} | as_floats(own)
 
 

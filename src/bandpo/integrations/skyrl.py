@@ -23,8 +23,10 @@ from torch import Tensor
 from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
+from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 
+_CLIPPED = "clip_fraction/any"
 _DEFAULTS = {"eps_clip_low": 0.2, "eps_clip_high": 0.2, "clip_ratio_c": 3.0, "use_tis": False}
 
 
@@ -80,7 +82,8 @@ def policy_loss(
         objective, logprobs=log_probs, old_logprobs=old_log_probs, rollout_logprobs=rollout_logprobs,
         advantages=advantages, mask=mask,
     )  # fmt: skip
-    metrics = as_floats(found.metrics, "band/")
+    metrics = as_floats(found.metrics, OWN_PREFIX["SkyRL"])
+    clipped = {metrics_of("SkyRL")[_CLIPPED]: metrics[f"{OWN_PREFIX['SkyRL']}{_CLIPPED}"]}
     loss = -found.value
     if corrected:
         valid = mask != 0
@@ -89,4 +92,4 @@ def policy_loss(
             loss, fill(old_log_probs, valid), sampler, mask, config.off_policy_correction
         )
         metrics |= more
-    return reduce_loss(loss, mask), {"clip_ratio": metrics["band/clip_fraction/any"], **metrics}
+    return reduce_loss(loss, mask), clipped | metrics

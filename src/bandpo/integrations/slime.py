@@ -20,8 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
+from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 
+_NAMES = metrics_of("slime")
 # Besides eps_clip_high, which slime sets to eps_clip.
 _DEFAULTS = {
     "eps_clip": 0.2, "eps_clip_c": None, "use_tis": False, "use_opsm": False, "get_mismatch_metrics": False,
@@ -105,21 +107,27 @@ def megatron_loss(
 
     valid = tokens(mask) != 0
     policy = reduce(-tokens(found.value))
-    loss, report = policy, {"pg_loss": policy}
+    loss, report = policy, {_NAMES["loss/policy"]: policy}
     if entropy is not None:
-        report["entropy_loss"] = reduce(fill(torch.cat(list(entropy)), valid))
-        loss = loss - args.entropy_coef * report["entropy_loss"]
+        report[_NAMES["entropy"]] = mean_entropy = reduce(fill(torch.cat(list(entropy)), valid))
+        loss = loss - args.entropy_coef * mean_entropy
     if args.use_kl_loss:
         new, reference, before = (fill(torch.cat(list(x)), valid) for x in (logprobs, batch["ref_log_probs"], old))
         ratio = torch.exp(new - before) if args.use_unbiased_kl else None
-        report["kl_loss"] = reduce(approx_kl(new, reference, kl_loss_type=args.kl_loss_type, importance_ratio=ratio))
-        loss = loss + args.kl_loss_coef * report["kl_loss"]
+        kl = reduce(approx_kl(new, reference, kl_loss_type=args.kl_loss_type, importance_ratio=ratio))
+        report[_NAMES["kl/ref"]] = kl
+        loss = loss + args.kl_loss_coef * kl
     if not sum(lengths):
         loss = loss + 0 * logits.sum()
     share = reduce(valid.to(policy.dtype))  # what the host divides by, so that its quotient is the mean over all tokens
-    report |= {"loss": loss, "pg_clipfrac": reduce(tokens(found.clipped).to(policy.dtype)),
-               "ppo_kl": reduce(-tokens(found.log_ratio))}  # fmt: skip
-    report |= {f"band/{name}": x * share for name, x in found.metrics.items() if not name.endswith("_max")}
+    report |= {
+        _NAMES["loss"]: loss,
+        _NAMES["clip_fraction/any"]: reduce(tokens(found.clipped).to(policy.dtype)),
+        _NAMES["kl/old_new_k1"]: reduce(-tokens(found.log_ratio)),
+    }
+    report |= {
+        f"{OWN_PREFIX['slime']}{name}": x * share for name, x in found.metrics.items() if not name.endswith("_max")
+    }
     return loss, {name: x.detach().clone() for name, x in report.items()}
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bandpo.integrations._host import evaluate, host_objective
 from bandpo.integrations._host_metrics import as_floats
+from bandpo.integrations.names import OWN_PREFIX
 from bandpo.losses import aggregate
 
 
@@ -52,7 +53,7 @@ def policy_loss(
         chosen, logprobs=new, old_logprobs=None, rollout_logprobs=sampler, advantages=advantages, mask=mask
     )
     loss = -aggregate(found.value, mask, chosen.aggregation, normalizer=normalizer, max_length=max_length)
-    return loss, as_floats(found.metrics, "band/")
+    return loss, as_floats(found.metrics, OWN_PREFIX["Tinker"])
 
 
 _FIELDS = ("logprobs", "advantages", "mask")

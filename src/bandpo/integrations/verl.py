@@ -29,6 +29,7 @@ except ImportError as error:
 from bandpo._inputs import as_mask
 from bandpo.integrations._host import attributes, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats, mean_proof
+from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
 from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
 from bandpo.metrics import policy_sums
 from bandpo.objective import Objective
@@ -137,12 +138,12 @@ def _metrics(terms: TokenObjective, *, ranks: int) -> dict[str, float]:
     sums, valid = policy_sums(terms), terms.mask
     log_ratio = terms.log_ratio.detach().expand(valid.shape)
     used = valid & ~terms.nonfinite
-    report = {f"band/{name}": value for name, value in mean_proof(sums).items()} | {
-        "pg_clipfrac": sums["clip_fraction/any"].value().nan_to_num(),
-        "ppo_kl": (-torch.where(used, log_ratio, 0.0).sum() / used.sum()).nan_to_num(),
+    report = {f"{OWN_PREFIX['verl']}{name}": value for name, value in mean_proof(sums).items()} | {
+        VERL_NAMES["clip_fraction/any"]: sums["clip_fraction/any"].value().nan_to_num(),
+        VERL_NAMES["kl/old_new_k1"]: (-torch.where(used, log_ratio, 0.0).sum() / used.sum()).nan_to_num(),
     }
-    found = as_floats(report | {"tokens": valid.sum()}, "actor/")
-    return found if found.pop("actor/tokens") or ranks > 1 else {}
+    found = as_floats(report | {"tokens": valid.sum()})
+    return found if found.pop("tokens") or ranks > 1 else {}
 
 
 def _objective(config: ActorConfig, name: str | None) -> Objective:

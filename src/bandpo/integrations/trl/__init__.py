@@ -1,6 +1,6 @@
 """bandpo in TRL: GRPO with the trust region of any objective, offline and online preference learning.
 
-The names are imported on first use: the doctor reads configurations of the trainer without loading it.
+The names are imported on first use, because the doctor reads configurations of the trainer without loading TRL's trainer.
 """
 
 from importlib import import_module as _import_module

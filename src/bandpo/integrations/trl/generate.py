@@ -1,14 +1,14 @@
-"""Sampling and scoring completions with transformers: what the evaluation and the online preference trainer share.
+"""Sampling and scoring completions with transformers, for evaluations and for the online preference trainer.
 
-The sampler is the one that is asked for and nothing else. In transformers a model's own `generation_config` (a repetition
-penalty, top-k, forced or suppressed tokens, beams, ...) fills whatever a call leaves open: training would learn from samples of
-another distribution than its log-probs are of, and an evaluation would measure a third one. So it is set aside while sampling;
-of it only the end tokens count.
+Completions are sampled by the given options alone. In transformers, the `generation_config` of a model (a repetition penalty,
+top-k, forced or suppressed tokens, beams, ...) fills every option that a call leaves open: training would learn from samples of
+another distribution than that of its log-probs, and an evaluation would measure a third one. So it is replaced while sampling;
+only its end tokens are used.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -21,31 +21,43 @@ _MARK = "bandpo-end-of-turn"
 
 
 def sample_batches(
-    model: Any, tokenizer: Any, prompts: list[Any], *, samples: int, max_new_tokens: int, temperature: float = 1.0,
-    top_p: float = 1.0, top_k: int = 0, min_p: float | None = None, repetition_penalty: float = 1.0,
-    generation_kwargs: Mapping[str, Any] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
-    batch_size: int = 64, seed: int = 0,
-) -> Iterator[tuple[list[int], list[list[int]], list[list[int]]]]:  # fmt: skip
-    """Sample completions of this process's share of the prompts, batch by batch.
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Any],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generation_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Iterator[tuple[list[int], list[list[int]], list[list[int]]]]:
+    """Sample completions for the prompts of this process, batch by batch.
 
     Args:
         model: A causal LM with `generate`; it is in eval mode while sampling.
-        tokenizer: Its tokenizer.
-        prompts: Texts or messages; process i of n takes i, i + n, ...
+        tokenizer: The tokenizer of the model.
+        prompts: Texts or messages of all processes. Process i of n takes the prompts i, i + n, ...
         samples: Completions of each prompt.
-        max_new_tokens: Their maximal length.
-        temperature: Of sampling; 0 is greedy.
-        top_p: Of sampling.
-        top_k: Of sampling; 0 for all tokens.
-        min_p: Of sampling; None for none.
-        repetition_penalty: 1 for none.
-        generation_kwargs: More options of transformers' `GenerationConfig`, on purpose.
+        max_new_tokens: Largest number of tokens of a completion.
+        temperature: Temperature of sampling; 0 is greedy.
+        top_p: Share of the probability that sampling keeps.
+        top_k: Number of the most likely tokens that sampling keeps; 0 for all tokens.
+        min_p: Lowest probability that sampling keeps, relative to that of the most likely token; None for no limit.
+        repetition_penalty: transformers' repetition penalty; 1 for none.
+        generation_kwargs: Other options of transformers' `GenerationConfig`; they override the ones above.
         chat_template_kwargs: Options of the tokenizer's chat template.
-        batch_size: Completions at once.
-        seed: Of sampling; the state of the random generators is restored.
+        batch_size: Completions generated at once.
+        seed: Seed of sampling; the state of the random generators is restored afterwards.
 
     Yields:
-        Numbers of the prompts, token ids of each prompt, token ids of `samples` completions of each, the end mark included.
+        The numbers of some prompts, the token ids of each of them, and the token ids of their completions, `samples` for each
+        prompt, with the end token.
     """
     state = PartialState()
     mine = list(range(state.process_index, len(prompts), state.num_processes))
@@ -77,10 +89,16 @@ def sample_batches(
 
 
 def sampler_of(args: Any) -> dict[str, Any]:
-    """The sampler that a trainer's config describes, as arguments of `sample_batches` beside temperature, top_p and length.
+    """The sampling options of a configuration, as arguments of `sample_batches`, without temperature, top_p and length.
 
     Args:
         args: A `BandGRPOConfig` or an `OnlinePreferenceConfig`.
+
+    Returns:
+        Keyword arguments of `sample_batches`.
+
+    Raises:
+        ValueError: If the options are those of vLLM, with which an evaluation does not sample.
     """
     names = ("top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs")
     found = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -93,12 +111,12 @@ def sampler_of(args: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def sampling_by(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """A model's own `generation_config` set aside: what `config` leaves open is transformers' default, not the model's.
+def sampling_by(model: Any, config: GenerationConfig) -> Generator[None, None, None]:
+    """A context in which options that `config` leaves open have transformers' defaults, and not the model's own values.
 
     Args:
-        model: The model, an adapter around it included.
-        config: The one that `generate` is called with.
+        model: The model, with an adapter around it if there is one.
+        config: The configuration that `generate` is called with.
     """
     saved = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
     for module, _ in saved:
@@ -111,17 +129,21 @@ def sampling_by(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: the tokenizer's, those of the model's `generation_config`, the chat template's.
+    """Every token that ends a completion: of the tokenizer, of the model's `generation_config`, and of the chat template.
 
     Args:
         model: A causal LM.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer of the model.
+
+    Returns:
+        Ids of the tokens, without duplicates.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such token.
     """
-    own = model.generation_config.eos_token_id
-    found = [tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own]), _end_of_turn(tokenizer)]
+    own: object = model.generation_config.eos_token_id
+    several = cast("list[int | None]", list(own) if isinstance(own, list | tuple) else [own])
+    found: list[int | None] = [tokenizer.eos_token_id, *several, _end_of_turn(tokenizer)]
     ends = list(dict.fromkeys(i for i in found if i is not None))
     if not ends:
         raise ValueError(
@@ -131,13 +153,13 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The token to fill batches with: the tokenizer's, or its end token, as TRL does.
+    """The token that fills batches: the tokenizer's pad token or, as in TRL, its end token.
 
     Args:
         tokenizer: The tokenizer.
 
     Raises:
-        ValueError: If it has neither.
+        ValueError: If the tokenizer has neither.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -148,13 +170,13 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts after an answer, None where it puts none."""
+    """The special token that the chat template puts after an answer; None if there is none."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(turn, tokenize=False)
-    except Exception:  # a template has its own rules of what a conversation is
+    except Exception:  # a template may refuse this conversation by its own rules
         return None
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     behind = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
@@ -162,19 +184,22 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Up to the first end token and with it. A completion that has none was cut off at its full length, without padding."""
+    """The ids up to the first end token, included. A completion without one was cut off at its full length, without padding."""
     return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
 
 
 def tokenize(
     tokenizer: Any, prompts: list[Any], chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts, texts or messages, as TRL makes them.
+    """Token ids of prompts, as TRL makes them.
 
     Args:
         tokenizer: The tokenizer.
-        prompts: All texts, or all messages.
-        chat_template_kwargs: Options of its chat template.
+        prompts: Texts, or lists of messages.
+        chat_template_kwargs: Options of the tokenizer's chat template.
+
+    Returns:
+        Token ids of each prompt.
     """
     if isinstance(prompts[0], str):
         return tokenizer(prompts)["input_ids"]
@@ -184,14 +209,22 @@ def tokenize(
 
 
 def _pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows as `(rows, longest)`, and 1 where a token is."""
+    """Rows padded on the left to `(rows, longest)`, and a mask of the same shape, 1 for tokens."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 def as_completion(prompt: Any, text: str) -> Any:
-    """As TRL hands it to a reward function: text for a text prompt, messages for messages."""
+    """A completion in the form in which TRL gives it to a reward function.
+
+    Args:
+        prompt: The prompt, a text or a list of messages.
+        text: The text of the completion.
+
+    Returns:
+        The text for a text, and a list of one message for messages.
+    """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -206,19 +239,19 @@ def score_completions(
     hidden: Pooling | None = None,
     autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of each completion, summed over its tokens, and its hidden states at the last token where asked.
+    """The log-prob of each completion, summed over its tokens, and its hidden states if asked for.
 
     Args:
         model: A causal LM.
-        prompts: Token ids.
-        completions: Token ids, none empty.
-        pad: Token to fill with, on the right.
-        batch_size: Sequences at once.
-        hidden: Also return `(completions, layers, width)`: what each layer puts out, pooled so over the completion.
-        autocast: Compute in this dtype, as the trainer does.
+        prompts: Token ids of the prompt of each completion.
+        completions: Token ids of the completions; none may be empty.
+        pad: Id of the token that fills sequences on the right.
+        batch_size: Sequences of one forward pass.
+        hidden: How to pool the outputs of each layer over a completion; None to return none.
+        autocast: Dtype of the forward passes; None for that of the model.
 
     Returns:
-        `(completions,)`, float32, and the hidden states or None; on the CPU.
+        Log-probs, `(completions,)`, float32, and hidden states, `(completions, layers, width)`, or None; on the CPU.
     """
     sums: list[Tensor] = []
     states: list[Tensor] = []
@@ -246,8 +279,15 @@ def score_completions(
 
 
 @contextmanager
-def layer_states(model: Any) -> Iterator[list[Tensor]]:
-    """What each layer of a decoder puts out while this is open, detached, in order; empty again for each forward pass."""
+def layer_states(model: Any) -> Generator[list[Tensor], None, None]:
+    """A context that collects the outputs of a decoder's layers, in order and detached; each forward pass starts anew.
+
+    Args:
+        model: A causal LM.
+
+    Yields:
+        The outputs of the latest forward pass, `(batch, width of the sequence, width of the model)` for each layer.
+    """
     found: list[Tensor] = []
 
     def note(module: Any, _: Any, out: Any) -> None:
