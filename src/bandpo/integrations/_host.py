@@ -100,34 +100,52 @@ def attributes(config: Any, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Evaluated(NamedTuple):
-    """What `evaluate` returns."""
+    """The result of `evaluate`, in the shape of the mask."""
 
     value: Tensor
-    """Objective of each token, to maximise, 0 where the mask is off."""
+    """Objective of each token, to be maximised; 0 where the mask is off."""
     metrics: dict[str, Tensor]
     """Detached 0-d tensors that a host may average."""
     log_ratio: Tensor
-    """Detached, of each token, 0 where the mask is off."""
+    """Log-ratio of each token, detached; 0 where the mask is off."""
     clipped: Tensor
-    """Whether the token is past the edge that its advantage pushes to."""
+    """Whether the token is outside of the edge that its advantage pushes it towards."""
+    used: Tensor
+    """Whether the token is valid and all of its numbers are finite."""
 
 
 def evaluate(
     objective: Objective, *, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor,
-    rollout_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None, weights: Tensor | None = None,
 ) -> Evaluated:  # fmt: skip
-    """`token_objective` and its metrics, in the shape of the mask."""
+    """The objective of each token and its metrics.
+
+    Args:
+        objective: The objective to evaluate.
+        logprobs: Log-probs `(batch, time)` of the policy in training, with gradient.
+        old_logprobs: Log-probs `(batch, time)` of the policy before the update, None where the host has none.
+        advantages: Advantages, `(batch, 1)` or `(batch, time)`.
+        mask: Mask of valid tokens, `(batch, time)`.
+        rollout_logprobs: Log-probs `(batch, time)` of the sampler, None where the host has none.
+        weights: The host's weights `(batch, time)`, by which the objective of each token is multiplied. A token whose weight
+            is NaN or infinite is left out.
+    """
     valid = as_mask(mask)
     terms = token_objective(
         objective, logprobs=logprobs, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs,
         advantages=advantages, mask=valid,
     )  # fmt: skip
+    if weights is not None:
+        finite = weights.isfinite()
+        value = terms.value * torch.where(finite, weights, 0.0)
+        terms = terms._replace(value=value, nonfinite=terms.nonfinite | (valid & ~finite))
     sums = policy_sums(
         log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
         bounds=terms.bounds, bounds_of=objective.bounds, weights=terms.weights, nonfinite=terms.nonfinite,
     )  # fmt: skip
     log_ratio = fill(terms.log_ratio.detach().expand(valid.shape), valid)
-    return Evaluated(terms.value, mean_proof(sums), log_ratio, _clipped(terms) & valid & ~terms.nonfinite)
+    used = valid & ~terms.nonfinite
+    return Evaluated(terms.value, mean_proof(sums), log_ratio, _clipped(terms) & used, used)
 
 
 @functools.lru_cache(maxsize=64)
