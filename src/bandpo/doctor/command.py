@@ -96,7 +96,7 @@ def read_config(
         return read_verl(path, overrides, vocabulary=vocabulary)
     given = read_yaml(path, follow=False)
     if is_verl(given):
-        return read_verl(path, overrides, vocabulary=vocabulary)
+        return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
     host = host_of_keys(given)
     if host:
         raise not_readable(path, host)

@@ -43,6 +43,10 @@ def loss_in_use(s: Setup) -> Finding:
     """Whether the configured loss is the one that runs, and whose it is."""
     if s.bypassed:
         return Finding("bypass", "problem", s.bypassed, "another loss than the configured one would run", s.knob("use"))
+    if s.refused:
+        return Finding(
+            "refused", "problem", s.refused, f"bandpo raises this error in {s.host}'s workers, before the first update",
+        )  # fmt: skip
     if s.objective is None:
         return _unknown("bypass", "which loss runs")
     if not s.ours:

@@ -32,6 +32,7 @@ class Setup:
         group: Completions of a prompt.
         alone: What a group of one does to the advantages, and how bad that is; None where they do not need groups.
         bypassed: Why the loss that is configured would not be the one that runs; "" if it is.
+        refused: The error that bandpo's adapter would raise for these settings; "" for none.
         tokens: Completion tokens whose logits exist at once, at most.
         vocabulary: Of the model; None if not known.
         fused_head: Whether the host computes log-probs without the logits.
@@ -57,6 +58,7 @@ class Setup:
     group: int | None = 8
     alone: tuple[Level, str] | None = ("problem", "advantages compare the completions of a prompt: all are 0")
     bypassed: str = ""
+    refused: str = ""
     tokens: int = 0
     vocabulary: int | None = None
     fused_head: bool = False

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bandpo._system.bounded import parse_yaml, read_regular
 from bandpo._system.files import read_yaml
@@ -19,7 +19,17 @@ from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
 from bandpo.doctor.setup import VERL_KNOBS, Setup, named_objective, short
 from bandpo.doctor.shell import Script, Word, read_script
-from bandpo.integrations.options import RegionOptions
+from bandpo.integrations.options import RegionOptions, parse_options
+from bandpo.integrations.verl_options import (
+    ACTOR_DEFAULTS,
+    DEFAULT_OBJECTIVE,
+    DUAL_CLIP,
+    OPTIONS,
+    POLICY_LOSS_DEFAULTS,
+    REGION,
+    name_in,
+    objective_of,
+)
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
@@ -56,6 +66,8 @@ _ZOO = {
     "gspo": "gspo", "sapo": "sapo", "geo_mean": "gmpo", "cispo": "cispo", "clip_cov": "clip-cov", "kl_cov": "kl-cov",
     "dppo_tv": "dppo-tv", "dppo_kl": "dppo-kl",
 }  # fmt: skip
+_MAX_LINE = 400  # characters of a message or of a line about what is unread
+_YAML = (".yaml", ".yml")
 _TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
 _DTYPES = {
     "fp32": "float32",
@@ -194,13 +206,21 @@ def parsed(text: str) -> Any:
         return str(text)
 
 
-def read_verl(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | None = None) -> Setup:
+def read_verl(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    tree: Mapping[Any, Any] | None = None,
+    vocabulary: int | None = None,
+) -> Setup:
     """The settings in a verl configuration.
 
     Args:
-        path: YAML, or a text with `key=value`.
-        overrides: More of the latter, which win; `group=name` picks a file of a group beside the YAML.
-        vocabulary: Of the model, for the memory of the logits.
+        path: A YAML file, or a text with `key=value`.
+        overrides: More settings `key=value`, which replace those of the file; `group=name` chooses a file of a group beside
+            the YAML.
+        tree: Content of the YAML file where it has been read already; None reads the file.
+        vocabulary: Number of tokens in the model's vocabulary, for the memory of the logits; None if it is not known.
 
     Raises:
         ValueError: If it is another framework's, cannot be read, or asks for what bandpo would refuse.
@@ -209,7 +229,9 @@ def read_verl(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | No
     for override in overrides:
         key, _, value = override.partition("=")
         chosen[key.lstrip("+~")] = Text(value)
-    settings = _from_yaml(path, chosen) if path.suffix in (".yaml", ".yml") else _from_script(path)
+    if tree is None and path.suffix in _YAML:
+        tree = read_yaml(path, follow=False)
+    settings = _from_script(path) if tree is None else _from_yaml(path, tree, chosen)
     settings.given |= {k: v for k, v in chosen.items() if "." in k}
     return _setup(settings, vocabulary)
 
@@ -222,8 +244,8 @@ def is_verl(given: Mapping[Any, Any]) -> bool:
     )
 
 
-def _from_yaml(path: Path, chosen: Mapping[str, Any]) -> Settings:
-    tree, settings = read_yaml(path, follow=False), Settings()
+def _from_yaml(path: Path, tree: Mapping[Any, Any], chosen: Mapping[str, Any]) -> Settings:
+    settings = Settings()
     if not is_verl(tree):
         raise not_readable(path, host_of_keys(tree))
     own = _flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
@@ -430,28 +452,41 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _setup(s: Settings, vocabulary: int | None) -> Setup:
-    objective, ours, bypassed = _objective(s)
+    loss = _loss(s)
     steps, steps_from = _steps(s)
     top_k = s.whole(f"{_ROLLOUT}.top_k")
     corrected = s.get("algorithm.rollout_correction.rollout_is")
     engine = s.get(f"{_ROLLOUT}.name")
     return Setup(
-        host="verl", objective=objective, ours=ours, bypassed=bypassed, steps=steps, steps_from=steps_from,
+        host="verl",
+        objective=loss.objective,
+        ours=loss.ours,
+        bypassed=loss.bypassed,
+        refused=loss.refused,
+        steps=steps,
+        steps_from=steps_from,
         engine="the rollout engine" if engine is UNKNOWN or not engine else str(engine)[:_MAX_KEY],
         corrected=None if corrected is UNKNOWN else corrected is not None,
         old_is_rollout=s.flag("algorithm.rollout_correction.bypass_mode"),
-        temperature=s.number(f"{_ROLLOUT}.temperature"), top_p=s.number(f"{_ROLLOUT}.top_p"),
-        top_k=None if top_k is None else max(0, top_k), group=s.whole(f"{_ROLLOUT}.n"), alone=_alone(s), tokens=_tokens(s),
-        vocabulary=vocabulary, fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
-        weights=_weights(s), learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
+        temperature=s.number(f"{_ROLLOUT}.temperature"),
+        top_p=s.number(f"{_ROLLOUT}.top_p"),
+        top_k=None if top_k is None else max(0, top_k),
+        group=s.whole(f"{_ROLLOUT}.n"),
+        alone=_alone(s),
+        tokens=_tokens(s),
+        vocabulary=vocabulary,
+        fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
+        weights=_weights(s),
+        learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
         knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"},
-        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()), unread=_lines(s.unread),
-    )  # fmt: skip
+        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()),
+        unread=_lines(s.unread),
+    )
 
 
 def _lines(unread: Iterable[str]) -> tuple[str, ...]:
     whole = [redact_text(line) for line in dict.fromkeys(unread)]
-    lines = [line if len(line) <= 400 else line[:397] + "..." for line in whole]
+    lines = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in whole]
     more = len(lines) - _MAX_UNREAD
     return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
@@ -504,56 +539,108 @@ def _weights(s: Settings) -> str | None:
     return _DTYPES.get(str(s.get(key)))
 
 
-def _objective(s: Settings) -> tuple[Objective | None, bool, str]:
-    """The loss as an objective (None if it is not known), whether it is ours, and what would run in its place."""
+class _Loss(NamedTuple):
+    """What the settings say about the loss."""
+
+    objective: Objective | None
+    """The objective that the loss equals, None if it is not known."""
+    ours: bool = False
+    """Whether bandpo computes it."""
+    bypassed: str = ""
+    """Why another loss would run; "" if it would not."""
+    refused: str = ""
+    """The error that bandpo's adapter would raise; "" for none."""
+
+
+def _loss(s: Settings) -> _Loss:
+    """The loss that verl would use with these settings."""
     prefix = f"{_ACTOR}.policy_loss."
     mode = s.get(f"{prefix}loss_mode")
     if mode is UNKNOWN:
-        return None, False, ""
+        return _Loss(None)
     mode = str(mode)
     if mode == "bandpo" or mode.startswith("bandpo:"):
         return _ours(s, mode, prefix)
     if mode not in _ZOO and mode != "vanilla":
         s.unread.append(f"policy_loss.loss_mode={short(mode)} is not known here")
-        return None, False, ""
+        return _Loss(None)
+    return _Loss(_loss_of_verl(s, mode))
+
+
+def _loss_of_verl(s: Settings, mode: str) -> Objective | None:
+    """The objective that equals verl's own loss, None if it is not known."""
     bypass = s.flag("algorithm.rollout_correction.bypass_mode")
     if bypass is None:
-        return None, False, ""
+        return None
     if mode in _ZOO and (not bypass or OBJECTIVES[_ZOO[mode]].anchor == "rollout"):
-        return OBJECTIVES[_ZOO[mode]], False, ""
+        return OBJECTIVES[_ZOO[mode]]
     low, high = s.number(f"{_ACTOR}.clip_ratio_low"), s.number(f"{_ACTOR}.clip_ratio_high")
     aggregation = s.get(f"{_ACTOR}.loss_agg_mode")
     if low is None or high is None:
-        return None, False, ""
+        return None
     aggregation = "token-mean" if aggregation is UNKNOWN else aggregation
     if not bypass:
-        return Objective(bounds=Clip(low, high), name=mode, aggregation=aggregation), False, ""
+        return Objective(bounds=Clip(low, high), name=mode, aggregation=aggregation)
     # verl's bypass mode puts a loss of its own in place of the configured one, which takes its ratio against the sampler
     kind = s.get("algorithm.rollout_correction.loss_type")
     if kind != "ppo_clip":
         what = "not known" if kind is UNKNOWN else short(kind)
         s.unread.append(f"bypass_mode=True puts verl's loss_type ({what}) in place of {mode}; its region is not shown")
-        return None, False, ""
+        return None
     name = "ppo_clip of verl's bypass mode, in place of loss_mode=" + mode
-    return Objective(bounds=Clip(low, high), name=name, aggregation=aggregation, anchor="rollout"), False, ""
+    return Objective(bounds=Clip(low, high), name=name, aggregation=aggregation, anchor="rollout")
 
 
-def _ours(s: Settings, mode: str, prefix: str) -> tuple[Objective | None, bool, str]:
-    name = mode.partition(":")[2] or (s.get(f"{prefix}objective") if s.has(f"{prefix}objective") else "bandpo-kl")
-    set_here = [f for f in RegionOptions.__dataclass_fields__ if s.has(f"{prefix}{f}")]
-    options = {f: s.get(f"{prefix}{f}") for f in set_here}
-    if name is UNKNOWN or any(value is UNKNOWN for value in options.values()):
-        return None, True, ""
+def _ours(s: Settings, mode: str, prefix: str) -> _Loss:
+    """The objective of bandpo that the settings ask for, and what the adapter would refuse."""
+    given = {option: s.get(f"{prefix}{option}") for option in OPTIONS if s.has(f"{prefix}{option}")}
+    name = mode.partition(":")[2] or given.get("objective", DEFAULT_OBJECTIVE)
+    region = {option: given[option] for option in REGION if option in given}
+    if name is UNKNOWN or any(value is UNKNOWN for value in region.values()):
+        return _Loss(None, ours=True)
     name = str(name)
-    objective = named_objective(name, s.unread)
-    if objective is None:
-        return None, True, ""
+    named = named_objective(name, s.unread)
+    if named is None:
+        return _Loss(None, ours=True)
     target = s.get(f"{prefix}_target_") if s.has(f"{prefix}_target_") else None
-    if options and target is not UNKNOWN and target != _TARGET:
-        return objective, True, (
-            f"policy_loss has {', '.join(options)} without _target_={_TARGET}: verl refuses unknown keys"
-        )  # fmt: skip
-    return RegionOptions(**options).apply(objective, name), True, ""
+    if given and target is not UNKNOWN and target != _TARGET:
+        options = ", ".join(given)
+        return _Loss(
+            named,
+            ours=True,
+            bypassed=f"policy_loss has {options} without _target_={_TARGET}: verl refuses unknown keys",
+        )
+    try:
+        objective = RegionOptions(**parse_options(region)).apply(named, name)
+    except ValueError as error:
+        raise ValueError(str(error)[:_MAX_LINE]) from None
+    return _Loss(objective, ours=True, refused=_refused(s, mode, given, named))
+
+
+def _refused(s: Settings, mode: str, given: Mapping[str, Any], named: Objective) -> str:
+    """The error that the adapter would raise for these settings, "" for none; what is not known is taken to be right."""
+    options = {option: value for option, value in given.items() if value is not UNKNOWN}
+    if "objective" in options:
+        options["objective"] = str(options["objective"])
+    if given.get("bypass_mode", None if s.defaults else UNKNOWN) is UNKNOWN:
+        options["bypass_mode"] = named.anchor == "rollout"
+    theirs = _known(s, f"{_ACTOR}.", ACTOR_DEFAULTS) | _known(s, f"{_ACTOR}.policy_loss.", POLICY_LOSS_DEFAULTS)
+    dual = _known(s, f"{_ACTOR}.", {"clip_ratio_c": DUAL_CLIP}).get("clip_ratio_c", DUAL_CLIP)
+    try:
+        objective_of(name_in(mode), options, theirs, dual)
+    except ValueError as error:
+        return str(error)[:_MAX_LINE]
+    return ""
+
+
+def _known(s: Settings, prefix: str, names: Iterable[str]) -> dict[str, float | None]:
+    """The numbers that the file sets, by name without prefix; None for null."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        value = s.get(f"{prefix}{name}") if s.has(f"{prefix}{name}") else UNKNOWN
+        if value is not UNKNOWN:
+            found[name] = None if value is None else s.number(f"{prefix}{name}")
+    return found
 
 
 def _some(names: Iterable[str]) -> str:
