@@ -18,7 +18,7 @@ from datasets import Dataset
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
-from trl_runs import reward, rollout, settings
+from trl_runs import joined, reward, rollout, settings
 
 TIMES = ("train_runtime", "step_time", "update_time", "train_samples_per_second", "train_steps_per_second", "total_flos",
          "train_loss")  # fmt: skip
@@ -94,10 +94,9 @@ def uneven(folder):
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, inputs)
-        terms = kept[0]
-        names = ("log_ratio", "anchor_logprobs", "advantages")
-        mine = {name: getattr(terms, name).detach().expand(8, 6) for name in names}
-        mine |= {"lower": terms.bounds.lower, "upper": terms.bounds.upper, "mask": inputs["completion_mask"]}
+        terms = joined(kept)
+        # Plain values, which can be loaded with weights_only.
+        mine = terms._asdict() | {"bounds": tuple(terms.bounds), "objective": objective}
         log = {k: v[-1] for k, v in trainer._metrics["train"].items()}
         found[objective] = {"log": log, "parts": gather_object([mine])}
     return found

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from bandpo import RatioBounds
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.terms import TokenObjective
 
 
 def reward(prompts, completions, **_):
@@ -59,6 +61,20 @@ def loss_and_gradient(trainer, inputs):
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
     return loss.detach(), gradient, {k: v[-1] for k, v in trainer._metrics["train"].items() if v}
+
+
+def joined(parts):
+    """The terms of several micro-batches as those of one batch, without gradient."""
+    first = parts[0]
+    whole = {}
+    for name, value in first._asdict().items():
+        values = [getattr(part, name) for part in parts]
+        if isinstance(value, RatioBounds):
+            value = RatioBounds(*(torch.cat(edges) for edges in zip(*values, strict=True)))
+        elif isinstance(value, torch.Tensor):
+            value = torch.cat([x.detach() for x in values])
+        whole[name] = value
+    return TokenObjective(**whole)
 
 
 def saved(make_model, folder):

@@ -1,6 +1,5 @@
 """Several real processes (gloo on the CPU): a resumed run is the run, uneven ranks are pooled, another number is refused."""
 
-import dataclasses
 import math
 import os
 import socket
@@ -12,10 +11,10 @@ import pytest
 import torch
 
 from bandpo import RatioBounds, policy_metrics
-from bandpo.bounds import Band
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.terms import TokenObjective
 from bandpo.zoo import OBJECTIVES
-from trl_runs import reward, settings
+from trl_runs import joined, reward, settings
 
 SCRIPT = Path(__file__).parents[1] / "resume_run.py"
 
@@ -47,17 +46,18 @@ def test_two_processes_resume_bit_for_bit(two, trainer):
     assert len(whole["log"]) >= 2 and whole["log"][:-1] == again["log"][:-1]  # the last row is of the session
 
 
+def terms_of(parts):
+    """The terms of several processes as those of one batch."""
+    rebuilt = [p | {"bounds": RatioBounds(*p["bounds"]), "objective": OBJECTIVES[p["objective"]]} for p in parts]
+    return joined([TokenObjective(**p) for p in rebuilt])
+
+
 def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
     """48-odd tokens on one process and 8 on the other; the oracle puts all rows into one batch of one process."""
     for name, part in two[0]["uneven"].items():
         rows = [p["mask"].sum().item() for p in part["parts"]]
         assert rows[1] == 8 and rows[0] > 20
-        data = {key: torch.cat([p[key] for p in part["parts"]]) for key in part["parts"][0]}
-        bounds_of = dataclasses.replace(OBJECTIVES[name]).bounds
-        want = policy_metrics(
-            log_ratio=data["log_ratio"], old_logprobs=data["anchor_logprobs"], advantages=data["advantages"], mask=data["mask"],
-            bounds=RatioBounds(data["lower"], data["upper"]), bounds_of=bounds_of if isinstance(bounds_of, Band) else None,
-        )  # fmt: skip
+        want = policy_metrics(terms_of(part["parts"]))
         log = part["log"]
         clips = {"low": "low_mean", "high": "high_mean", "any": "region_mean"}
         for key, value in want.items():
@@ -68,11 +68,7 @@ def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
                 assert ours not in log
             else:
                 assert log[ours] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), (name, ours)
-        first = part["parts"][0]
-        alone = policy_metrics(
-            log_ratio=first["log_ratio"], old_logprobs=first["anchor_logprobs"], advantages=first["advantages"],
-            mask=first["mask"], bounds=RatioBounds(first["lower"], first["upper"]),
-        )  # fmt: skip
+        alone = policy_metrics(terms_of(part["parts"][:1]))
         assert log["ratio/mean"] != pytest.approx(alone["ratio/mean"].item(), rel=1e-3)
         assert math.isfinite(log["entropy"])
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bandpo import OBJECTIVES, RatioBounds, policy_metrics
 from bandpo._system.files import SEAL, damage, latest_whole, read_jsonl, seal
 from bandpo.integrations.trl import BandGRPOTrainer
-from bandpo.integrations.trl.checkpoint import WholeCheckpoints, _readable, latest_checkpoint
+from bandpo.integrations.trl.checkpoint import _readable, latest_checkpoint
 from bandpo.integrations.trl.pooled import PooledLog, over_processes, without_empty
 from bandpo.integrations.trl.signal import SignalWatch, without_signal
 from bandpo.metrics import policy_sums
@@ -166,22 +166,22 @@ WHOLE_STATE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Reader:
+class Reader(BandGRPOTrainer):
     """What of a trainer reads a checkpoint, without a model."""
 
     def __init__(self) -> None:
         self.accelerator = SimpleNamespace(process_index=0, num_processes=1)
         self._metrics = {"train": defaultdict(list)}
         self._pooled = {"train": PooledLog()}
-        self._signal, self._pruned, self._refill, self._radius_rule = SignalWatch(), None, None, None
+        self._signal, self._pruned, self._refill, self._radius = SignalWatch(), None, None, None
 
     def _settings(self) -> dict[str, Any]:
         return SETTINGS
 
     def read(self, folder: Path) -> None:
-        state = WholeCheckpoints._state_in(self, folder)  # type: ignore[arg-type]
+        state = self._state_in(folder)
         with _readable(folder):
-            BandGRPOTrainer.take_state(self, state)  # type: ignore[arg-type]
+            self.take_state(state)
 
 
 def _saved(value: Any) -> bytes:

@@ -1,13 +1,12 @@
-"""Options of the TRL trainer: GRPOConfig's, and the trust region's."""
+"""The options of `BandGRPOTrainer`: those of TRL's `GRPOConfig` and those of the trust region."""
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 try:
-    from trl import GRPOConfig
+    from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
@@ -26,6 +25,8 @@ _LOSS_TYPE_OF: dict[str, str] = {
     "seq-mean-token-sum-norm": "dr_grpo",
     "seq-mean-token-sum": "luspo",
 }
+"""TRL's `loss_type` for each aggregation that it has."""
+
 AGGREGATION_OF: dict[str, Aggregation] = {
     "grpo": "seq-mean-token-mean",
     "dapo": "token-mean",
@@ -33,47 +34,34 @@ AGGREGATION_OF: dict[str, Aggregation] = {
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
+"""The aggregation of each `loss_type` of TRL that only says how tokens are averaged."""
+
 SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
+"""TRL's `scale_rewards` for each kind of advantages that it has."""
+
+_PRUNING_OPTIONS = ("prompts", "completions", "mode", "zeros", "until")
+_PACKING_WINDOW = 8
 
 
 @dataclass
-class BandGRPOConfig(HidesSecrets, GRPOConfig):
-    """`GRPOConfig` with an `objective`; its fields and defaults are TRL's except for the ones below.
+class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):
+    """TRL's `GRPOConfig` with an `objective` and the options of its trust region (`RegionOptions`).
 
     `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
-    `epsilon_high` move the interval of an objective with fixed bounds (grpo, dapo, ...). Dual clip is TRL's `delta`, the KL to
-    a reference its `beta`.
+    `epsilon_high` change the interval of an objective with fixed bounds (grpo, dapo, ...). TRL's `delta` adds a dual clip, and
+    TRL's `beta` a KL to the reference.
 
     Raises:
-        ValueError: If an option is set that the objective would ignore, or that no TRL loss can express.
+        ValueError: If an option is set that the objective would ignore, or that no loss of TRL can express.
     """
 
     objective: str = field(
         default="bandpo-kl",
         metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
     )
-    divergence: str | None = field(
-        default=None,
-        metadata={"help": "Divergence of the band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ..."},
-    )
-    radius: float | None = field(
-        default=None, metadata={"help": "Radius δ of the band, in the units of the divergence."}
-    )
-    radius_upper: float | None = field(
-        default=None, metadata={"help": "Radius of the upper side, where it differs from `radius`."}
-    )
-    max_ratio: float | None = field(
-        default=None, metadata={"help": "Cap on the band's upper bound; inf for none. The paper's runs use 10."}
-    )
-    relax: bool = field(
-        default=False, metadata={"help": "Widen the band to at least [0.8, 1.28], the paper's ablation."}
-    )
-    divergence_top_k: int | None = field(
-        default=None, metadata={"help": "Tokens of the sampler that a dppo-topk-* objective stores, K. Default: 20."}
-    )
     radius_schedule: str = field(
         default="constant",
-        metadata={"help": "How the radius goes to radius_end over the run: constant, linear, cosine."},
+        metadata={"help": "How the radius changes to radius_end over the run: constant, linear, cosine."},
     )
     radius_end: float | None = field(default=None, metadata={"help": "Radius at the end of the schedule."})
     radius_target: str | None = field(
@@ -83,7 +71,7 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
     dynamic_sampling: int = field(
         default=0,
         metadata={
-            "help": "Rounds of sampling other prompts for groups whose rewards are all equal (DAPO); 0 for none."
+            "help": "Rounds of sampling other prompts in place of groups whose rewards are all equal (DAPO); 0 for none."
         },
     )
     pruning: dict[str, Any] | str | None = field(
@@ -94,24 +82,22 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
         },
     )
     packing: bool = field(
-        default=False, metadata={"help": "Score sequences side by side in rows without padding, attention kept apart."}
+        default=False,
+        metadata={"help": "Score several sequences in one row without padding; no sequence attends to another one."},
     )
     packing_tokens: int | None = field(
-        default=None, metadata={"help": "Places of a packed row. Default: four times the padded width of the batch."}
+        default=None,
+        metadata={"help": "Tokens that a packed row can hold. Default: four times the padded width of the batch."},
     )
-    packing_window: int = field(default=8, metadata={"help": "Sequences that the packer chooses from."})
+    packing_window: int = field(
+        default=_PACKING_WINDOW, metadata={"help": "Number of sequences from which the packer chooses the next one."}
+    )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "TRL's normalisation: grpo, dapo, bnpo, dr_grpo or luspo. Default: the objective's."},
     )
     scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's advantage scaling: group, batch or none. Default: the objective's."}
-    )
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Width below 1 of an objective with fixed bounds. Default: the objective's."}
-    )
-    epsilon_high: float | None = field(
-        default=None, metadata={"help": "Its width above 1. Default: the objective's, or epsilon where both are equal."}
     )
     importance_sampling_level: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "token or sequence. Default: the objective's."}
@@ -140,12 +126,16 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            if not self.packing and value not in (None, 8):
+            if not self.packing and value not in (None, _PACKING_WINDOW):
                 raise ValueError(f"{name}={value} would be ignored: set packing")
         super().__post_init__()
 
     def selector(self) -> Pruning | None:
-        """What chooses prompts and completions, None for all of them."""
+        """The rule that chooses prompts and completions to train on; None if all are used.
+
+        Raises:
+            ValueError: If `pruning` cannot be read, or is set together with `dynamic_sampling`.
+        """
         options = self.pruning
         if options is None:
             return None
@@ -154,22 +144,32 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
                 options = json.loads(options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"pruning={self.pruning!r} is not JSON: {error}") from None
-        known = ("prompts", "completions", "mode", "zeros", "until")
-        if not isinstance(options, dict) or set(options) - set(known):
-            raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(known)}")
+        if not isinstance(options, dict) or set(options) - set(_PRUNING_OPTIONS):
+            raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(_PRUNING_OPTIONS)}")
         if self.dynamic_sampling:
             raise ValueError(
                 f"pruning={options} and dynamic_sampling={self.dynamic_sampling} both choose samples; set one"
             )
-        return Pruning(**options)
+        return Pruning(**cast("dict[str, Any]", options))
 
     def resolve(self) -> Objective:
-        """The objective with the overrides of this config applied."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(RegionOptions)}
-        return RegionOptions(**options).apply(get_objective(self.objective), self.objective)
+        """The objective with the options of its trust region.
+
+        Raises:
+            ValueError: If the objective is unknown or would ignore an option.
+        """
+        return self.apply(get_objective(self.objective), self.objective)
 
     def radius_rule(self, objective: Objective, steps: int) -> Schedule | Adaptive | None:
-        """What moves the radius during training, None for a constant one."""
+        """The rule that changes the radius during training; None for a constant radius.
+
+        Args:
+            objective: The objective of the run.
+            steps: Optimiser steps of the run.
+
+        Raises:
+            ValueError: If the options contradict each other, or the objective has no single radius.
+        """
         if self.radius_schedule == "constant" and self.radius_end is None and self.radius_target is None:
             return None
         radius = objective.bounds.radius if isinstance(objective.bounds, Band | TopK) else None
@@ -188,7 +188,7 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
         except ValueError:
             target = math.nan
         if name not in ("clip_fraction", "divergence") or not target > 0:
-            raise ValueError(f"radius_target={self.radius_target!r}: write clip_fraction=0.01 or divergence=0.001, say")
+            raise ValueError(f"radius_target={self.radius_target!r}: write clip_fraction=0.01 or divergence=0.001")
         if name == "divergence" and not isinstance(objective.bounds, Band):
             raise ValueError(f"radius_target={self.radius_target!r}: only a Band reports its realised divergence")
         return Adaptive(radius, target, rises=name == "divergence", factor=1.25)
@@ -224,10 +224,14 @@ class BandGRPOConfig(HidesSecrets, GRPOConfig):
 
 
 def _refuse_terms_without_weights(args: BandGRPOConfig) -> None:
-    """Pruning completions weighs the policy's loss alone; another term would be that of the kept completions, a bias."""
+    """Refuse other terms of the loss beside pruned completions: they have no weights, so they would be biased."""
     off = {"beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0}
-    what = {"beta": "KL term", "entropy_coef": "entropy bonus", "use_adaptive_entropy": "entropy bonus",
-            "top_entropy_quantile": "quantile of the entropies"}  # fmt: skip
+    what = {
+        "beta": "KL term",
+        "entropy_coef": "entropy bonus",
+        "use_adaptive_entropy": "entropy bonus",
+        "top_entropy_quantile": "quantile of the entropies",
+    }
     for name, neutral in off.items():
         value = getattr(args, name, neutral)
         if value != neutral:

@@ -21,10 +21,9 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl.dpo needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo._system.secrets import HidesSecrets
-from bandpo.integrations.trl.checkpoint import WholeCheckpoints
+from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.generate import layer_states
-from bandpo.integrations.trl.pooled import PooledLog, checked_metrics, over_processes, without_empty
-from bandpo.integrations.trl.precision import lost_updates_of
+from bandpo.integrations.trl.pooled import over_processes
 from bandpo.metrics import PooledSum
 from bandpo.preference.links import as_link
 from bandpo.preference.losses import pair_loss, preference_confidence
@@ -93,7 +92,7 @@ class BandDPOConfig(HidesSecrets, DPOConfig):
         return dataclasses.replace(objective, **changes)
 
 
-class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
+class BandDPOTrainer(BandTrainer, DPOTrainer):
     """TRL's `DPOTrainer` with the loss of a bandpo preference objective; everything else is inherited.
 
     A data set may hold more than pairs: "reward_gap" for objectives that distil rewards; "ref_chosen_logps" and
@@ -116,8 +115,8 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             nothing of the difference between chosen and rejected.
 
     Examples:
-        >>> BandDPOTrainer.__mro__[2].__name__
-        'DPOTrainer'
+        >>> issubclass(BandDPOTrainer, DPOTrainer)
+        True
     """
 
     _tag_names = ["trl", "dpo", "bandpo"]  # noqa: RUF012 (TRL's convention)
@@ -140,15 +139,12 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             if probe is not None and args.probe_learning_rate
             else None
         )
-        self._pooled = {"train": PooledLog(), "eval": PooledLog()}
         if set(REFERENCE_COLUMNS) <= set(getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
             if ref_model is not None:
                 raise ValueError("ref_model: the data set holds the reference's log-probs already; give one of the two")
             args = copy.copy(args)
             args.precompute_ref_log_probs = True  # they are there, so that TRL need not load a reference
         super().__init__(model, ref_model, args, **kwargs)
-        if (lost := lost_updates_of(self)) is not None:
-            warnings.warn(lost[0].upper() + lost[1:], stacklevel=2)
         if probe is not None:
             probe.to(self.accelerator.device)
         self.loss_weights = [0.0]
@@ -184,7 +180,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
                     warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
                     references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = references
-        self._pooled[self._mode].begin(self._metrics[self._mode])
+        self._pooled[self._mode].begin(self.current_log)
         recorded = _Recorder(model)
         with self._given_references(), self._hidden_states() as hidden:
             host = super()._compute_loss(recorded, inputs, return_outputs)
@@ -235,10 +231,6 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         accuracy = (rewards[0] > rewards[1]).float().mean()
         return confidence, {"probe/confidence": confidence.mean(), "probe/accuracy": accuracy}
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     @contextmanager
     def _given_references(self) -> Iterator[None]:
         saved, self.precompute_ref_logps = self.precompute_ref_logps, True
@@ -258,7 +250,7 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
         Implicit rewards take the place of TRL's, which know no link.
         """
         self.pairs_seen += pairs if self.model.training else 0
-        log, pooled = self._metrics[self._mode], self._pooled[self._mode]
+        log, pooled = self.current_log, self._pooled[self._mode]
         every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
         used = (every * (1 - metrics["nonfinite_fraction"])).round()
         sums: dict[str, PooledSum] = {}
@@ -270,25 +262,17 @@ class BandDPOTrainer(WholeCheckpoints, DPOTrainer):
             pooled.put(log, name, total)
 
     def state_to_keep(self) -> dict[str, Any]:
-        kept = {
-            "metrics": dict(self._metrics["train"]), "pooled": self._pooled["train"].parts,
-            "tokens": self._total_train_tokens,
-        }  # fmt: skip
+        kept = super().state_to_keep() | {"tokens": self._total_train_tokens}
         if self.probe is not None and self._probe_optimizer is not None:  # it is trained along with the policy
             kept |= {"probe": self.probe.state_dict(), "probe_optimizer": self._probe_optimizer.state_dict()}
         return kept
 
     def take_state(self, state: dict[str, Any]) -> None:
-        self._metrics["train"].update(checked_metrics(state["metrics"]))
-        self._pooled["train"].load(state["pooled"])
+        super().take_state(state)
         self._total_train_tokens = state["tokens"]
         if self.probe is not None and self._probe_optimizer is not None:
             self.probe.load_state_dict(state["probe"])
             self._probe_optimizer.load_state_dict(state["probe_optimizer"])
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        without_empty(self._metrics[self._mode])
-        super().log(logs, start_time)
 
 
 def _check_cuts(data: Dataset, given: int, max_length: int, name: str) -> None:

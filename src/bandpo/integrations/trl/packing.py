@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bandpo.integrations.trl.host import GRPOHost
 from bandpo.selection.packing import PackedBatch, mixes_sequences, pack_rows, packing_error
 
 # Layers that attend within the mask that transformers makes from the positions, and feed-forward layers that are listed with
@@ -119,7 +120,7 @@ def _rows(values: Tensor, packed: PackedBatch) -> Tensor:
 
 
 def packed_scores(
-    trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
+    trainer: GRPOHost, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
     compute_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-probs and entropies of the completions from packed rows, as TRL's `_get_per_token_logps_and_entropies` has them."""
@@ -145,7 +146,7 @@ def packed_scores(
         if compute_entropy:
             entropies.append(packed.unpack(_rows(pad(out.entropy, (1, 0)), packed))[:, -logits_to_keep:])
         densities.append(float(attention.sum()) / packed.input_ids.numel())
-    log = trainer._metrics[trainer._mode]
+    log = trainer.current_log
     log["packing/density"].append(sum(densities) / len(densities))
     log["packing/padded_density"].append(float(attention_mask.float().mean()))
     return torch.cat(logps), torch.cat(entropies) if compute_entropy else None

@@ -7,21 +7,23 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
+from bandpo.integrations.trl.host import Batch, GRPOHost
+
 PREFIX = "bandpo_"  # of the tensors that travel with TRL's own, through its shuffling and splitting
 
 
-def group_extras(trainer: Any, rollout: dict[str, Any]) -> dict[str, Tensor]:
+def group_extras(trainer: GRPOHost, rollout: Batch) -> dict[str, Tensor]:
     """Extras from the rewards and advantages of this process's completions, whose groups may span processes."""
     objective = trainer.objective
     if objective.group_stats is None:
         return {}
     advantages = trainer.accelerator.gather(rollout["advantages"])
-    stats = objective.group_inputs(trainer.last_rewards.to(advantages.dtype), advantages, trainer._group_size)
+    stats = objective.group_inputs(trainer.last_rewards.to(advantages.dtype), advantages, trainer.group_size)
     mine = local_rows(trainer, len(rollout["advantages"]))
     return {PREFIX + name: x[mine] for name, x in stats.items()}
 
 
-def top_logprobs(trainer: Any, model: Any, batch: dict[str, Any], ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Log-probs of the K most likely tokens at each place of the completions, or of the given ones, and their ids.
 
     Args:
@@ -57,12 +59,12 @@ class Refill:
     The other prompts are drawn from the training set in an order of their own, which the seed fixes; `drawn` is all its state.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: GRPOHost) -> None:
         self.trainer, self.drawn = trainer, 0
         if not hasattr(trainer.train_dataset, "__len__"):
             raise ValueError("dynamic_sampling draws prompts by their number: the dataset must not be iterable only")
 
-    def __call__(self, rollout: dict[str, Any], score: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rollout: Batch, score: Callable[[list[Any]], Batch]) -> Batch:
         """The rollout with its dull groups replaced, as far as the rounds suffice."""
         trainer = self.trainer
         size, accelerator = trainer.num_generations, trainer.accelerator
@@ -81,17 +83,17 @@ class Refill:
             useful = ~self._dull(fresh)
             count = min(int(dull.sum()), int(useful.sum()))
             replaced, source = (_rows(mask, count, size) for mask in (dull, useful))
-            rollout = _merge(rollout, fresh, replaced, source, trainer._tokenizer.pad_token_id)
+            rollout = _merge(rollout, fresh, replaced, source, trainer.pad_token)
             dull[dull.nonzero().flatten()[:count]] = False
             rounds += 1
         rollout["num_items_in_batch"] = accelerator.gather(mask_of(rollout).sum()).sum()
-        log = trainer._metrics["train"]
+        log = trainer.current_log
         log["dynamic_sampling/rounds"].append(float(rounds))
         log["dynamic_sampling/dull_before"].append(before)
         log["dynamic_sampling/dull_after"].append(accelerator.gather(dull.float()).mean().item())
         return rollout
 
-    def _dull(self, rollout: dict[str, Any]) -> Tensor:
+    def _dull(self, rollout: Batch) -> Tensor:
         """Which of this process's groups teach nothing: judged by the advantages, which are what the loss is given."""
         advantages = rollout["advantages"].view(-1, self.trainer.num_generations)
         return (advantages == advantages[:, :1]).all(1)
@@ -113,13 +115,13 @@ class Refill:
         return chosen
 
 
-def mask_of(batch: dict[str, Any]) -> Tensor:
+def mask_of(batch: Batch) -> Tensor:
     """The valid tokens of a batch or rollout of TRL: those of the completions, without what tools wrote."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
-def local_rows(trainer: Any, rows: int) -> slice:
+def local_rows(trainer: GRPOHost, rows: int) -> slice:
     """Places of this process's completions among those of all processes."""
     start = trainer.accelerator.process_index * rows
     return slice(start, start + rows)
@@ -130,7 +132,7 @@ def _rows(groups: Tensor, count: int, size: int) -> Tensor:
     return (first.unsqueeze(1) + torch.arange(size, device=groups.device)).flatten()
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any], rows: Tensor, source: Tensor, pad_token: int) -> dict[str, Any]:
+def _merge(old: Batch, new: Batch, rows: Tensor, source: Tensor, pad_token: int) -> Batch:
     """Rows of one rollout replaced by rows of another, both padded to the longer one: prompts left, completions right."""
     merged: dict[str, Any] = {}
     for name, x in old.items():

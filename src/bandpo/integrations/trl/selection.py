@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from bandpo.integrations.trl.config import BandGRPOConfig
+from bandpo.integrations.trl.host import Batch, GRPOHost
 from bandpo.integrations.trl.rollout import PREFIX, local_rows, mask_of
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
@@ -21,9 +21,9 @@ class PrunedRollouts:
         prune: Rates, and the history of the prompts.
     """
 
-    def __init__(self, trainer: Any, prune: Pruning) -> None:
+    def __init__(self, trainer: GRPOHost, prune: Pruning) -> None:
         self.trainer, self.prune = trainer, prune
-        args: BandGRPOConfig = trainer.args
+        args = trainer.args
         if args.per_device_train_batch_size * args.steps_per_generation % args.num_generations:
             raise ValueError("pruning needs whole groups on each process: make per_device_train_batch_size x "
                              f"steps_per_generation a multiple of num_generations={args.num_generations}")  # fmt: skip
@@ -43,13 +43,13 @@ class PrunedRollouts:
             least -= 1
         weight = _put_back(chosen, drop, least, self._generator(1), biased=self.prune.mode == "topk_biased")
         rows = [i for i, w in enumerate(weight.tolist()) if w > 0]
-        log = self.trainer._metrics["train"]
+        log = self.trainer.current_log
         log["selection/prompts_kept"].append(len(rows) / len(keys))
         return [inputs[i * size + j] for i in rows for j in range(size)], [
             float(weight[i]) for i in rows for _ in range(size)
         ]
 
-    def after(self, inputs: list[Any], rollout: dict[str, Any], weights: list[float]) -> dict[str, Any]:
+    def after(self, inputs: list[Any], rollout: Batch, weights: list[float]) -> Batch:
         """The rollout without the completions that are left out, and the weight of each row beside it."""
         trainer, size = self.trainer, self.trainer.num_generations
         advantages = rollout["advantages"].view(-1, size)
@@ -59,7 +59,7 @@ class PrunedRollouts:
         self.prune.update([key for key, _, _ in groups], *(torch.tensor([g[i] for g in groups]) for i in (1, 2)))
         before = torch.tensor(weights, device=advantages.device)
         tokens = mask_of(rollout).sum(1)
-        log = trainer._metrics["train"]
+        log = trainer.current_log
         if not torch.equal(before, torch.ones_like(before)):
             # Tokens that were never sampled cannot be counted: their number is estimated with the same weights.
             everywhere = trainer.accelerator.gather(
@@ -99,7 +99,9 @@ class PrunedRollouts:
 
     def _generator(self, stream: int) -> torch.Generator:
         trainer = self.trainer
-        seed = trainer.args.seed * 1_000_003 + trainer._step * 101 + trainer.accelerator.process_index * 7 + stream
+        seed = (
+            trainer.args.seed * 1_000_003 + trainer.micro_batch * 101 + trainer.accelerator.process_index * 7 + stream
+        )
         return torch.Generator().manual_seed(seed)
 
 

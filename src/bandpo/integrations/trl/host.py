@@ -1,0 +1,76 @@
+"""The parts of `BandGRPOTrainer` that its helpers use, with types: TRL and transformers leave most of them open."""
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bandpo.integrations.trl.config import BandGRPOConfig
+from bandpo.integrations.trl.pooled import Log
+from bandpo.objective import Objective
+
+Batch: TypeAlias = dict[str, Any]
+"""A rollout or a batch of TRL: tensors by name, with one row for each completion, and a few values of the whole rollout."""
+
+
+class Accelerator(Protocol):
+    """What is used of accelerate's `Accelerator`."""
+
+    device: torch.device
+    num_processes: int
+    process_index: int
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, concatenated along the first dimension."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A context in which forward passes run in the trainer's precision."""
+        ...
+
+
+class TrainerState(Protocol):
+    """What is used of transformers' `TrainerState`."""
+
+    global_step: int
+    max_steps: int
+
+
+class GRPOHost(Protocol):
+    """What is used of `BandGRPOTrainer`."""
+
+    objective: Objective
+    args: BandGRPOConfig
+    accelerator: Accelerator
+    model: nn.Module
+    state: TrainerState
+    train_dataset: Any
+    last_rewards: Tensor
+    loss_type: str
+    temperature: float
+    num_generations: int
+    max_completion_length: int
+    use_vllm: bool
+    vllm_importance_sampling_correction: bool
+    current_gradient_accumulation_steps: int
+
+    @property
+    def current_log(self) -> Log:
+        """The metrics since the last line of the log."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Completions of each prompt."""
+        ...
+
+    @property
+    def pad_token(self) -> int:
+        """The token that fills short completions."""
+        ...
+
+    @property
+    def micro_batch(self) -> int:
+        """Number of the micro-batch, counted by TRL over the run."""
+        ...

@@ -1,0 +1,105 @@
+"""Options of a GRPO run that TRL would silently not honour; each of them is refused before the model is loaded."""
+
+import warnings
+
+from trl import GRPOTrainer
+
+from bandpo.bounds.regions import TopK
+from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF, BandGRPOConfig
+from bandpo.objective import Objective
+
+
+def refuse_patched_loss() -> None:
+    """Refuse a `GRPOTrainer` whose loss another library has replaced.
+
+    Raises:
+        ValueError: If the loss is not TRL's.
+    """
+    module = GRPOTrainer._compute_loss.__module__  # pyright: ignore[reportPrivateUsage]
+    if not module.startswith("trl."):
+        raise ValueError(
+            f"GRPOTrainer._compute_loss comes from {module}: a patched loss (unsloth?) would bypass the trust region. Import "
+            "bandpo.integrations.trl without the patch."
+        )
+
+
+def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: bool) -> None:
+    """Refuse samplers that do not fit the objective; warn about a correction that cannot change anything.
+
+    Args:
+        objective: The objective of the run.
+        args: The options of the run.
+        own_sampler: Whether the trainer has a `rollout_func`.
+
+    Raises:
+        ValueError: If the difference between sampler and trainer would be corrected twice, or if the objective needs log-probs
+            that the sampler does not give.
+    """
+    corrects = objective.correction is not None
+    if (corrects or objective.anchor == "rollout") and args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ValueError(
+            f"objective {objective.name!r} accounts for the sampler itself; TRL's correction on top would count the mismatch "
+            "twice: set vllm_importance_sampling_correction=False"
+        )
+    if corrects and not args.use_vllm and not own_sampler:
+        warnings.warn(
+            f"Objective {objective.name!r} corrects for a sampler that differs from the trainer, and without use_vllm the "
+            "trainer samples itself: all its weights will be 1.",
+            stacklevel=3,
+        )
+    needs_top_k = isinstance(objective.bounds, TopK)
+    if needs_top_k and args.use_vllm:
+        raise ValueError(
+            f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not pass on from vLLM; choose "
+            "dppo-kl or dppo-tv, or use_vllm=False"
+        )
+    if needs_top_k and own_sampler:
+        raise ValueError(
+            f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not take from a rollout_func; "
+            "choose dppo-kl or dppo-tv"
+        )
+
+
+def refuse_other_fields(objective: Objective, args: BandGRPOConfig) -> None:
+    """Refuse an objective, given as an object, that differs from fields of TRL's configuration which it can no longer set.
+
+    Args:
+        objective: The objective of the run.
+        args: The options of the run.
+
+    Raises:
+        ValueError: If ratio level, aggregation or advantages are not those of the configuration.
+    """
+    level = "sequence" if objective.ratio_level == "sequence" else "token"
+    for name, ours, option, theirs in (
+        ("ratio_level", level, "importance_sampling_level", args.importance_sampling_level),
+        ("aggregation", objective.aggregation, "loss_type", AGGREGATION_OF[str(args.loss_type)]),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the objective's {name}={ours!r} differs from {option}={getattr(args, option)!r} ({theirs}); set {option} in "
+                "the BandGRPOConfig"
+            )
+    if args.scale_rewards not in ("batch", SCALE_REWARDS_OF.get(objective.advantage)):
+        raise ValueError(
+            f"the objective's advantage={objective.advantage!r} differs from scale_rewards={args.scale_rewards!r}; set "
+            "scale_rewards in the BandGRPOConfig"
+        )
+
+
+def warn_if_never_binding(objective: Objective, args: BandGRPOConfig) -> None:
+    """Warn if each rollout is used for one optimiser step, so that every ratio is 1.
+
+    Args:
+        objective: The objective of the run.
+        args: The options of the run, completed by TRL.
+    """
+    accumulation, per_rollout = args.gradient_accumulation_steps, args.steps_per_generation
+    if per_rollout is not None and accumulation % (per_rollout * args.num_iterations) == 0:
+        warnings.warn(
+            f"The trust region of {objective.name!r} can never bind: with num_iterations={args.num_iterations}, "
+            f"steps_per_generation={per_rollout} and gradient_accumulation_steps={accumulation} each rollout is used for one "
+            "optimiser step, where every ratio is 1. Set num_iterations >= 2, or steps_per_generation to a multiple of "
+            "gradient_accumulation_steps.",
+            stacklevel=3,
+        )

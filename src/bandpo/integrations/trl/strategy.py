@@ -1,0 +1,239 @@
+"""The two ways in which an objective reaches the loss of TRL's `GRPOTrainer`.
+
+TRL's clipped loss takes the two widths of its interval as tensors. If an objective is this loss with other bounds, TRL
+computes it (`HostComputes`). The loss of any other objective is added to what TRL computes for advantages of 0 (`WeCompute`).
+The trainer asks once which of the two it needs (`strategy_for`).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from bandpo._inputs import is_logprob
+from bandpo.bounds import Clip, RatioBounds
+from bandpo.bounds.regions import TopK
+from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
+from bandpo.integrations.trl.host import Batch, GRPOHost
+from bandpo.integrations.trl.nonfinite import zero_where
+from bandpo.integrations.trl.rollout import PREFIX, mask_of, top_logprobs
+from bandpo.integrations.trl.selection import WEIGHT
+from bandpo.losses import aggregate
+from bandpo.objective import Objective
+from bandpo.surrogates import clip
+from bandpo.terms import TokenObjective, token_objective
+
+_NO_CLIP = (1.0, math.inf)  # the interval [0, inf)
+
+
+class GivenToTRL(NamedTuple):
+    """What TRL's loss is computed from, in place of its own values."""
+
+    advantages: Tensor
+    """`(batch,)` or `(batch, time)`."""
+    epsilon: tuple[float | Tensor, float | Tensor]
+    """Widths of the interval below and above 1: numbers, or tensors of one entry for each token or sequence."""
+    bounds: RatioBounds | None = None
+    """The interval of each token, where it was computed."""
+
+
+class OwnLoss(NamedTuple):
+    """A policy loss that TRL does not know."""
+
+    value: Tensor
+    """To add to TRL's loss; a number with gradient."""
+    as_logged: Tensor
+    """The same number as TRL logs its `policy_loss`: before the division by the accumulation steps, without gradient."""
+
+
+class Strategy(ABC):
+    """How the objective of a trainer is computed.
+
+    Args:
+        trainer: The trainer. Its objective may change during training, by its radius.
+    """
+
+    replaces_clip_metrics: ClassVar[bool]
+    """Whether TRL counts clipped tokens with advantages that are not those of the batch, so that its counts are wrong."""
+
+    def __init__(self, trainer: GRPOHost) -> None:
+        self.trainer = trainer
+
+    @abstractmethod
+    def refuse(self, args: BandGRPOConfig) -> None:
+        """Refuse options of TRL that would have no effect.
+
+        Args:
+            args: The options of the run.
+
+        Raises:
+            ValueError: If such an option is set.
+        """
+
+    @abstractmethod
+    def given_to_trl(self, batch: Batch) -> GivenToTRL:
+        """Advantages and epsilon for TRL's loss.
+
+        Args:
+            batch: TRL's inputs.
+        """
+
+    @abstractmethod
+    def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
+        """The terms of each token, for the metrics and for `own_loss`.
+
+        Args:
+            model: The policy in training.
+            logprobs: Its log-probs, `(batch, time)`.
+            batch: TRL's inputs.
+            given: What `given_to_trl` returned for this batch.
+        """
+
+    @abstractmethod
+    def own_loss(self, terms: TokenObjective, batch: Batch) -> OwnLoss | None:
+        """The loss to add to TRL's; None if TRL has computed the whole objective.
+
+        Args:
+            terms: What `terms` returned for this batch.
+            batch: TRL's inputs.
+        """
+
+
+class HostComputes(Strategy):
+    """TRL computes the clipped objective; bandpo gives it the bounds as its two epsilons."""
+
+    replaces_clip_metrics = False
+
+    @staticmethod
+    def can_compute(objective: Objective) -> bool:
+        """Whether an objective is TRL's clipped loss with other bounds."""
+        alone = objective.correction is None and not objective.bounds_inputs
+        return (
+            objective.surrogate is clip and objective.anchor == "old" and objective.ratio_level != "product" and alone
+        )
+
+    def refuse(self, args: BandGRPOConfig) -> None:
+        del args  # TRL honours all of its options: the loss is its own
+
+    def given_to_trl(self, batch: Batch) -> GivenToTRL:
+        region = self.trainer.objective.bounds
+        old, advantages = batch.get("old_per_token_logps"), batch["advantages"]
+        if WEIGHT in batch:  # the clipped objective is linear in the advantage
+            advantages = advantages * batch[WEIGHT]
+        bounds = None
+        if old is not None:  # `clip` takes an interval
+            bounds = cast("RatioBounds", region(zero_where(~is_logprob(old), old)))
+        if isinstance(region, Clip):  # one number for all tokens, which also fits the ratio of a sequence
+            return GivenToTRL(advantages, (region.low, region.high), bounds)
+        if bounds is None:  # every ratio is 1
+            return GivenToTRL(advantages, _NO_CLIP)
+        return GivenToTRL(advantages, (1 - bounds.lower, bounds.upper - 1), bounds)
+
+    def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
+        del model
+        return token_objective(
+            self.trainer.objective,
+            logprobs=logprobs.detach(),
+            old_logprobs=_old_logprobs(batch, logprobs),
+            advantages=batch["advantages"],
+            mask=mask_of(batch),
+            bounds=given.bounds,
+        )
+
+    def own_loss(self, terms: TokenObjective, batch: Batch) -> OwnLoss | None:
+        del terms, batch
+        return None
+
+
+class WeCompute(Strategy):
+    """bandpo computes the objective and adds it to TRL's loss, which TRL computes for advantages of 0.
+
+    With advantages of 0, TRL's loss holds its other terms alone: the KL to the reference, the entropy bonus, auxiliary losses.
+    """
+
+    replaces_clip_metrics = True
+
+    def refuse(self, args: BandGRPOConfig) -> None:
+        unsupported = {
+            "delta": args.delta is not None,
+            "top_entropy_quantile": args.top_entropy_quantile < 1,
+            "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
+        }
+        for name, is_set in unsupported.items():
+            if is_set:
+                raise ValueError(
+                    f"{name}={getattr(args, name)} acts on TRL's own clipped loss, which this objective replaces"
+                )
+
+    def given_to_trl(self, batch: Batch) -> GivenToTRL:
+        return GivenToTRL(torch.zeros_like(batch["advantages"]), _NO_CLIP)
+
+    def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
+        del given
+        objective, old = self.trainer.objective, _old_logprobs(batch, logprobs)
+        # Without an inference engine this model samples, with the weights of π_old: the log-probs are the same. vLLM sends NaN
+        # for a token that it could not score.
+        sampled = batch.get("sampling_per_token_logps")
+        sampled = old if sampled is None else torch.where(sampled.isnan(), old, sampled)
+        return token_objective(
+            objective,
+            logprobs=logprobs,
+            old_logprobs=old,
+            rollout_logprobs=sampled,
+            advantages=batch["advantages"],
+            mask=mask_of(batch),
+            extras=self._extras(model, batch),
+        )
+
+    def _extras(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The extras of the objective that travel with the batch, and the policy's log-probs of the sampler's top K."""
+        objective = self.trainer.objective
+        if not isinstance(objective.bounds, TopK):
+            return {name: batch[PREFIX + name] for name in objective.extras if PREFIX + name in batch}
+        ids = batch[f"{PREFIX}top_ids"]
+        return {
+            "old_topk_logprobs": batch[f"{PREFIX}top_logprobs"],
+            "topk_logprobs": top_logprobs(self.trainer, model, batch, ids, objective.bounds.k)[0],
+            "sampled_in_topk": (ids == batch["completion_ids"].unsqueeze(-1)).any(-1),
+        }
+
+    def own_loss(self, terms: TokenObjective, batch: Batch) -> OwnLoss:
+        trainer, per_token = self.trainer, -terms.value
+        if WEIGHT in batch:
+            per_token = per_token * batch[WEIGHT].unsqueeze(1)
+        if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+            per_token = per_token * batch["importance_sampling_ratio"]
+        accumulation = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+        loss = aggregate(
+            per_token,
+            mask_of(batch),
+            AGGREGATION_OF[trainer.loss_type],
+            normalizer=self._normalizer(batch, accumulation),
+            max_length=trainer.max_completion_length if trainer.loss_type == "dr_grpo" else None,
+        )
+        # The normaliser of "dapo" is that of the whole accumulation window already.
+        return OwnLoss(loss, loss.detach() * (1 if trainer.loss_type == "dapo" else accumulation))
+
+    def _normalizer(self, batch: Batch, accumulation: int) -> Tensor | float:
+        """What TRL's loss of the same `loss_type` is divided by."""
+        trainer, mask = self.trainer, mask_of(batch)
+        if trainer.loss_type == "bnpo":
+            return mask.sum().clamp(min=1.0) * accumulation
+        if trainer.loss_type != "dapo":
+            return mask.size(0) * accumulation
+        # num_items_in_batch counts the tokens of a rollout over all processes; one accumulation window has its share of them.
+        normalizer = batch["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+        return normalizer * accumulation / trainer.args.steps_per_generation if trainer.model.training else normalizer
+
+
+def strategy_for(objective: Objective) -> type[Strategy]:
+    """The strategy that an objective needs."""
+    return HostComputes if HostComputes.can_compute(objective) else WeCompute
+
+
+def _old_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
+    """Log-probs before the update; TRL leaves them out where every ratio is 1."""
+    old = batch.get("old_per_token_logps")
+    return logprobs.detach() if old is None else old
