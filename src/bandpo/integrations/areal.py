@@ -51,7 +51,7 @@ def install(config: Any, objective: str = "bandpo-kl", *, backend: str = "fsdp",
         config: AReaL's configuration, whose `actor` is trained.
         objective: A name of `bandpo objectives`, or "package.module:NAME".
         backend: Of the actor's engine: `fsdp`, `megatron` or `archon`.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
         ValueError: If an option would be ignored, or the objective needs what this configuration does not give a loss.

@@ -1,7 +1,7 @@
 """The objectives as the custom loss of miles (radixark's fork of slime), by import path.
 
     --loss-type custom_loss --custom-loss-function-path bandpo.integrations.miles.policy_loss
-    --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; without it: bandpo-kl as it is
+    --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; without it: bandpo-kl with its own radius
 
 As in slime (`bandpo.integrations.slime`): miles computes the log-probs and reduces the loss.
 """
@@ -17,7 +17,14 @@ from bandpo.integrations.slime import megatron_loss
 def policy_loss(
     args: Any, batch: Mapping[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss as miles calls it; arguments, result and errors are those of `bandpo.integrations.slime.policy_loss`."""
+    """A loss as miles calls it; result and errors are those of `bandpo.integrations.slime.policy_loss`.
+
+    Args:
+        args: miles's arguments; `args.bandpo` contains `objective` and the options of its region.
+        batch: miles's batch, with the same entries as in slime.
+        logits: Logits `(1, tokens, vocabulary)`.
+        sum_of_sample_mean: miles's reduction of one value for each token.
+    """
     from miles.backends.training_utils.cp_utils import get_local_response_loss_masks
     from miles.backends.training_utils.loss_hub.logit_processors import get_log_probs_and_entropy
     from miles.backends.training_utils.loss_hub.math_utils import compute_approx_kl

@@ -40,7 +40,7 @@ class BandLoss:
     Args:
         host_loss: The `loss_fn` that NeMo-RL's `setup` returned.
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
         ValueError: If an option would be ignored, on either side.

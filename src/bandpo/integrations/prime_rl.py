@@ -25,7 +25,7 @@ def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> An
         inputs: prime-rl's LossInputs: `trainer_logprobs`, `inference_logprobs`, `advantages`, `loss_mask` and, since June 2026,
             `loss_weights`, each `(time,)`.
         objective: A name of `bandpo objectives`, or "package.module:NAME".
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Returns:
         prime-rl's LossOutputs: a 0-d `loss`, and `metrics` under `band/`, of which prime-rl takes mean, maximum and more over

@@ -36,7 +36,7 @@ def register(objective: Objective | str = "bandpo-kl", *, name: str = "bandpo", 
     Args:
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
         name: What `policy_loss_type` says.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
         ValueError: If an option would be ignored, or the objective needs what SkyRL does not give a loss.

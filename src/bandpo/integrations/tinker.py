@@ -35,7 +35,7 @@ def policy_loss(
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
         max_length: Of `bandpo.policy_loss`.
         normalizer: Of `bandpo.policy_loss`, when several calls share one optimiser step.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Returns:
         The loss, and metrics under `band/`. A datum whose mask is empty counts nowhere.

@@ -24,7 +24,7 @@ class BandLoss(nn.Module):
         objective: A name of `bandpo objectives`, or "package.module:NAME".
         kl_coeff: Coefficient of the KL term (k3), as in torchtune's losses.
         max_length: The constant of objectives with `seq-mean-token-sum-norm`: the maximal completion length.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
         ValueError: If an option would be ignored, or the objective needs what torchtune does not give a loss.
