@@ -157,15 +157,20 @@ def examine_batch(
     tokens = {
         "log_ratio": (batch["logprobs"] - batch["old_logprobs"]).masked_fill(~mask, 0.0),
         "old_logprobs": batch["old_logprobs"].masked_fill(~mask, -1.0).clamp(max=0.0),
-        "advantages": batch["advantages"].masked_fill(~mask, 0.0), "mask": mask,
-    }  # fmt: skip
+        "advantages": batch["advantages"].masked_fill(~mask, 0.0),
+        "mask": mask,
+    }
     silent = not tokens["advantages"].any()
     if silent:
-        found.append(Finding(
-            "signal", "problem", "every advantage is 0: nothing can be learned from this batch",
-            "all completions of each prompt have the same reward, or none was scored",
-            "prompts of middling difficulty, more completions for each prompt; look at the reward function",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "signal",
+                "problem",
+                "every advantage is 0: nothing can be learned from this batch",
+                "all completions of each prompt have the same reward, or none was scored",
+                "prompts of middling difficulty, more completions for each prompt; look at the reward function",
+            )
+        )
     found += [_ratios(tokens, silent=silent), _clip_fractions(tokens, objectives), _radii(tokens, target)]
     if "rollout_logprobs" in batch and not torch.equal(batch["rollout_logprobs"], batch["old_logprobs"]):
         found.append(_sampler(batch, mask))
@@ -176,18 +181,26 @@ def _broken(batch: Mapping[str, Tensor], mask: Tensor, finite: Tensor) -> list[F
     found: list[Finding] = []
     broken = int((mask & ~finite).sum())
     if broken:
-        found.append(Finding(
-            "nonfinite", "problem", f"{broken} of {int(mask.sum())} valid tokens have a log-prob or advantage "
-            f"that is not finite",
-            "16-bit overflow, or a token that the sampler could not score", "float32 log-probs; they are left out below",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "nonfinite",
+                "problem",
+                f"{broken} of {int(mask.sum())} valid tokens have a log-prob or advantage that is not finite",
+                "16-bit overflow, or a token that the sampler could not score",
+                "float32 log-probs; they are left out below",
+            )
+        )
     above = int((mask & ((batch["logprobs"] > 1e-6) | (batch["old_logprobs"] > 1e-6))).sum())
     if above:
-        found.append(Finding(
-            "positive", "problem", f"{above} valid tokens have a log-prob above 0", "these are not "
-            "log-probabilities: logits, or scaled",
-            "log_softmax before the gather",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "positive",
+                "problem",
+                f"{above} valid tokens have a log-prob above 0",
+                "these are not log-probabilities: logits, or scaled",
+                "log_softmax before the gather",
+            )
+        )
     return found
 
 
@@ -198,10 +211,12 @@ def _ratios(tokens: Mapping[str, Tensor], *, silent: bool) -> Finding:
         return Finding("ratios", "note", f"{seen}: every ratio is 1", "with advantages of 0 no weight moves")
     if moved.max() < 1e-6:
         return Finding(
-            "ratios", "problem", f"{seen}: every ratio is 1", "the batch is on policy: taken before the first "
-            "step on it, or each "
-            "rollout is used once", "save the batch of a later step on the same rollout",
-        )  # fmt: skip
+            "ratios",
+            "problem",
+            f"{seen}: every ratio is 1",
+            "the batch is on policy: taken before the first step on it, or each rollout is used once",
+            "save the batch of a later step on the same rollout",
+        )
     return Finding("ratios", "ok", seen)
 
 
@@ -236,9 +251,12 @@ def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
     seen = f"|log-prob| of sampler and trainer differ by {mean:.4f} on average, {worst:.3f} at most"
     if mean > MISMATCH:
         return Finding(
-            "mismatch", "warning", seen, "precision, kernels, stale weights or cut sampling",
+            "mismatch",
+            "warning",
+            seen,
+            "precision, kernels, stale weights or cut sampling",
             "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop)",
-        )  # fmt: skip
+        )
     return Finding("mismatch", "ok", seen)
 
 

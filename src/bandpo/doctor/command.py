@@ -70,8 +70,11 @@ def _doctor(options: argparse.Namespace) -> int:
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:
-        print(json.dumps([{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections],
-                         indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                [{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections], indent=1
+            )
+        )
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print("\n\n".join(_section(name, found, colour=colour) for name, found in sections))

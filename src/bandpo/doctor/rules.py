@@ -32,9 +32,13 @@ def examine_setup(setup: Setup) -> list[Finding]:
     """
     found = [rule(setup) for rule in RULES]
     if setup.assumed:
-        found.append(Finding(
-            "assumed", "note", f"not in the file, so {setup.host}'s defaults are assumed: {', '.join(setup.assumed)}",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "assumed",
+                "note",
+                f"not in the file, so {setup.host}'s defaults are assumed: {', '.join(setup.assumed)}",
+            )
+        )
     unread = [Finding("unread", "note", what) for what in setup.unread]
     return [f for f in found if f is not None] + unread
 
@@ -45,15 +49,21 @@ def loss_in_use(s: Setup) -> Finding:
         return Finding("bypass", "problem", s.bypassed, "another loss than the configured one would run", s.knob("use"))
     if s.refused:
         return Finding(
-            "refused", "problem", s.refused, f"bandpo raises this error in {s.host}'s workers, before the first update",
-        )  # fmt: skip
+            "refused",
+            "problem",
+            s.refused,
+            f"bandpo raises this error in {s.host}'s workers, before the first update",
+        )
     if s.objective is None:
         return _unknown("bypass", "which loss runs")
     if not s.ours:
         return Finding(
-            "bypass", "note", f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
-            "the findings below are about that loss", s.knob("use"),
-        )  # fmt: skip
+            "bypass",
+            "note",
+            f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
+            "the findings below are about that loss",
+            s.knob("use"),
+        )
     return Finding("bypass", "ok", f"bandpo computes the loss: {s.objective.name}, {s.objective.formula or 'your own'}")
 
 
@@ -69,14 +79,19 @@ def can_bind(s: Setup) -> Finding:
         return Finding("inert", "note", f"{seen}; whether ratios are taken against the sampler is not known")
     if against_sampler and s.engine:
         return Finding(
-            "inert", "note", seen,
-            f"ratios differ from 1 only by the difference between {s.engine} and the trainer", s.knob("more steps"),
-        )  # fmt: skip
+            "inert",
+            "note",
+            seen,
+            f"ratios differ from 1 only by the difference between {s.engine} and the trainer",
+            s.knob("more steps"),
+        )
     return Finding(
-        "inert", "problem", f"{seen}: the trust region can never bind",
+        "inert",
+        "problem",
+        f"{seen}: the trust region can never bind",
         "the policy in training is the one that the ratio is taken against, so every ratio is 1 and no token is clipped",
         s.knob("more steps"),
-    )  # fmt: skip
+    )
 
 
 def anchor(s: Setup) -> Finding:
@@ -87,11 +102,13 @@ def anchor(s: Setup) -> Finding:
     if (wanted == "rollout") != s.old_is_rollout and s.host == "verl":
         given = "the sampler's log-probs" if s.old_is_rollout else "recomputed log-probs"
         return Finding(
-            "anchor", "problem", f"{s.objective.name} takes its ratio against the {wanted} policy, and verl gives {given}",
+            "anchor",
+            "problem",
+            f"{s.objective.name} takes its ratio against the {wanted} policy, and verl gives {given}",
             "algorithm.rollout_correction.bypass_mode decides what verl puts where the old log-probs are",
             f"algorithm.rollout_correction.bypass_mode={wanted == 'rollout'}"
             + (" and policy_loss.bypass_mode the same" if s.ours else ""),
-        )  # fmt: skip
+        )
     if wanted == "rollout":
         whose = f"{s.engine}'s" if s.engine else "its"
         source = "the trainer's own, as it samples itself" if s.engine == "" else f"{whose} log-probs"
@@ -100,10 +117,12 @@ def anchor(s: Setup) -> Finding:
         return _unknown("anchor", "whether the sampler's differences from the trainer are weighed")
     if s.engine and not s.corrected:
         return Finding(
-            "anchor", "warning", f"ratios are taken against recomputed log-probs, and {s.engine}'s differences are not weighed",
+            "anchor",
+            "warning",
+            f"ratios are taken against recomputed log-probs, and {s.engine}'s differences are not weighed",
             f"{s.engine} and the trainer give one token different probabilities; the gradient is then biased",
             s.knob("correction"),
-        )  # fmt: skip
+        )
     return Finding("anchor", "ok", "ratios are taken against the policy before the update (recomputed log-probs)")
 
 
@@ -111,34 +130,42 @@ def sampling(s: Setup) -> Finding:
     """What temperature and truncation do to p and to the ratio."""
     if s.temperature is not None and s.temperature <= 0:
         return Finding(
-            "sampling", "problem", f"temperature={s.temperature:g} samples greedily", "all completions of a "
-            "prompt are the same, "
-            "so every advantage is 0", "temperature=1.0",
-        )  # fmt: skip
+            "sampling",
+            "problem",
+            f"temperature={s.temperature:g} samples greedily",
+            "all completions of a prompt are the same, so every advantage is 0",
+            "temperature=1.0",
+        )
     cut = [
         f"{name}={value:g}"
         for name, value, on in (
             ("top_p", s.top_p, s.top_p is not None and s.top_p < 1),
             ("top_k", s.top_k, s.top_k is not None and s.top_k > 0),
             ("min_p", s.min_p, s.min_p is not None and s.min_p > 0),
-        ) if on
-    ]  # fmt: skip
+        )
+        if on
+    ]
     if cut:
         return Finding(
-            "sampling", "warning", f"{', '.join(cut)} cut the sampler's distribution",
+            "sampling",
+            "warning",
+            f"{', '.join(cut)} cut the sampler's distribution",
             "log-probs are those of the whole distribution: sampled tokens were likelier than their p says, "
             "tokens outside are never "
-            "sampled and can only lose probability, and the ratio is biased", s.knob("no truncation"),
-        )  # fmt: skip
+            "sampled and can only lose probability, and the ratio is biased",
+            s.knob("no truncation"),
+        )
     settings = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
     missing = [name for name, value in settings.items() if value is None]
     if missing:
         return _unknown("sampling", " and ".join(missing))
     if s.temperature != 1:
         return Finding(
-            "sampling", "note", f"temperature={s.temperature:g}: p is the policy's probability at that temperature",
+            "sampling",
+            "note",
+            f"temperature={s.temperature:g}: p is the policy's probability at that temperature",
             "the region is that of the tempered policy; evaluate at the same temperature, or say so",
-        )  # fmt: skip
+        )
     return Finding("sampling", "ok", "temperature 1, no truncation: p is the probability that a token was sampled with")
 
 
@@ -167,10 +194,12 @@ def precision(s: Setup) -> Finding | None:
     seen = f"weights are kept in {s.weights}, at learning rate {s.learning_rate:g}"
     if largest < _TYPICAL_WEIGHT:
         return Finding(
-            "precision", "warning", f"{seen}: most updates are lost",
+            "precision",
+            "warning",
+            f"{seen}: most updates are lost",
             f"an update of about the learning rate is below the spacing of {s.weights} numbers for weights above {largest:.2g}",
             s.knob("precision"),
-        )  # fmt: skip
+        )
     return Finding("precision", "ok", f"{seen}: weights up to {largest:.2g} can move")
 
 
@@ -191,9 +220,11 @@ def interval(s: Setup) -> Finding | None:
     middle = PROBABILITIES.index(0.5)
     low, high = lower[middle].item(), upper[middle].item()
     return Finding(
-        "interval", "note", f"at p = 0.5 the interval is that of a clip of {1 - low:.3g} below and {high - 1:.3g} above",
+        "interval",
+        "note",
+        f"at p = 0.5 the interval is that of a clip of {1 - low:.3g} below and {high - 1:.3g} above",
         details=tuple(rows),
-    )  # fmt: skip
+    )
 
 
 def cap(s: Setup) -> Finding | None:
@@ -205,9 +236,12 @@ def cap(s: Setup) -> Finding | None:
     if threshold is None:
         return Finding("cap", "ok", f"max_ratio={bounds.max_ratio:g} never decides: the ball is tighter for every p")
     return Finding(
-        "cap", "note", f"for tokens of p < {threshold:.3g} max_ratio={bounds.max_ratio:g} sets the upper bound, not the radius",
-        "the ball lets rarer tokens grow further than the cap", "max_ratio=inf for none",
-    )  # fmt: skip
+        "cap",
+        "note",
+        f"for tokens of p < {threshold:.3g} max_ratio={bounds.max_ratio:g} sets the upper bound, not the radius",
+        "the ball lets rarer tokens grow further than the cap",
+        "max_ratio=inf for none",
+    )
 
 
 def logits(s: Setup) -> Finding | None:
@@ -223,16 +257,27 @@ def logits(s: Setup) -> Finding | None:
     if size < _LARGE:
         return Finding("memory", "ok", f"{seen}, about {_PLAIN * size:.2f} with log-softmax and gradients")
     return Finding(
-        "memory", "warning", f"{seen}, about {_PLAIN * size:.1f} GiB with log-softmax and gradients",
-        "each step makes the whole matrix", f"{s.knob('fused head')}; in your own loop bandpo.token_logprobs, "
+        "memory",
+        "warning",
+        f"{seen}, about {_PLAIN * size:.1f} GiB with log-softmax and gradients",
+        "each step makes the whole matrix",
+        f"{s.knob('fused head')}; in your own loop bandpo.token_logprobs, "
         f"which needs about "
         f"{0.093 * _PLAIN * size:.1f} GiB (ratio measured at 4096 x 151936)",
-    )  # fmt: skip
+    )
 
 
 RULES: tuple[Callable[[Setup], Finding | None], ...] = (
-    loss_in_use, can_bind, anchor, sampling, groups, precision, interval, cap, logits,
-)  # fmt: skip
+    loss_in_use,
+    can_bind,
+    anchor,
+    sampling,
+    groups,
+    precision,
+    interval,
+    cap,
+    logits,
+)
 """In the order they are printed."""
 
 

@@ -138,20 +138,24 @@ def entropy(log: Log) -> Finding | None:
     seen = f"{name} went from {start:.3f} to {end:.3f} nats"
     if end < COLLAPSE * start and end < LOW_ENTROPY + COLLAPSE * start and start > LOW_ENTROPY:
         return Finding(
-            "entropy", "warning", f"{seen}: collapse", "the policy has become nearly deterministic; rare tokens "
-            "that led to rewards "
-            "can no longer be sampled", "a band (bandpo-kl) or a higher epsilon_high, a smaller learning rate, "
+            "entropy",
+            "warning",
+            f"{seen}: collapse",
+            "the policy has become nearly deterministic; rare tokens that led to rewards can no longer be sampled",
+            "a band (bandpo-kl) or a higher epsilon_high, a smaller learning rate, "
             "fewer steps for each "
             "rollout, a larger beta",
-        )  # fmt: skip
+        )
     if end > EXPLOSION * start and end > start + LOW_ENTROPY:
         return Finding(
-            "entropy", "warning", f"{seen}: explosion", "updates push probability to tokens that nobody "
+            "entropy",
+            "warning",
+            f"{seen}: explosion",
+            "updates push probability to tokens that nobody "
             "sampled, often from noise in "
-            "the advantages or a sampler that differs from the trainer", "a smaller radius or learning rate, "
-            "max_ratio=10, top_p=1; "
-            "look at the sampler mismatch",
-        )  # fmt: skip
+            "the advantages or a sampler that differs from the trainer",
+            "a smaller radius or learning rate, max_ratio=10, top_p=1; look at the sampler mismatch",
+        )
     return Finding("entropy", "ok", seen)
 
 
@@ -167,20 +171,26 @@ def clipping(log: Log) -> Finding | None:
     if largest == 0:
         still = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6
         return Finding(
-            "clipping", "problem" if still else "warning", f"{name} is 0 in all {len(values)} rows"
-            + (f", and {ratio} is 1: the region is inert" if still else ""),
-            "each rollout is used for one optimiser step, so nothing can be clipped" if still else
-            "the updates are too small to reach the edge, or each rollout is used for one optimiser step",
-            "num_iterations=2 or more" if still else "a smaller radius, a higher learning rate, or more steps for each rollout",
-        )  # fmt: skip
+            "clipping",
+            "problem" if still else "warning",
+            f"{name} is 0 in all {len(values)} rows" + (f", and {ratio} is 1: the region is inert" if still else ""),
+            "each rollout is used for one optimiser step, so nothing can be clipped"
+            if still
+            else "the updates are too small to reach the edge, or each rollout is used for one optimiser step",
+            "num_iterations=2 or more"
+            if still
+            else "a smaller radius, a higher learning rate, or more steps for each rollout",
+        )
     if mean > TIGHT:
         return Finding(
-            "clipping", "warning", f"{name} is {mean:.3f} on average, {largest:.3f} at most", "many tokens have "
-            "left the region: it is "
-            "tight for this learning rate and reuse", "a larger radius (bandpo doctor BATCH --target 0.02 "
+            "clipping",
+            "warning",
+            f"{name} is {mean:.3f} on average, {largest:.3f} at most",
+            "many tokens have left the region: it is tight for this learning rate and reuse",
+            "a larger radius (bandpo doctor BATCH --target 0.02 "
             "computes one), a smaller "
             "learning rate, fewer steps for each rollout",
-        )  # fmt: skip
+        )
     return Finding("clipping", "ok", f"{name} is {mean:.4f} on average, {largest:.4f} at most")
 
 
@@ -193,10 +203,14 @@ def overshoot(log: Log) -> Finding | None:
     seen = f"the furthest token of a step is {mean:.2f} radii out on average, {max(values):.2f} at most ({name})"
     if mean > FAR:
         return Finding(
-            "overshoot", "warning", seen, "a clip stops the gradient of a token outside, it does not bring it "
+            "overshoot",
+            "warning",
+            seen,
+            "a clip stops the gradient of a token outside, it does not bring it "
             "back: one step was large "
-            "enough to throw tokens far out", "a smaller learning rate, a smaller max_grad_norm, more samples in a step",
-        )  # fmt: skip
+            "enough to throw tokens far out",
+            "a smaller learning rate, a smaller max_grad_norm, more samples in a step",
+        )
     return Finding("overshoot", "ok", seen)
 
 
@@ -209,12 +223,16 @@ def mismatch(log: Log) -> Finding | None:
     seen = f"{name} is {end:.4f} at the end"
     if end > MISMATCH:
         return Finding(
-            "mismatch", "warning", seen, "the engine that samples gives tokens other probabilities than the "
+            "mismatch",
+            "warning",
+            seen,
+            "the engine that samples gives tokens other probabilities than the "
             "trainer: precision, "
-            "kernels, stale weights or cut sampling", "an objective with the rollout anchor (dppo-kl) or a "
+            "kernels, stale weights or cut sampling",
+            "an objective with the rollout anchor (dppo-kl) or a "
             "correction (tis, icepop), "
             "the same dtype on both sides, top_p=1 and top_k off",
-        )  # fmt: skip
+        )
     return Finding("mismatch", "ok", seen)
 
 
@@ -223,10 +241,13 @@ def signal(log: Log) -> Finding | None:
     silent = log.no_signal()
     if silent:
         return Finding(
-            "signal", "problem", f"no group ever had a signal: {silent} in all rows",
+            "signal",
+            "problem",
+            f"no group ever had a signal: {silent} in all rows",
             "all completions of each prompt had the same reward, or none was scored: every advantage is 0, no weight moves "
-            "and every ratio stays 1", "prompts of middling difficulty, more completions of each; look at the reward",
-        )  # fmt: skip
+            "and every ratio stays 1",
+            "prompts of middling difficulty, more completions of each; look at the reward",
+        )
     if any(what in log.found for what in ("zero variance", "spread", "largest advantage")):
         return Finding("signal", "ok", "some groups had rewards that differ")
     return None
@@ -238,14 +259,20 @@ def still(log: Log) -> Finding | None:
     name, norms = log.series("gradient")
     if len(norms) >= 5 and not any(norms):
         return Finding(
-            "still", "problem", f"{name} is 0 in all {len(norms)} rows: no weight moves",
-            "no advantage, an empty loss mask, or parameters that do not require a gradient", "look at rewards and loss mask",
-        )  # fmt: skip
+            "still",
+            "problem",
+            f"{name} is 0 in all {len(norms)} rows: no weight moves",
+            "no advantage, an empty loss mask, or parameters that do not require a gradient",
+            "look at rewards and loss mask",
+        )
     if len(series) > 1 and all(len(set(values)) == 1 for values in series):
         return Finding(
-            "still", "warning", f"each of the {len(series)} metrics looked at has one value in all rows",
-            "a run that does not learn at all, or a log that is not that of a run", "look at learning rate and rewards",
-        )  # fmt: skip
+            "still",
+            "warning",
+            f"each of the {len(series)} metrics looked at has one value in all rows",
+            "a run that does not learn at all, or a log that is not that of a run",
+            "look at learning rate and rewards",
+        )
     return Finding("still", "ok", "metrics move from row to row") if series else None
 
 
@@ -254,17 +281,23 @@ def zero_variance(log: Log) -> Finding | None:
     if log.no_signal():
         return None
     return _share(
-        log, "zero variance", "groups", "their completions all have the same reward, so their advantages are 0 and they teach "
-        "nothing", "prompts of middling difficulty, more num_generations, dynamic_sampling=2 or pruning",
-    )  # fmt: skip
+        log,
+        "zero variance",
+        "groups",
+        "their completions all have the same reward, so their advantages are 0 and they teach nothing",
+        "prompts of middling difficulty, more num_generations, dynamic_sampling=2 or pruning",
+    )
 
 
 def cut_off(log: Log) -> Finding | None:
     """Completions that end at the maximal length."""
     return _share(
-        log, "cut off", "length", "completions end at the maximal length before they are done, and are then scored as wrong",
+        log,
+        "cut off",
+        "length",
+        "completions end at the maximal length before they are done, and are then scored as wrong",
         "a larger max_completion_length (data.max_response_length)",
-    )  # fmt: skip
+    )
 
 
 def cap(log: Log) -> Finding | None:
@@ -284,18 +317,23 @@ def nonfinite(log: Log) -> Finding | None:
     seen += [f"{other} is not finite in {count} rows" for other, count in [*update.items()][:_SHOWN]]
     if seen:
         return Finding(
-            "nonfinite", "problem", "; ".join(seen),
+            "nonfinite",
+            "problem",
+            "; ".join(seen),
             "log-probs of NaN or infinity: 16-bit overflow, a broken checkpoint, a token of probability 0 in the sampler; or "
-            "weights that are NaN", "float32 log-probs, a smaller learning rate, the checkpoint before",
-        )  # fmt: skip
+            "weights that are NaN",
+            "float32 log-probs, a smaller learning rate, the checkpoint before",
+        )
     if log.broken:
         names = [*log.broken]
         return Finding(
-            "nonfinite", "warning", f"not finite in some rows: {', '.join(names[:_SHOWN])}"
+            "nonfinite",
+            "warning",
+            f"not finite in some rows: {', '.join(names[:_SHOWN])}"
             + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""),
             "a mean over nothing, such as the score of a reward that gave no number; or a value that overflowed",
             "look at these metrics",
-        )  # fmt: skip
+        )
     return Finding("nonfinite", "ok", f"{name} is 0 throughout") if values else None
 
 
@@ -307,10 +345,12 @@ def unscored(log: Log) -> Finding | None:
     mean = sum(values) / len(values)
     if mean > 0.01:
         return Finding(
-            "unscored", "warning", f"{name} is {mean:.3f} on average", "the reward function gave no number: it "
-            "failed, took too long, "
-            "or could not read the reference answer", "failed_reward.jsonl has samples; reward_timeout, or mend the function",
-        )  # fmt: skip
+            "unscored",
+            "warning",
+            f"{name} is {mean:.3f} on average",
+            "the reward function gave no number: it failed, took too long, or could not read the reference answer",
+            "failed_reward.jsonl has samples; reward_timeout, or mend the function",
+        )
     return Finding("unscored", "ok", f"{name} is {mean:.4f} on average")
 
 
@@ -324,8 +364,19 @@ def reward(log: Log) -> Finding | None:
 
 
 RULES: tuple[Callable[[Log], Finding | None], ...] = (
-    nonfinite, signal, clipping, entropy, overshoot, mismatch, zero_variance, cut_off, cap, unscored, still, reward,
-)  # fmt: skip
+    nonfinite,
+    signal,
+    clipping,
+    entropy,
+    overshoot,
+    mismatch,
+    zero_variance,
+    cut_off,
+    cap,
+    unscored,
+    still,
+    reward,
+)
 
 
 def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | None:

@@ -27,38 +27,111 @@ from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
-_FLAGS = frozenset({
-    "use_vllm", "vllm_importance_sampling_correction", "use_liger_kernel", "auto_find_batch_size", "do_eval",
-    "mask_truncated_completions", "relax", "packing",
-})  # fmt: skip
-_WHOLE = frozenset({
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "steps_per_generation",
-    "generation_batch_size", "num_iterations", "num_generations", "num_generations_eval", "max_completion_length", "top_k",
-    "divergence_top_k", "dynamic_sampling", "packing_tokens", "packing_window",
-})  # fmt: skip
-_NUMBERS = frozenset({
-    "temperature", "top_p", "min_p", "epsilon", "epsilon_high", "delta", "beta", "vllm_importance_sampling_cap", "radius",
-    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max", "radius_upper", "max_ratio", "radius_end",
-})  # fmt: skip
-_NAMES = frozenset({
-    "loss_type", "scale_rewards", "importance_sampling_level", "vllm_importance_sampling_mode", "eval_strategy", "divergence",
-    "radius_schedule", "radius_target",
-})  # fmt: skip
+_FLAGS = frozenset(
+    {
+        "use_vllm",
+        "vllm_importance_sampling_correction",
+        "use_liger_kernel",
+        "auto_find_batch_size",
+        "do_eval",
+        "mask_truncated_completions",
+        "relax",
+        "packing",
+    }
+)
+_WHOLE = frozenset(
+    {
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "generation_batch_size",
+        "num_iterations",
+        "num_generations",
+        "num_generations_eval",
+        "max_completion_length",
+        "top_k",
+        "divergence_top_k",
+        "dynamic_sampling",
+        "packing_tokens",
+        "packing_window",
+    }
+)
+_NUMBERS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "min_p",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "beta",
+        "vllm_importance_sampling_cap",
+        "radius",
+        "vllm_importance_sampling_clip_min",
+        "vllm_importance_sampling_clip_max",
+        "radius_upper",
+        "max_ratio",
+        "radius_end",
+    }
+)
+_NAMES = frozenset(
+    {
+        "loss_type",
+        "scale_rewards",
+        "importance_sampling_level",
+        "vllm_importance_sampling_mode",
+        "eval_strategy",
+        "divergence",
+        "radius_schedule",
+        "radius_target",
+    }
+)
 _READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
 """What is given to the configuration. None of these makes it open a file, load a module or start anything."""
 
 _ASSUMED = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations", "use_vllm",
-    "temperature", "top_p", "top_k", "max_completion_length",
-)  # fmt: skip
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "num_generations",
+    "use_vllm",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_completion_length",
+)
 _MAY_BE_INFINITE = frozenset({"max_ratio", "epsilon_high", "delta"})
-_SHARED = frozenset({
-    "beta", "loss_type", "temperature", "use_vllm", "packing", "model_init_kwargs", "max_prompt_length", "top_k", "top_p",
-    "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs", "disable_dropout",
-    "ds3_gather_for_generation", "log_completions", "max_completion_length", "num_completions_to_print", "pad_to_multiple_of",
-    "ref_model_mixup_alpha", "ref_model_sync_steps", "router_aux_loss_coef", "shuffle_dataset", "sync_ref_model",
-    "trust_remote_code",
-})  # fmt: skip
+_SHARED = frozenset(
+    {
+        "beta",
+        "loss_type",
+        "temperature",
+        "use_vllm",
+        "packing",
+        "model_init_kwargs",
+        "max_prompt_length",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "generation_kwargs",
+        "cache_implementation",
+        "chat_template_kwargs",
+        "disable_dropout",
+        "ds3_gather_for_generation",
+        "log_completions",
+        "max_completion_length",
+        "num_completions_to_print",
+        "pad_to_multiple_of",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "router_aux_loss_coef",
+        "shuffle_dataset",
+        "sync_ref_model",
+        "trust_remote_code",
+    }
+)
 """Keys that other trainers of TRL have too, or files of other frameworks: they do not tell whose file it is."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _REGION = frozenset({"epsilon", "epsilon_high", "loss_type", "scale_rewards", "importance_sampling_level"})
@@ -210,9 +283,15 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _setup(
-    args: Any, given: Mapping[Any, Any], objective: Objective | None, ours: bool, host: Host, vocabulary: int | None,
-    unread: tuple[str, ...], doubtful: set[str],
-) -> Setup:  # fmt: skip
+    args: Any,
+    given: Mapping[Any, Any],
+    objective: Objective | None,
+    ours: bool,
+    host: Host,
+    vocabulary: int | None,
+    unread: tuple[str, ...],
+    doubtful: set[str],
+) -> Setup:
     accumulation, reuse = args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations
     version = _version()
     if min(accumulation, args.steps_per_generation, args.num_iterations) < 1:
@@ -221,28 +300,40 @@ def _setup(
             f"num_iterations={args.num_iterations} must be at least 1"
         )
     counted = not doubtful & {
-        "steps_per_generation", "num_iterations", "gradient_accumulation_steps", "generation_batch_size",
+        "steps_per_generation",
+        "num_iterations",
+        "gradient_accumulation_steps",
+        "generation_batch_size",
         "per_device_train_batch_size",
-    }  # fmt: skip
+    }
 
     def sure(name: str, value: Any) -> Any:
         return None if name in doubtful else value
 
     return Setup(
-        host=host, objective=objective, ours=ours, bypassed=_bypassed(args, version),
+        host=host,
+        objective=objective,
+        ours=ours,
+        bypassed=_bypassed(args, version),
         steps=max(1.0, reuse / accumulation) if counted else None,
         steps_from=f"steps_per_generation={args.steps_per_generation} x num_iterations={args.num_iterations} / "
         f"gradient_accumulation_steps={accumulation}",
         engine=sure("use_vllm", "vLLM" if args.use_vllm else ""),
         corrected=args.use_vllm and args.vllm_importance_sampling_correction,
-        temperature=sure("temperature", args.temperature), top_p=sure("top_p", args.top_p),
-        top_k=sure("top_k", args.top_k or 0), min_p=sure("min_p", args.min_p or 0.0),
+        temperature=sure("temperature", args.temperature),
+        top_p=sure("top_p", args.top_p),
+        top_k=sure("top_k", args.top_k or 0),
+        min_p=sure("min_p", args.min_p or 0.0),
         group=sure("num_generations", args.num_generations),
         tokens=args.per_device_train_batch_size * args.max_completion_length,
-        vocabulary=vocabulary, fused_head=version >= (1, 16), weights=_weights(given), learning_rate=_rate(given),
+        vocabulary=vocabulary,
+        fused_head=version >= (1, 16),
+        weights=_weights(given),
+        learning_rate=_rate(given),
         knobs=TRL_KNOBS | {"fused head": "TRL 1.16 or newer"},
-        assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given), unread=unread,
-    )  # fmt: skip
+        assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given),
+        unread=unread,
+    )
 
 
 def _version() -> tuple[int, ...]:
@@ -269,9 +360,11 @@ def _objective(args: Any, unread: list[str]) -> Objective | None:
         return None
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     return Objective(
-        bounds=Clip(args.epsilon, high), ratio_level="sequence" if args.importance_sampling_level == "sequence" else "token",
-        aggregation=AGGREGATION_OF[args.loss_type], name=args.loss_type,
-    )  # fmt: skip
+        bounds=Clip(args.epsilon, high),
+        ratio_level="sequence" if args.importance_sampling_level == "sequence" else "token",
+        aggregation=AGGREGATION_OF[args.loss_type],
+        name=args.loss_type,
+    )
 
 
 def _weights(given: Mapping[Any, Any]) -> str | None:

@@ -63,9 +63,15 @@ _OWN = "actor_rollout_ref."  # what only verl's settings begin with
 _MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that one names
 _MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, more than any of verl's; lines about what is unread
 _ZOO = {
-    "gspo": "gspo", "sapo": "sapo", "geo_mean": "gmpo", "cispo": "cispo", "clip_cov": "clip-cov", "kl_cov": "kl-cov",
-    "dppo_tv": "dppo-tv", "dppo_kl": "dppo-kl",
-}  # fmt: skip
+    "gspo": "gspo",
+    "sapo": "sapo",
+    "geo_mean": "gmpo",
+    "cispo": "cispo",
+    "clip_cov": "clip-cov",
+    "kl_cov": "kl-cov",
+    "dppo_tv": "dppo-tv",
+    "dppo_kl": "dppo-kl",
+}
 _MAX_LINE = 400  # characters of a message or of a line about what is unread
 _YAML = (".yaml", ".yml")
 _TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
@@ -86,7 +92,10 @@ _VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
 # What a prompt's only completion has for an advantage (verl 0.9.1, core_algos.py); others compare no completions.
 _ALONE: Mapping[str, tuple[Level, str]] = {
     "grpo": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
-    "grpo_vectorized": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
+    "grpo_vectorized": (
+        "problem",
+        "advantages compare the completions of a prompt: that of a single one is its reward",
+    ),
     "grpo_passk": ("problem", "verl's grpo_passk refuses groups of less than two completions"),
     "gdpo": ("problem", "advantages compare the completions of a prompt, and there is nothing to compare"),
     "rloo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
@@ -94,7 +103,7 @@ _ALONE: Mapping[str, tuple[Level, str]] = {
     "opo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
     "gpg": ("warning", "without other completions there is no baseline: the advantage is the reward"),
     "reinforce_plus_plus_baseline": ("warning", "without other completions there is no baseline within a prompt"),
-}  # fmt: skip
+}
 _NO_GROUPS = ("gae", "remax", "reinforce_plus_plus")
 
 

@@ -3,7 +3,7 @@
     actor_train:
       worker_cls: bandpo.integrations.roll.RLVRActorWorker        # or AgenticActorWorker, in the agentic pipeline
       system_envs:
-        BANDPO_LOSS: '{"objective": "bandpo-kl", "radius": 0.05}'  # without it: bandpo-kl with its own radius
+        BANDPO_LOSS: '{"objective": "bandpo-kl", "radius": 0.05}'  # default: bandpo-kl
 
 The workers are ROLL's with another `loss_func`. ROLL itself computes the reduction (`loss_agg_mode`), sample weights, KL loss,
 entropy bonus and the correction for the sampler (`train_infer_correction`): its own function is called with all advantages set
@@ -31,9 +31,12 @@ from bandpo.objective import Objective
 from bandpo.surrogates import MAX_LOG_RATIO
 
 _DEFAULTS = {
-    "pg_clip": 0.2, "use_pg_clip_range": False, "dual_clip_loss": False, "importance_sampling": "token",
+    "pg_clip": 0.2,
+    "use_pg_clip_range": False,
+    "dual_clip_loss": False,
+    "importance_sampling": "token",
     "ratio_type": "token",
-}  # fmt: skip
+}
 _MAY_BE_NONFINITE = ("old_log_probs", "ref_log_probs", "infer_logprobs", "train_infer_is_weight")
 _WORKERS = {
     "RLVRActorWorker": "roll.pipeline.rlvr.actor_worker",
@@ -55,7 +58,7 @@ def band_loss_func(self: Any, data: Any, output_tensor: Tensor) -> tuple[Tensor,
     """`loss_func` of a ROLL actor: ROLL's own terms with all advantages set to zero, plus our policy loss.
 
     Args:
-        self: The worker.
+        self: The worker of ROLL.
         data: ROLL's batch.
         output_tensor: Logits of the model.
 
@@ -165,8 +168,11 @@ def _corrected(self: Any, data: Any, old: Tensor, mask: Tensor) -> tuple[Tensor 
     sampler = batch.get("infer_logprobs", old)
     sampler = sampler if len(sampler) else old
     weights, keep, _ = compute_train_infer_correction(
-        cfg=config.train_infer_correction, response_mask=mask.long(), old_log_probs=fill(old, valid),
-        infer_log_probs=fill(sampler, valid), global_valid_samples=data.meta_info["global_valid_samples"]["response_mask"],
+        cfg=config.train_infer_correction,
+        response_mask=mask.long(),
+        old_log_probs=fill(old, valid),
+        infer_log_probs=fill(sampler, valid),
+        global_valid_samples=data.meta_info["global_valid_samples"]["response_mask"],
         global_valid_tokens=data.meta_info["batch_num_tokens"]["response_mask"],
-    )  # fmt: skip
+    )
     return keep.long(), weights if use else None

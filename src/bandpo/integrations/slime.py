@@ -1,7 +1,7 @@
 """The objectives as slime's custom loss, by import path.
 
     --loss-type custom_loss --custom-loss-function-path bandpo.integrations.slime.policy_loss
-    --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; without it: bandpo-kl with its own radius
+    --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; default: bandpo-kl
 
 slime's own code computes the log-probs (temperature, top-p replay, tensor and context parallelism) and reduces the loss: a
 mean over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`. The objective's
@@ -26,9 +26,14 @@ from bandpo.objective import Objective
 _NAMES = metrics_of("slime")
 # The check of eps_clip_high is in `_configured`, because slime sets it to eps_clip.
 _DEFAULTS = {
-    "eps_clip": 0.2, "eps_clip_c": None, "use_tis": False, "use_opsm": False, "get_mismatch_metrics": False,
-    "custom_pg_loss_reducer_function_path": None, "custom_tis_function_path": None,
-}  # fmt: skip
+    "eps_clip": 0.2,
+    "eps_clip_c": None,
+    "use_tis": False,
+    "use_opsm": False,
+    "get_mismatch_metrics": False,
+    "custom_pg_loss_reducer_function_path": None,
+    "custom_tis_function_path": None,
+}
 
 
 def policy_loss(
@@ -55,14 +60,27 @@ def policy_loss(
 
     lengths = batch["total_lengths"], batch["response_lengths"]
     _, found = host.get_log_probs_and_entropy(
-        logits, args=args, unconcat_tokens=batch["unconcat_tokens"], total_lengths=lengths[0],
-        response_lengths=lengths[1], with_entropy=True, **host.get_rollout_top_p_logprob_kwargs(args, batch),
-    )  # fmt: skip
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=lengths[0],
+        response_lengths=lengths[1],
+        with_entropy=True,
+        **host.get_rollout_top_p_logprob_kwargs(args, batch),
+    )
     masks = [slice_log_prob_with_cp(m, *n) for m, *n in zip(batch["loss_masks"], *lengths, strict=True)]
     return megatron_loss(
-        "slime", args, batch, logits, sum_of_sample_mean, logprobs=found["log_probs"], entropy=found["entropy"],
-        masks=masks, context_parallel=mpu.get_context_parallel_world_size(), approx_kl=host.compute_approx_kl,
-    )  # fmt: skip
+        "slime",
+        args,
+        batch,
+        logits,
+        sum_of_sample_mean,
+        logprobs=found["log_probs"],
+        entropy=found["entropy"],
+        masks=masks,
+        context_parallel=mpu.get_context_parallel_world_size(),
+        approx_kl=host.compute_approx_kl,
+    )
 
 
 class _Tokens(NamedTuple):
@@ -75,10 +93,18 @@ class _Tokens(NamedTuple):
 
 
 def megatron_loss(
-    host: str, args: Any, batch: Mapping[str, Any], logits: Tensor, reduce: Callable[[Tensor], Tensor], *,
-    logprobs: Sequence[Tensor], entropy: Sequence[Tensor] | None, masks: Sequence[Tensor], context_parallel: int,
+    host: str,
+    args: Any,
+    batch: Mapping[str, Any],
+    logits: Tensor,
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    logprobs: Sequence[Tensor],
+    entropy: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    context_parallel: int,
     approx_kl: Callable[..., Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of slime and of its forks, from what each of them computes in its own way.
 
     Args:
@@ -145,9 +171,14 @@ def _references(
 
 
 def _evaluated(
-    objective: Objective, *, logprobs: Sequence[Tensor], old: Sequence[Tensor], sampler: Sequence[Tensor] | None,
-    advantages: Sequence[Tensor], masks: Sequence[Tensor],
-) -> tuple[_Tokens, dict[str, Tensor]]:  # fmt: skip
+    objective: Objective,
+    *,
+    logprobs: Sequence[Tensor],
+    old: Sequence[Tensor],
+    sampler: Sequence[Tensor] | None,
+    advantages: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> tuple[_Tokens, dict[str, Tensor]]:
     """The objective of each token and the metrics, from one tensor for each sample."""
 
     def rows(tensors: Sequence[Tensor]) -> Tensor:

@@ -82,9 +82,15 @@ class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
 
 
 def loss(
-    name: str | None, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "token-mean", config: ActorConfig | None = None, rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    name: str | None,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: ActorConfig | None = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
     """A policy loss as verl calls it.
 
     Args:
@@ -112,9 +118,14 @@ def loss(
     objective = _objective(config, name)
     valid = as_mask(response_mask, "response_mask")
     found = evaluate(
-        objective, logprobs=log_prob, old_logprobs=old_log_prob, rollout_logprobs=old_log_prob, advantages=advantages,
-        mask=valid, weights=rollout_is_weights,
-    )  # fmt: skip
+        objective,
+        logprobs=log_prob,
+        old_logprobs=old_log_prob,
+        rollout_logprobs=old_log_prob,
+        advantages=advantages,
+        mask=valid,
+        weights=rollout_is_weights,
+    )
     total = agg_loss(-found.value, response_mask, loss_agg_mode, **config.global_batch_info)
     return total, _metrics(found, valid, ranks=config.global_batch_info.get("dp_size") or 1)
 

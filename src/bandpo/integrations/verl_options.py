@@ -24,14 +24,22 @@ DUAL_CLIP = 3.0
 """verl's default of `clip_ratio_c`."""
 
 ACTOR_DEFAULTS: Mapping[str, Any] = {
-    "clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "tau_pos": 1.0, "tau_neg": 1.05,
-}  # fmt: skip
+    "clip_ratio": 0.2,
+    "clip_ratio_low": 0.2,
+    "clip_ratio_high": 0.2,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+}
 """Options in `actor` of verl's own losses, with verl's defaults. An objective of bandpo would ignore them."""
 
 POLICY_LOSS_DEFAULTS: Mapping[str, Any] = {
-    "clip_cov_ratio": 0.0002, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0, "kl_cov_ratio": 0.0002, "ppo_kl_coef": 0.1,
+    "clip_cov_ratio": 0.0002,
+    "clip_cov_lb": 1.0,
+    "clip_cov_ub": 5.0,
+    "kl_cov_ratio": 0.0002,
+    "ppo_kl_coef": 0.1,
     "dro_beta": None,
-}  # fmt: skip
+}
 """Options in `actor.policy_loss` of verl's own losses, with verl's defaults. An objective of bandpo would ignore them."""
 
 
@@ -104,7 +112,7 @@ def with_region(name: str, options: Mapping[str, Any]) -> Objective:
     objective = get_objective(name)
     missing = missing_inputs(objective)
     if missing:
-        raise ValueError(f"objective {name!r} needs {missing}, which verl does not give a policy loss")
+        raise ValueError(f"objective {name!r} needs {missing}, which verl does not give to a policy loss")
     bypass = options.get("bypass_mode")
     _check_anchor(
         objective, name, parse_flag("policy_loss: bypass_mode", bypass) if isinstance(bypass, str) else bypass
