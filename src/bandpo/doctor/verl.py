@@ -1,7 +1,7 @@
-"""Reads verl's settings without verl: a YAML configuration, or a script or list of overrides `key=value`.
+"""Reads verl's settings without verl: from a YAML configuration, or from a script or list of overrides `key=value`.
 
-Nothing is executed. A value that only a shell, an environment or another file could tell is `UNKNOWN`, is named, and no rule
-judges by it. Settings that a file does not have are verl's defaults only where verl would take its own, and are named too.
+Nothing is executed. A value that depends on a shell, an environment or another file is `UNKNOWN`: it is listed, and no rule
+uses it. For settings that are not in the file, verl's defaults are used where verl would use them, and they are listed too.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from bandpo._system.bounded import parse_yaml, read_regular
 from bandpo._system.files import read_yaml
@@ -56,12 +56,12 @@ DEFAULTS: Mapping[str, Any] = {
     f"{_ROLLOUT}.top_k": -1,
     f"{_ROLLOUT}.n": 1,
 }
-"""verl 0.9.1's own; a test composes its configuration and compares."""
+"""The defaults of verl 0.9.1; a test compares them with verl's own configuration."""
 
 MAX_SCRIPT_BYTES = 1 << 18
-_OWN = "actor_rollout_ref."  # what only verl's settings begin with
-_MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that one names
-_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, more than any of verl's; lines about what is unread
+_OWN = "actor_rollout_ref."  # only verl's settings begin with this
+_MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that an entry names
+_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, longer than any of verl's; lines about what is unread
 _ZOO = {
     "gspo": "gspo",
     "sapo": "sapo",
@@ -89,12 +89,12 @@ _VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)")
 _OWN_ARGUMENTS = ("$@", "$*", "${@}", "${*}", '"$@"')
 _VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
 
-# What a prompt's only completion has for an advantage (verl 0.9.1, core_algos.py); others compare no completions.
+# The advantage of a prompt's only completion (verl 0.9.1, core_algos.py); other estimators compare no completions.
 _ALONE: Mapping[str, tuple[Level, str]] = {
-    "grpo": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
+    "grpo": ("problem", "advantages compare the completions of a prompt: the advantage of a single one is its reward"),
     "grpo_vectorized": (
         "problem",
-        "advantages compare the completions of a prompt: that of a single one is its reward",
+        "advantages compare the completions of a prompt: the advantage of a single one is its reward",
     ),
     "grpo_passk": ("problem", "verl's grpo_passk refuses groups of less than two completions"),
     "gdpo": ("problem", "advantages compare the completions of a prompt, and there is nothing to compare"),
@@ -113,18 +113,18 @@ class _Unknown:
 
 
 UNKNOWN = _Unknown()
-"""A value that the file sets, or may set, and that cannot be known from it."""
+"""A value that the file sets or may set, and that cannot be determined from it."""
 
 
 @dataclass
 class Settings:
-    """What a file says of verl's settings.
+    """The settings of verl in a file.
 
     Args:
-        given: Values by dotted key, as the file has them; `UNKNOWN` where they cannot be known.
-        defaults: Whether verl's own defaults hold for other keys; without, these are not known.
-        unread: What could not be read, for people.
-        assumed: Keys whose default was asked for.
+        given: Values by dotted key, as they are in the file; `UNKNOWN` where they cannot be determined.
+        defaults: Whether verl's defaults hold for all other keys; if not, their values are not known.
+        unread: Lines about what could not be read.
+        assumed: Keys whose default was used.
     """
 
     given: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -133,7 +133,11 @@ class Settings:
     assumed: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def get(self, key: str) -> Any:
-        """The value of a key, references resolved, or verl's default for it; `UNKNOWN` if neither is known."""
+        """The value of a key with references resolved, or verl's default for it; `UNKNOWN` if neither is known.
+
+        Args:
+            key: A dotted key, like the other methods.
+        """
         value: Any = self._plain(key)
         for _ in range(10):
             match = re.fullmatch(r"\$\{([\w.]{1,200})\}", value) if isinstance(value, str) else None
@@ -145,14 +149,14 @@ class Settings:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the file sets a key."""
+        """Whether the file sets the `key`."""
         return key in self.given
 
     def number(self, key: str) -> float | None:
-        """A finite number, None if it is not known.
+        """The value of `key` as a finite number, None if it is not known.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the value is something else.
         """
         value = self.get(key)
         if value is UNKNOWN:
@@ -168,14 +172,22 @@ class Settings:
         return number
 
     def whole(self, key: str) -> int | None:
-        """A whole number, None if it is not known."""
+        """The value of `key` as a whole number, None if it is not known.
+
+        Raises:
+            ValueError: If the value is something else.
+        """
         value = self.number(key)
         if value is not None and value != value // 1:
             raise ValueError(f"{key}: {short(self.get(key))} is not a whole number")
         return None if value is None else int(value)
 
     def flag(self, key: str) -> bool | None:
-        """True or false, None if it is not known."""
+        """The value of `key` as true or false, None if it is not known.
+
+        Raises:
+            ValueError: If the value is something else.
+        """
         value = self.get(key)
         if value is UNKNOWN:
             return None
@@ -184,7 +196,7 @@ class Settings:
         return value
 
     def label(self, key: str) -> str:
-        """`name=value` of a number, for what a finding is about."""
+        """The number at `key` as `name=value`, for a finding."""
         value = self.number(key)
         shown = "not known" if value is None else f"{value:g} (assumed)" if key in self.assumed else f"{value:g}"
         return f"{key.rpartition('.')[2]}={shown}"
@@ -204,11 +216,15 @@ class Settings:
 
 
 class Text(str):
-    """A value as a command line has it: YAML that is read when it is asked for."""
+    """A value from a command line: YAML that is parsed when it is used."""
 
 
 def parsed(text: str) -> Any:
-    """The value that Hydra reads from a text of the command line; the text itself where it is no YAML."""
+    """The value that Hydra reads from a text of the command line; the text itself if it is not YAML.
+
+    Args:
+        text: The text after `key=`.
+    """
     try:
         return parse_yaml(str(text), "a value") if text else None
     except ValueError:
@@ -232,7 +248,7 @@ def read_verl(
         vocabulary: Number of tokens in the model's vocabulary, for the memory of the logits; None if it is not known.
 
     Raises:
-        ValueError: If it is another framework's, cannot be read, or asks for what bandpo would refuse.
+        ValueError: If it belongs to another framework, cannot be read, or has a value that is not valid.
     """
     chosen: dict[str, Any] = {}
     for override in overrides:
@@ -246,10 +262,14 @@ def read_verl(
 
 
 def is_verl(given: Mapping[Any, Any]) -> bool:
-    """Whether a YAML file is a configuration of verl's main_ppo: it has keys that only verl has, or builds on verl's file."""
-    defaults = given.get("defaults")
+    """Whether a YAML file is a configuration of verl's main_ppo: it has keys that only verl has, or extends verl's file.
+
+    Args:
+        given: Keys and values of the file.
+    """
+    defaults: Any = given.get("defaults")
     return any(str(key).partition(".")[0] == "actor_rollout_ref" for key in given) or (
-        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in defaults)
+        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in cast("list[Any]", defaults))
     )
 
 
@@ -258,9 +278,10 @@ def _from_yaml(path: Path, tree: Mapping[Any, Any], chosen: Mapping[str, Any]) -
     if not is_verl(tree):
         raise not_readable(path, host_of_keys(tree))
     own = _flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
-    entries = tree.get("defaults") or []
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: defaults must be a list, got {type(entries).__name__}")
+    found: Any = tree.get("defaults") or []
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: defaults must be a list, got {type(found).__name__}")
+    entries = cast("list[Any]", found)
     if len(entries) > _MAX_DEFAULTS:
         raise ValueError(f"{path}: defaults has {len(entries)} entries")
     for entry in entries if "_self_" in entries else [*entries, "_self_"]:  # later ones win
@@ -269,23 +290,21 @@ def _from_yaml(path: Path, tree: Mapping[Any, Any], chosen: Mapping[str, Any]) -
 
 
 def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What a line of Hydra's `defaults` brings: verl's own, or a file beside the configuration."""
+    """The settings that an entry of Hydra's `defaults` adds: those of a file beside the configuration."""
     if isinstance(entry, str) and entry in _VERL_DEFAULTS:
         return {}
     if isinstance(entry, str):
-        settings.unread.append(f"defaults: {entry} is not read, and what it sets is not known")
-        settings.defaults = False
+        _leave_out(settings, f"{entry} is not read, and what it sets is not known")
         return {}
-    if not isinstance(entry, Mapping) or len(entry) != 1:
+    if not isinstance(entry, Mapping) or len(cast("Mapping[Any, Any]", entry)) != 1:
         raise ValueError(f"defaults: {short(entry)} is neither a name nor a pair group: name")
-    [(key, name)] = entry.items()
+    [(key, value)] = cast("Mapping[Any, Any]", entry).items()
     group = str(key).removeprefix("override ").removeprefix("optional ")
-    name = str(chosen.get(group, name))
-    if group.startswith("hydra/"):  # how Hydra itself works, not what the run does
+    name = str(chosen.get(group, value))
+    if group.startswith("hydra/"):  # options of Hydra itself, not of the run
         return {}
     if not (_NAME.fullmatch(group) and _NAME.fullmatch(name)):  # a stranger's file must not lead out of its folder
-        settings.unread.append(f"defaults: {short(group)}={short(name)} is not read: it is no plain name")
-        settings.defaults = False
+        _leave_out(settings, f"{short(group)}={short(name)} is not read: it is no plain name")
         return {}
     file = folder / group / f"{name}.yaml"
     try:
@@ -294,17 +313,21 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
         data = read_regular(file, _MAX_GROUP_BYTES, follow=False)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a loop
         why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        settings.unread.append(f"defaults: {group}={name} is not read: {why}")
-        settings.defaults = False
+        _leave_out(settings, f"{group}={name} is not read: {why}")
         return {}
     tree = parse_yaml(data, str(file))
     if not isinstance(tree, dict):
         raise ValueError(f"{file} must hold keys and values, got {type(tree).__name__}")
     if "defaults" in tree:
-        settings.unread.append(f"defaults: those of {group}={name} are not read, and what they set is not known")
-        settings.defaults = False
-    keys = _flat({k: v for k, v in tree.items() if k != "defaults"})
+        _leave_out(settings, f"those of {group}={name} are not read, and what they set is not known")
+    keys = _flat({k: v for k, v in cast("dict[Any, Any]", tree).items() if k != "defaults"})
     return keys if b"@package _global_" in data else {f"{group}.{k}": x for k, x in keys.items()}
+
+
+def _leave_out(settings: Settings, what: str) -> None:
+    """Note that an entry of `defaults` is not read, so that settings which are not in the file are not known."""
+    settings.unread.append(f"defaults: {what}")
+    settings.defaults = False
 
 
 def _from_script(path: Path) -> Settings:
@@ -338,7 +361,7 @@ def _from_script(path: Path) -> Settings:
 
 
 def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: bool) -> Settings:
-    """What one command sets."""
+    """The settings of one command."""
     at = next((i for i, word in enumerate(command) if _is_main_ppo(word)), None)
     settings = Settings(defaults=listed or at is not None)
     unresolved: list[str] = []
@@ -370,7 +393,7 @@ def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: boo
 
 
 def _merged(parts: Sequence[Settings]) -> Settings:
-    """What all commands of a script have in common."""
+    """The settings that all commands of a script have in common."""
     if not parts:
         return Settings(defaults=False)
     first, *others = parts
@@ -401,7 +424,7 @@ def _is_main_ppo(word: Word) -> bool:
 
 
 def _plain_variables(script: Script) -> frozenset[str]:
-    """The variables whose every value is written in the script, but for values of settings: what they set can be named."""
+    """The variables whose values are all written in the script, except for values of settings: their keys are known."""
     users: dict[str, list[str]] = {}
     pending: list[str] = []
     for name, words in script.variables.items():
@@ -429,7 +452,7 @@ def _are_plain(word: Word, plain: frozenset[str]) -> bool:
 
 
 def _held(words: Iterable[Word]) -> tuple[str, ...]:
-    """Keys of settings inside of texts."""
+    """The keys of settings inside of texts."""
     found: dict[str, None] = {}
     for word in words:
         for part in word.text.split():
@@ -440,7 +463,7 @@ def _held(words: Iterable[Word]) -> tuple[str, ...]:
 
 
 def _key(word: Word) -> str | None:
-    """The key of an override, None if the word is none."""
+    """The key of an override, None if the word is not an override."""
     match = _KEY.match(word.text)
     if match is None or match.end() > word.known or len(match[1]) > _MAX_KEY:
         return None
@@ -454,7 +477,7 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         if len(name) > _MAX_KEY:
             continue
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{name}.")
+            found |= _flat(cast("Mapping[Any, Any]", value), f"{name}.")
         else:
             found[name] = value
     return found
@@ -530,7 +553,7 @@ def _alone(s: Settings) -> tuple[Level, str] | None:
 
 
 def _tokens(s: Settings) -> int:
-    """Tokens of a micro-batch, 0 if they are not known."""
+    """Number of tokens in a micro-batch, 0 if it is not known."""
     dynamic = s.flag(f"{_ACTOR}.use_dynamic_bsz")
     if dynamic is None:
         return 0
@@ -590,7 +613,7 @@ def _loss_of_verl(s: Settings, mode: str) -> Objective | None:
     aggregation = "token-mean" if aggregation is UNKNOWN else aggregation
     if not bypass:
         return Objective(bounds=Clip(low, high), name=mode, aggregation=aggregation)
-    # verl's bypass mode puts a loss of its own in place of the configured one, which takes its ratio against the sampler
+    # verl's bypass mode replaces the configured loss by one of its own, which takes its ratio against the sampler.
     kind = s.get("algorithm.rollout_correction.loss_type")
     if kind != "ppo_clip":
         what = "not known" if kind is UNKNOWN else short(kind)
@@ -653,7 +676,7 @@ def _known(s: Settings, prefix: str, names: Iterable[str]) -> dict[str, float | 
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of many names."""
+    """The first eight of the names, for a message."""
     names = [redact_text(name) for name in names]
     names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
