@@ -269,7 +269,7 @@ def test_no_pair_left_is_an_error_that_says_why(tmp_path, make_model, tokenizer)
 
 def test_a_cut_that_makes_both_sides_equal_is_an_error(tmp_path, make_model, tokenizer):
     data = Dataset.from_list([{"prompt": "1+1=", "chosen": "222223", "rejected": "222224"}] * 3 + list(pairs(2)))
-    with pytest.raises(ValueError, match="of 3 of 5 pairs max_length=8 leaves the same text"):
+    with pytest.raises(ValueError, match="max_length=8 makes chosen and rejected equal in 3 of 5 pairs"):
         dpo(tmp_path, make_model, tokenizer, data, max_length=8)
 
 

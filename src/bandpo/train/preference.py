@@ -48,7 +48,7 @@ class PreferenceRun:
         self.notes: list[str] = []
         if run.pairs is None:
             self.rounds = _Rounds(model, reward, args, prompts, tokenizer)
-            self.rounds.progress = progress
+            self.rounds.progress, self.rounds.say = progress, progress.say
             return
         self.rounds = None
         self.log = TrainingProgress(progress, self.folder)
@@ -101,9 +101,6 @@ class _Rounds(OnlinePreferenceTrainer):
     """Says what each round measured, and keeps metrics.jsonl."""
 
     progress: Progress
-
-    def _say(self, text: str) -> None:
-        self.progress.say(text)
 
     def _save(self, k: int, pairs: list[dict[str, Any]], measured: dict[str, float]) -> None:
         super()._save(k, pairs, measured)

@@ -1,21 +1,22 @@
 """What `BandGRPOTrainer` and `BandDPOTrainer` have in common."""
 
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate import PartialState
 from torch import nn
 
-from bandpo.integrations.trl.checkpoint import WholeCheckpoints
+from bandpo.integrations.trl.checkpoint import Say, WholeCheckpoints
 from bandpo.integrations.trl.pooled import Log, PooledLog, checked_metrics, without_empty
 from bandpo.integrations.trl.precision import lost_updates_of
 
-Say = Callable[[str], object]
-
 
 def warn(text: str) -> None:
-    """A message to the user as a Python warning."""
+    """Show a message to the user as a Python warning.
+
+    Args:
+        text: The message.
+    """
     warnings.warn(text, stacklevel=4)
 
 

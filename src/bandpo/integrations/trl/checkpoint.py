@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or do not count, and from which a run continues as if it had never stopped."""
+"""Checkpoints that are complete or refused, and from which a run continues as if it had never stopped."""
 
 import errno
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -16,56 +16,77 @@ from transformers import Trainer, TrainerState
 from bandpo._system.errors import RunError
 from bandpo._system.files import damage, latest_whole, seal, unseal
 
+if TYPE_CHECKING:
+    from bandpo.integrations.trl.host import Accelerator
+
 _STATE_FILE = "bandpo_state_{rank}.pt"
-# What the half-used rollout and the place in the data depend on, besides the number of processes.
-_FIXED = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations",
-          "num_iterations")  # fmt: skip
+_FIXED = (  # besides the number of processes, the half-used rollout and the place in the data depend on these
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_generations",
+    "num_iterations",
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TRIAL_BYTES = 1 << 20  # written to see whether there is room
+_LONGEST_LINE = 300  # characters of an error that a message quotes
 
 
-def latest_checkpoint(folder: Path, say: Callable[[str], Any]) -> Path | None:
-    """The last whole checkpoint in a run's folder, if any.
+Say = Callable[[str], object]
+
+
+def latest_checkpoint(folder: Path, say: Say) -> Path | None:
+    """The last complete checkpoint in the folder of a run; None if there is none.
 
     Args:
-        folder: The folder; it need not exist.
-        say: Takes a message for each checkpoint that is damaged.
+        folder: The folder of the run; it may not exist.
+        say: Called with a message for each checkpoint that is damaged.
     """
     return latest_whole(_checkpoints(folder), _step_of, say)
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; the checkpoints before it are unchanged."""
 
 
 class WholeCheckpoints(Trainer):
-    """What a trainer of this project adds to transformers' checkpoints.
+    """A trainer of transformers whose checkpoints are complete or refused.
 
-    The last file written, `bandpo_files.json`, holds size and CRC-32 of all others: a checkpoint without it, or that
-    differs from it, is never resumed. Older checkpoints are deleted once the new one is whole. The running sum behind the
-    logged `loss` travels along, so that a run resumed between two logs logs the same.
+    The last file written, `bandpo_files.json`, holds size and CRC-32 of all others: a checkpoint without it, or that differs
+    from it, is never resumed. Older checkpoints are deleted once the new one is complete. The running sum behind the logged
+    `loss` is saved too, so that a run that is resumed between two lines of the log logs the same numbers.
     """
+
+    if TYPE_CHECKING:
+        accelerator: Accelerator
 
     _carried: tuple[Tensor, int] | None = None
     _loss_sum = torch.tensor(0.0)
 
     def state_to_keep(self) -> dict[str, Any]:
-        """More that a checkpoint must hold, as tensors and plain values."""
+        """State of a subclass that a checkpoint must hold, as tensors and plain values."""
         return {}
 
     def take_state(self, state: dict[str, Any]) -> None:
-        """What `state_to_keep` gave, from a checkpoint.
+        """Restore what `state_to_keep` returned.
 
         Args:
-            state: The state.
+            state: The state from the checkpoint; it has more keys than those of `state_to_keep`.
         """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; True resumes the last whole checkpoint, and a damaged one is refused.
+        """Train as in transformers. A damaged checkpoint is refused.
 
         Args:
-            resume_from_checkpoint: A folder, or True for the last one in `output_dir`.
-            *args: As in transformers.
-            **kwargs: As in transformers.
+            resume_from_checkpoint: The folder of a checkpoint, or True for the last complete one in `output_dir`.
+            *args: The other arguments of transformers' `Trainer.train`.
+            **kwargs: The other arguments of transformers' `Trainer.train`.
+
+        Returns:
+            transformers' `TrainOutput`, or None if the resumed run was finished.
+
+        Raises:
+            ValueError: If the checkpoint cannot be resumed, or there is none.
         """
         if resume_from_checkpoint is True:
             found = latest_checkpoint(Path(self.args.output_dir or "."), warnings.warn)
@@ -75,14 +96,14 @@ class WholeCheckpoints(Trainer):
         elif resume_from_checkpoint and (wrong := damage(Path(resume_from_checkpoint))):
             raise _cannot_resume(resume_from_checkpoint, wrong)
         if resume_from_checkpoint:
-            self._state_in(Path(resume_from_checkpoint))  # what does not fit is refused before anything slow
+            self._state_in(Path(resume_from_checkpoint))  # a state that does not fit is refused before anything slow
         if resume_from_checkpoint and self._is_done(Path(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)  # transformers would make one step too many
             return None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _is_done(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is that of the last step."""
+        """Whether a checkpoint is of the last step of the run."""
         with _readable(checkpoint):
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if self.args.max_steps > 0:
@@ -109,13 +130,15 @@ class WholeCheckpoints(Trainer):
         folder = run / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             unseal(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # transformers deletes too early
         try:
             super()._save_checkpoint(model, trial)
             state = {
-                "settings": self._settings(), "loss": self._loss_sum.clone(), "logged": self._globalstep_last_logged,
+                "settings": self._settings(),
+                "loss": self._loss_sum.clone(),
+                "logged": self._globalstep_last_logged,
                 **self.state_to_keep(),
-            }  # fmt: skip
+            }
             torch.save(state, folder / _STATE_FILE.format(rank=self.accelerator.process_index))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -149,27 +172,29 @@ class WholeCheckpoints(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same in the run that resumes."""
+        """Settings that must be the same in the run that resumes."""
         fixed = {name: getattr(self.args, name) for name in _FIXED if hasattr(self.args, name)}
         return {"processes": self.accelerator.num_processes, **fixed}
 
     def _state_in(self, checkpoint: Path) -> dict[str, Any]:
-        """What `state_to_keep` gave on this process, in a checkpoint of a run with the same processes and batches.
+        """What `state_to_keep` returned on this process, from a checkpoint of a run with the same processes and batches.
 
         Raises:
-            ValueError: If it cannot be read, or if the run was another one.
+            ValueError: If the file cannot be read, or if the run had other settings.
         """
         path = checkpoint / _STATE_FILE.format(rank=self.accelerator.process_index)
-        if not path.exists():  # another number of processes: the first one's file says how many
+        if not path.exists():  # another number of processes: the file of the first one holds it
             path = checkpoint / _STATE_FILE.format(rank=0)
         with _readable(checkpoint):
             # On the CPU first: torch cannot load to "cpu:0", which processes on a CPU have as their device.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+            loaded: object = torch.load(path, map_location="cpu", weights_only=True)
+        state = cast("dict[str, Any]", loaded) if isinstance(loaded, dict) else {}
+        settings = state.get("settings")
+        if not isinstance(settings, dict):
             raise _cannot_resume(
                 checkpoint, f"{path.name} was written by another version of bandpo, or by another program"
             )
-        then = {k: v for k, v in state["settings"].items() if isinstance(v, int)}
+        then = {k: v for k, v in cast("dict[str, object]", settings).items() if isinstance(v, int)}
         now = self._settings()
         changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         if changed:
@@ -183,8 +208,8 @@ class WholeCheckpoints(Trainer):
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
-    """What a file of a checkpoint brings up is one sentence: a pickle that is refused or torn fails in many ways."""
+def _readable(checkpoint: Path) -> Generator[None, None, None]:
+    """Any failure to read a file of a checkpoint becomes one message: damaged or refused pickles fail in many ways."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -201,11 +226,11 @@ def _cannot_resume(checkpoint: str | Path, why: str) -> ValueError:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:300]
+    return next(iter(str(error).splitlines()), "")[:_LONGEST_LINE]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """By their step, whatever the clock said when they were written."""
+    """The checkpoints in a folder by their steps; the times at which they were written may be wrong."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=_step_of)
 
@@ -215,7 +240,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _delete_oldest(run: Path, limit: int | None, keep: list[Path]) -> None:
-    """Delete the checkpoints of the lowest steps until `limit` are left; those to keep stay, even where they are more."""
+    """Delete the checkpoints of the lowest steps until `limit` are left, but none of those to keep."""
     if limit is None or limit <= 0:
         return
     found, kept = _checkpoints(run), {p.resolve() for p in keep}
@@ -225,22 +250,24 @@ def _delete_oldest(run: Path, limit: int | None, keep: list[Path]) -> None:
 
 
 def _is_full(error: BaseException | None, folder: Path) -> bool:
-    """Whether a file could not be written because there is no room: by the system's own number, or by trying again."""
+    """Whether a file could not be written because the disk is full: by the system's error number, or by trying again."""
     seen = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return True
-        if any(f"(os error {number})" in str(seen) for number in _FULL):  # safetensors has the number in its text only
+        if any(
+            f"(os error {number})" in str(seen) for number in _FULL
+        ):  # safetensors gives the number in its text only
             return True
         seen = seen.__cause__ or seen.__context__
     if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
         return False
-    written = [p for p in folder.rglob("*") if p.is_file()]  # torch says that it failed, not why
+    written = [p for p in folder.rglob("*") if p.is_file()]  # torch does not give the reason
     if not written:
         return False
     try:
         with max(written, key=lambda p: p.stat().st_size).open("ab") as file:
-            file.write(bytes(1 << 20))
+            file.write(bytes(_TRIAL_BYTES))
     except OSError as again:
         return again.errno in _FULL
     return False

@@ -1,28 +1,43 @@
 """The parts of `BandGRPOTrainer` that its helpers use, with types: TRL and transformers leave most of them open."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from bandpo.integrations.trl.config import BandGRPOConfig
-from bandpo.integrations.trl.pooled import Log
+from bandpo.integrations.trl.pooled import Gathers, Log
 from bandpo.objective import Objective
 
 Batch: TypeAlias = dict[str, Any]
 """A rollout or a batch of TRL: tensors by name, with one row for each completion, and a few values of the whole rollout."""
 
 
-class Accelerator(Protocol):
+T = TypeVar("T")
+
+
+def gathered(values: list[T]) -> list[T]:
+    """The lists of all processes, one after the other; accelerate's `gather_object` with a type.
+
+    Args:
+        values: Picklable values of this process.
+    """
+    return gather_object(values)
+
+
+class Accelerator(Gathers, Protocol):
     """What is used of accelerate's `Accelerator`."""
 
-    device: torch.device
     num_processes: int
     process_index: int
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, concatenated along the first dimension."""
+    def wait_for_everyone(self) -> None:
+        """Return when all processes are here."""
+        ...
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """The model without what distributed training has put around it."""
         ...
 
     def autocast(self) -> AbstractContextManager[None]:

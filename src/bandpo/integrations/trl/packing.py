@@ -1,6 +1,6 @@
 """Packed forward passes in TRL, for models that are known and measured to keep packed sequences apart."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from bandpo.integrations.trl.host import GRPOHost
 from bandpo.selection.packing import PackedBatch, mixes_sequences, pack_rows, packing_error
 
-# Layers that attend within the mask that transformers makes from the positions, and feed-forward layers that are listed with
-# them. Any other kind (linear or compressed attention, convolutions, recurrences, what is new) carries a state, or may.
+# Layers that attend within the mask that transformers makes from the positions, and feed-forward layers. Layers of any other
+# kind (linear or compressed attention, convolutions, recurrences, new kinds) may carry a state from one sequence to the next.
 _APART = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _PROBE_WINDOW = 8
@@ -21,14 +21,14 @@ _REMEDY = "Switch packing off for this model"
 
 
 def refuse_packing(model: Any, *, router_loss: bool) -> None:
-    """Refuse, by what a model's configuration says, what packing would make wrong.
+    """Refuse a model that packing would make wrong, as far as its configuration tells.
 
     Args:
         model: A causal LM of transformers, or of PEFT.
         router_loss: Whether an auxiliary loss of a mixture of experts is trained on.
 
     Raises:
-        ValueError: With the reason and the remedy.
+        ValueError: If packing would be wrong; the message has the reason and a remedy.
     """
     config = model.config.get_text_config()
     attention = getattr(config, "_attn_implementation", None)
@@ -53,12 +53,12 @@ def refuse_packing(model: Any, *, router_loss: bool) -> None:
 
 
 def probe_packing(model: Any, tokenizer: Any, device: torch.device) -> None:
-    """Run a few short sequences packed and alone, with a model's windows made shorter than they are.
+    """Run a few short sequences packed and alone, with windows of attention shorter than the model's, and compare.
 
     Args:
-        model: A causal LM that `refuse_packing` let pass.
-        tokenizer: For the tokens of the sequences.
-        device: Where inputs go.
+        model: A causal LM that `refuse_packing` accepts.
+        tokenizer: The tokenizer of the model.
+        device: Device of the model's inputs.
 
     Raises:
         ValueError: If the model mixes them.
@@ -84,8 +84,8 @@ def probe_packing(model: Any, tokenizer: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def _short_windows(config: Any) -> Iterator[None]:
-    """A window that a few tokens are longer than: the masks are made from the configuration, at each call."""
+def _short_windows(config: Any) -> Generator[None, None, None]:
+    """Windows of attention that a few tokens exceed. A model makes its masks from the configuration at each call."""
     saved = {name: value for name in _WINDOWS if (value := getattr(config, name, None))}
     try:
         for name, value in saved.items():
@@ -97,13 +97,13 @@ def _short_windows(config: Any) -> Iterator[None]:
 
 
 def _is_flash(config: Any) -> bool:
-    """Whether attention is some flash attention, the ones of a kernel repository included: kernels-community/flash-attn2."""
+    """Whether attention is a flash attention, also one of a kernel repository such as kernels-community/flash-attn2."""
     name = getattr(config, "_attn_implementation", None) or ""
     return "flash" in name and not name.startswith("paged")
 
 
 def _inputs(packed: PackedBatch, config: Any) -> dict[str, Any]:
-    """Arguments of a packed forward pass; flash attention takes all rows as one, with the borders of the sequences."""
+    """Arguments of a packed forward pass. Flash attention takes all rows as one row, with the borders of the sequences."""
     inputs: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     if _is_flash(config):
         inputs = {name: packed.flat(x) for name, x in inputs.items()} | packed.varlen()
@@ -120,10 +120,28 @@ def _rows(values: Tensor, packed: PackedBatch) -> Tensor:
 
 
 def packed_scores(
-    trainer: GRPOHost, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None,
+    trainer: GRPOHost,
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_to_keep: int,
+    batch_size: int | None,
     compute_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Log-probs and entropies of the completions from packed rows, as TRL's `_get_per_token_logps_and_entropies` has them."""
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies of completions by packed forward passes, as in TRL's `_get_per_token_logps_and_entropies`.
+
+    Args:
+        trainer: The trainer.
+        model: The policy to score with.
+        input_ids: Prompts and completions, `(batch, width)`.
+        attention_mask: 1 for tokens and 0 for padding, `(batch, width)`.
+        logits_to_keep: Width of the completions.
+        batch_size: Sequences of one forward pass; None for all.
+        compute_entropy: Whether to compute entropies.
+
+    Returns:
+        Log-probs and entropies, `(batch, logits_to_keep)`; None in place of entropies that are not computed.
+    """
     logps: list[Tensor] = []
     entropies: list[Tensor] = []
     densities: list[float] = []
@@ -141,7 +159,7 @@ def packed_scores(
         labels = packed.flat(labels) if _is_flash(config) else labels
         with trainer.accelerator.autocast():
             out = model(**_inputs(packed, config), labels=labels, fused_lm_head=True)
-        # The model gives each place the value of the next token: shifted by one, each token has its own.
+        # The model returns the value of the next token at each place; shifted by one, each token has its own value.
         logps.append(packed.unpack(_rows(pad(out.log_probs, (1, 0)), packed))[:, -logits_to_keep:])
         if compute_entropy:
             entropies.append(packed.unpack(_rows(pad(out.entropy, (1, 0)), packed))[:, -logits_to_keep:])

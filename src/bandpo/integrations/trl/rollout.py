@@ -1,7 +1,7 @@
-"""What a rollout of TRL carries for an objective: statistics of groups, top-K log-probs, refilled groups, its radius."""
+"""What is added to a rollout of TRL for an objective: statistics of groups, top-K log-probs, groups of other prompts."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,11 +9,22 @@ from trl.trainer.utils import pad
 
 from bandpo.integrations.trl.host import Batch, GRPOHost
 
-PREFIX = "bandpo_"  # of the tensors that travel with TRL's own, through its shuffling and splitting
+PREFIX = "bandpo_"
+"""Prefix of our tensors in a rollout. They go through TRL's shuffling and splitting like TRL's own."""
+
+_SEEDS_PER_PASS = 7919  # between the seeds of two passes over the data
 
 
 def group_extras(trainer: GRPOHost, rollout: Batch) -> dict[str, Tensor]:
-    """Extras from the rewards and advantages of this process's completions, whose groups may span processes."""
+    """The extras of the objective that its groups give, for the completions of this process; a group may span processes.
+
+    Args:
+        trainer: The trainer.
+        rollout: TRL's rollout.
+
+    Returns:
+        Tensors to add to the rollout, `(completions,)` or `(completions, ...)`; none if the objective has no such extras.
+    """
     objective = trainer.objective
     if objective.group_stats is None:
         return {}
@@ -24,14 +35,20 @@ def group_extras(trainer: GRPOHost, rollout: Batch) -> dict[str, Tensor]:
 
 
 def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probs of the K most likely tokens at each place of the completions, or of the given ones, and their ids.
+    """Log-probs of the K most likely tokens, or of given tokens, at each place of the completions.
 
     Args:
         trainer: The trainer, for its temperature and batch size.
-        model: Policy to score with.
+        model: The policy that gives the log-probs.
         batch: TRL's inputs.
-        ids: `(batch, time, K)`; None finds the most likely ones.
-        k: How many.
+        ids: Ids of the given tokens, `(batch, time, K)`; None finds the most likely ones.
+        k: Number of tokens, K.
+
+    Returns:
+        Log-probs, float32, and ids of the tokens; `(batch, time, K)` both.
+
+    Raises:
+        ValueError: If the batch has images.
     """
     if "pixel_values" in batch or "images" in batch:
         raise ValueError("dppo-topk-* objectives score text; this batch has images: choose dppo-kl or dppo-tv")
@@ -40,9 +57,8 @@ def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None
     length = batch["completion_ids"].shape[1]
     found: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for rows in torch.arange(len(input_ids), device=input_ids.device).split(
-            trainer.args.per_device_train_batch_size
-        ):
+        places = torch.arange(len(input_ids), device=input_ids.device)
+        for rows in places.split(trainer.args.per_device_train_batch_size):
             out = model(
                 input_ids=input_ids[rows], attention_mask=attention[rows], logits_to_keep=length + 1, use_cache=False
             )
@@ -54,18 +70,38 @@ def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None
 
 
 class Refill:
-    """DAPO's dynamic sampling (arXiv:2503.14476): groups whose advantages are all equal give way to those of other prompts.
+    """DAPO's dynamic sampling (arXiv:2503.14476): groups whose advantages are all equal are replaced.
 
-    The other prompts are drawn from the training set in an order of their own, which the seed fixes; `drawn` is all its state.
+    The groups that replace them are of other prompts, which are drawn from the training set in an order of their own, given by
+    the seed.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ValueError: If the training set has no length.
     """
 
     def __init__(self, trainer: GRPOHost) -> None:
-        self.trainer, self.drawn = trainer, 0
+        self.trainer = trainer
+        self.drawn = 0
+        """Prompts drawn so far, by all processes; the whole state."""
         if not hasattr(trainer.train_dataset, "__len__"):
             raise ValueError("dynamic_sampling draws prompts by their number: the dataset must not be iterable only")
 
     def __call__(self, rollout: Batch, score: Callable[[list[Any]], Batch]) -> Batch:
-        """The rollout with its dull groups replaced, as far as the rounds suffice."""
+        """Replace the groups without signal in a rollout, as far as the allowed rounds suffice.
+
+        Args:
+            rollout: The rollout of this process.
+            score: Samples completions for prompts, and scores them.
+
+        Returns:
+            The rollout with other groups in place of those without signal.
+
+        Raises:
+            ValueError: If the rollout has images, or parts of groups.
+        """
         trainer = self.trainer
         size, accelerator = trainer.num_generations, trainer.accelerator
         rows = len(rollout["advantages"])
@@ -94,46 +130,68 @@ class Refill:
         return rollout
 
     def _dull(self, rollout: Batch) -> Tensor:
-        """Which of this process's groups teach nothing: judged by the advantages, which are what the loss is given."""
+        """Which groups of this process teach nothing, by their advantages: the loss depends on these."""
         advantages = rollout["advantages"].view(-1, self.trainer.num_generations)
         return (advantages == advantages[:, :1]).all(1)
 
     def _prompts(self, count: int, size: int) -> list[Any]:
-        """Rows of the dataset, each `size` times; every process takes other ones."""
-        trainer = self.trainer
-        data, accelerator = trainer.train_dataset, trainer.accelerator
+        """Rows of the data set, each `size` times, different ones on each process."""
+        data, accelerator = self.trainer.train_dataset, self.trainer.accelerator
         first = self.drawn + accelerator.process_index * count
         self.drawn += count * accelerator.num_processes
-        numbers = torch.arange(first, first + count)
-        chosen: list[Any] = []
-        for epoch in numbers.div(len(data), rounding_mode="floor").unique().tolist():
-            order = torch.randperm(
-                len(data), generator=torch.Generator().manual_seed(trainer.args.seed + 7919 * (epoch + 1))
-            )
-            places = numbers[numbers.div(len(data), rounding_mode="floor") == epoch] % len(data)
-            chosen += [data[i] for i in order[places].tolist() for _ in range(size)]
-        return chosen
+        places = shuffled_places(first, count, of=len(data), seed=self.trainer.args.seed)
+        return [data[i] for i in places for _ in range(size)]
+
+
+def shuffled_places(first: int, count: int, *, of: int, seed: int) -> list[int]:
+    """Places of consecutive draws from a data set that is shuffled again for each pass over it.
+
+    Args:
+        first: Number of the first draw, counted over all passes.
+        count: Number of draws.
+        of: Rows of the data set.
+        seed: Seed of the run.
+
+    Examples:
+        >>> sorted(shuffled_places(0, 4, of=4, seed=0))
+        [0, 1, 2, 3]
+        >>> shuffled_places(1, 6, of=4, seed=0) == shuffled_places(0, 7, of=4, seed=0)[1:]
+        True
+    """
+    draws = torch.arange(first, first + count)
+    epochs = draws.div(of, rounding_mode="floor")
+    chosen: list[int] = []
+    for epoch in sorted(set(cast("list[int]", epochs.tolist()))):
+        order = torch.randperm(of, generator=torch.Generator().manual_seed(seed + _SEEDS_PER_PASS * (epoch + 1)))
+        chosen += cast("list[int]", order[draws[epochs == epoch] % of].tolist())
+    return chosen
 
 
 def mask_of(batch: Batch) -> Tensor:
-    """The valid tokens of a batch or rollout of TRL: those of the completions, without what tools wrote."""
+    """The valid tokens of a batch or rollout of TRL: those of the completions, without the output of tools; `(batch, time)`."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def local_rows(trainer: GRPOHost, rows: int) -> slice:
-    """Places of this process's completions among those of all processes."""
+    """Places of the completions of this process among those of all processes.
+
+    Args:
+        trainer: The trainer.
+        rows: Completions of each process.
+    """
     start = trainer.accelerator.process_index * rows
     return slice(start, start + rows)
 
 
 def _rows(groups: Tensor, count: int, size: int) -> Tensor:
+    """Rows of the first `count` groups that are marked."""
     first = groups.nonzero().flatten()[:count] * size
     return (first.unsqueeze(1) + torch.arange(size, device=groups.device)).flatten()
 
 
 def _merge(old: Batch, new: Batch, rows: Tensor, source: Tensor, pad_token: int) -> Batch:
-    """Rows of one rollout replaced by rows of another, both padded to the longer one: prompts left, completions right."""
+    """Replace rows of one rollout by rows of another. Both are padded to the longer one: prompts left, completions right."""
     merged: dict[str, Any] = {}
     for name, x in old.items():
         if not isinstance(x, Tensor) or x.dim() == 0:

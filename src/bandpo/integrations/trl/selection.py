@@ -1,35 +1,48 @@
-"""Pruned and packed batches in TRL: rows leave a rollout before it is split, forward passes run without padding."""
+"""Pruning in TRL: rows are removed from a rollout before it is split into micro-batches."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from bandpo.integrations.trl.host import Batch, GRPOHost
+from bandpo.integrations.trl.host import Batch, GRPOHost, gathered
 from bandpo.integrations.trl.rollout import PREFIX, local_rows, mask_of
 from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
 
 WEIGHT = f"{PREFIX}weight"
+"""Name of the weights of completions in a batch, `(batch,)`."""
+
+_SEEDS = (1_000_003, 101, 7)  # between the seeds of runs, micro-batches and processes
 
 
 class PrunedRollouts:
-    """Leaves out prompts before TRL samples and completions before it trains, on each process by itself.
+    """Leaves out prompts before TRL samples, and completions before it trains, on each process by itself.
 
     Args:
         trainer: The trainer.
-        prune: Rates, and the history of the prompts.
+        prune: The rule that chooses, with its history of the prompts.
+
+    Raises:
+        ValueError: If a process does not have whole groups.
     """
 
     def __init__(self, trainer: GRPOHost, prune: Pruning) -> None:
         self.trainer, self.prune = trainer, prune
-        args = trainer.args
-        if args.per_device_train_batch_size * args.steps_per_generation % args.num_generations:
-            raise ValueError("pruning needs whole groups on each process: make per_device_train_batch_size x "
-                             f"steps_per_generation a multiple of num_generations={args.num_generations}")  # fmt: skip
+        if self._rows % trainer.num_generations:
+            raise ValueError(
+                "pruning needs whole groups on each process: make per_device_train_batch_size x steps_per_generation a "
+                f"multiple of num_generations={trainer.num_generations}"
+            )
 
     def before(self, inputs: list[Any]) -> tuple[list[Any], list[float]]:
-        """The prompts to sample, each `num_generations` times as TRL has them, and the weight of each row."""
+        """Choose the prompts to sample.
+
+        Args:
+            inputs: Rows of the data set, each `num_generations` times, as TRL has them.
+
+        Returns:
+            The rows to sample for, each `num_generations` times, and the weight of each of them.
+        """
         size = self.trainer.num_generations
         if not self.prune.prompts or self._over():
             return inputs, [1.0] * len(inputs)
@@ -37,8 +50,8 @@ class PrunedRollouts:
         chosen = self.prune.select_prompts(keys, generator=self._generator(0))
         drop = (~chosen.keep).nonzero().flatten().tolist()
         # Equal work on every process, and whole micro-batches: put back as many as that takes, at random.
-        least = min(gather_object([len(drop)]))
-        steps = self.trainer.args.steps_per_generation
+        least = min(gathered([len(drop)]))
+        steps = self._steps
         while least and (len(keys) - least) * size % steps:
             least -= 1
         weight = _put_back(chosen, drop, least, self._generator(1), biased=self.prune.mode == "topk_biased")
@@ -50,12 +63,21 @@ class PrunedRollouts:
         ]
 
     def after(self, inputs: list[Any], rollout: Batch, weights: list[float]) -> Batch:
-        """The rollout without the completions that are left out, and the weight of each row beside it."""
+        """Choose the completions to train on.
+
+        Args:
+            inputs: The rows that were sampled for.
+            rollout: TRL's rollout of them.
+            weights: Their weights.
+
+        Returns:
+            The rollout of the chosen completions, with their weights under `WEIGHT`.
+        """
         trainer, size = self.trainer, self.trainer.num_generations
         advantages = rollout["advantages"].view(-1, size)
         rewards = trainer.last_rewards[local_rows(trainer, len(weights))].view(-1, size).to(advantages.device)
         keys = [_key(row) for row in inputs[::size]]
-        groups = gather_object(list(zip(keys, advantages.tolist(), rewards.tolist(), strict=True)))
+        groups = gathered(list(zip(keys, advantages.tolist(), rewards.tolist(), strict=True)))
         self.prune.update([key for key, _, _ in groups], *(torch.tensor([g[i] for g in groups]) for i in (1, 2)))
         before = torch.tensor(weights, device=advantages.device)
         tokens = mask_of(rollout).sum(1)
@@ -73,8 +95,8 @@ class PrunedRollouts:
         if self.prune.completions and not self._over():
             chosen = self.prune(rewards, advantages, generator=self._generator(2))
             drop = (~chosen.keep.flatten()).nonzero().flatten().tolist()
-            steps = trainer.args.steps_per_generation
-            least = min(gather_object([len(drop)]))
+            steps = self._steps
+            least = min(gathered([len(drop)]))
             least = min(least - (least - len(before)) % steps, len(before) - steps)
             flat = Selection(*(x.flatten() for x in chosen))
             biased = self.prune.mode == "topk_biased"
@@ -82,8 +104,7 @@ class PrunedRollouts:
             rows = weight.nonzero().flatten()
         kept = tokens[rows].sum() / tokens.sum().clamp(min=1)
         if trainer.loss_type != "dapo":  # the others divide by the rows that they are handed
-            full = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
-            weight = weight * (len(rows) / full)
+            weight = weight * (len(rows) / self._rows)
             if self.prune.mode == "topk_biased":
                 weight = (weight > 0).to(weight.dtype)  # the baseline's mean is that of the survivors
         log["selection/kept"].append(trainer.accelerator.gather(torch.tensor(len(rows) / len(before))).mean().item())
@@ -93,22 +114,33 @@ class PrunedRollouts:
         out = {name: x[rows] if _has_rows(x, len(before)) else x for name, x in rollout.items()}
         return out | {WEIGHT: weight[rows]}
 
+    @property
+    def _steps(self) -> int:
+        """Micro-batches of a rollout."""
+        return cast("int", self.trainer.args.steps_per_generation)
+
+    @property
+    def _rows(self) -> int:
+        """Completions of a rollout on each process."""
+        return self.trainer.args.per_device_train_batch_size * self._steps
+
     def _over(self) -> bool:
+        """Whether pruning has ended for the rest of the run."""
         state = self.trainer.state
         return state.global_step >= self.prune.until * state.max_steps
 
     def _generator(self, stream: int) -> torch.Generator:
         trainer = self.trainer
-        seed = (
-            trainer.args.seed * 1_000_003 + trainer.micro_batch * 101 + trainer.accelerator.process_index * 7 + stream
-        )
+        counts = (trainer.args.seed, trainer.micro_batch, trainer.accelerator.process_index)
+        seed = sum(n * step for n, step in zip(counts, _SEEDS, strict=True)) + stream
         return torch.Generator().manual_seed(seed)
 
 
 def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.Generator, *, biased: bool) -> Tensor:
-    """Weights when only `count` of the dropped entries stay dropped.
+    """The weights if only `count` of the dropped entries stay dropped.
 
-    Those that carry nothing come back first; of the others each is as likely, so their P shrinks by one factor.
+    Entries that add nothing to the gradient are put back first. Each of the others is as likely to be put back, so their
+    probabilities of being dropped get smaller by one factor.
     """
     if not drop:
         return chosen.weight
@@ -128,7 +160,7 @@ def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.G
 
 
 def _key(row: Any) -> str:
-    """What makes two rows the same prompt in the history."""
+    """The text by which the history knows the prompt of a row."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else repr(prompt)
 

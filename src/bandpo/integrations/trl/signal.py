@@ -1,7 +1,7 @@
-"""Which groups of a rollout have signal, rewards that differ, and the warning for a run in which none ever had."""
+"""Which groups of a rollout have signal, that is, rewards that differ; and the warning for a run without any signal."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,20 +9,21 @@ from torch import Tensor
 from bandpo.groups import group_advantages, informative
 
 PATIENCE = 20
+"""Consecutive rollouts without signal after which a run is warned."""
 
 
 def without_signal(per_function: Tensor, weights: Tensor, size: int, *, summed_first: bool) -> Tensor:
     """Groups in which all scored rewards are equal, so that every advantage is 0.
 
     Args:
-        per_function: `(completions, functions)`, NaN where a function gave no reward; the groups are consecutive.
-        weights: The functions' weights.
+        per_function: Rewards, `(completions, functions)`, NaN where a function gave none; the groups are consecutive.
+        weights: Weights of the functions, `(functions,)`.
         size: Completions of a group.
-        summed_first: Whether the advantages come from the weighted sum (TRL's "sum_then_normalize"), or from each function's
-            rewards by themselves ("normalize_then_sum"), where rewards whose sums are equal still teach.
+        summed_first: Whether the advantages are those of the weighted sum (TRL's "sum_then_normalize"). Otherwise each function
+            is normalised by itself ("normalize_then_sum"), and rewards whose sums are equal still have signal.
 
     Returns:
-        Bool, `(groups,)`.
+        Whether each group is without signal, bool, `(groups,)`.
 
     Examples:
         >>> nan = float("nan")
@@ -32,22 +33,25 @@ def without_signal(per_function: Tensor, weights: Tensor, size: int, *, summed_f
     """
     if summed_first:
         columns = [total_rewards(per_function, weights)]
-    else:  # a function of weight 0 has no share in the advantages
-        columns = per_function.masked_fill(weights.to(per_function.device) == 0, math.nan).unbind(1)
+    else:  # a function of weight 0 does not change the advantages
+        columns = list(per_function.masked_fill(weights.to(per_function.device) == 0, math.nan).unbind(1))
     signal = torch.stack([informative(column, size).view(-1, size)[:, 0] for column in columns])
     return ~signal.any(0)
 
 
 def normalized_then_summed(per_function: Tensor, weights: Tensor, size: int) -> Tensor:
-    """Advantages by TRL's "normalize_then_sum", in float64: each function's rewards by their groups, then the sum by the batch.
+    """Advantages by TRL's "normalize_then_sum": each function is normalised by its groups, then their sum by the batch.
 
-    In float32 the mean of equal rewards is off by its rounding, which TRL divides by the 1e-4 that keeps it from dividing by 0:
-    seven rewards of 12345.678 count as -0.85 each.
+    In float32 the mean of equal rewards has a rounding error, which TRL divides by the 1e-4 that prevents a division by 0:
+    seven rewards of 12345.678 get advantages of -0.85 each.
 
     Args:
-        per_function: `(completions, functions)`, NaN where a function gave no reward; the groups are consecutive.
-        weights: Of the functions.
+        per_function: Rewards, `(completions, functions)`, NaN where a function gave none; the groups are consecutive.
+        weights: Weights of the functions, `(functions,)`.
         size: Completions of a group, at least 2.
+
+    Returns:
+        Advantages, float64, `(completions,)`.
 
     Examples:
         >>> rewards = torch.tensor([[1.0, 12345.678], [0.0, 12345.678]])
@@ -61,13 +65,18 @@ def normalized_then_summed(per_function: Tensor, weights: Tensor, size: int) -> 
 
 
 def total_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the rewards of each completion; NaN where no function gave one."""
+    """Weighted sum of the rewards of each completion, `(completions,)`; NaN where no function gave a reward.
+
+    Args:
+        per_function: Rewards, `(completions, functions)`, NaN where a function gave none.
+        weights: Weights of the functions, `(functions,)`.
+    """
     total = (per_function * weights.to(per_function.device)).nansum(1)
     return total.masked_fill(per_function.isnan().all(1), math.nan)
 
 
 class SignalWatch:
-    """Counts the rollouts with signal, a group whose rewards differ, and words the warning for a run without any.
+    """Counts the rollouts with signal, that is, with a group whose rewards differ, and warns about a run without any.
 
     Args:
         patience: Consecutive rollouts without signal after which it warns.
@@ -79,14 +88,17 @@ class SignalWatch:
         self.lowest, self.highest = math.inf, -math.inf
 
     def note(self, groups_without_signal: Tensor, rewards: Tensor) -> str | None:
-        """Count a rollout; the warning, if it is the last of `patience` without signal.
+        """Count a rollout.
 
         Args:
-            groups_without_signal: Bool, `(groups,)`, of all processes.
-            rewards: Of all completions, NaN where unscored.
+            groups_without_signal: Whether each group of all processes is without signal, bool, `(groups,)`.
+            rewards: Rewards of all completions, NaN where unscored.
+
+        Returns:
+            A warning if the last `patience` rollouts were without signal, otherwise None.
         """
         self.rollouts += 1
-        if scored := [x for x in rewards.tolist() if not math.isnan(x)]:
+        if scored := [x for x in cast("list[float]", rewards.tolist()) if not math.isnan(x)]:
             self.lowest, self.highest = min(self.lowest, *scored), max(self.highest, *scored)
         if not groups_without_signal.all():
             self.with_signal, self.since = self.with_signal + 1, 0
@@ -100,7 +112,7 @@ class SignalWatch:
         )
 
     def verdict(self) -> str | None:
-        """The warning at the end of a run in which no group ever had signal, None for other runs."""
+        """The warning at the end of a run in which no group ever had signal; None for other runs."""
         if not self.rollouts or self.with_signal:
             return None
         if self.lowest > self.highest:
@@ -119,7 +131,11 @@ class SignalWatch:
         return {k: v for k, v in vars(self).items() if k != "patience"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore what `state_dict` returned.
+
+        Args:
+            state: A mapping with the keys of `state_dict`.
+        """
         found = {name: type(value)(state[name]) for name, value in self.state_dict().items()}
         vars(self).update(found)
 
