@@ -9,6 +9,7 @@ from bandpo.bounds import Band, RatioBounds
 from bandpo.bounds.regions import TopK
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import Setup
+from bandpo.integrations.trl.precision import largest_moved
 
 PROBABILITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 # Peak memory of the plain path in multiples of its logits (docs/performance.md: 9.29 of 2.32 GiB).
@@ -186,13 +187,12 @@ def groups(s: Setup) -> Finding | None:
 def precision(s: Setup) -> Finding | None:
     """Whether the optimiser's steps are smaller than the spacing of 16-bit weights.
 
-    A number w of f significant bits changes only by a step above half its spacing, which is over |w|·2^-(f+1), and a step of
-    Adam is about the learning rate: at learning rate η the weights above η·2^(f+1) do not change. With the weights themselves
-    at hand, `bandpo.integrations.trl.precision` counts them; a configuration gives only their dtype.
+    A configuration gives only the dtype of the weights, so the rule uses a typical size of weights. The trainers count the
+    weights themselves (`bandpo.integrations.trl.precision`).
     """
-    if s.weights not in ("bfloat16", "float16") or s.learning_rate is None:
+    largest = None if s.learning_rate is None else largest_moved(s.weights or "", s.learning_rate)
+    if largest is None:
         return None
-    largest = s.learning_rate * 4 / torch.finfo(getattr(torch, s.weights)).eps  # eps is 2^(1-f)
     seen = f"weights are kept in {s.weights}, at learning rate {s.learning_rate:g}"
     if largest < _TYPICAL_WEIGHT:
         return Finding(
