@@ -2,13 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from bandpo._deprecations import warn_moved
+from bandpo._deprecations import moved_within, warn_moved
 from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
@@ -324,9 +323,4 @@ def _terms_of_a_clip(
     )
 
 
-def __getattr__(name: str) -> object:
-    """The tables of the hosts' names under their old address."""
-    if name in ("TRL_NAMES", "VERL_NAMES"):
-        warn_moved(f"bandpo.metrics.{name}", f"bandpo.integrations.names.{name}")
-        return getattr(import_module("bandpo.integrations.names"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = moved_within(__name__, {name: f"integrations.names.{name}" for name in ("TRL_NAMES", "VERL_NAMES")})

@@ -19,7 +19,8 @@ from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 
 from bandpo.integrations.options import RegionOptions
-from bandpo.integrations.verl import _ACTOR, _DUAL_CLIP, _POLICY_LOSS, BandPolicyLossConfig
+from bandpo.integrations.verl import BandPolicyLossConfig
+from bandpo.integrations.verl_options import ACTOR_DEFAULTS, DUAL_CLIP, POLICY_LOSS_DEFAULTS
 from batches import batch
 
 TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
@@ -49,9 +50,9 @@ def composed(*overrides):
 
 def test_the_defaults_are_verl_s():
     theirs = actor(PolicyLossConfig())
-    assert {name: getattr(theirs, name) for name in _ACTOR} == _ACTOR
-    assert {name: getattr(theirs.policy_loss, name) for name in _POLICY_LOSS} == _POLICY_LOSS
-    assert theirs.clip_ratio_c == _DUAL_CLIP
+    assert {name: getattr(theirs, name) for name in ACTOR_DEFAULTS} == ACTOR_DEFAULTS
+    assert {name: getattr(theirs.policy_loss, name) for name in POLICY_LOSS_DEFAULTS} == POLICY_LOSS_DEFAULTS
+    assert theirs.clip_ratio_c == DUAL_CLIP
 
 
 def test_options_without_the_loss_mode_do_not_train_vanilla():

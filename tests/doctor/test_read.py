@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bandpo import Clip
+from bandpo._system.files import read_yaml
 from bandpo.cli import main
-from bandpo.doctor import examine_batch, examine_setup
+from bandpo.doctor import command, examine_batch, examine_setup, verl
 from bandpo.doctor.command import read_config
 from bandpo.doctor.shell import read_script
 from bandpo.doctor.verl import read_verl
@@ -215,6 +216,65 @@ def test_bypass_mode_with_verl_s_own_loss_is_no_problem(mode, capsys):
     path = write("run.sh", f"{text}algorithm.rollout_correction.loss_type=reinforce\n")
     status, found = examined(path, capsys)
     assert (status, found["interval"]["seen"]) == (0, "not known: the region")
+
+
+OURS = "actor_rollout_ref.actor.policy_loss."
+TYPED = f"{OURS}loss_mode=bandpo {OURS}_target_=bandpo.integrations.verl.BandPolicyLossConfig "
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (f"{OURS}loss_mode=bandpo:dppo-kl {BYPASS}=True", "policy_loss.bypass_mode is None"),
+        (f"{TYPED}+{OURS}objective=dppo-kl {BYPASS}=False +{OURS}bypass_mode='${{{BYPASS}}}'", "bypass_mode is False"),
+        (f"{TYPED}{BYPASS}=True +{OURS}bypass_mode=True", "verl's bypass mode puts the rollout's log-probs there"),
+        (f"{TYPED}actor_rollout_ref.actor.clip_ratio_high=0.28", "clip_ratio_high=0.28 would be ignored"),
+        (f"{OURS}loss_mode=bandpo {OURS}dro_beta=0.1", "dro_beta=0.1 would be ignored"),
+        (f"{OURS}loss_mode=bandpo:cispo actor_rollout_ref.actor.clip_ratio_c=2", "clip_ratio_c=2.0 would be ignored"),
+        (f"{OURS}loss_mode=bandpo actor_rollout_ref.actor.clip_ratio_c=1", "clip_ratio_c=1.0 must be greater than 1"),
+        (f"{OURS}loss_mode=bandpo:tis", "needs rollout log-probs beside the old ones"),
+        (f"{TYPED}+{OURS}objective=grpo {OURS}loss_mode=bandpo:dapo", "loss_mode=bandpo:dapo and objective=grpo"),
+    ],
+)
+def test_what_the_adapter_of_verl_would_refuse_is_a_problem(settings, words, capsys):
+    """The doctor used to find nothing wrong with these, and training ended with the error."""
+    status, found = examined(write("run.sh", f"{VERL}actor_rollout_ref.rollout.n=8 {settings}\n"), capsys)
+    assert (status, found["refused"]["level"]) == (1, "problem")
+    assert words in found["refused"]["seen"]
+    assert "bypass" not in found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        f"{TYPED}+{OURS}objective=dppo-kl {BYPASS}=True +{OURS}bypass_mode='${{{BYPASS}}}'",
+        f"{TYPED}+{OURS}objective=dppo-kl {BYPASS}=True +{OURS}bypass_mode=$B",
+        f"{TYPED}actor_rollout_ref.actor.clip_ratio_high=$HIGH +{OURS}radius='1e-1' +{OURS}relax='True'",
+        f"{OURS}loss_mode=bandpo actor_rollout_ref.actor.clip_ratio_c=10 {OURS}dro_beta=null",
+        f"{OURS}loss_mode=bandpo:dppo-kl {BYPASS}=True $EXTRA",
+    ],
+)
+def test_what_the_adapter_takes_or_nobody_knows_is_not_refused(settings, capsys):
+    _, found = examined(write("run.sh", f"{VERL}actor_rollout_ref.rollout.n=8 {settings}\n"), capsys)
+    assert "refused" not in found
+    assert found["bypass"]["level"] == "ok"
+
+
+def test_the_names_of_an_option_of_ours_without_our_class_are_refused_by_verl(capsys):
+    text = f"{VERL}actor_rollout_ref.rollout.n=8 {OURS}loss_mode=bandpo +{OURS}objective=dapo\n"
+    _, found = examined(write("run.sh", text), capsys)
+    assert found["bypass"]["level"] == "problem"
+    assert "policy_loss has objective without _target_" in found["bypass"]["seen"]
+
+
+def test_a_configuration_of_verl_is_read_once(monkeypatch):
+    path = write("run.yaml", f"defaults: [ppo_trainer, _self_]\n{OURS}loss_mode: bandpo\nactor_rollout_ref: {{}}\n")
+    read = []
+    monkeypatch.setattr(command, "read_yaml", lambda *given, **more: read.append(given) or read_yaml(*given, **more))
+    monkeypatch.setattr(verl, "read_yaml", lambda *given, **more: read.append(given) or read_yaml(*given, **more))
+    command.read_config(path)
+    assert len(read) == 1
 
 
 def test_a_loss_that_is_not_known_is_not_shown_as_another(capsys):

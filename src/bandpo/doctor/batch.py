@@ -1,6 +1,6 @@
-"""What a batch says: how many tokens each region would clip, and the radius for a target.
+"""Reads a saved batch: how many tokens each region would clip, and the radius for a target.
 
-A saved batch is a stranger's file: what it takes to read is in proportion to its size, whatever its header says.
+A saved batch may be a stranger's file: the time and memory to read it depend on its size, not on what its header says.
 """
 
 import io
@@ -9,7 +9,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ _SUFFIXES = (".safetensors", ".pt", ".npz")
 
 _MAX_BYTES = 1 << 30
 _MAX_HEADER = 1 << 18  # bytes; that of a batch has some hundred
-_SMALL = 1 << 20  # numbers that a tensor may have however few of them the file holds
+_SMALL = 1 << 20  # numbers that a tensor may have even if the file contains fewer
 _MOST_COMPRESSED = 50  # times that a file may grow when it is unpacked
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MASKS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -47,13 +47,13 @@ _OPCODES_WITHOUT_GLOBALS = frozenset(
 
 
 def load_batch(path: Path) -> dict[str, Tensor]:
-    """A saved batch in our names. Nothing in the file is executed: .pt is read with `weights_only`, .npz without pickles.
+    """A saved batch with our names. Nothing in the file is executed: .pt is read with `weights_only`, .npz without pickles.
 
     Args:
-        path: .safetensors, .pt (a dict of tensors) or .npz.
+        path: A file .safetensors, .pt (a dict of tensors) or .npz.
 
     Raises:
-        ValueError: If it cannot be read, or lacks what is needed; the message says what.
+        ValueError: If it cannot be read, or a tensor that is needed is missing.
     """
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: a batch ends in {', '.join(_SUFFIXES)}")
@@ -77,11 +77,11 @@ def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, 
     """The batch with float log-probs and advantages per token.
 
     Args:
-        batch: Tensors in our names.
-        where: For messages.
+        batch: Tensors by our names, `(batch, time)` or `(tokens,)`; advantages may have one value for each sequence.
+        where: Name of the batch, for error messages.
 
     Raises:
-        ValueError: If something is missing, or of another shape or dtype.
+        ValueError: If a tensor is missing or has another shape or dtype.
     """
     batch = dict(batch)
     for name in ("logprobs", "advantages"):
@@ -111,7 +111,7 @@ def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, 
 
 
 def _check_kind(name: str, value: Tensor, where: str) -> None:
-    """A dense tensor of numbers in memory: not sparse, quantized, nested, without data (meta), or complex."""
+    """Require a dense tensor of numbers: not sparse, quantized, nested, without data (meta), or complex."""
     if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
         kind = "without data" if value.is_meta else "quantized" if value.is_quantized else "sparse or nested"
         raise ValueError(f"{where}: {name} must be a dense tensor, got a {kind} one")
@@ -130,12 +130,12 @@ def examine_batch(
     """Expected clip fractions, a recommended radius for a target, and symptoms.
 
     Args:
-        batch: `logprobs`, `old_logprobs`, `advantages`, and `mask`, `rollout_logprobs` where there are any, `(batch, time)`.
-        objectives: What else to count clipped tokens of, the run's own for example.
-        target: Share of tokens to clip, for the radius.
+        batch: `logprobs`, `old_logprobs`, `advantages`, and optionally `mask` and `rollout_logprobs`, `(batch, time)`.
+        objectives: Further objectives whose clipped tokens are counted, for example the run's own.
+        target: Share of tokens that the recommended radius clips, between 0 and 1.
 
     Raises:
-        ValueError: If something is missing, or of another shape; or if the target is not between 0 and 1.
+        ValueError: If a tensor is missing or has another shape, no token is valid, or the target is not between 0 and 1.
 
     Examples:
         >>> x = torch.linspace(-0.5, 0.5, 1000).view(10, 100)
@@ -157,15 +157,20 @@ def examine_batch(
     tokens = {
         "log_ratio": (batch["logprobs"] - batch["old_logprobs"]).masked_fill(~mask, 0.0),
         "old_logprobs": batch["old_logprobs"].masked_fill(~mask, -1.0).clamp(max=0.0),
-        "advantages": batch["advantages"].masked_fill(~mask, 0.0), "mask": mask,
-    }  # fmt: skip
+        "advantages": batch["advantages"].masked_fill(~mask, 0.0),
+        "mask": mask,
+    }
     silent = not tokens["advantages"].any()
     if silent:
-        found.append(Finding(
-            "signal", "problem", "every advantage is 0: nothing can be learned from this batch",
-            "all completions of each prompt have the same reward, or none was scored",
-            "prompts of middling difficulty, more completions for each prompt; look at the reward function",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "signal",
+                "problem",
+                "every advantage is 0: nothing can be learned from this batch",
+                "all completions of each prompt have the same reward, or none was scored",
+                "prompts of medium difficulty, more completions for each prompt; look at the reward function",
+            )
+        )
     found += [_ratios(tokens, silent=silent), _clip_fractions(tokens, objectives), _radii(tokens, target)]
     if "rollout_logprobs" in batch and not torch.equal(batch["rollout_logprobs"], batch["old_logprobs"]):
         found.append(_sampler(batch, mask))
@@ -176,18 +181,26 @@ def _broken(batch: Mapping[str, Tensor], mask: Tensor, finite: Tensor) -> list[F
     found: list[Finding] = []
     broken = int((mask & ~finite).sum())
     if broken:
-        found.append(Finding(
-            "nonfinite", "problem", f"{broken} of {int(mask.sum())} valid tokens have a log-prob or advantage "
-            f"that is not finite",
-            "16-bit overflow, or a token that the sampler could not score", "float32 log-probs; they are left out below",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "nonfinite",
+                "problem",
+                f"{broken} of {int(mask.sum())} valid tokens have a log-prob or advantage that is not finite",
+                "16-bit overflow, or a token that the sampler could not score",
+                "float32 log-probs; these tokens are left out below",
+            )
+        )
     above = int((mask & ((batch["logprobs"] > 1e-6) | (batch["old_logprobs"] > 1e-6))).sum())
     if above:
-        found.append(Finding(
-            "positive", "problem", f"{above} valid tokens have a log-prob above 0", "these are not "
-            "log-probabilities: logits, or scaled",
-            "log_softmax before the gather",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "positive",
+                "problem",
+                f"{above} valid tokens have a log-prob above 0",
+                "these are not log-probabilities: they may be logits, or scaled",
+                "apply log_softmax before the gather",
+            )
+        )
     return found
 
 
@@ -198,25 +211,32 @@ def _ratios(tokens: Mapping[str, Tensor], *, silent: bool) -> Finding:
         return Finding("ratios", "note", f"{seen}: every ratio is 1", "with advantages of 0 no weight moves")
     if moved.max() < 1e-6:
         return Finding(
-            "ratios", "problem", f"{seen}: every ratio is 1", "the batch is on policy: taken before the first "
-            "step on it, or each "
-            "rollout is used once", "save the batch of a later step on the same rollout",
-        )  # fmt: skip
+            "ratios",
+            "problem",
+            f"{seen}: every ratio is 1",
+            "the batch is on policy: it was saved before the first step on it, or each rollout is used once",
+            "save the batch of a later step on the same rollout",
+        )
     return Finding("ratios", "ok", seen)
 
 
 def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective]) -> Finding:
-    rows = []
+    rows: list[str] = []
     shown = [*objectives, *(OBJECTIVES[name] for name in SHOWN)]
     for objective in [o for i, o in enumerate(shown) if o not in shown[:i]]:
         if objective.bounds_inputs or objective.ratio_level != "token":
             continue
         rows.append(f"{objective.name:<14} {outside_fraction(objective.bounds, tokens):.4f}")
-    return Finding("clip fraction", "note", "share of the tokens whose gradient each region clips", details=tuple(rows))
+    return Finding(
+        "clip fraction",
+        "note",
+        "share of the tokens outside of each region, where a clip takes the gradient away",
+        details=tuple(rows),
+    )
 
 
 def _radii(tokens: Mapping[str, Tensor], target: float) -> Finding:
-    rows = []
+    rows: list[str] = []
     for divergence in (KL, TV, CHI2):
         try:
             radius = radius_for(divergence, target, tokens)
@@ -236,9 +256,12 @@ def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
     seen = f"|log-prob| of sampler and trainer differ by {mean:.4f} on average, {worst:.3f} at most"
     if mean > MISMATCH:
         return Finding(
-            "mismatch", "warning", seen, "precision, kernels, stale weights or cut sampling",
+            "mismatch",
+            "warning",
+            seen,
+            "precision, kernels, stale weights or truncated sampling",
             "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop)",
-        )  # fmt: skip
+        )
     return Finding("mismatch", "ok", seen)
 
 
@@ -253,19 +276,19 @@ def _read_safetensors(data: bytes) -> dict[str, Any]:
 
 
 def _read_pt(data: bytes) -> dict[str, Any]:
-    """A zip of torch.save that names nothing but tensors; the rest of the format, and everything older, is refused."""
+    """A zip file of torch.save with tensors alone; the rest of the format and all older formats are refused."""
     with _archive(data) as file:
         for entry in file.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
         pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].file_size > _MAX_HEADER:
-            raise ValueError("it is no file of torch.save with a dict of tensors")
+            raise ValueError("it is not a file of torch.save with a dict of tensors")
         _check_pickle(file.read(pickles[0]))
     found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
-    return found
+    return cast("dict[str, Any]", found)
 
 
 def _check_pickle(data: bytes) -> None:
@@ -300,9 +323,11 @@ def _read_npz(data: bytes) -> dict[str, Any]:
 
 
 def _archive(data: bytes) -> zipfile.ZipFile:
-    """A zip of few files that are not larger unpacked than such data can be."""
-    if data[-22:-18] != b"PK\x05\x06":  # its end, without a comment: every reader then finds the same list of files
-        raise ValueError("it is no zip file, or not whole")
+    """A zip file, if it has few entries that are not larger than such data can be."""
+    if (
+        data[-22:-18] != b"PK\x05\x06"
+    ):  # the end record without a comment: every reader then finds the same list of files
+        raise ValueError("it is no zip file, or not complete")
     file = zipfile.ZipFile(io.BytesIO(data))
     entries = file.infolist()
     unpacked = sum(entry.file_size for entry in entries)

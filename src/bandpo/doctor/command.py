@@ -1,7 +1,7 @@
-"""`bandpo doctor`: reads what it is given, and prints what the rules say.
+"""`bandpo doctor`: reads files and prints the findings of the rules.
 
-Everything that it reads may be a stranger's. It reads regular files only, within bounds; it executes, imports and downloads
-nothing that they name; and it prints no character of theirs that a terminal would act on.
+Every file may come from a stranger. The command reads regular files only and limits their size; it executes, imports and
+downloads nothing that they name; and it prints none of their characters that a terminal would act on.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bandpo._system.bounded import parse_json, parse_yaml, read_regular
 from bandpo._system.errors import printable
@@ -27,20 +27,23 @@ from bandpo.objective import Objective
 
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 25, 100_000
-_MAX_LINE_BYTES = 1 << 18  # of a log; a row of metrics has some thousand
-_MAX_VALUES, _MAX_INNER = 5000, 100  # of a row; lists and objects in it
+_MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
+_MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
 _MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
 _COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Examine configurations, logs, batches and run folders; 1 if there is a problem, else 0.
+    """Examine configurations, logs, batches and run folders.
 
     Args:
         options: The options of `bandpo doctor`.
 
+    Returns:
+        The exit status: 1 if there is a problem, else 0.
+
     Raises:
-        ValueError: If a file cannot be read, or is none that can be examined; the command then ends with status 2.
+        ValueError: If a file cannot be read or examined; the command then ends with status 2.
     """
     try:
         return _doctor(options)
@@ -70,8 +73,11 @@ def _doctor(options: argparse.Namespace) -> int:
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:
-        print(json.dumps([{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections],
-                         indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                [{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections], indent=1
+            )
+        )
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print("\n\n".join(_section(name, found, colour=colour) for name, found in sections))
@@ -81,22 +87,22 @@ def _doctor(options: argparse.Namespace) -> int:
 def read_config(
     path: Path, overrides: Sequence[str] = (), *, processes: int = 1, vocabulary: int | None = None
 ) -> Setup:
-    """The settings in a configuration of TRL, verl or `bandpo train`; what is in it tells which.
+    """The settings in a configuration of TRL, verl or `bandpo train`, which are told apart by their keys.
 
     Args:
         path: The file.
-        overrides: `key=value`, which win.
-        processes: That will train (TRL).
-        vocabulary: Of the model.
+        overrides: Settings `key=value`, which replace those of the file.
+        processes: Number of processes that will train (TRL).
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If the file is none of these.
     """
     if path.suffix not in (".yaml", ".yml"):
         return read_verl(path, overrides, vocabulary=vocabulary)
     given = read_yaml(path, follow=False)
     if is_verl(given):
-        return read_verl(path, overrides, vocabulary=vocabulary)
+        return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
     host = host_of_keys(given)
     if host:
         raise not_readable(path, host)
@@ -115,15 +121,15 @@ def read_config(
 
 
 def read_log(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of a log, with the metrics that the rules look at, and others where they are no number.
+    """The rows of a log: the metrics that the rules look at, and all others that are NaN or infinite.
 
-    A last line without its end is no row.
+    A last line without a line break is left out, because it may be incomplete.
 
     Args:
         path: A JSONL file.
 
     Raises:
-        ValueError: If a line is no JSON object, or the file is larger than a log of metrics.
+        ValueError: If a line is not a JSON object, or the file is larger than a log of metrics.
     """
     data = read_regular(path, _MAX_LOG_BYTES, follow=False)
     rows: list[Mapping[str, Any]] = []
@@ -139,13 +145,18 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
             raise ValueError(f"{where}: a row is an object like {{...}}, got {type(row).__name__}")
         if len(rows) == _MAX_ROWS:
             raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 10000")
-        rows.append({name: value for name, value in row.items() if name in LOOKED_FOR or is_broken(value)})
+        found = cast("dict[str, Any]", row)
+        rows.append({name: value for name, value in found.items() if name in LOOKED_FOR or is_broken(value)})
         start = end + 1
     return rows
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:
-    """Folders of runs as the files in them; what cannot be examined is refused."""
+    """The files to examine, with folders of runs replaced by the files in them.
+
+    Raises:
+        ValueError: If a file cannot be examined.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -188,7 +199,7 @@ def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
 
 
 def _plain(finding: Finding) -> dict[str, Any]:
-    """For JSON, with the same texts as on a terminal."""
+    """A finding for JSON, with the same texts as on a terminal."""
     return {
         name: [_shown(row) for row in value] if isinstance(value, list | tuple) else _shown(str(value))
         for name, value in asdict(finding).items()
@@ -196,7 +207,7 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 
 def _shown(text: str) -> str:
-    """What a file says, without its secrets and without what a terminal would act on."""
+    """A text from a file, without secrets and without characters that a terminal would act on."""
     return printable(redact_text(text))
 
 

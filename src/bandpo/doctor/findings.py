@@ -1,4 +1,4 @@
-"""What a rule of the doctor says."""
+"""The result of a rule of the doctor."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -8,16 +8,19 @@ Level = Literal["ok", "note", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule's answer.
+    """The result of one rule.
 
     Args:
-        rule: Its name, the same in every output.
-        level: ok (checked and fine), note (worth knowing), warning (often a mistake), problem (the run does not do what it
-            says).
-        seen: What was seen, with numbers.
-        cause: Why that is so.
-        knob: What to set, in the host's names.
+        rule: Name of the rule, the same in every output.
+        level: ok (checked and fine), note (worth knowing), warning (often a mistake), problem (the run does not do what its
+            configuration says).
+        seen: What was found, with numbers.
+        cause: Why this is so.
+        knob: What to set, in the names of the host.
         details: Lines of a table, where there is one.
+
+    Raises:
+        ValueError: If the level is none of these.
 
     Examples:
         >>> Finding("inert", "problem", "one step for each rollout", knob="num_iterations=2").level

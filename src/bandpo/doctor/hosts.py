@@ -1,4 +1,4 @@
-"""Whose file it is that the doctor cannot read: named by keys and programs that no other framework has."""
+"""Recognises files of other frameworks, which the doctor cannot read, by keys and programs that only they have."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from bandpo.doctor.shell import Script, Word
 
 READABLE = "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...) and of bandpo train"
 
-# In YAML: keys of the top level that must all be there.
+# In YAML: keys that must all be on the top level.
 _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("NeMo-RL", ("grpo", "policy")),
     ("NeMo-RL", ("loss_fn", "policy")),
@@ -38,7 +38,7 @@ _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DeepSpeed", ("zero_optimization",)),
 )
 
-# In a script: what a word must contain.
+# In a script: a word must contain one of these.
 _BY_WORD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("SkyRL", ("skyrl", "trainer.algorithm.advantage_estimator=", "generator.n_samples_per_prompt=")),
     ("OpenRLHF", ("openrlhf",)),
@@ -62,11 +62,11 @@ _BY_PROGRAM = {
 
 
 def not_readable(path: Path, host: str) -> ValueError:
-    """The error for a file that is none of those that the doctor reads.
+    """The error for a file that the doctor cannot read.
 
     Args:
         path: The file.
-        host: Whose it is; "" if that is not known.
+        host: The framework that it belongs to; "" if that is not known.
     """
     if host:
         return ValueError(f"{path}: this looks like {host}; {READABLE}")
@@ -98,7 +98,7 @@ def host_of_script(script: Script) -> str:
     """The framework that a script runs, with the configuration that it names; "" if it is not known.
 
     Args:
-        script: Its words.
+        script: The words of the script.
     """
     words = [word for command in script.commands for word in command]
     texts = [word.text.lower() for word in [*words, *(w for value in script.variables.values() for w in value)]]

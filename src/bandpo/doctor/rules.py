@@ -9,12 +9,14 @@ from bandpo.bounds import Band, RatioBounds
 from bandpo.bounds.regions import TopK
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import Setup
+from bandpo.integrations.trl.precision import largest_moved
 
 PROBABILITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
-_PLAIN = (
-    4.0  # peak memory of the plain path in sizes of its logits, as measured (docs/performance.md: 9.29 of 2.32 GiB)
-)
-_LARGE = 1.0  # GiB of logits from which on the advice is worth a line
+# Peak memory of the plain path in multiples of its logits (docs/performance.md: 9.29 of 2.32 GiB).
+_PLAIN = 4.0
+# Peak memory of `bandpo.token_logprobs` over that of the plain path, measured at 4096 tokens x 151936 words (same page).
+_CHUNKED = 0.093
+_LARGE = 1.0  # GiB of logits; less gets no advice
 _TYPICAL_WEIGHT = 0.02  # standard deviation that language models' weights are initialised with
 
 
@@ -22,7 +24,7 @@ def examine_setup(setup: Setup) -> list[Finding]:
     """What the settings of a run mean for its trust region.
 
     Args:
-        setup: The settings.
+        setup: The settings of the run.
 
     Examples:
         >>> from bandpo import OBJECTIVES
@@ -32,24 +34,38 @@ def examine_setup(setup: Setup) -> list[Finding]:
     """
     found = [rule(setup) for rule in RULES]
     if setup.assumed:
-        found.append(Finding(
-            "assumed", "note", f"not in the file, so {setup.host}'s defaults are assumed: {', '.join(setup.assumed)}",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "assumed",
+                "note",
+                f"not in the file, so {setup.host}'s defaults are assumed: {', '.join(setup.assumed)}",
+            )
+        )
     unread = [Finding("unread", "note", what) for what in setup.unread]
     return [f for f in found if f is not None] + unread
 
 
 def loss_in_use(s: Setup) -> Finding:
-    """Whether the configured loss is the one that runs, and whose it is."""
+    """Whether the configured loss is the one that runs, and who computes it."""
     if s.bypassed:
         return Finding("bypass", "problem", s.bypassed, "another loss than the configured one would run", s.knob("use"))
+    if s.refused:
+        return Finding(
+            "refused",
+            "problem",
+            s.refused,
+            f"bandpo raises this error in {s.host}'s workers, before the first update",
+        )
     if s.objective is None:
         return _unknown("bypass", "which loss runs")
     if not s.ours:
         return Finding(
-            "bypass", "note", f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
-            "the findings below are about that loss", s.knob("use"),
-        )  # fmt: skip
+            "bypass",
+            "note",
+            f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
+            "the findings below are about that loss",
+            s.knob("use"),
+        )
     return Finding("bypass", "ok", f"bandpo computes the loss: {s.objective.name}, {s.objective.formula or 'your own'}")
 
 
@@ -65,14 +81,19 @@ def can_bind(s: Setup) -> Finding:
         return Finding("inert", "note", f"{seen}; whether ratios are taken against the sampler is not known")
     if against_sampler and s.engine:
         return Finding(
-            "inert", "note", seen,
-            f"ratios differ from 1 only by the difference between {s.engine} and the trainer", s.knob("more steps"),
-        )  # fmt: skip
+            "inert",
+            "note",
+            seen,
+            f"ratios differ from 1 only by the difference between {s.engine} and the trainer",
+            s.knob("more steps"),
+        )
     return Finding(
-        "inert", "problem", f"{seen}: the trust region can never bind",
+        "inert",
+        "problem",
+        f"{seen}: the trust region can never bind",
         "the policy in training is the one that the ratio is taken against, so every ratio is 1 and no token is clipped",
         s.knob("more steps"),
-    )  # fmt: skip
+    )
 
 
 def anchor(s: Setup) -> Finding:
@@ -83,23 +104,27 @@ def anchor(s: Setup) -> Finding:
     if (wanted == "rollout") != s.old_is_rollout and s.host == "verl":
         given = "the sampler's log-probs" if s.old_is_rollout else "recomputed log-probs"
         return Finding(
-            "anchor", "problem", f"{s.objective.name} takes its ratio against the {wanted} policy, and verl gives {given}",
-            "algorithm.rollout_correction.bypass_mode decides what verl puts where the old log-probs are",
+            "anchor",
+            "problem",
+            f"{s.objective.name} takes its ratio against the {wanted} policy, and verl gives {given}",
+            "algorithm.rollout_correction.bypass_mode determines which log-probs verl uses as the old ones",
             f"algorithm.rollout_correction.bypass_mode={wanted == 'rollout'}"
-            + (" and policy_loss.bypass_mode the same" if s.ours else ""),
-        )  # fmt: skip
+            + (", and policy_loss.bypass_mode with the same value" if s.ours else ""),
+        )
     if wanted == "rollout":
         whose = f"{s.engine}'s" if s.engine else "its"
-        source = "the trainer's own, as it samples itself" if s.engine == "" else f"{whose} log-probs"
+        source = "which is the trainer itself" if s.engine == "" else f"{whose} log-probs"
         return Finding("anchor", "ok", f"ratios are taken against the sampler, {source}")
     if s.corrected is None or (s.engine is None and not s.corrected):
-        return _unknown("anchor", "whether the sampler's differences from the trainer are weighed")
+        return _unknown("anchor", "whether the difference between sampler and trainer is corrected")
     if s.engine and not s.corrected:
         return Finding(
-            "anchor", "warning", f"ratios are taken against recomputed log-probs, and {s.engine}'s differences are not weighed",
-            f"{s.engine} and the trainer give one token different probabilities; the gradient is then biased",
+            "anchor",
+            "warning",
+            f"ratios are taken against recomputed log-probs, and the difference to {s.engine} is not weighed",
+            f"{s.engine} and the trainer give the same token different probabilities, which makes the gradient biased",
             s.knob("correction"),
-        )  # fmt: skip
+        )
     return Finding("anchor", "ok", "ratios are taken against the policy before the update (recomputed log-probs)")
 
 
@@ -107,39 +132,48 @@ def sampling(s: Setup) -> Finding:
     """What temperature and truncation do to p and to the ratio."""
     if s.temperature is not None and s.temperature <= 0:
         return Finding(
-            "sampling", "problem", f"temperature={s.temperature:g} samples greedily", "all completions of a "
-            "prompt are the same, "
-            "so every advantage is 0", "temperature=1.0",
-        )  # fmt: skip
+            "sampling",
+            "problem",
+            f"temperature={s.temperature:g} samples greedily",
+            "all completions of a prompt are the same, so every advantage is 0",
+            "temperature=1.0",
+        )
     cut = [
         f"{name}={value:g}"
         for name, value, on in (
             ("top_p", s.top_p, s.top_p is not None and s.top_p < 1),
             ("top_k", s.top_k, s.top_k is not None and s.top_k > 0),
             ("min_p", s.min_p, s.min_p is not None and s.min_p > 0),
-        ) if on
-    ]  # fmt: skip
+        )
+        if on
+    ]
     if cut:
         return Finding(
-            "sampling", "warning", f"{', '.join(cut)} cut the sampler's distribution",
-            "log-probs are those of the whole distribution: sampled tokens were likelier than their p says, "
-            "tokens outside are never "
-            "sampled and can only lose probability, and the ratio is biased", s.knob("no truncation"),
-        )  # fmt: skip
+            "sampling",
+            "warning",
+            f"{', '.join(cut)} cut the sampler's distribution",
+            "the log-probs are those of the whole distribution: a sampled token was more likely than its p, a token that is "
+            "cut is never sampled and can only lose probability, and the ratio is biased",
+            s.knob("no truncation"),
+        )
     settings = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
     missing = [name for name, value in settings.items() if value is None]
     if missing:
         return _unknown("sampling", " and ".join(missing))
     if s.temperature != 1:
         return Finding(
-            "sampling", "note", f"temperature={s.temperature:g}: p is the policy's probability at that temperature",
-            "the region is that of the tempered policy; evaluate at the same temperature, or say so",
-        )  # fmt: skip
-    return Finding("sampling", "ok", "temperature 1, no truncation: p is the probability that a token was sampled with")
+            "sampling",
+            "note",
+            f"temperature={s.temperature:g}: p is the policy's probability at that temperature",
+            "the trust region is that of the policy at this temperature; evaluate at the same temperature, or report both",
+        )
+    return Finding(
+        "sampling", "ok", "temperature 1 and no truncation: p is the probability with which a token was sampled"
+    )
 
 
 def groups(s: Setup) -> Finding | None:
-    """What a group of one does to advantages that compare the completions of a prompt."""
+    """What a group of one completion means for advantages that compare the completions of a prompt."""
     if s.alone is None:
         return None
     if s.group is None:
@@ -151,27 +185,28 @@ def groups(s: Setup) -> Finding | None:
 
 
 def precision(s: Setup) -> Finding | None:
-    """Whether the optimiser's steps are lost in the spacing of 16-bit weights.
+    """Whether the optimiser's steps are smaller than the spacing of 16-bit weights.
 
-    A number w of f significant bits changes only by a step above half its spacing, which is over |w|·2^-(f+1), and a step of
-    Adam is about the learning rate: at learning rate η the weights above η·2^(f+1) stay where they are.
+    A configuration gives only the dtype of the weights, so the rule uses a typical size of weights. The trainers count the
+    weights themselves (`bandpo.integrations.trl.precision`).
     """
-    bits = {"bfloat16": 8, "float16": 11}.get(s.weights or "")
-    if bits is None or s.learning_rate is None:
+    largest = None if s.learning_rate is None else largest_moved(s.weights or "", s.learning_rate)
+    if largest is None:
         return None
-    largest = s.learning_rate * 2.0 ** (bits + 1)
     seen = f"weights are kept in {s.weights}, at learning rate {s.learning_rate:g}"
     if largest < _TYPICAL_WEIGHT:
         return Finding(
-            "precision", "warning", f"{seen}: most updates are lost",
+            "precision",
+            "warning",
+            f"{seen}: most updates are lost",
             f"an update of about the learning rate is below the spacing of {s.weights} numbers for weights above {largest:.2g}",
             s.knob("precision"),
-        )  # fmt: skip
+        )
     return Finding("precision", "ok", f"{seen}: weights up to {largest:.2g} can move")
 
 
 def interval(s: Setup) -> Finding | None:
-    """The interval over p, and the fixed clip that it would be there."""
+    """The interval at several p, and the fixed clip with the same edges there."""
     if s.objective is None:
         return _unknown("interval", "the region")
     table = _intervals(s)
@@ -179,74 +214,96 @@ def interval(s: Setup) -> Finding | None:
         return Finding("interval", "note", f"the region of {s.objective.name} depends on more than p: no table")
     lower, upper = table
     rows = [f"{'p':>7}  {'lower':>8}  {'upper':>9}  as a clip (below, above)   set by (below, above)"]
-    for p, low, high in zip(PROBABILITIES, lower.tolist(), upper.tolist(), strict=True):
+    edges: tuple[list[float], list[float]] = (lower.tolist(), upper.tolist())
+    for p, low, high in zip(PROBABILITIES, *edges, strict=True):
         rows.append(
             f"{p:>7g}  {low:>8.4f}  {high:>9.4f}  {1 - low:>8.4f}, {high - 1:<9.4f}      "
             f"{'simplex' if low <= 0 else 'region'}, {_set_by(s, p, high)}"
         )
     middle = PROBABILITIES.index(0.5)
-    low, high = lower[middle].item(), upper[middle].item()
+    below, above = 1 - lower[middle].item(), upper[middle].item() - 1
     return Finding(
-        "interval", "note", f"at p = 0.5 the interval is that of a clip of {1 - low:.3g} below and {high - 1:.3g} above",
+        "interval",
+        "note",
+        f"at p = 0.5 the interval is that of a clip of {below:.3g} below and {above:.3g} above",
         details=tuple(rows),
-    )  # fmt: skip
+    )
 
 
 def cap(s: Setup) -> Finding | None:
-    """Below which probability the cap and not the ball decides."""
+    """Below which probability the cap, and not the radius, sets the upper bound."""
     bounds = None if s.objective is None else s.objective.bounds
     if not isinstance(bounds, Band) or bounds.max_ratio is None:
         return None
     threshold = cap_threshold(bounds)
     if threshold is None:
-        return Finding("cap", "ok", f"max_ratio={bounds.max_ratio:g} never decides: the ball is tighter for every p")
+        return Finding(
+            "cap", "ok", f"max_ratio={bounds.max_ratio:g} never sets the upper bound: the radius is tighter for every p"
+        )
     return Finding(
-        "cap", "note", f"for tokens of p < {threshold:.3g} max_ratio={bounds.max_ratio:g} sets the upper bound, not the radius",
-        "the ball lets rarer tokens grow further than the cap", "max_ratio=inf for none",
-    )  # fmt: skip
+        "cap",
+        "note",
+        f"for tokens of p < {threshold:.3g} max_ratio={bounds.max_ratio:g} sets the upper bound, not the radius",
+        "for rarer tokens the radius alone would allow ratios above the cap",
+        "max_ratio=inf for no cap",
+    )
 
 
 def logits(s: Setup) -> Finding | None:
-    """Memory of the logits."""
+    """How much memory the logits need."""
     if s.vocabulary is None or not s.tokens:
         return None
     size = s.tokens * s.vocabulary * 4 / 2**30
     seen = f"logits of {s.tokens} tokens x {s.vocabulary} words are {size:.2f} GiB in float32"
     if s.fused_head:
         return Finding(
-            "memory", "ok", f"{seen}, and {s.host} does not make them: its fused head computes log-probs in chunks"
+            "memory", "ok", f"{seen}, and {s.host} does not make them: its fused head computes the log-probs in chunks"
         )
     if size < _LARGE:
         return Finding("memory", "ok", f"{seen}, about {_PLAIN * size:.2f} with log-softmax and gradients")
     return Finding(
-        "memory", "warning", f"{seen}, about {_PLAIN * size:.1f} GiB with log-softmax and gradients",
-        "each step makes the whole matrix", f"{s.knob('fused head')}; in your own loop bandpo.token_logprobs, "
-        f"which needs about "
-        f"{0.093 * _PLAIN * size:.1f} GiB (ratio measured at 4096 x 151936)",
-    )  # fmt: skip
+        "memory",
+        "warning",
+        f"{seen}, about {_PLAIN * size:.1f} GiB with log-softmax and gradients",
+        "each step makes the whole matrix",
+        f"{s.knob('fused head')}; in your own loop use bandpo.token_logprobs, which needs about "
+        f"{_CHUNKED * _PLAIN * size:.1f} GiB (ratio measured at 4096 x 151936)",
+    )
 
 
 RULES: tuple[Callable[[Setup], Finding | None], ...] = (
-    loss_in_use, can_bind, anchor, sampling, groups, precision, interval, cap, logits,
-)  # fmt: skip
-"""In the order they are printed."""
+    loss_in_use,
+    can_bind,
+    anchor,
+    sampling,
+    groups,
+    precision,
+    interval,
+    cap,
+    logits,
+)
+"""The rules, in the order in which their findings are printed."""
 
 
 def cap_threshold(band: Band) -> float | None:
     """The probability below which the cap sets the upper bound, None if there is none.
 
-    The ball's upper bound falls with p (docs/theory.md), so there is one such p; bisection on its logarithm.
+    The upper bound of the radius falls with p (docs/theory.md), so there is one such p, found by bisection of its logarithm.
+
+    Args:
+        band: A band with a `max_ratio`.
 
     Examples:
         >>> from bandpo import KL
         >>> round(cap_threshold(Band(KL, 0.05, max_ratio=10.0)), 5)
         0.00714
     """
-    assert band.max_ratio is not None
+    limit = band.max_ratio
+    assert limit is not None
     free = dataclasses.replace(band, max_ratio=None)
 
     def capped(logp: float) -> bool:
-        return free(torch.tensor([logp], dtype=torch.float64)).upper.item() > band.max_ratio  # type: ignore[operator]
+        return free(torch.tensor([logp], dtype=torch.float64)).upper.item() > limit
 
     low, high = -80.0, -1e-9
     if not capped(low):
@@ -258,7 +315,7 @@ def cap_threshold(band: Band) -> float | None:
 
 
 def _unknown(rule: str, what: str, why: str = "") -> Finding:
-    return Finding(rule, "note", f"not known: {what}", why or "see what is unread below")
+    return Finding(rule, "note", f"not known: {what}", why or "see the lines `unread` below")
 
 
 def _intervals(s: Setup) -> RatioBounds | None:

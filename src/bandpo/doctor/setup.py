@@ -1,4 +1,4 @@
-"""A run's settings as far as the trust region cares, in one form for every host."""
+"""The settings of a run that matter for its trust region, in one form for every host."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,32 +14,33 @@ Host = Literal["bandpo train", "TRL", "verl"]
 
 @dataclass(frozen=True)
 class Setup:
-    """What the rules of `examine_setup` look at. A value of None was not read, and no rule judges by it.
+    """What the rules of `examine_setup` look at. A value of None is not known, and no rule uses it.
 
     Args:
-        host: Which one; decides the names in advice.
-        objective: What is optimised, the host's own loss as the objective that it equals.
-        ours: Whether bandpo computes it; false for the host's own loss.
+        host: The host; it determines the names in the advice.
+        objective: The objective; for a loss of the host, the objective that equals it.
+        ours: Whether bandpo computes the loss; false for the host's own loss.
         steps: Optimiser steps for each rollout.
-        steps_from: How that number came about, in the host's names; or why it is not known.
-        engine: Sampler other than the trainer itself ("vllm", "sglang"), "" for none.
-        corrected: Whether the host weighs for the difference between sampler and trainer.
-        old_is_rollout: Whether the host puts the sampler's log-probs where the old ones are.
-        temperature: Of sampling.
-        top_p: Of sampling.
-        top_k: Of sampling; 0 for off.
-        min_p: Of sampling; 0 for off.
+        steps_from: How that number was computed, in the names of the host; or why it is not known.
+        engine: The sampler if it is not the trainer itself ("vllm", "sglang"), "" if it is.
+        corrected: Whether the host applies weights for the difference between sampler and trainer.
+        old_is_rollout: Whether the host uses the sampler's log-probs as the old ones.
+        temperature: Temperature of sampling.
+        top_p: Nucleus of sampling; 1 for off.
+        top_k: Number of most likely tokens that are sampled from; 0 for off.
+        min_p: Smallest probability in sampling, relative to the largest one; 0 for off.
         group: Completions of a prompt.
-        alone: What a group of one does to the advantages, and how bad that is; None where they do not need groups.
-        bypassed: Why the loss that is configured would not be the one that runs; "" if it is.
+        alone: How bad a group of one completion is for the advantages, and why; None where they do not need groups.
+        bypassed: Why another loss than the configured one would run; "" if the configured one runs.
+        refused: The error that bandpo's adapter would raise for these settings; "" for none.
         tokens: Completion tokens whose logits exist at once, at most.
-        vocabulary: Of the model; None if not known.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
         fused_head: Whether the host computes log-probs without the logits.
-        weights: dtype that the trained weights are kept in, where the configuration says so.
-        learning_rate: Of the optimiser, where the configuration says so.
-        knobs: The host's name of what the rules advise.
-        assumed: Settings that the file does not have, as `name=value`, with the host's defaults.
-        unread: What in the configuration could not be looked into.
+        weights: dtype of the trained weights, where the configuration sets it.
+        learning_rate: Learning rate of the optimiser, where the configuration sets it.
+        knobs: The host's names for what the rules advise.
+        assumed: Settings that are not in the file, as `name=value`, with the host's defaults.
+        unread: What in the configuration could not be read.
     """
 
     host: Host
@@ -57,6 +58,7 @@ class Setup:
     group: int | None = 8
     alone: tuple[Level, str] | None = ("problem", "advantages compare the completions of a prompt: all are 0")
     bypassed: str = ""
+    refused: str = ""
     tokens: int = 0
     vocabulary: int | None = None
     fused_head: bool = False
@@ -67,11 +69,15 @@ class Setup:
     unread: tuple[str, ...] = ()
 
     def knob(self, name: str) -> str:
-        """The host's spelling of a piece of advice, the name itself where it has none."""
+        """The host's spelling of a piece of advice.
+
+        Args:
+            name: Name of the advice; it is returned where the host has no spelling of its own.
+        """
         return self.knobs.get(name, name)
 
 
-TRL_KNOBS: Mapping[str, str] = {
+TRL_KNOBS: dict[str, str] = {
     "more steps": "num_iterations=2 or more, or steps_per_generation a multiple of gradient_accumulation_steps",
     "no truncation": "top_p=1.0, top_k=0, min_p unset",
     "correction": "vllm_importance_sampling_correction=True, or an objective with the rollout anchor (dppo-kl)",
@@ -79,22 +85,22 @@ TRL_KNOBS: Mapping[str, str] = {
     "precision": "dtype float32 (bf16: true computes in bfloat16 and keeps the weights in float32)",
     "use": "BandGRPOTrainer and BandGRPOConfig in place of GRPOTrainer and GRPOConfig, objective=...",
 }
-VERL_KNOBS: Mapping[str, str] = {
+VERL_KNOBS: dict[str, str] = {
     "more steps": "data.train_batch_size a multiple of actor_rollout_ref.actor.ppo_mini_batch_size, or ppo_epochs=2",
     "no truncation": "actor_rollout_ref.rollout.top_p=1.0 and top_k=-1",
     "correction": "algorithm.rollout_correction.rollout_is=token, or an objective with the rollout anchor (dppo-kl)",
-    "group": "actor_rollout_ref.rollout.n=8, say",
+    "group": "actor_rollout_ref.rollout.n=8, for example",
     "precision": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
     "use": "actor_rollout_ref.actor.policy_loss.loss_mode=bandpo",
 }
 
 
 def named_objective(name: str, unread: list[str]) -> Objective | None:
-    """An objective of the zoo. The path of an import is not followed: a stranger's file would run code.
+    """An objective of the zoo. The path of an import is not followed, because a stranger's file could run code.
 
     Args:
-        name: As the file has it.
-        unread: Takes the line that says so.
+        name: Name of the objective, as in the file.
+        unread: Lines about what is not read; a line about such a path is appended.
 
     Raises:
         ValueError: If there is no objective of that name.
@@ -115,6 +121,10 @@ def named_objective(name: str, unread: list[str]) -> Objective | None:
 
 
 def short(value: object) -> str:
-    """A value in a message, without secrets, cut where it is long."""
+    """A value for a message, without secrets, shortened to 80 characters.
+
+    Args:
+        value: The value.
+    """
     text = redact_text(repr(value)) if isinstance(value, str | int | float | bool | None) else type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,11 +1,11 @@
-"""Words of a shell script, without a shell: nothing is executed or resolved, and the time is proportional to the length.
+"""Splits a shell script into words without a shell: nothing is executed or expanded, and the time is linear in the length.
 
-A word keeps what is literal in it. From the first expansion on ($NAME, ${...}, $(...), backticks) it is not known.
+The literal beginning of a word is known; from the first expansion on ($NAME, ${...}, $(...), backticks) it is not.
 """
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|[0-9@*#?!$-])")
 _HYDRA = re.compile(r"\$\{[A-Za-z_]\w*(?:\.\w+)+\}")  # ${a.b}: a dot cannot be in the name of a shell's variable
@@ -19,8 +19,8 @@ class Word:
     """A word of a command.
 
     Args:
-        text: Without its quotes; expansions are left as they are written.
-        known: How many characters of the text come before the first expansion; all of them where there is none.
+        text: The word without its quotes; expansions are left as they are written.
+        known: Number of characters before the first expansion; all of them where there is none.
     """
 
     text: str
@@ -28,18 +28,18 @@ class Word:
 
     @property
     def literal(self) -> bool:
-        """Whether nothing in it is expanded."""
+        """Whether the word contains no expansion."""
         return self.known == len(self.text)
 
 
 @dataclass
 class Script:
-    """What a script says.
+    """The commands and assignments of a script.
 
     Args:
-        commands: Words of each command.
-        variables: Values that are assigned to a name, as text or as the words of an array, all of them in order.
-        here: Delimiters of here-documents, whose text is not read.
+        commands: The words of each command.
+        variables: All values that are assigned to a name, in order; an array gives one value for each of its words.
+        here: Delimiters of the here-documents; their text is not read.
     """
 
     commands: list[list[Word]] = field(default_factory=list[list[Word]])
@@ -48,10 +48,13 @@ class Script:
 
 
 def read_script(text: str) -> Script:
-    r"""Take a script apart.
+    r"""Split a script into commands and assignments.
 
     Args:
-        text: Of a POSIX shell, or Bash.
+        text: A script of a POSIX shell or of Bash.
+
+    Returns:
+        The words of its commands and the values of its variables.
 
     Examples:
         >>> script = read_script("N=4\npython -m train a.b=1 c.d=$N 'e f'  # why")
@@ -61,6 +64,12 @@ def read_script(text: str) -> Script:
         '4'
     """
     return _Reader(text).read()
+
+
+class _Add(Protocol):
+    """Appends a piece to the word that is read."""
+
+    def __call__(self, piece: str, *, literal: bool = True) -> None: ...
 
 
 class _Reader:
@@ -185,7 +194,7 @@ class _Reader:
                 self.at = end
         return Word("".join(pieces), length if known is None else known)
 
-    def _quoted(self, add: Any) -> None:
+    def _quoted(self, add: _Add) -> None:
         text = self.text
         self.at += 1
         while self.at < len(text):
@@ -207,7 +216,7 @@ class _Reader:
                 add(text[self.at : end])
                 self.at = end
 
-    def _expansion(self, add: Any) -> None:
+    def _expansion(self, add: _Add) -> None:
         text, start = self.text, self.at
         hydra = _HYDRA.match(text, start)
         if hydra is not None:
@@ -221,12 +230,12 @@ class _Reader:
             self._skip_nested()
         else:
             self.at += 1
-            add("$")  # a dollar sign before nothing that it could expand
+            add("$")  # a dollar sign that begins no expansion
             return
         add(text[start : self.at], literal=False)
 
     def _skip_nested(self) -> None:
-        """To the end of ${...}, $(...), $((...)) or backticks, with what is nested and quoted in them."""
+        """Skip to the end of ${...}, $(...), $((...)) or backticks, including what is nested and quoted in them."""
         text, closing = self.text, list[str]()
         while self.at < len(text):
             c = text[self.at]

@@ -60,10 +60,10 @@ MANY = 0.5  # share of groups without signal, of completions cut off, of edges s
 
 
 class Log:
-    """Series of a log by what they mean.
+    """The series of a log, by their meaning.
 
     Args:
-        rows: One for each logging step.
+        rows: Metrics by name, one row for each logging step.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -84,17 +84,26 @@ class Log:
                     self.broken[str(name)] = self.broken.get(str(name), 0) + 1
 
     def series(self, what: str) -> tuple[str, list[float]]:
-        """The name that the log has for it, and its finite values; no values if it has none."""
+        """The name of a metric in the log, and its finite values.
+
+        Args:
+            what: A key of `NAMES`.
+        """
         name, values = self.found.get(what, (NAMES[what][0], []))
         return name, [v for v in values if math.isfinite(v)]
 
     def always(self, what: str, value: float) -> bool:
-        """Whether it has this value in every row that has it, of which there is one at least."""
+        """Whether a metric is in some row, and has this value in every row in which it is.
+
+        Args:
+            what: A key of `NAMES`.
+            value: The value to compare with.
+        """
         _, values = self.found.get(what, ("", []))
         return bool(values) and all(v == value for v in values)
 
     def no_signal(self) -> str:
-        """What says that every advantage was 0 in every row, "" if nothing does."""
+        """The evidence that every advantage was 0 in every row, "" if there is none."""
         if self.always("zero variance", 1):
             return f"{self.found['zero variance'][0]} is 1"
         if self.always("largest advantage", 0) and self.always("smallest advantage", 0):
@@ -105,12 +114,12 @@ class Log:
 
 
 def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Symptoms of a run, each with metric, cause and knob.
+    """Symptoms of a run, each with the metric, the cause and what to set.
 
-    Starts and ends are means over the first and last tenth of the log.
+    The start and the end of a metric are its means over the first and the last tenth of the log.
 
     Args:
-        rows: Of metrics.jsonl, or of another log with the names of TRL or verl.
+        rows: The rows of metrics.jsonl, or of another log with the names of TRL or verl.
 
     Raises:
         ValueError: If the log has none of the metrics.
@@ -130,7 +139,7 @@ def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def entropy(log: Log) -> Finding | None:
-    """Collapse or explosion."""
+    """Whether the entropy collapsed or exploded."""
     name, values = log.series("entropy")
     if len(values) < 5:
         return None
@@ -138,54 +147,62 @@ def entropy(log: Log) -> Finding | None:
     seen = f"{name} went from {start:.3f} to {end:.3f} nats"
     if end < COLLAPSE * start and end < LOW_ENTROPY + COLLAPSE * start and start > LOW_ENTROPY:
         return Finding(
-            "entropy", "warning", f"{seen}: collapse", "the policy has become nearly deterministic; rare tokens "
-            "that led to rewards "
-            "can no longer be sampled", "a band (bandpo-kl) or a higher epsilon_high, a smaller learning rate, "
-            "fewer steps for each "
-            "rollout, a larger beta",
-        )  # fmt: skip
+            "entropy",
+            "warning",
+            f"{seen}: collapse",
+            "the policy has become nearly deterministic; rare tokens that led to rewards can no longer be sampled",
+            "a band (bandpo-kl) or a higher epsilon_high, a smaller learning rate, fewer steps for each rollout, a larger beta",
+        )
     if end > EXPLOSION * start and end > start + LOW_ENTROPY:
         return Finding(
-            "entropy", "warning", f"{seen}: explosion", "updates push probability to tokens that nobody "
-            "sampled, often from noise in "
-            "the advantages or a sampler that differs from the trainer", "a smaller radius or learning rate, "
-            "max_ratio=10, top_p=1; "
-            "look at the sampler mismatch",
-        )  # fmt: skip
+            "entropy",
+            "warning",
+            f"{seen}: explosion",
+            "updates move probability to tokens that were not sampled, often because of noise in the advantages or a sampler "
+            "that differs from the trainer",
+            "a smaller radius or learning rate, max_ratio=10, top_p=1; look at the sampler mismatch",
+        )
     return Finding("entropy", "ok", seen)
 
 
 def clipping(log: Log) -> Finding | None:
-    """Inert, or too tight."""
+    """Whether the region clips no token at all, or too many."""
     name, values = log.series("clip")
     if not values:
         return None
     mean, largest = sum(values) / len(values), max(values)
     ratio, ratios = log.series("ratio")
     if largest == 0 and log.no_signal():
-        return Finding("clipping", "note", f"{name} is 0 in all {len(values)} rows", "no group had a signal: see there")
-    if largest == 0:
-        still = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6
         return Finding(
-            "clipping", "problem" if still else "warning", f"{name} is 0 in all {len(values)} rows"
-            + (f", and {ratio} is 1: the region is inert" if still else ""),
-            "each rollout is used for one optimiser step, so nothing can be clipped" if still else
-            "the updates are too small to reach the edge, or each rollout is used for one optimiser step",
-            "num_iterations=2 or more" if still else "a smaller radius, a higher learning rate, or more steps for each rollout",
-        )  # fmt: skip
+            "clipping", "note", f"{name} is 0 in all {len(values)} rows", "no group had a signal: see `signal`"
+        )
+    if largest == 0:
+        inert = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6
+        return Finding(
+            "clipping",
+            "problem" if inert else "warning",
+            f"{name} is 0 in all {len(values)} rows" + (f", and {ratio} is 1: the region is inert" if inert else ""),
+            "each rollout is used for one optimiser step, so nothing can be clipped"
+            if inert
+            else "the updates are too small to reach the edge, or each rollout is used for one optimiser step",
+            "num_iterations=2 or more"
+            if inert
+            else "a smaller radius, a higher learning rate, or more steps for each rollout",
+        )
     if mean > TIGHT:
         return Finding(
-            "clipping", "warning", f"{name} is {mean:.3f} on average, {largest:.3f} at most", "many tokens have "
-            "left the region: it is "
-            "tight for this learning rate and reuse", "a larger radius (bandpo doctor BATCH --target 0.02 "
-            "computes one), a smaller "
-            "learning rate, fewer steps for each rollout",
-        )  # fmt: skip
+            "clipping",
+            "warning",
+            f"{name} is {mean:.3f} on average, {largest:.3f} at most",
+            "many tokens have left the region: it is tight for this learning rate and reuse",
+            "a larger radius (bandpo doctor BATCH --target 0.02 computes one), a smaller learning rate, fewer steps for each "
+            "rollout",
+        )
     return Finding("clipping", "ok", f"{name} is {mean:.4f} on average, {largest:.4f} at most")
 
 
 def overshoot(log: Log) -> Finding | None:
-    """Tokens far outside of the region: the clip removes gradients, it holds nobody back."""
+    """Whether tokens are far outside of the region: a clip removes their gradients, but does not move them back."""
     name, values = log.series("divergence")
     if not values:
         return None
@@ -193,15 +210,18 @@ def overshoot(log: Log) -> Finding | None:
     seen = f"the furthest token of a step is {mean:.2f} radii out on average, {max(values):.2f} at most ({name})"
     if mean > FAR:
         return Finding(
-            "overshoot", "warning", seen, "a clip stops the gradient of a token outside, it does not bring it "
-            "back: one step was large "
-            "enough to throw tokens far out", "a smaller learning rate, a smaller max_grad_norm, more samples in a step",
-        )  # fmt: skip
+            "overshoot",
+            "warning",
+            seen,
+            "a clip stops the gradient of a token outside, and does not bring it back: one step was large enough to move "
+            "tokens far outside",
+            "a smaller learning rate, a smaller max_grad_norm, more samples in a step",
+        )
     return Finding("overshoot", "ok", seen)
 
 
 def mismatch(log: Log) -> Finding | None:
-    """Sampler and trainer differ."""
+    """Whether sampler and trainer differ."""
     name, values = log.series("mismatch")
     if not values:
         return None
@@ -209,24 +229,29 @@ def mismatch(log: Log) -> Finding | None:
     seen = f"{name} is {end:.4f} at the end"
     if end > MISMATCH:
         return Finding(
-            "mismatch", "warning", seen, "the engine that samples gives tokens other probabilities than the "
-            "trainer: precision, "
-            "kernels, stale weights or cut sampling", "an objective with the rollout anchor (dppo-kl) or a "
-            "correction (tis, icepop), "
-            "the same dtype on both sides, top_p=1 and top_k off",
-        )  # fmt: skip
+            "mismatch",
+            "warning",
+            seen,
+            "the sampler gives tokens other probabilities than the trainer: precision, kernels, stale weights or truncated "
+            "sampling",
+            "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop), the same dtype on both sides, "
+            "top_p=1 and top_k off",
+        )
     return Finding("mismatch", "ok", seen)
 
 
 def signal(log: Log) -> Finding | None:
-    """Whether any group ever had signal."""
+    """Whether any group ever had rewards that differ."""
     silent = log.no_signal()
     if silent:
         return Finding(
-            "signal", "problem", f"no group ever had a signal: {silent} in all rows",
+            "signal",
+            "problem",
+            f"no group ever had a signal: {silent} in all rows",
             "all completions of each prompt had the same reward, or none was scored: every advantage is 0, no weight moves "
-            "and every ratio stays 1", "prompts of middling difficulty, more completions of each; look at the reward",
-        )  # fmt: skip
+            "and every ratio stays 1",
+            "prompts of medium difficulty, more completions of each; look at the reward",
+        )
     if any(what in log.found for what in ("zero variance", "spread", "largest advantage")):
         return Finding("signal", "ok", "some groups had rewards that differ")
     return None
@@ -238,42 +263,54 @@ def still(log: Log) -> Finding | None:
     name, norms = log.series("gradient")
     if len(norms) >= 5 and not any(norms):
         return Finding(
-            "still", "problem", f"{name} is 0 in all {len(norms)} rows: no weight moves",
-            "no advantage, an empty loss mask, or parameters that do not require a gradient", "look at rewards and loss mask",
-        )  # fmt: skip
+            "still",
+            "problem",
+            f"{name} is 0 in all {len(norms)} rows: no weight moves",
+            "no advantage, an empty loss mask, or parameters that do not require a gradient",
+            "look at rewards and loss mask",
+        )
     if len(series) > 1 and all(len(set(values)) == 1 for values in series):
         return Finding(
-            "still", "warning", f"each of the {len(series)} metrics looked at has one value in all rows",
-            "a run that does not learn at all, or a log that is not that of a run", "look at learning rate and rewards",
-        )  # fmt: skip
+            "still",
+            "warning",
+            f"each of the {len(series)} metrics looked at has one value in all rows",
+            "a run that does not learn at all, or a log that does not come from a run",
+            "look at learning rate and rewards",
+        )
     return Finding("still", "ok", "metrics move from row to row") if series else None
 
 
 def zero_variance(log: Log) -> Finding | None:
-    """Groups whose rewards are all equal."""
+    """How many groups have rewards that are all equal."""
     if log.no_signal():
         return None
     return _share(
-        log, "zero variance", "groups", "their completions all have the same reward, so their advantages are 0 and they teach "
-        "nothing", "prompts of middling difficulty, more num_generations, dynamic_sampling=2 or pruning",
-    )  # fmt: skip
+        log,
+        "zero variance",
+        "groups",
+        "their completions all have the same reward, so their advantages are 0 and nothing is learned from them",
+        "prompts of medium difficulty, more num_generations, dynamic_sampling=2 or pruning",
+    )
 
 
 def cut_off(log: Log) -> Finding | None:
-    """Completions that end at the maximal length."""
+    """How many completions end at the maximal length."""
     return _share(
-        log, "cut off", "length", "completions end at the maximal length before they are done, and are then scored as wrong",
+        log,
+        "cut off",
+        "length",
+        "completions end at the maximal length before they are done, and are then scored as wrong",
         "a larger max_completion_length (data.max_response_length)",
-    )  # fmt: skip
+    )
 
 
 def cap(log: Log) -> Finding | None:
-    """The cap decides."""
+    """How many upper edges are set by the cap."""
     return _share(log, "cap", "cap", "most upper edges are set by max_ratio and not by the radius", "max_ratio")
 
 
 def nonfinite(log: Log) -> Finding | None:
-    """NaN or infinity: counted among log-probs, or as the value of any metric that is looked at."""
+    """Whether log-probs, or the value of any metric, are NaN or infinite."""
     name, values = log.series("nonfinite")
     seen = [f"{name} is not 0 in {sum(v != 0 for v in values)} rows"] if any(values) else []
     for other, numbers in log.found.values():
@@ -284,38 +321,45 @@ def nonfinite(log: Log) -> Finding | None:
     seen += [f"{other} is not finite in {count} rows" for other, count in [*update.items()][:_SHOWN]]
     if seen:
         return Finding(
-            "nonfinite", "problem", "; ".join(seen),
+            "nonfinite",
+            "problem",
+            "; ".join(seen),
             "log-probs of NaN or infinity: 16-bit overflow, a broken checkpoint, a token of probability 0 in the sampler; or "
-            "weights that are NaN", "float32 log-probs, a smaller learning rate, the checkpoint before",
-        )  # fmt: skip
+            "weights that are NaN",
+            "float32 log-probs, a smaller learning rate, an earlier checkpoint",
+        )
     if log.broken:
         names = [*log.broken]
         return Finding(
-            "nonfinite", "warning", f"not finite in some rows: {', '.join(names[:_SHOWN])}"
+            "nonfinite",
+            "warning",
+            f"not finite in some rows: {', '.join(names[:_SHOWN])}"
             + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""),
             "a mean over nothing, such as the score of a reward that gave no number; or a value that overflowed",
             "look at these metrics",
-        )  # fmt: skip
+        )
     return Finding("nonfinite", "ok", f"{name} is 0 throughout") if values else None
 
 
 def unscored(log: Log) -> Finding | None:
-    """Samples without a reward."""
+    """How many samples have no reward."""
     name, values = log.series("unscored")
     if not values:
         return None
     mean = sum(values) / len(values)
     if mean > 0.01:
         return Finding(
-            "unscored", "warning", f"{name} is {mean:.3f} on average", "the reward function gave no number: it "
-            "failed, took too long, "
-            "or could not read the reference answer", "failed_reward.jsonl has samples; reward_timeout, or mend the function",
-        )  # fmt: skip
+            "unscored",
+            "warning",
+            f"{name} is {mean:.3f} on average",
+            "the reward function gave no number: it failed, took too long, or could not read the reference answer",
+            "failed_reward.jsonl has samples; reward_timeout, or mend the function",
+        )
     return Finding("unscored", "ok", f"{name} is {mean:.4f} on average")
 
 
 def reward(log: Log) -> Finding | None:
-    """Whether it rose."""
+    """How the reward changed."""
     name, values = log.series("reward")
     if len(values) < 5:
         return None
@@ -324,8 +368,19 @@ def reward(log: Log) -> Finding | None:
 
 
 RULES: tuple[Callable[[Log], Finding | None], ...] = (
-    nonfinite, signal, clipping, entropy, overshoot, mismatch, zero_variance, cut_off, cap, unscored, still, reward,
-)  # fmt: skip
+    nonfinite,
+    signal,
+    clipping,
+    entropy,
+    overshoot,
+    mismatch,
+    zero_variance,
+    cut_off,
+    cap,
+    unscored,
+    still,
+    reward,
+)
 
 
 def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | None:
@@ -344,13 +399,17 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def is_broken(value: Any) -> bool:
-    """Whether a value of a log is NaN or infinite, as a number or as text."""
+    """Whether a value of a log is NaN or infinite, as a number or as text.
+
+    Args:
+        value: The value in a row of the log.
+    """
     number = _number(value)
     return number is not None and not math.isfinite(number)
 
 
 def _number(value: Any) -> float | None:
-    """A value of a log as a number; writers of strict JSON have NaN and infinities as text."""
+    """A value of a log as a number, None if it is none; strict JSON contains NaN and infinities as text."""
     if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):

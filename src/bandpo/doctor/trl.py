@@ -1,7 +1,7 @@
-"""Reads a YAML of TRL's `GRPOConfig`, or of `bandpo train`. Needs TRL, which checks what is in it.
+"""Reads a YAML file of TRL's `GRPOConfig`, or of `bandpo train`. Needs TRL, which checks the values.
 
-Building a `GRPOConfig` can load files, start DeepSpeed, join a process group and choose a device. Only the plain numbers,
-flags and names that the rules look at are given to it; nothing else in the file is touched.
+Creating a `GRPOConfig` can load files, start DeepSpeed, join a process group and choose a device. It is given only the plain
+numbers, flags and names that the rules look at; nothing else in the file is used.
 """
 
 import difflib
@@ -10,10 +10,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -27,39 +27,123 @@ from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
-_FLAGS = frozenset({
-    "use_vllm", "vllm_importance_sampling_correction", "use_liger_kernel", "auto_find_batch_size", "do_eval",
-    "mask_truncated_completions", "relax", "packing",
-})  # fmt: skip
-_WHOLE = frozenset({
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "steps_per_generation",
-    "generation_batch_size", "num_iterations", "num_generations", "num_generations_eval", "max_completion_length", "top_k",
-    "divergence_top_k", "dynamic_sampling", "packing_tokens", "packing_window",
-})  # fmt: skip
-_NUMBERS = frozenset({
-    "temperature", "top_p", "min_p", "epsilon", "epsilon_high", "delta", "beta", "vllm_importance_sampling_cap", "radius",
-    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max", "radius_upper", "max_ratio", "radius_end",
-})  # fmt: skip
-_NAMES = frozenset({
-    "loss_type", "scale_rewards", "importance_sampling_level", "vllm_importance_sampling_mode", "eval_strategy", "divergence",
-    "radius_schedule", "radius_target",
-})  # fmt: skip
+_FLAGS = frozenset(
+    {
+        "use_vllm",
+        "vllm_importance_sampling_correction",
+        "use_liger_kernel",
+        "auto_find_batch_size",
+        "do_eval",
+        "mask_truncated_completions",
+        "relax",
+        "packing",
+    }
+)
+_WHOLE = frozenset(
+    {
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "generation_batch_size",
+        "num_iterations",
+        "num_generations",
+        "num_generations_eval",
+        "max_completion_length",
+        "top_k",
+        "divergence_top_k",
+        "dynamic_sampling",
+        "packing_tokens",
+        "packing_window",
+    }
+)
+_NUMBERS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "min_p",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "beta",
+        "vllm_importance_sampling_cap",
+        "radius",
+        "vllm_importance_sampling_clip_min",
+        "vllm_importance_sampling_clip_max",
+        "radius_upper",
+        "max_ratio",
+        "radius_end",
+    }
+)
+_NAMES = frozenset(
+    {
+        "loss_type",
+        "scale_rewards",
+        "importance_sampling_level",
+        "vllm_importance_sampling_mode",
+        "eval_strategy",
+        "divergence",
+        "radius_schedule",
+        "radius_target",
+    }
+)
 _READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
-"""What is given to the configuration. None of these makes it open a file, load a module or start anything."""
+"""The keys that are given to the configuration. None of them makes it open a file, load a module or start anything."""
 
 _ASSUMED = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations", "num_generations", "use_vllm",
-    "temperature", "top_p", "top_k", "max_completion_length",
-)  # fmt: skip
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "num_generations",
+    "use_vllm",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_completion_length",
+)
+_COUNTED = frozenset(
+    {
+        "steps_per_generation",
+        "num_iterations",
+        "gradient_accumulation_steps",
+        "generation_batch_size",
+        "per_device_train_batch_size",
+    }
+)
+"""The keys that the number of optimiser steps for each rollout depends on."""
+
 _MAY_BE_INFINITE = frozenset({"max_ratio", "epsilon_high", "delta"})
-_SHARED = frozenset({
-    "beta", "loss_type", "temperature", "use_vllm", "packing", "model_init_kwargs", "max_prompt_length", "top_k", "top_p",
-    "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs", "disable_dropout",
-    "ds3_gather_for_generation", "log_completions", "max_completion_length", "num_completions_to_print", "pad_to_multiple_of",
-    "ref_model_mixup_alpha", "ref_model_sync_steps", "router_aux_loss_coef", "shuffle_dataset", "sync_ref_model",
-    "trust_remote_code",
-})  # fmt: skip
-"""Keys that other trainers of TRL have too, or files of other frameworks: they do not tell whose file it is."""
+_SHARED = frozenset(
+    {
+        "beta",
+        "loss_type",
+        "temperature",
+        "use_vllm",
+        "packing",
+        "model_init_kwargs",
+        "max_prompt_length",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "generation_kwargs",
+        "cache_implementation",
+        "chat_template_kwargs",
+        "disable_dropout",
+        "ds3_gather_for_generation",
+        "log_completions",
+        "max_completion_length",
+        "num_completions_to_print",
+        "pad_to_multiple_of",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "router_aux_loss_coef",
+        "shuffle_dataset",
+        "sync_ref_model",
+        "trust_remote_code",
+    }
+)
+"""Keys that other trainers of TRL or other frameworks have too: they do not tell whose file it is."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _REGION = frozenset({"epsilon", "epsilon_high", "loss_type", "scale_rewards", "importance_sampling_level"})
 _ZOO = {"cispo": "cispo", "sapo": "sapo", "gmpo": "gmpo"}
@@ -70,14 +154,22 @@ _RUN_ONLY = frozenset({"task", "dataset"})
 
 
 def is_trl(given: Mapping[Any, Any]) -> bool:
-    """Whether a YAML file is one of `bandpo train`, or has a key that of TRL's trainers only the one of GRPO has."""
+    """Whether a YAML file belongs to `bandpo train`, or has a key that only the GRPO trainer has among TRL's trainers.
+
+    Args:
+        given: Keys and values of the file.
+    """
     names = {f.name for f in fields(BandGRPOConfig)} - {f.name for f in fields(TrainingArguments)} - _SHARED
     names = {name for name in names if not name.startswith("vllm_") or name.startswith("vllm_importance_sampling_")}
     return is_run(given) or not names.isdisjoint(given) or "reward_funcs" in given
 
 
 def is_run(given: Mapping[Any, Any]) -> bool:
-    """Whether a YAML file is one of `bandpo train`: it says what to train on, in that command's names."""
+    """Whether a YAML file belongs to `bandpo train`: it names a task or a dataset with that command's keys.
+
+    Args:
+        given: Keys and values of the file.
+    """
     return not _RUN_ONLY.isdisjoint(given)
 
 
@@ -88,13 +180,13 @@ def read_trl(
     processes: int = 1,
     vocabulary: int | None = None,
 ) -> Setup:
-    """The settings in a TRL configuration; with an `objective` (or another option of ours) it is one of `BandGRPOConfig`.
+    """The settings in a TRL configuration. With an `objective` or another option of bandpo it is a `BandGRPOConfig`.
 
     Args:
-        given: Keys and values.
+        given: Keys and values of the file.
         run_keys: For a file of `bandpo train`, the keys of that command.
-        processes: That will train.
-        vocabulary: Of the model; None looks into the model's folder, at the number in its config.json and at nothing else.
+        processes: Number of processes that will train.
+        vocabulary: Number of tokens in the model's vocabulary; None reads it from config.json in the model's folder.
 
     Raises:
         ValueError: If a key of a `bandpo train` file is unknown, or TRL or bandpo refuses a value.
@@ -122,7 +214,7 @@ def read_trl(
 
 
 def _build(cls: type, kept: Mapping[str, Any], processes: int) -> Any:
-    """The configuration of these values, on no device and in no process group."""
+    """The configuration with these values, without a device and a process group."""
     hosts_logging.set_verbosity_error()
     alone = {
         "world_size": property(lambda _: processes),
@@ -145,7 +237,7 @@ def _build(cls: type, kept: Mapping[str, Any], processes: int) -> Any:
 
 
 def _generation(given: Mapping[Any, Any], unread: list[str], doubtful: set[str]) -> dict[str, Any]:
-    """The sampling that generation_kwargs sets: for TRL it wins over the options of these names."""
+    """The sampling options in generation_kwargs, which in TRL replace the options of the same names."""
     options = given.get("generation_kwargs")
     if not options:
         return {}
@@ -153,13 +245,14 @@ def _generation(given: Mapping[Any, Any], unread: list[str], doubtful: set[str])
         unread.append("generation_kwargs is text here, and may change the sampling")
         doubtful.update(_SAMPLING)
         return {}
-    return {name: _plain(name, options[name]) for name in _SAMPLING if name in options}
+    named = cast("Mapping[str, Any]", options)
+    return {name: _plain(name, named[name]) for name in _SAMPLING if name in named}
 
 
 def _unknown_keys(
     given: Mapping[Any, Any], known: set[str], own: set[str], refused: bool
 ) -> tuple[list[str], set[str]]:
-    """Lines about keys that nobody here knows, and the settings that they may have been meant for."""
+    """Lines about unknown keys, and the settings that may have been meant."""
     unread: list[str] = []
     doubtful: set[str] = set()
     unknown = [key for key in given if key not in known]
@@ -180,7 +273,7 @@ def _unknown_keys(
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A value of the kind that its key has; a file's 1e-6, without a dot, is text in YAML."""
+    """A value with the type of its key. In YAML, 1e-6 without a dot is text."""
     if value is None:
         return None
     if key in _NAMES | {"objective"} and (
@@ -190,7 +283,7 @@ def _plain(key: str, value: Any) -> Any:
     if key in _FLAGS and isinstance(value, bool):
         return value
     if key == "pruning" and (isinstance(value, Mapping) or (isinstance(value, str) and len(value) < 1000)):
-        return parse_json(value, "pruning") if isinstance(value, str) else value
+        return parse_json(value, "pruning") if isinstance(value, str) else cast("Mapping[str, Any]", value)
     if key in _WHOLE | _NUMBERS and not isinstance(value, bool):
         try:
             number = float(value)
@@ -210,39 +303,59 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _setup(
-    args: Any, given: Mapping[Any, Any], objective: Objective | None, ours: bool, host: Host, vocabulary: int | None,
-    unread: tuple[str, ...], doubtful: set[str],
-) -> Setup:  # fmt: skip
-    accumulation, reuse = args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations
+    args: Any,
+    given: Mapping[Any, Any],
+    objective: Objective | None,
+    ours: bool,
+    host: Host,
+    vocabulary: int | None,
+    unread: tuple[str, ...],
+    doubtful: set[str],
+) -> Setup:
+    """The settings of a configuration, without those that an unknown key may have been meant for."""
     version = _version()
-    if min(accumulation, args.steps_per_generation, args.num_iterations) < 1:
-        raise ValueError(
-            f"gradient_accumulation_steps={accumulation}, steps_per_generation={args.steps_per_generation} and "
-            f"num_iterations={args.num_iterations} must be at least 1"
-        )
-    counted = not doubtful & {
-        "steps_per_generation", "num_iterations", "gradient_accumulation_steps", "generation_batch_size",
-        "per_device_train_batch_size",
-    }  # fmt: skip
+    steps, steps_from = _steps(args)
 
     def sure(name: str, value: Any) -> Any:
         return None if name in doubtful else value
 
     return Setup(
-        host=host, objective=objective, ours=ours, bypassed=_bypassed(args, version),
-        steps=max(1.0, reuse / accumulation) if counted else None,
-        steps_from=f"steps_per_generation={args.steps_per_generation} x num_iterations={args.num_iterations} / "
-        f"gradient_accumulation_steps={accumulation}",
+        host=host,
+        objective=objective,
+        ours=ours,
+        bypassed=_bypassed(args, version),
+        steps=None if doubtful & _COUNTED else steps,
+        steps_from=steps_from,
         engine=sure("use_vllm", "vLLM" if args.use_vllm else ""),
         corrected=args.use_vllm and args.vllm_importance_sampling_correction,
-        temperature=sure("temperature", args.temperature), top_p=sure("top_p", args.top_p),
-        top_k=sure("top_k", args.top_k or 0), min_p=sure("min_p", args.min_p or 0.0),
+        temperature=sure("temperature", args.temperature),
+        top_p=sure("top_p", args.top_p),
+        top_k=sure("top_k", args.top_k or 0),
+        min_p=sure("min_p", args.min_p or 0.0),
         group=sure("num_generations", args.num_generations),
         tokens=args.per_device_train_batch_size * args.max_completion_length,
-        vocabulary=vocabulary, fused_head=version >= (1, 16), weights=_weights(given), learning_rate=_rate(given),
+        vocabulary=vocabulary,
+        fused_head=version >= (1, 16),
+        weights=_weights(given),
+        learning_rate=_rate(given),
         knobs=TRL_KNOBS | {"fused head": "TRL 1.16 or newer"},
-        assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given), unread=unread,
-    )  # fmt: skip
+        assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given),
+        unread=unread,
+    )
+
+
+def _steps(args: Any) -> tuple[float, str]:
+    """Optimiser steps for each rollout, and how they were computed."""
+    parts = {name: getattr(args, name) for name in ("steps_per_generation", "num_iterations")}
+    accumulation = args.gradient_accumulation_steps
+    if min(accumulation, *parts.values()) < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={accumulation}, steps_per_generation={args.steps_per_generation} and "
+            f"num_iterations={args.num_iterations} must be at least 1"
+        )
+    product = " x ".join(f"{name}={value}" for name, value in parts.items())
+    steps = max(1.0, math.prod(parts.values()) / accumulation)
+    return steps, f"{product} / gradient_accumulation_steps={accumulation}"
 
 
 def _version() -> tuple[int, ...]:
@@ -250,7 +363,7 @@ def _version() -> tuple[int, ...]:
 
 
 def _bypassed(args: Any, version: tuple[int, ...]) -> str:
-    trainer = sys.modules.get("trl.trainer.grpo_trainer")  # nobody can have patched what nobody has imported
+    trainer = sys.modules.get("trl.trainer.grpo_trainer")  # a module that is not imported cannot have been patched
     if trainer is not None:
         module = trainer.GRPOTrainer._compute_loss.__module__
         if not module.startswith("trl."):
@@ -261,7 +374,7 @@ def _bypassed(args: Any, version: tuple[int, ...]) -> str:
 
 
 def _objective(args: Any, unread: list[str]) -> Objective | None:
-    """TRL's own loss as the objective that it equals, None if it is not known here."""
+    """The objective that equals TRL's own loss, None if it is not known here."""
     if args.loss_type in _ZOO:
         return OBJECTIVES[_ZOO[args.loss_type]]
     if args.loss_type not in AGGREGATION_OF:
@@ -269,21 +382,24 @@ def _objective(args: Any, unread: list[str]) -> Objective | None:
         return None
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     return Objective(
-        bounds=Clip(args.epsilon, high), ratio_level="sequence" if args.importance_sampling_level == "sequence" else "token",
-        aggregation=AGGREGATION_OF[args.loss_type], name=args.loss_type,
-    )  # fmt: skip
+        bounds=Clip(args.epsilon, high),
+        ratio_level="sequence" if args.importance_sampling_level == "sequence" else "token",
+        aggregation=AGGREGATION_OF[args.loss_type],
+        name=args.loss_type,
+    )
 
 
 def _weights(given: Mapping[Any, Any]) -> str | None:
-    """The dtype that all trained weights are kept in, where the file says so; adapters are kept in float32."""
+    """The dtype of the trained weights, where the file sets it; None with adapters, whose weights are float32."""
     if given.get("use_peft") or given.get("lora_rank"):
         return None
     options = given.get("model_init_kwargs")
-    places: Iterable[Any] = (options, given) if isinstance(options, Mapping) else (given,)
+    places = [cast("Mapping[Any, Any]", options), given] if isinstance(options, Mapping) else [given]
     for place in places:
         for key in ("dtype", "torch_dtype"):
-            if isinstance(place.get(key), str):
-                return place[key].removeprefix("torch.")
+            value = place.get(key)
+            if isinstance(value, str):
+                return value.removeprefix("torch.")
     return None
 
 
@@ -296,7 +412,7 @@ def _rate(given: Mapping[Any, Any]) -> float | None:
 
 
 def _vocabulary(given: Mapping[Any, Any]) -> tuple[int | None, list[str]]:
-    """The number of words in a model's config.json, as plain JSON; neither its code nor the network is asked."""
+    """The size of the vocabulary in a model's config.json, which is read as plain JSON, without its code or the network."""
     name = given.get("model") or given.get("model_name_or_path")
     if not isinstance(name, str) or not name:
         return None, []

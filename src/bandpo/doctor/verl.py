@@ -1,7 +1,7 @@
-"""Reads verl's settings without verl: a YAML configuration, or a script or list of overrides `key=value`.
+"""Reads verl's settings without verl: from a YAML configuration, or from a script or list of overrides `key=value`.
 
-Nothing is executed. A value that only a shell, an environment or another file could tell is `UNKNOWN`, is named, and no rule
-judges by it. Settings that a file does not have are verl's defaults only where verl would take its own, and are named too.
+Nothing is executed. A value that depends on a shell, an environment or another file is `UNKNOWN`: it is listed, and no rule
+uses it. For settings that are not in the file, verl's defaults are used where verl would use them, and they are listed too.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from bandpo._system.bounded import parse_yaml, read_regular
 from bandpo._system.files import read_yaml
@@ -19,7 +19,17 @@ from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
 from bandpo.doctor.setup import VERL_KNOBS, Setup, named_objective, short
 from bandpo.doctor.shell import Script, Word, read_script
-from bandpo.integrations.options import RegionOptions
+from bandpo.integrations.options import RegionOptions, parse_options
+from bandpo.integrations.verl_options import (
+    ACTOR_DEFAULTS,
+    DEFAULT_OBJECTIVE,
+    DUAL_CLIP,
+    OPTIONS,
+    POLICY_LOSS_DEFAULTS,
+    REGION,
+    name_in,
+    objective_of,
+)
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
@@ -46,16 +56,24 @@ DEFAULTS: Mapping[str, Any] = {
     f"{_ROLLOUT}.top_k": -1,
     f"{_ROLLOUT}.n": 1,
 }
-"""verl 0.9.1's own; a test composes its configuration and compares."""
+"""The defaults of verl 0.9.1; a test compares them with verl's own configuration."""
 
 MAX_SCRIPT_BYTES = 1 << 18
-_OWN = "actor_rollout_ref."  # what only verl's settings begin with
-_MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that one names
-_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, more than any of verl's; lines about what is unread
+_OWN = "actor_rollout_ref."  # only verl's settings begin with this
+_MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that an entry names
+_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, longer than any of verl's; lines about what is unread
 _ZOO = {
-    "gspo": "gspo", "sapo": "sapo", "geo_mean": "gmpo", "cispo": "cispo", "clip_cov": "clip-cov", "kl_cov": "kl-cov",
-    "dppo_tv": "dppo-tv", "dppo_kl": "dppo-kl",
-}  # fmt: skip
+    "gspo": "gspo",
+    "sapo": "sapo",
+    "geo_mean": "gmpo",
+    "cispo": "cispo",
+    "clip_cov": "clip-cov",
+    "kl_cov": "kl-cov",
+    "dppo_tv": "dppo-tv",
+    "dppo_kl": "dppo-kl",
+}
+_MAX_LINE = 400  # characters of a message or of a line about what is unread
+_YAML = (".yaml", ".yml")
 _TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
 _DTYPES = {
     "fp32": "float32",
@@ -71,10 +89,13 @@ _VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)")
 _OWN_ARGUMENTS = ("$@", "$*", "${@}", "${*}", '"$@"')
 _VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
 
-# What a prompt's only completion has for an advantage (verl 0.9.1, core_algos.py); others compare no completions.
+# The advantage of a prompt's only completion (verl 0.9.1, core_algos.py); other estimators compare no completions.
 _ALONE: Mapping[str, tuple[Level, str]] = {
-    "grpo": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
-    "grpo_vectorized": ("problem", "advantages compare the completions of a prompt: that of a single one is its reward"),
+    "grpo": ("problem", "advantages compare the completions of a prompt: the advantage of a single one is its reward"),
+    "grpo_vectorized": (
+        "problem",
+        "advantages compare the completions of a prompt: the advantage of a single one is its reward",
+    ),
     "grpo_passk": ("problem", "verl's grpo_passk refuses groups of less than two completions"),
     "gdpo": ("problem", "advantages compare the completions of a prompt, and there is nothing to compare"),
     "rloo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
@@ -82,7 +103,7 @@ _ALONE: Mapping[str, tuple[Level, str]] = {
     "opo": ("warning", "without other completions there is no baseline: the advantage is the reward"),
     "gpg": ("warning", "without other completions there is no baseline: the advantage is the reward"),
     "reinforce_plus_plus_baseline": ("warning", "without other completions there is no baseline within a prompt"),
-}  # fmt: skip
+}
 _NO_GROUPS = ("gae", "remax", "reinforce_plus_plus")
 
 
@@ -92,18 +113,18 @@ class _Unknown:
 
 
 UNKNOWN = _Unknown()
-"""A value that the file sets, or may set, and that cannot be known from it."""
+"""A value that the file sets or may set, and that cannot be determined from it."""
 
 
 @dataclass
 class Settings:
-    """What a file says of verl's settings.
+    """The settings of verl in a file.
 
     Args:
-        given: Values by dotted key, as the file has them; `UNKNOWN` where they cannot be known.
-        defaults: Whether verl's own defaults hold for other keys; without, these are not known.
-        unread: What could not be read, for people.
-        assumed: Keys whose default was asked for.
+        given: Values by dotted key, as they are in the file; `UNKNOWN` where they cannot be determined.
+        defaults: Whether verl's defaults hold for all other keys; if not, their values are not known.
+        unread: Lines about what could not be read.
+        assumed: Keys whose default was used.
     """
 
     given: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -112,7 +133,11 @@ class Settings:
     assumed: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def get(self, key: str) -> Any:
-        """The value of a key, references resolved, or verl's default for it; `UNKNOWN` if neither is known."""
+        """The value of a key with references resolved, or verl's default for it; `UNKNOWN` if neither is known.
+
+        Args:
+            key: A dotted key, like the other methods.
+        """
         value: Any = self._plain(key)
         for _ in range(10):
             match = re.fullmatch(r"\$\{([\w.]{1,200})\}", value) if isinstance(value, str) else None
@@ -124,14 +149,14 @@ class Settings:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the file sets a key."""
+        """Whether the file sets the `key`."""
         return key in self.given
 
     def number(self, key: str) -> float | None:
-        """A finite number, None if it is not known.
+        """The value of `key` as a finite number, None if it is not known.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the value is something else.
         """
         value = self.get(key)
         if value is UNKNOWN:
@@ -147,14 +172,22 @@ class Settings:
         return number
 
     def whole(self, key: str) -> int | None:
-        """A whole number, None if it is not known."""
+        """The value of `key` as a whole number, None if it is not known.
+
+        Raises:
+            ValueError: If the value is something else.
+        """
         value = self.number(key)
         if value is not None and value != value // 1:
             raise ValueError(f"{key}: {short(self.get(key))} is not a whole number")
         return None if value is None else int(value)
 
     def flag(self, key: str) -> bool | None:
-        """True or false, None if it is not known."""
+        """The value of `key` as true or false, None if it is not known.
+
+        Raises:
+            ValueError: If the value is something else.
+        """
         value = self.get(key)
         if value is UNKNOWN:
             return None
@@ -163,7 +196,7 @@ class Settings:
         return value
 
     def label(self, key: str) -> str:
-        """`name=value` of a number, for what a finding is about."""
+        """The number at `key` as `name=value`, for a finding."""
         value = self.number(key)
         shown = "not known" if value is None else f"{value:g} (assumed)" if key in self.assumed else f"{value:g}"
         return f"{key.rpartition('.')[2]}={shown}"
@@ -183,53 +216,72 @@ class Settings:
 
 
 class Text(str):
-    """A value as a command line has it: YAML that is read when it is asked for."""
+    """A value from a command line: YAML that is parsed when it is used."""
 
 
 def parsed(text: str) -> Any:
-    """The value that Hydra reads from a text of the command line; the text itself where it is no YAML."""
+    """The value that Hydra reads from a text of the command line; the text itself if it is not YAML.
+
+    Args:
+        text: The text after `key=`.
+    """
     try:
         return parse_yaml(str(text), "a value") if text else None
     except ValueError:
         return str(text)
 
 
-def read_verl(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | None = None) -> Setup:
+def read_verl(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    tree: Mapping[Any, Any] | None = None,
+    vocabulary: int | None = None,
+) -> Setup:
     """The settings in a verl configuration.
 
     Args:
-        path: YAML, or a text with `key=value`.
-        overrides: More of the latter, which win; `group=name` picks a file of a group beside the YAML.
-        vocabulary: Of the model, for the memory of the logits.
+        path: A YAML file, or a text with `key=value`.
+        overrides: More settings `key=value`, which replace those of the file; `group=name` chooses a file of a group beside
+            the YAML.
+        tree: Content of the YAML file where it has been read already; None reads the file.
+        vocabulary: Number of tokens in the model's vocabulary, for the memory of the logits; None if it is not known.
 
     Raises:
-        ValueError: If it is another framework's, cannot be read, or asks for what bandpo would refuse.
+        ValueError: If it belongs to another framework, cannot be read, or has a value that is not valid.
     """
     chosen: dict[str, Any] = {}
     for override in overrides:
         key, _, value = override.partition("=")
         chosen[key.lstrip("+~")] = Text(value)
-    settings = _from_yaml(path, chosen) if path.suffix in (".yaml", ".yml") else _from_script(path)
+    if tree is None and path.suffix in _YAML:
+        tree = read_yaml(path, follow=False)
+    settings = _from_script(path) if tree is None else _from_yaml(path, tree, chosen)
     settings.given |= {k: v for k, v in chosen.items() if "." in k}
     return _setup(settings, vocabulary)
 
 
 def is_verl(given: Mapping[Any, Any]) -> bool:
-    """Whether a YAML file is a configuration of verl's main_ppo: it has keys that only verl has, or builds on verl's file."""
-    defaults = given.get("defaults")
+    """Whether a YAML file is a configuration of verl's main_ppo: it has keys that only verl has, or extends verl's file.
+
+    Args:
+        given: Keys and values of the file.
+    """
+    defaults: Any = given.get("defaults")
     return any(str(key).partition(".")[0] == "actor_rollout_ref" for key in given) or (
-        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in defaults)
+        isinstance(defaults, list) and any(entry in _VERL_DEFAULTS for entry in cast("list[Any]", defaults))
     )
 
 
-def _from_yaml(path: Path, chosen: Mapping[str, Any]) -> Settings:
-    tree, settings = read_yaml(path, follow=False), Settings()
+def _from_yaml(path: Path, tree: Mapping[Any, Any], chosen: Mapping[str, Any]) -> Settings:
+    settings = Settings()
     if not is_verl(tree):
         raise not_readable(path, host_of_keys(tree))
     own = _flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
-    entries = tree.get("defaults") or []
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: defaults must be a list, got {type(entries).__name__}")
+    found: Any = tree.get("defaults") or []
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: defaults must be a list, got {type(found).__name__}")
+    entries = cast("list[Any]", found)
     if len(entries) > _MAX_DEFAULTS:
         raise ValueError(f"{path}: defaults has {len(entries)} entries")
     for entry in entries if "_self_" in entries else [*entries, "_self_"]:  # later ones win
@@ -238,23 +290,21 @@ def _from_yaml(path: Path, chosen: Mapping[str, Any]) -> Settings:
 
 
 def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What a line of Hydra's `defaults` brings: verl's own, or a file beside the configuration."""
+    """The settings that an entry of Hydra's `defaults` adds: those of a file beside the configuration."""
     if isinstance(entry, str) and entry in _VERL_DEFAULTS:
         return {}
     if isinstance(entry, str):
-        settings.unread.append(f"defaults: {entry} is not read, and what it sets is not known")
-        settings.defaults = False
+        _leave_out(settings, f"{entry} is not read, and what it sets is not known")
         return {}
-    if not isinstance(entry, Mapping) or len(entry) != 1:
+    if not isinstance(entry, Mapping) or len(cast("Mapping[Any, Any]", entry)) != 1:
         raise ValueError(f"defaults: {short(entry)} is neither a name nor a pair group: name")
-    [(key, name)] = entry.items()
+    [(key, value)] = cast("Mapping[Any, Any]", entry).items()
     group = str(key).removeprefix("override ").removeprefix("optional ")
-    name = str(chosen.get(group, name))
-    if group.startswith("hydra/"):  # how Hydra itself works, not what the run does
+    name = str(chosen.get(group, value))
+    if group.startswith("hydra/"):  # options of Hydra itself, not of the run
         return {}
     if not (_NAME.fullmatch(group) and _NAME.fullmatch(name)):  # a stranger's file must not lead out of its folder
-        settings.unread.append(f"defaults: {short(group)}={short(name)} is not read: it is no plain name")
-        settings.defaults = False
+        _leave_out(settings, f"{short(group)}={short(name)} is not read: it is no plain name")
         return {}
     file = folder / group / f"{name}.yaml"
     try:
@@ -263,17 +313,21 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
         data = read_regular(file, _MAX_GROUP_BYTES, follow=False)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a loop
         why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        settings.unread.append(f"defaults: {group}={name} is not read: {why}")
-        settings.defaults = False
+        _leave_out(settings, f"{group}={name} is not read: {why}")
         return {}
     tree = parse_yaml(data, str(file))
     if not isinstance(tree, dict):
         raise ValueError(f"{file} must hold keys and values, got {type(tree).__name__}")
     if "defaults" in tree:
-        settings.unread.append(f"defaults: those of {group}={name} are not read, and what they set is not known")
-        settings.defaults = False
-    keys = _flat({k: v for k, v in tree.items() if k != "defaults"})
+        _leave_out(settings, f"those of {group}={name} are not read, and what they set is not known")
+    keys = _flat({k: v for k, v in cast("dict[Any, Any]", tree).items() if k != "defaults"})
     return keys if b"@package _global_" in data else {f"{group}.{k}": x for k, x in keys.items()}
+
+
+def _leave_out(settings: Settings, what: str) -> None:
+    """Note that an entry of `defaults` is not read, so that settings which are not in the file are not known."""
+    settings.unread.append(f"defaults: {what}")
+    settings.defaults = False
 
 
 def _from_script(path: Path) -> Settings:
@@ -307,7 +361,7 @@ def _from_script(path: Path) -> Settings:
 
 
 def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: bool) -> Settings:
-    """What one command sets."""
+    """The settings of one command."""
     at = next((i for i, word in enumerate(command) if _is_main_ppo(word)), None)
     settings = Settings(defaults=listed or at is not None)
     unresolved: list[str] = []
@@ -339,7 +393,7 @@ def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: boo
 
 
 def _merged(parts: Sequence[Settings]) -> Settings:
-    """What all commands of a script have in common."""
+    """The settings that all commands of a script have in common."""
     if not parts:
         return Settings(defaults=False)
     first, *others = parts
@@ -370,7 +424,7 @@ def _is_main_ppo(word: Word) -> bool:
 
 
 def _plain_variables(script: Script) -> frozenset[str]:
-    """The variables whose every value is written in the script, but for values of settings: what they set can be named."""
+    """The variables whose values are all written in the script, except for values of settings: their keys are known."""
     users: dict[str, list[str]] = {}
     pending: list[str] = []
     for name, words in script.variables.items():
@@ -398,7 +452,7 @@ def _are_plain(word: Word, plain: frozenset[str]) -> bool:
 
 
 def _held(words: Iterable[Word]) -> tuple[str, ...]:
-    """Keys of settings inside of texts."""
+    """The keys of settings inside of texts."""
     found: dict[str, None] = {}
     for word in words:
         for part in word.text.split():
@@ -409,7 +463,7 @@ def _held(words: Iterable[Word]) -> tuple[str, ...]:
 
 
 def _key(word: Word) -> str | None:
-    """The key of an override, None if the word is none."""
+    """The key of an override, None if the word is not an override."""
     match = _KEY.match(word.text)
     if match is None or match.end() > word.known or len(match[1]) > _MAX_KEY:
         return None
@@ -423,35 +477,48 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         if len(name) > _MAX_KEY:
             continue
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{name}.")
+            found |= _flat(cast("Mapping[Any, Any]", value), f"{name}.")
         else:
             found[name] = value
     return found
 
 
 def _setup(s: Settings, vocabulary: int | None) -> Setup:
-    objective, ours, bypassed = _objective(s)
+    loss = _loss(s)
     steps, steps_from = _steps(s)
     top_k = s.whole(f"{_ROLLOUT}.top_k")
     corrected = s.get("algorithm.rollout_correction.rollout_is")
     engine = s.get(f"{_ROLLOUT}.name")
     return Setup(
-        host="verl", objective=objective, ours=ours, bypassed=bypassed, steps=steps, steps_from=steps_from,
+        host="verl",
+        objective=loss.objective,
+        ours=loss.ours,
+        bypassed=loss.bypassed,
+        refused=loss.refused,
+        steps=steps,
+        steps_from=steps_from,
         engine="the rollout engine" if engine is UNKNOWN or not engine else str(engine)[:_MAX_KEY],
         corrected=None if corrected is UNKNOWN else corrected is not None,
         old_is_rollout=s.flag("algorithm.rollout_correction.bypass_mode"),
-        temperature=s.number(f"{_ROLLOUT}.temperature"), top_p=s.number(f"{_ROLLOUT}.top_p"),
-        top_k=None if top_k is None else max(0, top_k), group=s.whole(f"{_ROLLOUT}.n"), alone=_alone(s), tokens=_tokens(s),
-        vocabulary=vocabulary, fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
-        weights=_weights(s), learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
+        temperature=s.number(f"{_ROLLOUT}.temperature"),
+        top_p=s.number(f"{_ROLLOUT}.top_p"),
+        top_k=None if top_k is None else max(0, top_k),
+        group=s.whole(f"{_ROLLOUT}.n"),
+        alone=_alone(s),
+        tokens=_tokens(s),
+        vocabulary=vocabulary,
+        fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
+        weights=_weights(s),
+        learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
         knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"},
-        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()), unread=_lines(s.unread),
-    )  # fmt: skip
+        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()),
+        unread=_lines(s.unread),
+    )
 
 
 def _lines(unread: Iterable[str]) -> tuple[str, ...]:
     whole = [redact_text(line) for line in dict.fromkeys(unread)]
-    lines = [line if len(line) <= 400 else line[:397] + "..." for line in whole]
+    lines = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in whole]
     more = len(lines) - _MAX_UNREAD
     return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
@@ -486,7 +553,7 @@ def _alone(s: Settings) -> tuple[Level, str] | None:
 
 
 def _tokens(s: Settings) -> int:
-    """Tokens of a micro-batch, 0 if they are not known."""
+    """Number of tokens in a micro-batch, 0 if it is not known."""
     dynamic = s.flag(f"{_ACTOR}.use_dynamic_bsz")
     if dynamic is None:
         return 0
@@ -504,60 +571,112 @@ def _weights(s: Settings) -> str | None:
     return _DTYPES.get(str(s.get(key)))
 
 
-def _objective(s: Settings) -> tuple[Objective | None, bool, str]:
-    """The loss as an objective (None if it is not known), whether it is ours, and what would run in its place."""
+class _Loss(NamedTuple):
+    """What the settings say about the loss."""
+
+    objective: Objective | None
+    """The objective that the loss equals, None if it is not known."""
+    ours: bool = False
+    """Whether bandpo computes it."""
+    bypassed: str = ""
+    """Why another loss would run; "" if it would not."""
+    refused: str = ""
+    """The error that bandpo's adapter would raise; "" for none."""
+
+
+def _loss(s: Settings) -> _Loss:
+    """The loss that verl would use with these settings."""
     prefix = f"{_ACTOR}.policy_loss."
     mode = s.get(f"{prefix}loss_mode")
     if mode is UNKNOWN:
-        return None, False, ""
+        return _Loss(None)
     mode = str(mode)
     if mode == "bandpo" or mode.startswith("bandpo:"):
         return _ours(s, mode, prefix)
     if mode not in _ZOO and mode != "vanilla":
         s.unread.append(f"policy_loss.loss_mode={short(mode)} is not known here")
-        return None, False, ""
+        return _Loss(None)
+    return _Loss(_loss_of_verl(s, mode))
+
+
+def _loss_of_verl(s: Settings, mode: str) -> Objective | None:
+    """The objective that equals verl's own loss, None if it is not known."""
     bypass = s.flag("algorithm.rollout_correction.bypass_mode")
     if bypass is None:
-        return None, False, ""
+        return None
     if mode in _ZOO and (not bypass or OBJECTIVES[_ZOO[mode]].anchor == "rollout"):
-        return OBJECTIVES[_ZOO[mode]], False, ""
+        return OBJECTIVES[_ZOO[mode]]
     low, high = s.number(f"{_ACTOR}.clip_ratio_low"), s.number(f"{_ACTOR}.clip_ratio_high")
     aggregation = s.get(f"{_ACTOR}.loss_agg_mode")
     if low is None or high is None:
-        return None, False, ""
+        return None
     aggregation = "token-mean" if aggregation is UNKNOWN else aggregation
     if not bypass:
-        return Objective(bounds=Clip(low, high), name=mode, aggregation=aggregation), False, ""
-    # verl's bypass mode puts a loss of its own in place of the configured one, which takes its ratio against the sampler
+        return Objective(bounds=Clip(low, high), name=mode, aggregation=aggregation)
+    # verl's bypass mode replaces the configured loss by one of its own, which takes its ratio against the sampler.
     kind = s.get("algorithm.rollout_correction.loss_type")
     if kind != "ppo_clip":
         what = "not known" if kind is UNKNOWN else short(kind)
         s.unread.append(f"bypass_mode=True puts verl's loss_type ({what}) in place of {mode}; its region is not shown")
-        return None, False, ""
+        return None
     name = "ppo_clip of verl's bypass mode, in place of loss_mode=" + mode
-    return Objective(bounds=Clip(low, high), name=name, aggregation=aggregation, anchor="rollout"), False, ""
+    return Objective(bounds=Clip(low, high), name=name, aggregation=aggregation, anchor="rollout")
 
 
-def _ours(s: Settings, mode: str, prefix: str) -> tuple[Objective | None, bool, str]:
-    name = mode.partition(":")[2] or (s.get(f"{prefix}objective") if s.has(f"{prefix}objective") else "bandpo-kl")
-    set_here = [f for f in RegionOptions.__dataclass_fields__ if s.has(f"{prefix}{f}")]
-    options = {f: s.get(f"{prefix}{f}") for f in set_here}
-    if name is UNKNOWN or any(value is UNKNOWN for value in options.values()):
-        return None, True, ""
+def _ours(s: Settings, mode: str, prefix: str) -> _Loss:
+    """The objective of bandpo that the settings ask for, and what the adapter would refuse."""
+    given = {option: s.get(f"{prefix}{option}") for option in OPTIONS if s.has(f"{prefix}{option}")}
+    name = mode.partition(":")[2] or given.get("objective", DEFAULT_OBJECTIVE)
+    region = {option: given[option] for option in REGION if option in given}
+    if name is UNKNOWN or any(value is UNKNOWN for value in region.values()):
+        return _Loss(None, ours=True)
     name = str(name)
-    objective = named_objective(name, s.unread)
-    if objective is None:
-        return None, True, ""
+    named = named_objective(name, s.unread)
+    if named is None:
+        return _Loss(None, ours=True)
     target = s.get(f"{prefix}_target_") if s.has(f"{prefix}_target_") else None
-    if options and target is not UNKNOWN and target != _TARGET:
-        return objective, True, (
-            f"policy_loss has {', '.join(options)} without _target_={_TARGET}: verl refuses unknown keys"
-        )  # fmt: skip
-    return RegionOptions(**options).apply(objective, name), True, ""
+    if given and target is not UNKNOWN and target != _TARGET:
+        options = ", ".join(given)
+        return _Loss(
+            named,
+            ours=True,
+            bypassed=f"policy_loss has {options} without _target_={_TARGET}: verl refuses unknown keys",
+        )
+    try:
+        objective = RegionOptions(**parse_options(region)).apply(named, name)
+    except ValueError as error:
+        raise ValueError(str(error)[:_MAX_LINE]) from None
+    return _Loss(objective, ours=True, refused=_refused(s, mode, given, named))
+
+
+def _refused(s: Settings, mode: str, given: Mapping[str, Any], named: Objective) -> str:
+    """The error that the adapter would raise for these settings, "" for none; what is not known is taken to be right."""
+    options = {option: value for option, value in given.items() if value is not UNKNOWN}
+    if "objective" in options:
+        options["objective"] = str(options["objective"])
+    if given.get("bypass_mode", None if s.defaults else UNKNOWN) is UNKNOWN:
+        options["bypass_mode"] = named.anchor == "rollout"
+    theirs = _known(s, f"{_ACTOR}.", ACTOR_DEFAULTS) | _known(s, f"{_ACTOR}.policy_loss.", POLICY_LOSS_DEFAULTS)
+    dual = _known(s, f"{_ACTOR}.", {"clip_ratio_c": DUAL_CLIP}).get("clip_ratio_c", DUAL_CLIP)
+    try:
+        objective_of(name_in(mode), options, theirs, dual)
+    except ValueError as error:
+        return str(error)[:_MAX_LINE]
+    return ""
+
+
+def _known(s: Settings, prefix: str, names: Iterable[str]) -> dict[str, float | None]:
+    """The numbers that the file sets, by name without prefix; None for null."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        value = s.get(f"{prefix}{name}") if s.has(f"{prefix}{name}") else UNKNOWN
+        if value is not UNKNOWN:
+            found[name] = None if value is None else s.number(f"{prefix}{name}")
+    return found
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of many names."""
+    """The first eight of the names, for a message."""
     names = [redact_text(name) for name in names]
     names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

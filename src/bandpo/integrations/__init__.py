@@ -1,1 +1,1 @@
-"""Adapters into the hosts. Each imports its host, is thin, and holds no maths."""
+"""Adapters to the hosts: each imports its host, converts names and tensors, and contains no mathematics."""

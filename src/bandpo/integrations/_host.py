@@ -1,4 +1,4 @@
-"""What the adapters share: the objective of a host's options, its value for each token, and what the host ignores."""
+"""What the adapters share: the objective for a host's options, its value for each token, and the check of ignored options."""
 
 import dataclasses
 import functools
@@ -19,29 +19,34 @@ from bandpo.terms import token_objective
 from bandpo.zoo import get_objective
 
 ENVIRONMENT = "BANDPO_LOSS"
-"""Variable that carries objective and options, as JSON, into the worker processes of hosts without a place for them."""
+"""Environment variable with objective and options as JSON, for hosts whose configuration cannot pass them to the workers."""
 
 Rows = Literal["whole", "one", "packed"]
-"""What a row of the host's tensors is: a sequence, the only sequence of the call, or several sequences (or parts of them)."""
+"""What a row of the host's tensors contains: one sequence, the only sequence of the call, or several (parts of) sequences."""
 
 
 def host_objective(
-    host: str, objective: Objective | str, options: Mapping[str, Any], *, sampler: Literal["beside", "only", "none"],
-    rows: Rows = "whole", scaled: bool = False,
-) -> Objective:  # fmt: skip
-    """The objective with its options, if this host can feed it.
+    host: str,
+    objective: Objective | str,
+    options: Mapping[str, Any],
+    *,
+    sampler: Literal["beside", "only", "none"],
+    rows: Rows = "whole",
+    scaled: bool = False,
+) -> Objective:
+    """The objective with its options, if this host provides the inputs that the objective needs.
 
     Args:
-        host: For messages.
-        objective: A name, a "package.module:NAME", or an `Objective`.
-        options: Changes of its region, see `OPTIONS`.
-        sampler: Whether the host gives the sampler's log-probs `beside` the old ones, `only` them, or `none`. With `only`,
-            the ratio of every objective is taken against the sampler.
-        rows: What a row of the host's tensors is.
-        scaled: Whether the host multiplies the advantages by the loss's weights beforehand.
+        host: Name of the host, for error messages.
+        objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
+        options: Changes of the objective's region: fields of `RegionOptions`, by name.
+        sampler: Which log-probs the host provides: `beside` for those of the sampler and the old ones, `only` for those of
+            the sampler, `none` for the old ones. With `only`, the ratio of every objective is taken against the sampler.
+        rows: What a row of the host's tensors contains.
+        scaled: Whether the host multiplies the advantages by the loss's weights before it calls the loss.
 
     Raises:
-        ValueError: If an option would be ignored, or the host does not give what the objective needs.
+        ValueError: If an option would be ignored, or the host does not provide an input that the objective needs.
     """
     chosen = get_objective(objective)
     name = objective if isinstance(objective, str) else chosen.name
@@ -50,15 +55,18 @@ def host_objective(
     if scaled and not why and not proportional(chosen):
         why = "advantages as the estimator made them, and this host scales them before the loss"
     if why:
-        raise ValueError(f"objective {name!r} needs {why}; {host} does not give a loss that")
+        raise ValueError(f"objective {name!r} needs {why}; {host} does not give this to a loss")
     return dataclasses.replace(chosen, anchor="rollout") if sampler == "only" else chosen
 
 
 def options_of_environment(host: str) -> dict[str, Any]:
-    """Objective and options that the launcher put into `BANDPO_LOSS`; empty where it is not set.
+    """Objective and options that the launcher put into `BANDPO_LOSS`; empty if the variable is not set.
+
+    Args:
+        host: Name of the host, for error messages.
 
     Raises:
-        ValueError: If the variable holds no JSON object.
+        ValueError: If the variable is not a JSON object.
     """
     text = os.environ.get(ENVIRONMENT, "{}")
     try:
@@ -73,15 +81,15 @@ def options_of_environment(host: str) -> dict[str, Any]:
 
 
 def refuse_ignored(host: str, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """The host's own options that the objective would ignore must be at the host's defaults.
+    """Require the host's defaults for those of its own options that the objective would ignore.
 
     Args:
-        host: For messages.
-        found: Values by name; those that are not there do not exist in this version of the host.
-        defaults: The host's own.
+        host: Name of the host, for error messages.
+        found: Values of the host's options by name; an option that is missing does not exist in this version of the host.
+        defaults: The host's defaults by name.
 
     Raises:
-        ValueError: If one differs; the message says which option of bandpo takes its place.
+        ValueError: If a value differs from its default.
     """
     for name, default in defaults.items():
         if name in found and found[name] != default and not (not found[name] and not default):
@@ -92,45 +100,81 @@ def refuse_ignored(host: str, found: Mapping[str, Any], defaults: Mapping[str, A
 
 
 def attributes(config: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The named options that a configuration object has."""
+    """The named options that a configuration object has.
+
+    Args:
+        config: A configuration object of the host.
+        names: Names to look for; their values are not used.
+    """
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 class Evaluated(NamedTuple):
-    """What `evaluate` returns."""
+    """The result of `evaluate`, in the shape of the mask."""
 
     value: Tensor
-    """Objective of each token, to maximise, 0 where the mask is off."""
+    """Objective of each token, to be maximised; 0 where the mask is off."""
     metrics: dict[str, Tensor]
     """Detached 0-d tensors that a host may average."""
     log_ratio: Tensor
-    """Detached, of each token, 0 where the mask is off."""
+    """Log-ratio of each token, detached; 0 where the mask is off."""
     clipped: Tensor
     """Whether the surrogate takes the token's gradient away, bool; False where the mask is off."""
+    used: Tensor
+    """Whether the token is valid and all of its numbers are finite."""
 
 
 def evaluate(
-    objective: Objective, *, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor,
+    objective: Objective,
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
     rollout_logprobs: Tensor | None = None,
-) -> Evaluated:  # fmt: skip
-    """`token_objective` and its metrics, in the shape of the mask."""
+    weights: Tensor | None = None,
+) -> Evaluated:
+    """The objective of each token and its metrics.
+
+    Args:
+        objective: The objective to evaluate.
+        logprobs: Log-probs `(batch, time)` of the policy in training, with gradient.
+        old_logprobs: Log-probs `(batch, time)` of the policy before the update, None where the host has none.
+        advantages: Advantages, `(batch, 1)` or `(batch, time)`.
+        mask: Mask of valid tokens, `(batch, time)`.
+        rollout_logprobs: Log-probs `(batch, time)` of the sampler, None where the host has none.
+        weights: The host's weights `(batch, time)`, by which the objective of each token is multiplied. A token whose weight
+            is NaN or infinite is left out.
+    """
     valid = as_mask(mask)
     terms = token_objective(
-        objective, logprobs=logprobs, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs,
-        advantages=advantages, mask=valid,
-    )  # fmt: skip
+        objective,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        mask=valid,
+    )
     if terms.stopped is None:
         raise TypeError(
             f"objective {objective.name!r}: in a compiled loss it is not known which tokens the surrogate takes the gradient "
             "from; mark the surrogate with bandpo.surrogates.stops"
         )
+    if weights is not None:
+        finite = weights.isfinite()
+        value = terms.value * torch.where(finite, weights, 0.0)
+        terms = terms._replace(value=value, nonfinite=terms.nonfinite | (valid & ~finite))
     log_ratio = fill(terms.log_ratio.detach().expand(valid.shape), valid)
-    return Evaluated(terms.value, mean_proof(policy_sums(terms)), log_ratio, terms.stopped)
+    used = valid & ~terms.nonfinite
+    return Evaluated(terms.value, mean_proof(policy_sums(terms)), log_ratio, terms.stopped & used, used)
 
 
 @functools.lru_cache(maxsize=64)
 def proportional(objective: Objective) -> bool:
-    """Whether the objective is proportional to the advantages, tried out on a few tokens.
+    """Whether the objective is proportional to the advantages, tested on a few tokens.
+
+    Args:
+        objective: The objective to test.
 
     Examples:
         >>> from bandpo import OBJECTIVES
@@ -159,7 +203,7 @@ def _missing(objective: Objective, sampler: str) -> str:
 
 
 def _not_in(rows: Rows, objective: Objective) -> str:
-    """What an objective that looks beyond its token cannot have there."""
+    """What an objective that looks beyond a single token would need and does not have with such rows; "" for nothing."""
     looks = "mask" in (*objective.bounds_inputs, *objective.surrogate_inputs)
     if rows == "packed" and (
         looks or objective.ratio_level != "token" or getattr(objective.correction, "level", "token") != "token"

@@ -1,4 +1,4 @@
-"""Metrics in the form that survives what hosts do to them: a plain mean over micro-batches and ranks."""
+"""Metrics in a form that stays correct in hosts that take a plain mean over micro-batches and ranks."""
 
 from collections.abc import Mapping
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from bandpo.integrations.names import averaged_name
 from bandpo.metrics import PooledSum
 
-# A mean of this many radii is off any chart, and still a number after a mean in float32.
+# Replaces an infinite divergence: far larger than any useful value, and still finite after a mean in float32.
 _LARGEST = 1e9
 
 
 def mean_proof(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
-    """Statistics of a micro-batch whose entries are always there and always finite.
+    """Statistics of a micro-batch that always have the same names and are always finite.
 
     A clip fraction of a bin of probabilities, or a share of the tokens with `A != 0`, is a quotient whose denominator may be 0
-    in a micro-batch; one such NaN makes the mean of a whole step NaN. Instead there are shares of all valid tokens, with
-    `_of_all` in their names, whose means can be divided afterwards: `clip_fraction_by_prob_of_all/{low,high,any}/BIN` by
-    `token_fraction_by_prob/BIN`. A micro-batch without a valid token counts as 0. Names have no prefix `band/`; the host puts
-    its own in front. Names of maxima end in `_max`, as hosts expect that take their maximum.
+    in a micro-batch; one such NaN makes the mean of a whole step NaN. They are reported as shares of all valid tokens instead,
+    with `_of_all` in their names. Their means can be divided afterwards: `clip_fraction_by_prob_of_all/{low,high,any}/BIN` by
+    `token_fraction_by_prob/BIN`. A micro-batch without a valid token reports 0. The names have no prefix `band/`, because the
+    adapter adds a prefix. Names of maxima end in `_max`, by which hosts know that they must take the maximum.
 
     Args:
-        sums: From `bandpo.metrics.policy_sums`.
+        sums: Statistics from `bandpo.metrics.policy_sums`.
 
     Examples:
         >>> none, five = torch.tensor(0.0), torch.tensor(5.0)
@@ -41,6 +41,11 @@ def mean_proof(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
 
 
 def as_floats(metrics: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
-    """Metrics as Python floats, after one synchronisation with the device."""
+    """Metrics as Python floats, with one synchronisation with the device.
+
+    Args:
+        metrics: 0-d tensors by name.
+        prefix: Text to put before each name.
+    """
     values = torch.stack([x.float() for x in metrics.values()]).tolist() if metrics else []
     return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}

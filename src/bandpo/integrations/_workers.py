@@ -1,4 +1,4 @@
-"""A change of a host's module that also reaches the Ray workers, for hosts that build their loss there and have no hook."""
+"""Changes a module of a host in all Ray workers, for hosts that build their loss there and have no hook."""
 
 import argparse
 import importlib
@@ -18,19 +18,20 @@ from bandpo.integrations.options import HELP, OPTIONS, parse_options
 
 
 def launch(host: str, target: str, hook: str, check: dict[str, Any], arguments: Sequence[str] | None = None) -> None:
-    """Run a host's training module with the loss changed in this process and in every Ray worker it starts.
+    """Run a host's training module with the loss replaced in this process and in every Ray worker that it starts.
 
     Args:
-        host: For messages.
-        target: The module, run as `python -m` would.
+        host: Name of the host, for error messages.
+        target: The host's module, which is run as by `python -m`.
         hook: "package.module.function" that changes the host's module; every worker calls it when it starts.
-        check: Keyword arguments of `host_objective`, to refuse a wrong objective before anything starts.
-        arguments: Command line: `[--objective NAME] [--radius X] ... -- HOST'S ARGUMENTS`.
+        check: Keyword arguments of `host_objective`; they are used to refuse a wrong objective before anything starts.
+        arguments: The command line `[--objective NAME] [--radius X] ... -- HOST'S ARGUMENTS`; None for that of the process.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {hook.rpartition('.')[0]}", description=f"{host} with a bandpo objective",
+        prog=f"python -m {hook.rpartition('.')[0]}",
+        description=f"{host} with a bandpo objective",
         usage="%(prog)s [--objective NAME] [--radius X] [...] -- ARGUMENTS OF THE HOST",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--objective", default="bandpo-kl", help="name (see `bandpo objectives`) or package.module:NAME"
     )
@@ -50,10 +51,13 @@ def launch(host: str, target: str, hook: str, check: dict[str, Any], arguments: 
 
 
 def carry_to_ray_workers(hook: str) -> None:
-    """Make the host's own `ray.init` start each worker by calling `hook`.
+    """Make the host's own `ray.init` call `hook` at the start of each worker.
+
+    Args:
+        hook: "package.module.function" to call.
 
     Raises:
-        RuntimeError: If Ray runs already (its workers could not be reached), or the host has a setup hook of its own.
+        RuntimeError: If Ray is running already (its workers could not be reached), or the host has a setup hook of its own.
     """
     import ray
 
@@ -78,9 +82,13 @@ def carry_to_ray_workers(hook: str) -> None:
 
 
 def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
-    """Call `change` with the module as soon as it has been imported, or at once if it has been.
+    """Call `change` with a module as soon as it has been imported, or at once if it already is.
 
-    A worker's setup hook must not import the host itself: that may touch the GPU before Ray has said which one it is.
+    A worker's setup hook must not import the host itself: the import may use a GPU before Ray has assigned one.
+
+    Args:
+        name: Full name of the module.
+        change: Function to call with the module.
     """
     if name in sys.modules:
         change(sys.modules[name])
@@ -89,7 +97,7 @@ def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the others would, and runs a function after it."""
+    """Finds one module with the other finders, and calls a function after it has been executed."""
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
         self.name, self.change = name, change

@@ -6,10 +6,10 @@
     with PPOTrainer(config, ...) as trainer:
         ...
 
-AReaL has no hook. `install` exchanges its actor engines for subclasses that put our loss in the place of `ppo_actor_loss_fn` in
-whatever process they live in (AReaL's workers import the engine by its path), and sends the options there as the environment
-variable BANDPO_LOSS of the actor's workers. The reduction is AReaL's: a mean over the valid tokens of a micro-batch, which its
-engines weigh by their number. The sampler's log-probs exist with `actor.use_decoupled_loss`.
+AReaL has no hook. `install` replaces its actor engines by subclasses that put our loss in the place of `ppo_actor_loss_fn` in
+every process in which they run (AReaL's workers import the engine by its path). It sends the options to the actor's workers in
+the environment variable BANDPO_LOSS. The reduction is AReaL's: a mean over the valid tokens of a micro-batch, weighted by their
+number. The sampler's log-probs exist only with `actor.use_decoupled_loss`.
 """
 
 import importlib
@@ -35,8 +35,12 @@ from bandpo.losses import aggregate
 from bandpo.objective import Objective
 
 _DEFAULTS = {
-    "eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None, "importance_sampling_level": "token", "use_sapo_loss": False,
-}  # fmt: skip
+    "eps_clip": 0.2,
+    "eps_clip_higher": None,
+    "c_clip": None,
+    "importance_sampling_level": "token",
+    "use_sapo_loss": False,
+}
 _ENGINES = {
     "BandFSDPPPOActor": ("areal.engine", "FSDPPPOActor"),
     "BandMegatronPPOActor": ("areal.engine", "MegatronPPOActor"),
@@ -48,13 +52,13 @@ def install(config: Any, objective: str = "bandpo-kl", *, backend: str = "fsdp",
     """Make AReaL's trainer use our loss; call it before `PPOTrainer(config, ...)`.
 
     Args:
-        config: AReaL's configuration, whose `actor` is trained.
+        config: AReaL's configuration; its `actor` is trained.
         objective: A name of `bandpo objectives`, or "package.module:NAME".
-        backend: Of the actor's engine: `fsdp`, `megatron` or `archon`.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        backend: Backend of the actor's engine: `fsdp`, `megatron` or `archon`.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
-        ValueError: If an option would be ignored, or the objective needs what this configuration does not give a loss.
+        ValueError: If an option would be ignored, or the objective needs an input that this configuration does not provide.
     """
     actor = config.actor
     refuse_ignored("AReaL", attributes(actor, _DEFAULTS), _DEFAULTS)
@@ -80,21 +84,29 @@ def install(config: Any, objective: str = "bandpo-kl", *, backend: str = "fsdp",
 
 
 def policy_loss(
-    objective: Objective, *, logprobs: Tensor, proximal_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
-    loss_mask: Tensor, rejection_sampling: Any = None, cu_seqlens: Tensor | None = None, **ignored: Any,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    objective: Objective,
+    *,
+    logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    rejection_sampling: Any = None,
+    cu_seqlens: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, dict[str, Any]]:
     """AReaL's `ppo_actor_loss_fn` with the objective: `-Σ s(log r_t, A_t, b_t) / valid tokens`.
 
     Args:
-        objective: What to train on.
-        logprobs: With gradient, padded `(batch, time)` or packed `(tokens,)`.
-        proximal_logprobs: Of the policy before the update.
-        old_logprobs: The sampler's, where the decoupled loss is on.
-        advantages: Per token.
-        loss_mask: Of valid tokens.
-        rejection_sampling: AReaL's; its own function applies it.
-        cu_seqlens: Where packed sequences begin; objectives of whole sequences need it.
-        ignored: AReaL's clip options, which must be at their defaults.
+        objective: The objective to train on.
+        logprobs: Log-probs of the policy in training, with gradient, padded `(batch, time)` or packed `(tokens,)`.
+        proximal_logprobs: Log-probs of the policy before the update, in the same shape.
+        old_logprobs: Log-probs of the sampler in the same shape, where the decoupled loss is on.
+        advantages: Advantage of each token, in the same shape.
+        loss_mask: Mask of valid tokens, in the same shape.
+        rejection_sampling: AReaL's configuration of rejection sampling; its own function applies it.
+        cu_seqlens: Positions at which packed sequences begin; required by objectives of whole sequences.
+        ignored: AReaL's clip options, which must have their defaults.
 
     Returns:
         The loss, and AReaL's statistics of each token.
@@ -120,9 +132,11 @@ def policy_loss(
         kept, weight = found.loss_mask.bool(), found.behave_imp_weight
         used = (weight > 0) & kept
         stats = {
-            "behave_approx_kl": torch.where(used, old - sampler, 0.0), "behave_imp_weight": weight.detach(),
-            "behave_mask": used, "filtered_fraction": found.filtered_fraction,
-        }  # fmt: skip
+            "behave_approx_kl": torch.where(used, old - sampler, 0.0),
+            "behave_imp_weight": weight.detach(),
+            "behave_mask": used,
+            "filtered_fraction": found.filtered_fraction,
+        }
     lengths = None if logprobs.dim() == 2 else _lengths(objective, cu_seqlens, len(logprobs))
     given = {"logprobs": new, "old_logprobs": old, "rollout_logprobs": sampler, "advantages": advantages, "mask": kept}
     result = evaluate(objective, **{name: _rows(x, lengths) for name, x in given.items()})
@@ -130,35 +144,55 @@ def policy_loss(
     term = -value if weight is None else -value * weight
     loss = aggregate(term.view(1, -1), kept.view(1, -1), "token-mean", normalizer=count)
     return loss, {
-        "loss": term.detach(), "importance_weight": torch.where(kept, log_ratio.exp(), 0.0), "approx_kl": log_ratio,
-        "clip_mask": clipped, "dual_clip_mask": torch.zeros_like(clipped), **stats,
-    }  # fmt: skip
+        "loss": term.detach(),
+        "importance_weight": torch.where(kept, log_ratio.exp(), 0.0),
+        "approx_kl": log_ratio,
+        "clip_mask": clipped,
+        "dual_clip_mask": torch.zeros_like(clipped),
+        **stats,
+    }
 
 
 def exchange() -> None:
-    """Put our loss in the place of AReaL's, in this process; the engines do it when they are made."""
+    """Put our loss in the place of AReaL's in this process; the engines call this when they are created."""
     import areal.trainer.ppo.actor as module
 
     given = options_of_environment("AReaL")
     objective = _objective(given)
 
     def ppo_actor_loss_fn(
-        logprobs: Tensor, proximal_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, eps_clip: float,
-        loss_mask: Tensor, eps_clip_higher: float | None = None, c_clip: float | None = None,
-        rejection_sampling: Any = None, importance_sampling_level: str = "token", cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        logprobs: Tensor,
+        proximal_logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        eps_clip: float,
+        loss_mask: Tensor,
+        eps_clip_higher: float | None = None,
+        c_clip: float | None = None,
+        rejection_sampling: Any = None,
+        importance_sampling_level: str = "token",
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
         return policy_loss(
-            objective, logprobs=logprobs, proximal_logprobs=proximal_logprobs, old_logprobs=old_logprobs,
-            advantages=advantages, loss_mask=loss_mask, rejection_sampling=rejection_sampling, cu_seqlens=cu_seqlens,
-            eps_clip=eps_clip, eps_clip_higher=eps_clip_higher, c_clip=c_clip,
+            objective,
+            logprobs=logprobs,
+            proximal_logprobs=proximal_logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            loss_mask=loss_mask,
+            rejection_sampling=rejection_sampling,
+            cu_seqlens=cu_seqlens,
+            eps_clip=eps_clip,
+            eps_clip_higher=eps_clip_higher,
+            c_clip=c_clip,
             importance_sampling_level=importance_sampling_level,
-        )  # fmt: skip
+        )
 
     module.ppo_actor_loss_fn = ppo_actor_loss_fn
 
 
 def __getattr__(name: str) -> Any:
-    """The engines, made when AReaL's workers import them by path."""
+    """The engines, created when AReaL's workers import them by path."""
     if name in _ENGINES:
         return _engine(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -184,7 +218,7 @@ def _objective(given: dict[str, Any]) -> Objective:
 
 
 def _lengths(objective: Objective, cu_seqlens: Tensor | None, tokens: int) -> list[int]:
-    """Of the packed sequences; all tokens in one row where the objective does not look beyond a token."""
+    """Lengths of the packed sequences; one row of all tokens where the objective does not look beyond a token."""
     whole = objective.ratio_level != "token" or "mask" in (*objective.bounds_inputs, *objective.surrogate_inputs)
     if not whole and getattr(objective.correction, "level", "token") == "token":
         return [tokens]

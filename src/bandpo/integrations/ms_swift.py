@@ -7,9 +7,9 @@
 
     swift rlhf --rlhf_type grpo --external_plugins bandpo_plugin.py ...  # and every other option as before
 
-The trainer is ms-swift's `GRPOTrainer`, whose clip gets the interval of each token; everything around it is inherited,
-`loss_type` (grpo, bnpo, dapo or dr_grpo) and `delta` included. Only objectives that clip single tokens fit in; ms-swift has
-GSPO, CISPO and SAPO of its own. `megatron rlhf` has another trainer, which this does not change.
+The trainer is ms-swift's `GRPOTrainer`, whose clip is given the interval of each token; everything around it is inherited,
+including `loss_type` (grpo, bnpo, dapo or dr_grpo) and `delta`. Only objectives that clip single tokens can be used; ms-swift
+has GSPO, CISPO and SAPO of its own. `megatron rlhf` has another trainer, which this does not change.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def register(objective: Objective | str = "bandpo-kl", **options: Any) -> None:
 
     Args:
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
         ValueError: If an option would be ignored, or ms-swift's trainer cannot express the objective.
@@ -41,11 +41,53 @@ def register(objective: Objective | str = "bandpo-kl", **options: Any) -> None:
     chosen = host_objective("ms-swift", objective, options, sampler="none")
     if chosen.surrogate is not clip or chosen.ratio_level != "token" or chosen.bounds_inputs:
         raise ValueError(
-            f"ms-swift: objective {chosen.name!r} is no clip of single tokens, and its trainer can do nothing else; choose "
+            f"ms-swift: objective {chosen.name!r} does not clip single tokens, and this trainer can do nothing else; choose "
             "bandpo-kl, bandpo-tv, bandpo-chi2, dcpo, grpo or dapo, or ms-swift's own loss_type"
         )
     _registered[:] = [chosen]
     TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__name__}.BandGRPOTrainer"
+
+
+class _IntervalOfEachToken:
+    """The methods that are put before those of ms-swift's trainer."""
+
+    args: Any
+    loss_type: str
+    epsilon_low: Any
+    epsilon_high: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.refuse_ignored()
+
+    def refuse_ignored(self) -> None:
+        """Refuse options of ms-swift that the registered objective would ignore.
+
+        Raises:
+            ValueError: If there is such an option.
+        """
+        refuse_ignored("ms-swift", attributes(self.args, _DEFAULTS), _DEFAULTS)
+        if self.loss_type not in _LOSS_TYPES:
+            raise ValueError(
+                f"ms-swift: loss_type={self.loss_type!r} is a loss of its own, without bandpo; choose one of "
+                f"{', '.join(_LOSS_TYPES)}"
+            )
+        if getattr(self, "use_liger_loss", False):
+            raise ValueError("ms-swift: the Liger loss clips by two numbers, and bandpo by one interval for each token")
+
+    def _compute_loss_and_metrics(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:
+        theirs: Any = super()
+        old = grpo_batch.old_per_token_logps
+        if old is None:  # the policy is still the old one: every ratio is 1, inside every interval
+            return theirs._compute_loss_and_metrics(model, model_inputs, grpo_batch)
+        bounds = _registered[0].bounds(fill(old, grpo_batch.completion_mask != 0))
+        assert isinstance(bounds, RatioBounds)
+        saved = self.epsilon_low, self.epsilon_high
+        self.epsilon_low, self.epsilon_high = 1 - bounds.lower, bounds.upper - 1
+        try:
+            return theirs._compute_loss_and_metrics(model, model_inputs, grpo_batch)
+        finally:
+            self.epsilon_low, self.epsilon_high = saved
 
 
 def __getattr__(name: str) -> Any:
@@ -53,39 +95,5 @@ def __getattr__(name: str) -> Any:
     if name != "BandGRPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     host = importlib.import_module("swift.rlhf_trainers").GRPOTrainer
-
-    class BandGRPOTrainer(host):
-        """ms-swift's GRPOTrainer with the interval of each token in its clip."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.refuse_ignored()
-
-        def refuse_ignored(self) -> None:
-            refuse_ignored("ms-swift", attributes(self.args, _DEFAULTS), _DEFAULTS)
-            if self.loss_type not in _LOSS_TYPES:
-                raise ValueError(
-                    f"ms-swift: loss_type={self.loss_type!r} is a loss of its own, without bandpo; choose one of "
-                    f"{', '.join(_LOSS_TYPES)}"
-                )
-            if getattr(self, "use_liger_loss", False):
-                raise ValueError(
-                    "ms-swift: the Liger loss clips by two numbers, and bandpo by one interval for each token"
-                )
-
-        def _compute_loss_and_metrics(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:
-            old = grpo_batch.old_per_token_logps
-            if old is None:  # the policy is still the old one: every ratio is 1, inside every interval
-                return super()._compute_loss_and_metrics(model, model_inputs, grpo_batch)
-            bounds = _registered[0].bounds(fill(old, grpo_batch.completion_mask != 0))
-            assert isinstance(bounds, RatioBounds)
-            saved = self.epsilon_low, self.epsilon_high
-            self.epsilon_low, self.epsilon_high = 1 - bounds.lower, bounds.upper - 1
-            try:
-                return super()._compute_loss_and_metrics(model, model_inputs, grpo_batch)
-            finally:
-                self.epsilon_low, self.epsilon_high = saved
-
-    BandGRPOTrainer.__module__ = __name__
-    BandGRPOTrainer.__qualname__ = name
-    return globals().setdefault(name, BandGRPOTrainer)
+    own = {"__module__": __name__, "__doc__": "ms-swift's GRPOTrainer with the interval of each token in its clip."}
+    return globals().setdefault(name, type(name, (_IntervalOfEachToken, host), own))

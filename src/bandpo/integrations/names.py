@@ -9,7 +9,10 @@ from collections.abc import Mapping
 
 METRICS: Mapping[str, Mapping[str, str]] = {
     "clip_fraction/any": {
-        "TRL": "clip_ratio/region_mean", "verl": "actor/pg_clipfrac", "slime": "pg_clipfrac", "SkyRL": "clip_ratio",
+        "TRL": "clip_ratio/region_mean",
+        "verl": "actor/pg_clipfrac",
+        "slime": "pg_clipfrac",
+        "SkyRL": "clip_ratio",
     },
     "clip_fraction/low": {"TRL": "clip_ratio/low_mean"},
     "clip_fraction/high": {"TRL": "clip_ratio/high_mean"},
@@ -29,10 +32,11 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     "advantages/max": {"verl": "critic/advantages/max"},
     "advantages/min": {"verl": "critic/advantages/min"},
     "rollout/difference": {
-        "TRL": "sampling/sampling_logp_difference/mean", "verl": "training/rollout_probs_diff_mean",
+        "TRL": "sampling/sampling_logp_difference/mean",
+        "verl": "training/rollout_probs_diff_mean",
     },
     "length/cut_off": {"TRL": "completions/clipped_ratio", "verl": "response_length/clip_ratio"},
-}  # fmt: skip
+}
 """Our name of a metric, and each host's own name for the same quantity, where the host has one.
 
 `kl/old_new_k1` is the mean of `-log r`; `reward/mean_with_kl` has the KL penalty subtracted; `rollout/difference` is the mean
@@ -40,21 +44,28 @@ difference between sampler and trainer, of log-probs in TRL and of probabilities
 """
 
 OWN_PREFIX: Mapping[str, str] = {
-    "verl": "actor/band/", "ROLL": "actor/band/", "NeMo-RL": "band/", "SkyRL": "band/", "Tinker": "band/",
-    "prime-rl": "band/", "slime": "band/",
-}  # fmt: skip
+    "verl": "actor/band/",
+    "ROLL": "actor/band/",
+    "NeMo-RL": "band/",
+    "SkyRL": "band/",
+    "Tinker": "band/",
+    "prime-rl": "band/",
+    "slime": "band/",
+}
 """What an adapter puts before our own names in the log of its host."""
 
 TENSORS: Mapping[str, Mapping[str, str]] = {
     "logprobs": {"TRL": "per_token_logps", "verl": "log_prob", "OpenRLHF": "log_probs", "prime-rl": "trainer_logprobs"},
     "old_logprobs": {"TRL": "old_per_token_logps", "verl": "old_log_prob", "OpenRLHF": "old_log_probs"},
     "rollout_logprobs": {
-        "TRL": "sampling_per_token_logps", "verl": "rollout_log_probs", "prime-rl": "inference_logprobs",
+        "TRL": "sampling_per_token_logps",
+        "verl": "rollout_log_probs",
+        "prime-rl": "inference_logprobs",
     },
     "ref_logprobs": {"TRL": "ref_per_token_logps", "verl": "ref_log_prob"},
     "advantages": {},
     "mask": {"TRL": "completion_mask", "verl": "response_mask", "prime-rl": "loss_mask", "OpenRLHF": "action_mask"},
-}  # fmt: skip
+}
 """Our name of a tensor, and each host's name for it, where the host has another one."""
 
 

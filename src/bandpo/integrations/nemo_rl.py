@@ -5,8 +5,9 @@
     (policy, ..., loss_fn, ...) = setup(config, tokenizer, dataset, val_dataset)
     loss_fn = BandLoss(loss_fn, objective="bandpo-kl", radius=0.05)  # this line; then grpo_train(..., loss_fn, ...) as before
 
-The object travels to the workers, whose environments need bandpo (`uv add bandpo` in NeMo-RL's project). Reduction
-(`loss_fn.token_level_loss`), KL penalty and diagnostics stay NeMo-RL's: its own loss computes them, at advantages of zero.
+The object is sent to the workers, whose environments need bandpo (`uv add bandpo` in NeMo-RL's project). NeMo-RL itself
+determines the reduction (`loss_fn.token_level_loss`), the KL penalty and the diagnostics: its own loss computes them, with all
+advantages set to zero.
 """
 
 import copy
@@ -27,10 +28,15 @@ from bandpo.surrogates.corrections import TIS, Correction, IcePop
 
 _NAMES = metrics_of("NeMo-RL")
 _DEFAULTS = {
-    "disable_ppo_ratio": False, "ratio_clip_min": 0.2, "ratio_clip_max": 0.2, "ratio_clip_c": None,
-    "sequence_level_importance_ratios": False, "use_cispo": False, "force_on_policy_ratio": False,
+    "disable_ppo_ratio": False,
+    "ratio_clip_min": 0.2,
+    "ratio_clip_max": 0.2,
+    "ratio_clip_c": None,
+    "sequence_level_importance_ratios": False,
+    "use_cispo": False,
+    "force_on_policy_ratio": False,
     "positive_example_nll_weight": 0.0,
-}  # fmt: skip
+}
 _LOGPROBS = ("prev_logprobs", "generation_logprobs", "reference_policy_logprobs")
 
 
@@ -40,10 +46,10 @@ class BandLoss:
     Args:
         host_loss: The `loss_fn` that NeMo-RL's `setup` returned.
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
-        ValueError: If an option would be ignored, on either side.
+        ValueError: If an option of bandpo or of NeMo-RL would be ignored.
     """
 
     def __init__(self, host_loss: Any, objective: Objective | str = "bandpo-kl", **options: Any) -> None:
@@ -62,7 +68,7 @@ class BandLoss:
         self.reference_policy_kl_penalty = host_loss.reference_policy_kl_penalty
         self.use_fused_linear_logprobs = getattr(host_loss, "use_fused_linear_logprobs", False)
         self.metric_normalizations = _normalizations(host_loss, chosen)
-        # KL penalty and diagnostics alone: no ratio (which could overflow), and no weights on nothing.
+        # It computes the KL penalty and the diagnostics alone: without a ratio, which could overflow, and without weights.
         self.rest = copy.copy(host_loss)
         self.rest.disable_ppo_ratio, self.rest.use_importance_sampling_correction = True, False
         self.rest.truncated_importance_sampling_ratio = None
@@ -73,10 +79,10 @@ class BandLoss:
         """Loss and metrics of a micro-batch, as parts that add up over micro-batches and ranks.
 
         Args:
-            next_token_logprobs: `(batch, time - 1)`, with gradient.
-            data: NeMo-RL's batch, whose first token is no prediction.
-            global_valid_seqs: Sequences of the global batch.
-            global_valid_toks: Tokens of the global batch.
+            next_token_logprobs: Log-probs `(batch, time - 1)` of the policy in training, with gradient.
+            data: NeMo-RL's batch; the first token of each sequence is not a prediction.
+            global_valid_seqs: Number of valid sequences of the global batch, 0-d.
+            global_valid_toks: Number of valid tokens of the global batch, 0-d.
         """
         mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
         valid = mask != 0
@@ -85,9 +91,13 @@ class BandLoss:
             if name in clean:
                 clean[name] = torch.cat([clean[name][:, :1], fill(clean[name][:, 1:], valid)], 1)
         found = evaluate(
-            self.objective, logprobs=next_token_logprobs, old_logprobs=clean["prev_logprobs"][:, 1:],
-            rollout_logprobs=clean["generation_logprobs"][:, 1:], advantages=data["advantages"][:, 1:], mask=mask,
-        )  # fmt: skip
+            self.objective,
+            logprobs=next_token_logprobs,
+            old_logprobs=clean["prev_logprobs"][:, 1:],
+            rollout_logprobs=clean["generation_logprobs"][:, 1:],
+            advantages=data["advantages"][:, 1:],
+            mask=mask,
+        )
         token_level = self.loss_type.value == "token_level"
         how, count = ("token-mean", global_valid_toks) if token_level else ("seq-mean-token-mean", global_valid_seqs)
         loss = aggregate(-found.value * mask, valid, how, normalizer=count.clamp_min(1))
@@ -130,7 +140,7 @@ def _correction(host_loss: Any) -> Correction | None:
 
 
 def _normalizations(host_loss: Any, objective: Objective) -> dict[str, Any]:
-    """NeMo-RL's table of what each metric is divided by, with ours: shares of all tokens, as its `gen_kl_error` is."""
+    """NeMo-RL's table of what each metric is divided by, extended by ours: by all tokens, like its `gen_kl_error`."""
     table = dict(getattr(host_loss, "metric_normalizations", {}))
     if "gen_kl_error" not in table:
         return table

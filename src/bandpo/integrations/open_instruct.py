@@ -4,9 +4,9 @@ r"""The objectives in open-instruct, by its own training script with another los
         --loss_fn dapo ...  # the arguments of open_instruct/grpo_fast.py, as before
 
 open-instruct has no hook, and its loss runs inside Ray workers. This command starts `open_instruct.grpo_fast` and makes every
-worker exchange `open_instruct.grpo_utils.compute_grpo_loss` (Ray's `worker_process_setup_hook`). The reduction
-(`--loss_denominator`), the KL term, and the weights for the sampler (`--use_rho_correction`) stay open-instruct's. Its rows
-hold several responses side by side, so objectives of whole sequences are refused.
+worker replace `open_instruct.grpo_utils.compute_grpo_loss` (Ray's `worker_process_setup_hook`). open-instruct itself applies
+the reduction (`--loss_denominator`), the KL term, and the weights for the sampler (`--use_rho_correction`). A row of its batch
+contains several responses, so objectives of whole sequences are refused.
 """
 
 from types import ModuleType
@@ -19,28 +19,32 @@ from bandpo.integrations._host import attributes, evaluate, host_objective, opti
 from bandpo.integrations._workers import launch, when_imported
 from bandpo.objective import Objective
 
-# open-instruct's own value for the log-prob of a token that is off; it hands a loss no mask.
+# open-instruct sets the log-prob of a masked token to this value; it passes no mask to the loss.
 _INVALID = 1.0
 _DEFAULTS = {"clip_lower": 0.2, "clip_higher": 0.272, "loss_fn": "dapo"}
 _CHECK: dict[str, Any] = {"sampler": "none", "rows": "packed"}
 
 
 def compute_grpo_loss(
-    new_logprobs: Tensor, ratio: Tensor, advantages: Tensor, ref_logprobs: Tensor | None, config: Any,
+    new_logprobs: Tensor,
+    ratio: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    config: Any,
     rho_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """open-instruct's function with the objective that `BANDPO_LOSS` names.
 
     Args:
-        new_logprobs: `(batch, time)`, with gradient; 1.0 where the mask is off.
-        ratio: exp(new - old).
-        advantages: Per token.
-        ref_logprobs: Of the reference policy, or None.
-        config: open-instruct's.
-        rho_weights: Its weights for the sampler.
+        new_logprobs: Log-probs `(batch, time)` of the policy in training, with gradient; 1.0 where the mask is off.
+        ratio: The ratio exp(new - old), `(batch, time)`.
+        advantages: Advantage of each token, `(batch, time)`.
+        ref_logprobs: Log-probs `(batch, time)` of the reference policy, or None.
+        config: open-instruct's configuration.
+        rho_weights: open-instruct's importance weights for the difference to the sampler, `(batch, time)`.
 
     Returns:
-        Loss of each token without the KL term, whether it is clipped, and its KL.
+        For each token: the loss without the KL term, 1 if it is clipped and 0 if not, and its KL.
 
     Raises:
         ValueError: If an option would be ignored.
@@ -49,12 +53,12 @@ def compute_grpo_loss(
 
 
 def patch() -> None:
-    """Exchange the loss in this process, when open-instruct is imported; called in every worker."""
+    """Replace the loss in this process as soon as open-instruct is imported; every worker calls this."""
     when_imported("open_instruct.grpo_utils", _exchange)
 
 
 def main() -> None:
-    """open-instruct's `grpo_fast` with our loss in every worker."""
+    """Run open-instruct's `grpo_fast` with our loss in every worker."""
     launch("open-instruct", "open_instruct.grpo_fast", "bandpo.integrations.open_instruct.patch", _CHECK)
 
 
@@ -73,9 +77,14 @@ def _objective() -> Objective:
 
 
 def _loss(
-    objective: Objective, new_logprobs: Tensor, ratio: Tensor, advantages: Tensor, ref_logprobs: Tensor | None,
-    config: Any, rho_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    objective: Objective,
+    new_logprobs: Tensor,
+    ratio: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    config: Any,
+    rho_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     from open_instruct.model_utils import estimate_kl
 
     refuse_ignored("open-instruct", attributes(config, _DEFAULTS), _DEFAULTS)

@@ -3,9 +3,9 @@ r"""The objectives in OpenRLHF, by its own training command with another loss.
     python -m bandpo.integrations.openrlhf --objective bandpo-kl --radius 0.05 -- \
         --actor.model_name_or_path Qwen/Qwen2.5-3B ...  # the arguments of openrlhf.cli.train_ppo_ray, as before
 
-OpenRLHF has no hook and builds its loss inside Ray workers, where a change made in the driver never arrives. This command
-starts `openrlhf.cli.train_ppo_ray` and makes every worker exchange `openrlhf.models.loss.PolicyLoss` (Ray's
-`worker_process_setup_hook`). Reduction, data-parallel counts, KL loss and entropy bonus stay OpenRLHF's.
+OpenRLHF has no hook and builds its loss inside Ray workers, which a change in the driver does not reach. This command starts
+`openrlhf.cli.train_ppo_ray` and makes every worker replace `openrlhf.models.loss.PolicyLoss` (Ray's
+`worker_process_setup_hook`). OpenRLHF itself computes the reduction, data-parallel counts, KL loss and entropy bonus.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class BandPolicyLoss(torch.nn.Module):
     """OpenRLHF's `PolicyLoss` with a bandpo objective.
 
     Args:
-        objective: What to train on.
-        host_loss: OpenRLHF's class of the version in use; it says how many values its caller unpacks.
+        objective: The objective to train on.
+        host_loss: OpenRLHF's class in the version in use; it determines how many values the caller unpacks.
         aggregate: OpenRLHF's `aggregate_loss`.
-        options: What OpenRLHF passes its own class.
+        options: The arguments that OpenRLHF passes to its own class.
 
     Raises:
         ValueError: If an option would be ignored, or a correction for the sampler cannot be expressed.
@@ -52,36 +52,64 @@ class BandPolicyLoss(torch.nn.Module):
         self.objective, self.aggregate = objective, aggregate
         self.token_level_loss = given["token_level_loss"]
         one = torch.zeros(1, 1)
-        self.more = (
-            len(host_loss()(one, one, one, action_mask=one + 1)) - 3
-        )  # 0.11.2 unpacks five values, older ones four
+        # OpenRLHF 0.11.2 unpacks five values, older versions four.
+        self.more = len(host_loss()(one, one, one, action_mask=one + 1)) - 3
 
     def forward(
-        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
-        rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: Any = None,
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: Any = None,
         global_batch_size: Any = None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Loss as OpenRLHF aggregates it, share of clipped tokens, mean of old minus new, and None for what is left."""
+    ) -> tuple[Tensor | None, ...]:
+        """The loss and the values that OpenRLHF logs with it.
+
+        Args:
+            log_probs: Log-probs `(batch, time)` of the policy in training, with gradient.
+            old_log_probs: Log-probs `(batch, time)` of the policy before the update.
+            advantages: Advantage of each token, `(batch, time)`.
+            action_mask: Mask of valid tokens, `(batch, time)`; None if all are valid.
+            rollout_log_probs: Log-probs `(batch, time)` of the sampler, or None.
+            dp_size: Number of data-parallel ranks, for OpenRLHF's reduction.
+            batch_num_tokens: Valid tokens of the global batch, for OpenRLHF's reduction.
+            global_batch_size: Sequences of the global batch, for OpenRLHF's reduction.
+
+        Returns:
+            The loss as OpenRLHF aggregates it, the share of clipped tokens, the mean of old minus new log-probs, and None for
+            each further value that OpenRLHF unpacks.
+        """
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         found = evaluate(
-            self.objective, logprobs=log_probs, old_logprobs=old_log_probs, rollout_logprobs=rollout_log_probs,
-            advantages=advantages, mask=mask,
-        )  # fmt: skip
+            self.objective,
+            logprobs=log_probs,
+            old_logprobs=old_log_probs,
+            rollout_logprobs=rollout_log_probs,
+            advantages=advantages,
+            mask=mask,
+        )
         loss = self.aggregate(
-            -found.value, mask, token_level_loss=self.token_level_loss, dp_size=dp_size,
-            batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size,
-        )  # fmt: skip
+            -found.value,
+            mask,
+            token_level_loss=self.token_level_loss,
+            dp_size=dp_size,
+            batch_num_tokens=batch_num_tokens,
+            global_batch_size=global_batch_size,
+        )
         kl = -found.log_ratio.sum() / (mask != 0).sum().clamp_min(1)
         return loss, found.metrics["clip_fraction/any"], kl, *[None] * self.more
 
 
 def patch() -> None:
-    """Exchange the loss in this process, when OpenRLHF is imported; called in every worker."""
+    """Replace the loss in this process as soon as OpenRLHF is imported; every worker calls this."""
     when_imported("openrlhf.models.loss", _exchange)
 
 
 def main() -> None:
-    """OpenRLHF's `train_ppo_ray` with our loss in every worker."""
+    """Run OpenRLHF's `train_ppo_ray` with our loss in every worker."""
     launch("OpenRLHF", "openrlhf.cli.train_ppo_ray", "bandpo.integrations.openrlhf.patch", _CHECK)
 
 

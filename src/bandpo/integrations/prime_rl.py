@@ -6,8 +6,8 @@
     kwargs = { objective = "bandpo-kl", radius = 0.05 }
 
 prime-rl calls its loss once for each sequence with the trainer's and the inference engine's log-probs, multiplies each token by
-its weight, and divides the sum over all sequences by the tokens of the global batch: a token mean, whatever the objective's own
-aggregation. There is no recomputed π_old, so the ratio of every objective is taken against the sampler.
+its weight, and divides the sum over all sequences by the tokens of the global batch. This is a token mean; the objective's own
+aggregation is not used. There is no recomputed π_old, so the ratio of every objective is taken against the sampler.
 """
 
 import functools
@@ -19,29 +19,31 @@ from bandpo.objective import Objective
 
 
 def policy_loss(inputs: Any, objective: str = "bandpo-kl", **options: Any) -> Any:
-    """The loss of one sequence: `-Σ_t w_t s(log r_t, A_t, b_t)`, r against the sampler, w the weights of the host.
+    """The loss of one sequence, `-Σ_t w_t s(log r_t, A_t, b_t)`, with r against the sampler and the host's weights w.
 
     Args:
         inputs: prime-rl's LossInputs: `trainer_logprobs`, `inference_logprobs`, `advantages`, `loss_mask` and, since June 2026,
             `loss_weights`, each `(time,)`.
         objective: A name of `bandpo objectives`, or "package.module:NAME".
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Returns:
-        prime-rl's LossOutputs: a 0-d `loss`, and `metrics` under `band/`, of which prime-rl takes mean, maximum and more over
-        the sequences.
+        prime-rl's LossOutputs: a 0-d `loss`, and `metrics` under `band/`; prime-rl logs their mean, maximum and other
+        statistics over the sequences.
 
     Raises:
-        ValueError: If an option would be ignored, or the objective needs what prime-rl does not give a loss.
+        ValueError: If an option would be ignored, or the objective needs an input that prime-rl does not pass to a loss.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
     found = evaluate(
         _objective(objective, **options),
-        logprobs=inputs.trainer_logprobs.unsqueeze(0), old_logprobs=None,
-        rollout_logprobs=inputs.inference_logprobs.unsqueeze(0), advantages=inputs.advantages.unsqueeze(0),
+        logprobs=inputs.trainer_logprobs.unsqueeze(0),
+        old_logprobs=None,
+        rollout_logprobs=inputs.inference_logprobs.unsqueeze(0),
+        advantages=inputs.advantages.unsqueeze(0),
         mask=inputs.loss_mask.unsqueeze(0),
-    )  # fmt: skip
+    )
     value = found.value.squeeze(0)
     weights = getattr(inputs, "loss_weights", None)
     if weights is not None:

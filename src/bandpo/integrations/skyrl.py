@@ -9,9 +9,9 @@
 
     python train_bandpo.py trainer.algorithm.policy_loss_type=bandpo ...  # and every other option as before
 
-SkyRL copies its registry to every worker, which needs bandpo installed. It scales the advantages for
-`trainer.algorithm.loss_reduction` beforehand, so its losses are masked sums, and so is this one: the reduction is SkyRL's,
-never the objective's own.
+SkyRL copies its registry to every worker, and each worker needs bandpo installed. SkyRL scales the advantages for
+`trainer.algorithm.loss_reduction` before it calls the loss, so this loss is a masked sum, like SkyRL's own losses. The
+reduction is SkyRL's; the objective's own aggregation is not used.
 """
 
 from functools import partial
@@ -35,11 +35,11 @@ def register(objective: Objective | str = "bandpo-kl", *, name: str = "bandpo", 
 
     Args:
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
-        name: What `policy_loss_type` says.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        name: The name for `policy_loss_type`.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
-        ValueError: If an option would be ignored, or the objective needs what SkyRL does not give a loss.
+        ValueError: If an option would be ignored, or the objective needs an input that SkyRL does not pass to a loss.
     """
     from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 
@@ -48,22 +48,28 @@ def register(objective: Objective | str = "bandpo-kl", *, name: str = "bandpo", 
 
 
 def policy_loss(
-    objective: Objective, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: Any,
-    loss_mask: Tensor | None = None, rollout_logprobs: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """A policy loss as SkyRL calls it, after the objective: `-Σ m_t w_t s(log r_t, A_t, b_t)`, A scaled by SkyRL.
+    objective: Objective,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss as SkyRL calls it, `-Σ m_t w_t s(log r_t, A_t, b_t)`, with advantages A that SkyRL has scaled.
 
     Args:
-        objective: What to train on.
-        log_probs: `(batch, time)`, with gradient.
-        old_log_probs: Recomputed before the update.
-        advantages: Per token, scaled for the loss reduction.
+        objective: The objective to train on.
+        log_probs: Log-probs `(batch, time)` of the policy in training, with gradient.
+        old_log_probs: Log-probs `(batch, time)`, recomputed before the update.
+        advantages: Advantage of each token, `(batch, time)`, scaled for the loss reduction.
         config: SkyRL's `AlgorithmConfig`; its `off_policy_correction` is applied by SkyRL's own function.
-        loss_mask: Of valid tokens; None for all.
-        rollout_logprobs: The sampler's.
+        loss_mask: Mask of valid tokens, `(batch, time)`; None if all are valid.
+        rollout_logprobs: Log-probs `(batch, time)` of the sampler, or None.
 
     Returns:
-        The sum, and metrics as floats, which SkyRL averages over micro-batches (`_max`: takes the maximum of).
+        The sum, and metrics as floats. SkyRL averages them over micro-batches, and uses the maximum where the name ends in
+        `_max`.
 
     Raises:
         ValueError: If SkyRL's options contradict the objective.
@@ -79,9 +85,13 @@ def policy_loss(
         )
     mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
     found = evaluate(
-        objective, logprobs=log_probs, old_logprobs=old_log_probs, rollout_logprobs=rollout_logprobs,
-        advantages=advantages, mask=mask,
-    )  # fmt: skip
+        objective,
+        logprobs=log_probs,
+        old_logprobs=old_log_probs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        mask=mask,
+    )
     metrics = as_floats(found.metrics, OWN_PREFIX["SkyRL"])
     clipped = {metrics_of("SkyRL")[_CLIPPED]: metrics[f"{OWN_PREFIX['SkyRL']}{_CLIPPED}"]}
     loss = -found.value

@@ -1,18 +1,18 @@
 """The objectives as slime's custom loss, by import path.
 
     --loss-type custom_loss --custom-loss-function-path bandpo.integrations.slime.policy_loss
-    --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; without it: bandpo-kl as it is
+    --custom-config-path bandpo.yaml      # bandpo: {objective: bandpo-kl, radius: 0.05}; default: bandpo-kl
 
 slime's own code computes the log-probs (temperature, top-p replay, tensor and context parallelism) and reduces the loss: a
-mean over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`, whatever the
-objective's own aggregation. Its entropy bonus and KL loss are added as slime does. With `--use-rollout-logprobs` the ratio is
-taken against the sampler.
+mean over the tokens of a rollout and over rollouts, or a mean over tokens with `--calculate-per-token-loss`. The objective's
+own aggregation is not used. The entropy bonus and the KL loss are added in the same way as in slime. With
+`--use-rollout-logprobs` the ratio is taken against the sampler.
 """
 
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,16 @@ from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 
 _NAMES = metrics_of("slime")
-# Besides eps_clip_high, which slime sets to eps_clip.
+# The check of eps_clip_high is in `_configured`, because slime sets it to eps_clip.
 _DEFAULTS = {
-    "eps_clip": 0.2, "eps_clip_c": None, "use_tis": False, "use_opsm": False, "get_mismatch_metrics": False,
-    "custom_pg_loss_reducer_function_path": None, "custom_tis_function_path": None,
-}  # fmt: skip
+    "eps_clip": 0.2,
+    "eps_clip_c": None,
+    "use_tis": False,
+    "use_opsm": False,
+    "get_mismatch_metrics": False,
+    "custom_pg_loss_reducer_function_path": None,
+    "custom_tis_function_path": None,
+}
 
 
 def policy_loss(
@@ -37,16 +42,17 @@ def policy_loss(
     """A loss as slime calls it.
 
     Args:
-        args: slime's arguments; `args.bandpo` holds `objective` and the options of its region.
-        batch: Of it `log_probs` or `rollout_log_probs`, `advantages`, `loss_masks` and `ref_log_probs`, a tensor a sample.
-        logits: `(1, tokens, vocabulary)`.
-        sum_of_sample_mean: slime's reduction of a value for each token.
+        args: slime's arguments; `args.bandpo` contains `objective` and the options of its region.
+        batch: slime's batch; used are `log_probs` or `rollout_log_probs`, `advantages`, `loss_masks` and `ref_log_probs`, each
+            with one tensor `(tokens,)` for each sample.
+        logits: Logits `(1, tokens, vocabulary)`.
+        sum_of_sample_mean: slime's reduction of one value for each token.
 
     Returns:
         The loss, and metrics in the form that slime divides by the number of rollouts or tokens.
 
     Raises:
-        ValueError: If an option would be ignored, or the objective needs what slime does not give a loss.
+        ValueError: If an option would be ignored, or the objective needs an input that slime does not pass to a loss.
     """
     from megatron.core import mpu
     from slime.backends.megatron_utils import loss as host
@@ -54,81 +60,145 @@ def policy_loss(
 
     lengths = batch["total_lengths"], batch["response_lengths"]
     _, found = host.get_log_probs_and_entropy(
-        logits, args=args, unconcat_tokens=batch["unconcat_tokens"], total_lengths=lengths[0],
-        response_lengths=lengths[1], with_entropy=True, **host.get_rollout_top_p_logprob_kwargs(args, batch),
-    )  # fmt: skip
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=lengths[0],
+        response_lengths=lengths[1],
+        with_entropy=True,
+        **host.get_rollout_top_p_logprob_kwargs(args, batch),
+    )
     masks = [slice_log_prob_with_cp(m, *n) for m, *n in zip(batch["loss_masks"], *lengths, strict=True)]
     return megatron_loss(
-        "slime", args, batch, logits, sum_of_sample_mean, logprobs=found["log_probs"], entropy=found["entropy"],
-        masks=masks, context_parallel=mpu.get_context_parallel_world_size(), approx_kl=host.compute_approx_kl,
-    )  # fmt: skip
+        "slime",
+        args,
+        batch,
+        logits,
+        sum_of_sample_mean,
+        logprobs=found["log_probs"],
+        entropy=found["entropy"],
+        masks=masks,
+        context_parallel=mpu.get_context_parallel_world_size(),
+        approx_kl=host.compute_approx_kl,
+    )
+
+
+class _Tokens(NamedTuple):
+    """What was evaluated for the response tokens of this rank, one after the other, `(tokens,)`."""
+
+    value: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+    valid: Tensor
 
 
 def megatron_loss(
-    host: str, args: Any, batch: Mapping[str, Any], logits: Tensor, reduce: Callable[[Tensor], Tensor], *,
-    logprobs: Sequence[Tensor], entropy: Sequence[Tensor] | None, masks: Sequence[Tensor], context_parallel: int,
+    host: str,
+    args: Any,
+    batch: Mapping[str, Any],
+    logits: Tensor,
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    logprobs: Sequence[Tensor],
+    entropy: Sequence[Tensor] | None,
+    masks: Sequence[Tensor],
+    context_parallel: int,
     approx_kl: Callable[..., Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of slime and of its forks, from what each of them computes in its own way.
 
     Args:
-        host: For messages.
+        host: Name of the host, for error messages.
         args: The host's arguments.
         batch: The host's batch.
-        logits: To keep the graph where there are no tokens.
+        logits: Logits of the model; they keep the graph connected where there are no tokens.
         reduce: The host's `sum_of_sample_mean`.
-        logprobs: Of each sample's response, this rank's part of it.
-        entropy: The same; None where the host did not compute it.
-        masks: The same.
-        context_parallel: Ranks that share a sequence.
+        logprobs: Log-probs of each sample's response, this rank's part, `(tokens,)` each.
+        entropy: Entropies in the same form; None where the host did not compute them.
+        masks: Masks of valid tokens in the same form.
+        context_parallel: Number of ranks that share a sequence.
         approx_kl: The host's `compute_approx_kl`.
+
+    Returns:
+        The loss, and metrics in the form that the host divides by the number of rollouts or tokens.
+
+    Raises:
+        ValueError: If an option would be ignored, or the objective needs an input that the host does not pass to a loss.
     """
     refuse_ignored(host, attributes(args, _DEFAULTS), _DEFAULTS)
     objective = _configured(host, args, context_parallel)
-    names = ("rollout_log_probs", "log_probs")
-    sampler, old = ([x.detach() for x in batch[name]] if batch.get(name) else None for name in names)
-    if args.use_rollout_logprobs:
-        old = sampler
-    elif old is None:  # the host reuses the log-probs of this very pass: π is still π_old
-        old = [x.detach() for x in logprobs]
-    lengths = [len(x) for x in logprobs]
-
-    def row(tensors: Sequence[Tensor]) -> Tensor:
-        return pad_sequence(list(tensors), batch_first=True)
-
-    mask = row(masks)
-    found = evaluate(
-        objective, logprobs=row(logprobs), old_logprobs=row(old), advantages=row(batch["advantages"]), mask=mask,
-        rollout_logprobs=None if sampler is None else row(sampler),
-    )  # fmt: skip
-
-    def tokens(x: Tensor) -> Tensor:
-        return torch.cat([part[:n] for part, n in zip(x, lengths, strict=True)])
-
-    valid = tokens(mask) != 0
-    policy = reduce(-tokens(found.value))
+    old, sampler = _references(args, batch, logprobs)
+    tokens, metrics = _evaluated(
+        objective, logprobs=logprobs, old=old, sampler=sampler, advantages=batch["advantages"], masks=masks
+    )
+    policy = reduce(-tokens.value)
     loss, report = policy, {_NAMES["loss/policy"]: policy}
     if entropy is not None:
-        report[_NAMES["entropy"]] = mean_entropy = reduce(fill(torch.cat(list(entropy)), valid))
+        report[_NAMES["entropy"]] = mean_entropy = reduce(fill(torch.cat(list(entropy)), tokens.valid))
         loss = loss - args.entropy_coef * mean_entropy
     if args.use_kl_loss:
-        new, reference, before = (fill(torch.cat(list(x)), valid) for x in (logprobs, batch["ref_log_probs"], old))
+        all_logprobs = (logprobs, batch["ref_log_probs"], old)
+        new, reference, before = (fill(torch.cat(list(x)), tokens.valid) for x in all_logprobs)
         ratio = torch.exp(new - before) if args.use_unbiased_kl else None
         kl = reduce(approx_kl(new, reference, kl_loss_type=args.kl_loss_type, importance_ratio=ratio))
         report[_NAMES["kl/ref"]] = kl
         loss = loss + args.kl_loss_coef * kl
-    if not sum(lengths):
+    if not sum(len(x) for x in logprobs):
         loss = loss + 0 * logits.sum()
-    share = reduce(valid.to(policy.dtype))  # what the host divides by, so that its quotient is the mean over all tokens
+    # The host divides by this share, so that its quotient is the mean over all tokens.
+    share = reduce(tokens.valid.to(policy.dtype))
     report |= {
         _NAMES["loss"]: loss,
-        _NAMES["clip_fraction/any"]: reduce(tokens(found.clipped).to(policy.dtype)),
-        _NAMES["kl/old_new_k1"]: reduce(-tokens(found.log_ratio)),
+        _NAMES["clip_fraction/any"]: reduce(tokens.clipped.to(policy.dtype)),
+        _NAMES["kl/old_new_k1"]: reduce(-tokens.log_ratio),
     }
-    report |= {
-        f"{OWN_PREFIX['slime']}{name}": x * share for name, x in found.metrics.items() if not name.endswith("_max")
-    }
+    report |= {f"{OWN_PREFIX['slime']}{name}": x * share for name, x in metrics.items() if not name.endswith("_max")}
     return loss, {name: x.detach().clone() for name, x in report.items()}
+
+
+def _references(
+    args: Any, batch: Mapping[str, Any], logprobs: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Log-probs of the policy that the ratio is taken against, and of the sampler where the host has them."""
+    names = ("rollout_log_probs", "log_probs")
+    sampler, old = ([x.detach() for x in batch[name]] if batch.get(name) else None for name in names)
+    if args.use_rollout_logprobs:
+        assert sampler is not None, "the host gives rollout_log_probs with --use-rollout-logprobs"
+        return sampler, sampler
+    if old is None:  # the host reuses the log-probs of this very pass: the policy is still the old one
+        old = [x.detach() for x in logprobs]
+    return old, sampler
+
+
+def _evaluated(
+    objective: Objective,
+    *,
+    logprobs: Sequence[Tensor],
+    old: Sequence[Tensor],
+    sampler: Sequence[Tensor] | None,
+    advantages: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> tuple[_Tokens, dict[str, Tensor]]:
+    """The objective of each token and the metrics, from one tensor for each sample."""
+
+    def rows(tensors: Sequence[Tensor]) -> Tensor:
+        return pad_sequence(list(tensors), batch_first=True)
+
+    def tokens(x: Tensor) -> Tensor:
+        return torch.cat([row[: len(sample)] for row, sample in zip(x, logprobs, strict=True)])
+
+    mask = rows(masks)
+    found = evaluate(
+        objective,
+        logprobs=rows(logprobs),
+        old_logprobs=rows(old),
+        rollout_logprobs=None if sampler is None else rows(sampler),
+        advantages=rows(advantages),
+        mask=mask,
+    )
+    return _Tokens(
+        tokens(found.value), tokens(found.log_ratio), tokens(found.clipped), tokens(mask) != 0
+    ), found.metrics
 
 
 def _configured(host: str, args: Any, context_parallel: int) -> Objective:

@@ -5,9 +5,9 @@
 
     training_client.forward_backward_custom(data, partial(policy_loss, objective="bandpo-kl", radius=0.05))
 
-Each datum carries in its `loss_fn_inputs`, beside `target_tokens`: `logprobs` (those of the sampler), `advantages` and `mask`,
-one number a target token. The loss runs on your machine; of the fields only `target_tokens` and the gradient travel to the
-server (SDK 0.38; older ones sent all fields, and the server refused unknown names).
+The `loss_fn_inputs` of each datum must contain, in addition to `target_tokens`: `logprobs` (those of the sampler), `advantages`
+and `mask`, with one number for each target token. The loss runs on your machine; only `target_tokens` and the gradient are sent
+to the server (SDK 0.38; older versions sent all fields, and the server refused unknown names).
 Tinker has no recomputed π_old: the ratio of every objective is taken against the sampler.
 """
 
@@ -24,24 +24,30 @@ from bandpo.losses import aggregate
 
 
 def policy_loss(
-    data: Sequence[Any], logprobs: Sequence[Tensor], *, objective: Any = "bandpo-kl", max_length: int | None = None,
-    normalizer: float | None = None, **options: Any,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    data: Sequence[Any],
+    logprobs: Sequence[Tensor],
+    *,
+    objective: Any = "bandpo-kl",
+    max_length: int | None = None,
+    normalizer: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, float]]:
     """`bandpo.policy_loss` of the data of one call, with the objective's own aggregation.
 
     Args:
-        data: Tinker's `Datum`s.
-        logprobs: Log-probs of their target tokens under the model in training, from Tinker, with gradient.
+        data: Tinker's `Datum` objects.
+        logprobs: Log-probs of their target tokens under the model in training, from Tinker, with gradient, `(tokens,)` each.
         objective: A name of `bandpo objectives`, "package.module:NAME", or an `Objective`.
-        max_length: Of `bandpo.policy_loss`.
-        normalizer: Of `bandpo.policy_loss`, when several calls share one optimiser step.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        max_length: The argument `max_length` of `bandpo.policy_loss`.
+        normalizer: The argument `normalizer` of `bandpo.policy_loss`, when several calls share one optimiser step.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Returns:
-        The loss, and metrics under `band/`. A datum whose mask is empty counts nowhere.
+        The loss, and metrics under `band/`. A datum with an empty mask is in none of them.
 
     Raises:
-        ValueError: If an option would be ignored, a datum lacks a field, or the objective needs what Tinker does not give.
+        ValueError: If an option would be ignored, a datum lacks a field, or the objective needs an
+            input that Tinker does not provide.
     """
     chosen = host_objective("Tinker", objective, options, sampler="only")
     columns = {name: [_field(datum, name, new) for datum, new in zip(data, logprobs, strict=True)] for name in _FIELDS}
@@ -61,11 +67,11 @@ _FIELDS = ("logprobs", "advantages", "mask")
 
 def _field(datum: Any, name: str, like: Tensor) -> Tensor:
     if name not in datum.loss_fn_inputs:
-        raise ValueError(f"Tinker: loss_fn_inputs of a datum has no {name!r}; it must hold {', '.join(_FIELDS)}")
+        raise ValueError(f"Tinker: loss_fn_inputs of a datum has no {name!r}; it must contain {', '.join(_FIELDS)}")
     found = datum.loss_fn_inputs[name].to_torch()
     if found.shape != like.shape or like.dim() != 1:
         raise ValueError(
             f"Tinker: {name} of a datum has shape {tuple(found.shape)}, its log-probs {tuple(like.shape)}; "
-            "give one number a target token"
+            "give one number for each target token"
         )
     return found.to(like.device, like.dtype if found.is_floating_point() else found.dtype)

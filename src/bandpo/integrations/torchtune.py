@@ -6,7 +6,7 @@
       radius: 0.05
       kl_coeff: 0.01
 
-torchtune leaves the reduction to its loss, so it is the objective's own, over the sequences of a rank.
+torchtune leaves the reduction to the loss, so the objective's own aggregation is used, over the sequences of a rank.
 """
 
 from typing import Any
@@ -24,10 +24,10 @@ class BandLoss(nn.Module):
         objective: A name of `bandpo objectives`, or "package.module:NAME".
         kl_coeff: Coefficient of the KL term (k3), as in torchtune's losses.
         max_length: The constant of objectives with `seq-mean-token-sum-norm`: the maximal completion length.
-        options: `radius`, `radius_upper`, `divergence`, `max_ratio`, `relax`; `epsilon`, `epsilon_high` of fixed intervals.
+        options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
     Raises:
-        ValueError: If an option would be ignored, or the objective needs what torchtune does not give a loss.
+        ValueError: If an option would be ignored, or the objective needs an input that torchtune does not pass to a loss.
     """
 
     def __init__(
@@ -43,21 +43,34 @@ class BandLoss(nn.Module):
         self.kl_coeff, self.max_length = kl_coeff, max_length
 
     def forward(
-        self, pi_old_logprobs: Tensor, pi_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor,
+        self,
+        pi_old_logprobs: Tensor,
+        pi_logprobs: Tensor,
+        ref_logprobs: Tensor,
+        advantages: Tensor,
         padding_masks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Loss, objective, KL, mean ratio and share of clipped tokens; the last four are for torchtune's log.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The loss and the values that torchtune logs with it.
 
         Args:
-            pi_old_logprobs: Of the policy before the update, `(batch, time)`.
-            pi_logprobs: With gradient.
-            ref_logprobs: Of the reference policy.
-            advantages: `(batch,)`.
-            padding_masks: Of valid tokens; None for all.
+            pi_old_logprobs: Log-probs `(batch, time)` of the policy before the update.
+            pi_logprobs: Log-probs `(batch, time)` of the policy in training, with gradient.
+            ref_logprobs: Log-probs `(batch, time)` of the reference policy.
+            advantages: Advantage of each sequence, `(batch,)`.
+            padding_masks: Mask of valid tokens, `(batch, time)`; None if all are valid.
+
+        Returns:
+            Loss, objective, KL, mean ratio and share of clipped tokens; the last four are for torchtune's log.
         """
         mask = pi_logprobs.new_ones(pi_logprobs.shape) if padding_masks is None else padding_masks
         loss, report = bandpo.losses.policy_loss(
-            logprobs=pi_logprobs, old_logprobs=pi_old_logprobs, ref_logprobs=ref_logprobs, advantages=advantages,
-            mask=mask, objective=self.objective, kl_coef=self.kl_coeff, max_length=self.max_length,
-        )  # fmt: skip
+            logprobs=pi_logprobs,
+            old_logprobs=pi_old_logprobs,
+            ref_logprobs=ref_logprobs,
+            advantages=advantages,
+            mask=mask,
+            objective=self.objective,
+            kl_coef=self.kl_coeff,
+            max_length=self.max_length,
+        )
         return loss, -report["loss/policy"], report["kl/ref"], report["ratio/mean"], report["clip_fraction/any"]

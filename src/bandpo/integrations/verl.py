@@ -1,22 +1,20 @@
 """The objectives as policy losses of verl, found by its plug-in mechanism: nothing to import, nothing to fork.
 
-`pip install bandpo` puts an entry point into verl's group `verl.plugins` (verl >= 0.9). Every worker loads it, and it registers
-`bandpo` and `bandpo:NAME` for each objective of the zoo. verl 0.7.1 and 0.8.0, which know no plug-ins, take it from the
-environment variable `VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl` in every process. verl does not say when a plug-in
-fails to load; `python -c "import bandpo.integrations.verl"` does.
+`pip install bandpo` adds an entry point to verl's group `verl.plugins` (verl >= 0.9). Every worker loads it, and it registers
+`bandpo` and `bandpo:NAME` for each objective of the zoo. verl 0.7.1 and 0.8.0 have no plug-ins: there, set the environment
+variable `VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl` in every process. verl prints no error when a plug-in fails to
+load; `python -c "import bandpo.integrations.verl"` shows the error.
 
     actor_rollout_ref.actor.policy_loss.loss_mode=bandpo
     actor_rollout_ref.actor.policy_loss._target_=bandpo.integrations.verl.BandPolicyLossConfig   # for the options below
     +actor_rollout_ref.actor.policy_loss.radius=0.03
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 try:
@@ -27,23 +25,22 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.7.1: pip install 'bandpo[verl]' ({error})") from error
 
 from bandpo._inputs import as_mask
-from bandpo.integrations._host import attributes, refuse_ignored
-from bandpo.integrations._host_metrics import as_floats, mean_proof
+from bandpo.integrations._host import Evaluated, attributes, evaluate, refuse_ignored
+from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
-from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
-from bandpo.metrics import policy_sums
+from bandpo.integrations.options import RegionOptions
+from bandpo.integrations.verl_options import (
+    ACTOR_DEFAULTS,
+    DEFAULT_OBJECTIVE,
+    OPTIONS,
+    POLICY_LOSS_DEFAULTS,
+    missing_inputs,
+    name_in,
+    objective_of,
+    with_region,
+)
 from bandpo.objective import Objective
-from bandpo.surrogates import clip, dual_clip
-from bandpo.terms import TokenObjective, token_objective
-from bandpo.zoo import OBJECTIVES, get_objective
-
-_DUAL_CLIP = 3.0
-# verl's options of its own losses, at verl's defaults. `clip_ratio_c` belongs to them for objectives that do not clip.
-_ACTOR = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "tau_pos": 1.0, "tau_neg": 1.05}
-_POLICY_LOSS = {
-    "clip_cov_ratio": 0.0002, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0, "kl_cov_ratio": 0.0002, "ppo_kl_coef": 0.1,
-    "dro_beta": None,
-}  # fmt: skip
+from bandpo.zoo import OBJECTIVES
 
 
 @dataclass
@@ -66,7 +63,7 @@ class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
         },
     )
     objective: str = field(
-        default="bandpo-kl",
+        default=DEFAULT_OBJECTIVE,
         metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
     )
     bypass_mode: bool | None = field(
@@ -79,27 +76,39 @@ class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
     )
 
     def __post_init__(self) -> None:
-        _resolve(self)
+        name = name_in(self.loss_mode)
+        refuse_ignored("verl", attributes(self, POLICY_LOSS_DEFAULTS), POLICY_LOSS_DEFAULTS)
+        with_region(name or self.objective, {option: getattr(self, option) for option in OPTIONS})
 
 
 def loss(
-    name: str | None, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "token-mean", config: ActorConfig | None = None, rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    name: str | None,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: ActorConfig | None = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
     """A policy loss as verl calls it.
 
     Args:
-        name: Of the objective; None takes the configuration's.
-        old_log_prob: `(batch, time)`, of the policy before the update, or of the rollout in verl's bypass mode.
-        log_prob: With gradient.
-        advantages: Per token.
-        response_mask: Of valid tokens.
+        name: Name of the objective; None for the one in the configuration.
+        old_log_prob: Log-probs `(batch, time)` of the policy before the update, or of the rollout in verl's bypass mode.
+        log_prob: Log-probs `(batch, time)` of the policy in training, with gradient.
+        advantages: Advantage of each token, `(batch, time)`.
+        response_mask: Mask of valid tokens, `(batch, time)`.
         loss_agg_mode: verl's aggregation.
-        config: verl's.
-        rollout_is_weights: verl's weights for the sampler, multiplied in.
+        config: verl's configuration of the actor.
+        rollout_is_weights: verl's importance weights `(batch, time)` for the difference to the sampler; the objective of each
+            token is multiplied by them.
 
     Returns:
-        The loss as `agg_loss` scales it for data parallelism, and metrics: floats under `actor/band/`, and verl's own two.
+        The loss as `agg_loss` scales it for data parallelism, and metrics: floats under `actor/band/`, and two of verl's own.
+
+    Raises:
+        ValueError: If `config` is None, an option would be ignored, or verl does not pass what the objective needs.
     """
     if config is None:
         raise ValueError(
@@ -108,119 +117,59 @@ def loss(
         )
     objective = _objective(config, name)
     valid = as_mask(response_mask, "response_mask")
-    terms = token_objective(
-        objective, logprobs=log_prob, old_logprobs=old_log_prob, rollout_logprobs=old_log_prob, advantages=advantages,
+    found = evaluate(
+        objective,
+        logprobs=log_prob,
+        old_logprobs=old_log_prob,
+        rollout_logprobs=old_log_prob,
+        advantages=advantages,
         mask=valid,
-    )  # fmt: skip
-    value = terms.value
-    if rollout_is_weights is not None:  # NaN or infinite: left out, as every number of a token
-        finite = rollout_is_weights.isfinite()
-        value = value * torch.where(finite, rollout_is_weights, 0.0)
-        terms = terms._replace(nonfinite=terms.nonfinite | (valid & ~finite))
-    total = agg_loss(-value, response_mask, loss_agg_mode, **config.global_batch_info)
-    return total, _metrics(terms, ranks=config.global_batch_info.get("dp_size") or 1)
+        weights=rollout_is_weights,
+    )
+    total = agg_loss(-found.value, response_mask, loss_agg_mode, **config.global_batch_info)
+    return total, _metrics(found, valid, ranks=config.global_batch_info.get("dp_size") or 1)
 
 
 def register() -> None:
-    """Register `bandpo` and `bandpo:NAME` with verl; done when this module is imported."""
+    """Register `bandpo` and `bandpo:NAME` with verl; this runs when the module is imported."""
     register_policy_loss("bandpo")(partial(loss, None))
     for name, objective in OBJECTIVES.items():
-        if not _missing(objective):
+        if not missing_inputs(objective):
             register_policy_loss(f"bandpo:{name}")(partial(loss, name))
 
 
-def _metrics(terms: TokenObjective, *, ranks: int) -> dict[str, float]:
+def _metrics(found: Evaluated, valid: Tensor, *, ranks: int) -> dict[str, float]:
     """Metrics of this micro-batch; verl averages them over micro-batches and ranks.
 
-    A micro-batch without a valid token reports nothing. On several ranks verl refuses that, each must report the same names:
-    there it counts as 0.
+    A micro-batch without a valid token reports nothing. On several ranks, verl requires the same names from each: there such a
+    micro-batch reports zeros.
     """
-    sums, valid = policy_sums(terms), terms.mask
-    log_ratio = terms.log_ratio.detach().expand(valid.shape)
-    used = valid & ~terms.nonfinite
-    report = {f"{OWN_PREFIX['verl']}{name}": value for name, value in mean_proof(sums).items()} | {
-        VERL_NAMES["clip_fraction/any"]: sums["clip_fraction/any"].value().nan_to_num(),
-        VERL_NAMES["kl/old_new_k1"]: (-torch.where(used, log_ratio, 0.0).sum() / used.sum()).nan_to_num(),
+    log_ratio = found.log_ratio.masked_fill(~found.used, 0.0)
+    report = {f"{OWN_PREFIX['verl']}{name}": value for name, value in found.metrics.items()} | {
+        VERL_NAMES["clip_fraction/any"]: found.metrics["clip_fraction/any"],
+        VERL_NAMES["kl/old_new_k1"]: (-log_ratio.sum() / found.used.sum()).nan_to_num(),
     }
-    found = as_floats(report | {"tokens": valid.sum()})
-    return found if found.pop("tokens") or ranks > 1 else {}
+    floats = as_floats(report | {"tokens": valid.sum()})
+    return floats if floats.pop("tokens") or ranks > 1 else {}
 
 
 def _objective(config: ActorConfig, name: str | None) -> Objective:
-    """The objective of a configuration; the same one each step, so it is kept."""
+    """The objective of a configuration, which is the same in each step and therefore cached."""
     options = config.policy_loss
     own = isinstance(options, BandPolicyLossConfig)
-    asked = tuple((f, getattr(options, f)) for f in _OPTIONS) if own else ()
-    theirs = {**attributes(options, _POLICY_LOSS), **attributes(config, _ACTOR)}
-    return _kept(name, asked, tuple(theirs.items()), config.clip_ratio_c)
+    asked = tuple((option, getattr(options, option)) for option in OPTIONS) if own else ()
+    theirs = {**attributes(options, POLICY_LOSS_DEFAULTS), **attributes(config, ACTOR_DEFAULTS)}
+    return _cached(name, asked, tuple(theirs.items()), config.clip_ratio_c)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(
-    name: str | None, options: tuple[tuple[str, Any], ...], theirs: tuple[tuple[str, Any], ...], dual: float | None
+def _cached(
+    name: str | None,
+    options: tuple[tuple[str, Any], ...],
+    theirs: tuple[tuple[str, Any], ...],
+    clip_ratio_c: float | None,
 ) -> Objective:
-    given = dict(options)
-    if given and name is not None and given["objective"] not in (name, BandPolicyLossConfig.objective):
-        raise ValueError(f"policy_loss: loss_mode=bandpo:{name} and objective={given['objective']}; set one of them")
-    refuse_ignored("verl", dict(theirs), {**_ACTOR, **_POLICY_LOSS})
-    objective = _build(name or given.get("objective", BandPolicyLossConfig.objective), given)
-    if objective.surrogate is not clip:
-        refuse_ignored("verl", {"clip_ratio_c": dual}, {"clip_ratio_c": _DUAL_CLIP} if dual is not None else {})
-        return objective
-    if dual is None:
-        return objective
-    if not dual > 1:
-        raise ValueError(
-            f"verl: clip_ratio_c={dual!r} must be greater than 1, it is the largest ratio of a bad token (dual clip)"
-        )
-    return dataclasses.replace(objective, surrogate=partial(dual_clip, c=dual))
+    return objective_of(name, dict(options), dict(theirs), clip_ratio_c)
 
-
-def _resolve(options: BandPolicyLossConfig) -> Objective:
-    mode, colon, name = options.loss_mode.partition(":")
-    if mode != "bandpo" or bool(colon) != bool(name):
-        raise ValueError(
-            f"policy_loss: loss_mode={options.loss_mode!r} would train without bandpo, whose options are set beside it; "
-            "set actor_rollout_ref.actor.policy_loss.loss_mode=bandpo (or bandpo:NAME)"
-        )
-    refuse_ignored("verl", attributes(options, _POLICY_LOSS), _POLICY_LOSS)
-    return _build(name or options.objective, {field: getattr(options, field) for field in _OPTIONS})
-
-
-def _build(name: str, given: dict[str, Any]) -> Objective:
-    objective = get_objective(name)
-    missing = _missing(objective)
-    if missing:
-        raise ValueError(f"objective {name!r} needs {missing}, which verl does not give a policy loss")
-    bypass = given.get("bypass_mode")
-    if isinstance(bypass, str):
-        bypass = parse_flag("policy_loss: bypass_mode", bypass)
-    if objective.anchor == "rollout" and bypass is not True:
-        raise ValueError(
-            f"objective {name!r} takes its ratio against the rollout's log-probs (anchor='rollout'), but "
-            f"policy_loss.bypass_mode is {bypass}. Set algorithm.rollout_correction.bypass_mode=True, "
-            "actor_rollout_ref.rollout.calculate_log_probs=True and "
-            "+actor_rollout_ref.actor.policy_loss.bypass_mode='${algorithm.rollout_correction.bypass_mode}'"
-        )
-    if objective.anchor == "old" and bypass:
-        raise ValueError(
-            f"objective {name!r} takes its ratio against the policy before the update (anchor='old'), but verl's bypass "
-            "mode puts the rollout's log-probs there. Set algorithm.rollout_correction.bypass_mode=False, or choose an "
-            "objective with anchor='rollout'"
-        )
-    options = {option: given[option] for option in _REGION if option in given}
-    return RegionOptions(**parse_options(options)).apply(objective, name)
-
-
-def _missing(objective: Objective) -> str:
-    if objective.extras:
-        return ", ".join(objective.extras)
-    if objective.correction is not None:
-        return "rollout log-probs beside the old ones (for the correction use algorithm.rollout_correction.rollout_is)"
-    return ""
-
-
-_REGION = tuple(f.name for f in dataclasses.fields(RegionOptions))
-_OPTIONS = ("objective", *_REGION, "bypass_mode")
 
 register()
