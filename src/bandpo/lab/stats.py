@@ -79,7 +79,7 @@ def _bootstrap(x: Floats, statistic: Callable[..., Any], method: str, seed: int)
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller takes another method then
         found = stats.bootstrap(
             (x,), statistic, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(seed), vectorized=True
-        ).confidence_interval  # fmt: skip
+        ).confidence_interval
     return float(found.low), float(found.high)
 
 
@@ -124,8 +124,11 @@ def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed
         mean = float(difference.mean())
         effect = mean / deviation if deviation else (0.0 if mean == 0 else math.copysign(math.inf, mean))
         found[name] = (
-            interval(list(difference), np.mean, seed=seed), _sign_flips(difference, seed), effect, count,
-        )  # fmt: skip
+            interval(list(difference), np.mean, seed=seed),
+            _sign_flips(difference, seed),
+            effect,
+            count,
+        )
     corrected = holm([p for _, p, _, _ in found.values()])
     return {
         name: Difference(mean, p, q, effect, count)
@@ -173,10 +176,14 @@ def _sign_flips(difference: Floats, seed: int) -> float:
         return math.nan
     return float(
         stats.permutation_test(
-            (difference,), lambda x, axis: x.mean(axis), permutation_type="samples", vectorized=True,
-            n_resamples=9999 if len(difference) > 13 else 2**13, rng=np.random.default_rng(seed),
+            (difference,),
+            lambda x, axis: x.mean(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=9999 if len(difference) > 13 else 2**13,
+            rng=np.random.default_rng(seed),
         ).pvalue
-    )  # fmt: skip
+    )
 
 
 def number(value: float | None, form: str = ".3f") -> str:

@@ -101,18 +101,28 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN, padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_END,
+        unk_token=_UNKNOWN,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def build_model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of the warm-up's size with random weights of its seed."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=warm_up.hidden_size, intermediate_size=2 * warm_up.hidden_size,
-        num_hidden_layers=warm_up.layers, num_attention_heads=4, max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=warm_up.hidden_size,
+        intermediate_size=2 * warm_up.hidden_size,
+        num_hidden_layers=warm_up.layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(warm_up.seed)
         model = LlamaForCausalLM(config)

@@ -52,7 +52,12 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 name="countdown",
                 description="combine three numbers by + and - to reach a target",
                 config={
-                    "min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 15, "min_target": 1, "max_target": 45,
+                    "min_numbers": 3,
+                    "max_numbers": 3,
+                    "min_value": 1,
+                    "max_value": 15,
+                    "min_target": 1,
+                    "max_target": 45,
                     "operators": ("+", "-"),
                 },
                 prompt=lambda m: f"{','.join(map(str, m['numbers']))}={m['target']}:",
@@ -83,7 +88,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ),
         )
     }
-)  # fmt: skip
+)
 """The built-in tasks by name."""
 
 

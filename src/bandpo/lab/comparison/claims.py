@@ -16,9 +16,13 @@ from bandpo.lab.comparison.summary import common_seeds
 from bandpo.lab.stats import Difference, number, paired
 
 HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
-    "holds", "holds in part", "does not hold", "does not hold, the opposite is seen", "not testable here",
+    "holds",
+    "holds in part",
+    "does not hold",
+    "does not hold, the opposite is seen",
+    "not testable here",
     "not measured in this run",
-)  # fmt: skip
+)
 BANDS, RIVALS = ("bandpo-kl", "bandpo-tv", "bandpo-chi2"), ("grpo", "dapo", "dcpo", "dppo-kl", "no-clip")
 
 
@@ -40,25 +44,56 @@ def claims(summary: Mapping[str, Any]) -> list[Claim]:
     paper = "arXiv:2603.04918"
     return [
         _bottleneck(),
-        _trained(summary, "Fixed clipping cuts rare tokens (p < 0.1, A > 0) that the KL band leaves alone", paper,
-                 "rare clipped", "bandpo-kl", "grpo", -1),
+        _trained(
+            summary,
+            "Fixed clipping cuts rare tokens (p < 0.1, A > 0) that the KL band leaves alone",
+            paper,
+            "rare clipped",
+            "bandpo-kl",
+            "grpo",
+            -1,
+        ),
         _trained(summary, "BandPO's mean@k is better than GRPO's", paper, "mean@", "bandpo-kl", "grpo", +1),
         _trained(summary, "BandPO's mean@k is better than Clip-Higher's", paper, "mean@", "bandpo-kl", "dapo", +1),
         _trained(summary, "BandPO's pass@k is better than GRPO's", paper, "pass@", "bandpo-kl", "grpo", +1),
         _trained(summary, "BandPO keeps the entropy higher than GRPO does", paper, "entropy", "bandpo-kl", "grpo", +1),
-        _trained(summary, "So do the other balls: TV's mean@k is better than GRPO's", paper, "mean@", "bandpo-tv", "grpo", +1),
+        _trained(
+            summary, "So do the other balls: TV's mean@k is better than GRPO's", paper, "mean@", "bandpo-tv", "grpo", +1
+        ),
         _trained(summary, "… and χ²'s is", paper, "mean@", "bandpo-chi2", "grpo", +1),
-        _trained(summary, "Relaxing the band to Clip-Higher where that is wider hurts", paper, "mean@", "bandpo-kl relax",
-                 "bandpo-kl", -1),
-        _trained(summary, "A trust region is needed: BandPO's mean@k is better than no clip's", "the field's premise", "mean@",
-                 "bandpo-kl", "no-clip", +1),
+        _trained(
+            summary,
+            "Relaxing the band to Clip-Higher where that is wider hurts",
+            paper,
+            "mean@",
+            "bandpo-kl relax",
+            "bandpo-kl",
+            -1,
+        ),
+        _trained(
+            summary,
+            "A trust region is needed: BandPO's mean@k is better than no clip's",
+            "the field's premise",
+            "mean@",
+            "bandpo-kl",
+            "no-clip",
+            +1,
+        ),
         _rare_arm(summary.get("sweeps") or {}),
         _tuning(summary.get("sweeps") or {}),
-        Claim("mean@32 rises by 2 points and more on AIME and AMC with models of 1.5B to 8B parameters", paper, UNTESTABLE,
-              ["needs those models and GPUs"]),
-        Claim("Solving for the KL bounds costs little of a training step", paper, UNTESTABLE,
-              ["a matter of GPUs; docs/performance.md has the CPU timings of this library's bounds"]),
-    ]  # fmt: skip
+        Claim(
+            "mean@32 rises by 2 points and more on AIME and AMC with models of 1.5B to 8B parameters",
+            paper,
+            UNTESTABLE,
+            ["needs those models and GPUs"],
+        ),
+        Claim(
+            "Solving for the KL bounds costs little of a training step",
+            paper,
+            UNTESTABLE,
+            ["a matter of GPUs; docs/performance.md has the CPU timings of this library's bounds"],
+        ),
+    ]
 
 
 def duels(summary: Mapping[str, Any], variant: str = "") -> dict[str, dict[str, dict[tuple[str, str], Difference]]]:

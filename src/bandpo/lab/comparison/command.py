@@ -150,8 +150,12 @@ def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Calla
 
 def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
     return {
-        "command": command_line(), "bandpo": bandpo.__version__, "torch": torch.__version__,
-        "git": git_revision() or "", "environment": about(), "plan": describe(plan),
+        "command": command_line(),
+        "bandpo": bandpo.__version__,
+        "torch": torch.__version__,
+        "git": git_revision() or "",
+        "environment": about(),
+        "plan": describe(plan),
         "runs": len({job for jobs in sets for job in jobs}),
         "core_minutes": round(study.core_seconds([job for jobs in sets for job in jobs]) / 60, 1),
-    }  # fmt: skip
+    }

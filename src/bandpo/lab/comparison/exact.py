@@ -89,10 +89,21 @@ class Outcome(NamedTuple):
 
 
 def run_tree(
-    tree: Tree, objective: Objective, *, learning_rate: float = 0.1, batches: int = 60, queries: int = 8, group: int = 8,
-    epochs: int = 2, minibatches: int = 4, lag: int = 0, seeds: int = 1000, seed: int = 0, optimizer: str = "adam",
+    tree: Tree,
+    objective: Objective,
+    *,
+    learning_rate: float = 0.1,
+    batches: int = 60,
+    queries: int = 8,
+    group: int = 8,
+    epochs: int = 2,
+    minibatches: int = 4,
+    lag: int = 0,
+    seeds: int = 1000,
+    seed: int = 0,
+    optimizer: str = "adam",
     noise: float = 0.0,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Policy gradients on a tree, thousands of seeds at once; the same seeds see the same noise under every objective.
 
     Args:
@@ -143,10 +154,13 @@ def run_tree(
                 chosen = part.unsqueeze(-1).expand(-1, -1, tree.depth)
                 new = _scores(theta.log_softmax(-1), tables.gather(1, chosen), ways.gather(1, chosen))
                 value = token_objective(
-                    objective, logprobs=new.flatten(0, 1), old_logprobs=old.gather(1, chosen).flatten(0, 1),
-                    rollout_logprobs=old.gather(1, chosen).flatten(0, 1), advantages=advantages.gather(1, part).flatten(),
+                    objective,
+                    logprobs=new.flatten(0, 1),
+                    old_logprobs=old.gather(1, chosen).flatten(0, 1),
+                    rollout_logprobs=old.gather(1, chosen).flatten(0, 1),
+                    advantages=advantages.gather(1, part).flatten(),
                     mask=torch.ones(new.shape[0] * new.shape[1], tree.depth),
-                ).value  # fmt: skip
+                ).value
                 step.zero_grad()
                 (-value.mean(-1).sum() / part.shape[1]).backward()  # a mean for each seed, whose tables are its own
                 step.step()

@@ -148,24 +148,36 @@ def plot_regimes(found: Mapping[str, Any]) -> Figure:
     """Difference in commitment with the baseline over rarity and reuse, one panel for each objective."""
     panels = {name: (np.array(cells)[..., 0], "") for name, cells in found["against"].items()}
     return _grids(
-        panels, [f"{p:g}" for p in found["rarities"]], [f"K{k} M{m}" for k, m in found["reuse"]],
-        ("probability of the best arm at the start", "reuse", f"commits, less {found['baseline']}'s share"), "PuOr_r", None,
-    )  # fmt: skip
+        panels,
+        [f"{p:g}" for p in found["rarities"]],
+        [f"K{k} M{m}" for k, m in found["reuse"]],
+        ("probability of the best arm at the start", "reuse", f"commits, less {found['baseline']}'s share"),
+        "PuOr_r",
+        None,
+    )
 
 
 def plot_planes(found: Mapping[str, Any]) -> Figure:
     """Mean reward over learning rate and width, one panel for each objective."""
     panels = {name: (np.array(cells), f": best {np.max(cells):.3f}") for name, cells in found["value"].items()}
     return _grids(
-        panels, [f"x{w:g}" for w in found["widths"]], [f"{lr:g}" for lr in found["rates"]],
-        ("multiple of ε or δ", "learning rate", "mean reward"), "Blues", (0.4, 0.95),
-    )  # fmt: skip
+        panels,
+        [f"x{w:g}" for w in found["widths"]],
+        [f"{lr:g}" for lr in found["rates"]],
+        ("multiple of ε or δ", "learning rate", "mean reward"),
+        "Blues",
+        (0.4, 0.95),
+    )
 
 
 def _grids(
-    panels: Mapping[str, tuple[Any, str]], across: Sequence[str], up: Sequence[str], names: tuple[str, str, str],
-    colours: str, limits: tuple[float, float] | None,
-) -> Figure:  # fmt: skip
+    panels: Mapping[str, tuple[Any, str]],
+    across: Sequence[str],
+    up: Sequence[str],
+    names: tuple[str, str, str],
+    colours: str,
+    limits: tuple[float, float] | None,
+) -> Figure:
     with mpl.rc_context(STYLE):
         columns = min(4, len(panels))
         rows = -(-len(panels) // columns)

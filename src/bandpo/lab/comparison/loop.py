@@ -188,9 +188,15 @@ class Loop:
         self.done += 1
 
     def _step(
-        self, prompts: Tensor, rollout: Rollout, advantages: list[Tensor], extras: list[dict[str, Tensor]], part: Tensor,
-        *, last: bool,
-    ) -> None:  # fmt: skip
+        self,
+        prompts: Tensor,
+        rollout: Rollout,
+        advantages: list[Tensor],
+        extras: list[dict[str, Tensor]],
+        part: Tensor,
+        *,
+        last: bool,
+    ) -> None:
         s = self.setting
         pick = part.unsqueeze(-1)
         chosen = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
@@ -200,9 +206,14 @@ class Loop:
         losses: list[Tensor] = []
         for i, run in enumerate(self.runs):
             terms = token_objective(
-                run.objective, logprobs=new[i], old_logprobs=old[i], rollout_logprobs=old[i],
-                advantages=advantages[i][part[i]], mask=mask[i], extras={k: v[part[i]] for k, v in extras[i].items()},
-            )  # fmt: skip
+                run.objective,
+                logprobs=new[i],
+                old_logprobs=old[i],
+                rollout_logprobs=old[i],
+                advantages=advantages[i][part[i]],
+                mask=mask[i],
+                extras={k: v[part[i]] for k, v in extras[i].items()},
+            )
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
             losses.append(-aggregate(terms.value, mask[i], run.objective.aggregation, max_length=maximum))
             if last:
@@ -212,9 +223,13 @@ class Loop:
     @torch.no_grad()
     def _count(self, run: int, terms: Any, mask: Tensor) -> None:
         sums = policy_sums(
-            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds, nonfinite=terms.nonfinite,
-        )  # fmt: skip
+            log_ratio=terms.log_ratio.detach(),
+            old_logprobs=terms.anchor_logprobs,
+            advantages=terms.advantages,
+            mask=mask,
+            bounds=terms.bounds,
+            nonfinite=terms.nonfinite,
+        )
         for j, name in enumerate(PROB_BINS):
             for side, key in enumerate(("low", "high")):
                 self._counts[run, side, j] += sums[f"clip_fraction_by_prob/{key}/{name}"].numerator
@@ -230,9 +245,13 @@ class Loop:
         sampler = Stack(self._past[0], self.stack.shape) if self.setting.lag else self.stack
         noise = torch.stack([torch.rand(prompts.shape[1], self.problem.length, generator=g) for g in self.draws])
         return sampler.sample(
-            prompts[:, :: self.setting.group], noise, end=END, pad=PAD, repeats=self.setting.group,
+            prompts[:, :: self.setting.group],
+            noise,
+            end=END,
+            pad=PAD,
+            repeats=self.setting.group,
             temperature=self.setting.temperature,
-        )  # fmt: skip
+        )
 
     def _evaluate(self, stage: str) -> None:
         k, held_out = self.setting.eval_samples, self.problem.held_out
@@ -243,9 +262,13 @@ class Loop:
         which = list(dict.fromkeys(same))
         stack = Stack({n: w[[same.index(x) for x in which]] for n, w in self.stack.weights.items()}, self.stack.shape)
         rollout = stack.sample(
-            held_out.expand(len(which), -1, -1), noise.expand(len(which), -1, -1), end=END, pad=PAD, repeats=k,
+            held_out.expand(len(which), -1, -1),
+            noise.expand(len(which), -1, -1),
+            end=END,
+            pad=PAD,
+            repeats=k,
             temperature=self.setting.temperature,
-        )  # fmt: skip
+        )
         for result, i in zip(self.results, (which.index(x) for x in same), strict=True):
             rewards = self.problem.rewards(prompts, rollout.tokens[i]).view(-1, k)
             right = rewards.sum(1).to(torch.int64)
@@ -269,10 +292,13 @@ class Loop:
         return {
             "weights": {name: w.detach().clone() for name, w in self.stack.weights.items()},
             "moments": [(m.clone(), v.clone()) for m, v in self.optimizer.moments],
-            "steps": self.optimizer.steps, "draws": [g.get_state() for g in self.draws], "done": self.done,
-            "past": [{k: w.clone() for k, w in past.items()} for past in self._past], "counts": self._counts.clone(),
+            "steps": self.optimizer.steps,
+            "draws": [g.get_state() for g in self.draws],
+            "done": self.done,
+            "past": [{k: w.clone() for k, w in past.items()} for past in self._past],
+            "counts": self._counts.clone(),
             "results": [(list(r.reward), list(r.entropy), dict(r.before)) for r in self.results],
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same setting and runs."""

@@ -124,17 +124,33 @@ _TINY = MappingProxyType(
 PRESETS: Mapping[str, Plan] = MappingProxyType(
     {
         "smoke": Plan(
-            ("grpo", "bandpo-kl", "no-clip"), ("paths",), tuple(range(4)), tuning_seeds=1, tuning_rates=(1.0,),
-            tuning_widths=(0.5, 1.0), ablations=False, updates=4, exact_seeds=100, setting=_TINY, sizes={},
+            ("grpo", "bandpo-kl", "no-clip"),
+            ("paths",),
+            tuple(range(4)),
+            tuning_seeds=1,
+            tuning_rates=(1.0,),
+            tuning_widths=(0.5, 1.0),
+            ablations=False,
+            updates=4,
+            exact_seeds=100,
+            setting=_TINY,
+            sizes={},
         ),
         "quick": Plan(
-            ("grpo", "dapo", "bandpo-kl", "bandpo-tv", "no-clip"), ("paths",), tuple(range(6)), tuning_seeds=1,
-            tuning_rates=(1.0,), ablations=False, updates=18,
+            ("grpo", "dapo", "bandpo-kl", "bandpo-tv", "no-clip"),
+            ("paths",),
+            tuple(range(6)),
+            tuning_seeds=1,
+            tuning_rates=(1.0,),
+            ablations=False,
+            updates=18,
         ),
-        "paper": Plan(("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200),
+        "paper": Plan(
+            ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200
+        ),
         "full": Plan(robust_tasks=("addition",), sweep_seeds=200),
     }
-)  # fmt: skip
+)
 """Sizes of a comparison; docs/compare.md has what each takes."""
 
 

@@ -20,7 +20,7 @@ from bandpo.lab.comparison.figures import (
     plot_regimes,
     plot_robustness,
     plot_staleness,
-)  # fmt: skip
+)
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.comparison.summary import ABLATED, runs_of
 from bandpo.lab.stats import number
@@ -72,9 +72,14 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
         name = f"{picture.section}-{i}.svg"
         figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, folder / "figures" / name)
     page = _template("compare.html.j2", autoescape=True).render(
-        title="Trust regions compared: " + ", ".join(summary["tasks"]), summary=summary, figures=figures, tasks=_tasks(summary),
-        claims=claims(summary), exact_text=_exact_text(summary), about=summary["about"],
-    )  # fmt: skip
+        title="Trust regions compared: " + ", ".join(summary["tasks"]),
+        summary=summary,
+        figures=figures,
+        tasks=_tasks(summary),
+        claims=claims(summary),
+        exact_text=_exact_text(summary),
+        about=summary["about"],
+    )
     path = folder / "report.html"
     write_text(path, page)
     return path
@@ -87,9 +92,14 @@ def evidence_page(summary: Mapping[str, Any]) -> str:
         summary: As in summary.json.
     """
     return _template("evidence.md.j2", autoescape=False).render(
-        about=summary["about"], claims=claims(summary), duels=_scores(summary), tasks=_tasks(summary), summary=summary,
-        exact_text=_exact_text(summary), pictures={title: file for title, file, _ in evidence_pictures(summary)},
-    )  # fmt: skip
+        about=summary["about"],
+        claims=claims(summary),
+        duels=_scores(summary),
+        tasks=_tasks(summary),
+        summary=summary,
+        exact_text=_exact_text(summary),
+        pictures={title: file for title, file, _ in evidence_pictures(summary)},
+    )
 
 
 def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
@@ -136,9 +146,16 @@ def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                     if d.p_holm < 0.05:
                         state = "win" if d.mean.value > 0 else "loss"
                     rows.append(
-                        {"band": band, "rival": rival, "variant": variant.strip() or "default", "task": task,
-                         "measure": measure, "state": state, "difference": d}
-                    )  # fmt: skip
+                        {
+                            "band": band,
+                            "rival": rival,
+                            "variant": variant.strip() or "default",
+                            "task": task,
+                            "measure": measure,
+                            "state": state,
+                            "difference": d,
+                        }
+                    )
     return rows
 
 
@@ -173,9 +190,12 @@ def _exact_text(summary: Mapping[str, Any]) -> str:
 
 def _template(name: str, *, autoescape: bool) -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bandpo.run"), autoescape=autoescape, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("bandpo.run"),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["number"] = number
     environment.filters["runs_of"] = runs_of
     return environment.get_template(name)

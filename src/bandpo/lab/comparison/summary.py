@@ -102,14 +102,19 @@ def _task(
     baseline = BASELINE if BASELINE in results else next(iter(results))
     table = {
         label: {
-            "arm": {"objective": arms[label].objective, "variant": arms[label].variant, "width": arms[label].width,
-                    "rate": plan.rates[task] * arms[label].rate},
-            "runs": len(runs[label]), "missing": len(plan.seeds) - len(runs[label]),
+            "arm": {
+                "objective": arms[label].objective,
+                "variant": arms[label].variant,
+                "width": arms[label].width,
+                "rate": plan.rates[task] * arms[label].rate,
+            },
+            "runs": len(runs[label]),
+            "missing": len(plan.seeds) - len(runs[label]),
             "diverged": sum(diverged(r) for r in runs[label]),
             **{m: interval(v[m])._asdict() for m in measures},
         }
         for label, v in values.items()
-    }  # fmt: skip
+    }
     compared = [m for m in (f"mean@{k}", f"pass@{k}", "entropy", "speed") if len(plan.seeds) > 1]
     differences = {m: _differences(main, seeds, baseline, m) for m in compared}
     ablations = {}
@@ -119,7 +124,8 @@ def _task(
     return {
         "baseline": baseline,
         "before": {
-            m: iqm([r["before"][m] for r in before]) for m in (f"mean@{k}", f"pass@{k}", "entropy", "groups with signal")
+            m: iqm([r["before"][m] for r in before])
+            for m in (f"mean@{k}", f"pass@{k}", "entropy", "groups with signal")
         },
         "table": table,
         "differences": differences,
@@ -130,7 +136,7 @@ def _task(
         "clip": {label: _clip_map(found) for label, found in runs.items()},
         "samples": {label: found[0]["samples"] for label, found in runs.items()},
         "robustness": _robustness(study, plan, task),
-    }  # fmt: skip
+    }
 
 
 def _differences(
@@ -236,12 +242,24 @@ def write_tables(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     write_text(folder / "summary.json", text + "\n")
     summary = json.loads(text)
     rows = [
-        {"task": task, "arm": label, "runs": row["runs"], "missing": row["missing"], "diverged": row["diverged"],
-         "learning_rate": row["arm"]["rate"], "width": row["arm"]["width"],
-         **{f"{m}{end}": value[part] for m, value in row.items() if isinstance(value, dict) and "value" in value
-            for part, end in (("value", ""), ("low", " low"), ("high", " high"))}}
-        for task, found in summary["tasks"].items() for label, row in found.get("table", {}).items()
-    ]  # fmt: skip
+        {
+            "task": task,
+            "arm": label,
+            "runs": row["runs"],
+            "missing": row["missing"],
+            "diverged": row["diverged"],
+            "learning_rate": row["arm"]["rate"],
+            "width": row["arm"]["width"],
+            **{
+                f"{m}{end}": value[part]
+                for m, value in row.items()
+                if isinstance(value, dict) and "value" in value
+                for part, end in (("value", ""), ("low", " low"), ("high", " high"))
+            },
+        }
+        for task, found in summary["tasks"].items()
+        for label, row in found.get("table", {}).items()
+    ]
     text = io.StringIO()
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))

@@ -57,10 +57,12 @@ def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
         )
     first = commits[names[0]]
     return {
-        "rarities": RARITIES, "reuse": REUSE, "baseline": names[0],
+        "rarities": RARITIES,
+        "reuse": REUSE,
+        "baseline": names[0],
         "commit": {name: c.mean(-1).tolist() for name, c in commits.items()},
         "against": {name: _normal(c - first).tolist() for name, c in commits.items() if name != names[0]},
-    }  # fmt: skip
+    }
 
 
 def planes(names: Sequence[str], seeds: int) -> dict[str, Any]:
@@ -107,10 +109,11 @@ def radius_and_cap(seeds: int) -> dict[str, Any]:
         for cap in CAPS
     ]
     return {
-        "radii": RADII, "caps": CAPS,
+        "radii": RADII,
+        "caps": CAPS,
         "commit": [[o.commits.double().mean().item() for o in row] for row in cells],
         "value": [[o.value.mean().item() for o in row] for row in cells],
-    }  # fmt: skip
+    }
 
 
 def ease_of_tuning(seeds: int) -> dict[str, Any]:
@@ -174,9 +177,12 @@ def sweep(names: Sequence[str], seeds: int, workers: int = 1) -> dict[str, Any]:
         workers: Processes.
     """
     parts: list[tuple[str, tuple[Any, ...]]] = [  # the longest first
-        ("regimes", (names, seeds)), ("planes", (names, seeds)), ("staleness", (names, seeds)), ("tuning", (seeds,)),
+        ("regimes", (names, seeds)),
+        ("planes", (names, seeds)),
+        ("staleness", (names, seeds)),
+        ("tuning", (seeds,)),
         ("radius and cap", (seeds,)),
-    ]  # fmt: skip
+    ]
     found: dict[str, Any] = {}
     for (name, _), made in processes(parts, _part, workers):
         if isinstance(made, Exception):
@@ -189,7 +195,10 @@ def _part(part: tuple[str, tuple[Any, ...]]) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, arguments = part
     makers: dict[str, Callable[..., dict[str, Any]]] = {
-        "regimes": regimes, "planes": planes, "staleness": staleness, "tuning": ease_of_tuning,
+        "regimes": regimes,
+        "planes": planes,
+        "staleness": staleness,
+        "tuning": ease_of_tuning,
         "radius and cap": radius_and_cap,
-    }  # fmt: skip
+    }
     return makers[name](*arguments)

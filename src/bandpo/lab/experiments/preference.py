@@ -44,9 +44,15 @@ def best_beta_regret(sizes: Sequence[float] = (1e2, 1e3, 1e4, 1e6, 1e8)) -> Resu
 
 
 def concentrability_over_epochs(
-    *, seeds: int = 8, betas: Sequence[float] = (0.5, 0.05), prompts: int = 10, actions: int = 40, pairs: int = 400,
-    epochs: Sequence[int] = (25, 50, 100, 200, 400, 800), learning_rate: float = 0.05,
-) -> Result:  # fmt: skip
+    *,
+    seeds: int = 8,
+    betas: Sequence[float] = (0.5, 0.05),
+    prompts: int = 10,
+    actions: int = 40,
+    pairs: int = 400,
+    epochs: Sequence[int] = (25, 50, 100, 200, 400, 800),
+    learning_rate: float = 0.05,
+) -> Result:
     """How far offline training goes from its reference, in C^π, and what it gains: DPO and χPO on the same pairs, by Adam.
 
     Args:
@@ -123,26 +129,30 @@ def coverage_by_round(
         hybrid = HybridDesign(one, preferential_g_optimal(features))
         curves: dict[str, list[Any]] = {}
         for arm, sampler, keep in (
-            ("on-policy", OnPolicy(one), False), ("off-policy", OnPolicy(one), True), ("hybrid", hybrid, False),
-        ):  # fmt: skip
+            ("on-policy", OnPolicy(one), False),
+            ("off-policy", OnPolicy(one), True),
+            ("hybrid", hybrid, False),
+        ):
             policy = ref.exp().expand(seeds, 1, arms)
             wins = losses = torch.zeros(seeds, arms * arms, dtype=torch.float64)
             errors, coverages = [], []
             for _ in range(rounds):
                 source = ref.exp().expand(seeds, 1, arms) if keep else policy
-                coverages.append([
-                    feature_coverage(source[s], best[s], features, one).item() for s in range(seeds)
-                ])  # fmt: skip
+                coverages.append([feature_coverage(source[s], best[s], features, one).item() for s in range(seeds)])
                 won, lost = _label(sampler(source, n, g), beta * theta, arms, g)
                 wins, losses = (wins + won, losses + lost) if keep else (won, lost)
                 fit = fit_pairs(_differences(arms), wins, losses, beta=beta, radius=radius)
                 policy = linear_softmax(fit, features, ref).exp()
                 errors.append((fit - fit.mean(-1, keepdim=True) - theta).norm(dim=-1).tolist())
             curves[arm] = [errors, coverages]
-        out["settings"].append({
-            "skew": skew, "pairs_per_round": n, "error": {k: v[0] for k, v in curves.items()},
-            "coverage": {k: v[1] for k, v in curves.items()},
-        })  # fmt: skip
+        out["settings"].append(
+            {
+                "skew": skew,
+                "pairs_per_round": n,
+                "error": {k: v[0] for k, v in curves.items()},
+                "coverage": {k: v[1] for k, v in curves.items()},
+            }
+        )
     return out
 
 
@@ -194,9 +204,9 @@ def calibration_by_round(*, seeds: int = 10, rounds: int = 12, pairs: int = 2000
             policy = u.log_softmax(-1).exp().unsqueeze(1)
             drawn = OnPolicy(torch.ones(1, dtype=torch.float64))(policy, pairs, g)
             wanted = reward_calibration(reward, u, calibration)
-            u = u + torch.stack([
-                _least_squares(drawn.first[s], drawn.second[s], wanted[s], step) for s in range(seeds)
-            ])  # fmt: skip
+            u = u + torch.stack(
+                [_least_squares(drawn.first[s], drawn.second[s], wanted[s], step) for s in range(seeds)]
+            )
             now = u.log_softmax(-1)
             curve.append((now.exp() * (now - target)).sum(-1).clamp(min=0).tolist())
         out["curves"][name] = curve
@@ -213,11 +223,17 @@ def design_checks(shapes: Sequence[tuple[int, int, int]] = ((1, 8, 3), (5, 10, 3
     for seed, (prompts, actions, d) in enumerate(shapes):
         phi = torch.randn(prompts, actions, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         designs = {kind: preferential_g_optimal(phi, prompts=kind) for kind in ("design", "uniform")}
-        rows.append({
-            "prompts": prompts, "actions": actions, "d": d, "conditional": designs["design"].conditional.max().item(),
-            "leverage": designs["design"].leverage.item(), "leverage_uniform": designs["uniform"].leverage.item(),
-            "bound": d * d,
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompts": prompts,
+                "actions": actions,
+                "d": d,
+                "conditional": designs["design"].conditional.max().item(),
+                "leverage": designs["design"].leverage.item(),
+                "leverage_uniform": designs["uniform"].leverage.item(),
+                "bound": d * d,
+            }
+        )
     return {"designs": rows}
 
 

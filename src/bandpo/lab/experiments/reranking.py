@@ -72,12 +72,27 @@ def rerank_against_online(
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 args = OnlinePreferenceConfig(
-                    folder, rounds=rounds, prompts_per_round=prompts, samples_per_prompt=8, pairs_per_prompt=4, seed=seed,
-                    probe_prompts=probe_prompts, probe_audit=True, max_completion_length=LENGTH + 1, generation_batch_size=512,
-                    per_device_train_batch_size=64, learning_rate=5e-4, lr_scheduler_type="constant", use_cpu=True,
-                    bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True, logging_steps=10_000,
+                    folder,
+                    rounds=rounds,
+                    prompts_per_round=prompts,
+                    samples_per_prompt=8,
+                    pairs_per_prompt=4,
+                    seed=seed,
+                    probe_prompts=probe_prompts,
+                    probe_audit=True,
+                    max_completion_length=LENGTH + 1,
+                    generation_batch_size=512,
+                    per_device_train_batch_size=64,
+                    learning_rate=5e-4,
+                    lr_scheduler_type="constant",
+                    use_cpu=True,
+                    bf16=False,
+                    gradient_checkpointing=False,
+                    report_to="none",
+                    disable_tqdm=True,
+                    logging_steps=10_000,
                     **ARMS[name],
-                )  # fmt: skip
+                )
                 trainer = OnlinePreferenceTrainer(model, safety, args, train, tokenizer)
                 history = trainer.train()
             rows["after"].append(_measure(trainer.model, tokenizer, held_out))
@@ -104,11 +119,17 @@ def grammar_model(seed: int, tokenizer: Any, steps: int = 300) -> LlamaForCausal
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                vocab_size=len(tokenizer),
+                hidden_size=48,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
                 bos_token_id=None,
             )
-        )  # fmt: skip
+        )
     lower = torch.tensor(tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz")))
     upper = torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")))
     colon = tokenizer.convert_tokens_to_ids(":")

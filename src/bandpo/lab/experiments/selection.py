@@ -32,9 +32,14 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def selection_on_the_main_job(
-    folder: Path, *, seeds: int = 3, jobs: int = 2, arms: Sequence[str] = tuple(ARMS), options: Sequence[str] = (),
+    folder: Path,
+    *,
+    seeds: int = 3,
+    jobs: int = 2,
+    arms: Sequence[str] = tuple(ARMS),
+    options: Sequence[str] = (),
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train every arm on every seed, and collect reward, tokens and seconds.
 
     A run that has its result is not made again, and one that was killed is resumed. A run that fails is named, and the others
@@ -67,8 +72,10 @@ def selection_on_the_main_job(
             say(f"failed: {failures[-1]}")
             continue
         found[run["arm"], run["seed"]] = made
-        say(f"{name}: {made['before']:.3f} -> {made['after']:.3f}, {made['tokens'] / 1e3:.0f}k update tokens, "
-            f"{made['update_seconds']:.0f} s of updates")  # fmt: skip
+        say(
+            f"{name}: {made['before']:.3f} -> {made['after']:.3f}, {made['tokens'] / 1e3:.0f}k update tokens, "
+            f"{made['update_seconds']:.0f} s of updates"
+        )
     table = {arm: [found[arm, seed] for seed in range(seeds) if (arm, seed) in found] for arm in arms}
     return {"seeds": seeds, "jobs": jobs, "options": list(options), "arms": table, "failures": failures}
 
@@ -102,8 +109,17 @@ def train_and_measure(run: dict[str, Any]) -> dict[str, Any]:
     if not (place / "report.html").exists():  # it is written last
         place.mkdir(parents=True, exist_ok=True)
         write_json(place / _OPTIONS, redact_arguments(run["options"]))
-        command = [sys.executable, "-m", "bandpo", "train", *run["options"], "--output_dir", str(place),
-                   "--resume_from_checkpoint", "latest"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "bandpo",
+            "train",
+            *run["options"],
+            "--output_dir",
+            str(place),
+            "--resume_from_checkpoint",
+            "latest",
+        ]
         quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
         if done.returncode:
@@ -128,10 +144,12 @@ def measure(place: Path) -> dict[str, Any]:
     kept = [row.get("selection/prompts_kept", 1.0) * row.get("selection/tokens", 1.0) for row in rows]
     tokens = steps * completions * np.array(kept) * [row["completions/mean_length"] for row in rows]
     return {
-        "before": evaluation["before"][score], "after": evaluation["after"][score], "tokens": float(tokens.sum()),
+        "before": evaluation["before"][score],
+        "after": evaluation["after"][score],
+        "tokens": float(tokens.sum()),
         "sampled_share": float(np.mean([row.get("selection/prompts_kept", 1.0) for row in rows])),
         "update_seconds": float(sum(n * seconds[row["step"]] for n, row in zip(steps, rows, strict=True))),
         "density": float(np.mean([row.get("packing/density", np.nan) for row in rows])),
         "effective_sample_size": float(np.mean([row.get("selection/effective_sample_size", 1.0) for row in rows])),
         "curve": [[float(x), row["reward"]] for x, row in zip(tokens.cumsum(), rows, strict=True)],
-    }  # fmt: skip
+    }

@@ -12,9 +12,16 @@ from matplotlib.figure import Figure
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
 _COLOURS = {
-    "full": BLACK, "packed": GREY, "pruned 0.3": "#56B4E9", "pruned 0.5": BLUE, "pruned 0.7": "#332288",
-    "pruned 0.5, packed": GREEN, "both 0.5, packed": "#117733", "CPPO-like 0.5": ORANGE, "GRESO-like 0.5": PINK,
-}  # fmt: skip
+    "full": BLACK,
+    "packed": GREY,
+    "pruned 0.3": "#56B4E9",
+    "pruned 0.5": BLUE,
+    "pruned 0.7": "#332288",
+    "pruned 0.5, packed": GREEN,
+    "both 0.5, packed": "#117733",
+    "CPPO-like 0.5": ORANGE,
+    "GRESO-like 0.5": PINK,
+}
 
 
 def plot_selection(found: dict[str, Any]) -> Figure:
@@ -41,8 +48,11 @@ def plot_selection(found: dict[str, Any]) -> Figure:
                 axes.plot(np.mean(values), i, "|", color=BLACK, ms=14)
             axes.set_yticks(range(len(order)), order if axes is middle else [""] * len(order), fontsize=8)
             axes.invert_yaxis()
-        left.set(xlabel="thousand completion tokens in updates", ylabel="mean reward of the rollout (smoothed)",
-                 title="Learning against tokens")  # fmt: skip
+        left.set(
+            xlabel="thousand completion tokens in updates",
+            ylabel="mean reward of the rollout (smoothed)",
+            title="Learning against tokens",
+        )
         left.legend(fontsize=7)
         middle.set(xlabel="mean@8 on held-out prompts", title="Where it ends")
         right.set(xlabel="thousand completion tokens in updates", title="What it was trained on", xlim=(0, None))
