@@ -9,8 +9,8 @@ import torch
 from scipy import stats as scipy_stats
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective
-from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common, wilson
-from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm
+from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common
+from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm, wilson
 
 
 def test_the_bottleneck():

@@ -1,4 +1,4 @@
-"""Figures of a comparison. Needs the extra `plot`."""
+"""The figures of a comparison. They need the extra `plot`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,10 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Reward and entropy over the rollouts: mean and 95% t-interval over runs.
 
     Args:
-        curves: For each arm `{"reward": [mean, low, high], "entropy": [mean, low, high]}`.
+        curves: `{"reward": [mean, low, high], "entropy": [mean, low, high]}` of each arm.
+
+    Returns:
+        The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.0), layout="constrained")
@@ -28,7 +31,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
             strict=True,
         ):
             for (label, found), colour in zip(curves.items(), _COLOURS, strict=False):
-                mean, low, high = np.array(found[name], dtype=float)  # None, as JSON has NaN, is NaN here
+                mean, low, high = np.array(found[name], dtype=float)  # None, which JSON has for NaN, becomes NaN
                 panel.plot(mean, color=colour, lw=1.5, label=label)
                 panel.fill_between(range(len(mean)), low, high, color=colour, alpha=0.12, lw=0)
             panel.set(title=title, ylabel=unit, xlabel="rollout")
@@ -37,12 +40,15 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, measure: str) -> Figure:
-    """Paired differences with a baseline: mean and BCa interval; filled where Holm's p is below 0.05.
+    """Paired differences with a baseline: mean and BCa interval, filled where Holm's p is below 0.05.
 
     Args:
-        differences: For each arm `{"mean": {"value", "low", "high"}, "p_holm": ...}`.
-        baseline: Its name.
-        measure: What is compared.
+        differences: `{"mean": {"value", "low", "high"}, "p_holm": ...}` of each arm.
+        baseline: Name of the baseline.
+        measure: Name of the measure.
+
+    Returns:
+        The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 0.9 + 0.28 * len(differences)), layout="constrained")
@@ -64,7 +70,14 @@ def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, mea
 
 
 def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Share of tokens whose gradient is clipped, by probability of the token, for each arm."""
+    """Share of tokens whose gradient is clipped, by probability of the token, for each arm.
+
+    Args:
+        clip: `{"low": [share of each bin], "high": [share of each bin]}` of each arm.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.1 + 0.27 * len(clip)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -93,7 +106,16 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def plot_robustness(
     maps: Mapping[str, Mapping[str, Any]], rates: Sequence[float], reuse: Sequence[tuple[int, int]]
 ) -> Figure:
-    """Gain in mean@k over the plane of learning rate and reuse, one panel for each objective."""
+    """Gain in mean@k over the plane of learning rate and reuse, one panel for each objective.
+
+    Args:
+        maps: `{"gain": [[gain of each reuse] of each rate], "learns": share}` of each objective.
+        rates: Multiples of the learning rate.
+        reuse: (epochs, lag) pairs.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         columns = min(5, len(maps))
         rows = -(-len(maps) // columns)
@@ -126,7 +148,10 @@ def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """The bandit: probability of the best arm over the batches, and the share of seeds that commit to it with its interval.
 
     Args:
-        found: For each objective `{"curve": [...], "commit": [value, low, high]}`.
+        found: `{"curve": [...], "commit": [value, low, high]}` of each objective.
+
+    Returns:
+        The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.8), layout="constrained")
@@ -145,7 +170,14 @@ def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def plot_regimes(found: Mapping[str, Any]) -> Figure:
-    """Difference in commitment with the baseline over rarity and reuse, one panel for each objective."""
+    """Difference in commitment with the baseline over rarity and reuse, one panel for each objective.
+
+    Args:
+        found: Result of `bandpo.lab.comparison.sweeps.regimes`.
+
+    Returns:
+        The figure.
+    """
     panels = {name: (np.array(cells)[..., 0], "") for name, cells in found["against"].items()}
     return _grids(
         panels,
@@ -158,7 +190,14 @@ def plot_regimes(found: Mapping[str, Any]) -> Figure:
 
 
 def plot_planes(found: Mapping[str, Any]) -> Figure:
-    """Mean reward over learning rate and width, one panel for each objective."""
+    """Mean reward over learning rate and width, one panel for each objective.
+
+    Args:
+        found: Result of `bandpo.lab.comparison.sweeps.planes`.
+
+    Returns:
+        The figure.
+    """
     panels = {name: (np.array(cells), f": best {np.max(cells):.3f}") for name, cells in found["value"].items()}
     return _grids(
         panels,
@@ -204,7 +243,16 @@ def _grids(
 
 
 def plot_staleness(found: Mapping[str, Any], width: Mapping[str, Any], tuning: Mapping[str, Any]) -> Figure:
-    """The bandit: reward over the sampler's lag; over δ for each cap; and the best of n random settings."""
+    """The bandit: reward over the sampler's lag, over δ for each cap, and of the best of n random settings.
+
+    Args:
+        found: Result of `bandpo.lab.comparison.sweeps.staleness`.
+        width: Result of `bandpo.lab.comparison.sweeps.radius_and_cap`.
+        tuning: Result of `bandpo.lab.comparison.sweeps.ease_of_tuning`.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 3.8), layout="constrained")
         left, middle, right = figure.subplots(1, 3)

@@ -28,7 +28,13 @@ from bandpo.train.report import save_svg
 
 
 class Picture(NamedTuple):
-    """A figure and what it shows."""
+    """A figure with its place in the report.
+
+    Args:
+        section: `exact`, or the name of a task.
+        title: Title of the figure.
+        figure: The figure.
+    """
 
     section: str
     title: str
@@ -66,7 +72,15 @@ def pictures(summary: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """report.html, and its figures in figures/."""
+    """Write report.html, and its figures in figures/.
+
+    Args:
+        folder: Folder of the comparison.
+        summary: The summary that `write_tables` returned.
+
+    Returns:
+        The path of report.html.
+    """
     figures: dict[str, dict[str, str]] = {}
     for i, picture in enumerate(pictures(summary)):
         name = f"{picture.section}-{i}.svg"
@@ -89,7 +103,7 @@ def evidence_page(summary: Mapping[str, Any]) -> str:
     """The evidence page, in Markdown.
 
     Args:
-        summary: As in summary.json.
+        summary: The content of summary.json.
     """
     return _template("evidence.md.j2", autoescape=False).render(
         about=summary["about"],
@@ -103,7 +117,7 @@ def evidence_page(summary: Mapping[str, Any]) -> str:
 
 
 def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Title, file name and figure of the pictures on the evidence page."""
+    """Title, file name and figure of each picture on the evidence page."""
     for picture in pictures(summary):
         title = picture.title if picture.section == "exact" else f"{picture.section}: {picture.title}"
         if picture.section == "exact" or picture.title.startswith(("mean@", "entropy", "Who", "Robust", "Learning")):
@@ -112,11 +126,14 @@ def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Fi
 
 
 def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """evidence.md and evidence.json, with pictures in assets/evidence/.
+    """Write evidence.md and evidence.json, and their pictures in assets/evidence/.
 
     Args:
-        folder: Of the documentation.
-        summary: As in summary.json.
+        folder: Folder of the documentation.
+        summary: The content of summary.json.
+
+    Returns:
+        The path of evidence.md.
     """
     assets = folder / "assets" / "evidence"
     assets.mkdir(parents=True, exist_ok=True)
@@ -131,12 +148,12 @@ def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
 
 
 def claims_table(found: list[Claim]) -> str:
-    """For the terminal."""
+    """The verdicts and claims as lines for the terminal."""
     return "\n".join(f"{c.verdict:>22}  {c.text}" for c in found)
 
 
 def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Wins, ties and losses of each band against each rival, over the tasks."""
+    """The wins, ties and losses of each band against each rival, over the tasks."""
     rows: list[dict[str, Any]] = []
     for variant in ("", " tuned"):
         for task, measures in duels(summary, variant).items():

@@ -1,4 +1,4 @@
-"""One figure for each preference experiment."""
+"""The figures of the preference experiments, one for each."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -175,7 +175,7 @@ FIGURES: dict[str, Callable[[Result], Figure]] = {
     "design": plot_design,
     "reranking": plot_reranking,
 }
-"""By experiment."""
+"""The functions that draw the figures, by the name of the experiment."""
 
 
 def _band(
@@ -187,6 +187,6 @@ def _band(
 
 
 def _plain(axis: Axis, ticks: Sequence[float]) -> None:
-    """These ticks, as plain numbers, on a logarithmic axis."""
+    """Give a logarithmic axis ticks with plain numbers."""
     axis.set_ticks(list(ticks), [f"{tick:g}" for tick in ticks])
     axis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""Stale pairs, re-ranked pairs, re-ranked with confidence, and fresh samples, on a tiny transformer: reward against tokens."""
+"""Reward against generated tokens on a tiny transformer, for stale pairs, re-ranked pairs, and pairs of fresh samples."""
 
 import tempfile
 import warnings
@@ -19,7 +19,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "re-ranked, confidence": {"objective": "rbrm", "resample": False, "labels": "probe"},
     "online": {"objective": "dpo"},
 }
-"""What each arm trains on: pairs of the first samples by their rewards; by the probe, anew each round; pairs of new samples."""
+"""The arms as options of the trainer: pairs of the first samples ranked by reward or by the probe, or pairs of new samples."""
 
 
 def safety(
@@ -27,7 +27,14 @@ def safety(
     completions: list[str],
     **_: Any,
 ) -> list[float | None]:
-    """Share of a completion's letters that are safe: lower case.
+    """The share of a completion's letters that are safe, which means lower case.
+
+    Args:
+        prompts: The prompts, which have no effect.
+        completions: The completions.
+
+    Returns:
+        The share of each completion.
 
     Examples:
         >>> safety(["abc:"], ["xyzABxyz"])
@@ -41,16 +48,16 @@ def rerank_against_online(
 ) -> dict[str, Any]:
     """Held-out safety and generated tokens of every arm of `ARMS`, with the same number of rounds and pairs.
 
-    A Llama of two layers learns a grammar whose texts turn between safe and unsafe letters. All arms then take DPO rounds
-    with 4 pairs of 8 samples of each prompt. The probe sees rewards of `probe_prompts` prompts alone and never of the
-    others; "stale" and "online" see the rewards of all.
+    A Llama of two layers learns a grammar whose texts alternate between safe and unsafe letters. All arms then train for
+    rounds of DPO with 4 pairs of 8 samples of each prompt. The probe sees only the rewards of `probe_prompts` prompts; the arms
+    "stale" and "online" see all rewards.
 
     Args:
-        seeds: Runs of each arm, paired: the same start and first samples.
-        rounds: Of each run.
-        prompts: Of each round.
-        probe_prompts: Prompts whose rewards teach the probe.
-        arms: Which.
+        seeds: Number of runs of each arm; runs of one seed have the same start and the same first samples.
+        rounds: Number of rounds of each run.
+        prompts: Number of prompts of each round.
+        probe_prompts: Number of prompts whose rewards train the probe.
+        arms: Names in `ARMS`.
 
     Returns:
         For each arm `safety` before and after, `tokens` generated, and how often the probe agreed with the reward, by seed.
@@ -106,13 +113,16 @@ def rerank_against_online(
 def grammar_model(seed: int, tokenizer: Any, steps: int = 300) -> LlamaForCausalLM:
     """A tiny Llama that has learnt the grammar: three letters and a colon, then eight letters in runs of safe and unsafe ones.
 
-    A text begins unsafe one time in three and turns with probability 0.15 at each letter, so that a good model knows at each
-    place which kind it is in: what a probe of its hidden states can find.
+    A text begins unsafe one time in three and changes its kind with probability 0.15 at each letter. A good model therefore
+    keeps track of the current kind, which a probe of its hidden states can find.
 
     Args:
-        seed: Of weights and texts.
-        tokenizer: From `build_tokenizer`.
-        steps: Of supervised learning.
+        seed: Seed of weights and texts.
+        tokenizer: Tokenizer of `build_tokenizer`.
+        steps: Steps of supervised learning.
+
+    Returns:
+        The model, in evaluation mode.
     """
     g = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

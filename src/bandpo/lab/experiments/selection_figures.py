@@ -25,10 +25,13 @@ _COLOURS = {
 
 
 def plot_selection(found: dict[str, Any]) -> Figure:
-    """Reward against update tokens, and what every arm ended with and was trained on, each seed a point.
+    """Reward against update tokens, and the final reward and the tokens of every arm, with a point for each seed.
 
     Args:
-        found: From `selection_on_the_main_job`.
+        found: Result of `selection_on_the_main_job`.
+
+    Returns:
+        The figure.
     """
     arms = found["arms"]
     with mpl.rc_context(STYLE):
@@ -60,5 +63,5 @@ def plot_selection(found: dict[str, Any]) -> Figure:
 
 
 def _smooth(x: np.ndarray, width: int = 5) -> np.ndarray:
-    """Running mean that ends where the data do."""
+    """The running mean of the last `width` values, of the length of the data."""
     return np.array([x[max(0, i - width + 1) : i + 1].mean() for i in range(len(x))])
