@@ -8,18 +8,8 @@
 # %%
 import torch
 
-from bandpo import (
-    KL,
-    Band,
-    Clip,
-    FDivergence,
-    Objective,
-    clip_fraction,
-    match_radius,
-    policy_loss,
-    radius_for,
-    ratio_bounds,
-)
+from bandpo import KL, Band, Clip, FDivergence, Objective, match_radius, policy_loss, radius_for, ratio_bounds
+from bandpo.bounds.calibration import clip_fraction
 from bandpo.plots import plot_families
 from bandpo.testing import check_divergence
 

@@ -10,19 +10,14 @@ import torch
 
 from bandpo import (
     DCPO,
-    DIVERGENCES,
     KL,
     OBJECTIVES,
     Band,
     Clip,
     FDivergence,
-    _table,
     aggregate,
     alpha,
     approx_kl,
-    binary_divergence,
-    clip_fraction,
-    gradient_weight,
     group_advantages,
     in_band,
     loss_normalizer,
@@ -31,10 +26,12 @@ from bandpo import (
     policy_loss,
     radius_for,
     ratio_bounds,
-    sequence_log_ratio,
     token_logprobs,
 )
+from bandpo.bounds import table as _table
+from bandpo.bounds.calibration import clip_fraction
 from bandpo.bounds.regions import topk_divergence
+from bandpo.divergences import DIVERGENCES, binary_divergence
 from bandpo.doctor.batch import examine_batch
 from bandpo.groups import group_signal, informative, kl_dual, soft_overlong
 from bandpo.preference import (
@@ -61,6 +58,7 @@ from bandpo.preference import (
 )
 from bandpo.selection import Informative, Pruning, effective_sample_size, packed_logprobs, packing_error, stratified
 from bandpo.surrogates.corrections import TIS, IcePop
+from bandpo.terms import gradient_weight, sequence_log_ratio
 from bandpo.testing import check_bounds, check_divergence, check_logprobs, check_surrogate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -287,7 +285,7 @@ torch.set_default_dtype(torch.{dtype})
 import bandpo
 from bandpo import *
 logp = torch.tensor([-0.1, -2.0, -9.0], dtype=torch.float32)
-print([d.recession for d in bandpo.DIVERGENCES.values()], [ratio_bounds(logp, d, 0.05) for d in (bandpo.KL, bandpo.alpha(0.3))])
+print([d.recession for d in DIVERGENCES.values()], [ratio_bounds(logp, d, 0.05) for d in (bandpo.KL, bandpo.alpha(0.3))])
 """
     runs = [
         subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout

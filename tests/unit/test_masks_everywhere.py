@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bandpo import KL, Clip, clip_fraction, radius_for
+from bandpo import KL, Clip, radius_for
+from bandpo.bounds.calibration import clip_fraction
 from bandpo.doctor import examine_batch
 from bandpo.metrics import policy_metrics
 from bandpo.preference.probe import pool_hidden

@@ -21,12 +21,11 @@ from bandpo import (
     RatioBounds,
     aggregate,
     loss_normalizer,
-    needs,
     policy_loss,
     policy_metrics,
-    sequence_log_ratio,
-    tokens,
-)  # fmt: skip
+)
+from bandpo import terms as tokens
+from bandpo._inputs import needs
 from bandpo.bounds.regions import Balanced, BySign, Elastic, TopK
 from bandpo.surrogates import (
     clip,
@@ -42,6 +41,7 @@ from bandpo.surrogates import (
     two_sided,
 )  # fmt: skip
 from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov, tapered
+from bandpo.terms import sequence_log_ratio
 from bandpo.testing import check_bounds, check_surrogate
 from batches import B, T, batch, complete, max_length, run
 

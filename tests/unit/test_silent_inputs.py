@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bandpo import OBJECTIVES, Clip, aggregate, clip_fraction, group_advantages, match_radius, policy_loss, radius_for
+from bandpo import OBJECTIVES, Clip, aggregate, group_advantages, match_radius, policy_loss, radius_for
+from bandpo.bounds.calibration import clip_fraction
 from bandpo.bounds.regions import Balanced
 from bandpo.preference.losses import kto_loss
 from bandpo.preference.probe import pool_hidden

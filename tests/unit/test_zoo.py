@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.special import lambertw
 
-from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, needs, policy_loss, ratio_bounds, token_objective
+from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, policy_loss, ratio_bounds, token_objective
+from bandpo._inputs import needs
 from bandpo.bounds.regions import Balanced, BySign, Elastic, Sides, kl3_clip
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
 from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov

@@ -22,7 +22,7 @@ from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, pass_at_powers, policy_sums
 from bandpo.objective import Objective
-from bandpo.terms import token_objective
+from bandpo.terms import TokenObjective, token_objective
 
 _SEED_STRIDE = 1_000_003  # a run's generator starts from seed * stride + warm-up: no two pairs share a stream
 _EVALUATION_SEED = 20_261_124  # the same noise in every evaluation, whatever the run
@@ -229,19 +229,12 @@ class Loop:
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
             losses.append(-aggregate(terms.value, mask[i], run.objective.aggregation, max_length=maximum))
             if last:
-                self._count(i, terms, mask[i])
+                self._count(i, terms)
         self.optimizer.step(torch.autograd.grad(torch.stack(losses).sum(), list(self.stack.weights.values())))
 
     @torch.no_grad()
-    def _count(self, run: int, terms: Any, mask: Tensor) -> None:
-        sums = policy_sums(
-            log_ratio=terms.log_ratio.detach(),
-            old_logprobs=terms.anchor_logprobs,
-            advantages=terms.advantages,
-            mask=mask,
-            bounds=terms.bounds,
-            nonfinite=terms.nonfinite,
-        )
+    def _count(self, run: int, terms: TokenObjective) -> None:
+        sums = policy_sums(terms)
         for j, name in enumerate(PROB_BINS):
             for side, key in enumerate(("low", "high")):
                 self._counts[run, side, j] += sums[f"clip_fraction_by_prob/{key}/{name}"].numerator
