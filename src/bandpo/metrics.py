@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from bandpo import surrogates
 from bandpo._deprecations import warn_moved
 from bandpo._inputs import as_mask, check_int
 from bandpo._values import Registry
@@ -18,6 +17,7 @@ from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.surrogates.token import hold
+from bandpo.surrogates.token import mask as clip_by_mask
 from bandpo.terms import TokenObjective
 
 P = ParamSpec("P")
@@ -265,11 +265,11 @@ def _clip_sums(
     # A clip stops exactly what is outside, and that has been computed.
     same = stopped is not None and stops_outside(terms.objective.surrogate)
     left = stopped if stopped is not None and same else outside(log_ratio, advantages, outside_of, ratio=r)
-    down = log_ratio < 0
+    above = log_ratio > 0
     if not same:  # what is outside lies on the side that A pushes to; another rule may stop a ratio of exactly 1
-        down = down | ((log_ratio == 0) & (advantages < 0))
-    counted = left if stopped is None else stopped
-    n_low, n_high, n = _count_by_probability(counted & down & used, counted & ~down & used, used, p)
+        above = above | ((log_ratio == 0) & (advantages > 0))
+    counted = (left if stopped is None else stopped) & used
+    n_low, n_high, n = _count_by_probability(counted, counted & above, used, p)
     count = n.sum()
     sums: dict[str, PooledSum] = {}
     if stopped is not None:
@@ -287,18 +287,20 @@ def _clip_sums(
     if same or stopped is None:
         low, high = n_low.sum(), n_high.sum()
     else:
-        low, high = ((left & side & used).count_nonzero().to(torch.float32) for side in (down, ~down))
+        left = left & used
+        high = (left & above).count_nonzero().to(torch.float32)
+        low = left.count_nonzero().to(torch.float32) - high
     sums["outside_fraction/low"] = PooledSum(low, count)
     sums["outside_fraction/high"] = PooledSum(high, count)
     sums["outside_fraction/any"] = PooledSum(low + high, count)
     return sums, n
 
 
-def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counted tokens below and above 1, and all valid tokens, in each bin of p, by one scatter."""
+def _count_by_probability(counted: Tensor, above: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counted tokens with a ratio below 1, those above 1, and all valid tokens, in each bin of p, by one scatter."""
     # Counted edge by edge: a tensor of edges would be copied to the device, and the host would wait for it.
-    cell = low.to(torch.int32)
-    cell = (cell + 2 * high + 3 * ~valid) * len(PROB_BINS)
+    cell = counted.to(torch.int32)
+    cell = (cell + above + 3 * ~valid) * len(PROB_BINS)
     for edge in PROB_EDGES:
         cell += p >= edge
     ones = torch.ones((), dtype=torch.int64, device=p.device).expand(cell.numel())
@@ -350,8 +352,8 @@ def _terms_of_a_clip(
     strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
     left_out = strange.expand(valid.shape) if nonfinite is None else strange | nonfinite
     stopped = outside(log_ratio.detach(), advantages, bounds) & valid
-    value = torch.where(valid & ~left_out, surrogates.mask(log_ratio, advantages, bounds), 0.0)
-    objective = Objective(bounds=bounds_of or Clip(), surrogate=surrogates.mask)
+    value = torch.where(valid & ~left_out, clip_by_mask(log_ratio, advantages, bounds), 0.0)
+    objective = Objective(bounds=bounds_of or Clip(), surrogate=clip_by_mask)
     return TokenObjective(
         value, log_ratio, bounds, old_logprobs, advantages, weights, left_out, stopped, valid, objective
     )

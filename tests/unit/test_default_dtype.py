@@ -29,7 +29,7 @@ from bandpo import (
     token_logprobs,
 )
 from bandpo.bounds import table as _table
-from bandpo.bounds.calibration import clip_fraction
+from bandpo.bounds.calibration import outside_fraction
 from bandpo.bounds.regions import topk_divergence
 from bandpo.divergences import DIVERGENCES, binary_divergence
 from bandpo.doctor.batch import examine_batch
@@ -211,10 +211,10 @@ def preference():
 def others():
     x, logp = normal(200, seed=1) * 0.3, logprobs(200, seed=2)
     batch = {"log_ratio": x, "old_logprobs": logp, "advantages": normal(200, seed=3)}
-    found: list[object] = [radius_for("kl", 0.1, batch), clip_fraction(Clip(0.2), batch)]
+    found: list[object] = [radius_for("kl", 0.1, batch), outside_fraction(Clip(0.2), batch)]
     for by in ("max_shift", "upper@0.1", "lower@0.5"):
         found += [match_radius("tv", like=Band(KL, 0.05), by=by)]
-    found += [match_radius("js", like=Clip(0.2), by="clip_fraction", batch=batch)]
+    found += [match_radius("js", like=Clip(0.2), by="outside_fraction", batch=batch)]
     saved = {"logprobs": (logp + x).clamp_max(0), "old_logprobs": logp, "advantages": normal(200, seed=3)}
     found += [examine_batch({k: v.view(10, 20) for k, v in saved.items()})]
     hidden, weight = normal(7, 6, seed=1).requires_grad_(), normal(11, 6, seed=2).requires_grad_()

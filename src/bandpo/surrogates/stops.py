@@ -148,15 +148,15 @@ def _by_autograd(
     if not tracked:  # evaluation without gradients: differentiated on copies
         logprobs, log_ratio = (x.detach().requires_grad_() for x in (logprobs, log_ratio))
         inputs = {**inputs, "logprobs": logprobs, "log_ratio": log_ratio}
-    with torch.enable_grad():
-        value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
     # The log-ratio is a function of the log-probs where these carry a gradient, and another leaf where they do not.
     leaves = [logprobs] if tracked else [logprobs, log_ratio]
-    moved: Tensor | bool = False
-    if value.requires_grad:
-        for gradient in torch.autograd.grad(value.sum(), leaves, retain_graph=tracked, allow_unused=True):
-            moved = moved if gradient is None else (gradient != 0) | moved
-    stopped = (advantages != 0) & ~moved if isinstance(moved, Tensor) else advantages != 0
+    with torch.enable_grad():
+        value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
+        found: list[Tensor] = []
+        if value.requires_grad:
+            grads = torch.autograd.grad(value.sum(), leaves, retain_graph=tracked, allow_unused=True)
+            found = [gradient for gradient in grads if gradient is not None]
+    stopped = (advantages != 0) & (sum(found, torch.zeros_like(logprobs)) == 0)
     return value if tracked else value.detach(), stopped
 
 
