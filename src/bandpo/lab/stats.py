@@ -104,9 +104,10 @@ def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, se
 def _bootstrap(x: Floats, statistic: Callable[..., Any], method: str, seed: int) -> tuple[float, float]:
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller then uses another method
-        found = stats.bootstrap(
+        done: Any = stats.bootstrap(
             (x,), statistic, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(seed), vectorized=True
-        ).confidence_interval
+        )
+    found = done.confidence_interval
     return float(found.low), float(found.high)
 
 

@@ -8,7 +8,7 @@ difference was not seen.
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
@@ -95,7 +95,7 @@ def claims(summary: Mapping[str, Any]) -> list[Claim]:
     Args:
         summary: The summary, with the `values` of each arm of each task; `exact` and `sweeps` may be empty.
     """
-    sweeps = summary.get("sweeps") or {}
+    sweeps = cast("Mapping[str, Any]", summary.get("sweeps") or {})
     trained = [_judge(summary, claim) for claim in _TRAINED]
     return [_bottleneck(), *trained, _rare_arm(sweeps), _tuning(sweeps), *_UNTESTABLE]
 

@@ -7,7 +7,7 @@ rare. A bandit is a tree of depth 1.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -221,8 +221,7 @@ def largest_shift(bounds: Bounds, probabilities: Sequence[float]) -> list[float]
     found = bounds(p.log())
     if not isinstance(found, RatioBounds):
         raise TypeError(f"{bounds!r} is no interval for the ratio")
-    shifts: list[float] = (torch.minimum(p * found.upper, torch.ones_like(p)) - p).tolist()
-    return shifts
+    return cast("list[float]", (torch.minimum(p * found.upper, torch.ones_like(p)) - p).tolist())
 
 
 def updates_to_common(bounds: Bounds, rare: float, common: float = 0.5, limit: int = 10_000) -> int:

@@ -1,11 +1,13 @@
 """The figures of a comparison. They need the extra `plot`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from numpy.typing import NDArray
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from bandpo.metrics import PROB_BINS
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
@@ -83,12 +85,13 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         panels = figure.subplots(1, 2, sharey=True)
         shares = np.array([[found[side] for side in ("high", "low")] for found in clip.values()], dtype=float)
         top = np.nanmax([0.3, *shares.ravel()])
+        pictures: list[AxesImage] = []
         for axes, side, title in zip(
             panels, ("high", "low"), ("A > 0, above the upper bound", "A < 0, below the lower bound"), strict=True
         ):
             grid = np.array([found[side] for found in clip.values()], dtype=float)
-            picture = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-            for (i, j), value in np.ndenumerate(grid):
+            pictures.append(axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto"))
+            for i, j, value in _cells(grid):
                 if value >= 0.005:
                     colour = "white" if value > 0.6 * top else BLACK
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
@@ -98,7 +101,7 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             axes.set_yticks(range(len(clip)), list(clip), fontsize=8)
             axes.set_title(title, fontsize=10)
             axes.grid(visible=False)
-        figure.colorbar(picture, ax=panels, label="share of the bin", shrink=0.8)
+        figure.colorbar(pictures[-1], ax=panels, label="share of the bin", shrink=0.8)
         figure.supxlabel("probability of the token under the sampler", fontsize=9)
     return figure
 
@@ -126,9 +129,10 @@ def plot_robustness(
         )
         for axes in panels[len(maps) :]:
             axes.set_axis_off()
+        pictures: list[AxesImage] = []
         for axes, (label, found) in zip(panels, maps.items(), strict=False):
             grid = np.array([[np.nan if c is None else c for c in row] for row in found["gain"]])
-            picture = axes.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+            pictures.append(axes.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower"))
             axes.set_title(f"{label}: {found['learns']:.0%} learn", fontsize=9)
             axes.set_xticks(
                 range(len(reuse)),
@@ -139,7 +143,7 @@ def plot_robustness(
             )
             axes.set_yticks(range(len(rates)), [f"x{r:g}" for r in rates], fontsize=7)
             axes.grid(visible=False)
-        figure.colorbar(picture, ax=list(panels), label="gain in mean@k", shrink=0.8)
+        figure.colorbar(pictures[-1], ax=list(panels), label="gain in mean@k", shrink=0.8)
         figure.supylabel("learning rate", fontsize=9)
     return figure
 
@@ -210,7 +214,7 @@ def plot_planes(found: Mapping[str, Any]) -> Figure:
 
 
 def _grids(
-    panels: Mapping[str, tuple[Any, str]],
+    panels: Mapping[str, tuple[NDArray[np.float64], str]],
     across: Sequence[str],
     up: Sequence[str],
     names: tuple[str, str, str],
@@ -226,9 +230,10 @@ def _grids(
         low, high = limits or (-largest, largest)
         for axes in axes_of[len(panels) :]:
             axes.set_axis_off()
+        pictures: list[AxesImage] = []
         for axes, (label, (grid, note)) in zip(axes_of, panels.items(), strict=False):
-            picture = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
-            for (i, j), value in np.ndenumerate(grid):
+            pictures.append(axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower"))
+            for i, j, value in _cells(grid):
                 far = value > (low + 2 * high) / 3 if limits else abs(value) > 0.6 * largest
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color="white" if far else BLACK)
             axes.set_title(label + note, fontsize=9)
@@ -236,10 +241,17 @@ def _grids(
             axes.set_xticks(range(len(shown)), shown, fontsize=7)
             axes.set_yticks(range(len(up)), up, fontsize=7)
             axes.grid(visible=False)
-        figure.colorbar(picture, ax=list(axes_of), label=names[2], shrink=0.8)
+        figure.colorbar(pictures[-1], ax=list(axes_of), label=names[2], shrink=0.8)
         figure.supxlabel(names[0], fontsize=9)
         figure.supylabel(names[1], fontsize=9)
     return figure
+
+
+def _cells(grid: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
+    """The row, the column and the value of each cell."""
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            yield i, j, float(value)
 
 
 def plot_staleness(found: Mapping[str, Any], width: Mapping[str, Any], tuning: Mapping[str, Any]) -> Figure:

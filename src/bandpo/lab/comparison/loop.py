@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -168,12 +168,8 @@ class Loop:
             self.update()
         self._evaluate("after")
         for result, (low, high, n) in zip(self.results, self._counts, strict=True):
-            names = list(PROB_BINS)
-            result.clip = {
-                "low": dict(zip(names, (low / n).nan_to_num().tolist(), strict=True)),
-                "high": dict(zip(names, (high / n).nan_to_num().tolist(), strict=True)),
-            }
-            result.tokens = dict(zip(names, (n / n.sum().clamp_min(1)).tolist(), strict=True))
+            result.clip = {"low": _by_bin((low / n).nan_to_num()), "high": _by_bin((high / n).nan_to_num())}
+            result.tokens = _by_bin(n / n.sum().clamp_min(1))
         return self.results
 
     def update(self) -> None:
@@ -290,11 +286,11 @@ class Loop:
 
     def _samples_as_text(self, completions: Tensor) -> list[tuple[str, list[str]]]:
         """The first held-out prompts and the first completions of each, of `(prompts, k, time)` tokens."""
-        text, shown = self.problem.text, completions[:_SHOWN_PROMPTS, :_SHOWN_SAMPLES]
-        asked = self.problem.held_out[:_SHOWN_PROMPTS]
+        asked = cast("list[list[int]]", self.problem.held_out[:_SHOWN_PROMPTS].tolist())
+        shown = cast("list[list[list[int]]]", completions[:_SHOWN_PROMPTS, :_SHOWN_SAMPLES].tolist())
+        text = self.problem.text
         return [
-            (text(prompt), [text(tokens) for tokens in samples])
-            for prompt, samples in zip(asked.tolist(), shown.tolist(), strict=True)
+            (text(prompt), [text(tokens) for tokens in samples]) for prompt, samples in zip(asked, shown, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,3 +325,8 @@ class Loop:
         self._counts = state["counts"].clone()
         for r, (reward, entropy, before) in zip(self.results, state["results"], strict=True):
             r.reward, r.entropy, r.before = list(reward), list(entropy), dict(before)
+
+
+def _by_bin(values: Tensor) -> dict[str, float]:
+    """The values of the bins of p, by the names of the bins."""
+    return dict(zip(PROB_BINS, cast("list[float]", values.tolist()), strict=True))

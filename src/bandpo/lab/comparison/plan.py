@@ -16,6 +16,7 @@ from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.regions import Sides
 from bandpo.lab.comparison.loop import Setting
 from bandpo.objective import Objective
+from bandpo.surrogates.stops import stops_outside
 from bandpo.zoo import OBJECTIVES
 
 _FORMAT = 2  # part of every hash: raise it when the same configuration gives other numbers
@@ -102,9 +103,10 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields with plain dictionaries: a `MappingProxyType` cannot be pickled."""
-        return {
-            name: dict(value) if isinstance(value, MappingProxyType) else value for name, value in vars(self).items()
+        mappings = {
+            name: dict(cast("Mapping[str, Any]", getattr(self, name))) for name in ("rates", "setting", "sizes")
         }
+        return {**vars(self), **mappings}
 
     def setting_of(self, task: str, **changes: Any) -> Setting:
         """The setting of a task's runs.
@@ -236,7 +238,9 @@ class Job:
     @property
     def key(self) -> str:
         """The name of the file of its result, a hash of its configuration."""
-        decides = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
+        # For a surrogate that is no clip, `clip_fraction_by_prob` once counted the tokens outside of the interval instead.
+        version = _FORMAT if stops_outside(OBJECTIVES[self.arm.objective].surrogate) else _FORMAT + 1
+        decides = json.dumps([version, asdict(self)], sort_keys=True)
         return hashlib.sha256(decides.encode()).hexdigest()[:20]
 
 

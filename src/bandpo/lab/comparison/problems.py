@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ class Problem:
         Returns:
             `(count,)`, float32.
         """
-        asked: list[list[int]] = prompts.tolist()
-        answers: list[list[int]] = completions.tolist()
+        asked, answers = (cast("list[list[int]]", x.tolist()) for x in (prompts, completions))
         found = [
             self.reward(tuple(p), tuple(c[: c.index(END)])) if END in c else 0.0
             for p, c in zip(asked, answers, strict=True)

@@ -7,7 +7,7 @@ runs, every matrix product is a batched one. Weights and log-probs are those of 
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ class Stack:
             q, k, v = self._project(layer, x, turn, fused)
             keys[at], values[at] = k.squeeze(2), v.squeeze(2)
             query = q.squeeze(2) / math.sqrt(q.shape[-1])
-            weight: Tensor = torch.linalg.vecdot(keys[: at + 1], query).softmax(0)
+            weight = cast(Tensor, torch.linalg.vecdot(keys[: at + 1], query)).softmax(0)
             mixed = (weight.unsqueeze(-1) * values[: at + 1]).sum(0)
             x = self._finish_layer(layer, x, mixed.unsqueeze(2), fused)
         return self._head(x[..., 0, :])

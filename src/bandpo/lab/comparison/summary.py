@@ -203,7 +203,9 @@ def _measures(runs: Sequence[Result], k: int) -> Values:
     return {
         f"mean@{k}": [r["after"][f"mean@{k}"] for r in runs],
         f"pass@{k}": [r["after"][f"pass@{k}"] for r in runs],
-        f"best@{k} (official bootstrap)": [best_of_bootstrap(np.array(r["rewards"]), k) for r in runs],
+        f"best@{k} (official bootstrap)": [
+            best_of_bootstrap(np.array(r["rewards"], dtype=np.float64), k) for r in runs
+        ],
         "entropy": [r["after"]["entropy"] for r in runs],
         "speed": [float(np.mean(r["reward"])) for r in runs],
         "rare clipped": [_rare_clipped(r) for r in runs],

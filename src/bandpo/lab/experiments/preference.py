@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,8 +102,8 @@ def concentrability_over_epochs(
                 optimizer.step()
                 if step in epochs:
                     now = logits.detach().log_softmax(-1)
-                    coverage.append(concentrability(now, ref).mean(-1).tolist())
-                    gain.append(((now.exp() - ref.exp()) * reward).sum(-1).mean(-1).tolist())
+                    coverage.append(_floats(concentrability(now, ref).mean(-1)))
+                    gain.append(_floats(((now.exp() - ref.exp()) * reward).sum(-1).mean(-1)))
             out["curves"].append({"objective": name, "beta": beta, "concentrability": coverage, "gain": gain})
     return out
 
@@ -158,7 +158,7 @@ class _Linear:
         self.ref, self.theta = ref, theta
         self.seeds, self.arms = theta.shape
         self.features = torch.eye(self.arms, dtype=torch.float64).unsqueeze(0)
-        norms = theta.norm(dim=-1)
+        norms = cast(Tensor, theta.norm(dim=-1))
         self.beta: float = 1 / norms.mean().item()
         self.radius: float = 2 * norms.max().item()
 
@@ -186,7 +186,7 @@ def _coverage_curves(
         wins, losses = (wins + won, losses + lost) if keep else (won, lost)
         fit = fit_pairs(_differences(arms), wins, losses, beta=problem.beta, radius=problem.radius)
         policy = problem.policy(fit)
-        errors.append((fit - fit.mean(-1, keepdim=True) - problem.theta).norm(dim=-1).tolist())
+        errors.append(_floats((fit - fit.mean(-1, keepdim=True) - problem.theta).norm(dim=-1)))
     return errors, coverages
 
 
@@ -248,7 +248,7 @@ def calibration_by_round(*, seeds: int = 10, rounds: int = 12, pairs: int = 2000
                 [_least_squares(drawn.first[s], drawn.second[s], wanted[s], step) for s in range(seeds)]
             )
             now = u.log_softmax(-1)
-            curve.append((now.exp() * (now - target)).sum(-1).clamp(min=0).tolist())
+            curve.append(_floats((now.exp() * (now - target)).sum(-1).clamp(min=0)))
         out["curves"][name] = curve
     return out
 
@@ -296,6 +296,10 @@ def _at(table: Tensor, prompts: Tensor, actions: Tensor) -> Tensor:
     return table.flatten(-2).gather(-1, prompts * table.shape[-1] + actions)
 
 
+def _floats(x: Tensor) -> list[float]:
+    return cast("list[float]", x.tolist())
+
+
 def _differences(arms: int) -> Tensor:
     """The differences `e_i - e_j` of unit vectors, for every ordered pair of arms: `(arms², arms)`."""
     eye = torch.eye(arms, dtype=torch.float64)
@@ -320,5 +324,5 @@ def _least_squares(first: Tensor, second: Tensor, reward: Tensor, step: float) -
     rows = _differences(arms)
     counts = torch.bincount(first * arms + second, minlength=arms * arms).double().sqrt().unsqueeze(1)
     gap = rows @ reward
-    found: Tensor = torch.linalg.lstsq(step * counts * rows, counts.squeeze(1) * gap, driver="gelsd").solution
-    return found
+    solved = torch.linalg.lstsq(step * counts * rows, counts.squeeze(1) * gap, driver="gelsd")
+    return cast(Tensor, solved.solution)

@@ -1,7 +1,7 @@
 """The figures of the preference experiments, one for each."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -59,7 +59,8 @@ def plot_coverage(found: Result) -> Figure:
             2, len(found["settings"]), figsize=(10, 6), layout="constrained", sharex=True, squeeze=False
         )
         rounds = range(1, found["rounds"] + 1)
-        for column, setting in zip(grid.T, found["settings"], strict=True):
+        columns = cast("list[tuple[Axes, Axes]]", list(grid.T))
+        for column, setting in zip(columns, found["settings"], strict=True):
             for arm, colour, style in (("off-policy", ORANGE, "-"), ("on-policy", BLUE, "-"), ("hybrid", GREEN, "--")):
                 label = {
                     "off-policy": "off-policy, all pairs so far",
@@ -86,12 +87,12 @@ def plot_distillation(found: Result) -> Figure:
         _band(axes, found["n"], found["labels"], ORANGE, "sampled labels (DPO)")
         axes.plot(
             found["n"],
-            [max(np.mean(v), 1e-17) for v in found["distillation"]],
+            [max(_mean(v), 1e-17) for v in found["distillation"]],
             "s-",
             color=BLUE,
             label="probabilities (PD): rounding",
         )
-        first = np.mean(found["labels"][0])
+        first = _mean(found["labels"][0])
         axes.plot(found["n"], [first * found["n"][0] / n for n in found["n"]], ":", color=BLACK, label="1/n")
         axes.set(xscale="log", yscale="log", xlabel="pairs, n", ylabel="KL(π* ‖ π̂), nats", title="What labels cost")
         axes.legend(fontsize=8)
@@ -144,7 +145,7 @@ def plot_reranking(found: Result) -> Figure:
         colours = {"stale": ORANGE, "re-ranked": PINK, "re-ranked, confidence": GREEN, "online": BLUE}
         for i, (name, rows) in enumerate(found["arms"].items()):
             centre = interval(rows["after"], np.mean)
-            tokens = np.mean(rows["tokens"]) / 1000 * (1 + 0.04 * (i - 1))  # side by side where they spent the same
+            tokens = _mean(rows["tokens"]) / 1000 * (1 + 0.04 * (i - 1))  # side by side where they spent the same
             axes.errorbar(
                 tokens,
                 centre[0],
@@ -154,7 +155,7 @@ def plot_reranking(found: Result) -> Figure:
                 capsize=3,
                 label=name,
             )
-        axes.axhline(np.mean(found["arms"]["stale"]["before"]), color=GREY, ls=":", label="before training")
+        axes.axhline(_mean(found["arms"]["stale"]["before"]), color=GREY, ls=":", label="before training")
         axes.set(
             xscale="log",
             xlabel="thousand tokens generated in training",
@@ -184,6 +185,10 @@ def _band(
     centre, low, high = (np.array(v) for v in zip(*(interval(r, np.mean) for r in rows), strict=True))
     axes.plot(list(x), centre, style, color=colour, label=label, marker="o", ms=3)
     axes.fill_between(list(x), low, high, color=colour, alpha=0.15, lw=0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
 
 
 def _plain(axis: Axis, ticks: Sequence[float]) -> None:

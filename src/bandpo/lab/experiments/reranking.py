@@ -2,7 +2,7 @@
 
 import tempfile
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -13,6 +13,9 @@ from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePrefere
 from bandpo.toy.models import build_tokenizer
 
 LENGTH = 8
+"""Letters of a text of the grammar."""
+
+_SAMPLES = 8  # of each prompt, in training and in the evaluation
 ARMS: dict[str, dict[str, Any]] = {
     "stale": {"objective": "dpo", "resample": False},
     "re-ranked": {"objective": "dpo", "resample": False, "labels": "probe"},
@@ -71,43 +74,48 @@ def rerank_against_online(
         "arms": {},
     }
     for name in arms:
-        rows: dict[str, list[float]] = {"before": [], "after": [], "tokens": [], "probe": []}
+        rows: dict[str, list[Any]] = {"before": [], "after": [], "tokens": [], "probe": []}
         for seed in range(seeds):
             train, held_out = _prompts(prompts, seed), _prompts(128, 1000 + seed)
             model = grammar_model(seed, tokenizer)
             rows["before"].append(_measure(model, tokenizer, held_out))
-            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                args = OnlinePreferenceConfig(
-                    folder,
-                    rounds=rounds,
-                    prompts_per_round=prompts,
-                    samples_per_prompt=8,
-                    pairs_per_prompt=4,
-                    seed=seed,
-                    probe_prompts=probe_prompts,
-                    probe_audit=True,
-                    max_completion_length=LENGTH + 1,
-                    generation_batch_size=512,
-                    per_device_train_batch_size=64,
-                    learning_rate=5e-4,
-                    lr_scheduler_type="constant",
-                    use_cpu=True,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    report_to="none",
-                    disable_tqdm=True,
-                    logging_steps=10_000,
-                    **ARMS[name],
-                )
-                trainer = OnlinePreferenceTrainer(model, safety, args, train, tokenizer)
-                history = trainer.train()
-            rows["after"].append(_measure(trainer.model, tokenizer, held_out))
+            options = {"rounds": rounds, "prompts_per_round": prompts, "seed": seed, "probe_prompts": probe_prompts}
+            trained, history = _train(model, tokenizer, train, {**options, **ARMS[name]})
+            rows["after"].append(_measure(trained, tokenizer, held_out))
             rows["tokens"].append(sum(m["generated_tokens"] for m in history))
             if "probe/agrees_with_reward" in history[-1]:
                 rows["probe"].append([m["probe/agrees_with_reward"] for m in history])
         out["arms"][name] = rows
     return out
+
+
+def _train(
+    model: LlamaForCausalLM, tokenizer: Any, prompts: Dataset, options: dict[str, Any]
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The trained model, and the metrics of each round."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = OnlinePreferenceConfig(
+            folder,
+            samples_per_prompt=_SAMPLES,
+            pairs_per_prompt=4,
+            probe_audit=True,
+            max_completion_length=LENGTH + 1,
+            generation_batch_size=512,
+            per_device_train_batch_size=64,
+            learning_rate=5e-4,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=10_000,
+            **options,
+        )
+        trainer = OnlinePreferenceTrainer(model, safety, args, prompts, tokenizer)
+        history = trainer.train()
+    return trainer.model, history
 
 
 def grammar_model(seed: int, tokenizer: Any, steps: int = 300) -> LlamaForCausalLM:
@@ -161,15 +169,17 @@ def grammar_model(seed: int, tokenizer: Any, steps: int = 300) -> LlamaForCausal
 
 
 def _prompts(count: int, seed: int) -> Dataset:
-    letters = torch.randint(26, (count, 3), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = torch.randint(26, (count, 3), generator=torch.Generator().manual_seed(seed))
+    letters = cast("list[list[int]]", drawn.tolist())
     return Dataset.from_list([{"prompt": "".join(chr(97 + i) for i in row) + ":"} for row in letters])
 
 
 def _measure(model: Any, tokenizer: Any, prompts: Dataset) -> float:
     values: list[float] = []
+    texts = cast("list[str]", prompts["prompt"])
     for rows, _, completions in sample_batches(
-        model, tokenizer, prompts["prompt"], samples=8, max_new_tokens=LENGTH + 1, batch_size=1024, seed=7
+        model, tokenizer, texts, samples=_SAMPLES, max_new_tokens=LENGTH + 1, batch_size=1024, seed=7
     ):
-        asked = [prompts["prompt"][i] for i in rows for _ in range(8)]
+        asked = [texts[i] for i in rows for _ in range(_SAMPLES)]
         values += [v or 0.0 for v in safety(asked, tokenizer.batch_decode(completions, skip_special_tokens=True))]
     return sum(values) / len(values)

@@ -8,7 +8,7 @@ description of its contents; which KL it calls forward is inferred from its cons
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -102,10 +102,10 @@ class Problem:
         Returns:
             The optimal value at the start, a 0-d tensor, and the optimal policy `(states, actions)`.
         """
-        values: Tensor = torch.zeros(len(self.mdp.reward), dtype=torch.float64)
+        values = torch.zeros(len(self.mdp.reward), dtype=torch.float64)
         policy = self.reference
         for _ in range(iterations):
-            q: Tensor = self.mdp.reward + self.mdp.discount * self.mdp.transition @ values
+            q = cast(Tensor, self.mdp.reward + self.mdp.discount * self.mdp.transition @ values)
             policy = self._best(q)
             values = (policy * q).sum(-1) - self.strength * self.divergence(policy.log())
         return self.mdp.start @ values, policy
