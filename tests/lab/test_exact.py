@@ -157,3 +157,10 @@ def test_holm_and_best_of_bootstrap():
     one_of_32[0, 0] = 1
     draws = fmean(best_of_bootstrap(one_of_32, 32, seed=s) for s in range(20))
     assert draws == pytest.approx(1 - (31 / 32) ** 32, abs=0.02)  # not 1, as pass@32 would be
+
+
+def test_the_old_place_of_wilson_warns():
+    from bandpo.lab.comparison import exact
+
+    with pytest.warns(FutureWarning, match=r"wilson is now bandpo\.lab\.stats\.wilson"):
+        assert exact.wilson is wilson
