@@ -2,9 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from bandpo.bounds import RatioBounds, outside
 T = TypeVar("T", bound=Callable[..., Tensor])
 
 
-@dataclass(frozen=True)
-class StopRule:
+class StopRule(NamedTuple):
     """The rule of one surrogate, with what it takes besides `(log_ratio, advantages, bounds)`."""
 
     rule: Callable[..., Tensor]
@@ -152,11 +150,13 @@ def _by_autograd(
     leaves = [logprobs] if tracked else [logprobs, log_ratio]
     with torch.enable_grad():
         value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
-        found: list[Tensor] = []
+        slope = torch.zeros_like(logprobs)
         if value.requires_grad:
-            grads = torch.autograd.grad(value.sum(), leaves, retain_graph=tracked, allow_unused=True)
-            found = [gradient for gradient in grads if gradient is not None]
-    stopped = (advantages != 0) & (sum(found, torch.zeros_like(logprobs)) == 0)
+            grads = torch.autograd.grad(
+                value.sum(), leaves, retain_graph=tracked, allow_unused=True, materialize_grads=True
+            )
+            slope = sum(grads, slope)
+    stopped = (advantages != 0) & (slope == 0)
     return value if tracked else value.detach(), stopped
 
 
