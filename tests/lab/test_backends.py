@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bandpo._system.errors import RunError
-from bandpo.lab.backends import WorkError, processes, ray_cluster
+from bandpo.lab.backends import WorkError, full_traceback, processes, ray_cluster
 
 
 def make(item):
@@ -53,6 +53,7 @@ def test_each_failure_stays_where_it_happened(tmp_path):
     assert messages[1] == "its process was killed by SIGKILL, 2 times; with fewer --jobs each has more memory"
     assert messages[5].startswith("its process ended with status 5, 2 times")
     assert messages[2] == "KeyError('mine')" and "in make" in found[2].__notes__[0]
+    assert "in make" in full_traceback(found[2])
     assert messages[3] == "SystemExit(0)"
     assert "pickle" in messages[6]
     assert len(said) == 3 and "its work is tried once more" in said[0]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from bandpo.lab.comparison.plan import (
     ABLATIONS,
     PRESETS,
     Arm,
+    Job,
     Plan,
+    describe,
     jobs_of,
     matched,
     report_arms,
@@ -124,9 +127,16 @@ def test_smoke_preset_end_to_end_and_again(tmp_path):
     assert summary["failures"] == summary["incomplete"] == []
     found = summary["tasks"]["paths"]
     assert set(found["table"]) == {
-        "grpo", "bandpo-kl", "no-clip", "bandpo-kl matched", "bandpo-kl upper", "bandpo-kl lower", "grpo tuned",
-        "bandpo-kl tuned", "no-clip tuned",
-    }  # fmt: skip
+        "grpo",
+        "bandpo-kl",
+        "no-clip",
+        "bandpo-kl matched",
+        "bandpo-kl upper",
+        "bandpo-kl lower",
+        "grpo tuned",
+        "bandpo-kl tuned",
+        "no-clip tuned",
+    }
     for row in found["table"].values():
         assert row["mean@4"]["low"] <= row["mean@4"]["value"] <= row["mean@4"]["high"]
     for difference in found["differences"]["mean@4"].values():
@@ -164,3 +174,20 @@ def test_mistakes_end_with_one_line(arguments, words, capsys, tmp_path):
     error = capsys.readouterr().err
     assert re.search(words, error)
     assert error.count("\n") == 1
+
+
+def test_a_plan_can_be_pickled():
+    plan = PRESETS["smoke"]
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan and describe(again) == describe(plan) and again.setting_of("paths") == plan.setting_of("paths")
+
+
+def test_the_keys_of_results_stay_and_earlier_results_are_found():
+    """Raise `_FORMAT` on purpose only: with another key, hours of runs are made again."""
+    setting = PRESETS["quick"].setting_of("paths")
+    keys = {name: Job(setting, Arm(name), 4e-4, 0, 0).key for name in ("grpo", "bandpo-kl", "cfpo")}
+    assert keys == {
+        "grpo": "e487a6c06e1d93342787",
+        "bandpo-kl": "a0d10ce943033f7cc0da",
+        "cfpo": "7e1e8f18d7ebe6a36eb2",  # not "275a1b6feff257991d3b", whose clip map counted the tokens outside
+    }

@@ -27,6 +27,7 @@ from bandpo import (
     ratio_bounds,
 )
 from bandpo.experimental import clip_cov
+from bandpo.metrics import pass_at_powers
 from bandpo.surrogates import clip, dual_clip, mask
 from bandpo.terms import sequence_log_ratio
 from bandpo.zoo import get_objective
@@ -342,6 +343,10 @@ def test_pass_at_k_against_binomials():
                 want = 1 - math.comb(n - c, k) / math.comb(n, k)
                 assert pass_at_k(n, c, k).item() == pytest.approx(want, abs=1e-12)
     assert pass_at_k(8, torch.tensor([2, 4]), 1).tolist() == pytest.approx([0.25, 0.5])
+    found = pass_at_powers(torch.tensor([2, 1, 3]), torch.tensor([8, 8, 3]), 8)  # the last prompt has no part in pass@4
+    assert found == pytest.approx({"pass@1": (0.25 + 0.125 + 1) / 3, "pass@2": (1 - 15 / 28 + 0.25 + 1) / 3,
+                                   "pass@4": (1 - 15 / 70 + 0.5) / 2, "pass@8": 1.0})  # fmt: skip
+    assert math.isnan(pass_at_powers(torch.tensor([1]), torch.tensor([3]), 4)["pass@4"])
 
 
 def test_objectives_are_read_only_and_found_by_import_path():

@@ -178,18 +178,26 @@ def latest_whole(folders: Iterable[Path], number: Callable[[Path], int], say: Ca
     return None
 
 
-def finite_or_null(value: object) -> Any:
+def finite_or_null(value: object, *, digits: int | None = None) -> Any:
     """A copy of dictionaries and lists in which NaN and infinities are None, as strict JSON requires.
 
+    Args:
+        value: The value, with dictionaries and lists of any depth.
+        digits: Significant digits of the floats; None keeps all.
+
     Examples:
-        >>> finite_or_null({"a": (1, float("inf"))})
-        {'a': [1, None]}
+        >>> finite_or_null({"a": (1, float("inf"), 0.1234)}, digits=2)
+        {'a': [1, None, 0.12]}
     """
     if isinstance(value, dict):
-        return {k: finite_or_null(v) for k, v in cast("dict[object, object]", value).items()}
+        return {k: finite_or_null(v, digits=digits) for k, v in cast("dict[object, object]", value).items()}
     if isinstance(value, list | tuple):
-        return [finite_or_null(v) for v in cast("Iterable[object]", value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [finite_or_null(v, digits=digits) for v in cast("Iterable[object]", value)]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else float(f"{value:.{digits}g}")
 
 
 def _files(folder: Path) -> list[Path]:
