@@ -10,12 +10,7 @@ import pytest
 import yaml
 
 from bandpo.cli import main
-
-
-def bandpo(*arguments, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "bandpo", *arguments], capture_output=True, text=True, check=False, timeout=300, **kwargs
-    )
+from command_line import bandpo
 
 
 def imported_by(code):
