@@ -3,13 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+LOWEST_PYTHON ?= python3.10
+# What `make test-lowest` runs: the core, TRL, the data and the report of training. Whole graphs of torch.compile need a newer
+# torch than 2.6; whole runs, the lab and the pages are left out.
+LOWEST := $(addprefix tests/,property selection preference contract/test_trl.py contract/test_trl_zoo.py \
+	contract/test_trl_held.py contract/test_trl_preference.py $(addprefix unit/test_,accuracy.py bounds.py calibration.py \
+	group_scores.py groups.py left_out.py logprobs.py losses.py masks_everywhere.py pairs.py parts_and_masks.py pooling.py \
+	sequence_advantages.py silent_inputs.py table.py topk.py values.py zoo.py) \
+	$(addprefix unit/test_run.py::test_,datasets_and_rewards_are_checked report_escapes_what_models_write \
+	progress_is_a_bar_on_a_terminal tasks_split_without_leakage_and_score_their_answers))
 
-.PHONY: train test test-verl test-hosts test-browser bench fuzz evidence lint types docs notebook format clean
+.PHONY: train test test-lowest test-verl test-hosts test-hosts-and-verl test-browser bench fuzz evidence lint types docs notebook format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
 
-test: $(VENV)/.installed test-verl test-hosts  ## all tests; those in other hosts' code run first, in processes of their own
+test: $(VENV)/.installed test-hosts-and-verl  ## all tests; those in other hosts' code run first, in processes of their own
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-verl: $(VENV)-verl/.installed
@@ -18,6 +27,14 @@ test-verl: $(VENV)-verl/.installed
 test-hosts: $(VENV)/.installed $(VENV)-verl/.installed  ## our adapters in the hosts' own wheels (HOSTS=skyrl for one; STRICT=1: the records must be fresh)
 	$(BIN)/python tests/hosts/run.py --main $(BIN)/python --verl $(VENV)-verl/bin/python $(addprefix --only ,$(HOSTS))
 	$(if $(STRICT),STRICT=1 $(BIN)/python -m pytest tests/hosts -q -p no:cacheprovider)
+
+# Both cores are busy: verl's contract tests are one job among those of the hosts.
+test-hosts-and-verl: $(VENV)/.installed $(VENV)-verl/.installed
+	$(BIN)/python tests/hosts/run.py --contract-verl --main $(BIN)/python --verl $(VENV)-verl/bin/python
+
+test-lowest: $(VENV)-lowest/.installed  ## the core and TRL with the lowest versions that are accepted; gigabytes the first time
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -o filterwarnings=default \
+		--disable-warnings -k "not compil" $(LOWEST) $(ARGS)
 
 test-browser: $(VENV)/.installed  ## reports and the explorer in a headless Chromium; `make test` skips these where there is none
 	$(BIN)/python -m pytest tests/browser
@@ -52,6 +69,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The lowest torch comes from the registry with its CUDA libraries: there is no smaller build of it for Linux.
+$(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(LOWEST_PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt torch
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[all]' \
+		hypothesis mpmath peft pytest pytest-xdist
+	touch $@
+
 # verl wants an older transformers than TRL; the last line is what its training loop imports beside its own requirements.
 $(VENV)-verl/.installed: pyproject.toml constraints-verl.txt
 	$(PYTHON) -m venv $(VENV)-verl
@@ -68,4 +93,4 @@ notebook: $(VENV)/.docs-installed  ## examples/first_steps.ipynb from examples/f
 	$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext": null}' examples/first_steps.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl .hosts site runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-lowest .hosts site runs .pytest_cache .ruff_cache .hypothesis

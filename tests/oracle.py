@@ -1,8 +1,16 @@
-"""The bounds by high-precision bisection on their definition. Independent of the library: other formula, other numbers."""
+"""The bounds by high-precision bisection on their definition. Independent of the library: other formula, other numbers.
 
+The tests read the bounds from `golden/oracle.csv`; a test computes a random sample of that file again. This makes it anew:
+
+    python tests/oracle.py
+"""
+
+import csv
 import math
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import mpmath as mp
 
@@ -30,6 +38,12 @@ GENERATORS: dict[str, Callable[[Real], Real]] = {
     "JEFFREYS": lambda u: (u - 1) * mp.log(u),
     **{f"ALPHA({a:g})": _alpha(a) for a in (3.0, 2.0, 1.5, 1.001, 0.999, 0.5, 0.3, 0.001, -1.0, -1.5)},
 }
+DIGITS = 30
+"""Significant digits of the values in the golden file."""
+
+GOLDEN = Path(__file__).parent / "golden" / "oracle.csv"
+LOGPS = (-80.0, -40.5, -12.3, -5.0, -2.0, -0.7, -0.3, -0.01, -1e-4, -1e-8, -1e-12)
+RADII = (1e-6, 1e-3, 0.05, 0.7, 10.0)
 _INFINITE_AT_ZERO = {"KL", "NEYMAN", "JEFFREYS", "ALPHA(-1)", "ALPHA(-1.5)"}
 
 
@@ -65,8 +79,44 @@ def is_log_bound(name: str, logp: float, radius: float, bound: float, tolerance:
     )
 
 
+def as_float32(value: float) -> float:
+    """The nearest float32 number: what the library is given in float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+SINGLE_POINTS = (
+    *(("JEFFREYS", as_float32(logp), 0.3) for logp in (-1e-30, -3e-38)),
+    *((name, -0.7, 1e-12) for name in ("KL", "REVERSE_KL", "JS", "HELLINGER")),
+    *((name, -3.0, 1e-12) for name in ("ALPHA(1.5)", "ALPHA(0.3)")),
+    *(("HELLINGER", -3.5e-8, radius) for radius in (1e-3, 0.05)),
+)
+"""Points of the golden file beside the grid: nearly certain tokens and tiny radii."""
+
+
+def points() -> Iterator[tuple[str, float, float]]:
+    """Every `(name, log p, radius)` of the golden file, each once."""
+    logps = dict.fromkeys((*LOGPS, *map(as_float32, LOGPS)))
+    yield from ((name, logp, radius) for name in GENERATORS for radius in RADII for logp in logps)
+    yield from SINGLE_POINTS
+
+
+@cache
+def golden() -> dict[tuple[str, float, float], tuple[str, str]]:
+    """The golden file: `(log lower, log upper)` as text for each `(name, log p, radius)`."""
+    with GOLDEN.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return {(name, float(logp), float(radius)): (lower, upper) for name, logp, radius, lower, upper in rows}
+
+
 @cache
 def log_bounds(name: str, logp: float, radius: float) -> tuple[Real, Real]:
+    """`(log lower, log upper)` to `DIGITS` digits, from the golden file."""
+    lower, upper = golden()[name, logp, radius]
+    with mp.workdps(2 * DIGITS):
+        return mp.mpf(lower), mp.mpf(upper)
+
+
+def compute_log_bounds(name: str, logp: float, radius: float) -> tuple[Real, Real]:
     """`(log lower, log upper)`, right to more than 50 digits."""
     f = GENERATORS[name]
     with mp.workdps(140):  # f(1 ± 1e-35) loses 70 digits
@@ -98,3 +148,23 @@ def _last(inside: Callable[[Real], bool]) -> Real:
         else:
             high = middle
     return mp.e**low
+
+
+def as_text(value: Real) -> str:
+    """A value as it is written in the golden file."""
+    with mp.workdps(2 * DIGITS):
+        return mp.nstr(value, DIGITS, strip_zeros=False)
+
+
+def write_golden() -> None:
+    """Compute the golden file anew; takes about a minute."""
+    with GOLDEN.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("divergence", "log p", "radius", "log lower", "log upper"))
+        for name, logp, radius in points():
+            bounds = compute_log_bounds(name, logp, radius)
+            writer.writerow((name, repr(logp), repr(radius), *map(as_text, bounds)))
+
+
+if __name__ == "__main__":
+    write_golden()

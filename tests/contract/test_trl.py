@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -235,7 +236,8 @@ def test_warns_when_the_region_can_never_bind(make_model, tokenizer, prompts, tm
             steps_per_generation=None,
             gradient_accumulation_steps=1,
         )
-    with pytest.warns() as seen:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         band_trainer(tmp_path, make_model, tokenizer, prompts)
     assert not [w for w in seen if "never bind" in str(w.message)]
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import tomllib
@@ -51,19 +52,31 @@ def run(wheel, options):
     return name, found.returncode, found.stdout + (found.stderr if found.returncode else "")
 
 
+def run_contract_verl(options):
+    """The outcome of the contract tests with verl, in its own environment; `make test-verl` runs them alone."""
+    command = [options.verl, "-m", "pytest", HERE.parent / "contract_verl", "-q", "-p", "no:cacheprovider",
+               "-o", "filterwarnings=default", *options.pytest]  # fmt: skip
+    found = subprocess.run(command, capture_output=True, text=True)
+    return "verl (contract)", found.returncode, found.stdout + (found.stderr if found.returncode else "")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="a host; may be repeated")
     parser.add_argument("--into", type=Path, default=Path(".hosts"))
     parser.add_argument("--main", default=sys.executable)
     parser.add_argument("--verl", default=".venv-verl/bin/python")
+    parser.add_argument("--contract-verl", action="store_true", help="run tests/contract_verl beside the hosts' tests")
     options, options.pytest = parser.parse_known_args()
     options.into = options.into.resolve()
     wheels = tomllib.loads((HERE / "wheels.toml").read_text())["wheel"]
     wheels = [w for w in wheels if not options.only or w["host"] in options.only]
+    jobs = [partial(run, wheel, options) for wheel in wheels]
+    if options.contract_verl:
+        jobs.insert(0, partial(run_contract_verl, options))  # the longest of all comes first
     failed = []
     with ThreadPoolExecutor(2) as pool:
-        for name, code, text in pool.map(lambda w: run(w, options), wheels):
+        for name, code, text in pool.map(lambda job: job(), jobs):
             print(f"{name}: {'FAILED' if code else text.strip().splitlines()[-1]}", flush=True)
             if code:
                 print(text)

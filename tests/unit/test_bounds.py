@@ -1,6 +1,7 @@
 """The operator against a 50-digit oracle, its published constants, and its contract."""
 
 import math
+import random
 
 import mpmath as mp
 import pytest
@@ -29,8 +30,7 @@ from bandpo.divergences import DIVERGENCES, binary_divergence
 ALPHAS = [alpha(a) for a in (3.0, 2.0, 1.5, 1.001, 0.999, 0.5, 0.3, 0.001, -1.0, -1.5)]
 ALL = [*DIVERGENCES.values(), *ALPHAS]
 NAMED = pytest.mark.parametrize("divergence", ALL, ids=lambda d: d.name)
-LOGPS = [-80.0, -40.5, -12.3, -5.0, -2.0, -0.7, -0.3, -0.01, -1e-4, -1e-8, -1e-12]
-RADII = [1e-6, 1e-3, 0.05, 0.7, 10.0]
+LOGPS, RADII = oracle.LOGPS, oracle.RADII
 SIDES = ("lower", "upper")
 
 
@@ -41,6 +41,19 @@ def both(divergence, logps, radius, dtype, **kwargs):
 
 def exact(name, logp, radius):
     return dict(zip(SIDES, oracle.log_bounds(name, logp, radius), strict=True))
+
+
+def test_the_golden_file_has_every_point_of_the_oracle_and_no_other():
+    points = list(oracle.points())
+    assert len(points) == len(set(points)) == 19 * 5 * 18 + 10
+    assert oracle.golden().keys() == set(points)
+
+
+def test_a_random_sample_of_the_golden_file_computed_anew_is_the_same_to_the_last_digit():
+    seed = random.SystemRandom().randrange(2**32)
+    for point in random.Random(seed).sample(list(oracle.points()), 24):
+        found = tuple(map(oracle.as_text, oracle.compute_log_bounds(*point)))
+        assert found == oracle.golden()[point], f"point {point} of seed {seed}"
 
 
 @NAMED

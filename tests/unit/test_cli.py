@@ -14,12 +14,7 @@ import yaml
 
 import bandpo as package
 from bandpo.cli import COMMANDS, _parser, main
-
-
-def bandpo(*arguments, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "bandpo", *arguments], capture_output=True, text=True, check=False, timeout=300, **kwargs
-    )
+from command_line import bandpo
 
 
 def imported_by(code):

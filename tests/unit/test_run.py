@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from command_line import bandpo
+from command_line import bandpo, warm_bandpo
 
 SMALL = [
     "--max_steps", "8", "--per_device_train_batch_size", "16", "--num_generations", "4", "--warm_up_steps", "100",
@@ -33,7 +33,7 @@ def cache(tmp_path_factory, monkeypatch):
     ],
 )
 def test_any_region_trains_and_has_a_report(name, options, tmp_path):
-    result = bandpo("train", "--objective", name, *options, *SMALL, cwd=tmp_path)
+    result = warm_bandpo("train", "--objective", name, *options, *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert name in (folder / "report.html").read_text()
@@ -48,7 +48,7 @@ def test_any_region_trains_and_has_a_report(name, options, tmp_path):
 def test_train_leaves_everything_it_promises(task, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = bandpo("train", "--task", task, *SMALL, cwd=tmp_path)
+    result = warm_bandpo("train", "--task", task, *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == f"bandpo-kl-{task}-seed0"
@@ -77,7 +77,7 @@ def test_train_leaves_everything_it_promises(task, tmp_path):
     assert not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|<script""", page)  # nothing is fetched, nothing runs
     AutoModelForCausalLM.from_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(folder / "model")
-    scored = bandpo(
+    scored = warm_bandpo(
         "evaluate",
         str(folder / "model"),
         "--task",
@@ -94,14 +94,14 @@ def test_train_leaves_everything_it_promises(task, tmp_path):
     # the same prompts, the same seed: the very numbers of the run
     assert json.loads((tmp_path / "e.json").read_text())["mean@4"] == evaluation["after"]["mean@4"]
     # a second run goes beside the first, and into its folder only to resume
-    assert bandpo("train", "--task", task, "--output_dir", str(folder), *SMALL, cwd=tmp_path).returncode == 2
+    assert warm_bandpo("train", "--task", task, "--output_dir", str(folder), *SMALL, cwd=tmp_path).returncode == 2
 
 
 @pytest.mark.usefixtures("cache")
 def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
-    first = bandpo("train", *SMALL, "--output_dir", "a", cwd=tmp_path)
+    first = bandpo("train", *SMALL, "--output_dir", "a", cwd=tmp_path)  # a new process; the others are forks
     assert first.returncode == 0, first.stderr
-    again = bandpo("train", "--config", "a/config.yaml", "--output_dir", "b", cwd=tmp_path)
+    again = warm_bandpo("train", "--config", "a/config.yaml", "--output_dir", "b", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
@@ -113,7 +113,7 @@ def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
     # step 3 falls inside a rollout's four optimisation steps, and between two logs: resumed from there, the run ends as it did
     options = [*SMALL, "--output_dir", "c", "--save_total_limit", "5"]
     for resume in ([], ["--resume_from_checkpoint", "c/checkpoint-3"]):
-        result = bandpo("train", *options, *resume, cwd=tmp_path)
+        result = warm_bandpo("train", *options, *resume, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "c" / "model" / "model.safetensors").read_bytes() == weights[0]
     assert (tmp_path / "c" / "metrics.jsonl").read_bytes() == numbers[0]
@@ -140,7 +140,7 @@ def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
         "bf16: false\ngradient_checkpointing: false\nreport_to: none\neval_prompts: 8\neval_samples: 2\nlora_rank: 2\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = bandpo("train", "--config", "run.yaml", "--output_dir", "out", cwd=tmp_path, env=environment)
+    result = warm_bandpo("train", "--config", "run.yaml", "--output_dir", "out", cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "model" / "adapter_model.safetensors").exists()
     assert (tmp_path / "out" / "report.html").exists()
@@ -238,7 +238,7 @@ def test_report_escapes_what_models_write(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_main_job_learns(seed, tmp_path):
     """`bandpo train` as `make train` runs it: held-out mean@8 rises by at least 0.10, for each of three seeds."""
-    result = bandpo("train", "--seed", str(seed), "--output_dir", "run", cwd=tmp_path)
+    result = warm_bandpo("train", "--seed", str(seed), "--output_dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert evaluation["after"]["mean@8"] >= evaluation["before"]["mean@8"] + 0.10
@@ -273,8 +273,8 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
 
 @pytest.mark.usefixtures("cache")
 def test_a_mistake_in_the_data_leaves_no_folder_behind(tmp_path):
-    result = bandpo("train", "--task", "chain_sum", "--reward", "nowhere:f", "--use_cpu", "true", "--bf16", "false", *SMALL,
-                    "--output_dir", "out", cwd=tmp_path)  # fmt: skip
+    options = ["--task", "chain_sum", "--reward", "nowhere:f", "--use_cpu", "true", "--bf16", "false", *SMALL]
+    result = warm_bandpo("train", *options, "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 2
     assert "could not be imported" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -282,7 +282,7 @@ def test_a_mistake_in_the_data_leaves_no_folder_behind(tmp_path):
 
 @pytest.mark.usefixtures("cache")
 def test_kl_to_the_warmed_up_model(tmp_path):
-    result = bandpo("train", *SMALL, "--beta", "0.05", "--delta", "10", "--output_dir", "out", cwd=tmp_path)
+    result = warm_bandpo("train", *SMALL, "--beta", "0.05", "--delta", "10", "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["kl"] > 0

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from command_line import bandpo
+from command_line import warm_bandpo
 
 SMALL = [
     "--rounds", "2", "--prompts_per_round", "24", "--samples_per_prompt", "8", "--warm_up_steps", "100", "--eval_prompts", "6",
@@ -24,7 +24,7 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize("method", ["chipo", "online-dpo", "rdrc", "rbrm"])
 def test_each_method_trains_and_leaves_the_same_things(method, tmp_path):
     extra = ["--probe_prompts", "20"] if method == "rbrm" else []
-    result = bandpo("train", "--method", method, *SMALL, *extra, cwd=tmp_path)
+    result = warm_bandpo("train", "--method", method, *SMALL, *extra, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / f"{method}-countdown-seed0"
     found = {p.name for p in folder.iterdir()}
@@ -40,14 +40,14 @@ def test_each_method_trains_and_leaves_the_same_things(method, tmp_path):
 
 @pytest.mark.usefixtures("cache")
 def test_config_repeats_a_run_and_an_interrupted_one_goes_on(tmp_path):
-    whole = bandpo("train", "--method", "pdfr", *SMALL, "--output_dir", "whole", cwd=tmp_path)
+    whole = warm_bandpo("train", "--method", "pdfr", *SMALL, "--output_dir", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    again = bandpo("train", "--config", "whole/config.yaml", "--output_dir", "again", cwd=tmp_path)
+    again = warm_bandpo("train", "--config", "whole/config.yaml", "--output_dir", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    first = bandpo("train", "--config", "whole/config.yaml", "--rounds", "1", "--output_dir", "part", cwd=tmp_path)
+    first = warm_bandpo("train", "--config", "whole/config.yaml", "--rounds", "1", "--output_dir", "part", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     resume = ["--output_dir", "part", "--resume_from_checkpoint", "latest"]
-    rest = bandpo("train", "--config", "whole/config.yaml", *resume, cwd=tmp_path)
+    rest = warm_bandpo("train", "--config", "whole/config.yaml", *resume, cwd=tmp_path)
     assert rest.returncode == 0, rest.stderr
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "again", "part")]
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "again", "part")]
@@ -64,7 +64,7 @@ def test_pairs_of_your_own(extra, tmp_path):
         for b in range(1, 5)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    result = bandpo(
+    result = warm_bandpo(
         "train", "--method", "chipo", "--pairs", "pairs.jsonl", "--logging_steps", "1", *extra, *SMALL, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
@@ -80,10 +80,10 @@ def test_a_run_on_pairs_goes_on_from_its_checkpoint(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     common = ["train", "--method", "dpo", "--pairs", "pairs.jsonl", "--max_steps", "4", "--save_steps", "2", *SMALL]
     for name in ("whole", "part"):
-        assert bandpo(*common, "--output_dir", name, cwd=tmp_path).returncode == 0
+        assert warm_bandpo(*common, "--output_dir", name, cwd=tmp_path).returncode == 0
     shutil.rmtree(tmp_path / "part/checkpoint-4")
     shutil.rmtree(tmp_path / "part/model")
-    resumed = bandpo(*common, "--output_dir", "part", "--resume_from_checkpoint", "latest", cwd=tmp_path)
+    resumed = warm_bandpo(*common, "--output_dir", "part", "--resume_from_checkpoint", "latest", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "part")]
     assert weights[0] == weights[1]
@@ -103,7 +103,7 @@ def test_a_run_on_pairs_goes_on_from_its_checkpoint(tmp_path):
     ],
 )  # fmt: skip
 def test_mistakes_are_named(arguments, message, tmp_path):
-    result = bandpo("train", *arguments, *SMALL, cwd=tmp_path)
+    result = warm_bandpo("train", *arguments, *SMALL, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
