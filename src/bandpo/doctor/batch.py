@@ -215,7 +215,9 @@ def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective
         if objective.bounds_inputs or objective.ratio_level != "token":
             continue
         rows.append(f"{objective.name:<14} {outside_fraction(objective.bounds, tokens):.4f}")
-    return Finding("clip fraction", "note", "share of the tokens outside each region, on the side that A pushes to", details=tuple(rows))
+    return Finding(
+        "clip fraction", "note", "share of the tokens outside each region where A pushes", details=tuple(rows)
+    )
 
 
 def _radii(tokens: Mapping[str, Tensor], target: float) -> Finding:
