@@ -201,7 +201,7 @@ def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
 def _plain(finding: Finding) -> dict[str, Any]:
     """A finding for JSON, with the same texts as on a terminal."""
     return {
-        name: [_shown(row) for row in value] if isinstance(value, list | tuple) else _shown(str(value))
+        name: [_shown(row) for row in finding.details] if name == "details" else _shown(str(value))
         for name, value in asdict(finding).items()
     }
 

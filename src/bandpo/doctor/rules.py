@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
@@ -214,7 +215,7 @@ def interval(s: Setup) -> Finding | None:
         return Finding("interval", "note", f"the region of {s.objective.name} depends on more than p: no table")
     lower, upper = table
     rows = [f"{'p':>7}  {'lower':>8}  {'upper':>9}  as a clip (below, above)   set by (below, above)"]
-    edges: tuple[list[float], list[float]] = (lower.tolist(), upper.tolist())
+    edges = [cast("list[float]", side.tolist()) for side in (lower, upper)]
     for p, low, high in zip(PROBABILITIES, *edges, strict=True):
         rows.append(
             f"{p:>7g}  {low:>8.4f}  {high:>9.4f}  {1 - low:>8.4f}, {high - 1:<9.4f}      "

@@ -409,7 +409,7 @@ def is_broken(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A value of a log as a number, None if it is none; strict JSON contains NaN and infinities as text."""
+    """A value of a log as a number, None for other values; strict JSON contains NaN and infinities as text."""
     if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):

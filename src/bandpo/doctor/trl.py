@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 from transformers.utils import logging as hosts_logging
-from trl import GRPOConfig, ModelConfig, ScriptArguments
+from trl import GRPOConfig, ModelConfig, ScriptArguments  # pyright: ignore[reportPrivateImportUsage]
 
 from bandpo._system.bounded import parse_json, read_regular
 from bandpo.bounds import Clip

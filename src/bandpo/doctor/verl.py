@@ -296,9 +296,10 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
     if isinstance(entry, str):
         _leave_out(settings, f"{entry} is not read, and what it sets is not known")
         return {}
-    if not isinstance(entry, Mapping) or len(cast("Mapping[Any, Any]", entry)) != 1:
-        raise ValueError(f"defaults: {short(entry)} is neither a name nor a pair group: name")
-    [(key, value)] = cast("Mapping[Any, Any]", entry).items()
+    pairs = [*cast("Mapping[Any, Any]", entry).items()] if isinstance(entry, Mapping) else []
+    if len(pairs) != 1:
+        raise ValueError(f"defaults: {short(cast('object', entry))} is neither a name nor a pair group: name")
+    [(key, value)] = pairs
     group = str(key).removeprefix("override ").removeprefix("optional ")
     name = str(chosen.get(group, value))
     if group.startswith("hydra/"):  # options of Hydra itself, not of the run

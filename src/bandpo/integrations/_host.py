@@ -5,7 +5,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def options_of_environment(host: str) -> dict[str, Any]:
         ) from error
     if not isinstance(given, dict):
         raise ValueError(f'{ENVIRONMENT}={text!r} must be a JSON object such as {{"objective": "bandpo-kl"}}')
-    return given
+    return cast("dict[str, Any]", given)
 
 
 def refuse_ignored(host: str, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -155,7 +155,8 @@ def evaluate(
         advantages=advantages,
         mask=valid,
     )
-    if terms.stopped is None:
+    stopped = terms.stopped
+    if stopped is None:
         raise TypeError(
             f"objective {objective.name!r}: in a compiled loss it is not known which tokens the surrogate takes the gradient "
             "from; mark the surrogate with bandpo.surrogates.stops"
@@ -166,7 +167,7 @@ def evaluate(
         terms = terms._replace(value=value, nonfinite=terms.nonfinite | (valid & ~finite))
     log_ratio = fill(terms.log_ratio.detach().expand(valid.shape), valid)
     used = valid & ~terms.nonfinite
-    return Evaluated(terms.value, mean_proof(policy_sums(terms)), log_ratio, terms.stopped & used, used)
+    return Evaluated(terms.value, mean_proof(policy_sums(terms)), log_ratio, stopped & used, used)
 
 
 @functools.lru_cache(maxsize=64)
@@ -186,8 +187,15 @@ def proportional(objective: Objective) -> bool:
     advantages = torch.tensor([1.5, -0.5], dtype=torch.float64).repeat(6).expand(2, 12)
 
     def value(scale: float) -> Tensor:
-        given = {"logprobs": new, "old_logprobs": old, "rollout_logprobs": old, "mask": torch.ones_like(old)}
-        return token_objective(objective, advantages=scale * advantages, **given).value / scale
+        terms = token_objective(
+            objective,
+            logprobs=new,
+            old_logprobs=old,
+            rollout_logprobs=old,
+            advantages=scale * advantages,
+            mask=torch.ones_like(old),
+        )
+        return terms.value / scale
 
     return torch.allclose(value(1.0), value(2.0**-10), rtol=1e-9, atol=1e-12)
 

@@ -1,6 +1,7 @@
 """Metrics in a form that stays correct in hosts that take a plain mean over micro-batches and ranks."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,5 +48,7 @@ def as_floats(metrics: Mapping[str, Tensor], prefix: str = "") -> dict[str, floa
         metrics: 0-d tensors by name.
         prefix: Text to put before each name.
     """
-    values = torch.stack([x.float() for x in metrics.values()]).tolist() if metrics else []
+    values: list[float] = []
+    if metrics:
+        values = cast("list[float]", torch.stack([x.float() for x in metrics.values()]).tolist())
     return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}

@@ -59,8 +59,7 @@ def carry_to_ray_workers(hook: str) -> None:
     Raises:
         RuntimeError: If Ray is running already (its workers could not be reached), or the host has a setup hook of its own.
     """
-    import ray
-
+    ray: Any = importlib.import_module("ray")
     if ray.is_initialized():
         raise RuntimeError(
             "Ray is initialised already, so bandpo's loss would not reach its workers; start it before ray.init"

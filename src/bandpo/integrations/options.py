@@ -103,12 +103,12 @@ def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
         >>> parse_options({"radius": "1e-3", "relax": "False", "max_ratio": None})
         {'radius': 0.001, 'relax': False}
     """
-    kinds = {f.name: get_args(f.type) or (f.type,) for f in dataclasses.fields(RegionOptions)}
+    kinds: dict[str, type] = {f.name: (*get_args(f.type), f.type)[0] for f in dataclasses.fields(RegionOptions)}
     if unknown := set(options) - set(kinds):
         raise ValueError(
             f"unknown options {', '.join(sorted(unknown))}; choose from objective, {', '.join(sorted(OPTIONS))}"
         )
-    return {name: _parsed(name, kinds[name][0], value) for name, value in options.items() if value is not None}
+    return {name: _parsed(name, kinds[name], value) for name, value in options.items() if value is not None}
 
 
 def parse_flag(name: str, value: object) -> bool:
