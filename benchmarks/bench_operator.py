@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
-from bandpo import DIVERGENCES, KL, alpha, in_band, ratio_bounds
+from bandpo import KL, alpha, in_band, ratio_bounds
 from bandpo.bounds.table import _build, table_for
+from bandpo.divergences import DIVERGENCES
 from bisection import bisection_bounds
 
 RADIUS = 0.05

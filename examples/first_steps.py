@@ -8,18 +8,8 @@
 # %%
 import torch
 
-from bandpo import (
-    KL,
-    Band,
-    Clip,
-    FDivergence,
-    Objective,
-    clip_fraction,
-    match_radius,
-    policy_loss,
-    radius_for,
-    ratio_bounds,
-)
+from bandpo import KL, Band, Clip, FDivergence, Objective, match_radius, policy_loss, radius_for, ratio_bounds
+from bandpo.bounds import outside_fraction
 from bandpo.plots import plot_families
 from bandpo.testing import check_divergence
 
@@ -75,10 +65,10 @@ tokens = {
     "old_logprobs": old,
     "advantages": batch["advantages"].unsqueeze(1),
 }
-matched = match_radius("kl", like=Clip(0.2), by="clip_fraction", batch=tokens)
+matched = match_radius("kl", like=Clip(0.2), by="outside_fraction", batch=tokens)
 wanted = radius_for("kl", 0.02, tokens)
 print(f"as many tokens as a clip of 0.2: radius {matched:.4f}; 2% of them: {wanted:.4f}")
-print(f"check: {clip_fraction(Band(KL, wanted, max_ratio=None), tokens):.4f}")
+print(f"check: {outside_fraction(Band(KL, wanted, max_ratio=None), tokens):.4f}")
 
 # %%
 figure = plot_families({"radius as the clip": Band(KL, matched), "radius for 2%": Band(KL, wanted)})

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from bandpo import policy_loss
-from bandpo.surrogates.sequence import clip_cov
+from bandpo.experimental import clip_cov
 from bandpo.zoo import get_objective
 
 B, T, K = 6, 9, 4

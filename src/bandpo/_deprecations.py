@@ -1,11 +1,14 @@
 """Names that have moved. An old name works until a named release, with one warning; after it, an error names the new one."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LAST = "0.2"
 """The last minor release in which the old names below work."""
@@ -51,6 +54,8 @@ NAMES: dict[str, str] = {
     "DIVERGENCES": "divergences.DIVERGENCES",
     "TokenLogprobs": "logprobs.TokenLogprobs",
     "binary_divergence": "divergences.binary_divergence",
+    "clip_fraction": "bounds.outside_fraction",
+    "compile": "losses.compiled",
     "gradient_weight": "terms.gradient_weight",
     "sequence_log_ratio": "terms.sequence_log_ratio",
 }
@@ -88,12 +93,48 @@ def warn_moved(old: str, new: str, *, last: str = LAST, version: str | None = No
     warnings.warn(f"{old} is now {new}; the old name works up to bandpo {last}.*", FutureWarning, stacklevel=stacklevel)
 
 
+def moved_within(module: str, names: dict[str, str]) -> Callable[[str], object]:
+    """A module's `__getattr__` for names that have moved out of it.
+
+    Args:
+        module: `__name__` of the module.
+        names: Old name to new module and name, without `bandpo.`.
+
+    Examples:
+        >>> from bandpo import bounds
+        >>> bounds.Elastic  # doctest: +SKIP
+        FutureWarning: bandpo.bounds.Elastic is now bandpo.experimental.Elastic; the old name works up to bandpo 0.2.*
+    """
+
+    def find(name: str) -> object:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_moved(f"{module}.{name}", f"bandpo.{names[name]}")
+        home, _, attribute = names[name].rpartition(".")
+        return getattr(import_module(f"bandpo.{home}"), attribute)
+
+    return find
+
+
+def needs(*names: str) -> Callable[[T], T]:
+    """The old mark of a component's inputs, without effect: keyword-only parameters without a default are the inputs.
+
+    Args:
+        *names: Not used.
+    """
+    del names
+    warn_moved("@needs(...)", "a keyword-only parameter without a default, and no mark")
+    return lambda component: component
+
+
 def moved_name(name: str) -> object:
     """What an old name of the package `bandpo` stands for.
 
     Raises:
         AttributeError: If there never was such a name.
     """
+    if name == "needs":
+        return needs
     if name in NAMES:
         module, _, attribute = NAMES[name].rpartition(".")
         warn_moved(f"bandpo.{name}", f"bandpo.{NAMES[name]}", stacklevel=4)

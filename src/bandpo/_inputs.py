@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-# `policy_loss` has these for every objective; every other name is an extra that the caller passes.
+from bandpo._deprecations import needs as needs
+
 PROVIDED = ("logprobs", "old_logprobs", "log_ratio", "advantages", "mask")
+"""Inputs that `policy_loss` has for every objective; any other name that a component asks for is an extra."""
 
 Trait = Literal["of_batch", "membership", "without_advantage"]
 
@@ -18,29 +20,6 @@ LOWEST_LOGPROB = -1e9
 """A log-prob below it counts as -inf: the lowest number of a dtype means "impossible" in many models."""
 
 T = TypeVar("T", bound=Callable[..., Any])
-
-
-def needs(*names: str) -> Callable[[T], T]:
-    """Mark a surrogate (function) or bounds (class or function) as taking these keyword arguments as well.
-
-    `mask` says which tokens are used: valid ones whose numbers are finite. `logprobs`, `old_logprobs`, `log_ratio` and
-    `advantages` are those of the batch, 0 elsewhere; `advantages` are a column (one for each sequence) or per token. Any
-    other name becomes an extra of the objective.
-
-    Examples:
-        >>> @needs("old_logprobs")
-        ... def surrogate(log_ratio, advantages, bounds, *, old_logprobs):
-        ...     return log_ratio.exp() * advantages * (old_logprobs > -5)
-        >>> from bandpo import Objective, Clip
-        >>> Objective(bounds=Clip(), surrogate=surrogate).surrogate_inputs
-        ('old_logprobs',)
-    """
-
-    def mark(component: T) -> T:
-        component.needs = names  # type: ignore[attr-defined]
-        return component
-
-    return mark
 
 
 def traits(*names: Trait) -> Callable[[T], T]:
@@ -52,6 +31,9 @@ def traits(*names: Trait) -> Callable[[T], T]:
     * `without_advantage`: it has a gradient where the advantage is 0, such as that of a penalty.
 
     An objective finds the marks through `functools.partial`, `functools.wraps` and the fields of a dataclass.
+
+    Args:
+        *names: Any of the three.
 
     Raises:
         ValueError: If a name is unknown.
@@ -76,10 +58,27 @@ def traits(*names: Trait) -> Callable[[T], T]:
 
 
 def inputs_of(component: Callable[..., Any]) -> tuple[str, ...]:
-    """The names given to `needs`, also through `functools.partial`."""
-    while isinstance(component, partial):
-        component = component.func
-    return tuple(getattr(component, "needs", ()))
+    """The inputs that a component asks for: its keyword-only parameters without a default, also through `functools.partial`.
+
+    Args:
+        component: Bounds, a surrogate, or a rule of `bandpo.surrogates.stops`.
+
+    Examples:
+        >>> def surrogate(log_ratio, advantages, bounds, c=3.0, *, old_logprobs, bonus, share=0.5): ...
+        >>> inputs_of(surrogate), inputs_of(partial(surrogate, bonus=1.0))
+        (('old_logprobs', 'bonus'), ('old_logprobs',))
+    """
+    parameters = _parameters(component) or []
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+
+
+def _parameters(component: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    if isinstance(component, torch.nn.Module):  # its __call__ takes anything
+        component = component.forward
+    try:
+        return list(inspect.signature(component).parameters.values())
+    except (TypeError, ValueError):  # written in C: nothing is known of it
+        return None
 
 
 def traits_of(component: object) -> tuple[str, ...]:
@@ -104,7 +103,7 @@ def _parts(component: object, seen: set[int]) -> Iterator[object]:
 
 
 def check_component(role: str, component: object, arguments: tuple[str, ...]) -> None:
-    """A bounds object or surrogate must be callable with its fixed arguments and with what it `needs`, and nothing else.
+    """A bounds object or surrogate must be callable with its fixed arguments, and ask for the rest by keyword alone.
 
     Args:
         role: What it is, for the message.
@@ -116,28 +115,18 @@ def check_component(role: str, component: object, arguments: tuple[str, ...]) ->
     """
     if not callable(component):
         raise TypeError(f"Objective: {role} must be callable, got {component!r}")
-    try:
-        parameters = list(inspect.signature(component).parameters.values())
-    except (TypeError, ValueError):  # written in C: nothing is known of it
+    parameters = _parameters(component)
+    if parameters is None:
         return
-    kinds = {p.kind for p in parameters}
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(by_place) < len(arguments) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+    if len(by_place) < len(arguments) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise TypeError(f"Objective: {role} {_name(component)} must take ({', '.join(arguments)})")
-    named = [*by_place[len(arguments) :], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
-    asked = inputs_of(component)
-    missing = [p.name for p in named if p.default is p.empty and p.name not in asked]
-    if missing:
-        listed = ", ".join(map(repr, missing))
+    more = [p.name for p in by_place[len(arguments) :] if p.default is p.empty]
+    if more:
+        listed = ", ".join(more)
         raise TypeError(
-            f"Objective: {role} {_name(component)} takes {', '.join(missing)} but does not ask for it: mark it with "
-            f"@needs({listed}) (from bandpo import needs)"
-        )
-    unknown = [name for name in asked if name not in {p.name for p in named}]
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise TypeError(
-            f"Objective: {role} {_name(component)} is marked with @needs({', '.join(map(repr, asked))}) but has no parameter "
-            f"{', '.join(unknown)}"
+            f"Objective: {role} {_name(component)} is called with ({', '.join(arguments)}), and takes {listed} as well: make "
+            f"further inputs keyword-only, {_name(component)}({', '.join(arguments)}, *, {listed}), or give them a default"
         )
 
 

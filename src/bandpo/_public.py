@@ -28,6 +28,7 @@ from bandpo.metrics import approx_kl as approx_kl
 from bandpo.metrics import pass_at_k as pass_at_k
 from bandpo.metrics import policy_metrics as policy_metrics
 from bandpo.objective import Objective as Objective
+from bandpo.surrogates import traits as traits
 from bandpo.terms import TokenObjective as TokenObjective
 from bandpo.terms import token_objective as token_objective
 from bandpo.zoo import OBJECTIVES as OBJECTIVES

@@ -7,6 +7,7 @@ from typing import ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from bandpo._deprecations import moved_within
 from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor, fill, is_logprob
 from bandpo.metrics import approx_kl, masked_mean, policy_metrics
 from bandpo.objective import Aggregation, Objective
@@ -15,6 +16,8 @@ from bandpo.zoo import get_objective
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+__getattr__ = moved_within(__name__, {"compile": "losses.compiled"})
 
 
 def policy_loss(
@@ -116,11 +119,8 @@ def policy_loss(
     )  # fmt: skip
     usable = usable & ~terms.nonfinite
     loss = -reduce(terms.value)
-    report = policy_metrics(
-        log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
-        bounds=terms.bounds, bounds_of=objective.bounds, entropy=entropy, weights=terms.weights,
-        nonfinite=valid & ~usable,
-    )  # fmt: skip
+    # The loss leaves out more tokens than the objective does: those without a weight or a reference.
+    report = policy_metrics(terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy)
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
         known = usable & is_logprob(ref_logprobs)
@@ -131,7 +131,7 @@ def policy_loss(
     return loss, report
 
 
-def compile(
+def compiled(
     function: Callable[P, R] = policy_loss,
     *,
     dynamic: bool | None = True,
@@ -154,7 +154,7 @@ def compile(
         A function of the same signature.
 
     Examples:
-        >>> fast_loss = compile()  # call it as policy_loss
+        >>> fast_loss = compiled()  # call it as policy_loss
     """
     from bandpo._compiled import Compiled  # which imports the compiler, and that takes a second
 

@@ -1,17 +1,26 @@
 """What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from bandpo._deprecations import warn_moved
 from bandpo._inputs import as_mask, check_int
 from bandpo._values import Registry
-from bandpo.bounds import Band, Bounds, RatioBounds
+from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
-from bandpo.surrogates import hold
+from bandpo.objective import Objective
+from bandpo.surrogates.stops import stops_outside
+from bandpo.surrogates.token import hold
+from bandpo.surrogates.token import mask as clip_by_mask
+from bandpo.terms import TokenObjective
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
@@ -61,24 +70,33 @@ class PooledSum(NamedTuple):
         return torch.where(self.denominator > 0, self.numerator, torch.nan)
 
 
-def policy_metrics(
-    *,
-    log_ratio: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bounds: RatioBounds | Tensor,
-    bounds_of: Bounds | None = None,
-    entropy: Tensor | None = None,
-    weights: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-) -> dict[str, Tensor]:
+def _accepts_old_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The statistics were called with nine keywords up to bandpo 0.1; these still work, with a warning."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "log_ratio" not in kwargs:
+            return function(*args, **kwargs)
+        given = dict(kwargs)
+        entropy = given.pop("entropy", None)
+        warn_moved(
+            f"{function.__name__}(log_ratio=..., ...)", f"{function.__name__}(terms), terms from token_objective"
+        )
+        return cast("Callable[..., R]", function)(_terms_of_a_clip(**cast("Any", given)), entropy=entropy)
+
+    return call
+
+
+@_accepts_old_keywords
+def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict[str, Tensor]:
     """Statistics of one batch over its valid tokens, as detached 0-d tensors, without a host sync.
 
-    A token counts as clipped where its gradient is: `A > 0` and `r > upper` (high), `A < 0` and `r < lower` (low).
-
-    * `clip_fraction/{low,high,any}` over all valid tokens; `clip_fraction_by_prob/{low,high,any}/BIN` over those of a bin of
-      p = π_old and `token_fraction_by_prob/BIN`.
+    * `clip_fraction/{low,high,any}`: the share of tokens with `A != 0` whose gradient the surrogate takes away, with a ratio
+      below 1 (low) or above 1 (high), over all valid tokens; `clip_fraction_by_prob/{low,high,any}/BIN` over those of a bin of
+      p = π_old and `token_fraction_by_prob/BIN`. Left out where `terms.stopped` is None. A ratio that is held at e^±40, and a
+      weight of 0 of a correction, do not count.
+    * `outside_fraction/{low,high,any}`: the share of tokens outside the region on the side that A pushes to, see
+      `bandpo.bounds.outside`. It is the clip fraction of a clip, and another number for surrogates that keep a gradient there.
     * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
@@ -91,107 +109,74 @@ def policy_metrics(
     `band/` metrics are left out.
 
     Args:
-        log_ratio: `(batch, time)`, or `(batch, 1)` at sequence level.
-        old_logprobs: `(batch, time)`, the anchor.
-        advantages: `(batch, 1)` or `(batch, time)`.
-        mask: `(batch, time)`.
-        bounds: What the surrogate was given: an interval, or whether the token is inside.
-        bounds_of: The object that made them; a `Band` adds its divergence and cap.
-        entropy: `(batch, time)`.
-        weights: Of a correction, `(batch, time)` or `(batch, 1)`.
-        nonfinite: Bool, `(batch, time)`: valid tokens that the objective left out (`TokenObjective.nonfinite`).
+        terms: The result of `token_objective`.
+        entropy: Entropy of each token in nats, `(batch, time)`.
+
+    Returns:
+        Metrics by name, float 0-d tensors.
 
     Examples:
-        >>> logp = torch.tensor([[-1.0, -2.0]])
-        >>> found = policy_metrics(log_ratio=torch.tensor([[0.0, 0.5]]), old_logprobs=logp, advantages=torch.ones(1, 1),
-        ...     mask=torch.ones(1, 2), bounds=RatioBounds(torch.tensor([[0.8, 0.8]]), torch.tensor([[1.2, 1.2]])))
-        >>> found["clip_fraction/high"]
+        >>> from bandpo import OBJECTIVES, token_objective
+        >>> terms = token_objective(
+        ...     OBJECTIVES["grpo"], logprobs=torch.tensor([[-1.0, -1.5]]), old_logprobs=torch.tensor([[-1.0, -2.0]]),
+        ...     advantages=torch.ones(1), mask=torch.ones(1, 2),
+        ... )
+        >>> policy_metrics(terms)["clip_fraction/high"]
         tensor(0.5000)
     """
-    sums = policy_sums(
-        log_ratio=log_ratio, old_logprobs=old_logprobs, advantages=advantages, mask=mask, bounds=bounds,
-        bounds_of=bounds_of, entropy=entropy, weights=weights, nonfinite=nonfinite,
-    )  # fmt: skip
-    return {name: found.value() for name, found in sums.items()}
+    return {name: found.value() for name, found in policy_sums(terms, entropy=entropy).items()}
 
 
-def policy_sums(
-    *,
-    log_ratio: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bounds: RatioBounds | Tensor,
-    bounds_of: Bounds | None = None,
-    entropy: Tensor | None = None,
-    weights: Tensor | None = None,
-    nonfinite: Tensor | None = None,
-) -> dict[str, PooledSum]:
+@_accepts_old_keywords
+def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict[str, PooledSum]:
     """The statistics of `policy_metrics` before their division, so that parts of a batch add up to the whole.
 
     Args:
-        log_ratio: As in `policy_metrics`; so are the others.
-        old_logprobs: As there.
-        advantages: As there.
-        mask: As there.
-        bounds: As there.
-        bounds_of: As there.
-        entropy: As there.
-        weights: As there.
-        nonfinite: As there.
+        terms: The result of `token_objective`.
+        entropy: Entropy of each token in nats, `(batch, time)`.
 
     Returns:
         Numerator and denominator of each statistic, detached, without a host sync.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES, token_objective
+        >>> x = torch.zeros(1, 2)
+        >>> terms = token_objective(OBJECTIVES["grpo"], logprobs=x, old_logprobs=x, advantages=x[:, 0], mask=x == 0)
+        >>> policy_sums(terms)["ratio/mean"]
+        PooledSum(numerator=tensor(2.), denominator=tensor(2.), kind='mean')
     """
-    valid = as_mask(mask)
-    log_ratio, advantages = log_ratio.detach().expand(valid.shape), advantages.expand(valid.shape)
-    strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
-    if nonfinite is not None:
-        strange = strange | nonfinite
+    valid, bounds, region = terms.mask, terms.bounds, terms.objective.bounds
+    log_ratio, advantages = terms.log_ratio.detach().expand(valid.shape), terms.advantages.expand(valid.shape)
+    nonfinite = terms.nonfinite
     if isinstance(bounds, RatioBounds):
         bounds = RatioBounds(bounds.lower.expand(valid.shape), bounds.upper.expand(valid.shape))
-        strange = strange | bounds.lower.isnan() | bounds.upper.isnan()
-    total = valid.sum().to(torch.float32)
-    used = valid & ~strange
-    r, p = log_ratio.exp(), old_logprobs.exp()
-    pushed_up, pushed_down = (advantages > 0) & used, (advantages < 0) & used
-    if isinstance(bounds, RatioBounds):
-        low, high = pushed_down & (r < bounds.lower), pushed_up & (r > bounds.upper)
-    else:
-        low, high = pushed_down & (log_ratio < 0) & ~bounds, pushed_up & (log_ratio > 0) & ~bounds
-    n_low, n_high, n = _count_by_probability(low, high, used, p)
+        nonfinite = nonfinite | bounds.lower.isnan() | bounds.upper.isnan()
+    used = valid & ~nonfinite
+    r, p = log_ratio.exp(), terms.anchor_logprobs.exp()
+    sums, n = _clip_sums(terms, outside_of=bounds, used=used, r=r, p=p)
     count = n.sum()
 
     def mean(x: Tensor) -> PooledSum:
         return PooledSum(torch.where(used, x, 0.0).sum(), count)
 
-    sums = {
-        "clip_fraction/low": PooledSum(n_low.sum(), count),
-        "clip_fraction/high": PooledSum(n_high.sum(), count),
-        "clip_fraction/any": PooledSum((n_low + n_high).sum(), count),
-    }
-    for i, name in enumerate(PROB_BINS):
-        sums[f"clip_fraction_by_prob/low/{name}"] = PooledSum(n_low[i], n[i])
-        sums[f"clip_fraction_by_prob/high/{name}"] = PooledSum(n_high[i], n[i])
-        sums[f"clip_fraction_by_prob/any/{name}"] = PooledSum(n_low[i] + n_high[i], n[i])
-        sums[f"token_fraction_by_prob/{name}"] = PooledSum(n[i], count)
     sums |= {
         "ratio/mean": mean(r),
         "kl/old_new": mean(r - log_ratio - 1),
-        "nonfinite_fraction": PooledSum((strange & valid).count_nonzero(), total),
+        "nonfinite_fraction": PooledSum((nonfinite & valid).count_nonzero(), valid.sum().to(torch.float32)),
     }
     if isinstance(bounds, RatioBounds):
         sums |= {"band/lower_mean": mean(bounds.lower), "band/upper_mean": mean(bounds.upper)}
-        sums |= _what_binds(bounds, p, pushed_up, pushed_down, getattr(bounds_of, "max_ratio", None))
-    if isinstance(bounds_of, Band):
-        spent = torch.where(used, _divergence_over_radius(bounds_of, log_ratio, old_logprobs), 0.0)
+        pushed = (advantages > 0) & used, (advantages < 0) & used
+        sums |= _what_binds(bounds, p, *pushed, getattr(region, "max_ratio", None))
+    if isinstance(region, Band):
+        spent = torch.where(used, _divergence_over_radius(region, log_ratio, terms.anchor_logprobs), 0.0)
         sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
         sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
     if entropy is not None:
         sums["entropy"] = mean(entropy.detach().to(r.dtype))
-    if weights is not None:
-        sums["correction/weight_mean"] = mean(weights)
-        sums["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
+    if terms.weights is not None:
+        sums["correction/weight_mean"] = mean(terms.weights)
+        sums["correction/zero_fraction"] = mean((terms.weights == 0).to(r.dtype))
     return sums
 
 
@@ -245,11 +230,51 @@ def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
     return 1 - all_wrong
 
 
-def _count_by_probability(low: Tensor, high: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Clipped low, clipped high and all valid tokens in each bin of p, by one scatter."""
+def _clip_sums(
+    terms: TokenObjective, *, outside_of: RatioBounds | Tensor, used: Tensor, r: Tensor, p: Tensor
+) -> tuple[dict[str, PooledSum], Tensor]:
+    """Shares of stopped tokens and of tokens outside, and the number of tokens in each bin of p."""
+    log_ratio, advantages = terms.log_ratio.detach().expand(used.shape), terms.advantages.expand(used.shape)
+    stopped = terms.stopped
+    # A clip stops exactly what is outside, and that has been computed.
+    same = stopped is not None and stops_outside(terms.objective.surrogate)
+    left = stopped if stopped is not None and same else outside(log_ratio, advantages, outside_of, ratio=r)
+    above = log_ratio > 0
+    if not same:  # what is outside lies on the side that A pushes to; another rule may stop a ratio of exactly 1
+        above = above | ((log_ratio == 0) & (advantages > 0))
+    counted = (left if stopped is None else stopped) & used
+    n_low, n_high, n = _count_by_probability(counted, counted & above, used, p)
+    count = n.sum()
+    sums: dict[str, PooledSum] = {}
+    if stopped is not None:
+        sums |= {
+            "clip_fraction/low": PooledSum(n_low.sum(), count),
+            "clip_fraction/high": PooledSum(n_high.sum(), count),
+            "clip_fraction/any": PooledSum((n_low + n_high).sum(), count),
+        }
+    for i, name in enumerate(PROB_BINS):
+        if stopped is not None:
+            sums[f"clip_fraction_by_prob/low/{name}"] = PooledSum(n_low[i], n[i])
+            sums[f"clip_fraction_by_prob/high/{name}"] = PooledSum(n_high[i], n[i])
+            sums[f"clip_fraction_by_prob/any/{name}"] = PooledSum(n_low[i] + n_high[i], n[i])
+        sums[f"token_fraction_by_prob/{name}"] = PooledSum(n[i], count)
+    if same or stopped is None:
+        low, high = n_low.sum(), n_high.sum()
+    else:
+        left = left & used
+        high = (left & above).count_nonzero().to(torch.float32)
+        low = left.count_nonzero().to(torch.float32) - high
+    sums["outside_fraction/low"] = PooledSum(low, count)
+    sums["outside_fraction/high"] = PooledSum(high, count)
+    sums["outside_fraction/any"] = PooledSum(low + high, count)
+    return sums, n
+
+
+def _count_by_probability(counted: Tensor, above: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counted tokens with a ratio below 1, those above 1, and all valid tokens, in each bin of p, by one scatter."""
     # Counted edge by edge: a tensor of edges would be copied to the device, and the host would wait for it.
-    cell = low.to(torch.int32)
-    cell = (cell + 2 * high + 3 * ~valid) * len(PROB_BINS)
+    cell = counted.to(torch.int32)
+    cell = (cell + above + 3 * ~valid) * len(PROB_BINS)
     for edge in PROB_EDGES:
         cell += p >= edge
     ones = torch.ones((), dtype=torch.int64, device=p.device).expand(cell.numel())
@@ -283,3 +308,26 @@ def _divergence_over_radius(band: Band, log_ratio: Tensor, old_logprobs: Tensor)
     reached = torch.minimum(log_ratio, -old_logprobs)
     used = divergence_of_two(reached, old_logprobs, band.divergence)
     return torch.where(log_ratio < 0, used / down, used / up)
+
+
+def _terms_of_a_clip(
+    *,
+    log_ratio: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    bounds: RatioBounds | Tensor,
+    bounds_of: Bounds | None = None,
+    weights: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> TokenObjective:
+    """The terms of an objective that takes the gradient from tokens outside, which the old keywords took for granted."""
+    valid = as_mask(mask)
+    strange = ~log_ratio.isfinite() | ~advantages.isfinite() | old_logprobs.isnan()
+    left_out = strange.expand(valid.shape) if nonfinite is None else strange | nonfinite
+    stopped = outside(log_ratio.detach(), advantages, bounds) & valid
+    value = torch.where(valid & ~left_out, clip_by_mask(log_ratio, advantages, bounds), 0.0)
+    objective = Objective(bounds=bounds_of or Clip(), surrogate=clip_by_mask)
+    return TokenObjective(
+        value, log_ratio, bounds, old_logprobs, advantages, weights, left_out, stopped, valid, objective
+    )

@@ -27,10 +27,15 @@ GroupStats = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 class Objective(ByValue):
     """A policy objective as `bounds x surrogate x aggregation`, and what it expects around it.
 
+    Bounds and surrogate may ask for more than their fixed arguments: each keyword-only parameter without a default is filled
+    by its name. `logprobs`, `old_logprobs`, `log_ratio`, `advantages` and `mask` are those of the batch (0 where a token is
+    not used, `mask` True where it is); any other name becomes an extra, which the caller of `policy_loss` passes.
+
     Args:
         bounds: Maps the anchor's log-probs to `RatioBounds` (or to a bool tensor, "inside"): `Band`, `Clip`, `DCPO`, one of
             `bandpo.bounds.regions`, or a function of yours.
-        surrogate: What happens at the edge, `(log_ratio, advantages, bounds) -> per-token objective`.
+        surrogate: What happens at the edge, `(log_ratio, advantages, bounds) -> per-token objective`; mark one of your own
+            with `bandpo.surrogates.stops` and `bandpo.traits`.
         ratio_level: Ratio of the token; length-normalised of the sequence (GSPO); or the sequence's product of token ratios
             (TOPR, QUATRO). The last two take `Clip` bounds.
         aggregation: How tokens become one number; see `bandpo.aggregate`.
@@ -45,11 +50,15 @@ class Objective(ByValue):
     Raises:
         ValueError: If a name is unknown, token-wise bounds meet a sequence ratio, a correction meets the rollout anchor, or
             bounds without edges meet a surrogate that needs some.
-        TypeError: If `bounds` or `surrogate` cannot be called with what it is given; see `bandpo.needs`.
+        TypeError: If `bounds` or `surrogate` cannot be called with what it is given.
 
     Examples:
         >>> Objective(bounds=Band("js", 0.02)).aggregation
         'token-mean'
+        >>> def surrogate(log_ratio, advantages, bounds, *, old_logprobs, bonus):
+        ...     return log_ratio.exp() * (advantages + bonus) * (old_logprobs > -5)
+        >>> Objective(bounds=Clip(), surrogate=surrogate).extras
+        ('bonus',)
     """
 
     bounds: Bounds
@@ -64,7 +73,9 @@ class Objective(ByValue):
     formula: str = ""
     paper: str = ""
     bounds_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """Names of the inputs that the bounds ask for besides the log-probs of the anchor."""
     surrogate_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """Names of the inputs that the surrogate asks for besides log-ratio, advantages and bounds."""
     extras: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names that `policy_loss` must be given in its `extras`."""
     traits: tuple[str, ...] = field(init=False, repr=False, compare=False)

@@ -12,10 +12,11 @@ from bandpo._inputs import as_columns, as_mask, check_shapes, check_tensor, fill
 from bandpo.bounds import RatioBounds
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, hold
+from bandpo.surrogates.stops import value_and_stopped
 
 
 class TokenObjective(NamedTuple):
-    """What `token_objective` returns."""
+    """What one evaluation of an objective produced for each token; the result of `token_objective`."""
 
     value: Tensor
     """Objective to maximise, `(batch, time)`; 0 where the mask is off and where a token is left out."""
@@ -31,6 +32,14 @@ class TokenObjective(NamedTuple):
     """Weights of the correction for the sampler, `(batch, time)` or `(batch, 1)`; None where the objective has none."""
     nonfinite: Tensor
     """Valid tokens that are left out because a number of theirs is NaN or infinite, bool, `(batch, time)`."""
+    stopped: Tensor | None
+    """Tokens whose gradient the surrogate takes away, bool, `(batch, time)`; False where the mask is off, a token is left out
+    or its advantage is 0. None where that is not known: an own surrogate without the mark `bandpo.surrogates.stops`, under
+    `torch.compile` or `torch.func`."""
+    mask: Tensor
+    """The mask, bool, `(batch, time)`."""
+    objective: Objective
+    """What was evaluated."""
 
 
 def token_objective(
@@ -42,35 +51,40 @@ def token_objective(
     mask: Tensor,
     rollout_logprobs: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
+    bounds: RatioBounds | Tensor | None = None,
 ) -> TokenObjective:
     """Per-token objective before aggregation, `w_t s(log r_t, A_t, b_t)`, for adapters that aggregate as their host does.
 
     A valid token is left out where its advantage or a log-prob that the objective uses is NaN or infinite, or an extra is
-    NaN: its value and gradient are 0, and what is said of its sequence or batch leaves it out.
+    NaN: its value and gradient are 0, and statistics of its sequence or batch do not include it.
 
     Args:
         objective: What to evaluate.
-        logprobs: As in `policy_loss`; so are the others.
-        old_logprobs: As there.
-        advantages: As there.
-        mask: As there.
-        rollout_logprobs: As there.
-        extras: As there.
+        logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`, with gradient.
+        old_logprobs: The same under the policy before the update; None for objectives with `anchor="rollout"`.
+        advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`, float.
+        mask: `(batch, time)`, bool or 0/1: the tokens that count.
+        rollout_logprobs: Log-probs under the sampler; required by objectives with `anchor="rollout"` or a correction.
+        extras: What else the objective needs, named in `Objective.extras`.
+        bounds: The result of `objective.bounds` for these tokens where it is known already; None computes it.
+
+    Returns:
+        The value of each token, and what it was made from.
 
     Raises:
         TypeError: If a dtype does not fit, or the bounds give something else than an interval or a bool tensor.
         ValueError: If shapes do not fit, an input that the objective needs is missing, or an extra is not used by it.
+
+    Examples:
+        >>> from bandpo import OBJECTIVES
+        >>> terms = token_objective(
+        ...     OBJECTIVES["grpo"], logprobs=torch.tensor([[-0.5, -1.0]]), old_logprobs=torch.tensor([[-1.0, -1.0]]),
+        ...     advantages=torch.ones(1), mask=torch.ones(1, 2),
+        ... )
+        >>> terms.value, terms.stopped
+        (tensor([[1.2000, 1.0000]]), tensor([[ True, False]]))
     """
-    anchor = rollout_logprobs if objective.anchor == "rollout" else old_logprobs
-    if anchor is None:
-        what = "the sampler (anchor='rollout'): pass rollout_logprobs" if objective.anchor == "rollout" else (
-            "the policy before the update (anchor='old'): pass old_logprobs"
-        )  # fmt: skip
-        raise ValueError(f"objective {objective.name!r} measures its ratio against {what}")
-    if objective.correction is not None and rollout_logprobs is None:
-        raise ValueError(
-            f"objective {objective.name!r} corrects for the sampler by {objective.correction}: pass rollout_logprobs"
-        )
+    anchor = _anchor(objective, old_logprobs, rollout_logprobs)
     check_shapes(logprobs, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
     check_tensor("advantages", advantages)
     columns = as_columns(advantages.detach(), logprobs)
@@ -91,19 +105,19 @@ def token_objective(
     as_column = not per_token and objective.ratio_level == "token"
     advantages = fill(columns, columns.isfinite() if as_column else usable)
     log_ratio = hold(_at_level(new - old, usable, objective, per_token=per_token))
-    fused = _fused(logprobs, anchor, advantages, usable, objective)
+    fused = _fused(logprobs, anchor, advantages, usable, objective) if bounds is None else None
     if fused is not None:
-        return TokenObjective(fused[0], log_ratio, fused[1], old, advantages, None, nonfinite)
+        value, bounds, stopped = fused
+        return TokenObjective(value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective)
 
-    inputs = {
-        "logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable,
-        **{name: _fill_any(x, usable) for name, x in own.items()},
-    }  # fmt: skip
-    with torch.no_grad():
-        bounds = objective.bounds(old, **{name: inputs[name].detach() for name in objective.bounds_inputs})
+    inputs = {"logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
+    inputs |= {name: _fill_any(x, usable) for name, x in own.items()}
+    if bounds is None:
+        with torch.no_grad():
+            bounds = objective.bounds(old, **{name: inputs[name].detach() for name in objective.bounds_inputs})
     _check_bounds(bounds, objective)
-    value = objective.surrogate(
-        log_ratio, advantages, bounds, **{name: inputs[name] for name in objective.surrogate_inputs}
+    value, stopped = value_and_stopped(
+        objective.surrogate, log_ratio, advantages, bounds, inputs=inputs, asked=objective.surrogate_inputs
     )
     weights = None
     if objective.correction is not None and rollout_logprobs is not None:
@@ -111,7 +125,25 @@ def token_objective(
         value = value * weights
     # Expanded first: one value of a sequence counts once for each of its tokens, but not for one that is left out.
     value = torch.where(usable, _per_token(value, objective, usable), 0.0)
-    return TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite)
+    stopped = None if stopped is None else stopped & usable
+    return TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite, stopped, valid, objective)
+
+
+def _anchor(objective: Objective, old_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> Tensor:
+    """Log-probs of the policy that the ratio is taken against."""
+    anchor = rollout_logprobs if objective.anchor == "rollout" else old_logprobs
+    if anchor is None:
+        what = (
+            "the sampler (anchor='rollout'): pass rollout_logprobs"
+            if objective.anchor == "rollout"
+            else "the policy before the update (anchor='old'): pass old_logprobs"
+        )
+        raise ValueError(f"objective {objective.name!r} measures its ratio against {what}")
+    if objective.correction is not None and rollout_logprobs is None:
+        raise ValueError(
+            f"objective {objective.name!r} corrects for the sampler by {objective.correction}: pass rollout_logprobs"
+        )
+    return anchor
 
 
 def gradient_weight(
@@ -237,8 +269,8 @@ def _per_token(value: Tensor, objective: Objective, usable: Tensor) -> Tensor:
 
 def _fused(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
-) -> tuple[Tensor, RatioBounds] | None:
-    """Objective and bounds from one Triton kernel, on CUDA; None where it cannot be used."""
+) -> tuple[Tensor, RatioBounds, Tensor] | None:
+    """Objective, bounds and which tokens are outside, from one Triton kernel, on CUDA; None where it cannot be used."""
     fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
     if not fits or torch.compiler.is_compiling() or not _runs_triton(logprobs.device.type):
         return None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bandpo._values import Registry
 from bandpo.bounds import DCPO, Band, Clip
-from bandpo.bounds.regions import Balanced, BySign, Elastic, TopK, kl3_clip, log_clip
+from bandpo.bounds.regions import BySign, TopK, kl3_clip, log_clip
 from bandpo.divergences import CHI2, KL, TV
+from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabilized
 from bandpo.groups import group_signal, kl_dual
 from bandpo.objective import Objective
 from bandpo.surrogates import (
@@ -18,7 +19,6 @@ from bandpo.surrogates import (
     detach,
     dual_clip,
     kl_penalty,
-    log_stabilized,
     mask,
     quadratic,
     quadratic_tv,
@@ -28,7 +28,7 @@ from bandpo.surrogates import (
     two_sided,
 )  # fmt: skip
 from bandpo.surrogates.corrections import TIS, IcePop
-from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov, tapered
+from bandpo.surrogates.sequence import geometric_mean, tapered
 
 _BANDPO = "BandPO, arXiv:2603.04918"
 _DPPO = "DPPO, arXiv:2602.04879"

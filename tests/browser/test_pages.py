@@ -7,7 +7,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from bandpo import DIVERGENCES, OBJECTIVES, Band, Objective
+from bandpo import OBJECTIVES, Band, Objective
+from bandpo.divergences import DIVERGENCES
 from bandpo.surrogates import soft_edge
 from bandpo.terms import gradient_weight
 

@@ -1,6 +1,5 @@
 """Several real processes (gloo on the CPU): a resumed run is the run, uneven ranks are pooled, another number is refused."""
 
-import dataclasses
 import math
 import os
 import socket
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandpo import RatioBounds, policy_metrics
-from bandpo.bounds import Band
+from bandpo import RatioBounds, policy_metrics, token_objective
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.zoo import OBJECTIVES
 from trl_runs import reward, settings
@@ -47,17 +45,21 @@ def test_two_processes_resume_bit_for_bit(two, trainer):
     assert len(whole["log"]) >= 2 and whole["log"][:-1] == again["log"][:-1]  # the last row is of the session
 
 
+def terms_of(name, part):
+    """The terms of all rows that the processes have kept, as one batch."""
+    return token_objective(
+        OBJECTIVES[name], logprobs=part["anchor_logprobs"] + part["log_ratio"], old_logprobs=part["anchor_logprobs"],
+        advantages=part["advantages"], mask=part["mask"], bounds=RatioBounds(part["lower"], part["upper"]),
+    )  # fmt: skip
+
+
 def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
     """48-odd tokens on one process and 8 on the other; the oracle puts all rows into one batch of one process."""
     for name, part in two[0]["uneven"].items():
         rows = [p["mask"].sum().item() for p in part["parts"]]
         assert rows[1] == 8 and rows[0] > 20
         data = {key: torch.cat([p[key] for p in part["parts"]]) for key in part["parts"][0]}
-        bounds_of = dataclasses.replace(OBJECTIVES[name]).bounds
-        want = policy_metrics(
-            log_ratio=data["log_ratio"], old_logprobs=data["anchor_logprobs"], advantages=data["advantages"], mask=data["mask"],
-            bounds=RatioBounds(data["lower"], data["upper"]), bounds_of=bounds_of if isinstance(bounds_of, Band) else None,
-        )  # fmt: skip
+        want = policy_metrics(terms_of(name, data))
         log = part["log"]
         clips = {"low": "low_mean", "high": "high_mean", "any": "region_mean"}
         for key, value in want.items():
@@ -69,10 +71,7 @@ def test_uneven_ranks_are_pooled_in_our_keys_and_in_trl_s(two):
             else:
                 assert log[ours] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), (name, ours)
         first = part["parts"][0]
-        alone = policy_metrics(
-            log_ratio=first["log_ratio"], old_logprobs=first["anchor_logprobs"], advantages=first["advantages"],
-            mask=first["mask"], bounds=RatioBounds(first["lower"], first["upper"]),
-        )  # fmt: skip
+        alone = policy_metrics(terms_of(name, first))
         assert log["ratio/mean"] != pytest.approx(alone["ratio/mean"].item(), rel=1e-3)
         assert math.isfinite(log["entropy"])
 

@@ -14,8 +14,8 @@ from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 
 from bandpo import OBJECTIVES, aggregate, group_advantages
+from bandpo.experimental import clip_cov, kl_cov
 from bandpo.surrogates.corrections import TIS, IcePop
-from bandpo.surrogates.sequence import clip_cov, kl_cov
 from batches import batch, max_length, run
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

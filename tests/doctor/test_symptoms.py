@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bandpo import KL, OBJECTIVES, TV, Band, policy_loss
-from bandpo.bounds.calibration import clip_fraction, radius_for
+from bandpo.bounds.calibration import outside_fraction, radius_for
 from bandpo.doctor import examine_batch, examine_log
 from bandpo.doctor.batch import load_batch
 
@@ -119,7 +119,7 @@ def test_recommended_radius_clips_the_target(target, seed, divergence):
               "advantages": b["advantages"].unsqueeze(1), "mask": b["mask"]}  # fmt: skip
     radius = radius_for(divergence, target, tokens)
     count = int(b["mask"].sum())
-    assert clip_fraction(Band(divergence, radius, max_ratio=None), tokens) == pytest.approx(
+    assert outside_fraction(Band(divergence, radius, max_ratio=None), tokens) == pytest.approx(
         round(target * count) / count
     )
 

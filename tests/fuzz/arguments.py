@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import bandpo
 from bandpo import DCPO, KL, OBJECTIVES, Band, Clip, FDivergence, Objective, alpha
+from bandpo.divergences import DIVERGENCES, binary_divergence
 from bandpo.groups import AdvantageKind
 from bandpo.integrations.options import Overrides
 from bandpo.objective import Aggregation, Anchor, RatioLevel
@@ -72,7 +73,7 @@ def bad_bounds(draw: tuple[str, Any]) -> str:
         "dcpo": lambda: DCPO(x)(LOGP),
         "alpha": lambda: alpha(x),
         "generator": lambda: FDivergence("mine", x),
-        "binary": lambda: bandpo.binary_divergence(LOGP, x, KL),
+        "binary": lambda: binary_divergence(LOGP, x, KL),
         "in_band shapes": lambda: bandpo.in_band(torch.zeros(x), LOGP),
     }
     return refused(calls[kind])
@@ -86,7 +87,7 @@ BAD_BOUNDS = st.one_of(
     st.tuples(
         st.just("divergence"),
         st.one_of(
-            names.filter(lambda s: s.lower() not in bandpo.DIVERGENCES),
+            names.filter(lambda s: s.lower() not in DIVERGENCES),
             not_positive.filter(lambda x: not isinstance(x, str)),
         ),
     ),
@@ -223,7 +224,7 @@ BAD_SMALL = st.one_of(
     st.tuples(st.just("k"), st.one_of(st.integers(max_value=0), st.integers(min_value=9))),
     st.tuples(st.just("c"), st.one_of(st.integers(max_value=-1), st.integers(min_value=9))),
     st.tuples(st.just("n"), st.integers(max_value=8)),
-    st.tuples(st.just("match divergence"), texts.filter(lambda x: str(x).lower() not in bandpo.DIVERGENCES)),
+    st.tuples(st.just("match divergence"), texts.filter(lambda x: str(x).lower() not in DIVERGENCES)),
     st.tuples(st.sampled_from(["surrogate", "bounds"]), st.one_of(texts, st.floats())),
     st.tuples(st.just("steps"), st.one_of(st.integers(max_value=0), st.text(max_size=2), st.none())),
     st.tuples(st.sampled_from(["prompts", "completions"]), no_share),
@@ -252,7 +253,7 @@ BAD_OVERRIDE = st.one_of(
         st.just("radius"),
         not_positive.filter(lambda x: x is not None and x is not False),
     ),
-    st.tuples(st.just("bandpo-kl"), st.just("divergence"), names.filter(lambda s: s.lower() not in bandpo.DIVERGENCES)),
+    st.tuples(st.just("bandpo-kl"), st.just("divergence"), names.filter(lambda s: s.lower() not in DIVERGENCES)),
 )
 
 # ---- any values: what comes out keeps its promises

@@ -14,6 +14,7 @@ import bandpo
 from bandpo import OBJECTIVES
 from bandpo.groups import AdvantageKind, group_signal, informative, kl_dual
 from bandpo.selection import Pruning
+from bandpo.terms import sequence_log_ratio
 from bandpo.zoo import get_objective
 
 ROWS, TIME = 3, 4
@@ -193,7 +194,7 @@ def odd_mask(draw: tuple[list[float], int, float, str, str]) -> str:
         ),
         "aggregate": lambda: bandpo.aggregate(x, mask),
         "loss_normalizer": lambda: bandpo.loss_normalizer(mask, "token-mean"),
-        "sequence_log_ratio": lambda: bandpo.sequence_log_ratio(x, mask),
+        "sequence_log_ratio": lambda: sequence_log_ratio(x, mask),
         "token_objective": lambda: bandpo.token_objective(
             OBJECTIVES["gspo"], logprobs=x, old_logprobs=x, advantages=x, mask=mask
         ),

@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 import oracle
-from bandpo import CHI2, DIVERGENCES, KL, TV, Band, Clip, Objective, alpha, in_band, ratio_bounds
-from bandpo.divergences import FDivergence
+from bandpo import CHI2, KL, TV, Band, Clip, Objective, alpha, in_band, ratio_bounds
+from bandpo.divergences import DIVERGENCES, FDivergence
 from bandpo.surrogates import clip, mask
 
 ORACLES = [*DIVERGENCES.values(), *(alpha(a) for a in (1.5, 0.999, 0.5, 0.3, -1.0, -1.5))]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from bandpo import OBJECTIVES, RatioBounds, policy_metrics
+from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, token_objective
 from bandpo._system.files import SEAL, damage, latest_whole, read_jsonl, seal
 from bandpo.integrations.trl import BandGRPOTrainer
 from bandpo.integrations.trl.checkpoint import WholeCheckpoints, _readable, latest_checkpoint
@@ -58,21 +58,20 @@ def pooled_is_whole(draw: tuple[Any, ...]) -> str:
     """Metrics pooled over any ranks and micro-batches are those of the whole batch; empty parts are among them."""
     seed, objective, rows, width, cuts, ranks, share, strange = draw
     g = torch.Generator().manual_seed(seed)
-    bounds_of = OBJECTIVES[objective].bounds
     old = -6 * torch.rand(rows, width, generator=g) ** 2 - 0.01
-    data: dict[str, Any] = {
-        "log_ratio": torch.minimum(0.5 * torch.randn(rows, width, generator=g), -old - 1e-3), "old_logprobs": old,
-        "advantages": torch.randn(rows, 1, generator=g).round(), "mask": torch.rand(rows, width, generator=g) < share,
-        "bounds_of": bounds_of, "bounds": bounds_of(old),
-    }  # fmt: skip
-    broken = torch.rand(rows, width, generator=g) < strange
-    data["log_ratio"] = data["log_ratio"].masked_fill(broken, math.nan)
-    data["nonfinite"] = broken & data["mask"]
-    whole = policy_metrics(**data)
+    new = old + torch.minimum(0.5 * torch.randn(rows, width, generator=g), -old - 1e-3)
+    advantages = torch.randn(rows, 1, generator=g).round()
+    mask = torch.rand(rows, width, generator=g) < share
+    new = new.masked_fill(torch.rand(rows, width, generator=g) < strange, math.nan)
+    terms = token_objective(OBJECTIVES[objective], logprobs=new, old_logprobs=old, advantages=advantages, mask=mask)
+    whole = policy_metrics(terms)
 
     def part(start: int, end: int) -> Any:
-        chosen = {k: v[start:end] if isinstance(v, torch.Tensor) else v for k, v in data.items()}
-        return policy_sums(**chosen | {"bounds": RatioBounds(*(b[start:end] for b in data["bounds"]))})
+        def cut(x: Any) -> Any:
+            return x[start:end] if isinstance(x, torch.Tensor) else x
+
+        bounds = RatioBounds(*map(cut, terms.bounds))
+        return policy_sums(TokenObjective(*map(cut, terms))._replace(bounds=bounds))
 
     edges = [0, *sorted(min(c, rows) for c in cuts), rows]
     parts = [part(edges[i], edges[i + 1]) for i in range(len(edges) - 1)]

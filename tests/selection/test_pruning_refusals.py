@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bandpo import OBJECTIVES, Clip, Objective, group_advantages, policy_loss
+from bandpo.experimental import clip_cov
 from bandpo.selection import Informative, Pruning, check_nothing_lost
 from bandpo.surrogates import kl_penalty, traits
-from bandpo.surrogates.sequence import clip_cov
 
 nan = math.nan
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import oracle
-from bandpo import DIVERGENCES, HELLINGER, JEFFREYS, KL, REVERSE_KL, Band, alpha, in_band, ratio_bounds
+from bandpo import HELLINGER, JEFFREYS, KL, REVERSE_KL, Band, alpha, in_band, ratio_bounds
+from bandpo.divergences import DIVERGENCES
 
 ALL = [*DIVERGENCES.values(), *(alpha(a) for a in (3.0, 2.0, 1.5, 1.001, 0.999999, 0.5, 0.3, 1e-9, -1.0, -1.5, -20.0))]
 NAMED = pytest.mark.parametrize("divergence", ALL, ids=lambda d: d.name)

@@ -11,7 +11,6 @@ import oracle
 from bandpo import (
     CHI2,
     DCPO,
-    DIVERGENCES,
     HELLINGER,
     JS,
     KL,
@@ -24,8 +23,8 @@ from bandpo import (
     alpha,
     in_band,
     ratio_bounds,
-)  # fmt: skip
-from bandpo.divergences import binary_divergence
+)
+from bandpo.divergences import DIVERGENCES, binary_divergence
 
 ALPHAS = [alpha(a) for a in (3.0, 2.0, 1.5, 1.001, 0.999, 0.5, 0.3, 0.001, -1.0, -1.5)]
 ALL = [*DIVERGENCES.values(), *ALPHAS]

@@ -52,7 +52,7 @@ def test_the_same_number_of_clipped_tokens(divergence):
     x, a = data["logprobs"] - data["old_logprobs"], data["advantages"].unsqueeze(1)
     like = Clip(0.2)
     tokens = {"log_ratio": x, "old_logprobs": data["old_logprobs"], "advantages": a, "mask": data["mask"]}
-    radius = match_radius(divergence, like=like, by="clip_fraction", batch=tokens)
+    radius = match_radius(divergence, like=like, by="outside_fraction", batch=tokens)
 
     def clipped(bounds):
         lower, upper = bounds(data["old_logprobs"])
@@ -69,11 +69,11 @@ def test_the_same_number_of_clipped_tokens(divergence):
         ({"by": "upper@1.5"}, "probability between 0 and 1"),
         ({"by": "upper@0.9", "like": Clip(0.5)}, "simplex' edge"),
         ({"by": "lower@0.5", "like": Clip(1.0, 1.0)}, "no single radius"),
-        ({"by": "clip_fraction"}, "pass batch="),
-        ({"by": "clip_fraction", "batch": {"log_ratio": torch.zeros(2)}}, "batch needs"),
+        ({"by": "outside_fraction"}, "pass batch="),
+        ({"by": "outside_fraction", "batch": {"log_ratio": torch.zeros(2)}}, "batch needs"),
         (
-            {"by": "clip_fraction", "batch": dict.fromkeys(("log_ratio", "old_logprobs", "advantages"), torch.zeros(2))},
-            "clips 0 of the 0 tokens",
+            {"by": "outside_fraction", "batch": dict.fromkeys(("log_ratio", "old_logprobs", "advantages"), torch.zeros(2))},
+            "0 of the 0 tokens",
         ),
         ({"by": "max_shift", "like": Clip(1.0, math.inf)}, "no ball to match"),
     ],

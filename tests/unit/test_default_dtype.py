@@ -10,19 +10,14 @@ import torch
 
 from bandpo import (
     DCPO,
-    DIVERGENCES,
     KL,
     OBJECTIVES,
     Band,
     Clip,
     FDivergence,
-    _table,
     aggregate,
     alpha,
     approx_kl,
-    binary_divergence,
-    clip_fraction,
-    gradient_weight,
     group_advantages,
     in_band,
     loss_normalizer,
@@ -31,10 +26,12 @@ from bandpo import (
     policy_loss,
     radius_for,
     ratio_bounds,
-    sequence_log_ratio,
     token_logprobs,
 )
+from bandpo.bounds import table as _table
+from bandpo.bounds.calibration import outside_fraction
 from bandpo.bounds.regions import topk_divergence
+from bandpo.divergences import DIVERGENCES, binary_divergence
 from bandpo.doctor.batch import examine_batch
 from bandpo.groups import group_signal, informative, kl_dual, soft_overlong
 from bandpo.preference import (
@@ -61,6 +58,7 @@ from bandpo.preference import (
 )
 from bandpo.selection import Informative, Pruning, effective_sample_size, packed_logprobs, packing_error, stratified
 from bandpo.surrogates.corrections import TIS, IcePop
+from bandpo.terms import gradient_weight, sequence_log_ratio
 from bandpo.testing import check_bounds, check_divergence, check_logprobs, check_surrogate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -213,10 +211,10 @@ def preference():
 def others():
     x, logp = normal(200, seed=1) * 0.3, logprobs(200, seed=2)
     batch = {"log_ratio": x, "old_logprobs": logp, "advantages": normal(200, seed=3)}
-    found: list[object] = [radius_for("kl", 0.1, batch), clip_fraction(Clip(0.2), batch)]
+    found: list[object] = [radius_for("kl", 0.1, batch), outside_fraction(Clip(0.2), batch)]
     for by in ("max_shift", "upper@0.1", "lower@0.5"):
         found += [match_radius("tv", like=Band(KL, 0.05), by=by)]
-    found += [match_radius("js", like=Clip(0.2), by="clip_fraction", batch=batch)]
+    found += [match_radius("js", like=Clip(0.2), by="outside_fraction", batch=batch)]
     saved = {"logprobs": (logp + x).clamp_max(0), "old_logprobs": logp, "advantages": normal(200, seed=3)}
     found += [examine_batch({k: v.view(10, 20) for k, v in saved.items()})]
     hidden, weight = normal(7, 6, seed=1).requires_grad_(), normal(11, 6, seed=2).requires_grad_()
@@ -287,7 +285,7 @@ torch.set_default_dtype(torch.{dtype})
 import bandpo
 from bandpo import *
 logp = torch.tensor([-0.1, -2.0, -9.0], dtype=torch.float32)
-print([d.recession for d in bandpo.DIVERGENCES.values()], [ratio_bounds(logp, d, 0.05) for d in (bandpo.KL, bandpo.alpha(0.3))])
+print([d.recession for d in DIVERGENCES.values()], [ratio_bounds(logp, d, 0.05) for d in (bandpo.KL, bandpo.alpha(0.3))])
 """
     runs = [
         subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout

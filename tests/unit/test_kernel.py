@@ -11,6 +11,7 @@ import torch
 
 from bandpo import CHI2, HELLINGER, JS, KL, OBJECTIVES, REVERSE_KL, TV, Band, Clip, FDivergence
 from bandpo import terms as tokens
+from bandpo.bounds import outside
 from bandpo.surrogates import clip
 from batches import complete, deterministic, run
 
@@ -55,7 +56,7 @@ def test_value_gradient_and_bounds_are_the_plain_paths(kernel, bounds_of, per_se
     upstream = torch.randn(B, T, generator=torch.Generator().manual_seed(4))
 
     x = new.clone().requires_grad_()
-    value, bounds = kernel.clipped_objective(x, old, advantages, mask, bounds_of)
+    value, bounds, left = kernel.clipped_objective(x, old, advantages, mask, bounds_of)
     (gradient,) = torch.autograd.grad((value * upstream).sum(), x)
 
     y = new.clone().requires_grad_()
@@ -66,6 +67,9 @@ def test_value_gradient_and_bounds_are_the_plain_paths(kernel, bounds_of, per_se
 
     assert torch.equal(bounds.lower, want_bounds.lower)
     assert torch.equal(bounds.upper, want_bounds.upper)
+    want_left = outside(filled_new - filled_old, torch.where(mask, advantages, 0.0), want_bounds)
+    assert left.dtype == torch.bool and torch.equal(left, want_left)
+    assert left.any() or bounds_of in (Clip(1.0, math.inf), Band(HELLINGER, 3.0, max_ratio=None))
     torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)  # numpy's exp against torch's
     assert gradient.dtype == dtype
     torch.testing.assert_close(gradient, want_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
@@ -74,7 +78,7 @@ def test_value_gradient_and_bounds_are_the_plain_paths(kernel, bounds_of, per_se
 
 def test_nan_and_impossible_tokens(kernel):
     old = torch.tensor([[math.nan, -math.inf, -1.0, 1e-7]])
-    value, bounds = kernel.clipped_objective(
+    value, bounds, left = kernel.clipped_objective(
         torch.tensor([[-1.0, -1.0, math.nan, 0.0]]),
         old,
         torch.ones(1, 1),
@@ -85,6 +89,7 @@ def test_nan_and_impossible_tokens(kernel):
     for a, b in zip(bounds, plain, strict=True):
         assert torch.equal(a.nan_to_num(nan=-7), b.nan_to_num(nan=-7))
     assert value.isnan().tolist() == [[True, False, True, False]]
+    assert left.tolist() == [[False, True, False, False]]
 
 
 def test_declines_what_it_does_not_serve(kernel):
@@ -142,7 +147,7 @@ def test_what_is_no_number_is_left_out_by_the_kernel_too(kernel, objective, wher
 
 def test_ratios_are_held_on_both_sides_by_the_kernel_too(kernel):
     x = torch.tensor([[-41.0, -39.0, 39.0, 41.0]], requires_grad=True)
-    value, _ = kernel.clipped_objective(
+    value, *_ = kernel.clipped_objective(
         x, torch.zeros(1, 4), -torch.ones(1, 1), torch.ones(1, 4, dtype=torch.bool), Clip(1.0, math.inf)
     )
     value.sum().backward()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bandpo import KL, OBJECTIVES, Band, Clip, Objective, approx_kl, policy_loss, sequence_log_ratio, token_objective
+from bandpo import KL, OBJECTIVES, Band, Clip, Objective, approx_kl, policy_loss, token_objective
 from bandpo.surrogates import clip, hold, ratio
 from bandpo.surrogates.corrections import TIS, IcePop
+from bandpo.terms import sequence_log_ratio
 from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, deterministic, max_length, run
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bandpo import KL, Clip, clip_fraction, radius_for
+from bandpo import KL, Clip, radius_for
+from bandpo.bounds.calibration import outside_fraction
 from bandpo.doctor import examine_batch
-from bandpo.metrics import policy_metrics
 from bandpo.preference.probe import pool_hidden
 from bandpo.selection.packing import pack_rows
 from bandpo.terms import sequence_log_ratio
@@ -16,7 +16,7 @@ X = torch.tensor([[0.1, 0.2, 0.3]])
 TOKENS = {"log_ratio": X, "old_logprobs": X - 2, "advantages": torch.ones_like(X)}
 
 TAKERS = {
-    "clip_fraction": lambda mask: clip_fraction(Clip(), TOKENS | {"mask": mask}),
+    "outside_fraction": lambda mask: outside_fraction(Clip(), TOKENS | {"mask": mask}),
     "radius_for": lambda mask: radius_for(KL, 0.5, TOKENS | {"mask": mask}),
     "examine_batch": lambda mask: examine_batch(
         {"logprobs": X - 2, "old_logprobs": X - 2.1, "advantages": torch.ones_like(X), "mask": mask}
@@ -25,7 +25,6 @@ TAKERS = {
     "pack_rows": lambda mask: pack_rows(torch.ones(1, 3, dtype=torch.long), mask, capacity=8),
     "check_logprobs": lambda mask: check_logprobs(X - 2, mask),
     "sequence_log_ratio": lambda mask: sequence_log_ratio(X, mask),
-    "policy_metrics": lambda mask: policy_metrics(**TOKENS, mask=mask, bounds=Clip()(X - 2)),
 }
 
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bandpo
 from bandpo import KL, OBJECTIVES, TV, Band, alpha, in_band, policy_loss, ratio_bounds, token_logprobs
+from bandpo import losses as library
 from bandpo.bounds.roots import log_bounds
 
 G = torch.Generator().manual_seed(0)
@@ -140,7 +141,7 @@ def test_threads_read_one_table_that_keeps_its_promise():
 
 @pytest.mark.slow
 def test_compiled_bounds_take_any_number_of_radii_and_say_so_once():
-    fast = bandpo.compile(ratio_bounds, backend="eager")
+    fast = library.compiled(ratio_bounds, backend="eager")
     logp = -torch.rand(9, generator=G) * 6
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -157,7 +158,7 @@ def test_compiled_loss_takes_more_objectives_than_torch_keeps_graphs():
     def cheap(*, logprobs, objective):
         return (logprobs * len(objective.name)).sum()
 
-    fast = bandpo.compile(cheap, backend="eager")
+    fast = library.compiled(cheap, backend="eager")
     with pytest.warns(UserWarning, match="graph no. 9"):  # noqa: PT031
         for _ in range(2):
             for objective in OBJECTIVES.values():
@@ -168,7 +169,7 @@ def test_compiled_loss_takes_more_objectives_than_torch_keeps_graphs():
 
 @pytest.mark.slow
 def test_compiled_functions_with_other_numbers_begin_again_and_say_so():
-    fast = bandpo.compile(lambda x, r: Band(KL, r)(x).upper, backend="eager")
+    fast = library.compiled(lambda x, r: Band(KL, r)(x).upper, backend="eager")
     x = torch.tensor([-1.0, -2.0])
     with pytest.warns(UserWarning, match="again and again"):  # noqa: PT031
         for k in range(12):
@@ -177,7 +178,7 @@ def test_compiled_functions_with_other_numbers_begin_again_and_say_so():
 
 @pytest.mark.slow
 def test_compiled_policy_loss_with_a_schedule():
-    fast = bandpo.compile(backend="aot_eager")
+    fast = library.compiled(backend="aot_eager")
     new, old = -torch.rand(2, 3, 4, generator=G) * 4
     with pytest.warns(UserWarning, match="radius that moves"):  # noqa: PT031
         for k in range(32):

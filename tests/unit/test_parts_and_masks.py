@@ -21,19 +21,16 @@ from bandpo import (
     RatioBounds,
     aggregate,
     loss_normalizer,
-    needs,
     policy_loss,
-    policy_metrics,
-    sequence_log_ratio,
-    tokens,
-)  # fmt: skip
-from bandpo.bounds.regions import Balanced, BySign, Elastic, TopK
+)
+from bandpo import terms as tokens
+from bandpo.bounds.regions import BySign, TopK
+from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabilized
 from bandpo.surrogates import (
     clip,
     detach,
     dual_clip,
     kl_penalty,
-    log_stabilized,
     mask,
     quadratic_tv,
     reinsert,
@@ -41,7 +38,8 @@ from bandpo.surrogates import (
     traits,
     two_sided,
 )  # fmt: skip
-from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov, tapered
+from bandpo.surrogates.sequence import geometric_mean, tapered
+from bandpo.terms import sequence_log_ratio
 from bandpo.testing import check_bounds, check_surrogate
 from batches import B, T, batch, complete, max_length, run
 
@@ -146,11 +144,7 @@ def test_any_other_number_is_refused(value):
         lambda: aggregate(data["logprobs"], odd),
         lambda: loss_normalizer(odd, "token-mean"),
         lambda: sequence_log_ratio(data["logprobs"], odd),
-        lambda: policy_metrics(
-            log_ratio=data["logprobs"], old_logprobs=data["logprobs"], advantages=data["logprobs"], mask=odd,
-            bounds=Clip(0.2)(data["logprobs"]),
-        ),
-    ]  # fmt: skip
+    ]
     for call in calls:
         with pytest.raises(ValueError, match=r"mask must be bool, or 0 and 1, got .*labels != -100"):
             call()
@@ -289,30 +283,40 @@ def test_a_trait_has_a_name():
         traits("of_batches")
 
 
-def test_a_forgotten_needs_is_named():
+def test_the_inputs_are_the_keyword_only_parameters_without_default():
     def mine(log_ratio, advantages, bounds, *, old_logprobs, bonus, scale=1.0):
         return log_ratio.exp() * advantages + bonus * old_logprobs * scale
 
-    with pytest.raises(TypeError, match=r"surrogate mine takes old_logprobs, bonus.*@needs\('old_logprobs', 'bonus'\)"):
-        Objective(bounds=Clip(), surrogate=mine)
-    with pytest.raises(TypeError, match=r"takes bonus but.*@needs\('bonus'\)"):
-        Objective(bounds=Clip(), surrogate=needs("old_logprobs")(mine))
-    good = Objective(bounds=Clip(), surrogate=needs("old_logprobs", "bonus")(mine))
-    assert good.extras == ("bonus",)
+    good = Objective(bounds=Clip(), surrogate=mine)
+    assert (good.surrogate_inputs, good.extras) == (("old_logprobs", "bonus"), ("bonus",))
+    assert Objective(bounds=Clip(), surrogate=partial(mine, bonus=0.5)).extras == ()
+    assert Objective(bounds=Clip(), surrogate=functools.wraps(mine)(lambda *a, **k: mine(*a, **k))).extras == ("bonus",)
+
+    @dataclasses.dataclass(frozen=True)
+    class Region:
+        width: float
+
+        def __call__(self, old_logprobs, *, advantages, signal):
+            return Clip(self.width)(old_logprobs)
+
+    made = Objective(bounds=Region(0.2))
+    assert (made.bounds_inputs, made.extras) == (("advantages", "signal"), ("signal",))
+
+    class Module(torch.nn.Module):
+        def forward(self, log_ratio, advantages, bounds, *, mask):
+            return log_ratio * mask
+
+    assert Objective(bounds=Clip(), surrogate=Module()).surrogate_inputs == ("mask",)
 
     def region(old_logprobs, advantages):
         return Clip(0.2)(old_logprobs)
 
-    with pytest.raises(TypeError, match=r"bounds region takes advantages but.*@needs\('advantages'\)"):
+    with pytest.raises(
+        TypeError, match=r"bounds region .*takes advantages as well.*region\(old_logprobs, \*, advantages\)"
+    ):
         Objective(bounds=region)
-    Objective(bounds=needs("advantages")(region))
-
-    @needs("old_logprob")
-    def typo(log_ratio, advantages, bounds, *, old_logprobs=None):
-        return log_ratio.exp() * advantages
-
-    with pytest.raises(TypeError, match=r"@needs\('old_logprob'\) but has no parameter old_logprob"):
-        Objective(bounds=Clip(), surrogate=typo)
+    with pytest.raises(TypeError, match=r"surrogate <lambda> .*takes bonus as well: make further inputs keyword-only"):
+        Objective(bounds=Clip(), surrogate=lambda log_ratio, advantages, bounds, bonus: log_ratio)
     with pytest.raises(TypeError, match=r"must take \(log_ratio, advantages, bounds\)"):
         Objective(bounds=Clip(), surrogate=lambda log_ratio, advantages: log_ratio)
     with pytest.raises(TypeError, match=r"must take \(old_logprobs\)"):
@@ -411,7 +415,6 @@ def test_the_library_s_own_bounds_pass_their_check(bounds):
 
 
 def test_checks_take_extras():
-    @needs("edge")
     def mine(old_logprobs, *, edge):
         return RatioBounds(torch.zeros_like(old_logprobs), edge)
 

@@ -9,45 +9,61 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandpo import KL, OBJECTIVES, Band, RatioBounds, policy_metrics
+from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, token_objective
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.trl.pooled import PooledLog, Total, over_processes, without_empty
 from bandpo.metrics import PROB_BINS, masked_mean, policy_sums
 
 
-def made(seed, rows=6, width=5, objective="bandpo-kl"):
+def batch(seed, rows=6, width=5):
     g = torch.Generator().manual_seed(seed)
     old = -6 * torch.rand(rows, width, generator=g) ** 2 - 0.001
-    bounds_of = OBJECTIVES[objective].bounds
     return {
-        "log_ratio": 0.5 * torch.randn(rows, width, generator=g), "old_logprobs": old,
+        "logprobs": old + 0.5 * torch.randn(rows, width, generator=g), "old_logprobs": old,
         "advantages": torch.randn(rows, 1, generator=g), "mask": torch.rand(rows, width, generator=g) < 0.6,
-        "bounds": bounds_of(old), "bounds_of": bounds_of, "entropy": torch.rand(rows, width, generator=g),
-        "weights": torch.rand(rows, width, generator=g),
     }  # fmt: skip
 
 
-def rows_of(data, pick):
-    out = {}
-    for name, x in data.items():
+def made(seed, objective="bandpo-kl", **changed):
+    """Terms with the weights of a correction, and the entropy of each token."""
+    data = batch(seed) | changed
+    g = torch.Generator().manual_seed(seed + 1)
+    terms = token_objective(OBJECTIVES[objective], **data)
+    shape = data["mask"].shape
+    return terms._replace(weights=torch.rand(shape, generator=g)), torch.rand(shape, generator=g)
+
+
+def rows_of(terms, pick):
+    def part(x):
         if isinstance(x, RatioBounds):
-            out[name] = RatioBounds(x.lower[pick], x.upper[pick])
-        else:
-            out[name] = x[pick] if isinstance(x, torch.Tensor) else x
-    return out
+            return RatioBounds(*(b[pick] for b in x))
+        return x[pick] if isinstance(x, torch.Tensor) else x
+
+    return TokenObjective(*map(part, terms))
 
 
-def oracle(data):
+def parts_of(made_terms, *picks):
+    terms, entropy = made_terms
+    return [policy_sums(rows_of(terms, pick), entropy=entropy[pick]) for pick in picks]
+
+
+def metrics_of(made_terms):
+    terms, entropy = made_terms
+    return policy_metrics(terms, entropy=entropy)
+
+
+def oracle(made_terms):
     """By numpy and plain counting, from the definitions."""
-    x = {k: v.double().numpy() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
-    on = x["mask"] != 0
-    r, p = np.exp(x["log_ratio"])[on], np.exp(x["old_logprobs"])[on]
-    a = np.broadcast_to(x["advantages"], on.shape)[on]
-    lower, upper = (b.double().numpy()[on] for b in data["bounds"])
+    terms, entropy = made_terms
+    on = terms.mask.numpy()
+    x, p = terms.log_ratio.double().numpy()[on], np.exp(terms.anchor_logprobs.double().numpy())[on]
+    r, a = np.exp(x), np.broadcast_to(terms.advantages.double().numpy(), on.shape)[on]
+    lower, upper = (b.double().numpy()[on] for b in terms.bounds)
     low, high = (a < 0) & (r < lower), (a > 0) & (r > upper)
-    found = {"clip_fraction/low": low.mean(), "clip_fraction/high": high.mean(), "ratio/mean": r.mean(),
-             "kl/old_new": (r - np.log(r) - 1).mean(), "entropy": x["entropy"][on].mean(),
-             "correction/weight_mean": x["weights"][on].mean(),
+    found = {"clip_fraction/low": low.mean(), "clip_fraction/high": high.mean(), "outside_fraction/low": low.mean(),
+             "outside_fraction/any": (low | high).mean(), "ratio/mean": r.mean(),
+             "kl/old_new": (r - x - 1).mean(), "entropy": entropy.double().numpy()[on].mean(),
+             "correction/weight_mean": terms.weights.double().numpy()[on].mean(),
              "band/cap_fraction": (upper[a > 0] == 10).sum() / (a != 0).sum()}  # fmt: skip
     edges = [0, 1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99, 2]
     for name, left, right in zip(PROB_BINS, edges[:-1], edges[1:], strict=True):
@@ -87,10 +103,10 @@ def table(sums):
 def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objective, cuts, ranks):
     """Empty parts, and parts without a valid token, are among them."""
     data = made(seed, objective=objective)
-    whole = policy_metrics(**data)
+    whole = metrics_of(data)
     edges = [0, *sorted(cuts), 6]
-    parts = [policy_sums(**rows_of(data, slice(a, b))) for a, b in itertools.pairwise(edges)]
-    none = policy_sums(**rows_of(data, slice(0, 0)))
+    parts = parts_of(data, *(slice(a, b) for a, b in itertools.pairwise(edges)))
+    (none,) = parts_of(data, slice(0, 0))
     parts += [none] * (-len(parts) % ranks)
     pooled, log = PooledLog(), {}
     for start in range(0, len(parts), ranks):
@@ -110,44 +126,45 @@ def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objecti
 def test_the_oracle_agrees():
     for seed in range(20):
         data = made(seed)
-        found = policy_metrics(**data)
+        found = metrics_of(data)
         for name, value in oracle(data).items():
             assert found[name].item() == pytest.approx(value, rel=1e-5, nan_ok=True), name
 
 
 def test_nothing_is_no_number_for_every_statistic():
-    for data in (made(1), rows_of(made(1), slice(0, 0))):
-        data["mask"] = torch.zeros_like(data["mask"])
-        found = policy_metrics(**data)
-        assert found.keys() == policy_metrics(**made(1)).keys()
+    empty = torch.zeros(6, 5, dtype=torch.bool)
+    (no_rows,) = parts_of(made(1), slice(0, 0))
+    for found in (metrics_of(made(1, mask=empty)), {name: part.value() for name, part in no_rows.items()}):
+        assert found.keys() == metrics_of(made(1)).keys()
         assert all(x.isnan() for x in found.values())
     assert masked_mean(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).isnan()
 
 
 def test_a_whole_of_equal_advantages_has_no_edge_that_it_is_pushed_to():
-    found = policy_metrics(**{**made(2), "advantages": torch.zeros(6, 1)})
+    found = metrics_of(made(2, advantages=torch.zeros(6, 1)))
     assert found["band/cap_fraction"].isnan() and found["clip_fraction/any"] == 0
 
 
-@pytest.mark.parametrize("where", ["new", "old", "both", "advantage", "said"])
+@pytest.mark.parametrize("where", ["new", "old", "both", "advantage", "said", "bounds"])
 def test_tokens_that_are_no_numbers_are_counted_and_are_in_no_mean(where):
-    data = made(3)
+    data = batch(3)
     data["mask"][0] = True
+    data["advantages"] = data["advantages"].expand(6, 5).clone()
     clean = {**data, "mask": data["mask"].clone()}
     clean["mask"][0, 0] = False
-    data["advantages"] = data["advantages"].expand(6, 5).clone()
-    data = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
-    if where == "new":
-        data["log_ratio"][0, 0] = -math.inf
-    elif where in ("old", "both"):
-        data["old_logprobs"][0, 0], data["log_ratio"][0, 0] = -math.inf, math.inf if where == "old" else math.nan
-        data["bounds"] = data["bounds_of"](data["old_logprobs"])
-    elif where == "advantage":
+    data = {k: v.clone() for k, v in data.items()}
+    if where in ("new", "both"):
+        data["logprobs"][0, 0] = -math.inf if where == "new" else math.nan
+    if where in ("old", "both"):
+        data["old_logprobs"][0, 0] = -math.inf
+    if where == "advantage":
         data["advantages"][0, 0] = math.nan
-    else:
-        data["nonfinite"] = torch.zeros(6, 5, dtype=torch.bool)
-        data["nonfinite"][0, 0] = True
-    found, want = policy_metrics(**data), policy_metrics(**clean)
+    terms, entropy = made(3, **data)
+    if where == "said":
+        terms.nonfinite[0, 0] = True
+    if where == "bounds":
+        terms.bounds.upper[0, 0] = math.nan
+    found, want = policy_metrics(terms, entropy=entropy), metrics_of(made(3, **clean))
     assert found.pop("nonfinite_fraction").item() == pytest.approx(1 / data["mask"].sum().item())
     for name, value in found.items():
         torch.testing.assert_close(value, want[name], rtol=1e-6, atol=1e-7, equal_nan=True, msg=name)
@@ -155,10 +172,10 @@ def test_tokens_that_are_no_numbers_are_counted_and_are_in_no_mean(where):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
-    want = policy_metrics(**made(4))
+    want, data = metrics_of(made(4)), made(4)
     torch.set_default_dtype(dtype)
     try:
-        found = policy_metrics(**made_float32(4))
+        found = metrics_of(data)
     finally:
         torch.set_default_dtype(torch.float32)
     for name, value in want.items():
@@ -166,19 +183,10 @@ def test_the_default_dtype_changes_nothing(dtype):
         assert torch.equal(found[name], value) or value.isnan(), name
 
 
-def made_float32(seed):
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        return made(seed)
-    finally:
-        torch.set_default_dtype(default)
-
-
 def test_a_mean_of_means_would_be_another_number():
     """The findings' case: 48 tokens on one rank and 8 on the other."""
     log, pooled = {}, PooledLog()
-    first, second = (policy_sums(**one_sided(n, clipped)) for n, clipped in ((48, 20), (8, 1)))
+    first, second = (policy_sums(one_sided(n, clipped)) for n, clipped in ((48, 20), (8, 1)))
     found = over_processes(Processes([table(second)]), first)
     pooled.begin(log)
     pooled.put(log, "clip", found["clip_fraction/any"])
@@ -189,9 +197,8 @@ def test_a_mean_of_means_would_be_another_number():
 def one_sided(tokens, clipped):
     old = torch.full((1, tokens), -1.0)
     log_ratio = torch.where(torch.arange(tokens) < clipped, 1.0, 0.0).unsqueeze(0)
-    bounds = RatioBounds(torch.full_like(old, 0.8), torch.full_like(old, 1.2))
-    return {"log_ratio": log_ratio, "old_logprobs": old, "advantages": torch.ones(1, 1), "mask": torch.ones(1, tokens),
-            "bounds": bounds, "bounds_of": Band(KL, 0.05)}  # fmt: skip
+    return token_objective(OBJECTIVES["bandpo-kl"], logprobs=old + log_ratio, old_logprobs=old, advantages=torch.ones(1, 1),
+                           mask=torch.ones(1, tokens))  # fmt: skip
 
 
 def test_the_pool_begins_anew_with_each_line_and_takes_over_the_host_s_values():
@@ -220,10 +227,9 @@ def test_the_pool_begins_anew_with_each_line_and_takes_over_the_host_s_values():
 
 
 def test_what_a_host_averages_itself_is_the_whole_where_its_parts_have_one_size():
-    data = made(5)
-    data["mask"] = torch.ones(6, 5, dtype=torch.bool)
-    parts = [mean_proof(policy_sums(**rows_of(data, slice(i, i + 2)))) for i in (0, 2, 4)]
-    whole = mean_proof(policy_sums(**data))
+    data = made(5, mask=torch.ones(6, 5, dtype=torch.bool))
+    parts = [mean_proof(sums) for sums in parts_of(data, *(slice(i, i + 2) for i in (0, 2, 4)))]
+    whole = mean_proof(policy_sums(data[0], entropy=data[1]))
     assert not any(x.isnan() for x in whole.values())
     for name, value in whole.items():
         if not name.endswith("_max"):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, Clip, Objective, policy_loss
-from bandpo.surrogates import clip, dual_clip, log_stabilized, two_sided
+from bandpo.experimental import log_stabilized
+from bandpo.surrogates import clip, dual_clip, two_sided
 from bandpo.surrogates.corrections import TIS
 from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, max_length, run

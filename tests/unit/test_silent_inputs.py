@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bandpo import OBJECTIVES, Clip, aggregate, clip_fraction, group_advantages, match_radius, policy_loss, radius_for
-from bandpo.bounds.regions import Balanced
+from bandpo import OBJECTIVES, Clip, aggregate, group_advantages, match_radius, policy_loss, radius_for
+from bandpo.bounds.calibration import outside_fraction
+from bandpo.experimental import Balanced
 from bandpo.preference.losses import kto_loss
 from bandpo.preference.probe import pool_hidden
 from bandpo.surrogates.corrections import TIS
@@ -34,8 +35,8 @@ def tokens():
 
 MEASURES = {
     "radius_for": lambda batch: radius_for("kl", 0.1, batch),
-    "clip_fraction": lambda batch: clip_fraction(Clip(0.2), batch),
-    "match_radius": lambda batch: match_radius("tv", like=Clip(0.2), by="clip_fraction", batch=batch),
+    "outside_fraction": lambda batch: outside_fraction(Clip(0.2), batch),
+    "match_radius": lambda batch: match_radius("tv", like=Clip(0.2), by="outside_fraction", batch=batch),
 }
 
 

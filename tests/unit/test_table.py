@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from bandpo import CHI2, DIVERGENCES, KL, REVERSE_KL, TV, Band, FDivergence, alpha, ratio_bounds
+from bandpo import CHI2, KL, REVERSE_KL, TV, Band, FDivergence, alpha, ratio_bounds
 from bandpo.bounds import table as module
 from bandpo.bounds.roots import log_bounds
+from bandpo.divergences import DIVERGENCES
 
 ALPHAS = [alpha(a) for a in (3.0, 1.5, 1.001, 0.999, 0.5, 0.3, 0.001, -1.0, -1.5)]
 USER = [FDivergence("user", lambda u: (u - 1).abs() ** 1.5)]

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandpo import DIVERGENCES, KL, OBJECTIVES, TV, Objective, binary_divergence
+from bandpo import KL, OBJECTIVES, TV, Objective
 from bandpo.bounds.regions import TopK, topk_divergence
+from bandpo.divergences import DIVERGENCES, binary_divergence
 from bandpo.surrogates import mask
 from batches import batch, complete, run
 

@@ -15,7 +15,6 @@ import bandpo
 from bandpo import (
     CHI2,
     DCPO,
-    DIVERGENCES,
     KL,
     OBJECTIVES,
     TV,
@@ -28,9 +27,11 @@ from bandpo import (
     policy_loss,
     ratio_bounds,
 )
-from bandpo.bounds.regions import Balanced, BySign, Elastic, Sides, TopK, kl3_clip, log_clip
+from bandpo.bounds.regions import BySign, Sides, TopK, kl3_clip, log_clip
+from bandpo.divergences import DIVERGENCES
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import TRL_KNOBS, Setup
+from bandpo.experimental import Balanced, Elastic
 from bandpo.preference import LINKS, PREFERENCES, PairObjective, alpha_link, chi2_kl
 from bandpo.preference.sampling import OnPolicy
 from bandpo.schedules import Adaptive, Schedule
@@ -103,8 +104,8 @@ def test_every_dataclass_of_the_library_is_one_of_those_above():
     from dataclasses import is_dataclass
 
     elsewhere = (
-        "bandpo.lab", "bandpo.run", "bandpo.doctor.shell", "bandpo.doctor.verl", "bandpo.integrations", "bandpo.plots",
-        "bandpo.cli", "bandpo.surrogates.kernel",
+        "bandpo.lab", "bandpo.train", "bandpo.toy", "bandpo.doctor.shell", "bandpo.doctor.verl", "bandpo.integrations",
+        "bandpo.plots", "bandpo.cli", "bandpo.surrogates.kernel",
     )  # fmt: skip
     found = set()
     for info in pkgutil.walk_packages(bandpo.__path__, "bandpo."):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from scipy.special import lambertw
 
-from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, needs, policy_loss, ratio_bounds, token_objective
-from bandpo.bounds.regions import Balanced, BySign, Elastic, Sides, kl3_clip
+from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, policy_loss, ratio_bounds, token_objective
+from bandpo.bounds.regions import BySign, Sides, kl3_clip
+from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
-from bandpo.surrogates.sequence import clip_cov, geometric_mean, kl_cov
+from bandpo.surrogates.sequence import geometric_mean
 from batches import B, T, batch, complete, run
 
 N = 20_000
@@ -388,7 +389,6 @@ def test_extras_are_checked():
 
 
 def test_a_surrogate_of_a_user_gets_what_it_needs():
-    @needs("old_logprobs", "bonus")
     def mine(log_ratio, advantages, bounds, *, old_logprobs, bonus):
         return log_ratio.exp() * advantages + bonus * old_logprobs
 

@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from bandpo._deprecations import moved_within, warn_moved
 from bandpo._inputs import as_mask, is_logprob
 from bandpo.bounds.band import Bounds, RatioBounds, as_divergence
+from bandpo.bounds.edges import outside
 from bandpo.divergences import FDivergence, binary_divergence
+
+__getattr__ = moved_within(__name__, {"clip_fraction": "bounds.outside_fraction"})
 
 _GRID = 4097
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -29,14 +33,14 @@ def match_radius(
     * `upper@P` or `lower@P`: the same bound at probability P, `δ = D(P, r_like(P))`.
     * `max_shift`: the same largest rise of a token's probability, `s = max_p p(r_up - 1)`; the ball that reaches it first has
       `δ = min_p D(p, 1 + s/p)`.
-    * `clip_fraction`: the same number of tokens of `batch` whose gradient is clipped; δ lies between the divergence of the last
-      token that is and of the first that is not.
+    * `outside_fraction`: the same number of tokens of `batch` outside, on the side that their advantage pushes to; δ lies
+      between the divergence of the last token that is and of the first that is not.
 
     Args:
         divergence: Whose radius to find, an `FDivergence` or a name.
         like: The trust region to match, `Band(KL, 0.05)` say, or `Clip(0.2)`; a function of the old log-probs alone.
         by: The measure.
-        batch: For `clip_fraction`: `log_ratio`, `old_logprobs`, `advantages` of tokens (any one shape, or advantages that
+        batch: For `outside_fraction`: `log_ratio`, `old_logprobs`, `advantages` of tokens (any one shape, or advantages that
             broadcast), and `mask` where some do not count.
 
     Returns:
@@ -61,11 +65,14 @@ def match_radius(
     if by == "max_shift":
         return _match_shift(divergence, like)
     if by == "clip_fraction":
+        warn_moved("match_radius(by='clip_fraction')", "match_radius(by='outside_fraction')")
+        by = "outside_fraction"
+    if by == "outside_fraction":
         if batch is None:
-            raise ValueError("match_radius: by='clip_fraction' counts tokens: pass batch=")
-        return _match_clip_fraction(divergence, like, batch)
+            raise ValueError("match_radius: by='outside_fraction' counts tokens: pass batch=")
+        return _match_outside_fraction(divergence, like, batch)
     raise ValueError(
-        f"match_radius: by={by!r}; choose 'upper@P', 'lower@P' (P a probability), 'max_shift' or 'clip_fraction'"
+        f"match_radius: by={by!r}; choose 'upper@P', 'lower@P' (P a probability), 'max_shift' or 'outside_fraction'"
     )
 
 
@@ -117,10 +124,9 @@ def _match_shift(divergence: FDivergence, like: Bounds) -> float:
 
 
 def radius_for(divergence: FDivergence | str, target: float, batch: Mapping[str, Tensor]) -> float:
-    """Radius at which a ball clips a given share of a batch's tokens.
+    """Radius at which a given share of a batch's tokens is outside the ball, on the side that their advantage pushes to.
 
-    A token counts as clipped where its gradient is. δ lies between the divergence of the last token that is clipped and of the
-    first that is not.
+    δ lies between the divergence of the last token that is outside and of the first that is not.
 
     Args:
         divergence: An `FDivergence` or a name.
@@ -155,30 +161,34 @@ def radius_for(divergence: FDivergence | str, target: float, batch: Mapping[str,
     return radius
 
 
-def clip_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:
-    """Share of a batch's valid tokens whose gradient a trust region clips.
+def outside_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:
+    """Share of a batch's valid tokens that are outside a trust region on the side that their advantage pushes to.
 
     Args:
         bounds: A function of the old log-probs alone.
         batch: As in `radius_for`.
 
+    Raises:
+        ValueError: If a name of the batch is missing or unknown.
+        TypeError: If the bounds return no interval.
+
     Examples:
         >>> from bandpo import Clip
         >>> x = torch.tensor([0.1, 0.3, -0.3, -0.1])
-        >>> clip_fraction(Clip(0.2), {"log_ratio": x, "old_logprobs": x - 1, "advantages": torch.ones(4)})
+        >>> outside_fraction(Clip(0.2), {"log_ratio": x, "old_logprobs": x - 1, "advantages": torch.ones(4)})
         0.25
     """
-    _, valid, clipped = _pushed(None, batch, bounds)
-    return int(clipped.sum()) / max(1, int(valid.sum()))
+    _, valid, left = _pushed(None, batch, bounds)
+    return int(left.sum()) / max(1, int(valid.sum()))
 
 
-def _match_clip_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[str, Tensor]) -> float:
-    distances, _, clipped = _pushed(divergence, batch, like)
-    count = int(clipped.sum())
+def _match_outside_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[str, Tensor]) -> float:
+    distances, _, left = _pushed(divergence, batch, like)
+    count = int(left.sum())
     if not 0 < count < len(distances):
         raise ValueError(
-            f"match_radius: {like!r} clips {count} of the {len(distances)} tokens that moved the way they are pushed; to match "
-            "a clip fraction it must clip some of them and not all. Take a batch further off policy, or more of them."
+            f"match_radius: {count} of the {len(distances)} tokens that moved the way they are pushed are outside {like!r}; "
+            "to match the share, some of them must be outside and not all. Take a batch further off policy, or more of them."
         )
     return (distances[count - 1].item() + distances[count].item()) / 2
 
@@ -186,7 +196,7 @@ def _match_clip_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[s
 def _pushed(
     divergence: FDivergence | None, batch: Mapping[str, Tensor], bounds: Bounds | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergences of the tokens that moved the way they are pushed, largest first; which tokens are valid, and clipped."""
+    """Divergences of the tokens that moved the way they are pushed, largest first; which tokens are valid, and outside."""
     names = {"log_ratio", "old_logprobs", "advantages"}
     if not names <= set(batch) <= names | {"mask"}:
         raise ValueError(f"batch needs {sorted(names)} and may have 'mask', got {sorted(batch)}")
@@ -196,14 +206,13 @@ def _pushed(
     if "mask" in batch:
         valid = valid & as_mask(batch["mask"])
     pushed = valid & (a * x > 0)
-    clipped, distances = torch.zeros_like(pushed), x[:0]
+    left, distances = torch.zeros_like(pushed), x[:0]
     if bounds is not None:
-        lower, upper = _interval(bounds, logp)
-        clipped = pushed & torch.where(a > 0, x.exp() > upper, x.exp() < lower)
+        left = pushed & outside(x, a, _interval(bounds, logp))
     if divergence is not None:
         reached = torch.minimum(x, -logp)  # rounding may put π above 1
         distances = binary_divergence(reached, logp, divergence)[pushed].sort(descending=True).values
-    return distances, valid, clipped
+    return distances, valid, left
 
 
 def _interval(bounds: Bounds, logp: Tensor) -> RatioBounds:

@@ -1,7 +1,7 @@
 """Trust regions that are more than a function of one log-prob, and constant ones with a formula.
 
-What they need besides the old log-probs (advantages, statistics of the group, the sampler's top tokens), they name by
-`needs`; `policy_loss` hands it over.
+What they need besides the old log-probs (advantages, the sampler's top tokens) are keyword-only parameters, which
+`policy_loss` fills by name.
 """
 
 import math
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_mask, inputs_of, needs, traits
+from bandpo._deprecations import moved_within
+from bandpo._inputs import inputs_of, traits
 from bandpo._values import ByValue
 from bandpo.bounds.band import Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
 from bandpo.bounds.roots import log1mexp
 from bandpo.divergences import KL, MAX_LOG, FDivergence
+
+__getattr__ = moved_within(__name__, {"Balanced": "experimental.Balanced", "Elastic": "experimental.Elastic"})
 
 
 def log_clip(low: float = 0.4, high: float | None = None) -> Clip:
@@ -59,7 +62,6 @@ def kl3_clip(delta: float = 0.05) -> Clip:
     return Clip(-math.expm1(edges[0]), math.expm1(edges[1]))
 
 
-@needs("advantages")
 @dataclass(frozen=True)
 class BySign:
     """One region for tokens with A > 0 and another for the rest (ABC-GRPO's four widths, arXiv:2601.03895).
@@ -115,110 +117,7 @@ class Sides:
         return RatioBounds(lower, upper)
 
 
-@needs("advantages", "signal")
-@dataclass(frozen=True)
-class Elastic:
-    """A clip that widens with the size of the advantage and the group's variance: our own reading of ETR.
-
-    `1 - ε_low·s` to `1 + ε_high·s` with `s = (1 + a·tanh(|A|/A₀))·(1 + b·v)`, `s <= limit`, and v in [0, 1] the group's
-    `signal` (`bandpo.groups.group_signal`: for rewards of 0 and 1, `4q(1-q)` at a share q of right answers). Without
-    signal, `A = 0` and `v = 0`, it is the plain clip. ETR (arXiv:2601.03723) describes such a micro and macro scaling; its
-    equations and coefficients could not be established, and this is not a reproduction of it. With std-normalised rewards of
-    0 and 1, |A| is large where v is small: the two factors pull against each other.
-
-    Args:
-        low: ε_low.
-        high: ε_high.
-        micro: a >= 0.
-        macro: b >= 0.
-        scale: A₀ > 0.
-        limit: Largest s, >= 1.
-
-    Examples:
-        >>> half = torch.full((1, 1), 0.5)
-        >>> Elastic()(half.log(), advantages=torch.zeros(1, 1), signal=torch.zeros(1, 1)).upper
-        tensor([[1.2000]])
-        >>> Elastic()(half.log(), advantages=2 * half, signal=torch.ones(1, 1)).upper
-        tensor([[1.4142]])
-    """
-
-    low: float = 0.2
-    high: float = 0.2
-    micro: float = 0.5
-    macro: float = 0.5
-    scale: float = 1.0
-    limit: float = 3.0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.low <= 1 and 0 <= self.high < math.inf):
-            raise ValueError(f"Elastic: low must be in [0, 1] and high >= 0, got {self.low} and {self.high}")
-        if not (self.micro >= 0 and self.macro >= 0 and self.scale > 0 and self.limit >= 1):
-            raise ValueError(f"Elastic: micro, macro >= 0, scale > 0 and limit >= 1 are required, got {self!r}")
-
-    def __call__(self, old_logprobs: Tensor, *, advantages: Tensor, signal: Tensor) -> RatioBounds:
-        s = (1 + self.micro * (advantages.abs() / self.scale).tanh()) * (1 + self.macro * signal)
-        s = s.clamp(max=self.limit).to(old_logprobs.dtype).expand_as(old_logprobs)
-        return RatioBounds((1 - self.low * s).clamp_min(0), 1 + self.high * s)
-
-
-@traits("of_batch")
-@needs("log_ratio", "advantages", "mask")
-@dataclass(frozen=True)
-class Balanced:
-    """A clip that widens step by step until good tokens carry enough of the objective: our own reading of BAPO.
-
-    Of the pairs (low edge, high edge) that start at the narrowest, raise the low edge to its end and then the high edge, the
-    first is taken whose clipped objective has a share of at least `target` from tokens with A > 0; the last one if none has.
-    The batch decides: micro-batches and ranks that see a part of it may choose differently. BAPO (arXiv:2510.18927) publishes
-    three sets of constants that disagree; these are its README's.
-
-    Args:
-        low: Smallest and largest lower edge.
-        high: Smallest and largest upper edge.
-        step: Of both.
-        target: ρ₀ in (0, 1).
-
-    Examples:
-        >>> x, a = torch.tensor([[2.0, 0.5]]).log(), torch.tensor([[1.0, -1.0]])
-        >>> Balanced()(x, log_ratio=x, advantages=a, mask=torch.ones(1, 2))
-        RatioBounds(lower=tensor([[0.6000, 0.6000]]), upper=tensor([[1.2000, 1.2000]]))
-    """
-
-    low: tuple[float, float] = (0.6, 0.9)
-    high: tuple[float, float] = (1.2, 3.0)
-    step: float = 0.05
-    target: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.low[0] <= self.low[1] <= 1 <= self.high[0] <= self.high[1] < math.inf):
-            raise ValueError(
-                f"Balanced: 0 <= low <= 1 <= high in rising pairs is required, got {self.low}, {self.high}"
-            )
-        if not (self.step > 0 and 0 < self.target < 1):
-            raise ValueError(f"Balanced: step must be positive and target in (0, 1), got {self.step} and {self.target}")
-
-    def __call__(self, old_logprobs: Tensor, *, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> RatioBounds:
-        raises, widens = (math.floor((end - start) / self.step + 1e-9) for start, end in (self.low, self.high))
-        pairs = [self._pair(i, raises) for i in range(raises + widens + 1)]
-        r = log_ratio.exp()
-        a = torch.where(as_mask(mask), advantages, 0.0)
-        enough: list[Tensor] = []
-        for low, high in pairs[:-1]:
-            kept = torch.minimum(r * a, r.clamp(low, high) * a)
-            good, bad = kept.clamp_min(0).sum(), kept.clamp_max(0).sum().neg()
-            enough.append((good >= self.target * (good + bad)).to(torch.int32))
-        last = torch.ones((), dtype=torch.int32, device=r.device)
-        first = torch.stack([*enough, last]).argmax().to(old_logprobs.dtype)
-        low = self.low[0] + self.step * first.clamp(max=raises)
-        high = self.high[0] + self.step * (first - raises).clamp_min(0)
-        return RatioBounds(low.expand(old_logprobs.shape), high.expand(old_logprobs.shape))
-
-    def _pair(self, step: int, raises: int) -> tuple[float, float]:
-        return self.low[0] + self.step * min(step, raises), self.high[0] + self.step * max(step - raises, 0)
-
-
 @traits("membership")
-@needs("topk_logprobs", "old_topk_logprobs", "sampled_in_topk", "logprobs")
 @dataclass(frozen=True, eq=False)
 class TopK(ByValue):
     """Whether a token is within a divergence ball of the sampler's top K tokens, itself and the rest (DPPO, arXiv:2602.04879).

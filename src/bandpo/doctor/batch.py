@@ -17,7 +17,7 @@ from torch import Tensor
 from bandpo._inputs import as_mask, is_logprob
 from bandpo._system.bounded import parse_json, read_regular
 from bandpo.bounds import Band
-from bandpo.bounds.calibration import clip_fraction, radius_for
+from bandpo.bounds.calibration import outside_fraction, radius_for
 from bandpo.divergences import CHI2, KL, TV
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.symptoms import MISMATCH
@@ -214,7 +214,7 @@ def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective
     for objective in [o for i, o in enumerate(shown) if o not in shown[:i]]:
         if objective.bounds_inputs or objective.ratio_level != "token":
             continue
-        rows.append(f"{objective.name:<14} {clip_fraction(objective.bounds, tokens):.4f}")
+        rows.append(f"{objective.name:<14} {outside_fraction(objective.bounds, tokens):.4f}")
     return Finding("clip fraction", "note", "share of the tokens whose gradient each region clips", details=tuple(rows))
 
 
@@ -227,7 +227,7 @@ def _radii(tokens: Mapping[str, Tensor], target: float) -> Finding:
             return Finding(
                 "radius", "note", f"no radius clips {target:g} of these tokens", str(error).partition(": ")[2]
             )
-        share = clip_fraction(Band(divergence, radius, max_ratio=None), tokens)
+        share = outside_fraction(Band(divergence, radius, max_ratio=None), tokens)
         rows.append(f"bandpo-{divergence.name.lower():<7} radius {radius:.4g}  clips {share:.4f} without a cap")
     return Finding("radius", "note", f"radius that clips {target:g} of these tokens", details=tuple(rows))
 

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import as_mask, fill
-from bandpo.bounds import RatioBounds
-from bandpo.bounds.regions import Balanced
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.options import Overrides
 from bandpo.metrics import policy_sums
 from bandpo.objective import Objective
-from bandpo.surrogates.sequence import clip_cov, kl_cov
-from bandpo.terms import TokenObjective, token_objective
+from bandpo.terms import token_objective
 from bandpo.zoo import get_objective
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(Overrides) if f.name != "divergence_top_k")
@@ -135,7 +132,7 @@ class Evaluated(NamedTuple):
     log_ratio: Tensor
     """Detached, of each token, 0 where the mask is off."""
     clipped: Tensor
-    """Whether the token is past the edge that its advantage pushes to."""
+    """Whether the surrogate takes the token's gradient away, bool; False where the mask is off."""
 
 
 def evaluate(
@@ -148,12 +145,13 @@ def evaluate(
         objective, logprobs=logprobs, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs,
         advantages=advantages, mask=valid,
     )  # fmt: skip
-    sums = policy_sums(
-        log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
-        bounds=terms.bounds, bounds_of=objective.bounds, weights=terms.weights, nonfinite=terms.nonfinite,
-    )  # fmt: skip
+    if terms.stopped is None:
+        raise TypeError(
+            f"objective {objective.name!r}: in a compiled loss it is not known which tokens the surrogate takes the gradient "
+            "from; mark the surrogate with bandpo.surrogates.stops"
+        )
     log_ratio = fill(terms.log_ratio.detach().expand(valid.shape), valid)
-    return Evaluated(terms.value, mean_proof(sums), log_ratio, _clipped(terms) & valid & ~terms.nonfinite)
+    return Evaluated(terms.value, mean_proof(policy_sums(terms)), log_ratio, terms.stopped)
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,14 +174,6 @@ def proportional(objective: Objective) -> bool:
     return torch.allclose(value(1.0), value(2.0**-10), rtol=1e-9, atol=1e-12)
 
 
-def _clipped(terms: TokenObjective) -> Tensor:
-    log_ratio, up, down = terms.log_ratio.detach(), terms.advantages > 0, terms.advantages < 0
-    if isinstance(terms.bounds, RatioBounds):
-        r = log_ratio.exp()
-        return (up & (r > terms.bounds.upper)) | (down & (r < terms.bounds.lower))
-    return ((up & (log_ratio > 0)) | (down & (log_ratio < 0))) & ~terms.bounds
-
-
 def _missing(objective: Objective, sampler: str) -> str:
     if objective.extras:
         return ", ".join(objective.extras)
@@ -201,8 +191,7 @@ def _not_in(rows: Rows, objective: Objective) -> str:
         looks or objective.ratio_level != "token" or getattr(objective.correction, "level", "token") != "token"
     ):
         return "whole sequences, one in a row"
-    surrogate = getattr(objective.surrogate, "func", objective.surrogate)  # under partial
-    if rows == "one" and (isinstance(objective.bounds, Balanced) or surrogate in (clip_cov, kl_cov)):
+    if rows == "one" and "of_batch" in objective.traits:
         return "the other sequences of the batch"
     return ""
 

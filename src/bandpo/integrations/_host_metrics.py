@@ -25,10 +25,10 @@ def mean_proof(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
 
     Examples:
         >>> none, five = torch.tensor(0.0), torch.tensor(5.0)
-        >>> mean_proof({"clip_fraction/any": PooledSum(torch.tensor(1.0), five), "band/cap_fraction": PooledSum(none, none)})
-        {'clip_fraction/any': tensor(0.2000), 'cap_fraction_of_all': tensor(0.)}
+        >>> mean_proof({"ratio/mean": PooledSum(torch.tensor(6.0), five), "band/cap_fraction": PooledSum(none, none)})
+        {'ratio/mean': tensor(1.2000), 'cap_fraction_of_all': tensor(0.)}
     """
-    tokens = sums["clip_fraction/any"].denominator.clamp_min(1)
+    tokens = sums["ratio/mean"].denominator.clamp_min(1)
     found: dict[str, Tensor] = {}
     for name, statistic in sums.items():
         family, slash, rest = name.partition("/")

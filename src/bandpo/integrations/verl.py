@@ -122,7 +122,7 @@ def loss(
         value = value * torch.where(finite, rollout_is_weights, 0.0)
         terms = terms._replace(nonfinite=terms.nonfinite | (valid & ~finite))
     total = agg_loss(-value, response_mask, loss_agg_mode, **config.global_batch_info)
-    return total, _metrics(terms, valid, objective, ranks=config.global_batch_info.get("dp_size") or 1)
+    return total, _metrics(terms, ranks=config.global_batch_info.get("dp_size") or 1)
 
 
 def register() -> None:
@@ -133,16 +133,13 @@ def register() -> None:
             register_policy_loss(f"bandpo:{name}")(partial(loss, name))
 
 
-def _metrics(terms: TokenObjective, valid: Tensor, objective: Objective, *, ranks: int) -> dict[str, float]:
+def _metrics(terms: TokenObjective, *, ranks: int) -> dict[str, float]:
     """Metrics of this micro-batch; verl averages them over micro-batches and ranks.
 
     A micro-batch without a valid token reports nothing. On several ranks verl refuses that, each must report the same names:
     there it counts as 0.
     """
-    sums = policy_sums(
-        log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=valid,
-        bounds=terms.bounds, bounds_of=objective.bounds, weights=terms.weights, nonfinite=terms.nonfinite,
-    )  # fmt: skip
+    sums, valid = policy_sums(terms), terms.mask
     log_ratio = terms.log_ratio.detach().expand(valid.shape)
     used = valid & ~terms.nonfinite
     report = {f"band/{name}": value for name, value in mean_proof(sums).items()} | {

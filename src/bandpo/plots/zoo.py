@@ -15,12 +15,11 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from bandpo.bounds import Clip
-from bandpo.bounds.regions import Balanced
+from bandpo.experimental import Balanced, clip_cov, kl_cov
 from bandpo.groups import kl_dual
 from bandpo.objective import Objective
 from bandpo.plots.figures import BLACK, GREY
 from bandpo.surrogates import clip
-from bandpo.surrogates.sequence import clip_cov, kl_cov
 from bandpo.terms import gradient_weight
 from bandpo.zoo import OBJECTIVES, get_objective
 

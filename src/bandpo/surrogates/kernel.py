@@ -24,8 +24,8 @@ _BLOCK = 1024
 
 def clipped_objective(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bounds_of: Bounds
-) -> tuple[Tensor, RatioBounds] | None:
-    """Per-token `min(r·A, clamp(r)·A)` and the bounds, in one pass, with the gradient ready for the backward one.
+) -> tuple[Tensor, RatioBounds, Tensor] | None:
+    """Per-token `min(r·A, clamp(r)·A)`, the bounds and which tokens are outside, in one pass that also makes the gradient.
 
     Args:
         logprobs: `(batch, time)`, float32 or 16-bit, with gradient.
@@ -35,16 +35,16 @@ def clipped_objective(
         bounds_of: The objective's bounds.
 
     Returns:
-        Value and bounds in float32; None where the kernel cannot be used: float64, tensor radii, kinked divergences,
-        `relax`, bounds that are neither `Band` nor `Clip`.
+        Value and bounds in float32, and a bool tensor, the rule of `bandpo.bounds.outside`; None where the kernel cannot be
+        used: float64, tensor radii, kinked divergences, `relax`, bounds that are neither `Band` nor `Clip`.
     """
     if torch.float64 in (logprobs.dtype, old_logprobs.dtype, advantages.dtype):
         return None
     region = _region(bounds_of, logprobs.device)
     if region is None:
         return None
-    value, lower, upper = _ClippedObjective.apply(logprobs, old_logprobs, advantages, mask, region)  # type: ignore[no-untyped-call]
-    return value, RatioBounds(lower, upper)
+    value, lower, upper, outside = _ClippedObjective.apply(logprobs, old_logprobs, advantages, mask, region)  # type: ignore[no-untyped-call]
+    return value, RatioBounds(lower, upper), outside.view(torch.bool)
 
 
 Region = tuple[Table | None, float, float]
@@ -76,15 +76,16 @@ class _ClippedObjective(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, region: Region
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table, fixed_lower, cap = region
         value, gradient, lower, upper = torch.empty((4, *logprobs.shape), dtype=torch.float32, device=logprobs.device)
+        outside = torch.empty(logprobs.shape, dtype=torch.uint8, device=logprobs.device)
         centers = (*table.centers, (0.0, 0, 0), (0.0, 0, 0))[:2] if table else ((0.0, 0, 0),) * 2
         n = logprobs.numel()
         if n:
             _kernel[(triton.cdiv(n, _BLOCK),)](
                 logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(), mask.contiguous().view(torch.uint8),
-                value, gradient, lower, upper, table.coefficients if table else value,
+                value, gradient, lower, upper, outside, table.coefficients if table else value,
                 n, logprobs.shape[-1] if advantages.numel() < n else 1, fixed_lower, cap,
                 table.last + 1 if table else 0, table.uniform if table else 0, table.end if table else 0.0,
                 *centers[0], *centers[1],
@@ -93,8 +94,8 @@ class _ClippedObjective(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(gradient)
         ctx.dtype = logprobs.dtype
-        ctx.mark_non_differentiable(lower, upper)
-        return value, lower, upper
+        ctx.mark_non_differentiable(lower, upper, outside)
+        return value, lower, upper, outside
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -104,7 +105,7 @@ class _ClippedObjective(torch.autograd.Function):
 
 @triton.jit
 def _kernel(
-    new_ptr, old_ptr, advantage_ptr, mask_ptr, value_ptr, gradient_ptr, lower_ptr, upper_ptr, table_ptr,
+    new_ptr, old_ptr, advantage_ptr, mask_ptr, value_ptr, gradient_ptr, lower_ptr, upper_ptr, outside_ptr, table_ptr,
     n, per_row, fixed_lower, cap, rows, uniform, end,
     center0, left0, right0, center1, left1, right1,
     TABULATED: tl.constexpr, CENTERS: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,8 +160,9 @@ def _kernel(
     clamped = tl.where(r < lower, lower, tl.where(r > upper, upper, r)) * advantage
     value = tl.where(clamped < push, clamped, push)
     value = tl.where(clamped == clamped, value, clamped)
-    stopped = ((advantage > 0) & (r > upper)) | ((advantage < 0) & (r < lower)) | held
+    outside = ((advantage > 0) & (r > upper)) | ((advantage < 0) & (r < lower))  # the rule of bandpo.bounds.outside
     tl.store(value_ptr + at, value, mask=inside)
-    tl.store(gradient_ptr + at, tl.where(stopped, 0.0, push), mask=inside)
+    tl.store(gradient_ptr + at, tl.where(outside | held, 0.0, push), mask=inside)
     tl.store(lower_ptr + at, lower, mask=inside)
     tl.store(upper_ptr + at, upper, mask=inside)
+    tl.store(outside_ptr + at, outside.to(tl.uint8), mask=inside)

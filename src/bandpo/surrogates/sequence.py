@@ -1,14 +1,23 @@
-"""Surrogates that look beyond their own token: at its sequence (GMPO, TOPR) or at the batch (Clip-Cov, KL-Cov)."""
+"""Surrogates that look at the whole sequence of a token: GMPO and TOPR."""
 
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_mask, needs, traits
-from bandpo.bounds import RatioBounds
-from bandpo.surrogates.token import clip, ratio
+from bandpo._deprecations import moved_within
+from bandpo._inputs import as_mask
+from bandpo.bounds import RatioBounds, outside
+from bandpo.surrogates.stops import never, stops
+from bandpo.surrogates.token import ratio
+
+__getattr__ = moved_within(__name__, {"clip_cov": "experimental.clip_cov", "kl_cov": "experimental.kl_cov"})
 
 
-@needs("mask")
+def _outside_in_logs(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
+    """The rule of `outside` with both sides as logarithms, as the surrogate compares them."""
+    return outside(log_ratio, advantages, RatioBounds(bounds.lower.log(), bounds.upper.log()), ratio=log_ratio)
+
+
+@stops(_outside_in_logs)
 def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, mask: Tensor) -> Tensor:
     """`exp(mean_t c_t)·A`, `c_t` the log-ratio clamped on the side A pushes to (GMPO, arXiv:2507.20673, eq. 4).
 
@@ -33,7 +42,7 @@ def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *
     return ratio(mean.detach() + own - own.detach()) * advantages
 
 
-@needs("logprobs", "mask")
+@stops(never)
 def tapered(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor) -> Tensor:
     """`A·log π` for A >= 0, `min(ρ, 1)·A·log π` for A < 0, ρ the sequence's product ratio (TOPR, arXiv:2503.14286).
 
@@ -48,59 +57,3 @@ def tapered(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logpr
     del bounds
     whole = torch.where(as_mask(mask), log_ratio, 0.0).sum(-1, keepdim=True).detach()
     return torch.where(advantages < 0, whole.clamp(max=0.0).exp(), 1.0) * advantages * logprobs
-
-
-@traits("of_batch")
-@needs("logprobs", "mask")
-def clip_cov(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
-    share: float = 2e-4, low: float = 1.0, high: float = 5.0,
-) -> Tensor:  # fmt: skip
-    """`clip`, with a few random tokens of high covariance taken out (Clip-Cov, arXiv:2505.22617).
-
-    Of the unclipped tokens with `low < (A - mean A)(log π - mean log π) < high`, a random `share` of the batch's tokens (at
-    least one) gets no gradient. The draw is torch's: seed it by `torch.manual_seed`. Means and share are those of the call,
-    so micro-batches differ from the whole batch.
-    """
-    valid = as_mask(mask)
-    a = advantages.expand(valid.shape)
-    r = ratio(log_ratio.detach())
-    covariance = _covariance(a, logprobs, valid)
-    clipped = torch.where(a > 0, r > bounds.upper, r < bounds.lower)
-    candidate = valid & ~clipped & (covariance > low) & (covariance < high)
-    order = torch.where(candidate, torch.rand_like(covariance), 2.0)
-    chosen = candidate & (_rank(order) < _count(valid, share))
-    return clip(log_ratio, advantages, bounds).masked_fill(chosen, 0.0)
-
-
-@traits("of_batch", "without_advantage")
-@needs("logprobs", "mask")
-def kl_cov(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
-    share: float = 2e-4, beta: float = 0.1,
-) -> Tensor:  # fmt: skip
-    """`r·A`, less `β|log r|` on the tokens of the highest covariance of A and log π (KL-Cov, arXiv:2505.22617).
-
-    A `share` of the batch's tokens, at least one, is penalised. Its mean is that of the call. The bounds are not used.
-    """
-    del bounds
-    valid = as_mask(mask)
-    covariance = _covariance(advantages.expand(valid.shape), logprobs, valid)
-    chosen = valid & (_rank(torch.where(valid, -covariance, torch.inf)) < _count(valid, share))
-    return ratio(log_ratio) * advantages - torch.where(chosen, beta * log_ratio.abs(), 0.0)
-
-
-def _covariance(advantages: Tensor, logprobs: Tensor, valid: Tensor) -> Tensor:
-    """The token's term of the covariance of A and log π."""
-    n = valid.sum().clamp_min(1)
-    a, x = (torch.where(valid, v, 0.0) for v in (advantages, logprobs.detach()))
-    return (a - a.sum() / n) * (x - x.sum() / n)
-
-
-def _rank(x: Tensor) -> Tensor:
-    """0 for the smallest entry, and so on."""
-    return x.flatten().argsort(stable=True).argsort().view(x.shape)
-
-
-def _count(valid: Tensor, share: float) -> Tensor:
-    return (valid.sum().to(torch.float32) * share).floor().clamp_min(1)

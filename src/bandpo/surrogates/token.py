@@ -9,11 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bandpo._inputs import needs
+from bandpo._deprecations import moved_within
 from bandpo._inputs import traits as traits
-from bandpo.bounds import RatioBounds
+from bandpo.bounds import RatioBounds, outside
+from bandpo.surrogates.stops import never, stops
 
 Surrogate = Callable[..., Tensor]
+
+__getattr__ = moved_within(__name__, {"log_stabilized": "experimental.log_stabilized"})
 
 # exp(40) = 2e17: squares of such ratios, and sums of these, stay finite in float32.
 MAX_LOG_RATIO = 40.0
@@ -36,6 +39,7 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return hold(log_ratio).exp()
 
 
+@stops(outside)
 def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     """The pessimistic surrogate of PPO (arXiv:1707.06347, eq. 7): `min(r·A, r̃·A)` with `r̃` the ratio clamped to the bounds.
 
@@ -50,6 +54,12 @@ def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     return torch.minimum(r * advantages, r.clamp(bounds.lower, bounds.upper) * advantages)
 
 
+def _outside_or_below(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
+    r = ratio(log_ratio)
+    return outside(log_ratio, advantages, bounds, ratio=r) | ((advantages < 0) & (r > c))
+
+
+@stops(_outside_or_below)
 def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
     """As `clip`, and for `A < 0` at least `c·A`: a bad token whose ratio explodes stops weighing (arXiv:1912.09729, eq. 5).
 
@@ -65,6 +75,7 @@ def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: flo
 
 
 @traits("membership")
+@stops(outside)
 def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, truncate: float | None = None) -> Tensor:
     """`r·A` inside, 0 where the ratio has left on the side the advantage pushes to (DPPO, arXiv:2602.04879, eq. 12).
 
@@ -80,15 +91,19 @@ def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, tr
         tensor([0.0000, 1.1000])
     """
     r = ratio(log_ratio)
-    if isinstance(bounds, RatioBounds):
-        outside = torch.where(advantages > 0, r > bounds.upper, r < bounds.lower)
-    else:
-        outside = ~bounds & torch.where(advantages > 0, log_ratio > 0, log_ratio < 0)
+    left = outside(log_ratio, advantages, bounds, ratio=r)
     if truncate is not None:
         r = torch.where(r > truncate, _score(r.clamp(max=truncate), log_ratio), r)
-    return (r * advantages).masked_fill(outside, 0.0)
+    return (r * advantages).masked_fill(left, 0.0)
 
 
+def _off_the_interval(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
+    del advantages
+    r = ratio(log_ratio)
+    return (r < bounds.lower) | (r > bounds.upper)
+
+
+@stops(_off_the_interval)
 def two_sided(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     """`r̃·A`, clamped on both sides whatever the sign of A (ABC-GRPO, arXiv:2601.03895), without PPO's minimum.
 
@@ -103,6 +118,7 @@ def two_sided(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Ten
     return ratio(log_ratio).clamp(bounds.lower, bounds.upper) * advantages
 
 
+@stops(never)
 def soft_edge(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, temperature: float = 0.25) -> Tensor:
     """As `clip`, but past the edge the slope decays instead of vanishing; a smooth edge for any bounds (our own design).
 
@@ -115,14 +131,14 @@ def soft_edge(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, temper
     """
     r = ratio(log_ratio)
     edge = torch.where(advantages > 0, bounds.upper, bounds.lower)
-    outside = torch.where(advantages > 0, r > edge, r < edge)
+    left = outside(log_ratio, advantages, bounds, ratio=r)
     # The branch that is not taken must be finite too: its gradient is multiplied by 0.
-    safe = torch.where(outside, edge, 1.0)
+    safe = torch.where(left, edge, 1.0)
     past = safe * (1 + temperature * ((r / safe - 1) / temperature).tanh())
-    return torch.where(outside, past, r) * advantages
+    return torch.where(left, past, r) * advantages
 
 
-@needs("logprobs")
+@stops(never)
 def detach(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor) -> Tensor:
     """`sg(r̃)·A·log π`: the clamped ratio weighs, and no token is lost (CISPO, arXiv:2506.13585, eq. 4).
 
@@ -136,6 +152,7 @@ def detach(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logpro
     return ratio(log_ratio).clamp(bounds.lower, bounds.upper).detach() * advantages * logprobs
 
 
+@stops(never)
 def soft(
     log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> Tensor:
@@ -152,6 +169,7 @@ def soft(
     return torch.sigmoid(tau * (ratio(log_ratio) - 1)) * (4 / tau) * advantages
 
 
+@stops(never)
 def quadratic(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     """`r·A - |A|(r - 1)²/(2ε)`, ε the width on the side of the advantage (SPO, arXiv:2401.16025; CFPO, arXiv:2601.22801).
 
@@ -170,7 +188,7 @@ def quadratic(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Ten
     return r * advantages - advantages.abs() * (r - 1).square() / (2 * width)
 
 
-@needs("old_logprobs")
+@stops(never)
 def quadratic_tv(
     log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, old_logprobs: Tensor, delta: float = 12.5
 ) -> Tensor:
@@ -191,6 +209,7 @@ def quadratic_tv(
 
 
 @traits("without_advantage")
+@stops(never)
 def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta: float = 1.0) -> Tensor:
     """`r·A - β(r - 1 - log r)`: PPO's KL penalty in place of a clip (arXiv:1707.06347, eq. 8).
 
@@ -207,30 +226,7 @@ def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta:
     return r * advantages - beta * (r - 1 - held)
 
 
-@traits("without_advantage")
-@needs("dual", "baseline")
-def log_stabilized(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, dual: Tensor, baseline: Tensor
-) -> Tensor:
-    """`ρ(A - b) - λ(ρ log ρ - ρ + 1)`: the Lagrangian of a KL ball around π_old for each prompt (our own reading of QUATRO).
-
-    `max E_π[A]  s.t.  KL(π ‖ π_old) <= δ` has the multiplier λ and the solution `ρ = exp((A - b)/λ)`, with `b = λ log Z`;
-    `bandpo.groups.kl_dual` solves for both. `w = 1 - (b + λ log ρ)/A`: no gradient at the solution, sample by sample, and
-    past it a pull back that a clip does not have. QUATRO (arXiv:2602.04620) describes a per-prompt KL constraint, a dual
-    variable for each prompt and a log-ratio stabiliser; its printed equations could not be established, and this is not a
-    reproduction of it. The bounds are not used.
-
-    Examples:
-        >>> half = torch.tensor([[0.5]])
-        >>> log_stabilized(torch.zeros(1, 1), torch.ones(1, 1), None, dual=half, baseline=half)
-        tensor([[0.5000]])
-    """
-    del bounds
-    held = hold(log_ratio)
-    r = held.exp()
-    return r * (advantages - baseline) - dual * (r * held - r + 1)
-
-
+@stops(outside)
 def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
     """For A > 0 the inverse ratio weighs, `min(1/r, c)`; for A < 0 PPO's clip (ASPO, arXiv:2510.06062).
 
@@ -244,10 +240,19 @@ def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 
     """
     r = ratio(log_ratio)
     inverse = _score(ratio(-log_ratio).clamp(max=c), log_ratio)
-    positive = (inverse * advantages).masked_fill(r > bounds.upper, 0.0)
+    positive = (inverse * advantages).masked_fill(outside(log_ratio, advantages, bounds, ratio=r), 0.0)
     return torch.where(advantages > 0, positive, clip(log_ratio, advantages, bounds))
 
 
+def _outside_without_rest(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta_low: float = 0.75, beta_high: float = 1.0
+) -> Tensor:
+    if beta_low and beta_high:
+        return never(log_ratio, advantages, bounds)
+    return outside(log_ratio, advantages, bounds) & torch.where(advantages > 0, beta_high == 0, beta_low == 0)
+
+
+@stops(_outside_without_rest)
 def reinsert(
     log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta_low: float = 0.75, beta_high: float = 1.0
 ) -> Tensor:
@@ -263,9 +268,9 @@ def reinsert(
     """
     r = ratio(log_ratio)
     edge = torch.where(advantages > 0, beta_high * bounds.upper, beta_low * bounds.lower)
-    outside = torch.where(advantages > 0, r > bounds.upper, r < bounds.lower)
+    left = outside(log_ratio, advantages, bounds, ratio=r)
     # A free side has no edge, and inf times a gradient of 0 would be NaN.
-    return torch.where(outside, _score(torch.where(outside, edge, 1.0), log_ratio), r) * advantages
+    return torch.where(left, _score(torch.where(left, edge, 1.0), log_ratio), r) * advantages
 
 
 def _score(weight: Tensor, log_ratio: Tensor) -> Tensor:

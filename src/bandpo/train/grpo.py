@@ -14,7 +14,6 @@ from transformers import PrinterCallback
 from trl.models.utils import unwrap_model_for_generation  # pyright: ignore[reportUnknownVariableType]
 
 from bandpo._system.progress import Progress
-from bandpo.bounds import RatioBounds
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
 from bandpo.terms import TokenObjective
@@ -135,15 +134,10 @@ class _Trainer(HidesSecretsInCard, BandGRPOTrainer):
         if self.model is not None and self.model.training:
             self.last_batch = _as_batch(terms, valid)
         p = terms.anchor_logprobs.exp()
-        log_ratio, advantages = (x.detach().expand(valid.shape) for x in (terms.log_ratio, terms.advantages))
-        if isinstance(terms.bounds, RatioBounds):
-            lower, upper = (b.expand(valid.shape) for b in terms.bounds)
-            low, high = log_ratio.exp() < lower, log_ratio.exp() > upper
-        else:
-            low, high = ~terms.bounds & (log_ratio < 0), ~terms.bounds & (log_ratio > 0)
-        clipped = torch.where(advantages > 0, high, low & (advantages < 0)).float()
+        log_ratio = terms.log_ratio.detach().expand(valid.shape)
+        clipped = torch.zeros_like(valid) if terms.stopped is None else terms.stopped
         chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_PER_BATCH))
-        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped)):
+        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped.float())):
             self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]
 
 

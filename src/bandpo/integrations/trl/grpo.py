@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from bandpo._inputs import as_columns, fill, is_logprob
+from bandpo._inputs import as_columns, is_logprob
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.bounds.regions import TopK
 from bandpo.integrations.trl.checkpoint import WholeCheckpoints
@@ -345,15 +345,15 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _inherited_terms(
         self, new: Tensor, old: Tensor, bounds: RatioBounds | None, inputs: dict[str, Any]
     ) -> TokenObjective:
-        """What the metrics need of `_own_terms` where TRL has computed the objective itself."""
-        valid = mask_of(inputs) != 0
-        strange = valid & ~(is_logprob(new) & is_logprob(old))
-        log_ratio, old = (_or_zero(fill(x, valid), strange) for x in (new - old, old))
-        if self.objective.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, valid & ~strange)
-        bounds = self.objective.bounds(old) if bounds is None else bounds
-        columns = as_columns(inputs["advantages"], old)
-        return TokenObjective(log_ratio, log_ratio, bounds, old, columns, None, strange)
+        """The terms of the objective that TRL has computed itself, for the metrics."""
+        return token_objective(
+            self.objective,
+            logprobs=new,
+            old_logprobs=old,
+            advantages=inputs["advantages"],
+            mask=mask_of(inputs),
+            bounds=bounds,
+        )
 
     def _move_radius(self) -> None:
         if self._radius_rule is None or not self.model.training:
@@ -410,11 +410,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
         """Our metrics into TRL's log, pooled over processes and micro-batches, with one transfer to the host."""
         mask = mask_of(inputs)
-        sums = policy_sums(
-            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds, bounds_of=self.objective.bounds, weights=terms.weights,
-            nonfinite=terms.nonfinite,
-        )  # fmt: skip
+        sums = policy_sums(terms)
         rows = torch.tensor(float(len(mask)), device=mask.device)
         silenced = torch.tensor(float(self._silenced), device=mask.device)
         around = {"sequences": PooledSum((mask != 0).any(1).sum(), rows), "silenced": PooledSum(silenced, rows)}
@@ -457,7 +453,7 @@ class BandGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         log["band/radius"].append(radius)
         if isinstance(self._radius_rule, Adaptive):
             by_divergence = self._radius_rule.rises
-            seen = found["band/divergence_mean" if by_divergence else "clip_fraction/any"]
+            seen = found["band/divergence_mean" if by_divergence else "outside_fraction/any"]
             self._measured[0] += seen.numerator * (radius if by_divergence else 1.0)
             self._measured[1] += seen.denominator
 

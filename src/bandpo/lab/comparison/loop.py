@@ -22,7 +22,7 @@ from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, pass_at_k, policy_sums
 from bandpo.objective import Objective
-from bandpo.terms import token_objective
+from bandpo.terms import TokenObjective, token_objective
 
 
 @dataclass(frozen=True)
@@ -206,15 +206,12 @@ class Loop:
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
             losses.append(-aggregate(terms.value, mask[i], run.objective.aggregation, max_length=maximum))
             if last:
-                self._count(i, terms, mask[i])
+                self._count(i, terms)
         self.optimizer.step(torch.autograd.grad(torch.stack(losses).sum(), list(self.stack.weights.values())))
 
     @torch.no_grad()
-    def _count(self, run: int, terms: Any, mask: Tensor) -> None:
-        sums = policy_sums(
-            log_ratio=terms.log_ratio.detach(), old_logprobs=terms.anchor_logprobs, advantages=terms.advantages, mask=mask,
-            bounds=terms.bounds, nonfinite=terms.nonfinite,
-        )  # fmt: skip
+    def _count(self, run: int, terms: TokenObjective) -> None:
+        sums = policy_sums(terms)
         for j, name in enumerate(PROB_BINS):
             for side, key in enumerate(("low", "high")):
                 self._counts[run, side, j] += sums[f"clip_fraction_by_prob/{key}/{name}"].numerator

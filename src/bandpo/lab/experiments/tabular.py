@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from bandpo.bounds import Bounds, Clip, RatioBounds
+from bandpo.bounds import Bounds, Clip, RatioBounds, outside
 from bandpo.surrogates import clip
 
 Regularizer = Literal["forward", "reverse"]
@@ -161,8 +161,7 @@ def ppo_clip(
             if k == 0:
                 squared_gradient = gradient.square().sum().item()
             theta = (theta.detach() + step_size * gradient).requires_grad_()
-        ratio = (theta.detach().log_softmax(-1) - old).exp()
-        clipped = ((advantages > 0) & (ratio > interval.upper)) | ((advantages < 0) & (ratio < interval.lower))
+        clipped = outside(theta.detach().log_softmax(-1) - old, advantages, interval)
         steps.append(
             Step(frozen.value.item(), squared_gradient, clipped.double().mean().item(), old.exp().min().item())
         )

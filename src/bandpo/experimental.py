@@ -1,0 +1,205 @@
+"""Components that may change in any release: readings of papers, and surrogates and regions of a whole batch.
+
+* Readings: `log_stabilized` (QUATRO), `Elastic` (ETR) and `Balanced` (BAPO). The equations or constants of their papers could
+  not be established, so each is our own reading and not a reproduction.
+* `clip_cov`, `kl_cov` and `Balanced` treat a token by statistics of the whole call, so that micro-batches differ from the
+  whole batch.
+
+The objectives of the zoo that use them (`quatro-reading`, `etr-reading`, `bapo-reading`, `clip-cov`, `kl-cov`) keep their
+names. What is outside of this module follows the usual rule: a public name is renamed with a warning first.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bandpo._inputs import as_mask, traits
+from bandpo.bounds import RatioBounds, outside
+from bandpo.surrogates.stops import never, stops
+from bandpo.surrogates.token import clip, hold, ratio
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """A clip that widens with the size of the advantage and the group's variance: our own reading of ETR.
+
+    `1 - ε_low·s` to `1 + ε_high·s` with `s = (1 + a·tanh(|A|/A₀))·(1 + b·v)`, `s <= limit`, and v in [0, 1] the group's
+    `signal` (`bandpo.groups.group_signal`: for rewards of 0 and 1, `4q(1-q)` at a share q of right answers). Without
+    signal, `A = 0` and `v = 0`, it is the plain clip. ETR (arXiv:2601.03723) describes such a micro and macro scaling; its
+    equations and coefficients could not be established, and this is not a reproduction of it. With std-normalised rewards of
+    0 and 1, |A| is large where v is small: the two factors pull against each other.
+
+    Args:
+        low: ε_low.
+        high: ε_high.
+        micro: a >= 0.
+        macro: b >= 0.
+        scale: A₀ > 0.
+        limit: Largest s, >= 1.
+
+    Examples:
+        >>> half = torch.full((1, 1), 0.5)
+        >>> Elastic()(half.log(), advantages=torch.zeros(1, 1), signal=torch.zeros(1, 1)).upper
+        tensor([[1.2000]])
+        >>> Elastic()(half.log(), advantages=2 * half, signal=torch.ones(1, 1)).upper
+        tensor([[1.4142]])
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    micro: float = 0.5
+    macro: float = 0.5
+    scale: float = 1.0
+    limit: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low <= 1 and 0 <= self.high < math.inf):
+            raise ValueError(f"Elastic: low must be in [0, 1] and high >= 0, got {self.low} and {self.high}")
+        if not (self.micro >= 0 and self.macro >= 0 and self.scale > 0 and self.limit >= 1):
+            raise ValueError(f"Elastic: micro, macro >= 0, scale > 0 and limit >= 1 are required, got {self!r}")
+
+    def __call__(self, old_logprobs: Tensor, *, advantages: Tensor, signal: Tensor) -> RatioBounds:
+        s = (1 + self.micro * (advantages.abs() / self.scale).tanh()) * (1 + self.macro * signal)
+        s = s.clamp(max=self.limit).to(old_logprobs.dtype).expand_as(old_logprobs)
+        return RatioBounds((1 - self.low * s).clamp_min(0), 1 + self.high * s)
+
+
+@traits("of_batch")
+@dataclass(frozen=True)
+class Balanced:
+    """A clip that widens step by step until good tokens carry enough of the objective: our own reading of BAPO.
+
+    Of the pairs (low edge, high edge) that start at the narrowest, raise the low edge to its end and then the high edge, the
+    first is taken whose clipped objective has a share of at least `target` from tokens with A > 0; the last one if none has.
+    The batch decides: micro-batches and ranks that see a part of it may choose differently. BAPO (arXiv:2510.18927) publishes
+    three sets of constants that disagree; these are its README's.
+
+    Args:
+        low: Smallest and largest lower edge.
+        high: Smallest and largest upper edge.
+        step: Of both.
+        target: ρ₀ in (0, 1).
+
+    Examples:
+        >>> x, a = torch.tensor([[2.0, 0.5]]).log(), torch.tensor([[1.0, -1.0]])
+        >>> Balanced()(x, log_ratio=x, advantages=a, mask=torch.ones(1, 2))
+        RatioBounds(lower=tensor([[0.6000, 0.6000]]), upper=tensor([[1.2000, 1.2000]]))
+    """
+
+    low: tuple[float, float] = (0.6, 0.9)
+    high: tuple[float, float] = (1.2, 3.0)
+    step: float = 0.05
+    target: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low[0] <= self.low[1] <= 1 <= self.high[0] <= self.high[1] < math.inf):
+            raise ValueError(
+                f"Balanced: 0 <= low <= 1 <= high in rising pairs is required, got {self.low}, {self.high}"
+            )
+        if not (self.step > 0 and 0 < self.target < 1):
+            raise ValueError(f"Balanced: step must be positive and target in (0, 1), got {self.step} and {self.target}")
+
+    def __call__(self, old_logprobs: Tensor, *, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> RatioBounds:
+        raises, widens = (math.floor((end - start) / self.step + 1e-9) for start, end in (self.low, self.high))
+        pairs = [self._pair(i, raises) for i in range(raises + widens + 1)]
+        r = log_ratio.exp()
+        a = torch.where(as_mask(mask), advantages, 0.0)
+        enough: list[Tensor] = []
+        for low, high in pairs[:-1]:
+            kept = torch.minimum(r * a, r.clamp(low, high) * a)
+            good, bad = kept.clamp_min(0).sum(), kept.clamp_max(0).sum().neg()
+            enough.append((good >= self.target * (good + bad)).to(torch.int32))
+        last = torch.ones((), dtype=torch.int32, device=r.device)
+        first = torch.stack([*enough, last]).argmax().to(old_logprobs.dtype)
+        low = self.low[0] + self.step * first.clamp(max=raises)
+        high = self.high[0] + self.step * (first - raises).clamp_min(0)
+        return RatioBounds(low.expand(old_logprobs.shape), high.expand(old_logprobs.shape))
+
+    def _pair(self, step: int, raises: int) -> tuple[float, float]:
+        return self.low[0] + self.step * min(step, raises), self.high[0] + self.step * max(step - raises, 0)
+
+
+@traits("without_advantage")
+@stops(never)
+def log_stabilized(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, dual: Tensor, baseline: Tensor
+) -> Tensor:
+    """`ρ(A - b) - λ(ρ log ρ - ρ + 1)`: the Lagrangian of a KL ball around π_old for each prompt (our own reading of QUATRO).
+
+    `max E_π[A]  s.t.  KL(π ‖ π_old) <= δ` has the multiplier λ and the solution `ρ = exp((A - b)/λ)`, with `b = λ log Z`;
+    `bandpo.groups.kl_dual` solves for both. `w = 1 - (b + λ log ρ)/A`: no gradient at the solution, sample by sample, and
+    past it a pull back that a clip does not have. QUATRO (arXiv:2602.04620) describes a per-prompt KL constraint, a dual
+    variable for each prompt and a log-ratio stabiliser; its printed equations could not be established, and this is not a
+    reproduction of it. The bounds are not used.
+
+    Examples:
+        >>> half = torch.tensor([[0.5]])
+        >>> log_stabilized(torch.zeros(1, 1), torch.ones(1, 1), None, dual=half, baseline=half)
+        tensor([[0.5000]])
+    """
+    del bounds
+    held = hold(log_ratio)
+    r = held.exp()
+    return r * (advantages - baseline) - dual * (r * held - r + 1)
+
+
+def _outside_or_drawn(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, value: Tensor) -> Tensor:
+    """Drawn tokens have the value 0, which no other token of `A != 0` has: the draw is not repeated."""
+    return outside(log_ratio, advantages, bounds) | (value == 0)
+
+
+@traits("of_batch")
+@stops(_outside_or_drawn)
+def clip_cov(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
+    share: float = 2e-4, low: float = 1.0, high: float = 5.0,
+) -> Tensor:  # fmt: skip
+    """`clip`, with a few random tokens of high covariance taken out (Clip-Cov, arXiv:2505.22617).
+
+    Of the unclipped tokens with `low < (A - mean A)(log π - mean log π) < high`, a random `share` of the batch's tokens (at
+    least one) gets no gradient. The draw is torch's: seed it by `torch.manual_seed`. Means and share are those of the call,
+    so micro-batches differ from the whole batch.
+    """
+    valid = as_mask(mask)
+    a = advantages.expand(valid.shape)
+    covariance = _covariance(a, logprobs, valid)
+    clipped = outside(log_ratio.detach(), torch.where(a == 0, -1.0, a), bounds)  # A = 0 counts as pushed down here
+    candidate = valid & ~clipped & (covariance > low) & (covariance < high)
+    order = torch.where(candidate, torch.rand_like(covariance), 2.0)
+    chosen = candidate & (_rank(order) < _count(valid, share))
+    return clip(log_ratio, advantages, bounds).masked_fill(chosen, 0.0)
+
+
+@traits("of_batch", "without_advantage")
+@stops(never)
+def kl_cov(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor,
+    share: float = 2e-4, beta: float = 0.1,
+) -> Tensor:  # fmt: skip
+    """`r·A`, less `β|log r|` on the tokens of the highest covariance of A and log π (KL-Cov, arXiv:2505.22617).
+
+    A `share` of the batch's tokens, at least one, is penalised. Its mean is that of the call. The bounds are not used.
+    """
+    del bounds
+    valid = as_mask(mask)
+    covariance = _covariance(advantages.expand(valid.shape), logprobs, valid)
+    chosen = valid & (_rank(torch.where(valid, -covariance, torch.inf)) < _count(valid, share))
+    return ratio(log_ratio) * advantages - torch.where(chosen, beta * log_ratio.abs(), 0.0)
+
+
+def _covariance(advantages: Tensor, logprobs: Tensor, valid: Tensor) -> Tensor:
+    """The token's term of the covariance of A and log π."""
+    n = valid.sum().clamp_min(1)
+    a, x = (torch.where(valid, v, 0.0) for v in (advantages, logprobs.detach()))
+    return (a - a.sum() / n) * (x - x.sum() / n)
+
+
+def _rank(x: Tensor) -> Tensor:
+    """0 for the smallest entry, and so on."""
+    return x.flatten().argsort(stable=True).argsort().view(x.shape)
+
+
+def _count(valid: Tensor, share: float) -> Tensor:
+    return (valid.sum().to(torch.float32) * share).floor().clamp_min(1)

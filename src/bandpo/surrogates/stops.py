@@ -1,0 +1,166 @@
+"""Which tokens a surrogate takes the gradient away from: a rule beside the surrogate, or else automatic differentiation."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from bandpo._inputs import inputs_of
+from bandpo.bounds import RatioBounds, outside
+
+T = TypeVar("T", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """The rule of one surrogate, with what it takes besides `(log_ratio, advantages, bounds)`."""
+
+    rule: Callable[..., Tensor]
+    marks: Callable[..., Tensor]
+    """The surrogate itself: a wrapper that copies its attributes is another function, and its rule is not known."""
+    keywords: frozenset[str]
+    """Names of the keywords of the surrogate that the rule takes as well."""
+    inputs: tuple[str, ...]
+    """Names of the inputs of the batch that it takes, and `value` for the value of the surrogate."""
+
+
+def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
+    """Mark a surrogate (a function) with the rule that says which tokens it takes the gradient away from.
+
+    The share of these tokens is the metric `clip_fraction`. Without a mark it is found by automatic differentiation, which
+    costs one backward pass through the surrogate, and is left out of the metrics under `torch.compile`.
+
+    Args:
+        rule: A function `(log_ratio, advantages, bounds) -> bool tensor`, True where the gradient is taken away. It is given
+            those keywords of the surrogate (fixed by `functools.partial`) that it takes as well, and by its own keyword-only
+            parameters without a default any input that a surrogate can have, or `value`, the value of the surrogate. Its
+            result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never` that of a surrogate
+            that keeps every gradient.
+
+    Examples:
+        >>> @stops(outside)
+        ... def surrogate(log_ratio, advantages, bounds):
+        ...     return (log_ratio.exp() * advantages).masked_fill(outside(log_ratio, advantages, bounds), 0.0)
+    """
+    inputs = inputs_of(rule)
+    taken = set(list(inspect.signature(rule).parameters)[3:]).difference(inputs)
+
+    def mark(surrogate: T) -> T:
+        keywords = taken.intersection(inspect.signature(surrogate).parameters)
+        cast("Any", surrogate).stops = StopRule(rule, surrogate, frozenset(keywords), inputs)
+        return surrogate
+
+    return mark
+
+
+def never(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor) -> Tensor:
+    """The rule of a surrogate that keeps every gradient: False for each token.
+
+    Args:
+        log_ratio: `log r`, any float tensor.
+        advantages: Not used.
+        bounds: Not used.
+
+    Examples:
+        >>> never(torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.bool))
+        tensor([False, False])
+    """
+    del advantages, bounds
+    return torch.zeros_like(log_ratio, dtype=torch.bool)
+
+
+def stop_rule_of(surrogate: Callable[..., Tensor]) -> tuple[StopRule | None, dict[str, Any]]:
+    """The mark of a surrogate, also through `functools.partial`, and the keywords that are fixed there.
+
+    Args:
+        surrogate: Any surrogate.
+
+    Returns:
+        None and no keywords where the surrogate carries no rule of its own.
+    """
+    keywords: dict[str, Any] = {}
+    while isinstance(surrogate, partial):
+        if surrogate.args:  # positions have moved: nothing is known
+            return None, {}
+        keywords = {**surrogate.keywords, **keywords}
+        surrogate = surrogate.func
+    mark = getattr(surrogate, "stops", None)
+    if not isinstance(mark, StopRule) or mark.marks is not surrogate:
+        return None, {}
+    return mark, {name: value for name, value in keywords.items() if name in mark.keywords}
+
+
+def stops_outside(surrogate: Callable[..., Tensor]) -> bool:
+    """Whether a surrogate takes the gradient away exactly from the tokens that are `outside` the region."""
+    mark, _ = stop_rule_of(surrogate)
+    return mark is not None and mark.rule is outside
+
+
+def value_and_stopped(
+    surrogate: Callable[..., Tensor],
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds | Tensor,
+    *,
+    inputs: Mapping[str, Tensor],
+    asked: tuple[str, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """The value of a surrogate, and which tokens it takes the gradient away from.
+
+    Args:
+        surrogate: Any surrogate.
+        log_ratio: `log r` at the ratio level of the objective, with gradient.
+        advantages: A, `(batch, 1)` or `(batch, time)`.
+        bounds: What the surrogate is given.
+        inputs: What a surrogate can ask for, by name; `logprobs` are those of the tokens, with gradient.
+        asked: The names that this surrogate asks for.
+
+    Returns:
+        The value, and a bool tensor that broadcasts to `(batch, time)`; None in place of it where the surrogate has no rule
+        and nothing can be differentiated here (under `torch.compile`, `torch.func` or `torch.inference_mode`).
+    """
+    mark, keywords = stop_rule_of(surrogate)
+    if mark is None:
+        return _by_autograd(surrogate, log_ratio, advantages, bounds, inputs, asked)
+    value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
+    with torch.no_grad():
+        given = {name: (value if name == "value" else inputs[name]).detach() for name in mark.inputs}
+        stopped = mark.rule(log_ratio.detach(), advantages, bounds, **keywords, **given)
+        return value, stopped if mark.rule is outside else stopped & (advantages != 0)
+
+
+def _by_autograd(
+    surrogate: Callable[..., Tensor],
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds | Tensor,
+    inputs: Mapping[str, Tensor],
+    asked: tuple[str, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """The surrogate is called once, so that one that draws random numbers is judged by the draw that it used."""
+    if not _can_differentiate(log_ratio):
+        return surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked}), None
+    logprobs, tracked = inputs["logprobs"], inputs["logprobs"].requires_grad
+    if not tracked:  # evaluation without gradients: differentiated on copies
+        logprobs, log_ratio = (x.detach().requires_grad_() for x in (logprobs, log_ratio))
+        inputs = {**inputs, "logprobs": logprobs, "log_ratio": log_ratio}
+    # The log-ratio is a function of the log-probs where these carry a gradient, and another leaf where they do not.
+    leaves = [logprobs] if tracked else [logprobs, log_ratio]
+    with torch.enable_grad():
+        value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
+        found: list[Tensor] = []
+        if value.requires_grad:
+            grads = torch.autograd.grad(value.sum(), leaves, retain_graph=tracked, allow_unused=True)
+            found = [gradient for gradient in grads if gradient is not None]
+    stopped = (advantages != 0) & (sum(found, torch.zeros_like(logprobs)) == 0)
+    return value if tracked else value.detach(), stopped
+
+
+def _can_differentiate(x: Tensor) -> bool:
+    functorch = cast("Any", torch._C)._functorch  # pyright: ignore[reportPrivateUsage]
+    hidden = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or x.is_inference()
+    return not hidden and not functorch.is_functorch_wrapped_tensor(x)
