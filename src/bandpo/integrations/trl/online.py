@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bandpo._system.files import latest_whole, read_jsonl, seal, unseal, write_jsonl, write_text
-from bandpo._system.seeds import shuffled_rows
 from bandpo.integrations.trl.dpo import REFERENCE_COLUMNS, BandDPOConfig, BandDPOTrainer
 from bandpo.integrations.trl.generate import as_completion, pad_token, sample_batches, score_completions
 from bandpo.preference.losses import reward_calibration
@@ -289,8 +288,14 @@ class OnlinePreferenceTrainer:
 
     def _places(self, k: int) -> list[int]:
         """Rows of the data set that round k samples for: one order of all after the other."""
-        count = self.args.prompts_per_round
-        return shuffled_rows(k * count, count, rows=len(self.prompts), seed=self.args.seed)
+        n, count = len(self.prompts), self.args.prompts_per_round
+        places = torch.arange(k * count, (k + 1) * count)
+        epochs = places.div(n, rounding_mode="floor")
+        chosen: list[int] = []
+        for epoch in epochs.unique().tolist():
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed + 7919 * (epoch + 1)))
+            chosen += order[places[epochs == epoch] % n].tolist()
+        return chosen
 
     def _teachers(self, k: int) -> list[bool]:
         """Which of round k's prompts teach the probe: those that have taught it in a round before, then the first others."""

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from bandpo._system.seeds import shuffled_rows
-
 PREFIX = "bandpo_"  # of the tensors that travel with TRL's own, through its shuffling and splitting
 
 
@@ -104,8 +102,15 @@ class Refill:
         data, accelerator = trainer.train_dataset, trainer.accelerator
         first = self.drawn + accelerator.process_index * count
         self.drawn += count * accelerator.num_processes
-        rows = shuffled_rows(first, count, rows=len(data), seed=trainer.args.seed)
-        return [data[i] for i in rows for _ in range(size)]
+        numbers = torch.arange(first, first + count)
+        chosen: list[Any] = []
+        for epoch in numbers.div(len(data), rounding_mode="floor").unique().tolist():
+            order = torch.randperm(
+                len(data), generator=torch.Generator().manual_seed(trainer.args.seed + 7919 * (epoch + 1))
+            )
+            places = numbers[numbers.div(len(data), rounding_mode="floor") == epoch] % len(data)
+            chosen += [data[i] for i in order[places].tolist() for _ in range(size)]
+        return chosen
 
 
 def mask_of(batch: dict[str, Any]) -> Tensor:
