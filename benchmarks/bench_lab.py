@@ -21,9 +21,14 @@ def test_stack_against_generate(paired, report):
     def generate():
         for run, model in enumerate(models):
             model.generate(
-                input_ids=full[run], attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0,
+                input_ids=full[run],
+                attention_mask=mask,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=True,
+                top_k=0,
                 pad_token_id=0,
-            )  # fmt: skip
+            )
 
     def sample():
         stack.sample(prompts, noise, end=-1, pad=0, repeats=GROUP)

@@ -39,7 +39,17 @@ def test_token_logprobs(report):
     median = {k: {m: statistics.median(r[m] for r in v) for m in ("s", "bytes", "norm")} for k, v in results.items()}
     ours, plain = median["ours"], median["plain"]
     assert abs(ours["norm"] / plain["norm"] - 1) < 1e-4
-    report("token_logprobs / plain, peak extra memory", ours["bytes"] / plain["bytes"], "x", "<= 0.125",
-           f"{ours['bytes'] / 2**30:.2f} against {plain['bytes'] / 2**30:.2f} GiB, the head's gradient included")  # fmt: skip
-    report("token_logprobs / plain, forward and backward", ours["s"] / plain["s"], "x", "<= 1.15",
-           f"{ours['s']:.1f} against {plain['s']:.1f} s")  # fmt: skip
+    report(
+        "token_logprobs / plain, peak extra memory",
+        ours["bytes"] / plain["bytes"],
+        "x",
+        "<= 0.125",
+        f"{ours['bytes'] / 2**30:.2f} against {plain['bytes'] / 2**30:.2f} GiB, the head's gradient included",
+    )
+    report(
+        "token_logprobs / plain, forward and backward",
+        ours["s"] / plain["s"],
+        "x",
+        "<= 1.15",
+        f"{ours['s']:.1f} against {plain['s']:.1f} s",
+    )

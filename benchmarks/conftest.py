@@ -75,9 +75,14 @@ def pytest_terminal_summary(terminalreporter, config):
     for row in _ROWS:
         write(f"{row['what']:58} {row['value']:>10g} {row['unit']:10} {row['target']:10} {row['met']:4} {row['note']}")
     machine = {
-        "processor": _processor(), "cores": os.cpu_count(), "threads used": 1, "torch": torch.__version__,
-        "python": platform.python_version(), "tokens": config.getoption("--tokens"), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads used": 1,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "tokens": config.getoption("--tokens"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     path = Path(config.getoption("--json"))
     path.write_text(json.dumps({"machine": machine, "results": _ROWS}, indent=1) + "\n")
     write(f"written to {path}")

@@ -1,6 +1,7 @@
 """What an update did: clip, divergence and entropy statistics, pass@k, and the hosts' names for them."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -228,6 +229,31 @@ def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:
     for i in range(k):  # C(n-c, k) / C(n, k) as a product of ratios: no big binomials
         all_wrong = all_wrong * ((n - right - i) / (n - i)).clamp_min(0)
     return 1 - all_wrong
+
+
+def pass_at_powers(right: Tensor, samples: Tensor, largest: int) -> dict[str, float]:
+    """Mean unbiased pass@j over prompts for j = 1, 2, 4 … up to `largest`, with `pass_at_k`.
+
+    Args:
+        right: `(prompts,)` integers, the number of right samples of each prompt.
+        samples: `(prompts,)` integers, the number of samples of each prompt; a prompt with fewer than j has no part in pass@j.
+        largest: The largest j, where it is a power of two.
+
+    Returns:
+        `{"pass@1": mean, "pass@2": mean, ...}`; NaN where no prompt has j samples.
+
+    Examples:
+        >>> pass_at_powers(torch.tensor([0, 1, 2]), torch.tensor([4, 4, 2]), 4)
+        {'pass@1': 0.4166666666666667, 'pass@2': 0.5, 'pass@4': 0.5}
+    """
+    report: dict[str, float] = {}
+    j = 1
+    while j <= largest:
+        enough = samples >= j
+        each = [pass_at_k(int(n), right[enough & (samples == n)], j) for n in samples[enough].unique()]
+        report[f"pass@{j}"] = torch.cat(each).mean().item() if each else math.nan
+        j *= 2
+    return report
 
 
 def _clip_sums(

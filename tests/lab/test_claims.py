@@ -24,11 +24,13 @@ def summary_of(tasks):
         shared = rng.normal(0, 0.05, 10)
         made[task] = {
             "values": {
-                label: {name: (level + shared + rng.normal(0, 0.002, 10)).tolist()
-                        for name in ("mean@4", "pass@4", "entropy", "rare clipped")}
+                label: {
+                    name: (level + shared + rng.normal(0, 0.002, 10)).tolist()
+                    for name in ("mean@4", "pass@4", "entropy", "rare clipped")
+                }
                 for label, level in arms.items()
             }
-        }  # fmt: skip
+        }
     return {"tasks": made, "sweeps": {}}
 
 

@@ -124,9 +124,16 @@ def test_smoke_preset_end_to_end_and_again(tmp_path):
     assert summary["failures"] == summary["incomplete"] == []
     found = summary["tasks"]["paths"]
     assert set(found["table"]) == {
-        "grpo", "bandpo-kl", "no-clip", "bandpo-kl matched", "bandpo-kl upper", "bandpo-kl lower", "grpo tuned",
-        "bandpo-kl tuned", "no-clip tuned",
-    }  # fmt: skip
+        "grpo",
+        "bandpo-kl",
+        "no-clip",
+        "bandpo-kl matched",
+        "bandpo-kl upper",
+        "bandpo-kl lower",
+        "grpo tuned",
+        "bandpo-kl tuned",
+        "no-clip tuned",
+    }
     for row in found["table"].values():
         assert row["mean@4"]["low"] <= row["mean@4"]["value"] <= row["mean@4"]["high"]
     for difference in found["differences"]["mean@4"].values():

@@ -9,8 +9,8 @@ import torch
 from scipy import stats as scipy_stats
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective
-from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common, wilson
-from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm
+from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common
+from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm, wilson
 
 
 def test_the_bottleneck():
@@ -89,9 +89,18 @@ def test_a_gradient_step_of_the_tree_is_the_closed_form():
     """One SGD step on one group: θ += lr · mean over ways of A (1[a] - π), exactly."""
     tree, lr = Tree(arms=3, rare=0.2, common=0.5), 0.5
     outcome = run_tree(
-        tree, Objective(bounds=Clip(0.2), advantage="mean"), learning_rate=lr, batches=1, queries=1, group=16, epochs=1,
-        minibatches=1, seeds=3, optimizer="sgd", seed=7,
-    )  # fmt: skip
+        tree,
+        Objective(bounds=Clip(0.2), advantage="mean"),
+        learning_rate=lr,
+        batches=1,
+        queries=1,
+        group=16,
+        epochs=1,
+        minibatches=1,
+        seeds=3,
+        optimizer="sgd",
+        seed=7,
+    )
     g = torch.Generator().manual_seed(7)
     noise = torch.rand(3, 16, 1, generator=g)
     policy = tree.start()[0].softmax(-1)

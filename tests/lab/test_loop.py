@@ -91,9 +91,12 @@ def test_one_step_is_policy_loss():
     chosen = part[0]
     new = loop.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0)
     loss, _ = policy_loss(
-        logprobs=new[0], old_logprobs=rollout.logprobs[0, chosen], advantages=advantages[0][chosen],
-        mask=rollout.mask[0, chosen], objective="bandpo-kl",
-    )  # fmt: skip
+        logprobs=new[0],
+        old_logprobs=rollout.logprobs[0, chosen],
+        advantages=advantages[0][chosen],
+        mask=rollout.mask[0, chosen],
+        objective="bandpo-kl",
+    )
     want = torch.autograd.grad(loss, list(loop.stack.weights.values()))
     for a, b in zip(seen[0], want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

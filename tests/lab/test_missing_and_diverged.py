@@ -42,9 +42,15 @@ def result(level, *, gone=False):
     }
     before = {"mean@4": 0.2, "pass@4": 0.3, "entropy": 1.2, "groups with signal": 0.5}
     return {
-        "reward": [level, level], "entropy": [1.0, math.nan if gone else 1.0], "clip": {"low": bins, "high": bins},
-        "tokens": bins, "before": before, "after": end, "rewards": [[0.0, 1.0]], "samples": [["p", ["c"]]],
-    }  # fmt: skip
+        "reward": [level, level],
+        "entropy": [1.0, math.nan if gone else 1.0],
+        "clip": {"low": bins, "high": bins},
+        "tokens": bins,
+        "before": before,
+        "after": end,
+        "rewards": [[0.0, 1.0]],
+        "samples": [["p", ["c"]]],
+    }
 
 
 def study_of(folder, plan=PLAN, missing=(), gone=()):

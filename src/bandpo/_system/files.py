@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
     """Write a file of strict JSON as `write_text` does; NaN and infinities become null."""
-    text = json.dumps(_strict(hide_in(content)), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(strict(hide_in(content)), indent=indent, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
@@ -157,12 +157,22 @@ def latest_whole(folders: Iterable[Path], number: Callable[[Path], int], say: Ca
     return None
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any, *, digits: int | None = None) -> Any:
+    """A value of strict JSON: NaN and infinities are None, and tuples are lists.
+
+    Args:
+        value: The value, with dictionaries and lists of any depth.
+        digits: Significant digits of the floats; None keeps all.
+    """
     if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
+        return {k: strict(v, digits=digits) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [strict(v, digits=digits) for v in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else float(f"{value:.{digits}g}")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,16 +1,18 @@
-"""Where the stacks of a study run: processes of this machine, or a Ray cluster. Both yield outcomes as they come."""
+"""Backends that spread work over processes of this machine or over a Ray cluster, and yield each outcome once it is made."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from bandpo._system.errors import RunError
 from bandpo._system.secrets import redact_text
@@ -21,26 +23,50 @@ Outcomes = Iterator[tuple[Work, Made | Exception]]
 Say = Callable[[str], Any]
 Backend = Callable[[Sequence[Any], Callable[[Any], Any], int, Say], Iterator[tuple[Any, Any]]]
 
-_TRIES = 2  # of work whose process dies
+_TRIES = 2  # how often work is tried whose process dies
+_PATIENCE = 5.0  # seconds in which a process whose pipe is closed may end by itself
 
 
 class WorkError(Exception):
-    """Work that raised, with the traceback of its process as a note; or whose process died."""
+    """The error of work that raised, or whose process died.
+
+    Args:
+        message: The error in one line.
+        trace: Traceback in the worker process, kept as a note of the error; empty if the process died.
+    """
+
+    __notes__: list[str]
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        if trace:
+            self.__notes__ = [trace]  # `add_note` without the need for Python 3.11
+
+
+def full_traceback(error: Exception) -> str:
+    """The traceback of an error with its notes, which Python prints by itself from 3.11 on."""
+    lines = traceback.format_exception(error)
+    if sys.version_info < (3, 11):
+        lines += getattr(error, "__notes__", [])
+    return "".join(lines)
 
 
 def processes(
     work: Sequence[Work], make: Callable[[Work], Made], workers: int, say: Say = print
 ) -> Outcomes[Work, Made]:
-    """Spawned processes, each with a session of its own.
+    """Spread work over spawned processes, each with a session of its own.
 
-    A process that dies, such as one killed for memory, affects its own work only, which is tried once more in a new process. No
-    process is left running, however this one ends.
+    If a process dies, for example because it was killed for its memory, only its own work is affected: it is tried once more in
+    a new process. However the calling process ends, no worker process is left running.
 
     Args:
-        work: What to make.
-        make: Makes one; a function of a module.
-        workers: Processes.
-        say: Takes a message for each process that dies.
+        work: The items of work.
+        make: Function of a module that makes one item.
+        workers: Number of processes.
+        say: Function that is called with a message for each process that dies.
+
+    Yields:
+        Each item with its outcome, or with the error that it met.
     """
     waiting, tries = deque(range(len(work))), Counter[int]()
     busy: list[_Worker] = []
@@ -57,8 +83,8 @@ def processes(
                 busy.remove(worker)
                 try:
                     outcome = worker.take()
-                except EOFError:  # it is dead
-                    how = worker.end(patience=5.0)
+                except EOFError:  # the process is dead
+                    how = worker.end(patience=_PATIENCE)
                     if tries[worker.number] < _TRIES:
                         say(f"  a process {how}: its work is tried once more")
                         waiting.append(worker.number)
@@ -73,10 +99,10 @@ def processes(
 
 
 class _Worker:
-    """A process that makes one thing after the other.
+    """A process that makes one item after the other.
 
     Args:
-        make: Makes one.
+        make: Function that makes one item.
     """
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
@@ -84,20 +110,20 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         self.process.start()
-        theirs.close()  # now only the process has it, and its end is seen as the end of the pipe
+        theirs.close()  # now only the process has this end, so that its death is seen as the end of the pipe
         self.number = 0
 
     def give(self, number: int, item: Any) -> None:
-        """Work to do."""
+        """Send an item of work to the process."""
         self.number = number
-        with contextlib.suppress(OSError):  # it has died; `take` says so
+        with contextlib.suppress(OSError):  # the process has died; `take` reports it
             self.pipe.send(item)
 
     def take(self) -> Any:
-        """What it made, or the error that it met.
+        """The outcome of the last item, or the error that it met.
 
         Raises:
-            EOFError: If it is dead.
+            EOFError: If the process is dead.
         """
         try:
             made, error, trace = self.pipe.recv()
@@ -105,23 +131,22 @@ class _Worker:
             raise
         except OSError as broken:
             raise EOFError from broken
-        except Exception as broken:  # what it made cannot be read here
+        except Exception as broken:  # the outcome cannot be unpickled here
             return broken
-        if error is None:
-            return made
-        found = WorkError(error)
-        found.add_note(trace)
-        return found
+        return made if error is None else WorkError(error, trace)
 
     def end(self, patience: float = 0.0) -> str:
-        """Kill it, and what it started; how it ended.
+        """Kill the process and the processes that it started.
 
         Args:
-            patience: Seconds that it has to end by itself.
+            patience: Seconds in which it may end by itself.
+
+        Returns:
+            How it ended, for a message.
         """
         wait([self.process.sentinel], patience)
-        if hasattr(os, "killpg"):  # before it is waited for: until then its number is not given to another
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it had not made its session yet
+        if hasattr(os, "killpg"):  # before `join`: until then the system gives its process number to no other
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not made its session yet
                 os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.kill()
         self.process.join()
@@ -131,9 +156,9 @@ class _Worker:
 
 
 def _serve(pipe: Connection, make: Callable[[Any], Any]) -> None:
-    """The life of a worker."""
+    """The main loop of a worker process."""
     if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C is the parent's; what this process starts can be ended with it
+        os.setsid()  # Ctrl-C goes to the parent only, and what this process starts can be killed with it
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     while True:
         try:
@@ -142,13 +167,13 @@ def _serve(pipe: Connection, make: Callable[[Any], Any]) -> None:
             return
         try:
             outcome = (make(item), None, "")
-        except BaseException as error:  # of any kind, sys.exit too: it is the outcome of this item alone
+        except BaseException as error:  # also sys.exit: it is the outcome of this item alone
             outcome = (None, redact_text(repr(error)), redact_text(traceback.format_exc()))
         try:
             pipe.send(outcome)
         except OSError:
             return
-        except Exception as error:  # what was made cannot be sent
+        except Exception as error:  # the outcome cannot be pickled
             pipe.send((None, redact_text(repr(error)), redact_text(traceback.format_exc())))
 
 
@@ -164,33 +189,37 @@ def _end_with_the_parent() -> None:
 def ray_cluster(
     work: Sequence[Work], make: Callable[[Work], Made], workers: int, say: Say = print
 ) -> Outcomes[Work, Made]:
-    """Tasks of one CPU on the cluster of `RAY_ADDRESS`, or on a local one with as many CPUs as workers.
+    """Spread work over tasks of one CPU on the cluster of `RAY_ADDRESS`, or on a local one with as many CPUs as workers.
 
-    Results come back to the driver, so nodes need no common disk; a task whose process or node dies is tried again.
+    Results come back to the driver, so that nodes need no common disk. A task whose process or node dies is tried again.
 
     Args:
-        work: What to make.
-        make: Makes one; bandpo must be installed on every node.
-        workers: CPUs of a local cluster; at most so many tasks wait on a real one.
-        say: Takes a message for each task that Ray gives up.
+        work: The items of work.
+        make: Function that makes one item; bandpo must be installed on every node.
+        workers: Number of CPUs of a local cluster; the size of a real one is its own.
+        say: Function that is called with a message for each task that Ray gives up.
+
+    Yields:
+        Each item with its outcome, or with the error that it met.
 
     Raises:
+        ImportError: If Ray is not installed.
         RunError: If Ray cannot be started or reached.
     """
     try:
-        import ray
+        ray = cast(Any, import_module("ray"))
     except ImportError as error:
         raise ImportError(f"--backend ray needs Ray: pip install 'bandpo[ray]' ({error})") from error
     own = not ray.is_initialized()
     if own:
         address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
         try:
             ray.init(log_to_driver=False, **local)
-        except Exception as error:  # Ray raises many kinds
+        except Exception as error:  # Ray raises errors of many types
             where = f"reach the cluster at RAY_ADDRESS={address}" if address else "start on this machine"
             raise RunError(
-                f"Ray could not {where} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); mend that, or use "
+                f"Ray could not {where} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); repair that, or use "
                 "--backend processes"
             ) from error
     try:
@@ -201,7 +230,7 @@ def ray_cluster(
             item = waiting.pop(ready)
             try:
                 yield item, ray.get(ready)
-            except ray.exceptions.RayTaskError as error:  # it raised
+            except ray.exceptions.RayTaskError as error:  # the work raised
                 yield item, error
             except ray.exceptions.RayError as error:
                 say(f"  Ray gave a task up after its retries: {type(error).__name__}")
@@ -212,3 +241,4 @@ def ray_cluster(
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType({"processes": processes, "ray": ray_cluster})
+"""The backends by name."""

@@ -11,11 +11,23 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 RESAMPLES = 9999
+"""Bootstrap resamples, and random sign flips of a permutation test."""
+
+NORMAL_95 = 1.959963984540054
+"""The 97.5% quantile of the standard normal distribution, for two-sided intervals at 95%."""
+
+_EXACT_PAIRS = 13  # up to so many pairs, all 2^n sign flips are tried
 Key = TypeVar("Key")
 
 
 class Interval(NamedTuple):
-    """An estimate and its 95% interval."""
+    """An estimate and its 95% interval.
+
+    Args:
+        value: The estimate.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
 
     value: float
     low: float
@@ -26,39 +38,54 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A paired comparison with a baseline."""
+    """A paired comparison with a baseline.
+
+    Args:
+        mean: Mean difference with its interval.
+        p: p-value of a two-sided permutation test of the paired differences, before correction.
+        p_holm: p-value after Holm's correction over the comparisons made together.
+        effect: Mean difference over the standard deviation of the differences (Cohen's d for pairs).
+        pairs: Number of pairs.
+    """
 
     mean: Interval
     p: float
-    """Two-sided permutation test of the paired differences, before correction."""
     p_holm: float
-    """After Holm's correction over the comparisons made together."""
     effect: float
-    """Mean difference over the standard deviation of the differences (Cohen's d for pairs)."""
     pairs: int
 
 
 def iqm(values: Sequence[float] | Floats, axis: int = -1) -> Any:
-    """Interquartile mean: the mean of the middle half (Agarwal et al., arXiv:2108.13264); NaN if a value is no number.
+    """Interquartile mean: the mean of the middle half (arXiv:2108.13264). NaN or an infinity among the values makes it NaN.
+
+    Args:
+        values: Values, any shape.
+        axis: Axis over which the mean is taken.
+
+    Returns:
+        A float for one axis, else an array without that axis.
 
     Examples:
         >>> float(iqm([0.0, 1.0, 2.0, 100.0]))
         1.5
     """
     x = np.asarray(values, dtype=np.float64)
-    # Trimming would cut NaN off as if it were a large value, and infinities too.
+    # Trimming alone would cut NaN and infinities off, as if they were the largest values.
     return np.where(np.isfinite(x).all(axis), stats.trim_mean(x, 0.25, axis=axis), np.nan)[()]
 
 
 def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, seed: int = 0) -> Interval:
     """Estimate with a BCa bootstrap interval at 95%; the interval is the point itself where all values agree.
 
-    One value that is no number makes all three NaN: a run that diverged is not averaged away.
+    A NaN or infinite value makes all three numbers NaN, so that a run that diverged is not averaged away.
 
     Args:
-        values: One for each run.
-        statistic: Takes an array and `axis`.
-        seed: Of the resampling.
+        values: One value for each run.
+        statistic: Function of an array and `axis`.
+        seed: Seed of the resampling.
+
+    Returns:
+        The estimate with its interval; the ends are NaN with fewer than three values.
     """
     x = np.asarray(values, dtype=np.float64)
     if not np.isfinite(x).all():
@@ -76,20 +103,24 @@ def interval(values: Sequence[float], statistic: Callable[..., Any] = iqm, *, se
 
 def _bootstrap(x: Floats, statistic: Callable[..., Any], method: str, seed: int) -> tuple[float, float]:
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller takes another method then
-        found = stats.bootstrap(
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller then uses another method
+        done: Any = stats.bootstrap(
             (x,), statistic, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(seed), vectorized=True
-        ).confidence_interval  # fmt: skip
+        )
+    found = done.confidence_interval
     return float(found.low), float(found.high)
 
 
 def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int = 0) -> dict[str, Difference]:
-    """Every arm against a baseline, run by run: the same place in two sequences is the same seed and warm-up.
+    """Compare every arm with a baseline, run by run: the same place in two sequences is the same seed and warm-up.
 
     Args:
         results: Values of each arm, in the same order of runs.
         baseline: The arm to compare with.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
+
+    Returns:
+        The difference of each other arm from the baseline.
 
     Raises:
         ValueError: If the arms have different numbers of runs, or the baseline is missing.
@@ -100,13 +131,17 @@ def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int 
 
 
 def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> dict[Key, Difference]:
-    """Differences first - second of pairs of arms, corrected together.
+    """The differences first - second of pairs of arms, with p-values that are corrected together.
 
-    The test flips the signs of the differences: all 2^n ways up to n = 13, else 9999 random ones (scipy's permutation_test).
+    The test flips the signs of the differences in all 2^n ways up to n = 13, else in 9999 random ways (scipy's
+    permutation_test).
 
     Args:
         pairs: Values of two arms, in the same order of runs.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
+
+    Returns:
+        The difference of each pair.
 
     Raises:
         ValueError: If two arms have different numbers of runs.
@@ -117,15 +152,18 @@ def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed
             raise ValueError(f"{name}: {len(first)} and {len(second)} runs cannot be paired")
         difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
         count = len(difference)
-        if not np.isfinite(difference).all():  # a run diverged: there is no difference to test
+        if not np.isfinite(difference).all():  # a run diverged, so there is no difference to test
             found[name] = (Interval(math.nan, math.nan, math.nan), math.nan, math.nan, count)
             continue
         deviation = float(np.std(difference, ddof=1)) if count > 1 else math.nan
         mean = float(difference.mean())
         effect = mean / deviation if deviation else (0.0 if mean == 0 else math.copysign(math.inf, mean))
         found[name] = (
-            interval(list(difference), np.mean, seed=seed), _sign_flips(difference, seed), effect, count,
-        )  # fmt: skip
+            interval(list(difference), np.mean, seed=seed),
+            _sign_flips(difference, seed),
+            effect,
+            count,
+        )
     corrected = holm([p for _, p, _, _ in found.values()])
     return {
         name: Difference(mean, p, q, effect, count)
@@ -133,8 +171,19 @@ def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed
     }
 
 
+def t_half_width(x: Floats) -> Floats:
+    """Half of the 95% t-interval of the mean of `(runs, ...)` values, of shape `(...)`."""
+    return stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction. A test without a p-value (NaN) stays without, and counts as one that was made.
+    """Holm's step-down correction of p-values.
+
+    Args:
+        p_values: One p-value for each test. NaN stays NaN, and is counted as a test that was made.
+
+    Returns:
+        The corrected p-values, in the same order.
 
     Examples:
         >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
@@ -150,20 +199,46 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share (E. B. Wilson, JASA 22, 1927).
+
+    Args:
+        successes: How many of the trials succeeded.
+        n: Number of trials.
+
+    Returns:
+        The lower and the upper end.
+
+    Examples:
+        >>> [round(x, 3) for x in wilson(90, 100)]
+        [0.826, 0.945]
+    """
+    z, p = NORMAL_95, successes / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
 def best_of_bootstrap(rewards: Floats, k: int, *, draws: int = 1000, seed: int = 42) -> float:
     """`best@k` as in BandPO's official logs: the mean over `draws` of the best of k samples drawn *with* replacement.
 
-    Not pass@k: one right sample of 32 scores 0.64 at k = 32 and not 1. For comparison with those logs only.
+    It differs from pass@k: one right sample of 32 scores 0.64 at k = 32 and not 1. Use it only to compare with those logs.
 
     Args:
         rewards: `(prompts, samples)`.
         k: Samples of each draw.
         draws: Bootstrap draws for each prompt.
-        seed: Of the draws.
+        seed: Seed of the draws.
+
+    Returns:
+        The mean over prompts and draws.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, rewards.shape[1], (draws, k))
     return float(rewards[:, chosen].max(-1).mean())
+
+
+def _mean(x: Floats, axis: int) -> Any:
+    return x.mean(axis)
 
 
 def _sign_flips(difference: Floats, seed: int) -> float:
@@ -173,14 +248,22 @@ def _sign_flips(difference: Floats, seed: int) -> float:
         return math.nan
     return float(
         stats.permutation_test(
-            (difference,), lambda x, axis: x.mean(axis), permutation_type="samples", vectorized=True,
-            n_resamples=9999 if len(difference) > 13 else 2**13, rng=np.random.default_rng(seed),
+            (difference,),
+            _mean,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=RESAMPLES if len(difference) > _EXACT_PAIRS else 2**_EXACT_PAIRS,
+            rng=np.random.default_rng(seed),
         ).pvalue
-    )  # fmt: skip
+    )
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A number for a table; a dash where there is none, as the interval of two runs.
+    """A number for a table, or a dash where there is no number, such as an end of the interval of two runs.
+
+    Args:
+        value: The number; None or NaN gives the dash.
+        form: Format specification of the number.
 
     Examples:
         >>> number(0.25), number(None), number(math.nan)

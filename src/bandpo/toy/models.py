@@ -1,4 +1,4 @@
-"""A small character-level causal LM that transformers loads, warmed up on a task once and cached."""
+"""A small character-level causal LM of transformers that is warmed up on a task once and cached."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import string
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,24 +18,29 @@ from bandpo._system.files import write_json
 from bandpo.toy.tasks import TASKS, Row, make_splits
 
 Progress = Callable[[int, float], None]
+"""A function of the step and the loss."""
 
 _PAD, _END, _UNKNOWN = "<pad>", "<end>", "<unk>"
 _CHARACTERS = string.digits + string.ascii_lowercase + string.ascii_uppercase + string.punctuation + " "
-_FORMAT = 1  # part of the cache's key: raise it when what is built from the same config changes
+_FORMAT = 1  # part of the cache's key: raise it when the same configuration gives another model
+_REPORT_EVERY = 50  # steps of the warm-up
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What decides the warmed-up model, and so the name it is cached under.
+    """The configuration of a warmed-up model, which decides its place in the cache.
 
     Args:
         task: A name in `TASKS`.
-        steps: Optimiser steps of supervised learning. The default leaves most groups of samples with a signal.
-        batch_size: Prompts in a step.
+        steps: Optimiser steps of supervised learning. After the default number, most groups of samples have a signal.
+        batch_size: Number of prompts in a step.
         learning_rate: Peak of a one-cycle schedule.
         hidden_size: Width of the model.
-        layers: Its depth.
-        seed: Of weights and batches.
+        layers: Number of layers of the model.
+        seed: Seed of weights and batches.
+
+    Raises:
+        ValueError: If the task is unknown, or a number is below 1.
     """
 
     task: str = "countdown"
@@ -54,7 +60,7 @@ class WarmUp:
 
     @property
     def path(self) -> Path:
-        """Where the model is cached: the user's cache directory, or $BANDPO_CACHE."""
+        """The folder of the model, in the user's cache directory or $BANDPO_CACHE."""
         task = TASKS[self.task]
         decides = [_FORMAT, asdict(self), dict(task.config), task.train_size]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -64,12 +70,12 @@ class WarmUp:
 def warmed_up_model(
     warm_up: WarmUp, report: Progress | None = None, say: Callable[[str], object] = lambda _: None
 ) -> Path:
-    """Folder of the warmed-up model and its tokenizer, made on the first call for a config, or if it was damaged.
+    """The folder of the warmed-up model and its tokenizer, which are made if the cache does not have them undamaged.
 
     Args:
-        warm_up: The config.
-        report: Called with (step, loss) now and then.
-        say: Takes messages.
+        warm_up: The configuration.
+        report: Function that is called with the step and the loss every 50 steps.
+        say: Function that is called with messages.
 
     Raises:
         RunError: If the cache has no such model and cannot be written.
@@ -95,35 +101,51 @@ def warmed_up_model(
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each printable ASCII character, built locally."""
+    """A tokenizer with one token for each printable ASCII character, built without a download."""
     vocabulary = {token: i for i, token in enumerate([_PAD, _END, _UNKNOWN, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN, padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_END,
+        unk_token=_UNKNOWN,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def build_model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of the warm-up's size with random weights of its seed."""
+    """A Llama with random weights.
+
+    Args:
+        warm_up: The configuration, with size and seed.
+        tokenizer: Tokenizer of `build_tokenizer`.
+    """
+    pad, end = _special_ids(tokenizer)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=warm_up.hidden_size, intermediate_size=2 * warm_up.hidden_size,
-        num_hidden_layers=warm_up.layers, num_attention_heads=4, max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=warm_up.hidden_size,
+        intermediate_size=2 * warm_up.hidden_size,
+        num_hidden_layers=warm_up.layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=pad,
+        eos_token_id=end,
+        bos_token_id=None,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(warm_up.seed)
         model = LlamaForCausalLM(config)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = pad
     return model
 
 
 def _learn(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, warm_up: WarmUp, report: Progress | None
 ) -> None:
-    """Supervised learning of the answers, in place."""
+    """Train the model on the answers of the task."""
     rows, _ = make_splits(TASKS[warm_up.task])
     ids, labels = _encode(rows, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm_up.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
@@ -138,19 +160,25 @@ def _learn(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if report is not None and (step % 50 == 0 or step == warm_up.steps):
+        if report is not None and (step % _REPORT_EVERY == 0 or step == warm_up.steps):
             report(step, loss.item())
     model.eval()
 
 
 def _encode(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Token ids, padded on the right, and labels that count the answer and its end only."""
-    prompts = [tokenizer(r["prompt"]).input_ids for r in rows]
-    answers = [[*tokenizer(r["answer"]).input_ids, tokenizer.eos_token_id] for r in rows]
+    """Token ids and labels `(rows, time)`, padded on the right; the labels are those of the answer and its end token."""
+    pad, end = _special_ids(tokenizer)
+    prompts: list[list[int]] = [tokenizer(r["prompt"]).input_ids for r in rows]
+    answers: list[list[int]] = [[*tokenizer(r["answer"]).input_ids, end] for r in rows]
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    ids = torch.full((len(rows), width), pad)
     labels = torch.full((len(rows), width), -100)
     for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         ids[i, : len(p) + len(a)] = torch.tensor(p + a)
         labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
     return ids, labels
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """The ids of padding and of the end, which transformers types as unknown."""
+    return cast(int, tokenizer.pad_token_id), cast(int, tokenizer.eos_token_id)

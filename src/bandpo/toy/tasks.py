@@ -1,4 +1,4 @@
-"""Reasoning tasks from reasoning-gym, as short prompts with a verifiable answer, split without leakage."""
+"""Reasoning tasks from reasoning-gym: short prompts with a verifiable answer, split into training and held-out problems."""
 
 import json
 import re
@@ -13,9 +13,14 @@ from reasoning_gym.dataset import ProceduralDataset
 
 Row = dict[str, str]
 
-# Item i of a reasoning-gym dataset is drawn with seed + i: two splits share items unless their seeds lie far apart.
 SPLIT_SEEDS = {"train": 0, "eval": 10**8}
+"""First seeds of the splits. Item i of a reasoning-gym dataset is drawn with seed + i, so they lie far apart."""
+
+_SEED_STRIDE = 10**6  # between the first items of two seeds of a split
+_SEEDS = 100  # seeds of a split, so that seed * stride stays below the next split
 _HELD_OUT = 512
+_CHUNK = 1000  # items that are drawn at once
+_FULL_SCORE = 0.99
 _SAFE_EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,64}")
 
 
@@ -24,14 +29,14 @@ class Task:
     """A reasoning-gym generator with a compact prompt.
 
     Args:
-        name: The generator in reasoning-gym.
-        description: One line for tables.
-        config: Its options.
-        prompt: Makes the prompt from an item's metadata.
-        answer: Makes the answer that the warm-up learns from the item's.
-        key: What makes two items the same problem, from the metadata; splits share none.
-        train_size: Training prompts to draw: enough, or what the generator has.
-        max_completion_length: Tokens (characters) that hold every answer and the end mark.
+        name: Name of the generator in reasoning-gym.
+        description: Description in one line, for tables.
+        config: Options of the generator.
+        prompt: Function that makes the prompt from an item's metadata.
+        answer: Function that makes the answer for the warm-up from the item's answer.
+        key: Function of the metadata that is equal for two items of the same problem; the splits share no key.
+        train_size: Number of training prompts: enough for the task, or as many as the generator has.
+        max_completion_length: Tokens (characters) that hold every answer and the end token.
     """
 
     name: str
@@ -52,7 +57,12 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 name="countdown",
                 description="combine three numbers by + and - to reach a target",
                 config={
-                    "min_numbers": 3, "max_numbers": 3, "min_value": 1, "max_value": 15, "min_target": 1, "max_target": 45,
+                    "min_numbers": 3,
+                    "max_numbers": 3,
+                    "min_value": 1,
+                    "max_value": 15,
+                    "min_target": 1,
+                    "max_target": 45,
                     "operators": ("+", "-"),
                 },
                 prompt=lambda m: f"{','.join(map(str, m['numbers']))}={m['target']}:",
@@ -83,29 +93,29 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ),
         )
     }
-)  # fmt: skip
+)
 """The built-in tasks by name."""
 
 
 def make_splits(
     task: Task, train: int | None = None, evaluation: int = 256, *, seed: int = 0
 ) -> tuple[list[Row], list[Row]]:
-    """Train and held-out rows that share no problem: not even one in another order, where order does not matter.
+    """Training and held-out rows that share no problem, also not with its parts in another order where order does not matter.
 
     Args:
         task: The task.
-        train: Training prompts, all different; the task's own number by default.
-        evaluation: Held-out problems, all different: the first of a pool of 512 that is the same for every seed and that
-            no training row touches.
-        seed: Of the training prompts, in `[0, 99]`.
+        train: Number of training prompts, all different; the task's own number by default.
+        evaluation: Number of held-out problems, all different. They are the first of a pool of 512 that is the same for every
+            seed; no training row has a problem of the pool.
+        seed: Seed of the training prompts, in `[0, 99]`.
 
     Returns:
-        Rows with "prompt", "answer" and "metadata" (JSON, what the scorer needs).
+        Training rows and held-out rows, with "prompt", "answer" and "metadata" (JSON for the scorer).
 
     Raises:
         ValueError: If a number is out of range, or the task has not enough problems.
     """
-    if not 0 <= seed < 100:
+    if not 0 <= seed < _SEEDS:
         raise ValueError(f"seed of a split must be in [0, 99], got {seed}")
     if not 1 <= evaluation <= _HELD_OUT:
         raise ValueError(f"held-out problems of task {task.name!r}: at least 1, at most {_HELD_OUT}; got {evaluation}")
@@ -118,13 +128,12 @@ def make_splits(
 def _draw(
     task: Task, split: str, size: int, seed: int, *, unique: Callable[[dict[str, Any]], str], excluded: frozenset[str]
 ) -> list[Row]:
-    """The first `size` items of a split that differ in `unique` and whose key is not excluded."""
+    """The first `size` items of a split that differ in `unique` and whose keys are not excluded."""
     if size < 1:
         raise ValueError(f"the {split} split needs at least 1 row, got {size}")
     rows: dict[str, Row] = {}
-    chunk = 1000
-    for first in range(0, 10 * size + chunk, chunk):
-        for item in _generator(task.name, SPLIT_SEEDS[split] + seed * 10**6 + first, chunk):
+    for first in range(0, 10 * size + _CHUNK, _CHUNK):
+        for item in _generator(task.name, SPLIT_SEEDS[split] + seed * _SEED_STRIDE + first, _CHUNK):
             metadata = item["metadata"]
             if task.key(metadata) not in excluded and unique(metadata) not in rows:
                 rows[unique(metadata)] = {
@@ -139,10 +148,15 @@ def _draw(
 
 @lru_cache(maxsize=100_000)
 def score(task: str, completion: str, metadata: str) -> float:
-    """1 if the completion is right by reasoning-gym's own scorer, else 0.
+    """1.0 if the completion is right according to reasoning-gym's own scorer, else 0.0.
 
-    Scorers give crumbs (0.01, 0.05) for wrong answers, raise on some, and evaluate expressions with sympy: here only a full
-    score counts, and only short arithmetic without powers reaches the one for countdown.
+    The scorers give small scores (0.01, 0.05) for wrong answers, raise errors for some, and evaluate expressions with sympy.
+    Only a full score counts here, and only short arithmetic without powers reaches the scorer of countdown.
+
+    Args:
+        task: A name in `TASKS`.
+        completion: The completion as text.
+        metadata: Metadata of the row, as JSON.
     """
     answer = completion.strip()
     if task == "countdown" and (not _SAFE_EXPRESSION.fullmatch(answer) or "**" in answer or "//" in answer):
@@ -150,11 +164,11 @@ def score(task: str, completion: str, metadata: str) -> float:
     item = {"metadata": json.loads(metadata)}
     if task != "countdown":
         item["answer"] = _oracle_answer(task, item["metadata"])
-    return float(_generator(task, 0, 1).score_answer(answer, item) >= 0.99)
+    return float(_generator(task, 0, 1).score_answer(answer, item) >= _FULL_SCORE)
 
 
 def _oracle_answer(task: str, metadata: dict[str, Any]) -> str:
-    """The right answer of the tasks that have one, from the item's own definition."""
+    """The right answer of a task with a single one, from the item's definition."""
     if task == "letter_counting":
         return str(" ".join(metadata["span"]).lower().count(metadata["target_letter"]))
     terms = re.findall(r"[+-]?\d+", metadata["expression"].replace(" ", ""))

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from bandpo._system.files import read_jsonl, write_jsonl
 from bandpo.integrations.trl.generate import as_completion, sample_batches
-from bandpo.metrics import pass_at_k
+from bandpo.metrics import pass_at_powers
 from bandpo.train.rewards import RewardFunction
 
 DEFAULT_LENGTH = 1024
@@ -58,13 +58,7 @@ class Evaluation:
             )
         count = scored[scored > 0]
         right = (kept >= 0.5).sum(1)  # NaN is not
-        report = {f"mean@{self.samples}": kept.nanmean(1).mean().item()}
-        j = 1
-        while j <= self.samples:
-            enough = count >= j
-            each = [pass_at_k(int(n), right[enough & (count == n)], j) for n in count[enough].unique()]
-            report[f"pass@{j}"] = torch.cat(each).mean().item() if each else math.nan
-            j *= 2
+        report = {f"mean@{self.samples}": kept.nanmean(1).mean().item(), **pass_at_powers(right, count, self.samples)}
         lowest, highest = kept.nan_to_num(nan=math.inf).amin(1), kept.nan_to_num(nan=-math.inf).amax(1)
         report["groups with signal"] = (highest > lowest).double().mean().item()
         report["unscored"] = float(rewards.isnan().sum())

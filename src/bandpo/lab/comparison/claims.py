@@ -1,13 +1,14 @@
 """BandPO's claims one by one: holds, holds in part, does not hold, or not testable here, each with its numbers.
 
-A claim about training is a paired difference on every task, corrected together over the tasks (Holm). It holds if the
-difference has the claimed sign on all of them at 5%, in part if on some and the opposite on none, else it does not hold:
-absence of a difference counts against a claim, and its interval says how large a difference was not seen.
+A claim about training is a paired difference on every task, and the tests of all tasks are corrected together (Holm). It holds
+if the difference has the claimed sign on all tasks at 5%, and in part if it has the claimed sign on some and the opposite sign
+on no task. Otherwise it does not hold: the absence of a difference counts against a claim, and the interval shows how large a
+difference was not seen.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
@@ -16,14 +17,29 @@ from bandpo.lab.comparison.summary import common_seeds
 from bandpo.lab.stats import Difference, number, paired
 
 HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
-    "holds", "holds in part", "does not hold", "does not hold, the opposite is seen", "not testable here",
+    "holds",
+    "holds in part",
+    "does not hold",
+    "does not hold, the opposite is seen",
+    "not testable here",
     "not measured in this run",
-)  # fmt: skip
+)
 BANDS, RIVALS = ("bandpo-kl", "bandpo-tv", "bandpo-chi2"), ("grpo", "dapo", "dcpo", "dppo-kl", "no-clip")
 
 
+_PAPER = "arXiv:2603.04918"
+_LEVEL = 0.05  # of all tests, after Holm's correction
+
+
 class Claim(NamedTuple):
-    """What is claimed, by whom, and what was found."""
+    """A claim with what this comparison found.
+
+    Args:
+        text: The claim in one sentence.
+        source: Who makes it.
+        verdict: One of the verdicts of this module.
+        evidence: The numbers behind the verdict, one line each.
+    """
 
     text: str
     source: str
@@ -31,47 +47,74 @@ class Claim(NamedTuple):
     evidence: list[str]
 
 
+class _Trained(NamedTuple):
+    """A claim that the difference of two arms in a measure has a sign."""
+
+    text: str
+    measure: str
+    first: str
+    second: str
+    sign: int = +1
+    source: str = _PAPER
+
+
+_TRAINED = (
+    _Trained(
+        "Fixed clipping cuts rare tokens (p < 0.1, A > 0) that the KL band leaves alone",
+        *("rare clipped", "bandpo-kl", "grpo", -1),
+    ),
+    _Trained("BandPO's mean@k is better than GRPO's", "mean@", "bandpo-kl", "grpo"),
+    _Trained("BandPO's mean@k is better than Clip-Higher's", "mean@", "bandpo-kl", "dapo"),
+    _Trained("BandPO's pass@k is better than GRPO's", "pass@", "bandpo-kl", "grpo"),
+    _Trained("BandPO keeps the entropy higher than GRPO does", "entropy", "bandpo-kl", "grpo"),
+    _Trained("So do the other balls: TV's mean@k is better than GRPO's", "mean@", "bandpo-tv", "grpo"),
+    _Trained("… and χ²'s is", "mean@", "bandpo-chi2", "grpo"),
+    _Trained("Relaxing the band to Clip-Higher where that is wider hurts", "mean@", "bandpo-kl relax", "bandpo-kl", -1),
+    _Trained(
+        "A trust region is needed: BandPO's mean@k is better than no clip's",
+        *("mean@", "bandpo-kl", "no-clip", +1, "the field's premise"),
+    ),
+)
+
+_UNTESTABLE = (
+    Claim(
+        "mean@32 rises by 2 points and more on AIME and AMC with models of 1.5B to 8B parameters",
+        *(_PAPER, UNTESTABLE, ["needs those models and GPUs"]),
+    ),
+    Claim(
+        "Solving for the KL bounds costs little of a training step",
+        *(_PAPER, UNTESTABLE),
+        ["a matter of GPUs; docs/performance.md has the CPU timings of this library's bounds"],
+    ),
+)
+
+
 def claims(summary: Mapping[str, Any]) -> list[Claim]:
-    """All claims, on a summary of `bandpo.lab.comparison.summary.summarise`.
+    """All claims, judged on a summary of `bandpo.lab.comparison.summary.summarise`.
 
     Args:
-        summary: With the `values` of each arm of each task; `exact` and `sweeps` may be empty.
+        summary: The summary, with the `values` of each arm of each task; `exact` and `sweeps` may be empty.
     """
-    paper = "arXiv:2603.04918"
-    return [
-        _bottleneck(),
-        _trained(summary, "Fixed clipping cuts rare tokens (p < 0.1, A > 0) that the KL band leaves alone", paper,
-                 "rare clipped", "bandpo-kl", "grpo", -1),
-        _trained(summary, "BandPO's mean@k is better than GRPO's", paper, "mean@", "bandpo-kl", "grpo", +1),
-        _trained(summary, "BandPO's mean@k is better than Clip-Higher's", paper, "mean@", "bandpo-kl", "dapo", +1),
-        _trained(summary, "BandPO's pass@k is better than GRPO's", paper, "pass@", "bandpo-kl", "grpo", +1),
-        _trained(summary, "BandPO keeps the entropy higher than GRPO does", paper, "entropy", "bandpo-kl", "grpo", +1),
-        _trained(summary, "So do the other balls: TV's mean@k is better than GRPO's", paper, "mean@", "bandpo-tv", "grpo", +1),
-        _trained(summary, "… and χ²'s is", paper, "mean@", "bandpo-chi2", "grpo", +1),
-        _trained(summary, "Relaxing the band to Clip-Higher where that is wider hurts", paper, "mean@", "bandpo-kl relax",
-                 "bandpo-kl", -1),
-        _trained(summary, "A trust region is needed: BandPO's mean@k is better than no clip's", "the field's premise", "mean@",
-                 "bandpo-kl", "no-clip", +1),
-        _rare_arm(summary.get("sweeps") or {}),
-        _tuning(summary.get("sweeps") or {}),
-        Claim("mean@32 rises by 2 points and more on AIME and AMC with models of 1.5B to 8B parameters", paper, UNTESTABLE,
-              ["needs those models and GPUs"]),
-        Claim("Solving for the KL bounds costs little of a training step", paper, UNTESTABLE,
-              ["a matter of GPUs; docs/performance.md has the CPU timings of this library's bounds"]),
-    ]  # fmt: skip
+    sweeps = cast("Mapping[str, Any]", summary.get("sweeps") or {})
+    trained = [_judge(summary, claim) for claim in _TRAINED]
+    return [_bottleneck(), *trained, _rare_arm(sweeps), _tuning(sweeps), *_UNTESTABLE]
 
 
 def duels(summary: Mapping[str, Any], variant: str = "") -> dict[str, dict[str, dict[tuple[str, str], Difference]]]:
-    """Each band against each rival, `{task: {measure: {(band, rival): difference}}}`, Holm over the pairs of a measure.
+    """The difference of each band from each rival, with Holm's correction over the pairs of a measure.
 
     Args:
-        summary: As for `claims`.
-        variant: `""` for the defaults, `" tuned"`.
+        summary: A summary of `bandpo.lab.comparison.summary.summarise`.
+        variant: `""` for the default arms, `" tuned"` for the tuned ones.
+
+    Returns:
+        `{task: {measure: {(band, rival): difference}}}`.
     """
     found: dict[str, dict[str, dict[tuple[str, str], Difference]]] = {}
     for task, results in summary["tasks"].items():
-        values = results.get("values", {})
-        for measure in [m for m in next(iter(values.values()), {}) if m.startswith(("mean@", "pass@"))]:
+        values: dict[str, dict[str, list[Any]]] = results.get("values", {})
+        measures = next(iter(values.values())) if values else {}
+        for measure in [m for m in measures if m.startswith(("mean@", "pass@"))]:
             pairs = {
                 (band, rival): _pair(results, measure, band + variant, rival + variant)
                 for band in BANDS
@@ -84,7 +127,14 @@ def duels(summary: Mapping[str, Any], variant: str = "") -> dict[str, dict[str, 
 
 
 def verdict(differences: Mapping[Any, Difference], sign: int) -> str:
-    """Of a claim that all differences have a sign.
+    """The verdict on a claim that all differences have a sign.
+
+    Args:
+        differences: The difference of each task.
+        sign: The claimed sign, +1 or -1.
+
+    Returns:
+        One of the verdicts of this module.
 
     Examples:
         >>> from bandpo.lab.stats import paired
@@ -94,7 +144,7 @@ def verdict(differences: Mapping[Any, Difference], sign: int) -> str:
         >>> verdict(found, +1), verdict({"a": found["a"]}, +1), verdict(found, -1)
         ('holds in part', 'holds', 'does not hold, the opposite is seen')
     """
-    signs = [0 if not d.p_holm < 0.05 else 1 if d.mean.value > 0 else -1 for d in differences.values()]
+    signs = [0 if not d.p_holm < _LEVEL else 1 if d.mean.value > 0 else -1 for d in differences.values()]
     if all(s == sign for s in signs):
         return HOLDS
     if sign in signs:
@@ -102,20 +152,20 @@ def verdict(differences: Mapping[Any, Difference], sign: int) -> str:
     return OPPOSED if -sign in signs else FAILS
 
 
-def _trained(
-    summary: Mapping[str, Any], text: str, source: str, measure: str, first: str, second: str, sign: int
-) -> Claim:
+def _judge(summary: Mapping[str, Any], claim: _Trained) -> Claim:
+    """The verdict on a claim about training."""
+    text, measure, first, second, sign, source = claim
     found = _on_tasks(summary, measure, first, second)
     if not found:
         return Claim(text, source, UNMEASURED, [f"needs {first} and {second} on more than one seed"])
-    evidence = [_say(f"{task}, {name}", d) for (task, name), d in found.items()]
+    evidence = [_line(f"{task}, {name}", d) for (task, name), d in found.items()]
     if any(math.isnan(d.mean.value) for d in found.values()):
         return Claim(text, source, UNMEASURED, [f"a run of {first} or {second} diverged", *evidence])
     tuned = _on_tasks(summary, measure, f"{first} tuned", f"{second} tuned")
-    evidence += [_say(f"{task}, {name}, both tuned", d) for (task, name), d in tuned.items()]
+    evidence += [_line(f"{task}, {name}, both tuned", d) for (task, name), d in tuned.items()]
     fewest = min(d.pairs for d in found.values())
-    if len(found) * 2.0 ** (1 - fewest) >= 0.05:  # the smallest p that a sign-flip test can give, corrected
-        return Claim(text, source, UNMEASURED, [f"{fewest} seeds cannot reach p < 0.05", *evidence])
+    if len(found) * 2.0 ** (1 - fewest) >= _LEVEL:  # the smallest p that a sign-flip test can give, corrected
+        return Claim(text, source, UNMEASURED, [f"{fewest} seeds cannot reach p < {_LEVEL}", *evidence])
     return Claim(text, source, verdict(found, sign), evidence)
 
 
@@ -132,13 +182,13 @@ def _on_tasks(summary: Mapping[str, Any], measure: str, first: str, second: str)
 
 
 def _pair(results: Mapping[str, Any], measure: str, first: str, second: str) -> tuple[list[float], list[float]]:
-    """Values of two arms of a task on the seeds that both have."""
+    """The values of two arms of a task on the seeds that both have."""
     values = results["values"]
     seeds = results.get("seeds") or {arm: range(len(values[arm][measure])) for arm in (first, second)}
     return common_seeds(values[first][measure], seeds[first], values[second][measure], seeds[second])
 
 
-def _say(where: str, d: Difference) -> str:
+def _line(where: str, d: Difference) -> str:
     value, low, high = (number(x, "+.3f") for x in (d.mean.value, d.mean.low, d.mean.high))
     return f"{where}: {value} [{low}, {high}], p = {number(d.p_holm, '.2g')}"
 
@@ -153,13 +203,13 @@ def _bottleneck() -> Claim:
     slow, fast = updates_to_common(clip, 1e-3), updates_to_common(Band(KL, 0.05), 1e-3)
     evidence.append(f"from p = 0.001 to 0.5 in at least {slow} updates, and in {fast} with the default cap of 10")
     text = "A fixed clip lets a rare token gain at most ε·p in an update; the band's gain does not vanish with p"
-    return Claim(text, "arXiv:2603.04918", HOLDS if free[0] > 100 * fixed[0] else FAILS, evidence)
+    return Claim(text, _PAPER, HOLDS if free[0] > 100 * fixed[0] else FAILS, evidence)
 
 
 def _rare_arm(sweeps: Mapping[str, Any]) -> Claim:
     text = "A policy finds and keeps a rare best action more often under the band than under the clip"
     if not sweeps or "bandpo-kl" not in sweeps["regimes"]["against"]:
-        return Claim(text, "arXiv:2603.04918, as its mechanism predicts", UNMEASURED, ["needs --preset paper or full"])
+        return Claim(text, f"{_PAPER}, as its mechanism predicts", UNMEASURED, ["needs --preset paper or full"])
     found = sweeps["regimes"]
     cells = [
         (d, rare, reuse)
@@ -176,13 +226,13 @@ def _rare_arm(sweeps: Mapping[str, Any]) -> Claim:
         for d, rare, (k, m) in (max(cells, key=lambda c: c[0][0]), min(cells, key=lambda c: c[0][0]))
     ]
     state = HOLDS if len(better) == len(cells) else PARTLY if better and not worse else FAILS
-    return Claim(text, "arXiv:2603.04918, as its mechanism predicts", state, evidence)
+    return Claim(text, f"{_PAPER}, as its mechanism predicts", state, evidence)
 
 
 def _tuning(sweeps: Mapping[str, Any]) -> Claim:
     text = "One radius is easier to tune than two ε's"
     if not sweeps:
-        return Claim(text, "arXiv:2603.04918", UNMEASURED, ["needs --preset paper or full"])
+        return Claim(text, _PAPER, UNMEASURED, ["needs --preset paper or full"])
     found = sweeps["tuning"]
     evidence = [
         f"bandit, mean reward of the best of {n} random settings, δ against (ε low, ε high): {d:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -190,6 +240,4 @@ def _tuning(sweeps: Mapping[str, Any]) -> Claim:
     ]
     better = [low > 0 for _, low, _ in found["difference"]]
     worse = any(high < 0 for _, _, high in found["difference"])
-    return Claim(
-        text, "arXiv:2603.04918", HOLDS if all(better) else PARTLY if any(better) and not worse else FAILS, evidence
-    )
+    return Claim(text, _PAPER, HOLDS if all(better) else PARTLY if any(better) and not worse else FAILS, evidence)

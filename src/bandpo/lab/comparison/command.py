@@ -1,11 +1,11 @@
-"""`bandpo compare`: tuning, report runs, robustness maps, exact experiments, and one self-contained report."""
+"""The command `bandpo compare`: tuning, report runs, robustness maps, exact experiments, and one self-contained report."""
 
 import argparse
 import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,34 +17,44 @@ from bandpo._system.files import read_checked_json, write_checked_json, write_js
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.comparison.claims import claims
-from bandpo.lab.comparison.exact import wilson
 from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.comparison.report import claims_table, write_evidence, write_report
 from bandpo.lab.comparison.study import Study
 from bandpo.lab.comparison.summary import summarise, write_tables
 from bandpo.lab.comparison.sweeps import bandit, sweep
+from bandpo.lab.stats import wilson
 from bandpo.zoo import OBJECTIVES
 
-_FORMAT = 1  # of the sweeps
+_FORMAT = 1  # of the sweeps' file: raise it when the same configuration gives other numbers
 
 
 class Comparison(NamedTuple):
-    """What a comparison left."""
+    """The outcome of a comparison.
+
+    Args:
+        report: Path of report.html.
+        complete: Whether every run of the plan has a result.
+    """
 
     report: Path
     complete: bool
-    """Whether every run of the plan has a result."""
 
 
 def compare(options: argparse.Namespace) -> Comparison:
-    """Run a comparison.
+    """Run a comparison, or make what is missing of one.
 
-    The folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md and report.html. One comparison
-    at a time uses it.
+    The output folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md and report.html. Only
+    one comparison at a time uses it.
 
     Args:
         options: The options of `bandpo compare`.
+
+    Returns:
+        The path of the report, and whether the comparison is complete.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed.
     """
     started = time.monotonic()
     plan = _plan(options)
@@ -62,15 +72,7 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: flo
     write_json(folder / "plan.json", describe(plan))
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
-    made: list[list[Job]] = []
-    for task in plan.tasks:
-        made.append(tuning_jobs(plan, task))
-        study.run(made[-1], f"{task}, tuning")
-        tuned = [arm for o in objectives if (arm := study.tuned(plan, task, o)) is not None]
-        made.append(jobs_of(plan, task, [*report_arms(plan), *tuned], plan.seeds))
-        study.run(made[-1], f"{task}, report")
-        made.append([j for jobs in robust_jobs(plan, task).values() for j in jobs])
-        study.run(made[-1], f"{task}, robustness")
+    made = [jobs for task in plan.tasks for jobs in _make_runs(study, plan, task, objectives)]
     summary = summarise(study, plan)
     exact = [o for o in objectives if OBJECTIVES[o].ratio_level == "token" and not OBJECTIVES[o].extras]
     summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
@@ -80,18 +82,31 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: flo
     report = write_report(folder, summary)
     progress.say((folder / "table.md").read_text())
     progress.say(claims_table(claims(summary)))
-    for line in summary["diverged"]:
-        progress.say(f"diverged: {line}")
-    for line in study.failures:
-        progress.say(f"failed: {line}")
-    for line in summary["incomplete"]:
-        progress.say(f"missing: {line}")
+    for kind, lines in (
+        ("diverged", summary["diverged"]),
+        ("failed", study.failures),
+        ("missing", summary["incomplete"]),
+    ):
+        for line in lines:
+            progress.say(f"{kind}: {line}")
     if options.evidence is not None:
         progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
     progress.say(f"report: {report}, {(time.monotonic() - started) / 60:.1f} min")
     if summary["incomplete"]:
         progress.say(f"{len(summary['incomplete'])} parts are missing; the same command makes what is missing")
     return Comparison(report, not summary["incomplete"])
+
+
+def _make_runs(study: Study, plan: Plan, task: str, objectives: Sequence[str]) -> list[list[Job]]:
+    """Make the runs of a task, with its tuning first; the runs that the results rest on."""
+    tuning = tuning_jobs(plan, task)
+    study.run(tuning, f"{task}, tuning")
+    tuned = [arm for o in objectives if (arm := study.tuned(plan, task, o)) is not None]
+    report = jobs_of(plan, task, [*report_arms(plan), *tuned], plan.seeds)
+    study.run(report, f"{task}, report")
+    robust = [job for jobs in robust_jobs(plan, task).values() for job in jobs]
+    study.run(robust, f"{task}, robustness")
+    return [tuning, report, robust]
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -111,7 +126,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """`0-9` or `0,3,5`."""
+    """The seeds that `0-9` or `0,3,5` stands for."""
     try:
         first, dash, last = text.partition("-")
         return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(x) for x in text.split(","))
@@ -120,7 +135,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _exact(names: list[str], seeds: int) -> dict[str, Any]:
-    """The bandit of the bottleneck, at each objective's default width."""
+    """The results of the bandit, with each objective's default width."""
     found: dict[str, Any] = {}
     for name in names:
         outcome = bandit(OBJECTIVES[name], seeds)
@@ -136,7 +151,7 @@ def _exact(names: list[str], seeds: int) -> dict[str, Any]:
 
 
 def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """The bandit's planes, kept in the folder as runs are."""
+    """The results of the sweeps, kept in a file of the folder."""
     key = hashlib.sha256(json.dumps([_FORMAT, names, seeds]).encode()).hexdigest()[:20]
     path = folder / f"sweeps-{key}.json"
     if path.exists():
@@ -150,8 +165,12 @@ def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Calla
 
 def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
     return {
-        "command": command_line(), "bandpo": bandpo.__version__, "torch": torch.__version__,
-        "git": git_revision() or "", "environment": about(), "plan": describe(plan),
+        "command": command_line(),
+        "bandpo": bandpo.__version__,
+        "torch": torch.__version__,
+        "git": git_revision() or "",
+        "environment": about(),
+        "plan": describe(plan),
         "runs": len({job for jobs in sets for job in jobs}),
         "core_minutes": round(study.core_seconds([job for jobs in sets for job in jobs]) / 60, 1),
-    }  # fmt: skip
+    }

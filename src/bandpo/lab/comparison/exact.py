@@ -1,18 +1,18 @@
-"""Exact and near-exact experiments, vectorised over thousands of seeds: bandits, token trees, the bottleneck itself.
+"""Policy gradients on bandits and token trees, vectorised over thousands of seeds, and the bottleneck of a fixed clip.
 
-They show what a trust region does where nothing else happens: a softmax policy, rewards that are known, and a rare best way.
-The bandit and the tree are one thing, a tree of depth 1 being a bandit.
+The problems isolate the effect of a trust region: the policy is a softmax table, all rewards are known, and the best way is
+rare. A bandit is a tree of depth 1.
 """
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from bandpo._deprecations import warn_moved
 from bandpo.bounds import Bounds, RatioBounds
 from bandpo.groups import group_advantages
 from bandpo.objective import Objective
@@ -21,19 +21,22 @@ from bandpo.terms import token_objective
 
 @dataclass(frozen=True)
 class Tree:
-    """A chain of `depth` choices among `arms`; the best way takes the rare first arm each time.
+    """A chain of `depth` choices among `arms`; a way is a sequence of choices. The best way takes the rare first arm each time.
 
-    A way's reward is `best` for the rare way, `weak` for the way that takes the second arm each time, else `other`: at
-    depth 1, a bandit. Policies are softmax tables, one for each prefix.
+    The reward is `best` for the way of first arms, `weak` for the way of second arms, and `other` for every other way. The
+    policy has a softmax table for each prefix of a way.
 
     Args:
-        arms: At each choice.
-        depth: Choices.
-        rare: Probability of the rare arm at each choice, at the start.
-        common: Probability of the weak arm; the others share the rest.
-        best: Reward of the rare way.
-        weak: Reward of the weak way.
+        arms: Number of arms at each choice.
+        depth: Number of choices.
+        rare: Initial probability of the first arm at each choice.
+        common: Initial probability of the second arm; the other arms share the rest equally.
+        best: Reward of the way of first arms.
+        weak: Reward of the way of second arms.
         other: Reward of every other way.
+
+    Raises:
+        ValueError: If there are fewer than 3 arms, the depth is not 1 to 4, or the probabilities leave nothing to the others.
     """
 
     arms: int = 10
@@ -54,61 +57,86 @@ class Tree:
 
     @property
     def prefixes(self) -> int:
-        """Tables of the policy: one for each beginning of a way."""
+        """The number of the policy's tables, one for each prefix of a way."""
         return sum(self.arms**d for d in range(self.depth))
 
     def start(self) -> Tensor:
-        """Logits `(prefixes, arms)`."""
+        """The initial logits, `(prefixes, arms)`."""
         rest = (1 - self.rare - self.common) / (self.arms - 2)
         p = torch.tensor([self.rare, self.common] + [rest] * (self.arms - 2))
         return p.log().expand(self.prefixes, -1).clone()
 
     def rewards(self, ways: Tensor) -> Tensor:
-        """Of ways `(..., depth)`."""
+        """The rewards of ways `(..., depth)`, of shape `(...)`."""
         best, weak = (ways == 0).all(-1), (ways == 1).all(-1)
         return torch.where(best, self.best, torch.where(weak, self.weak, self.other))
 
     def chance_of_best(self, logits: Tensor) -> Tensor:
-        """Probability of the rare way, of logits `(..., prefixes, arms)`."""
+        """The probability of the way of first arms under logits `(..., prefixes, arms)`, of shape `(...)`."""
         logp = logits.log_softmax(-1)[..., 0]
         total, at = logp[..., 0], 0
         for d in range(1, self.depth):
-            at += self.arms ** (d - 1)  # the first table of level d belongs to the prefix of rare arms
+            at += self.arms ** (d - 1)  # the first table of level d is that of the prefix of first arms
             total = total + logp[..., at]
         return total.exp()
 
 
 class Outcome(NamedTuple):
-    """What the seeds did, `(seeds,)` each."""
+    """What a training run of each seed reached.
 
-    commits: Tensor  # whether P(best way) > 1/2 at the end
-    value: Tensor  # reward averaged over the batches (area under the curve)
-    entropy: Tensor  # of the first choice at the end, nats
-    discovery: Tensor  # first batch in which the best way was drawn; the number of batches if never
-    curve: Tensor  # (batches, seeds): P(best way)
+    Args:
+        commits: `(seeds,)`, bool: whether the best way has more than half of the probability at the end.
+        value: `(seeds,)`, the reward averaged over the batches (the area under the learning curve).
+        entropy: `(seeds,)`, entropy of the first choice at the end, in nats.
+        discovery: `(seeds,)`, the first batch in which the best way was drawn; the number of batches if it never was.
+        curve: `(batches, seeds)`, the probability of the best way after each batch.
+    """
+
+    commits: Tensor
+    value: Tensor
+    entropy: Tensor
+    discovery: Tensor
+    curve: Tensor
 
 
 def run_tree(
-    tree: Tree, objective: Objective, *, learning_rate: float = 0.1, batches: int = 60, queries: int = 8, group: int = 8,
-    epochs: int = 2, minibatches: int = 4, lag: int = 0, seeds: int = 1000, seed: int = 0, optimizer: str = "adam",
+    tree: Tree,
+    objective: Objective,
+    *,
+    learning_rate: float = 0.1,
+    batches: int = 60,
+    queries: int = 8,
+    group: int = 8,
+    epochs: int = 2,
+    minibatches: int = 4,
+    lag: int = 0,
+    seeds: int = 1000,
+    seed: int = 0,
+    optimizer: str = "adam",
     noise: float = 0.0,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Policy gradients on a tree, thousands of seeds at once; the same seeds see the same noise under every objective.
 
     Args:
         tree: The problem.
-        objective: Its extras must be none; `sequence` ratios are those of a whole way.
-        learning_rate: Of Adam (or of SGD).
-        batches: Rollouts.
+        objective: An objective without extra inputs; a `sequence` ratio is that of a whole way.
+        learning_rate: Learning rate of the optimiser.
+        batches: Number of rollouts.
         queries: Groups of a rollout.
         group: Ways of a group.
         epochs: Passes over a rollout.
-        minibatches: Steps of a pass.
-        lag: Batches that the sampler is behind.
-        seeds: How many.
-        seed: Of all of them.
+        minibatches: Optimiser steps of a pass.
+        lag: How many batches the sampler is behind the policy.
+        seeds: Number of independent seeds.
+        seed: Seed of the one generator that all of them share.
         optimizer: `adam` or `sgd`.
         noise: Chance that a reward is exchanged for 1 - reward.
+
+    Returns:
+        The outcome of every seed.
+
+    Raises:
+        ValueError: If the optimiser is unknown, or the lag is negative.
     """
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer: got {optimizer!r}; choose adam or sgd")
@@ -116,7 +144,7 @@ def run_tree(
         raise ValueError(f"lag must be at least 0, got {lag}")
     g = torch.Generator().manual_seed(seed)
     theta = tree.start().expand(seeds, -1, -1).clone().requires_grad_()
-    step = (
+    optimiser = (
         torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
         if optimizer == "adam"
         else torch.optim.SGD([theta], lr=learning_rate)
@@ -126,44 +154,61 @@ def run_tree(
     curve: list[Tensor] = []
     past: deque[Tensor] = deque(maxlen=lag + 1)
     for batch in range(batches):
-        with torch.no_grad():
-            past.append(theta.log_softmax(-1))
-            policy = past[0]
-            ways, tables = _draw(tree, policy.exp(), torch.rand(seeds, rows, tree.depth, generator=g))
-            old = _scores(policy, tables, ways)
-            rewards = tree.rewards(ways)
-            total += rewards.mean(1)
-            discovery = torch.where((ways == 0).all(-1).any(1) & (discovery == batches), batch, discovery)
-            if noise:
-                rewards = torch.where(torch.rand(rewards.shape, generator=g) < noise, 1 - rewards, rewards)
-            advantages = group_advantages(rewards.flatten(), group, kind=objective.advantage).view(seeds, rows)
-            order = torch.rand(seeds, epochs, rows, generator=g).argsort(-1)
+        past.append(theta.detach().log_softmax(-1))
+        ways, tables = _draw(tree, past[0].exp(), torch.rand(seeds, rows, tree.depth, generator=g))
+        old = _scores(past[0], tables, ways)
+        rewards = tree.rewards(ways)
+        total += rewards.mean(1)
+        drawn = (ways == 0).all(-1).any(1)
+        discovery = torch.where(drawn & (discovery == batches), batch, discovery)
+        if noise:
+            rewards = torch.where(torch.rand(rewards.shape, generator=g) < noise, 1 - rewards, rewards)
+        advantages = group_advantages(rewards.flatten(), group, kind=objective.advantage).view(seeds, rows)
+        order = torch.rand(seeds, epochs, rows, generator=g).argsort(-1)
         for epoch in range(epochs):
             for part in order[:, epoch].chunk(minibatches, 1):
                 chosen = part.unsqueeze(-1).expand(-1, -1, tree.depth)
                 new = _scores(theta.log_softmax(-1), tables.gather(1, chosen), ways.gather(1, chosen))
-                value = token_objective(
-                    objective, logprobs=new.flatten(0, 1), old_logprobs=old.gather(1, chosen).flatten(0, 1),
-                    rollout_logprobs=old.gather(1, chosen).flatten(0, 1), advantages=advantages.gather(1, part).flatten(),
-                    mask=torch.ones(new.shape[0] * new.shape[1], tree.depth),
-                ).value  # fmt: skip
-                step.zero_grad()
-                (-value.mean(-1).sum() / part.shape[1]).backward()  # a mean for each seed, whose tables are its own
-                step.step()
+                optimiser.zero_grad()
+                _loss(objective, new, old.gather(1, chosen), advantages.gather(1, part)).backward()
+                optimiser.step()
         curve.append(tree.chance_of_best(theta.detach()))
     logp = theta.detach()[:, 0].log_softmax(-1)
     return Outcome(curve[-1] > 0.5, total / batches, -(logp.exp() * logp).sum(-1), discovery, torch.stack(curve))
 
 
+def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """The sum over seeds of their mean losses, so that each seed's own tables get its own gradient.
+
+    `new` and `old` are log-probs `(seeds, rows, depth)`, the advantages are `(seeds, rows)`.
+    """
+    value = token_objective(
+        objective,
+        logprobs=new.flatten(0, 1),
+        old_logprobs=old.flatten(0, 1),
+        rollout_logprobs=old.flatten(0, 1),
+        advantages=advantages.flatten(),
+        mask=torch.ones(new.shape[0] * new.shape[1], new.shape[2]),
+    ).value
+    return -value.mean(-1).sum() / new.shape[1]
+
+
 def largest_shift(bounds: Bounds, probabilities: Sequence[float]) -> list[float]:
     """How far one update may raise a token's probability before its gradient stops: `min(p·r_up, 1) - p`. The bottleneck.
 
-    Under a fixed clip it is `ε·p`, next to nothing for rare tokens; under a ball it tends to q₀: `1 - e^(-δ)` for KL, δ for TV.
-    The policy can still move further by momentum and through other tokens; this is what its own gradient may do.
+    The bottleneck is that of arXiv:2603.04918. Under a fixed clip the shift is `ε·p`, next to nothing for a rare token. Under a
+    ball it tends to a constant as p tends to 0: `1 - e^(-δ)` for KL, δ for TV. Momentum and the gradients of other tokens can
+    still move the policy further; the shift is what the token's own gradient may do.
 
     Args:
-        bounds: A function of the old log-probs alone.
-        probabilities: p.
+        bounds: Bounds that are a function of the old log-probs alone.
+        probabilities: Old probabilities p of tokens.
+
+    Returns:
+        The shift of each probability.
+
+    Raises:
+        TypeError: If the bounds are no interval of the ratio.
 
     Examples:
         >>> from bandpo import KL, Band, Clip
@@ -176,11 +221,17 @@ def largest_shift(bounds: Bounds, probabilities: Sequence[float]) -> list[float]
     found = bounds(p.log())
     if not isinstance(found, RatioBounds):
         raise TypeError(f"{bounds!r} is no interval for the ratio")
-    return (torch.minimum(p * found.upper, torch.ones_like(p)) - p).tolist()
+    return cast("list[float]", (torch.minimum(p * found.upper, torch.ones_like(p)) - p).tolist())
 
 
 def updates_to_common(bounds: Bounds, rare: float, common: float = 0.5, limit: int = 10_000) -> int:
-    """Fewest updates in which a token can rise from probability `rare` to `common`, each as far as its bound lets it.
+    """The fewest updates in which a token can rise from probability `rare` to `common`, each as far as its bound lets it.
+
+    Args:
+        bounds: Bounds that are a function of the old log-probs alone.
+        rare: Initial probability.
+        common: Probability to reach.
+        limit: The largest number of updates that is tried, returned where the token cannot rise so far.
 
     Examples:
         >>> from bandpo import KL, Band, Clip
@@ -197,12 +248,10 @@ def updates_to_common(bounds: Bounds, rare: float, common: float = 0.5, limit: i
 
 
 def _draw(tree: Tree, policy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Ways `(seeds, rows, depth)`, and the table that each choice is made from."""
+    """Ways `(seeds, rows, depth)`, and the number of the table from which each choice is drawn."""
     seeds, rows, depth = noise.shape
-    ways, tables = (
-        torch.zeros(seeds, rows, depth, dtype=torch.int64),
-        torch.zeros(seeds, rows, depth, dtype=torch.int64),
-    )
+    ways = torch.zeros(seeds, rows, depth, dtype=torch.int64)
+    tables = torch.zeros_like(ways)
     prefix, first = torch.zeros(seeds, rows, dtype=torch.int64), 0
     for d in range(depth):
         tables[..., d] = first + prefix
@@ -214,19 +263,16 @@ def _draw(tree: Tree, policy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scores(logp: Tensor, tables: Tensor, ways: Tensor) -> Tensor:
-    """Log-probs of choices `(seeds, rows, depth)`."""
+    """The log-probs of the choices of ways, `(seeds, rows, depth)`."""
     seeds, _, arms = logp.shape
     flat = logp.reshape(seeds, -1)
     return flat.gather(1, (tables * arms + ways).flatten(1)).view(ways.shape)
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share.
+def __getattr__(name: str) -> object:
+    if name == "wilson":
+        from bandpo.lab.stats import wilson
 
-    Examples:
-        >>> [round(x, 3) for x in wilson(90, 100)]
-        [0.826, 0.945]
-    """
-    z, p = 1.959963984540054, successes / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        warn_moved(f"{__name__}.wilson", "bandpo.lab.stats.wilson")
+        return wilson
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

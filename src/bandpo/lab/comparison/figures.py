@@ -1,11 +1,13 @@
-"""Figures of a comparison. Needs the extra `plot`."""
+"""The figures of a comparison. They need the extra `plot`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
 
 from bandpo.metrics import PROB_BINS
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
@@ -17,7 +19,10 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Reward and entropy over the rollouts: mean and 95% t-interval over runs.
 
     Args:
-        curves: For each arm `{"reward": [mean, low, high], "entropy": [mean, low, high]}`.
+        curves: `{"reward": [mean, low, high], "entropy": [mean, low, high]}` of each arm.
+
+    Returns:
+        The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.0), layout="constrained")
@@ -28,7 +33,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
             strict=True,
         ):
             for (label, found), colour in zip(curves.items(), _COLOURS, strict=False):
-                mean, low, high = np.array(found[name], dtype=float)  # None, as JSON has NaN, is NaN here
+                mean, low, high = np.array(found[name], dtype=float)  # None, which JSON has for NaN, becomes NaN
                 panel.plot(mean, color=colour, lw=1.5, label=label)
                 panel.fill_between(range(len(mean)), low, high, color=colour, alpha=0.12, lw=0)
             panel.set(title=title, ylabel=unit, xlabel="rollout")
@@ -37,12 +42,15 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, measure: str) -> Figure:
-    """Paired differences with a baseline: mean and BCa interval; filled where Holm's p is below 0.05.
+    """Paired differences with a baseline: mean and BCa interval, filled where Holm's p is below 0.05.
 
     Args:
-        differences: For each arm `{"mean": {"value", "low", "high"}, "p_holm": ...}`.
-        baseline: Its name.
-        measure: What is compared.
+        differences: `{"mean": {"value", "low", "high"}, "p_holm": ...}` of each arm.
+        baseline: Name of the baseline.
+        measure: Name of the measure.
+
+    Returns:
+        The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 0.9 + 0.28 * len(differences)), layout="constrained")
@@ -64,18 +72,26 @@ def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, mea
 
 
 def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Share of tokens whose gradient is clipped, by probability of the token, for each arm."""
+    """Share of tokens whose gradient is clipped, by probability of the token, for each arm.
+
+    Args:
+        clip: `{"low": [share of each bin], "high": [share of each bin]}` of each arm.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.1 + 0.27 * len(clip)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         shares = np.array([[found[side] for side in ("high", "low")] for found in clip.values()], dtype=float)
         top = np.nanmax([0.3, *shares.ravel()])
+        pictures: list[AxesImage] = []
         for axes, side, title in zip(
             panels, ("high", "low"), ("A > 0, above the upper bound", "A < 0, below the lower bound"), strict=True
         ):
             grid = np.array([found[side] for found in clip.values()], dtype=float)
-            picture = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-            for (i, j), value in np.ndenumerate(grid):
+            pictures.append(axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto"))
+            for i, j, value in _cells(grid):
                 if value >= 0.005:
                     colour = "white" if value > 0.6 * top else BLACK
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
@@ -85,7 +101,7 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             axes.set_yticks(range(len(clip)), list(clip), fontsize=8)
             axes.set_title(title, fontsize=10)
             axes.grid(visible=False)
-        figure.colorbar(picture, ax=panels, label="share of the bin", shrink=0.8)
+        figure.colorbar(pictures[-1], ax=panels, label="share of the bin", shrink=0.8)
         figure.supxlabel("probability of the token under the sampler", fontsize=9)
     return figure
 
@@ -93,7 +109,16 @@ def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def plot_robustness(
     maps: Mapping[str, Mapping[str, Any]], rates: Sequence[float], reuse: Sequence[tuple[int, int]]
 ) -> Figure:
-    """Gain in mean@k over the plane of learning rate and reuse, one panel for each objective."""
+    """Gain in mean@k over the plane of learning rate and reuse, one panel for each objective.
+
+    Args:
+        maps: `{"gain": [[gain of each reuse] of each rate], "learns": share}` of each objective.
+        rates: Multiples of the learning rate.
+        reuse: (epochs, lag) pairs.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         columns = min(5, len(maps))
         rows = -(-len(maps) // columns)
@@ -104,9 +129,10 @@ def plot_robustness(
         )
         for axes in panels[len(maps) :]:
             axes.set_axis_off()
+        pictures: list[AxesImage] = []
         for axes, (label, found) in zip(panels, maps.items(), strict=False):
             grid = np.array([[np.nan if c is None else c for c in row] for row in found["gain"]])
-            picture = axes.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+            pictures.append(axes.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower"))
             axes.set_title(f"{label}: {found['learns']:.0%} learn", fontsize=9)
             axes.set_xticks(
                 range(len(reuse)),
@@ -117,7 +143,7 @@ def plot_robustness(
             )
             axes.set_yticks(range(len(rates)), [f"x{r:g}" for r in rates], fontsize=7)
             axes.grid(visible=False)
-        figure.colorbar(picture, ax=list(panels), label="gain in mean@k", shrink=0.8)
+        figure.colorbar(pictures[-1], ax=list(panels), label="gain in mean@k", shrink=0.8)
         figure.supylabel("learning rate", fontsize=9)
     return figure
 
@@ -126,7 +152,10 @@ def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """The bandit: probability of the best arm over the batches, and the share of seeds that commit to it with its interval.
 
     Args:
-        found: For each objective `{"curve": [...], "commit": [value, low, high]}`.
+        found: `{"curve": [...], "commit": [value, low, high]}` of each objective.
+
+    Returns:
+        The figure.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.8), layout="constrained")
@@ -145,27 +174,53 @@ def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def plot_regimes(found: Mapping[str, Any]) -> Figure:
-    """Difference in commitment with the baseline over rarity and reuse, one panel for each objective."""
+    """Difference in commitment with the baseline over rarity and reuse, one panel for each objective.
+
+    Args:
+        found: Result of `bandpo.lab.comparison.sweeps.regimes`.
+
+    Returns:
+        The figure.
+    """
     panels = {name: (np.array(cells)[..., 0], "") for name, cells in found["against"].items()}
     return _grids(
-        panels, [f"{p:g}" for p in found["rarities"]], [f"K{k} M{m}" for k, m in found["reuse"]],
-        ("probability of the best arm at the start", "reuse", f"commits, less {found['baseline']}'s share"), "PuOr_r", None,
-    )  # fmt: skip
+        panels,
+        [f"{p:g}" for p in found["rarities"]],
+        [f"K{k} M{m}" for k, m in found["reuse"]],
+        ("probability of the best arm at the start", "reuse", f"commits, less {found['baseline']}'s share"),
+        "PuOr_r",
+        None,
+    )
 
 
 def plot_planes(found: Mapping[str, Any]) -> Figure:
-    """Mean reward over learning rate and width, one panel for each objective."""
+    """Mean reward over learning rate and width, one panel for each objective.
+
+    Args:
+        found: Result of `bandpo.lab.comparison.sweeps.planes`.
+
+    Returns:
+        The figure.
+    """
     panels = {name: (np.array(cells), f": best {np.max(cells):.3f}") for name, cells in found["value"].items()}
     return _grids(
-        panels, [f"x{w:g}" for w in found["widths"]], [f"{lr:g}" for lr in found["rates"]],
-        ("multiple of ε or δ", "learning rate", "mean reward"), "Blues", (0.4, 0.95),
-    )  # fmt: skip
+        panels,
+        [f"x{w:g}" for w in found["widths"]],
+        [f"{lr:g}" for lr in found["rates"]],
+        ("multiple of ε or δ", "learning rate", "mean reward"),
+        "Blues",
+        (0.4, 0.95),
+    )
 
 
 def _grids(
-    panels: Mapping[str, tuple[Any, str]], across: Sequence[str], up: Sequence[str], names: tuple[str, str, str],
-    colours: str, limits: tuple[float, float] | None,
-) -> Figure:  # fmt: skip
+    panels: Mapping[str, tuple[NDArray[np.float64], str]],
+    across: Sequence[str],
+    up: Sequence[str],
+    names: tuple[str, str, str],
+    colours: str,
+    limits: tuple[float, float] | None,
+) -> Figure:
     with mpl.rc_context(STYLE):
         columns = min(4, len(panels))
         rows = -(-len(panels) // columns)
@@ -175,9 +230,10 @@ def _grids(
         low, high = limits or (-largest, largest)
         for axes in axes_of[len(panels) :]:
             axes.set_axis_off()
+        pictures: list[AxesImage] = []
         for axes, (label, (grid, note)) in zip(axes_of, panels.items(), strict=False):
-            picture = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
-            for (i, j), value in np.ndenumerate(grid):
+            pictures.append(axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower"))
+            for i, j, value in _cells(grid):
                 far = value > (low + 2 * high) / 3 if limits else abs(value) > 0.6 * largest
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color="white" if far else BLACK)
             axes.set_title(label + note, fontsize=9)
@@ -185,14 +241,30 @@ def _grids(
             axes.set_xticks(range(len(shown)), shown, fontsize=7)
             axes.set_yticks(range(len(up)), up, fontsize=7)
             axes.grid(visible=False)
-        figure.colorbar(picture, ax=list(axes_of), label=names[2], shrink=0.8)
+        figure.colorbar(pictures[-1], ax=list(axes_of), label=names[2], shrink=0.8)
         figure.supxlabel(names[0], fontsize=9)
         figure.supylabel(names[1], fontsize=9)
     return figure
 
 
+def _cells(grid: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
+    """The row, the column and the value of each cell."""
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            yield i, j, float(value)
+
+
 def plot_staleness(found: Mapping[str, Any], width: Mapping[str, Any], tuning: Mapping[str, Any]) -> Figure:
-    """The bandit: reward over the sampler's lag; over δ for each cap; and the best of n random settings."""
+    """The bandit: reward over the sampler's lag, over δ for each cap, and of the best of n random settings.
+
+    Args:
+        found: Result of `bandpo.lab.comparison.sweeps.staleness`.
+        width: Result of `bandpo.lab.comparison.sweeps.radius_and_cap`.
+        tuning: Result of `bandpo.lab.comparison.sweeps.ease_of_tuning`.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 3.8), layout="constrained")
         left, middle, right = figure.subplots(1, 3)

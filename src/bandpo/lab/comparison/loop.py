@@ -1,16 +1,16 @@
-"""The lab's training loop: many runs of one problem side by side, each with its own objective, seed, warm-up and rates.
+"""The training loop: many runs of one problem side by side, each with its own objective, seed, warm-up and learning rate.
 
-A rollout is Q prompts x G samples from the sampler's weights (the policy's own, or older ones); it is used for K epochs of M
-mini-batches. The ratio is taken against the sampler, with the log-probs it drew with. Runs of one seed see the same prompts,
-noise and mini-batches whatever their objective, so their differences are paired; and a run's numbers do not depend on what it
-is stacked with beyond the rounding of a batched matrix product (tests/lab/test_loop.py).
+A rollout is Q prompts x G samples from the sampler's weights, which are the policy's own or older ones. Each rollout is used
+for K epochs of M mini-batches. The ratio is taken against the sampler, with the log-probs of the sampling itself. Runs with the
+same seed see the same prompts, noise and mini-batches under every objective, so that their differences are paired. The other
+runs of the stack change a run's numbers only by the rounding of a batched matrix product (tests/lab/test_loop.py).
 """
 
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,28 +20,35 @@ from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
-from bandpo.metrics import PROB_BINS, pass_at_k, policy_sums
+from bandpo.metrics import PROB_BINS, pass_at_powers, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective, token_objective
+
+_SEED_STRIDE = 1_000_003  # a run's generator starts from seed * stride + warm-up: no two pairs share a stream
+_EVALUATION_SEED = 20_261_124  # the same noise in every evaluation, whatever the run
+_SHOWN_PROMPTS, _SHOWN_SAMPLES = 8, 4  # of the final evaluation, kept as text
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a stack share.
+    """The settings that all runs of a stack share.
 
     Args:
         problem: A name in `PROBLEMS`.
-        updates: Rollouts.
+        updates: Number of rollouts.
         prompts: Q, prompts of a rollout.
-        group: G, samples of each.
-        epochs: K.
+        group: G, samples of each prompt.
+        epochs: K, passes over a rollout.
         minibatches: M, optimiser steps of an epoch.
-        lag: Rollouts that the sampler is behind.
-        temperature: Of sampling; the policy is the one at this temperature.
+        lag: How many rollouts the sampler's weights are behind the policy's.
+        temperature: Sampling temperature; log-probs and ratios are those of the policy at this temperature.
         hidden_size: Width of the model.
-        layers: Its depth.
+        layers: Number of layers of the model.
         eval_samples: k of mean@k and pass@k, on the held-out prompts.
-        warm_up_steps: Supervised steps before; None takes the problem's.
+        warm_up_steps: Supervised steps before the first rollout; None takes the problem's number.
+
+    Raises:
+        ValueError: If the problem is unknown, a number is out of range, or a rollout does not split into the mini-batches.
     """
 
     problem: str
@@ -78,10 +85,10 @@ class Run:
     """One run of a stack.
 
     Args:
-        objective: What it optimises; its extras must come from groups, or be none.
-        learning_rate: Of Adam.
-        seed: Of prompts, noise and mini-batches.
-        warm_up: Which warmed-up checkpoint it starts from.
+        objective: The objective that it optimises. If it needs extra inputs, they must come from groups.
+        learning_rate: Learning rate of Adam.
+        seed: Seed of prompts, noise and mini-batches.
+        warm_up: Number of the warmed-up checkpoint that it starts from.
     """
 
     objective: Objective
@@ -92,35 +99,38 @@ class Run:
 
 @dataclass
 class Result:
-    """What a run did.
+    """The measurements of a run.
 
     Args:
         reward: Mean reward of each rollout.
-        entropy: Of each rollout, nats per token (the mean of -log p of what was sampled).
+        entropy: Entropy estimate of each rollout, in nats per token: the mean of -log p over the sampled tokens.
         clip: Share of clipped tokens by bin of p, over the run: `{"low": {bin: share}, "high": ...}`.
-        tokens: Share of tokens in each bin.
-        before: Evaluation of the start.
-        after: Evaluation of the end.
-        rewards: `(prompts, k)` of the final evaluation.
-        samples: Some prompts with completions at the end.
+        tokens: Share of tokens in each bin of p.
+        before: Evaluation before training.
+        after: Evaluation after training.
+        rewards: `(prompts, k)`, rewards of the final evaluation.
+        samples: Some prompts with completions of the final evaluation, as text.
     """
 
-    reward: list[float] = field(default_factory=list)
-    entropy: list[float] = field(default_factory=list)
-    clip: dict[str, dict[str, float]] = field(default_factory=dict)
-    tokens: dict[str, float] = field(default_factory=dict)
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    rewards: list[list[float]] = field(default_factory=list)
-    samples: list[tuple[str, list[str]]] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list[float])
+    entropy: list[float] = field(default_factory=list[float])
+    clip: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    tokens: dict[str, float] = field(default_factory=dict[str, float])
+    before: dict[str, float] = field(default_factory=dict[str, float])
+    after: dict[str, float] = field(default_factory=dict[str, float])
+    rewards: list[list[float]] = field(default_factory=list[list[float]])
+    samples: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
 
 
 class Loop:
     """Trains a stack of runs, one rollout at a time.
 
     Args:
-        setting: What they share.
+        setting: The settings that the runs share.
         runs: The runs.
+
+    Raises:
+        ValueError: If an objective needs extra inputs that do not come from groups.
     """
 
     def __init__(self, setting: Setting, runs: Sequence[Run]) -> None:
@@ -140,32 +150,30 @@ class Loop:
         for w in self.stack.weights.values():
             w.requires_grad_()
         self.optimizer = Adam(self.stack.weights, torch.tensor([r.learning_rate for r in self.runs]))
-        self.draws = [torch.Generator().manual_seed(1_000_003 * r.seed + r.warm_up) for r in self.runs]
+        self.draws = [torch.Generator().manual_seed(_SEED_STRIDE * r.seed + r.warm_up) for r in self.runs]
         self.results = [Result() for _ in self.runs]
         self.done = 0
         self._past: deque[dict[str, Tensor]] = deque(maxlen=setting.lag + 1)
         self._counts = torch.zeros(len(self.runs), 3, len(PROB_BINS))
 
-    def train(self, report: Any = None) -> list[Result]:
-        """All rollouts that are left, with an evaluation before and after."""
+    def train(self) -> list[Result]:
+        """Make the rollouts that are left, and evaluate before the first and after the last.
+
+        Returns:
+            A `Result` for each run.
+        """
         if self.done == 0:
             self._evaluate("before")
         while self.done < self.setting.updates:
             self.update()
-            if report is not None:
-                report(self.done)
         self._evaluate("after")
         for result, (low, high, n) in zip(self.results, self._counts, strict=True):
-            names = list(PROB_BINS)
-            result.clip = {
-                "low": dict(zip(names, (low / n).nan_to_num().tolist(), strict=True)),
-                "high": dict(zip(names, (high / n).nan_to_num().tolist(), strict=True)),
-            }
-            result.tokens = dict(zip(names, (n / n.sum().clamp_min(1)).tolist(), strict=True))
+            result.clip = {"low": _by_bin((low / n).nan_to_num()), "high": _by_bin((high / n).nan_to_num())}
+            result.tokens = _by_bin(n / n.sum().clamp_min(1))
         return self.results
 
     def update(self) -> None:
-        """One rollout and its epochs."""
+        """Sample one rollout and train on it for its epochs."""
         s = self.setting
         prompts = self._prompts()
         rollout = self._rollout(prompts)
@@ -188,9 +196,15 @@ class Loop:
         self.done += 1
 
     def _step(
-        self, prompts: Tensor, rollout: Rollout, advantages: list[Tensor], extras: list[dict[str, Tensor]], part: Tensor,
-        *, last: bool,
-    ) -> None:  # fmt: skip
+        self,
+        prompts: Tensor,
+        rollout: Rollout,
+        advantages: list[Tensor],
+        extras: list[dict[str, Tensor]],
+        part: Tensor,
+        *,
+        last: bool,
+    ) -> None:
         s = self.setting
         pick = part.unsqueeze(-1)
         chosen = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
@@ -200,9 +214,14 @@ class Loop:
         losses: list[Tensor] = []
         for i, run in enumerate(self.runs):
             terms = token_objective(
-                run.objective, logprobs=new[i], old_logprobs=old[i], rollout_logprobs=old[i],
-                advantages=advantages[i][part[i]], mask=mask[i], extras={k: v[part[i]] for k, v in extras[i].items()},
-            )  # fmt: skip
+                run.objective,
+                logprobs=new[i],
+                old_logprobs=old[i],
+                rollout_logprobs=old[i],
+                advantages=advantages[i][part[i]],
+                mask=mask[i],
+                extras={k: v[part[i]] for k, v in extras[i].items()},
+            )
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
             losses.append(-aggregate(terms.value, mask[i], run.objective.aggregation, max_length=maximum))
             if last:
@@ -227,52 +246,72 @@ class Loop:
         sampler = Stack(self._past[0], self.stack.shape) if self.setting.lag else self.stack
         noise = torch.stack([torch.rand(prompts.shape[1], self.problem.length, generator=g) for g in self.draws])
         return sampler.sample(
-            prompts[:, :: self.setting.group], noise, end=END, pad=PAD, repeats=self.setting.group,
+            prompts[:, :: self.setting.group],
+            noise,
+            end=END,
+            pad=PAD,
+            repeats=self.setting.group,
             temperature=self.setting.temperature,
-        )  # fmt: skip
+        )
 
-    def _evaluate(self, stage: str) -> None:
+    def _evaluate(self, stage: Literal["before", "after"]) -> None:
         k, held_out = self.setting.eval_samples, self.problem.held_out
         prompts = held_out.repeat_interleave(k, 0)
-        noise = torch.rand(len(prompts), self.problem.length, generator=torch.Generator().manual_seed(20_261_124))
-        # Before training, runs from one checkpoint are one model.
+        noise = torch.rand(len(prompts), self.problem.length, generator=torch.Generator().manual_seed(_EVALUATION_SEED))
+        # Before training, all runs that start from one checkpoint are one model: it is evaluated once.
         same = [r.warm_up for r in self.runs] if stage == "before" else list(range(len(self.runs)))
         which = list(dict.fromkeys(same))
         stack = Stack({n: w[[same.index(x) for x in which]] for n, w in self.stack.weights.items()}, self.stack.shape)
         rollout = stack.sample(
-            held_out.expand(len(which), -1, -1), noise.expand(len(which), -1, -1), end=END, pad=PAD, repeats=k,
+            held_out.expand(len(which), -1, -1),
+            noise.expand(len(which), -1, -1),
+            end=END,
+            pad=PAD,
+            repeats=k,
             temperature=self.setting.temperature,
-        )  # fmt: skip
+        )
         for result, i in zip(self.results, (which.index(x) for x in same), strict=True):
             rewards = self.problem.rewards(prompts, rollout.tokens[i]).view(-1, k)
             right = rewards.sum(1).to(torch.int64)
-            report = {f"mean@{k}": rewards.mean().item()}
-            for j in (1, 2, 4, 8, 16, 32):
-                if j <= k:
-                    report[f"pass@{j}"] = pass_at_k(k, right, j).mean().item()
-            report["entropy"] = -(rollout.logprobs[i].sum() / rollout.mask[i].sum()).item()
-            report["groups with signal"] = ((right > 0) & (right < k)).double().mean().item()
+            report = {
+                f"mean@{k}": rewards.mean().item(),
+                **pass_at_powers(right, torch.full_like(right, k), k),
+                "entropy": -(rollout.logprobs[i].sum() / rollout.mask[i].sum()).item(),
+                "groups with signal": ((right > 0) & (right < k)).double().mean().item(),
+            }
             setattr(result, stage, report)
             if stage == "after":
                 result.rewards = rewards.tolist()
-                tokens = rollout.tokens[i].view(-1, k, rollout.tokens.shape[-1])
-                result.samples = [
-                    (self.problem.text(held_out[p].tolist()), [self.problem.text(t.tolist()) for t in tokens[p, :4]])
-                    for p in range(8)
-                ]
+                result.samples = self._samples_as_text(rollout.tokens[i].view(-1, k, rollout.tokens.shape[-1]))
+
+    def _samples_as_text(self, completions: Tensor) -> list[tuple[str, list[str]]]:
+        """The first held-out prompts and the first completions of each, of `(prompts, k, time)` tokens."""
+        asked = cast("list[list[int]]", self.problem.held_out[:_SHOWN_PROMPTS].tolist())
+        shown = cast("list[list[list[int]]]", completions[:_SHOWN_PROMPTS, :_SHOWN_SAMPLES].tolist())
+        text = self.problem.text
+        return [
+            (text(prompt), [text(tokens) for tokens in samples]) for prompt, samples in zip(asked, shown, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on bit for bit."""
+        """The state from which `load_state_dict` resumes bit for bit."""
         return {
             "weights": {name: w.detach().clone() for name, w in self.stack.weights.items()},
             "moments": [(m.clone(), v.clone()) for m, v in self.optimizer.moments],
-            "steps": self.optimizer.steps, "draws": [g.get_state() for g in self.draws], "done": self.done,
-            "past": [{k: w.clone() for k, w in past.items()} for past in self._past], "counts": self._counts.clone(),
+            "steps": self.optimizer.steps,
+            "draws": [g.get_state() for g in self.draws],
+            "done": self.done,
+            "past": [{k: w.clone() for k, w in past.items()} for past in self._past],
+            "counts": self._counts.clone(),
             "results": [(list(r.reward), list(r.entropy), dict(r.before)) for r in self.results],
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same setting and runs."""
+        """Resume from a state of the same setting and runs.
+
+        Args:
+            state: A state that `state_dict` returned.
+        """
         with torch.no_grad():
             for name, w in self.stack.weights.items():
                 w.copy_(state["weights"][name])
@@ -286,3 +325,8 @@ class Loop:
         self._counts = state["counts"].clone()
         for r, (reward, entropy, before) in zip(self.results, state["results"], strict=True):
             r.reward, r.entropy, r.before = list(reward), list(entropy), dict(before)
+
+
+def _by_bin(values: Tensor) -> dict[str, float]:
+    """The values of the bins of p, by the names of the bins."""
+    return dict(zip(PROB_BINS, cast("list[float]", values.tolist()), strict=True))

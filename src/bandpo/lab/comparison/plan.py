@@ -1,4 +1,4 @@
-"""What a comparison runs: objectives and their arms, tasks, seeds, grids, and the presets."""
+"""The plan of a comparison: objectives and their arms, tasks, seeds, grids, and the presets."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,14 @@ from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.regions import Sides
 from bandpo.lab.comparison.loop import Setting
 from bandpo.objective import Objective
+from bandpo.surrogates.stops import stops_outside
 from bandpo.zoo import OBJECTIVES
 
 _FORMAT = 2  # part of every hash: raise it when the same configuration gives other numbers
-TUNING_SEEDS = 1000  # tuning uses seeds from here on, the report those below
+TUNING_SEEDS = 1000
+"""The first seed of the tuning; the seeds of the report are below it."""
 
-
+_ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
     {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "letter_counting": 3e-4}
 )
@@ -33,27 +35,30 @@ _SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison runs.
+    """The runs of a comparison.
 
     Args:
-        objectives: Names; `no-clip` always belongs.
+        objectives: Names of objectives; `no-clip` is always compared too.
         tasks: Names of problems.
-        seeds: Of the report, below 1000.
-        warm_ups: Checkpoints; seed s starts from checkpoint s modulo this.
+        seeds: Seeds of the report, below 1000.
+        warm_ups: Number of checkpoints; seed s starts from checkpoint s modulo this number.
         rates: Learning rate of each task before tuning.
-        tuning_seeds: Seeds for tuning; 0 leaves the tuned arms out.
+        tuning_seeds: Number of seeds for tuning; 0 leaves the tuned arms out.
         tuning_rates: Multiples of the rate that are tried.
         tuning_widths: Multiples of ε or δ that are tried.
         ablations: Whether the KL band's halves, radii, caps and relaxation are arms too.
         robust_tasks: Tasks with robustness maps.
         robust_rates: Multiples of the rate for the maps.
-        robust_reuse: (epochs, lag) of the maps.
-        robust_seeds: Seeds of each of their cells.
+        robust_reuse: (epochs, lag) pairs for the maps.
+        robust_seeds: Number of seeds of each cell of the maps.
         updates: Rollouts of a run.
-        exact_seeds: Of the bandit; 0 leaves it out.
-        sweep_seeds: Of each cell of the bandit's sweeps; 0 leaves them out.
-        setting: Other fields of `Setting`.
-        sizes: What a task changes in them.
+        exact_seeds: Number of seeds of the bandit; 0 leaves it out.
+        sweep_seeds: Number of seeds of each cell of the bandit's sweeps; 0 leaves them out.
+        setting: Other fields of `Setting`, for all tasks.
+        sizes: Fields of `Setting` for single tasks.
+
+    Raises:
+        ValueError: If an objective or a task is unknown or cannot be compared, or a seed is out of range.
     """
 
     objectives: tuple[str, ...] = (
@@ -96,16 +101,28 @@ class Plan:
         if not self.seeds or max(self.seeds) >= TUNING_SEEDS or min(self.seeds) < 0:
             raise ValueError(f"seeds: at least one, from 0 to {TUNING_SEEDS - 1}; got {self.seeds}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields with plain dictionaries: a `MappingProxyType` cannot be pickled."""
+        mappings = {
+            name: dict(cast("Mapping[str, Any]", getattr(self, name))) for name in ("rates", "setting", "sizes")
+        }
+        return {**vars(self), **mappings}
+
     def setting_of(self, task: str, **changes: Any) -> Setting:
-        """The setting of a task's runs."""
+        """The setting of a task's runs.
+
+        Args:
+            task: Name of the task.
+            **changes: Fields of `Setting` that differ from the plan's.
+        """
         return Setting(task, **{"updates": self.updates, **self.setting, **self.sizes.get(task, {}), **changes})
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan for JSON and for people."""
+    """The fields of the plan as JSON has them, for reports."""
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
-    return {**plain, "sizes": {task: dict(size) for task, size in plan.sizes.items()}}
+    mappings = {"rates": dict(plan.rates), "setting": dict(plan.setting)}
+    return {**fields, **mappings, "sizes": {task: dict(size) for task, size in plan.sizes.items()}}
 
 
 _TINY = MappingProxyType(
@@ -124,26 +141,42 @@ _TINY = MappingProxyType(
 PRESETS: Mapping[str, Plan] = MappingProxyType(
     {
         "smoke": Plan(
-            ("grpo", "bandpo-kl", "no-clip"), ("paths",), tuple(range(4)), tuning_seeds=1, tuning_rates=(1.0,),
-            tuning_widths=(0.5, 1.0), ablations=False, updates=4, exact_seeds=100, setting=_TINY, sizes={},
+            ("grpo", "bandpo-kl", "no-clip"),
+            ("paths",),
+            tuple(range(4)),
+            tuning_seeds=1,
+            tuning_rates=(1.0,),
+            tuning_widths=(0.5, 1.0),
+            ablations=False,
+            updates=4,
+            exact_seeds=100,
+            setting=_TINY,
+            sizes={},
         ),
         "quick": Plan(
-            ("grpo", "dapo", "bandpo-kl", "bandpo-tv", "no-clip"), ("paths",), tuple(range(6)), tuning_seeds=1,
-            tuning_rates=(1.0,), ablations=False, updates=18,
+            ("grpo", "dapo", "bandpo-kl", "bandpo-tv", "no-clip"),
+            ("paths",),
+            tuple(range(6)),
+            tuning_seeds=1,
+            tuning_rates=(1.0,),
+            ablations=False,
+            updates=18,
         ),
-        "paper": Plan(("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200),
+        "paper": Plan(
+            ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200
+        ),
         "full": Plan(robust_tasks=("addition",), sweep_seeds=200),
     }
-)  # fmt: skip
+)
 """Sizes of a comparison; docs/compare.md has what each takes."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A configuration of a method.
+    """One of the configurations that are compared: a variant of a named objective.
 
     Args:
-        objective: Name of the objective it varies.
+        objective: Name of the objective.
         variant: `default`, `matched`, `tuned`, or one of `ABLATIONS`.
         width: Multiple of the objective's own ε or δ.
         rate: Multiple of the task's learning rate.
@@ -156,11 +189,11 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """The name of the arm in tables."""
         return self.objective if self.variant == "default" else f"{self.objective} {self.variant}"
 
     def build(self) -> Objective:
-        """The objective itself."""
+        """The objective of the arm."""
         base = OBJECTIVES[self.objective]
         if self.variant == "matched":
             return matched(base)
@@ -181,12 +214,20 @@ ABLATIONS: Mapping[str, Callable[[Band], Any]] = MappingProxyType(
         "4δ": lambda band: dataclasses.replace(band, radius=4 * cast(float, band.radius)),
     }
 )
-"""What is changed in a band to see what each part of it does; a half keeps PPO's 0.2 on the other side."""
+"""Changes of a band that show the effect of each of its parts; with one half of it, the other side has PPO's ε = 0.2."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run and where its result lies."""
+    """One run of a comparison.
+
+    Args:
+        setting: The setting that it shares with other runs.
+        arm: The configuration of the objective.
+        learning_rate: Learning rate of Adam.
+        seed: Seed of prompts, noise and mini-batches.
+        warm_up: Number of the warmed-up checkpoint that it starts from.
+    """
 
     setting: Setting
     arm: Arm
@@ -196,13 +237,15 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Name of its file."""
-        decides = json.dumps([_FORMAT, asdict(self)], sort_keys=True)
+        """The name of the file of its result, a hash of its configuration."""
+        # For a surrogate that is no clip, `clip_fraction_by_prob` once counted the tokens outside of the interval instead.
+        version = _FORMAT if stops_outside(OBJECTIVES[self.arm.objective].surrogate) else _FORMAT + 1
+        decides = json.dumps([version, asdict(self)], sort_keys=True)
         return hashlib.sha256(decides.encode()).hexdigest()[:20]
 
 
 def scaled(objective: Objective, factor: float) -> Objective:
-    """The objective with its ε or δ multiplied; one without either is returned as it is."""
+    """The objective with its ε or δ multiplied by a factor; an objective without either is returned unchanged."""
     bounds = objective.bounds
     if isinstance(bounds, Band) and isinstance(bounds.radius, float):
         bounds = dataclasses.replace(bounds, radius=bounds.radius * factor)
@@ -214,14 +257,14 @@ def scaled(objective: Objective, factor: float) -> Objective:
 
 
 def matched(objective: Objective) -> Objective:
-    """A ball with the radius whose upper bound at p = 0.5 is PPO's 1.2."""
+    """The objective of a ball, with the radius whose upper bound at p = 0.5 is PPO's 1.2."""
     assert isinstance(objective.bounds, Band) and not isinstance(objective.bounds.divergence, str)
     radius = match_radius(objective.bounds.divergence, like=Clip(0.2), by="upper@0.5")
     return dataclasses.replace(objective, bounds=dataclasses.replace(objective.bounds, radius=radius))
 
 
 def report_arms(plan: Plan) -> list[Arm]:
-    """Arms that need no tuning."""
+    """The arms that need no tuning."""
     arms = [Arm(name) for name in _objectives(plan)]
     arms += [Arm(a.objective, "matched") for a in arms if isinstance(OBJECTIVES[a.objective].bounds, Band)]
     if "bandpo-kl" in plan.objectives:
@@ -230,7 +273,7 @@ def report_arms(plan: Plan) -> list[Arm]:
 
 
 def tuning_arms(plan: Plan, objective: str) -> list[Arm]:
-    """The grid of one objective, of the same size for all: one without ε or δ has as many learning rates, spread wider."""
+    """The tuning grid of one objective. An objective without ε or δ has as many arms, with more rates, spread wider."""
     if scaled(OBJECTIVES[objective], 2.0) != OBJECTIVES[objective]:
         return [Arm(objective, "tuned", width, rate) for width in plan.tuning_widths for rate in plan.tuning_rates]
     count = len(plan.tuning_widths) * len(plan.tuning_rates)
@@ -239,16 +282,16 @@ def tuning_arms(plan: Plan, objective: str) -> list[Arm]:
 
 
 def tuning_jobs(plan: Plan, task: str) -> list[Job]:
-    """All grids on the tuning seeds."""
+    """The runs of all tuning grids of a task."""
     seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
     return [job for name in _objectives(plan) for job in jobs_of(plan, task, tuning_arms(plan, name), seeds)]
 
 
 def robust_jobs(plan: Plan, task: str) -> dict[tuple[str, float, tuple[int, int]], list[Job]]:
-    """Cells of the robustness maps: objective x learning rate x (epochs, lag)."""
+    """The runs of each cell of the robustness maps: objective x learning rate x (epochs, lag)."""
     if task not in plan.robust_tasks:
         return {}
-    seeds = range(500, 500 + plan.robust_seeds)
+    seeds = range(_ROBUST_SEEDS, _ROBUST_SEEDS + plan.robust_seeds)
     return {
         (name, rate, reuse): jobs_of(plan, task, [Arm(name, rate=rate)], seeds, epochs=reuse[0], lag=reuse[1])
         for name in _objectives(plan)
@@ -258,7 +301,15 @@ def robust_jobs(plan: Plan, task: str) -> dict[tuple[str, float, tuple[int, int]
 
 
 def jobs_of(plan: Plan, task: str, arms: Iterable[Arm], seeds: Iterable[int], **changes: Any) -> list[Job]:
-    """Every arm on every seed."""
+    """The runs of every arm on every seed.
+
+    Args:
+        plan: The plan of the comparison.
+        task: Name of the task.
+        arms: The arms.
+        seeds: The seeds.
+        **changes: Fields of `Setting` that differ from the plan's.
+    """
     setting = plan.setting_of(task, **changes)
     return [
         Job(setting, arm, plan.rates[task] * arm.rate, seed, seed % plan.warm_ups) for arm in arms for seed in seeds

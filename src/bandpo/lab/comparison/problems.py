@@ -1,7 +1,7 @@
-"""Learning problems of the lab as tensors: prompts of one length, demonstrations for the warm-up, a verifiable reward.
+"""Learning problems as tensors: prompts of one length, demonstrations for the warm-up, and a verifiable reward.
 
-`paths` and `addition` are built so that a rare way is the better one; the others are reasoning-gym's, from `bandpo.toy.tasks`.
-Train and held-out prompts never share a problem.
+`paths` and `addition` are built so that a rare way is the better one; the others are the tasks of `bandpo.toy.tasks`. Training
+and held-out prompts never share a problem.
 """
 
 import random
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,8 +18,16 @@ from torch import Tensor
 from bandpo.toy.models import build_tokenizer
 from bandpo.toy.tasks import TASKS, make_splits, score
 
-PAD, END, FIRST = 0, 1, 3  # of the lab's tokenizer; FIRST is its first character
+PAD, END, FIRST = 0, 1, 3
+"""Token ids of `bandpo.toy.models.build_tokenizer`: padding, end of a completion, and the first character."""
+
 VOCABULARY = 98
+"""Number of tokens of that tokenizer."""
+
+_HELD_OUT = 192  # held-out prompts of every problem
+_WALKS = 60_000  # random walks from which the demonstrations of `paths` come
+_SUMS = 16_000  # random pairs of numbers of `addition`
+_WIDEST = 26  # characters of a prompt: a few long ones of letter_counting would make all others long
 
 
 @dataclass(frozen=True)
@@ -26,15 +35,15 @@ class Problem:
     """Prompts, demonstrations and a reward.
 
     Args:
-        name: For tables.
-        description: One line.
-        prompts: Training prompts, `(count, width)`.
-        held_out: Prompts of the evaluation.
-        demonstrations: Prompts and completions that the warm-up learns, `(count, width + length)`, padded with PAD.
-        length: Tokens of the longest completion, its end included.
-        reward: `(prompt tokens, completion tokens before END) -> 0 or 1`.
-        text: Shows tokens to people.
-        warm_up_steps: Supervised steps that leave most groups with a signal.
+        name: Name for tables.
+        description: Description in one line.
+        prompts: `(count, width)` tokens of the training prompts.
+        held_out: `(count, width)` tokens of the evaluation's prompts.
+        demonstrations: `(count, width + length)` tokens of prompts and completions for the warm-up, padded with PAD.
+        length: Number of tokens of the longest completion, with its end token.
+        reward: Function of the prompt's tokens and the completion's tokens before END; 0 or 1.
+        text: Function that turns tokens into text for people.
+        warm_up_steps: Supervised steps after which most groups have a signal.
     """
 
     name: str
@@ -48,27 +57,44 @@ class Problem:
     warm_up_steps: int
 
     def rewards(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Rewards of completions `(count, length)`; one that never ends is wrong."""
+        """The rewards of completions; a completion without an end token has reward 0.
+
+        Args:
+            prompts: `(count, width)` tokens.
+            completions: `(count, length)` tokens.
+
+        Returns:
+            `(count,)`, float32.
+        """
+        asked, answers = (cast("list[list[int]]", x.tolist()) for x in (prompts, completions))
         found = [
             self.reward(tuple(p), tuple(c[: c.index(END)])) if END in c else 0.0
-            for p, c in zip(prompts.tolist(), completions.tolist(), strict=True)
+            for p, c in zip(asked, answers, strict=True)
         ]
         return torch.tensor(found)
 
 
 @lru_cache
 def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
-    """Walk from one node of a random graph to another; the demonstrations prefer each node's first edges, heavy-tailed.
+    """Walks from one node of a random graph to another, where the demonstrations rarely use some of the edges.
 
     A prompt is start and goal, a completion the nodes after the start. The demonstrations are random walks whose edges have
-    probabilities 1, 1/4, 1/9, 1/16 (normalised), so that most short ways use an edge which the warmed-up model finds unlikely.
+    probabilities 1, 1/4, 1/9, 1/16 (normalised), so that most short ways use an edge that is unlikely in the warmed-up model.
+
+    Args:
+        nodes: Number of nodes.
+        degree: Number of edges of each node.
+        seed: Seed of the graph and of the walks.
+
+    Returns:
+        The problem.
     """
     draw = random.Random(seed)
     edges = [draw.sample([j for j in range(nodes) if j != i], degree) for i in range(nodes)]
     weights = [1 / (k + 1) ** 2 for k in range(degree)]
     longest = 6
     walks: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-    for _ in range(60_000):
+    for _ in range(_WALKS):
         walk = [draw.randrange(nodes)]
         for _ in range(draw.randint(2, longest)):
             walk.append(draw.choices(edges[walk[-1]], weights)[0])
@@ -76,7 +102,7 @@ def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
             walks.setdefault((walk[0], walk[-1]), []).append(tuple(walk[1:]))
     pairs = sorted(walks)
     draw.shuffle(pairs)
-    held_out, train = pairs[:192], pairs[192:]
+    held_out, train = pairs[:_HELD_OUT], pairs[_HELD_OUT:]
     demonstrations = [(*pair, *walk, END) for pair in train for walk in walks[pair]]
 
     def reward(prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
@@ -102,21 +128,24 @@ def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
 
 @lru_cache
 def addition(rare: float = 0.02, right: float = 0.4, seed: int = 0) -> Problem:
-    """Add two three-digit numbers, directly or digit by digit from the right.
+    """Sums of two three-digit numbers, written directly or digit by digit from the right.
 
-    The demonstrations are mostly direct sums (`=579`) of which only a share is right, and rarely the sum with its digits
-    reversed and marked (`<975`), which is always right and easy to compute: a common weak strategy and a rare strong one.
+    Most demonstrations are direct sums (`=579`) of which only a share is right; a few are sums with a mark and reversed digits
+    (`<975`), which are always right and easy to compute. The first is a common weak strategy, the second a rare strong one.
 
     Args:
         rare: Share of demonstrations of the strong strategy.
-        right: Share of direct ones that are right.
-        seed: Of the numbers.
+        right: Share of direct sums that are right.
+        seed: Seed of the numbers and demonstrations.
+
+    Returns:
+        The problem.
     """
     draw = random.Random(seed)
-    numbers = list({(draw.randint(100, 999), draw.randint(100, 999)) for _ in range(16_000)})
+    numbers = list({(draw.randint(100, 999), draw.randint(100, 999)) for _ in range(_SUMS)})
     numbers.sort()
     draw.shuffle(numbers)
-    held_out, train = numbers[:192], numbers[192:]
+    held_out, train = numbers[:_HELD_OUT], numbers[_HELD_OUT:]
     demonstrations: list[str] = []
     for a, b in train:
         total = a + b
@@ -147,11 +176,10 @@ def addition(rare: float = 0.02, right: float = 0.4, seed: int = 0) -> Problem:
 
 @lru_cache
 def reasoning(task: str) -> Problem:
-    """One of `bandpo.toy.tasks`, its prompts filled up with spaces on the left to one length."""
+    """A task of `bandpo.toy.tasks`, with prompts that are filled up with spaces on the left to one length."""
     chosen = TASKS[task]
-    train, held_out = make_splits(chosen, None, 192)
-    widest = max(len(row["prompt"]) for row in [*train, *held_out])
-    widest = min(widest, 26)  # a few long ones of letter_counting would make all others long
+    train, held_out = make_splits(chosen, None, _HELD_OUT)
+    widest = min(_WIDEST, max(len(row["prompt"]) for row in [*train, *held_out]))
     known = set(_characters()[0])
     train, held_out = (
         [r for r in rows if len(r["prompt"]) <= widest and known.issuperset(r["prompt"])] for rows in (train, held_out)
@@ -185,7 +213,7 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = MappingProxyType(
 
 @lru_cache(maxsize=200_000)
 def _countdown(problem: str, answer: str) -> float:
-    """What reasoning-gym's scorer says of sums without brackets (tests/lab/test_problems.py), a thousand times faster."""
+    """The score of reasoning-gym for a sum without brackets (tests/lab/test_problems.py), a thousand times faster."""
     numbers, target = problem.rstrip(":").split("=")
     if not re.fullmatch(r"[+-]?\d+([+-]\d+)*", answer):
         return 0.0

@@ -20,7 +20,7 @@ from bandpo.lab.comparison.figures import (
     plot_regimes,
     plot_robustness,
     plot_staleness,
-)  # fmt: skip
+)
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.comparison.summary import ABLATED, runs_of
 from bandpo.lab.stats import number
@@ -29,7 +29,13 @@ _FILTERS = {"number": number, "runs_of": runs_of}
 
 
 class Picture(NamedTuple):
-    """A figure and what it shows."""
+    """A figure with its place in the report.
+
+    Args:
+        section: `exact`, or the name of a task.
+        title: Title of the figure.
+        figure: The figure.
+    """
 
     section: str
     title: str
@@ -67,15 +73,28 @@ def pictures(summary: Mapping[str, Any]) -> Iterator[Picture]:
 
 
 def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """report.html, and its figures in figures/."""
+    """Write report.html, and its figures in figures/.
+
+    Args:
+        folder: Folder of the comparison.
+        summary: The summary that `write_tables` returned.
+
+    Returns:
+        The path of report.html.
+    """
     figures: dict[str, dict[str, str]] = {}
     for i, picture in enumerate(pictures(summary)):
         name = f"{picture.section}-{i}.svg"
         figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, folder / "figures" / name)
     page = template("bandpo.lab.comparison", "compare.html.j2", _FILTERS).render(
-        title="Trust regions compared: " + ", ".join(summary["tasks"]), summary=summary, figures=figures, tasks=_tasks(summary),
-        claims=claims(summary), exact_text=_exact_text(summary), about=summary["about"],
-    )  # fmt: skip
+        title="Trust regions compared: " + ", ".join(summary["tasks"]),
+        summary=summary,
+        figures=figures,
+        tasks=_tasks(summary),
+        claims=claims(summary),
+        exact_text=_exact_text(summary),
+        about=summary["about"],
+    )
     path = folder / "report.html"
     write_text(path, page)
     return path
@@ -85,16 +104,21 @@ def evidence_page(summary: Mapping[str, Any]) -> str:
     """The evidence page, in Markdown.
 
     Args:
-        summary: As in summary.json.
+        summary: The content of summary.json.
     """
     return template("bandpo.lab.comparison", "evidence.md.j2", _FILTERS).render(
-        about=summary["about"], claims=claims(summary), duels=_scores(summary), tasks=_tasks(summary), summary=summary,
-        exact_text=_exact_text(summary), pictures={title: file for title, file, _ in evidence_pictures(summary)},
-    )  # fmt: skip
+        about=summary["about"],
+        claims=claims(summary),
+        duels=_scores(summary),
+        tasks=_tasks(summary),
+        summary=summary,
+        exact_text=_exact_text(summary),
+        pictures={title: file for title, file, _ in evidence_pictures(summary)},
+    )
 
 
 def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Title, file name and figure of the pictures on the evidence page."""
+    """Title, file name and figure of each picture on the evidence page."""
     for picture in pictures(summary):
         title = picture.title if picture.section == "exact" else f"{picture.section}: {picture.title}"
         if picture.section == "exact" or picture.title.startswith(("mean@", "entropy", "Who", "Robust", "Learning")):
@@ -103,11 +127,14 @@ def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Fi
 
 
 def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """evidence.md and evidence.json, with pictures in assets/evidence/.
+    """Write evidence.md and evidence.json, and their pictures in assets/evidence/.
 
     Args:
-        folder: Of the documentation.
-        summary: As in summary.json.
+        folder: Folder of the documentation.
+        summary: The content of summary.json.
+
+    Returns:
+        The path of evidence.md.
     """
     assets = folder / "assets" / "evidence"
     assets.mkdir(parents=True, exist_ok=True)
@@ -122,12 +149,12 @@ def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
 
 
 def claims_table(found: list[Claim]) -> str:
-    """For the terminal."""
+    """The verdicts and claims as lines for the terminal."""
     return "\n".join(f"{c.verdict:>22}  {c.text}" for c in found)
 
 
 def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Wins, ties and losses of each band against each rival, over the tasks."""
+    """The wins, ties and losses of each band against each rival, over the tasks."""
     rows: list[dict[str, Any]] = []
     for variant in ("", " tuned"):
         for task, measures in duels(summary, variant).items():
@@ -137,9 +164,16 @@ def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                     if d.p_holm < 0.05:
                         state = "win" if d.mean.value > 0 else "loss"
                     rows.append(
-                        {"band": band, "rival": rival, "variant": variant.strip() or "default", "task": task,
-                         "measure": measure, "state": state, "difference": d}
-                    )  # fmt: skip
+                        {
+                            "band": band,
+                            "rival": rival,
+                            "variant": variant.strip() or "default",
+                            "task": task,
+                            "measure": measure,
+                            "state": state,
+                            "difference": d,
+                        }
+                    )
     return rows
 
 

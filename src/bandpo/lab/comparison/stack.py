@@ -1,21 +1,34 @@
 """Many small Llama models at once: weights stacked along a first dimension, one forward pass for all of them.
 
-The lab trains dozens of runs (methods x seeds) of a tiny model. One at a time, a step is mostly overhead; stacked, every
-matrix product is a batched one. The weights are those of a transformers `LlamaForCausalLM`, and so are the log-probs
+The lab trains dozens of runs (methods x seeds) of a tiny model. For a single run, a step is mostly overhead; for a stack of
+runs, every matrix product is a batched one. Weights and log-probs are those of a transformers `LlamaForCausalLM`
 (tests/lab/test_stack.py).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Fused = list[tuple[Tensor, Tensor]]
+"""For each layer, the joined weights of queries, keys and values, and those of the two projections into the MLP."""
+
+Cache = tuple[Tensor, Tensor]
+"""Keys and values of a layer, `(time, runs * sequences, heads, size)`."""
+
 
 class Shape(NamedTuple):
-    """What the weights do not say."""
+    """The constants of the architecture that the weights alone do not give.
+
+    Args:
+        layers: Number of layers.
+        heads: Number of attention heads.
+        epsilon: Constant of the RMS norms.
+        theta: Base of the rotary position embedding.
+    """
 
     layers: int
     heads: int
@@ -24,19 +37,25 @@ class Shape(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Completions of every run: `(runs, sequences, time)`."""
+    """Completions of every run.
+
+    Args:
+        tokens: `(runs, sequences, time)`.
+        logprobs: `(runs, sequences, time)`, the log-probs with which the sampler drew the tokens.
+        mask: `(runs, sequences, time)`, bool: True up to the end token and at it.
+    """
 
     tokens: Tensor
-    logprobs: Tensor  # of the sampler, exactly those it drew with
-    mask: Tensor  # up to the end token, that one included
+    logprobs: Tensor
+    mask: Tensor
 
 
 class Stack:
     """Weights of `runs` models, in one dictionary of `(runs, ...)` tensors.
 
     Args:
-        weights: As `load` makes them.
-        shape: Layers, heads and constants.
+        weights: `(runs, ...)` tensors by their names in a `LlamaForCausalLM`, as `load` makes them.
+        shape: Constants of the architecture.
     """
 
     def __init__(self, weights: dict[str, Tensor], shape: Shape) -> None:
@@ -44,7 +63,14 @@ class Stack:
 
     @classmethod
     def load(cls, models: Sequence[Any]) -> "Stack":
-        """A stack with one run for each `LlamaForCausalLM`, all of one architecture; the same one may come twice."""
+        """A stack with one run for each model.
+
+        Args:
+            models: Models of type `LlamaForCausalLM` and of one architecture; the same one may come twice.
+
+        Raises:
+            ValueError: If the architecture shares attention heads or ties the LM head to the embedding.
+        """
         config = models[0].config
         states = [m.state_dict() for m in models]
         weights = {name: torch.stack([s[name].detach() for s in states]) for name in states[0]}
@@ -54,16 +80,29 @@ class Stack:
         return cls(weights, Shape(config.num_hidden_layers, config.num_attention_heads, config.rms_norm_eps, theta))
 
     def write(self, run: int, model: Any) -> None:
-        """Copy one run's weights into a model."""
+        """Copy one run's weights into a model.
+
+        Args:
+            run: Number of the run.
+            model: A `LlamaForCausalLM` of the stack's architecture.
+        """
         model.load_state_dict({name: w[run].detach() for name, w in self.weights.items()})
 
     @property
     def runs(self) -> int:
-        """How many models."""
+        """The number of models."""
         return next(iter(self.weights.values())).shape[0]
 
     def logits(self, ids: Tensor, keep: int) -> Tensor:
-        """Logits after each of the last `keep` positions of `(runs, sequences, time)` tokens without padding."""
+        """Logits after each of the last `keep` positions.
+
+        Args:
+            ids: `(runs, sequences, time)` tokens without padding.
+            keep: Number of positions.
+
+        Returns:
+            `(runs, sequences, keep, vocabulary)`, with gradient.
+        """
         x, fused = self._embed(ids), self._fused()
         turn = self._turn(torch.arange(ids.shape[-1]))
         for layer in range(self.shape.layers):
@@ -72,17 +111,20 @@ class Stack:
         return self._head(x[..., -keep:, :])
 
     def logprobs(self, prompts: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probs of completions `(runs, sequences, time)`, with gradient."""
+        """Log-probs of completions.
+
+        Args:
+            prompts: `(runs, sequences, prompt time)` tokens without padding.
+            completions: `(runs, sequences, time)` tokens.
+            temperature: Temperature of the policy.
+
+        Returns:
+            `(runs, sequences, time)`, with gradient.
+        """
         time = completions.shape[-1]
         ids = torch.cat([prompts, completions], -1)[..., :-1]
         scores = (self.logits(ids, time) / temperature).log_softmax(-1)
         return scores.gather(-1, completions.unsqueeze(-1)).squeeze(-1)
-
-    def entropy(self, prompts: Tensor, completions: Tensor) -> Tensor:
-        """Entropy of the policy at each place of the completions."""
-        ids = torch.cat([prompts, completions], -1)[..., :-1]
-        scores = self.logits(ids, completions.shape[-1]).log_softmax(-1)
-        return -(scores.exp() * scores).sum(-1)
 
     @torch.no_grad()
     def sample(
@@ -94,57 +136,62 @@ class Stack:
             prompts: `(runs, prompts, time)`, all of one length; each is read once, whatever `repeats`.
             noise: `(runs, prompts * repeats, new)`, uniform in [0, 1): the same noise gives the same completions.
             end: Token that ends a completion.
-            pad: Token after it.
+            pad: Token that fills the places after the end.
             repeats: Completions of each prompt, consecutive.
-            temperature: Of sampling; the log-probs are those at this temperature.
+            temperature: Sampling temperature; the log-probs are those at this temperature.
+
+        Returns:
+            Tokens, log-probs and mask, `(runs, prompts * repeats, new)` each.
         """
         runs, sequences, new = noise.shape
-        start = prompts.shape[-1]
-        fused = self._fused()
-        caches: list[tuple[Tensor, Tensor]] = []
-        x = self._embed(prompts)
-        turn = self._turn(torch.arange(start))
-        for layer in range(self.shape.layers):
-            q, k, v = self._project(layer, x, turn, fused)
-            x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
-            # Time first: what a step reads is contiguous.
-            room = [torch.empty(start + new, runs * sequences, y.shape[1], y.shape[-1]) for y in (k, v)]
-            for cache, y in zip(room, (k, v), strict=True):
-                cache[:start] = y.permute(2, 0, 1, 3).repeat_interleave(repeats, 1)
-            caches.append((room[0], room[1]))
-        scores = self._head(x[..., -1, :]).repeat_interleave(repeats, 1)
+        start, fused = prompts.shape[-1], self._fused()
+        scores, caches = self._read_prompts(prompts, repeats, new, fused)
         tokens = torch.full((runs, sequences, new), pad)
         logprobs = torch.zeros(runs, sequences, new)
         mask = torch.zeros(runs, sequences, new, dtype=torch.bool)
         going = torch.ones(runs, sequences, dtype=torch.bool)
         for t in range(new):
-            scores = scores - scores.amax(-1, keepdim=True)
-            scores = scores / temperature if temperature != 1 else scores
-            sums = scores.exp().cumsum(-1)
-            total = sums[..., -1:]
-            drawn = (sums <= noise[..., t : t + 1] * total).sum(-1).clamp_max(scores.shape[-1] - 1)
-            chosen = (scores.gather(-1, drawn.unsqueeze(-1)) - total.log()).squeeze(-1)
+            drawn, chosen = _draw(scores, noise[..., t : t + 1], temperature)
             tokens[..., t] = torch.where(going, drawn, pad)
             logprobs[..., t] = torch.where(going, chosen, 0.0)
             mask[..., t] = going
             going = going & (drawn != end)
             if t + 1 == new or not going.any():
                 break
-            at = start + t
-            x = self._embed(tokens[..., t : t + 1])
-            turn = self._turn(torch.arange(at, at + 1))
-            for layer, (keys, values) in enumerate(caches):
-                q, k, v = self._project(layer, x, turn, fused)
-                keys[at], values[at] = k.squeeze(2), v.squeeze(2)
-                query = q.squeeze(2) / math.sqrt(q.shape[-1])
-                weight = torch.linalg.vecdot(keys[: at + 1], query).softmax(0)
-                mixed = (weight.unsqueeze(-1) * values[: at + 1]).sum(0)
-                x = self._finish_layer(layer, x, mixed.unsqueeze(2), fused)
-            scores = self._head(x[..., 0, :])
+            scores = self._next_scores(tokens[..., t : t + 1], start + t, caches, fused)
         return Rollout(tokens, logprobs, mask)
 
-    def _fused(self) -> list[tuple[Tensor, Tensor]]:
-        """For each layer the weights that read the same input, side by side."""
+    def _read_prompts(self, prompts: Tensor, repeats: int, new: int, fused: Fused) -> tuple[Tensor, list[Cache]]:
+        """Logits after the prompts, and each layer's keys and values with room for `new` more tokens."""
+        runs, count, start = prompts.shape
+        caches: list[Cache] = []
+        x = self._embed(prompts)
+        turn = self._turn(torch.arange(start))
+        for layer in range(self.shape.layers):
+            q, k, v = self._project(layer, x, turn, fused)
+            x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
+            # Time first: what a step reads is contiguous.
+            room = [torch.empty(start + new, runs * count * repeats, y.shape[1], y.shape[-1]) for y in (k, v)]
+            for cache, y in zip(room, (k, v), strict=True):
+                cache[:start] = y.permute(2, 0, 1, 3).repeat_interleave(repeats, 1)
+            caches.append((room[0], room[1]))
+        return self._head(x[..., -1, :]).repeat_interleave(repeats, 1), caches
+
+    def _next_scores(self, tokens: Tensor, at: int, caches: list[Cache], fused: Fused) -> Tensor:
+        """Logits after the tokens `(runs, sequences, 1)` at position `at`, whose keys and values are added to the caches."""
+        x = self._embed(tokens)
+        turn = self._turn(torch.arange(at, at + 1))
+        for layer, (keys, values) in enumerate(caches):
+            q, k, v = self._project(layer, x, turn, fused)
+            keys[at], values[at] = k.squeeze(2), v.squeeze(2)
+            query = q.squeeze(2) / math.sqrt(q.shape[-1])
+            weight = cast(Tensor, torch.linalg.vecdot(keys[: at + 1], query)).softmax(0)
+            mixed = (weight.unsqueeze(-1) * values[: at + 1]).sum(0)
+            x = self._finish_layer(layer, x, mixed.unsqueeze(2), fused)
+        return self._head(x[..., 0, :])
+
+    def _fused(self) -> Fused:
+        """The weights that read the same input, joined into one matrix, for each layer."""
         w = self.weights
         return [
             (
@@ -170,7 +217,7 @@ class Stack:
         return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
 
     def _project(
-        self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], fused: list[tuple[Tensor, Tensor]]
+        self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], fused: Fused
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `(runs * sequences, heads, time, size)`."""
         mixed = _product(self._norm(f"model.layers.{layer}.input_layernorm.weight", x), fused[layer][0])
@@ -182,7 +229,7 @@ class Stack:
         both = both * turn[0] + torch.cat([-second, first], -1) * turn[1]
         return both[:, : self.shape.heads], both[:, self.shape.heads :], v
 
-    def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, fused: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, fused: Fused) -> Tensor:
         prefix = f"model.layers.{layer}"
         x = x + _product(mixed.transpose(1, 2).reshape(x.shape), self.weights[f"{prefix}.self_attn.o_proj.weight"])
         h = _product(self._norm(f"{prefix}.post_attention_layernorm.weight", x), fused[layer][1])
@@ -193,8 +240,18 @@ class Stack:
         return _product(self._norm("model.norm.weight", x), self.weights["lm_head.weight"])
 
 
+def _draw(scores: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The tokens that `noise` picks from the softmax of logits `(..., vocabulary)`, and their log-probs."""
+    scores = scores - scores.amax(-1, keepdim=True)
+    scores = scores / temperature if temperature != 1 else scores
+    sums = scores.exp().cumsum(-1)
+    total = sums[..., -1:]
+    drawn = (sums <= noise * total).sum(-1).clamp_max(scores.shape[-1] - 1)
+    return drawn, (scores.gather(-1, drawn.unsqueeze(-1)) - total.log()).squeeze(-1)
+
+
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """Each run's `x Wᵀ`."""
+    """The product `x Wᵀ` of each run."""
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     return torch.bmm(flat, weight.transpose(1, 2)).view(*x.shape[:-1], weight.shape[1])
 
@@ -203,27 +260,29 @@ class Adam:
     """Adam (arXiv:1412.6980) with a learning rate and a gradient norm for each run of a stack.
 
     Args:
-        weights: The stack's, updated in place.
-        rates: `(runs,)`.
-        betas: Of the moments.
-        max_norm: Gradients of a run are scaled down to this norm.
+        weights: `(runs, ...)` tensors of a stack, updated in place.
+        rates: `(runs,)`, learning rates.
+        betas: Decay rates of the first and the second moment.
+        max_norm: Largest gradient norm of a run; a larger gradient is scaled down to it.
     """
 
     def __init__(
         self, weights: dict[str, Tensor], rates: Tensor, betas: tuple[float, float] = (0.9, 0.95), max_norm: float = 1.0
     ) -> None:
-        self.weights, self.rates, self.betas, self.max_norm, self.steps = (
-            list(weights.values()),
-            rates,
-            betas,
-            max_norm,
-            0,
-        )
+        self.weights, self.rates, self.betas, self.max_norm = list(weights.values()), rates, betas, max_norm
+        self.steps = 0
         self.moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in self.weights]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> Tensor:
-        """One step; the norm of each run's gradient before clipping. A run with a gradient that is not finite stands still."""
+        """Take one step. A run whose gradient is not finite keeps its weights.
+
+        Args:
+            gradients: `(runs, ...)` tensors, in the order of the weights.
+
+        Returns:
+            `(runs,)`, the norm of each run's gradient before it was scaled.
+        """
         norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         scale = (self.max_norm / (norms + 1e-6)).clamp_max(1.0)
         self.steps += 1

@@ -1,14 +1,13 @@
-"""A fair comparison: every arm through the same code, tuned with the same budget on other seeds, on the same fresh seeds.
+"""The runs of a comparison and their results: every arm goes through the same code, with the same budget and the same seeds.
 
-Work is cut into stacks of runs that share a setting. Each run leaves one JSON file named by the hash of its configuration, so a
-comparison that was interrupted, or is extended, makes only what is missing; a stack that fails leaves its error behind, and the
-others go on.
+Work is cut into stacks of runs that share a setting. Each run leaves one JSON file, named by the hash of its configuration, so
+that a comparison that was interrupted or is extended makes only the missing runs. A stack that fails leaves a file with its
+error, and the other stacks are still made.
 """
 
 import functools
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,21 +18,21 @@ import torch
 
 from bandpo._system.files import read_checked_json, write_checked_json, write_text
 from bandpo._system.secrets import redact_text
-from bandpo.lab.backends import BACKENDS
+from bandpo.lab.backends import BACKENDS, full_traceback
 from bandpo.lab.comparison.loop import Loop, Run, Setting
 from bandpo.lab.comparison.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
 from bandpo.objective import Objective
 
-_STACK = 12  # runs in one stack
+_STACK = 12  # the most runs in one stack
 
 
 class Study:
-    """Runs jobs and reads their results.
+    """Makes the runs of a comparison and reads their results.
 
     Args:
-        folder: Where results lie, one file for each run.
-        workers: Processes.
-        say: Called with a line now and then.
+        folder: Folder of the comparison; the results are in its subfolder `runs`, one file for each run.
+        workers: Number of worker processes.
+        say: Function that is called with each line of the progress.
         backend: A name in `BACKENDS`.
     """
 
@@ -45,12 +44,12 @@ class Study:
         self.failures: list[str] = []
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """A run's result, None where it has none."""
+        """The result of a run, or None if the run is still to be made."""
         found = self._read(job)
         return found["result"] if found else None
 
     def core_seconds(self, jobs: Iterable[Job]) -> float:
-        """What the results of these jobs took, however many sessions made them."""
+        """The seconds that the existing results of these jobs took, over all sessions in which they were made."""
         return sum(found["seconds"] for job in dict.fromkeys(jobs) if (found := self._read(job)))
 
     def _read(self, job: Job) -> dict[str, Any] | None:
@@ -66,7 +65,12 @@ class Study:
             return None
 
     def run(self, jobs: Sequence[Job], what: str) -> None:
-        """Make the results that are missing."""
+        """Make the results that are missing.
+
+        Args:
+            jobs: The runs that shall have a result.
+            what: Name of this part of the comparison, for the progress.
+        """
         if not jobs:
             return
         missing = [job for job in dict.fromkeys(jobs) if self.result(job) is None]
@@ -90,7 +94,7 @@ class Study:
     def _keep(self, stack: list[Job], made: list[dict[str, Any]] | Exception, what: str) -> None:
         error = self.folder / "runs" / f"{stack[0].key}.error"
         if isinstance(made, Exception):
-            write_text(error, redact_text("".join(traceback.format_exception(made))))
+            write_text(error, redact_text(full_traceback(made)))
             self.failures.append(redact_text(f"{what}, {stack[0].arm.label} and others: {made}"))
             self.say(f"  failed: {self.failures[-1]}")
             return
@@ -101,7 +105,15 @@ class Study:
     def tuned(self, plan: Plan, task: str, objective: str) -> Arm | None:
         """The arm of the grid with the best mean@k over the tuning seeds, the first of equals.
 
-        One without all of its runs is not chosen, nor one with a run that diverged.
+        An arm is left out if one of its runs is missing or diverged.
+
+        Args:
+            plan: The plan of the comparison.
+            task: Name of the task.
+            objective: Name of the objective whose grid is searched.
+
+        Returns:
+            The arm, or None if every arm of the grid is left out.
         """
         seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
         means: dict[Arm, float] = {}
@@ -113,24 +125,24 @@ class Study:
 
 
 def score(result: Mapping[str, Any]) -> float:
-    """What tuning maximises: mean@k at the end."""
+    """The mean@k at the end of a run, which tuning maximises."""
     return next(v for k, v in result["after"].items() if k.startswith("mean@"))
 
 
 def diverged(result: Mapping[str, Any]) -> bool:
-    """Whether a run has a number that is none, NaN or infinite, in its curves or at its end."""
+    """Whether NaN or an infinity is in a run's curves or in its final evaluation."""
     numbers = [*result.get("reward", ()), *result.get("entropy", ()), *result["after"].values()]
     return not all(math.isfinite(x) for x in numbers)
 
 
 def run_stack(jobs: list[Job]) -> list[dict[str, Any]]:
-    """Train jobs of one setting together.
+    """Train the runs of one setting together.
 
     Args:
-        jobs: Of one setting.
+        jobs: Runs that share a setting.
 
     Returns:
-        For each `{"result": ..., "seconds": ...}`.
+        `{"result": ..., "seconds": ...}` for each run, with an equal share of the seconds.
     """
     torch.set_num_threads(1)
     started = time.monotonic()

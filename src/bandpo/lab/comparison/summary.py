@@ -1,16 +1,16 @@
-"""From the results of a comparison to its tables: intervals, paired differences, clip maps, robustness."""
+"""The tables of a comparison from its results: intervals, paired differences, clip maps, robustness."""
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bandpo._system.files import write_text
+from bandpo._system.bounded import parse_json, read_regular
+from bandpo._system.files import strict, write_json, write_text
 from bandpo.lab.comparison.plan import (
     ABLATIONS,
     TUNING_SEEDS,
@@ -23,119 +23,141 @@ from bandpo.lab.comparison.plan import (
     tuning_arms,
 )
 from bandpo.lab.comparison.study import Study, diverged
-from bandpo.lab.stats import Difference, best_of_bootstrap, interval, iqm, number, paired
+from bandpo.lab.stats import Difference, best_of_bootstrap, interval, iqm, number, paired, t_half_width
 from bandpo.metrics import PROB_BINS
 
+Result = dict[str, Any]
+"""A run's result, the fields of `bandpo.lab.comparison.loop.Result`."""
+
+Values = dict[str, list[float]]
+"""The measures of an arm, with one value for each run."""
+
 BASELINE = "grpo"
+"""The objective that the others are compared with, where it has results."""
+
 ABLATED = "bandpo-kl"
-_COLLAPSED = 0.5  # a run that loses half of the mean@k it started with
+"""The objective whose parts are compared with the whole."""
+
+_COLLAPSED = 0.5  # a run has collapsed if it loses half of the mean@k that it started with
+_LEARNS = 0.02  # the gain in mean@k from which a cell of the robustness maps counts as learning
+_DIGITS = 6  # significant digits of summary.json
 _RARE = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1")
 
 
 def summarise(study: Study, plan: Plan) -> dict[str, Any]:
     """All tables of a comparison, as JSON.
 
-    Whatever is missing is named in `incomplete`: an arm of which no run has a result is left out, one of which some have is
-    shown on those, and compared on the seeds that both arms have. Runs that diverged (a number of theirs is NaN or infinite)
-    are results: they are counted, named in `diverged`, and a mean that one of them is in is no number.
+    Missing runs are named in `incomplete`. An arm without any result is left out; an arm with some results is shown with those,
+    and compared on the seeds that both arms have. A run that diverged (NaN or an infinity is among its numbers) is a result: it
+    is counted and named in `diverged`, and every mean that it is part of is NaN.
 
     Args:
-        study: Where the results lie.
-        plan: What was run.
+        study: The results.
+        plan: The plan of the comparison.
+
+    Returns:
+        `tasks` with the tables of each task, `incomplete`, `diverged`, and the `failures` of this session.
     """
+    gaps = _Gaps([], [])
     tasks: dict[str, Any] = {}
-    incomplete: list[str] = []
-    diverging: list[str] = []
     for task in plan.tasks:
-        tuned: list[Arm] = []
-        for name in dict.fromkeys((*plan.objectives, "no-clip")):
-            seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
-            grid = list(dict.fromkeys(jobs_of(plan, task, tuning_arms(plan, name), seeds)))
-            missing, gone = _missing_and_diverged(study, grid)
-            if missing:
-                incomplete.append(f"{task}: {name} tuned, {missing} of {len(grid)} runs of its grid")
-            if gone:
-                diverging.append(f"{task}: {name} tuned, {gone} of {len(grid)} runs of its grid")
-            if (best := study.tuned(plan, task, name)) is not None:
-                tuned.append(best)
-        results: dict[str, dict[int, dict[str, Any]]] = {}
-        chosen: dict[str, Arm] = {}
-        for arm in [*report_arms(plan), *tuned]:
-            jobs = jobs_of(plan, task, [arm], plan.seeds)
-            found = {job.seed: r for job in jobs if (r := study.result(job)) is not None}
-            if len(found) < len(jobs):
-                without = [job.seed for job in jobs if job.seed not in found]
-                incomplete.append(f"{task}: {arm.label}, no result of {_seeds(without) if found else 'any seed'}")
-            if found:
-                results[arm.label], chosen[arm.label] = found, arm
-            if ends := [seed for seed, r in found.items() if diverged(r)]:
-                diverging.append(f"{task}: {arm.label}, {_seeds(ends)}")
-        tasks[task] = _task(results, chosen, plan, study, task) if results else {}
+        arms = [*report_arms(plan), *_tuned_arms(study, plan, task, gaps)]
+        results = {arm: found for arm in arms if (found := _results(study, plan, task, arm, gaps))}
+        tasks[task] = _task(results, plan, study, task) if results else {}
         for (name, rate, reuse), jobs in robust_jobs(plan, task).items():
             cell = f"{task}: {name}, robustness at rate x{rate:g}, (epochs, lag) {reuse}"
-            missing, gone = _missing_and_diverged(study, jobs)
-            incomplete += [f"{cell}, {missing} of {len(jobs)} runs"] if missing else []
-            diverging += [f"{cell}, {gone} of {len(jobs)} runs"] if gone else []
-    return {"tasks": tasks, "incomplete": incomplete, "diverged": diverging, "failures": study.failures}
+            gaps.note(study, jobs, cell, f"{len(jobs)} runs")
+    return {"tasks": tasks, "incomplete": gaps.incomplete, "diverged": gaps.diverged, "failures": study.failures}
 
 
-def _missing_and_diverged(study: Study, jobs: Sequence[Job]) -> tuple[int, int]:
-    found = [study.result(job) for job in jobs]
-    return sum(r is None for r in found), sum(r is not None and diverged(r) for r in found)
+class _Gaps(NamedTuple):
+    """Lines about missing runs and about runs that diverged."""
+
+    incomplete: list[str]
+    diverged: list[str]
+
+    def note(self, study: Study, jobs: Sequence[Job], what: str, count: str) -> None:
+        found = [study.result(job) for job in jobs]
+        missing, gone = sum(r is None for r in found), sum(r is not None and diverged(r) for r in found)
+        if missing:
+            self.incomplete.append(f"{what}, {missing} of {count}")
+        if gone:
+            self.diverged.append(f"{what}, {gone} of {count}")
+
+
+def _tuned_arms(study: Study, plan: Plan, task: str, gaps: _Gaps) -> list[Arm]:
+    """The best arm of each objective's grid."""
+    tuned: list[Arm] = []
+    for name in dict.fromkeys((*plan.objectives, "no-clip")):
+        seeds = range(TUNING_SEEDS, TUNING_SEEDS + plan.tuning_seeds)
+        grid = list(dict.fromkeys(jobs_of(plan, task, tuning_arms(plan, name), seeds)))
+        gaps.note(study, grid, f"{task}: {name} tuned", f"{len(grid)} runs of its grid")
+        if (best := study.tuned(plan, task, name)) is not None:
+            tuned.append(best)
+    return tuned
+
+
+def _results(study: Study, plan: Plan, task: str, arm: Arm, gaps: _Gaps) -> dict[int, Result]:
+    """The results of an arm by seed."""
+    jobs = jobs_of(plan, task, [arm], plan.seeds)
+    found = {job.seed: r for job in jobs if (r := study.result(job)) is not None}
+    if len(found) < len(jobs):
+        without = [job.seed for job in jobs if job.seed not in found]
+        gaps.incomplete.append(f"{task}: {arm.label}, no result of {_seeds(without) if found else 'any seed'}")
+    if ends := [seed for seed, r in found.items() if diverged(r)]:
+        gaps.diverged.append(f"{task}: {arm.label}, {_seeds(ends)}")
+    return found
 
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _task(
-    results: dict[str, dict[int, dict[str, Any]]], arms: dict[str, Arm], plan: Plan, study: Study, task: str
-) -> dict[str, Any]:
-    first = next(iter(next(iter(results.values())).values()))
+def _task(results: Mapping[Arm, dict[int, Result]], plan: Plan, study: Study, task: str) -> dict[str, Any]:
+    """The tables of a task."""
+    arms = {arm.label: arm for arm in results}
+    runs = {arm.label: list(found.values()) for arm, found in results.items()}
+    seeds = {arm.label: list(found) for arm, found in results.items()}
+    first = next(iter(runs.values()))[0]
     k = max(int(name.split("@")[1]) for name in first["after"] if name.startswith("mean@"))
-    runs = {label: list(found.values()) for label, found in results.items()}
-    seeds = {label: list(found) for label, found in results.items()}
     values = {label: _measures(found, k) for label, found in runs.items()}
-    measures = list(next(iter(values.values())))
     main = {label: v for label, v in values.items() if arms[label].variant not in ABLATIONS}
     parts = {label: v for label, v in values.items() if label not in main or label == ABLATED}
-    baseline = BASELINE if BASELINE in results else next(iter(results))
-    table = {
-        label: {
-            "arm": {"objective": arms[label].objective, "variant": arms[label].variant, "width": arms[label].width,
-                    "rate": plan.rates[task] * arms[label].rate},
-            "runs": len(runs[label]), "missing": len(plan.seeds) - len(runs[label]),
-            "diverged": sum(diverged(r) for r in runs[label]),
-            **{m: interval(v[m])._asdict() for m in measures},
-        }
-        for label, v in values.items()
-    }  # fmt: skip
-    compared = [m for m in (f"mean@{k}", f"pass@{k}", "entropy", "speed") if len(plan.seeds) > 1]
-    differences = {m: _differences(main, seeds, baseline, m) for m in compared}
-    ablations = {}
-    if len(parts) > 1 and ABLATED in parts:
-        ablations = {m: _differences(parts, seeds, ABLATED, m) for m in compared}
-    before = runs[baseline]
+    baseline = BASELINE if BASELINE in runs else next(iter(runs))
+    compared = [f"mean@{k}", f"pass@{k}", "entropy", "speed"] if len(plan.seeds) > 1 else []
+    ablated = compared if len(parts) > 1 and ABLATED in parts else []
+    start = (f"mean@{k}", f"pass@{k}", "entropy", "groups with signal")
     return {
         "baseline": baseline,
-        "before": {
-            m: iqm([r["before"][m] for r in before]) for m in (f"mean@{k}", f"pass@{k}", "entropy", "groups with signal")
-        },
-        "table": table,
-        "differences": differences,
-        "ablations": ablations,
+        "before": {m: iqm([r["before"][m] for r in runs[baseline]]) for m in start},
+        "table": {label: _row(arms[label], runs[label], v, plan, task) for label, v in values.items()},
+        "differences": {m: _differences(main, seeds, baseline, m) for m in compared},
+        "ablations": {m: _differences(parts, seeds, ABLATED, m) for m in ablated},
         "values": values,
         "seeds": seeds,
         "curves": {label: _curves(found) for label, found in runs.items()},
         "clip": {label: _clip_map(found) for label, found in runs.items()},
         "samples": {label: found[0]["samples"] for label, found in runs.items()},
         "robustness": _robustness(study, plan, task),
-    }  # fmt: skip
+    }
+
+
+def _row(arm: Arm, runs: Sequence[Result], values: Values, plan: Plan, task: str) -> dict[str, Any]:
+    """A row of the main table."""
+    rate = plan.rates[task] * arm.rate
+    return {
+        "arm": {"objective": arm.objective, "variant": arm.variant, "width": arm.width, "rate": rate},
+        "runs": len(runs),
+        "missing": len(plan.seeds) - len(runs),
+        "diverged": sum(diverged(r) for r in runs),
+        **{measure: interval(v)._asdict() for measure, v in values.items()},
+    }
 
 
 def _differences(
-    values: dict[str, dict[str, list[float]]], seeds: dict[str, list[int]], baseline: str, measure: str
+    values: Mapping[str, Values], seeds: Mapping[str, list[int]], baseline: str, measure: str
 ) -> dict[str, Any]:
+    """The paired differences of a measure between each other arm and the baseline."""
     pairs = {
         label: common_seeds(v[measure], seeds[label], values[baseline][measure], seeds[baseline])
         for label, v in values.items()
@@ -147,7 +169,16 @@ def _differences(
 def common_seeds(
     first: Sequence[Any], seeds: Sequence[int], second: Sequence[Any], other_seeds: Sequence[int]
 ) -> tuple[list[float], list[float]]:
-    """The values of two arms on the seeds that both have; None, as JSON has NaN, is NaN.
+    """The values of two arms on the seeds that both have, in the order of the first.
+
+    Args:
+        first: Values of the first arm; None, which JSON has for NaN, becomes NaN.
+        seeds: Seeds of the first arm, in the order of its values.
+        second: Values of the second arm.
+        other_seeds: Seeds of the second arm, in the order of its values.
+
+    Returns:
+        The values of both arms, in the same order of seeds.
 
     Examples:
         >>> common_seeds([1.0, 2.0], [0, 1], [3.0, None], [1, 2])
@@ -155,54 +186,56 @@ def common_seeds(
     """
     a, b = dict(zip(seeds, first, strict=True)), dict(zip(other_seeds, second, strict=True))
     common = [s for s in a if s in b]
-    return tuple([math.nan if x[s] is None else x[s] for s in common] for x in (a, b))  # type: ignore[return-value]
+    return [_number(a[s]) for s in common], [_number(b[s]) for s in common]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def as_dict(difference: Difference) -> dict[str, Any]:
-    """For JSON."""
+    """The difference as JSON has it."""
     return {**difference._asdict(), "mean": difference.mean._asdict()}
 
 
-def _measures(runs: Sequence[dict[str, Any]], k: int) -> dict[str, list[float]]:
-    """One value for each run."""
+def _measures(runs: Sequence[Result], k: int) -> Values:
+    """The measures of an arm, with one value for each run."""
     return {
         f"mean@{k}": [r["after"][f"mean@{k}"] for r in runs],
         f"pass@{k}": [r["after"][f"pass@{k}"] for r in runs],
-        f"best@{k} (official bootstrap)": [best_of_bootstrap(np.array(r["rewards"]), k) for r in runs],
+        f"best@{k} (official bootstrap)": [
+            best_of_bootstrap(np.array(r["rewards"], dtype=np.float64), k) for r in runs
+        ],
         "entropy": [r["after"]["entropy"] for r in runs],
         "speed": [float(np.mean(r["reward"])) for r in runs],
         "rare clipped": [_rare_clipped(r) for r in runs],
-        # A run that diverged has collapsed too: what it samples is no longer its policy's.
+        # A run that diverged has collapsed too: its samples are no longer those of its policy.
         "collapsed": [
             float(diverged(r) or r["after"][f"mean@{k}"] < _COLLAPSED * r["before"][f"mean@{k}"]) for r in runs
         ],
     }
 
 
-def _rare_clipped(run: dict[str, Any]) -> float:
-    """Share of tokens of p < 0.1 that are above their upper bound with A > 0."""
+def _rare_clipped(run: Result) -> float:
+    """The share of tokens with p < 0.1 that are above their upper bound with A > 0."""
     tokens = sum(run["tokens"][b] for b in _RARE)
     return sum(run["clip"]["high"][b] * run["tokens"][b] for b in _RARE) / tokens if tokens else 0.0
 
 
-def _curves(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Mean over runs and its 95% t-interval, at each rollout."""
-    from scipy import stats
-
+def _curves(runs: Sequence[Result]) -> dict[str, list[list[float]]]:
+    """The mean over runs and its 95% t-interval, at each rollout."""
     curves: dict[str, list[list[float]]] = {}
     for name in ("reward", "entropy"):
         x = np.array([r[name] for r in runs])
-        half = (
-            stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.zeros(x.shape[1])
-        )
+        half = t_half_width(x) if len(x) > 1 else np.zeros(x.shape[1])
         curves[name] = [x.mean(0).tolist(), (x.mean(0) - half).tolist(), (x.mean(0) + half).tolist()]
     return curves
 
 
-def _clip_map(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Share of clipped tokens in each bin of p, runs weighted by their tokens there, and the share of tokens."""
+def _clip_map(runs: Sequence[Result]) -> dict[str, list[float]]:
+    """The share of clipped tokens in each bin of p, where a run weighs as much as its tokens there, and the share of tokens."""
     weight = np.array([[r["tokens"][b] for b in PROB_BINS] for r in runs])
-    found = {"tokens": weight.mean(0).tolist()}
+    found: dict[str, list[float]] = {"tokens": weight.mean(0).tolist()}
     for side in ("low", "high"):
         x = np.array([[r["clip"][side][b] for b in PROB_BINS] for r in runs])
         found[side] = ((x * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)).tolist()
@@ -210,8 +243,8 @@ def _clip_map(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _robustness(study: Study, plan: Plan, task: str) -> dict[str, Any]:
-    """Gain in mean@k over the start in each cell, and the share of cells where the method still learns."""
-    maps: dict[str, Any] = {}
+    """The gain in mean@k over the start in each cell, and the share of cells in which the objective learns."""
+    maps: dict[str, list[float | None]] = {}
     for (name, _, _), jobs in robust_jobs(plan, task).items():
         found = [study.result(job) for job in jobs]
         gains = [
@@ -224,37 +257,61 @@ def _robustness(study: Study, plan: Plan, task: str) -> dict[str, Any]:
     return {
         name: {
             "gain": [cells[i * shape[1] : (i + 1) * shape[1]] for i in range(shape[0])],
-            "learns": sum(c is not None and c > 0.02 for c in cells) / len(cells),
+            "learns": sum(c is not None and c > _LEARNS for c in cells) / len(cells),
         }
         for name, cells in maps.items()
     }
 
 
 def write_tables(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """summary.json, table.csv and table.md; the summary as it was written, so that pages made now and later agree."""
-    text = json.dumps(_strict(summary), allow_nan=False)
-    write_text(folder / "summary.json", text + "\n")
-    summary = json.loads(text)
-    rows = [
-        {"task": task, "arm": label, "runs": row["runs"], "missing": row["missing"], "diverged": row["diverged"],
-         "learning_rate": row["arm"]["rate"], "width": row["arm"]["width"],
-         **{f"{m}{end}": value[part] for m, value in row.items() if isinstance(value, dict) and "value" in value
-            for part, end in (("value", ""), ("low", " low"), ("high", " high"))}}
-        for task, found in summary["tasks"].items() for label, row in found.get("table", {}).items()
-    ]  # fmt: skip
+    """Write summary.json, table.csv and table.md.
+
+    Args:
+        summary: The summary of `summarise`.
+        folder: Folder of the comparison.
+
+    Returns:
+        The summary as it was written, so that pages made now and pages made later from the file agree.
+    """
+    write_json(folder / "summary.json", strict(summary, digits=_DIGITS), indent=None)
+    summary = parse_json(read_regular(folder / "summary.json"), str(folder / "summary.json"))
+    write_text(folder / "table.csv", _csv(summary))
+    write_text(folder / "table.md", markdown(summary))
+    return summary
+
+
+def _csv(summary: Mapping[str, Any]) -> str:
+    """The main table of each task, one row for each arm."""
+    rows: list[dict[str, Any]] = [
+        {
+            "task": task,
+            "arm": label,
+            "runs": row["runs"],
+            "missing": row["missing"],
+            "diverged": row["diverged"],
+            "learning_rate": row["arm"]["rate"],
+            "width": row["arm"]["width"],
+            **{
+                f"{m}{end}": value[part]
+                for m, value in row.items()
+                if isinstance(value, dict) and "value" in value
+                for part, end in (("value", ""), ("low", " low"), ("high", " high"))
+            },
+        }
+        for task, found in summary["tasks"].items()
+        for label, row in found.get("table", {}).items()
+    ]
     text = io.StringIO()
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(text, names)
         writer.writeheader()
         writer.writerows(rows)
-    write_text(folder / "table.csv", text.getvalue())
-    write_text(folder / "table.md", markdown(summary))
-    return summary
+    return text.getvalue()
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The main table of each task."""
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The main table of each task, in Markdown."""
     parts: list[str] = []
     for task, found in summary["tasks"].items():
         if not found:
@@ -269,7 +326,10 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def runs_of(row: Mapping[str, Any]) -> str:
-    """How many runs a row of a table is of, and what is to be known of them.
+    """The number of runs behind a row of a table, with those that are missing and those that diverged.
+
+    Args:
+        row: A row of a task's `table`.
 
     Examples:
         >>> runs_of({"runs": 10}), runs_of({"runs": 3, "missing": 1, "diverged": 2})
@@ -278,14 +338,3 @@ def runs_of(row: Mapping[str, Any]) -> str:
     missing, gone = row.get("missing", 0), row.get("diverged", 0)
     text = f"{row['runs']} of {row['runs'] + missing}" if missing else f"{row['runs']}"
     return f"{text}, {gone} diverged" if gone else text
-
-
-def _strict(value: Any) -> Any:
-    """As JSON has it, six digits: an interval that too few runs cannot give is null, not NaN."""
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value

@@ -1,4 +1,4 @@
-"""The bandit over its planes: reuse x rarity, learning rate x width, staleness, δ x cap, and how hard a region is to tune."""
+"""The bandit over grids of settings: reuse x rarity, learning rate x width, staleness, δ x cap, and the ease of tuning."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from bandpo.divergences import KL
 from bandpo.lab.backends import processes
 from bandpo.lab.comparison.exact import Outcome, Tree, run_tree
 from bandpo.lab.comparison.plan import matched, scaled
+from bandpo.lab.stats import NORMAL_95, Floats
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
@@ -25,10 +26,21 @@ RADII = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 CAPS = (2.0, 10.0, None)
 EPSILONS = (0.05, 0.1, 0.2, 0.4)
 TRIALS = (1, 2, 4, 8)
+_RESAMPLES = 1000  # of the bootstrap over seeds
 
 
 def bandit(objective: Objective, seeds: int, *, rare: float = 0.01, **changes: Any) -> Outcome:
-    """A bandit with a rare best arm; advantages are standardised whatever the objective, so that only the region differs."""
+    """Train on a bandit with a rare best arm. Advantages are standardised for all objectives, so that only the region differs.
+
+    Args:
+        objective: The objective.
+        seeds: Number of seeds.
+        rare: Initial probability of the best arm.
+        **changes: Other arguments of `run_tree`.
+
+    Returns:
+        The outcome of every seed.
+    """
     common = min(0.4, 0.8 - rare)
     return run_tree(
         Tree(rare=rare, common=common), dataclasses.replace(objective, advantage="std"), seeds=seeds, **changes
@@ -36,13 +48,15 @@ def bandit(objective: Objective, seeds: int, *, rare: float = 0.01, **changes: A
 
 
 def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Share of seeds that commit to the best arm, over its rarity and the reuse of a batch; balls matched to ε = 0.2.
-
-    `against` has each objective's paired difference with the first one, with a normal 95% interval.
+    """Share of seeds that commit to the best arm, over its rarity and the reuse of a batch; balls are matched to ε = 0.2.
 
     Args:
-        names: Of objectives.
-        seeds: Of a cell.
+        names: Names of objectives; the first is the baseline.
+        seeds: Number of seeds of a cell.
+
+    Returns:
+        The axes, the share of each cell under `commit`, and under `against` the paired difference of each objective with the
+        baseline, with a normal 95% interval.
     """
     commits: dict[str, Any] = {}
     for name in names:
@@ -57,18 +71,23 @@ def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
         )
     first = commits[names[0]]
     return {
-        "rarities": RARITIES, "reuse": REUSE, "baseline": names[0],
+        "rarities": RARITIES,
+        "reuse": REUSE,
+        "baseline": names[0],
         "commit": {name: c.mean(-1).tolist() for name, c in commits.items()},
         "against": {name: _normal(c - first).tolist() for name, c in commits.items() if name != names[0]},
-    }  # fmt: skip
+    }
 
 
 def planes(names: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Mean reward over the batches, over learning rate and multiples of ε or δ, 2 epochs of 4 mini-batches.
+    """Mean reward of the batches, over learning rate and multiples of ε or δ, with 2 epochs of 4 mini-batches.
 
     Args:
-        names: Of objectives.
-        seeds: Of a cell.
+        names: Names of objectives.
+        seeds: Number of seeds of a cell.
+
+    Returns:
+        The axes, and the mean reward of each cell.
     """
     found: dict[str, Any] = {"rates": RATES, "widths": WIDTHS, "value": {}}
     for name in names:
@@ -81,11 +100,14 @@ def planes(names: Sequence[str], seeds: int) -> dict[str, Any]:
 
 
 def staleness(names: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Commitment and reward with a sampler that is some batches behind.
+    """Commitment and reward with a sampler that is some batches behind the policy.
 
     Args:
-        names: Of objectives.
-        seeds: Of a cell.
+        names: Names of objectives.
+        seeds: Number of seeds of a cell.
+
+    Returns:
+        The lags, and for each objective the share of seeds that commit and the mean reward at each lag.
     """
     found: dict[str, Any] = {"lags": LAGS, "commit": {}, "value": {}}
     for name in names:
@@ -96,10 +118,13 @@ def staleness(names: Sequence[str], seeds: int) -> dict[str, Any]:
 
 
 def radius_and_cap(seeds: int) -> dict[str, Any]:
-    """The KL band's δ and cap.
+    """Commitment and reward over the KL band's δ and cap.
 
     Args:
-        seeds: Of a cell.
+        seeds: Number of seeds of a cell.
+
+    Returns:
+        The axes, and the share of seeds that commit and the mean reward of each cell.
     """
     base = OBJECTIVES["bandpo-kl"]
     cells = [
@@ -107,19 +132,23 @@ def radius_and_cap(seeds: int) -> dict[str, Any]:
         for cap in CAPS
     ]
     return {
-        "radii": RADII, "caps": CAPS,
+        "radii": RADII,
+        "caps": CAPS,
         "commit": [[o.commits.double().mean().item() for o in row] for row in cells],
         "value": [[o.value.mean().item() for o in row] for row in cells],
-    }  # fmt: skip
+    }
 
 
 def ease_of_tuning(seeds: int) -> dict[str, Any]:
-    """Reward expected of the best of n settings drawn at random: one δ of `RADII` against ε low and ε high of `EPSILONS`.
+    """Expected reward of the best of n random settings: one δ of `RADII` against ε low and ε high of `EPSILONS`.
 
     The interval of the difference is a percentile bootstrap over seeds, which are paired.
 
     Args:
-        seeds: Of a setting.
+        seeds: Number of seeds of a setting.
+
+    Returns:
+        The numbers n, the expected rewards of both families, and their difference with its interval.
     """
     base = OBJECTIVES["bandpo-kl"]
     families = {
@@ -131,7 +160,7 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
         for name, bounds in families.items()
     }
     draw = np.random.default_rng(0)
-    picks = draw.integers(0, seeds, (1000, seeds))
+    picks = draw.integers(0, seeds, (_RESAMPLES, seeds))
     found: dict[str, Any] = {"trials": TRIALS, "expected": {n: best_of(v.mean(1)) for n, v in values.items()}}
     resampled = np.array(
         [
@@ -145,15 +174,23 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
     return found
 
 
-def _normal(differences: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Mean and 95% interval over the last axis, `(..., 3)`."""
+def _normal(differences: Floats) -> Floats:
+    """The mean and the normal 95% interval over the last axis, `(..., 3)`."""
     mean = differences.mean(-1)
-    half = 1.959963984540054 * differences.std(-1, ddof=1) / np.sqrt(differences.shape[-1])
+    half = NORMAL_95 * differences.std(-1, ddof=1) / np.sqrt(differences.shape[-1])
     return np.stack([mean, mean - half, mean + half], -1)
 
 
-def best_of(values: np.ndarray[Any, Any]) -> list[float]:
+def best_of(values: Floats) -> list[float]:
     """Expected best of n settings drawn with replacement, for each n in `TRIALS`: Σ v₍ᵢ₎ ((i/N)ⁿ - ((i-1)/N)ⁿ).
+
+    This is the mean of the largest order statistic of n draws from the N values.
+
+    Args:
+        values: `(N,)`, the value of each setting.
+
+    Returns:
+        The expected best for each n.
 
     Examples:
         >>> import numpy as np
@@ -166,17 +203,26 @@ def best_of(values: np.ndarray[Any, Any]) -> list[float]:
 
 
 def sweep(names: Sequence[str], seeds: int, workers: int = 1) -> dict[str, Any]:
-    """All of them.
+    """Run all five sweeps, in parallel.
 
     Args:
-        names: Of objectives whose ratio is a token's and that need no extras; the first is the baseline.
-        seeds: Of a cell.
-        workers: Processes.
+        names: Names of objectives with a token ratio and without extra inputs; the first is the baseline.
+        seeds: Number of seeds of a cell.
+        workers: Number of processes.
+
+    Returns:
+        The result of each sweep by its name.
+
+    Raises:
+        RunError: If a sweep failed.
     """
-    parts: list[tuple[str, tuple[Any, ...]]] = [  # the longest first
-        ("regimes", (names, seeds)), ("planes", (names, seeds)), ("staleness", (names, seeds)), ("tuning", (seeds,)),
+    parts: list[tuple[str, tuple[Any, ...]]] = [  # the longest first, so that no worker waits at the end
+        ("regimes", (names, seeds)),
+        ("planes", (names, seeds)),
+        ("staleness", (names, seeds)),
+        ("tuning", (seeds,)),
         ("radius and cap", (seeds,)),
-    ]  # fmt: skip
+    ]
     found: dict[str, Any] = {}
     for (name, _), made in processes(parts, _part, workers):
         if isinstance(made, Exception):
@@ -189,7 +235,10 @@ def _part(part: tuple[str, tuple[Any, ...]]) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, arguments = part
     makers: dict[str, Callable[..., dict[str, Any]]] = {
-        "regimes": regimes, "planes": planes, "staleness": staleness, "tuning": ease_of_tuning,
+        "regimes": regimes,
+        "planes": planes,
+        "staleness": staleness,
+        "tuning": ease_of_tuning,
         "radius and cap": radius_and_cap,
-    }  # fmt: skip
+    }
     return makers[name](*arguments)

@@ -15,23 +15,24 @@ from bandpo.lab.comparison.problems import PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
-_FORMAT = 1  # part of the cache's key: raise it when what is built from the same config changes
+_FORMAT = 1  # part of the cache's key: raise it when the same configuration gives other weights
+_RISE = 50  # steps in which the learning rate rises to its peak
 
 _WEIGHTS = "weights.pt"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What decides a warmed-up model of the lab.
+    """The configuration of a warmed-up model, which decides its place in the cache.
 
     Args:
         problem: A name in `PROBLEMS`.
-        seed: Of weights and batches.
-        hidden_size: Width.
-        layers: Depth.
+        seed: Seed of weights and batches.
+        hidden_size: Width of the model.
+        layers: Number of layers of the model.
         batch_size: Demonstrations of a step.
-        learning_rate: Peak of its cosine schedule.
-        steps: Of the warm-up; None takes the problem's.
+        learning_rate: Peak of the cosine schedule.
+        steps: Supervised steps; None takes the problem's number.
     """
 
     problem: str
@@ -44,7 +45,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """Where it is cached: the user's cache directory, or $BANDPO_CACHE."""
+        """The folder of the weights, in the user's cache directory or $BANDPO_CACHE."""
         problem = PROBLEMS[self.problem]()
         data = hashlib.sha256(problem.demonstrations.numpy().tobytes()).hexdigest()
         steps = problem.warm_up_steps if self.steps is None else self.steps
@@ -53,14 +54,14 @@ class Checkpoint:
 
 
 def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = print) -> Stack:
-    """A stack with one run for each checkpoint, all of one problem and size; those not in the cache are made together.
+    """A stack with one run for each checkpoint; the checkpoints that are not in the cache are made together.
 
     Args:
-        checkpoints: One for each run.
-        say: Takes a message for each that is damaged and made again, and for a wait.
+        checkpoints: One checkpoint for each run, all of one problem and size.
+        say: Function that is called with a message for each damaged checkpoint that is made again, and before a wait.
 
     Raises:
-        RunError: If one is not in the cache, and the cache cannot be written.
+        RunError: If a checkpoint is not in the cache, and the cache cannot be written.
     """
     wanted = list(dict.fromkeys(checkpoints))
     usable = [is_usable(c.path, say) for c in wanted]
@@ -98,7 +99,7 @@ def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> Non
     for step in range(steps):
         x = torch.stack([rows[torch.randint(len(rows), (first.batch_size,), generator=g)] for g in draws])
         done = step / steps
-        optimizer.rates = rates * min(1.0, step / 50) * (1 + math.cos(math.pi * done)) / 2
+        optimizer.rates = rates * min(1.0, step / _RISE) * (1 + math.cos(math.pi * done)) / 2
         logits = stack.logits(x[..., :-1], x.shape[-1] - width)
         targets = x[..., width:]
         loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=PAD, reduction="none")

@@ -1,4 +1,4 @@
-"""`bandpo lab`: experiments that show one thing each, as a figure and a JSON file."""
+"""The commands `bandpo lab preference` and `bandpo lab selection`: experiments that leave a figure and a JSON file each."""
 
 import argparse
 import time
@@ -20,10 +20,16 @@ from bandpo.lab.experiments.selection_figures import plot_selection
 
 
 def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
-    """Train the main job with pruning and packing; leaves selection.json, selection.png and the runs in the output folder.
+    """Train the main job with pruning and packing. The output folder gets selection.json, selection.png and the runs.
 
     Args:
         options: The options of `bandpo lab selection`.
+
+    Returns:
+        The content of selection.json; `failures` names the runs without a result.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed.
     """
     arms = list(ARMS) if options.only is None else [name.strip() for name in options.only.split(";")]
     unknown = [a for a in arms if a not in ARMS]
@@ -39,9 +45,10 @@ def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
         found = selection_on_the_main_job(
             folder, seeds=options.seeds, jobs=options.jobs, arms=arms, options=steps, say=progress.say
         )
-        found = {**about(), "bandpo": bandpo.__version__, **found}
+        found: dict[str, Any] = {**about(), "bandpo": bandpo.__version__, **found}
         write_json(folder / "selection.json", found, indent=None)
-        made = {arm: rows for arm, rows in found["arms"].items() if rows}
+        arms_of: dict[str, list[Any]] = found["arms"]
+        made = {arm: rows for arm, rows in arms_of.items() if rows}
         if made:
             figure = plot_selection({**found, "arms": made})
             figure.savefig(folder / "selection.png", dpi=120)
@@ -53,10 +60,16 @@ def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the preference experiments; each leaves NAME.json and NAME.png in the output folder.
+    """Run the preference experiments. The output folder gets NAME.json and NAME.png of each.
 
     Args:
         options: The options of `bandpo lab preference`.
+
+    Returns:
+        The content of each NAME.json, by name.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed.
     """
     names = [*EXPERIMENTS, "reranking"] if options.only is None else options.only.split(",")
     unknown = [n for n in names if n not in FIGURES]
@@ -77,7 +90,7 @@ def _experiment(name: str, folder: Path, seeds: int, progress: Progress) -> dict
     if name == "reranking":
         from bandpo.lab.experiments.reranking import (
             rerank_against_online,
-        )  # TRL, and minutes: only where it is asked for
+        )  # it imports TRL
 
         found = rerank_against_online(seeds=seeds)
     else:

@@ -1,8 +1,8 @@
-"""Preference learning where everything is known: the experiments behind `bandpo lab preference`, without a language model."""
+"""The experiments of `bandpo lab preference` without a language model: bandits whose rewards and optima are known."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +18,18 @@ Result = dict[str, Any]
 
 
 def best_beta_regret(sizes: Sequence[float] = (1e2, 1e3, 1e4, 1e6, 1e8)) -> Result:
-    """Regret of DPO's and χPO's optimum at the best β, against the number n of comparisons: 1/log n against a power of n.
+    """Regret of the optima of DPO and χPO at the best β, over the number n of comparisons: 1/log n against a power of n.
 
-    A bandit of our own (the paper's, of figure 1, was not found): π_ref = (½, ½ - 1/2n, 1/2n), r = (1, 1 - 1/log n, 0). The
-    third arm is so rare that n comparisons leave its reward open: with probability ½ the fit sees r, else it sees 2 there.
-    No sampling, so no seeds: the regret is exact, averaged over both fits, and the least over β.
+    The bandit is our own, since the one of the paper's figure 1 was not found: π_ref = (½, ½ - 1/2n, 1/2n) and
+    r = (1, 1 - 1/log n, 0). The third arm is so rare that n comparisons do not determine its reward: with probability ½ the fit
+    sees r, else it sees 2 there. The regret is exact, so there are no seeds. It is averaged over both fits, and is the least
+    over β.
 
     Args:
-        sizes: n.
+        sizes: Numbers n of comparisons.
+
+    Returns:
+        `n`, and the regret of `dpo` and `chipo` for each n.
     """
     betas = torch.logspace(-5, 3, 801, dtype=torch.float64)
     rows: dict[str, list[float]] = {"dpo": [], "chipo": []}
@@ -44,19 +48,28 @@ def best_beta_regret(sizes: Sequence[float] = (1e2, 1e3, 1e4, 1e6, 1e8)) -> Resu
 
 
 def concentrability_over_epochs(
-    *, seeds: int = 8, betas: Sequence[float] = (0.5, 0.05), prompts: int = 10, actions: int = 40, pairs: int = 400,
-    epochs: Sequence[int] = (25, 50, 100, 200, 400, 800), learning_rate: float = 0.05,
-) -> Result:  # fmt: skip
-    """How far offline training goes from its reference, in C^π, and what it gains: DPO and χPO on the same pairs, by Adam.
+    *,
+    seeds: int = 8,
+    betas: Sequence[float] = (0.5, 0.05),
+    prompts: int = 10,
+    actions: int = 40,
+    pairs: int = 400,
+    epochs: Sequence[int] = (25, 50, 100, 200, 400, 800),
+    learning_rate: float = 0.05,
+) -> Result:
+    """Distance C^π of offline training from its reference, and its gain: DPO and χPO on the same pairs, by Adam.
 
     Args:
-        seeds: Problems, all at once.
-        betas: β.
-        prompts: Of a problem.
-        actions: Of each prompt.
-        pairs: Comparisons in all, drawn from the reference, labelled by Bradley-Terry.
-        epochs: Full-batch steps after which C^π is read.
-        learning_rate: Adam's.
+        seeds: Number of problems, all trained at once.
+        betas: Values of β.
+        prompts: Number of prompts of a problem.
+        actions: Number of actions of each prompt.
+        pairs: Number of comparisons of a problem, drawn from the reference and labelled by Bradley-Terry.
+        epochs: Full-batch steps after which C^π is measured.
+        learning_rate: Learning rate of Adam.
+
+    Returns:
+        The epochs, and for each objective and β the curves of `concentrability` and `gain`, by epoch and seed.
     """
     g = torch.Generator().manual_seed(0)
     reward = torch.rand(seeds, prompts, actions, generator=g, dtype=torch.float64)
@@ -71,7 +84,8 @@ def concentrability_over_epochs(
         for beta in betas:
             logits = ref.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([logits], lr=learning_rate)
-            coverage, gain = [], []
+            coverage: list[list[float]] = []
+            gain: list[list[float]] = []
             for step in range(1, max(epochs) + 1):
                 logp = logits.log_softmax(-1)
                 losses, _ = pair_loss(
@@ -82,12 +96,14 @@ def concentrability_over_epochs(
                     objective=PREFERENCES[name].replace(beta=beta),
                 )
                 optimizer.zero_grad()
-                losses.view(seeds, -1).mean(-1).sum().backward()  # each seed's own mean: Adam sees them apart
+                losses.view(seeds, -1).mean(
+                    -1
+                ).sum().backward()  # each seed's own mean, so that Adam treats the seeds apart
                 optimizer.step()
                 if step in epochs:
                     now = logits.detach().log_softmax(-1)
-                    coverage.append(concentrability(now, ref).mean(-1).tolist())
-                    gain.append(((now.exp() - ref.exp()) * reward).sum(-1).mean(-1).tolist())
+                    coverage.append(_floats(concentrability(now, ref).mean(-1)))
+                    gain.append(_floats(((now.exp() - ref.exp()) * reward).sum(-1).mean(-1)))
             out["curves"].append({"objective": name, "beta": beta, "concentrability": coverage, "gain": gain})
     return out
 
@@ -101,60 +117,91 @@ def coverage_by_round(
 ) -> Result:
     """Error and coverage over rounds: on-policy with the newest batch only, off-policy with all, and the hybrid of algorithm 2.
 
-    π₀ is skewed to one arm, π* is about uniform; DPO's fit is exact, within a ball (`fit_pairs`).
+    π₀ is skewed to one arm, and π* is about uniform. The fit of DPO is exact, within a ball (`fit_pairs`).
 
     Args:
-        seeds: Problems and draws.
-        settings: (skew of π₀'s logits, comparisons in each round).
-        rounds: Rounds.
-        arms: One feature for each.
+        seeds: Number of problems, each with its own draws.
+        settings: (skew of π₀'s logits, comparisons in each round) of each setting.
+        rounds: Number of rounds.
+        arms: Number of arms, with one feature for each.
+
+    Returns:
+        For each setting the `error` and the `coverage` of each sampler, by round and seed.
     """
-    out: Result = {"seeds": seeds, "rounds": rounds, "settings": []}
-    for skew, n in settings:
-        g = torch.Generator().manual_seed(0)
-        features = torch.eye(arms, dtype=torch.float64).unsqueeze(0)
-        base = torch.zeros(1, arms, dtype=torch.float64)
-        base[0, 0] = skew
-        theta = -base + 0.3 * torch.randn(seeds, arms, generator=g, dtype=torch.float64)
-        theta = theta - theta.mean(-1, keepdim=True)
-        beta, radius = 1 / theta.norm(dim=-1).mean().item(), 2 * theta.norm(dim=-1).max().item()
-        ref, one = base.log_softmax(-1), torch.ones(1, dtype=torch.float64)
-        best = linear_softmax(theta, features, ref).exp()
-        hybrid = HybridDesign(one, preferential_g_optimal(features))
-        curves: dict[str, list[Any]] = {}
-        for arm, sampler, keep in (
-            ("on-policy", OnPolicy(one), False), ("off-policy", OnPolicy(one), True), ("hybrid", hybrid, False),
-        ):  # fmt: skip
-            policy = ref.exp().expand(seeds, 1, arms)
-            wins = losses = torch.zeros(seeds, arms * arms, dtype=torch.float64)
-            errors, coverages = [], []
-            for _ in range(rounds):
-                source = ref.exp().expand(seeds, 1, arms) if keep else policy
-                coverages.append([
-                    feature_coverage(source[s], best[s], features, one).item() for s in range(seeds)
-                ])  # fmt: skip
-                won, lost = _label(sampler(source, n, g), beta * theta, arms, g)
-                wins, losses = (wins + won, losses + lost) if keep else (won, lost)
-                fit = fit_pairs(_differences(arms), wins, losses, beta=beta, radius=radius)
-                policy = linear_softmax(fit, features, ref).exp()
-                errors.append((fit - fit.mean(-1, keepdim=True) - theta).norm(dim=-1).tolist())
-            curves[arm] = [errors, coverages]
-        out["settings"].append({
-            "skew": skew, "pairs_per_round": n, "error": {k: v[0] for k, v in curves.items()},
-            "coverage": {k: v[1] for k, v in curves.items()},
-        })  # fmt: skip
-    return out
+    found = [_coverage_of_a_setting(skew, n, seeds=seeds, rounds=rounds, arms=arms) for skew, n in settings]
+    return {"seeds": seeds, "rounds": rounds, "settings": found}
+
+
+def _coverage_of_a_setting(skew: float, n: int, *, seeds: int, rounds: int, arms: int) -> Result:
+    """The curves of the three samplers for one skew and one number of comparisons in a round."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.zeros(1, arms, dtype=torch.float64)
+    base[0, 0] = skew
+    theta = -base + 0.3 * torch.randn(seeds, arms, generator=g, dtype=torch.float64)
+    problem = _Linear(base.log_softmax(-1), theta - theta.mean(-1, keepdim=True))
+    one = torch.ones(1, dtype=torch.float64)
+    hybrid = HybridDesign(one, preferential_g_optimal(problem.features))
+    samplers = {"on-policy": OnPolicy(one), "off-policy": OnPolicy(one), "hybrid": hybrid}
+    found = {name: _coverage_curves(problem, s, name == "off-policy", n, rounds, g) for name, s in samplers.items()}
+    return {
+        "skew": skew,
+        "pairs_per_round": n,
+        "error": {name: errors for name, (errors, _) in found.items()},
+        "coverage": {name: coverages for name, (_, coverages) in found.items()},
+    }
+
+
+class _Linear:
+    """Bandits with one feature for each arm: a reference `(1, arms)` of log-probs, and true parameters `(seeds, arms)`."""
+
+    def __init__(self, ref: Tensor, theta: Tensor) -> None:
+        self.ref, self.theta = ref, theta
+        self.seeds, self.arms = theta.shape
+        self.features = torch.eye(self.arms, dtype=torch.float64).unsqueeze(0)
+        norms = cast(Tensor, theta.norm(dim=-1))
+        self.beta: float = 1 / norms.mean().item()
+        self.radius: float = 2 * norms.max().item()
+
+    def policy(self, theta: Tensor) -> Tensor:
+        """The probabilities `(seeds, 1, arms)` under some parameters."""
+        return linear_softmax(theta, self.features, self.ref).exp()
+
+
+def _coverage_curves(
+    problem: _Linear, sampler: OnPolicy | HybridDesign, keep: bool, n: int, rounds: int, g: torch.Generator
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Errors and coverages by round and seed. With `keep`, the reference samples and all comparisons so far are fitted."""
+    arms, one = problem.arms, torch.ones(1, dtype=torch.float64)
+    best, start = problem.policy(problem.theta), problem.ref.exp().expand(problem.seeds, 1, arms)
+    policy = start
+    wins = losses = torch.zeros(problem.seeds, arms * arms, dtype=torch.float64)
+    errors: list[list[float]] = []
+    coverages: list[list[float]] = []
+    for _ in range(rounds):
+        source = start if keep else policy
+        coverages.append(
+            [feature_coverage(source[s], best[s], problem.features, one).item() for s in range(problem.seeds)]
+        )
+        won, lost = _label(sampler(source, n, g), problem.beta * problem.theta, arms, g)
+        wins, losses = (wins + won, losses + lost) if keep else (won, lost)
+        fit = fit_pairs(_differences(arms), wins, losses, beta=problem.beta, radius=problem.radius)
+        policy = problem.policy(fit)
+        errors.append(_floats((fit - fit.mean(-1, keepdim=True) - problem.theta).norm(dim=-1)))
+    return errors, coverages
 
 
 def labels_against_distillation(
     *, seeds: int = 20, sizes: Sequence[int] = (100, 1000, 10_000), arms: int = 5
 ) -> Result:
-    """KL to the target after n pairs: sampled labels leave 1/n of it, the probabilities themselves (PD) nothing.
+    """KL to the target after n pairs: about 1/n with sampled labels, and only rounding with the probabilities themselves (PD).
 
     Args:
-        seeds: Draws.
-        sizes: n.
-        arms: Of the bandit, whose reference is uniform.
+        seeds: Number of targets, each with its own draws.
+        sizes: Numbers n of pairs.
+        arms: Number of arms of the bandit, whose reference is uniform.
+
+    Returns:
+        `n`, and the KL of `labels` and of `distillation`, by n and seed.
     """
     g = torch.Generator().manual_seed(0)
     theta = torch.randn(seeds, arms, generator=g, dtype=torch.float64)
@@ -174,13 +221,16 @@ def labels_against_distillation(
 def calibration_by_round(*, seeds: int = 10, rounds: int = 12, pairs: int = 2000, arms: int = 5) -> Result:
     """KL(π_k ‖ π*) of REBEL, whose reference moves, and of reward calibration with a γ_c below and at the step's γ.
 
-    Each round fits squared distillation on pairs of the current policy; arms that are no longer sampled stay where they are.
+    Each round fits squared distillation on pairs of the current policy. Arms that are no longer sampled keep their values.
 
     Args:
-        seeds: Rewards and draws.
-        rounds: Rounds.
-        pairs: Of each round.
-        arms: Of the bandit, whose reference is uniform.
+        seeds: Number of reward tables, each with its own draws.
+        rounds: Number of rounds.
+        pairs: Number of pairs of each round.
+        arms: Number of arms of the bandit, whose reference is uniform.
+
+    Returns:
+        The `step`, and the `curves` of each method, by round and seed.
     """
     step = 0.5
     g = torch.Generator().manual_seed(0)
@@ -189,35 +239,44 @@ def calibration_by_round(*, seeds: int = 10, rounds: int = 12, pairs: int = 2000
     out: Result = {"seeds": seeds, "rounds": rounds, "step": step, "curves": {}}
     for name, calibration in (("rebel", 0.0), ("rdrc γ_c = γ/5", step / 5), ("rdrc γ_c = γ", step)):
         u = torch.zeros(seeds, arms, dtype=torch.float64)
-        curve = []
+        curve: list[list[float]] = []
         for _ in range(rounds):
             policy = u.log_softmax(-1).exp().unsqueeze(1)
             drawn = OnPolicy(torch.ones(1, dtype=torch.float64))(policy, pairs, g)
             wanted = reward_calibration(reward, u, calibration)
-            u = u + torch.stack([
-                _least_squares(drawn.first[s], drawn.second[s], wanted[s], step) for s in range(seeds)
-            ])  # fmt: skip
+            u = u + torch.stack(
+                [_least_squares(drawn.first[s], drawn.second[s], wanted[s], step) for s in range(seeds)]
+            )
             now = u.log_softmax(-1)
-            curve.append((now.exp() * (now - target)).sum(-1).clamp(min=0).tolist())
+            curve.append(_floats((now.exp() * (now - target)).sum(-1).clamp(min=0)))
         out["curves"][name] = curve
     return out
 
 
 def design_checks(shapes: Sequence[tuple[int, int, int]] = ((1, 8, 3), (5, 10, 3), (6, 12, 4), (8, 20, 5))) -> Result:
-    """Preferential G-optimal designs of random features: the conditional optimum is d, the preferential bound d².
+    """Preferential G-optimal designs of random features: the conditional optimum is d, the preferential bound is d².
 
     Args:
-        shapes: (prompts, actions, d).
+        shapes: (prompts, actions, d) of each design.
+
+    Returns:
+        `designs`, the leverages and the bound of each.
     """
-    rows = []
+    rows: list[Result] = []
     for seed, (prompts, actions, d) in enumerate(shapes):
         phi = torch.randn(prompts, actions, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         designs = {kind: preferential_g_optimal(phi, prompts=kind) for kind in ("design", "uniform")}
-        rows.append({
-            "prompts": prompts, "actions": actions, "d": d, "conditional": designs["design"].conditional.max().item(),
-            "leverage": designs["design"].leverage.item(), "leverage_uniform": designs["uniform"].leverage.item(),
-            "bound": d * d,
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompts": prompts,
+                "actions": actions,
+                "d": d,
+                "conditional": designs["design"].conditional.max().item(),
+                "leverage": designs["design"].leverage.item(),
+                "leverage_uniform": designs["uniform"].leverage.item(),
+                "bound": d * d,
+            }
+        )
     return {"designs": rows}
 
 
@@ -233,12 +292,16 @@ EXPERIMENTS: dict[str, Callable[[], Result]] = {
 
 
 def _at(table: Tensor, prompts: Tensor, actions: Tensor) -> Tensor:
-    """`table[s, prompts[s, i], actions[s, i]]` of `(seeds, prompts, actions)`."""
+    """The entries `table[s, prompts[s, i], actions[s, i]]` of a table `(seeds, prompts, actions)`."""
     return table.flatten(-2).gather(-1, prompts * table.shape[-1] + actions)
 
 
+def _floats(x: Tensor) -> list[float]:
+    return cast("list[float]", x.tolist())
+
+
 def _differences(arms: int) -> Tensor:
-    """`e_i - e_j` of every ordered pair of arms."""
+    """The differences `e_i - e_j` of unit vectors, for every ordered pair of arms: `(arms², arms)`."""
     eye = torch.eye(arms, dtype=torch.float64)
     return (eye.unsqueeze(1) - eye.unsqueeze(0)).flatten(0, 1)
 
@@ -246,7 +309,7 @@ def _differences(arms: int) -> Tensor:
 def _label(
     pairs: Pairs, reward: Tensor, arms: int, generator: torch.Generator, *, soft: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Counts `(seeds, arms²)` of wins and losses of the first; the probabilities themselves where `soft`."""
+    """The wins and losses of the first arm, `(seeds, arms²)`: counts, or with `soft` sums of their probabilities."""
     probability = (reward.gather(-1, pairs.first) - reward.gather(-1, pairs.second)).sigmoid()
     if not soft:
         probability = (torch.rand(probability.shape, generator=generator, dtype=torch.float64) < probability).double()
@@ -256,9 +319,10 @@ def _label(
 
 
 def _least_squares(first: Tensor, second: Tensor, reward: Tensor, step: float) -> Tensor:
-    """`argmin_w Σ (γ(w_i - w_j) - (r_i - r_j))²`, of least norm."""
+    """The `argmin_w Σ (γ(w_i - w_j) - (r_i - r_j))²` of least norm."""
     arms = len(reward)
     rows = _differences(arms)
     counts = torch.bincount(first * arms + second, minlength=arms * arms).double().sqrt().unsqueeze(1)
     gap = rows @ reward
-    return torch.linalg.lstsq(step * counts * rows, counts.squeeze(1) * gap, driver="gelsd").solution
+    solved = torch.linalg.lstsq(step * counts * rows, counts.squeeze(1) * gap, driver="gelsd")
+    return cast(Tensor, solved.solution)

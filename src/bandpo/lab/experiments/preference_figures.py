@@ -1,7 +1,7 @@
-"""One figure for each preference experiment."""
+"""The figures of the preference experiments, one for each."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -59,14 +59,21 @@ def plot_coverage(found: Result) -> Figure:
             2, len(found["settings"]), figsize=(10, 6), layout="constrained", sharex=True, squeeze=False
         )
         rounds = range(1, found["rounds"] + 1)
-        for column, setting in zip(grid.T, found["settings"], strict=True):
+        columns = cast("list[tuple[Axes, Axes]]", list(grid.T))
+        for column, setting in zip(columns, found["settings"], strict=True):
             for arm, colour, style in (("off-policy", ORANGE, "-"), ("on-policy", BLUE, "-"), ("hybrid", GREEN, "--")):
-                label = {"off-policy": "off-policy, all pairs so far", "on-policy": "on-policy, newest pairs only",
-                         "hybrid": "half policy, half design, newest only"}[arm]  # fmt: skip
+                label = {
+                    "off-policy": "off-policy, all pairs so far",
+                    "on-policy": "on-policy, newest pairs only",
+                    "hybrid": "half policy, half design, newest only",
+                }[arm]
                 _band(column[0], rounds, setting["error"][arm], colour, label, style)
                 _band(column[1], rounds, setting["coverage"][arm], colour, label, style)
-            column[0].set(ylabel="‖θ̂ - θ*‖", ylim=(0, None),
-                          title=f"skew {setting['skew']:g}, {setting['pairs_per_round']} pairs a round")  # fmt: skip
+            column[0].set(
+                ylabel="‖θ̂ - θ*‖",
+                ylim=(0, None),
+                title=f"skew {setting['skew']:g}, {setting['pairs_per_round']} pairs a round",
+            )
             column[1].set(ylabel="coverage C of the sampler", yscale="log", xlabel="round", xticks=list(rounds))
             _plain(column[1].yaxis, [1, 2, 5, 10, 20, 40])
         grid[0, 0].legend(fontsize=8)
@@ -78,9 +85,14 @@ def plot_distillation(found: Result) -> Figure:
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         _band(axes, found["n"], found["labels"], ORANGE, "sampled labels (DPO)")
-        axes.plot(found["n"], [max(np.mean(v), 1e-17) for v in found["distillation"]], "s-", color=BLUE,
-                  label="probabilities (PD): rounding")  # fmt: skip
-        first = np.mean(found["labels"][0])
+        axes.plot(
+            found["n"],
+            [max(_mean(v), 1e-17) for v in found["distillation"]],
+            "s-",
+            color=BLUE,
+            label="probabilities (PD): rounding",
+        )
+        first = _mean(found["labels"][0])
         axes.plot(found["n"], [first * found["n"][0] / n for n in found["n"]], ":", color=BLACK, label="1/n")
         axes.set(xscale="log", yscale="log", xlabel="pairs, n", ylabel="KL(π* ‖ π̂), nats", title="What labels cost")
         axes.legend(fontsize=8)
@@ -111,10 +123,14 @@ def plot_design(found: Result) -> Figure:
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         rows = found["designs"]
         x = np.arange(len(rows))
-        for i, (key, label, colour) in enumerate((
-            ("conditional", "conditional optimum (theory: d)", GREEN), ("leverage", "preferential, designed prompts", BLUE),
-            ("leverage_uniform", "preferential, uniform prompts", PINK), ("bound", "bound d²", GREY),
-        )):  # fmt: skip
+        for i, (key, label, colour) in enumerate(
+            (
+                ("conditional", "conditional optimum (theory: d)", GREEN),
+                ("leverage", "preferential, designed prompts", BLUE),
+                ("leverage_uniform", "preferential, uniform prompts", PINK),
+                ("bound", "bound d²", GREY),
+            )
+        ):
             axes.bar(x + 0.2 * (i - 1.5), [r[key] for r in rows], 0.2, color=colour, label=label)
         axes.set_xticks(x, [f"{r['prompts']} prompts\n{r['actions']} actions, d={r['d']}" for r in rows], fontsize=8)
         axes.set(ylabel="largest leverage", title="Preferential G-optimal design")
@@ -129,22 +145,38 @@ def plot_reranking(found: Result) -> Figure:
         colours = {"stale": ORANGE, "re-ranked": PINK, "re-ranked, confidence": GREEN, "online": BLUE}
         for i, (name, rows) in enumerate(found["arms"].items()):
             centre = interval(rows["after"], np.mean)
-            tokens = np.mean(rows["tokens"]) / 1000 * (1 + 0.04 * (i - 1))  # side by side where they spent the same
-            axes.errorbar(tokens, centre[0], yerr=[[centre[0] - centre[1]], [centre[2] - centre[0]]], fmt="o",
-                          color=colours[name], capsize=3, label=name)  # fmt: skip
-        axes.axhline(np.mean(found["arms"]["stale"]["before"]), color=GREY, ls=":", label="before training")
-        axes.set(xscale="log", xlabel="thousand tokens generated in training", ylabel="share of safe letters, held out",
-                 title="Fresh samples, or old ones ranked anew")  # fmt: skip
+            tokens = _mean(rows["tokens"]) / 1000 * (1 + 0.04 * (i - 1))  # side by side where they spent the same
+            axes.errorbar(
+                tokens,
+                centre[0],
+                yerr=[[centre[0] - centre[1]], [centre[2] - centre[0]]],
+                fmt="o",
+                color=colours[name],
+                capsize=3,
+                label=name,
+            )
+        axes.axhline(_mean(found["arms"]["stale"]["before"]), color=GREY, ls=":", label="before training")
+        axes.set(
+            xscale="log",
+            xlabel="thousand tokens generated in training",
+            ylabel="share of safe letters, held out",
+            title="Fresh samples, or old ones ranked anew",
+        )
         _plain(axes.xaxis, [20, 50, 100])
         axes.legend(fontsize=8)
     return figure
 
 
 FIGURES: dict[str, Callable[[Result], Figure]] = {
-    "regret": plot_regret, "concentrability": plot_concentrability, "coverage": plot_coverage,
-    "distillation": plot_distillation, "calibration": plot_calibration, "design": plot_design, "reranking": plot_reranking,
-}  # fmt: skip
-"""By experiment."""
+    "regret": plot_regret,
+    "concentrability": plot_concentrability,
+    "coverage": plot_coverage,
+    "distillation": plot_distillation,
+    "calibration": plot_calibration,
+    "design": plot_design,
+    "reranking": plot_reranking,
+}
+"""The functions that draw the figures, by the name of the experiment."""
 
 
 def _band(
@@ -155,7 +187,11 @@ def _band(
     axes.fill_between(list(x), low, high, color=colour, alpha=0.15, lw=0)
 
 
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
 def _plain(axis: Axis, ticks: Sequence[float]) -> None:
-    """These ticks, as plain numbers, on a logarithmic axis."""
+    """Give a logarithmic axis ticks with plain numbers."""
     axis.set_ticks(list(ticks), [f"{tick:g}" for tick in ticks])
     axis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""What pruning and packing cost and save on the main job: whole runs of `bandpo train`, one folder each."""
+"""The costs and savings of pruning and packing on the main job, measured on whole runs of `bandpo train`."""
 
 import json
 import os
@@ -6,16 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import RunError
 from bandpo._system.files import read_jsonl, write_json
 from bandpo._system.secrets import redact_arguments
 from bandpo.lab.backends import processes
 
 _OPTIONS = "options.json"
+_COMPLETIONS = 256  # of an optimiser step of the main job, before pruning
+_RESULT = "report.html"  # the file that `bandpo train` writes last
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -28,29 +31,34 @@ ARMS: dict[str, dict[str, Any]] = {
     "CPPO-like 0.5": {"pruning": {"completions": 0.5, "mode": "topk_biased"}},
     "GRESO-like 0.5": {"pruning": {"prompts": 0.5, "mode": "topk_biased"}},
 }
-"""Options of `bandpo train`. The last two drop the lowest for certain, and weigh nothing: the biased way."""
+"""The arms by name, as options of `bandpo train`. The last two always drop the lowest scores, without weights: biased."""
 
 
 def selection_on_the_main_job(
-    folder: Path, *, seeds: int = 3, jobs: int = 2, arms: Sequence[str] = tuple(ARMS), options: Sequence[str] = (),
+    folder: Path,
+    *,
+    seeds: int = 3,
+    jobs: int = 2,
+    arms: Sequence[str] = tuple(ARMS),
+    options: Sequence[str] = (),
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train every arm on every seed, and collect reward, tokens and seconds.
 
-    A run that has its result is not made again, and one that was killed is resumed. A run that fails is named, and the others
-    are made.
+    A run that has its result is not made again, and a run that was killed is resumed. If a run fails, its error is reported and
+    the other runs are still made.
 
     Args:
-        folder: A folder for the runs.
-        seeds: Of each arm, paired: 0, 1, ...
-        jobs: Runs at once.
+        folder: Folder for the runs.
+        seeds: Number of seeds of each arm; the arms are paired by seed.
+        jobs: Number of runs at the same time.
         arms: Names in `ARMS`.
-        options: More options of `bandpo train`, for all.
-        say: Takes a line for each run that ends.
+        options: More options of `bandpo train`, for all runs.
+        say: Function that is called with a line for each run that ends.
 
     Returns:
         For each arm and seed: mean@k before and after, update tokens, sampled tokens, seconds of the update phase; and under
-        `failures` a line for each run that has none.
+        `failures` a line for each run without a result.
 
     Raises:
         ValueError: If the folder has runs of other options.
@@ -67,8 +75,10 @@ def selection_on_the_main_job(
             say(f"failed: {failures[-1]}")
             continue
         found[run["arm"], run["seed"]] = made
-        say(f"{name}: {made['before']:.3f} -> {made['after']:.3f}, {made['tokens'] / 1e3:.0f}k update tokens, "
-            f"{made['update_seconds']:.0f} s of updates")  # fmt: skip
+        say(
+            f"{name}: {made['before']:.3f} -> {made['after']:.3f}, {made['tokens'] / 1e3:.0f}k update tokens, "
+            f"{made['update_seconds']:.0f} s of updates"
+        )
     table = {arm: [found[arm, seed] for seed in range(seeds) if (arm, seed) in found] for arm in arms}
     return {"seeds": seeds, "jobs": jobs, "options": list(options), "arms": table, "failures": failures}
 
@@ -82,28 +92,35 @@ def _run(folder: Path, arm: str, seed: int, options: Sequence[str]) -> dict[str,
 
 
 def _check_options(run: dict[str, Any]) -> None:
-    """A folder keeps the options of its run, so that a result of others is not taken for it."""
-    kept = run["place"] / _OPTIONS
+    """Refuse a folder whose run has other options, which would be taken for the wanted one."""
+    kept: Path = run["place"] / _OPTIONS
     wanted = redact_arguments(run["options"])
-    if kept.exists() and (found := json.loads(kept.read_text())) != wanted:
+    if kept.exists() and (found := parse_json(read_regular(kept), str(kept))) != wanted:
+        shown = " ".join(map(str, cast(list[object], found))) if isinstance(found, list) else found
         raise ValueError(
-            f"{run['place']} has a run with the options {' '.join(map(str, found))}, and not {' '.join(wanted)}: choose "
-            "another --output, or delete it"
+            f"{run['place']} has a run with the options {shown}, and not {' '.join(wanted)}: choose another --output, "
+            "or delete it"
         )
 
 
 def train_and_measure(run: dict[str, Any]) -> dict[str, Any]:
-    """Make one run in a process of its own, or resume it, unless its result exists; what `measure` finds.
+    """Make one run in a process of its own, or resume it, unless its result exists.
 
     Args:
-        run: As `selection_on_the_main_job` describes it.
+        run: The `place` of the run, a folder, and its `options` of `bandpo train`.
+
+    Returns:
+        The numbers of `measure`.
+
+    Raises:
+        RunError: If `bandpo train` failed.
     """
     place: Path = run["place"]
-    if not (place / "report.html").exists():  # it is written last
+    if not (place / _RESULT).exists():
         place.mkdir(parents=True, exist_ok=True)
         write_json(place / _OPTIONS, redact_arguments(run["options"]))
-        command = [sys.executable, "-m", "bandpo", "train", *run["options"], "--output_dir", str(place),
-                   "--resume_from_checkpoint", "latest"]  # fmt: skip
+        folder = ["--output_dir", str(place), "--resume_from_checkpoint", "latest"]
+        command = [sys.executable, "-m", "bandpo", "train", *run["options"], *folder]
         quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
         if done.returncode:
@@ -112,26 +129,30 @@ def train_and_measure(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(place: Path) -> dict[str, Any]:
-    """A run's numbers from its folder.
+    """The numbers of a run from its folder.
 
-    Update tokens are completion tokens that went through a backward pass; a rollout's are counted once for each of its uses.
+    Update tokens are completion tokens that went through a backward pass, counted once for each use of their rollout.
 
     Args:
         place: Folder of a `bandpo train` run.
+
+    Returns:
+        mean@k `before` and `after`, update `tokens`, `update_seconds`, shares, and the `curve` of reward over tokens.
     """
-    evaluation = json.loads((place / "evaluation.json").read_text())
+    evaluation = parse_json(read_regular(place / "evaluation.json"), str(place / "evaluation.json"))
     score = next(name for name in evaluation["after"] if name.startswith("mean@"))
     seconds = {row["step"]: row["update_time"] for row in read_jsonl(place / "timings.jsonl") if "update_time" in row}
     rows = [row for row in read_jsonl(place / "metrics.jsonl") if row["step"] in seconds]
     steps = np.diff([0, *(row["step"] for row in rows)])
-    completions = 256  # of an optimiser step of the main job, before pruning
     kept = [row.get("selection/prompts_kept", 1.0) * row.get("selection/tokens", 1.0) for row in rows]
-    tokens = steps * completions * np.array(kept) * [row["completions/mean_length"] for row in rows]
+    tokens = steps * _COMPLETIONS * np.array(kept) * [row["completions/mean_length"] for row in rows]
     return {
-        "before": evaluation["before"][score], "after": evaluation["after"][score], "tokens": float(tokens.sum()),
+        "before": evaluation["before"][score],
+        "after": evaluation["after"][score],
+        "tokens": float(tokens.sum()),
         "sampled_share": float(np.mean([row.get("selection/prompts_kept", 1.0) for row in rows])),
         "update_seconds": float(sum(n * seconds[row["step"]] for n, row in zip(steps, rows, strict=True))),
         "density": float(np.mean([row.get("packing/density", np.nan) for row in rows])),
         "effective_sample_size": float(np.mean([row.get("selection/effective_sample_size", 1.0) for row in rows])),
         "curve": [[float(x), row["reward"]] for x, row in zip(tokens.cumsum(), rows, strict=True)],
-    }  # fmt: skip
+    }

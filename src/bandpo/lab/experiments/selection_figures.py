@@ -12,16 +12,26 @@ from matplotlib.figure import Figure
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
 _COLOURS = {
-    "full": BLACK, "packed": GREY, "pruned 0.3": "#56B4E9", "pruned 0.5": BLUE, "pruned 0.7": "#332288",
-    "pruned 0.5, packed": GREEN, "both 0.5, packed": "#117733", "CPPO-like 0.5": ORANGE, "GRESO-like 0.5": PINK,
-}  # fmt: skip
+    "full": BLACK,
+    "packed": GREY,
+    "pruned 0.3": "#56B4E9",
+    "pruned 0.5": BLUE,
+    "pruned 0.7": "#332288",
+    "pruned 0.5, packed": GREEN,
+    "both 0.5, packed": "#117733",
+    "CPPO-like 0.5": ORANGE,
+    "GRESO-like 0.5": PINK,
+}
 
 
 def plot_selection(found: dict[str, Any]) -> Figure:
-    """Reward against update tokens, and what every arm ended with and was trained on, each seed a point.
+    """Reward against update tokens, and the final reward and the tokens of every arm, with a point for each seed.
 
     Args:
-        found: From `selection_on_the_main_job`.
+        found: Result of `selection_on_the_main_job`.
+
+    Returns:
+        The figure.
     """
     arms = found["arms"]
     with mpl.rc_context(STYLE):
@@ -41,8 +51,11 @@ def plot_selection(found: dict[str, Any]) -> Figure:
                 axes.plot(np.mean(values), i, "|", color=BLACK, ms=14)
             axes.set_yticks(range(len(order)), order if axes is middle else [""] * len(order), fontsize=8)
             axes.invert_yaxis()
-        left.set(xlabel="thousand completion tokens in updates", ylabel="mean reward of the rollout (smoothed)",
-                 title="Learning against tokens")  # fmt: skip
+        left.set(
+            xlabel="thousand completion tokens in updates",
+            ylabel="mean reward of the rollout (smoothed)",
+            title="Learning against tokens",
+        )
         left.legend(fontsize=7)
         middle.set(xlabel="mean@8 on held-out prompts", title="Where it ends")
         right.set(xlabel="thousand completion tokens in updates", title="What it was trained on", xlim=(0, None))
@@ -50,5 +63,5 @@ def plot_selection(found: dict[str, Any]) -> Figure:
 
 
 def _smooth(x: np.ndarray, width: int = 5) -> np.ndarray:
-    """Running mean that ends where the data do."""
+    """The running mean of the last `width` values, of the length of the data."""
     return np.array([x[max(0, i - width + 1) : i + 1].mean() for i in range(len(x))])

@@ -1,14 +1,14 @@
 """PPO-Clip with a KL regulariser on a finite MDP, with exact gradients: the deterministic algorithm of arXiv:2512.16565.
 
-Softmax policies, an infinite discounted horizon, and the regularised value `V(ρ) = E[Σ γ^t (r - λ D(π(s), π_ref(s)))]`, with D
-the forward KL(π_ref ‖ π) or the reverse KL(π ‖ π_ref). Everything is float64 and nothing is sampled, so convergence can be
-read to the last digits. The paper was known to us from its abstract and a description of its contents; which KL is called
-forward is inferred from its constants.
+Policies are softmax tables, the horizon is infinite and discounted, and the regularised value is
+`V(ρ) = E[Σ γ^t (r - λ D(π(s), π_ref(s)))]`, where D is the forward KL(π_ref ‖ π) or the reverse KL(π ‖ π_ref). Everything is
+float64 and nothing is sampled, so that convergence can be read to the last digits. We knew the paper from its abstract and a
+description of its contents; which KL it calls forward is inferred from its constants.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,20 +20,33 @@ Regularizer = Literal["forward", "reverse"]
 
 
 class MDP(NamedTuple):
-    """A finite Markov decision process, float64."""
+    """A finite Markov decision process.
 
-    transition: Tensor  # (states, actions, states)
-    reward: Tensor  # (states, actions)
-    start: Tensor  # (states,)
+    Args:
+        transition: `(states, actions, states)`, float64, the probabilities of the next state.
+        reward: `(states, actions)`, float64.
+        start: `(states,)`, float64, the probabilities of the first state.
+        discount: γ, from 0 to below 1.
+    """
+
+    transition: Tensor
+    reward: Tensor
+    start: Tensor
     discount: float
 
 
 class Evaluated(NamedTuple):
-    """A policy's values in a regularised MDP."""
+    """The values of a policy in a regularised MDP.
 
-    value: Tensor  # V(ρ), 0-d
-    q: Tensor  # (states, actions), without the regulariser of its own state
-    visits: Tensor  # (states,) discounted, unnormalised: they add up to 1/(1-γ)
+    Args:
+        value: 0-d tensor, V(ρ).
+        q: `(states, actions)`, the action values without the regulariser of the state itself.
+        visits: `(states,)`, the discounted visits; they add up to 1/(1-γ).
+    """
+
+    value: Tensor
+    q: Tensor
+    visits: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,10 +54,13 @@ class Problem:
     """A regularised MDP.
 
     Args:
-        mdp: The process.
-        reference: π_ref, `(states, actions)`, positive.
+        mdp: The decision process.
+        reference: `(states, actions)`, float64, the positive probabilities π_ref.
         strength: λ > 0.
         regularizer: `forward` for KL(π_ref ‖ π), `reverse` for KL(π ‖ π_ref).
+
+    Raises:
+        ValueError: If the regulariser is unknown, or λ is not positive.
     """
 
     mdp: MDP
@@ -59,14 +75,14 @@ class Problem:
             raise ValueError(f"strength must be positive, got {self.strength}")
 
     def divergence(self, log_policy: Tensor) -> Tensor:
-        """`D(π(s), π_ref(s))` of each state."""
+        """The divergence `D(π(s), π_ref(s))` of each state, `(states,)`, for log-probs `(states, actions)`."""
         log_reference = self.reference.log()
         if self.regularizer == "forward":
             return (self.reference * (log_reference - log_policy)).sum(-1)
         return (log_policy.exp() * (log_policy - log_reference)).sum(-1)
 
     def evaluate(self, log_policy: Tensor) -> Evaluated:
-        """Values and visits of a policy, by solving the two linear systems."""
+        """The values and visits of a policy of log-probs `(states, actions)`, from two linear systems."""
         policy = log_policy.exp()
         chain = torch.einsum("sa,sat->st", policy, self.mdp.transition)
         system = torch.eye(len(chain), dtype=chain.dtype) - self.mdp.discount * chain
@@ -76,14 +92,20 @@ class Problem:
         return Evaluated(self.mdp.start @ values, q, torch.linalg.solve(system.T, self.mdp.start))
 
     def optimum(self, iterations: int = 400) -> tuple[Tensor, Tensor]:
-        """Optimal value at the start and optimal policy, by value iteration with each state's maximiser in closed form.
+        """The optimum by value iteration, with each state's maximiser in closed form.
 
-        Reverse: `π ∝ π_ref exp(Q/λ)`. Forward: `π(a) = λ π_ref(a)/(ν - Q(a))`, ν from `Σ π = 1`, by bisection.
+        Reverse: `π ∝ π_ref exp(Q/λ)`. Forward: `π(a) = λ π_ref(a)/(ν - Q(a))`, with ν from `Σ π = 1` by bisection.
+
+        Args:
+            iterations: Number of value iterations.
+
+        Returns:
+            The optimal value at the start, a 0-d tensor, and the optimal policy `(states, actions)`.
         """
         values = torch.zeros(len(self.mdp.reward), dtype=torch.float64)
         policy = self.reference
         for _ in range(iterations):
-            q = self.mdp.reward + self.mdp.discount * self.mdp.transition @ values
+            q = cast(Tensor, self.mdp.reward + self.mdp.discount * self.mdp.transition @ values)
             policy = self._best(q)
             values = (policy * q).sum(-1) - self.strength * self.divergence(policy.log())
         return self.mdp.start @ values, policy
@@ -103,16 +125,30 @@ class Problem:
 
 
 class Step(NamedTuple):
-    """One outer step, at its frozen policy."""
+    """The measurements of one outer step.
 
-    value: float  # V(ρ)
-    squared_gradient: float  # ‖∇_θ V(ρ)‖²
-    clip_fraction: float  # of state-action pairs, where the last inner step ended
-    smallest: float  # min π(a|s)
+    Args:
+        value: V(ρ) of the frozen policy.
+        squared_gradient: ‖∇_θ V(ρ)‖² at the frozen policy.
+        clip_fraction: Share of state-action pairs that are clipped after the last inner step.
+        smallest: The smallest probability π(a|s) of the frozen policy.
+    """
+
+    value: float
+    squared_gradient: float
+    clip_fraction: float
+    smallest: float
 
 
 def random_mdp(states: int = 5, actions: int = 4, discount: float = 0.8, seed: int = 0) -> MDP:
-    """Random transitions (softmax of normals), rewards uniform in [0, 1], a uniform start."""
+    """An MDP with random transitions (softmax of normals), rewards uniform in [0, 1] and a uniform start.
+
+    Args:
+        states: Number of states.
+        actions: Number of actions.
+        discount: γ.
+        seed: Seed of transitions and rewards.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(states, actions, states, generator=g, dtype=torch.float64)
     reward = torch.rand(states, actions, generator=g, dtype=torch.float64)
@@ -128,21 +164,22 @@ def ppo_clip(
     bounds: Bounds = Clip(0.2, 0.28),  # noqa: B008 (frozen)
     start: Tensor | None = None,
 ) -> tuple[list[Step], Tensor]:
-    """Deterministic actor-only PPO: `inner` gradient steps on the clipped surrogate of each frozen policy (Algorithm 1).
+    """Deterministic actor-only PPO: `inner` gradient steps on the clipped surrogate of each frozen policy.
 
-    `L_n(θ) = Σ_s d_n(s) [Σ_a π_n min(r A, clip(r) A) - λ D(π_θ, π_ref)]`, with the exact advantages A and visits d_n of π_n.
-    Its gradient at θ_n is the gradient of the regularised value.
+    This is Algorithm 1 of arXiv:2512.16565. The surrogate is
+    `L_n(θ) = Σ_s d_n(s) [Σ_a π_n min(r A, clip(r) A) - λ D(π_θ, π_ref)]`, with the exact advantages A and visits d_n of π_n. At
+    θ_n, its gradient is the gradient of the regularised value.
 
     Args:
         problem: The regularised MDP.
-        outer: Frozen policies.
-        inner: K, gradient steps for each.
+        outer: Number of frozen policies.
+        inner: K, the gradient steps for each frozen policy.
         step_size: η.
-        bounds: Of the ratio; `Band` and others work as well. `Clip(1, inf)` is no clip.
-        start: Logits to start from, `(states, actions)`; π_ref by default.
+        bounds: Bounds of the ratio, an interval such as `Clip` or `Band`. `Clip(1, inf)` does not clip.
+        start: `(states, actions)`, float64, the logits to start from; π_ref by default.
 
     Returns:
-        A `Step` for each outer step, and the last logits.
+        A `Step` for each outer step, and the last logits `(states, actions)`.
     """
     theta = (problem.reference.log() if start is None else start).clone().requires_grad_()
     steps: list[Step] = []
@@ -169,10 +206,17 @@ def ppo_clip(
 
 
 def safe_step_sum(problem: Problem, log_policy: Tensor, *, low: float, high: float) -> float:
-    """Largest sum of inner step sizes that the paper's forward-KL theorem allows at a policy, S_max.
+    """The largest sum S_max of inner step sizes that the forward-KL theorem of arXiv:2512.16565 allows at a policy.
 
-    `min{(1-γ)/(8C), (1-γ) log 2/(4 A_max + 8λ), 1/(4L)}` with `C = √2 A_max (1/log(1+ε_h) - 1/log(1-ε_l)) + 3 A_max + λ` and
-    `L = 8 (r_max + λ ‖log π‖_∞)/(1-γ)³`, which no policy bounds uniformly. Constants from a description of the paper.
+    It is `min{(1-γ)/(8C), (1-γ) log 2/(4 A_max + 8λ), 1/(4L)}` with
+    `C = √2 A_max (1/log(1+ε_h) - 1/log(1-ε_l)) + 3 A_max + λ` and `L = 8 (r_max + λ ‖log π‖_∞)/(1-γ)³`, which has no uniform
+    bound over policies. The constants come from a description of the paper.
+
+    Args:
+        problem: The regularised MDP.
+        log_policy: `(states, actions)`, float64, log-probs of the policy.
+        low: ε_l of the clip.
+        high: ε_h of the clip.
     """
     rest, r_max = 1 - problem.mdp.discount, problem.mdp.reward.abs().max().item()
     worst = log_policy.abs().max().item()
