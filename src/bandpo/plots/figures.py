@@ -33,7 +33,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "bandpo",
 }
-"""Settings of matplotlib for all figures; the fixed salt makes the same SVG for the same figure."""
+"""Settings of matplotlib for all figures."""
 Log = Sequence[Mapping[str, Any]]
 """Rows of a metrics.jsonl."""
 
