@@ -89,7 +89,8 @@ def public_names(module: str) -> list[str]:
     found = []
     for node in modules()[module].statements():
         if _bound(node) == ["__all__"] and isinstance(node.value, ast.List | ast.Tuple):
-            return sorted(ast.literal_eval(node.value))
+            plain = [e.value.elts if isinstance(e, ast.Starred) else [e] for e in node.value.elts]
+            return sorted(ast.literal_eval(e) for group in plain for e in group)
         if isinstance(node, ast.ImportFrom):
             found += [a.asname for a in node.names if a.asname == a.name]
         found += _bound(node)

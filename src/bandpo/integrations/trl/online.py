@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from bandpo._system.files import latest_whole, read_jsonl, seal, unseal, write_jsonl, write_text
-from bandpo._system.seeds import shuffled_rows
 from bandpo.integrations.trl.base import warn
 from bandpo.integrations.trl.checkpoint import Say
 from bandpo.integrations.trl.dpo import REFERENCE_COLUMNS, BandDPOConfig, BandDPOTrainer
 from bandpo.integrations.trl.generate import as_completion, pad_token, sample_batches, score_completions
 from bandpo.integrations.trl.host import gathered, ints
+from bandpo.integrations.trl.rollout import shuffled_places
 from bandpo.preference.losses import reward_calibration
 from bandpo.preference.probe import LayerProbe, Pooling, RankedPairs, rerank
 from bandpo.preference.sampling import first_wins
@@ -392,9 +392,9 @@ class OnlinePreferenceTrainer:
         return [{"prompt_ids": p, "completions": c, "rewards": r} for _, p, c, r in everything]
 
     def _places(self, k: int) -> list[int]:
-        """Rows of the data set that round k samples for: one order of all after the other."""
+        """Rows of the data set that round k samples for."""
         count = self.args.prompts_per_round
-        return shuffled_rows(k * count, count, rows=len(self.prompts), seed=self.args.seed)
+        return shuffled_places(k * count, count, of=len(self.prompts), seed=self.args.seed)
 
     def _teachers(self, k: int) -> list[bool]:
         """Which prompts of round k train the probe: those that have trained it in an earlier round, then the first others."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import pad
 
-from bandpo._system.seeds import shuffled_rows
-from bandpo.integrations.trl.host import Batch, GRPOHost, split
+from bandpo.integrations.trl.host import Batch, GRPOHost, ints, split
 
 PREFIX = "bandpo_"
 """Prefix of our tensors in a rollout. They go through TRL's shuffling and splitting like TRL's own."""
+
+_SEEDS_PER_PASS = 7919  # between the seeds of two passes over the data
 
 
 def group_extras(trainer: GRPOHost, rollout: Batch) -> dict[str, Tensor]:
@@ -138,8 +139,32 @@ class Refill:
         data, accelerator = self.trainer.train_dataset, self.trainer.accelerator
         first = self.drawn + accelerator.process_index * count
         self.drawn += count * accelerator.num_processes
-        rows = shuffled_rows(first, count, rows=len(data), seed=self.trainer.args.seed)
-        return [data[i] for i in rows for _ in range(size)]
+        places = shuffled_places(first, count, of=len(data), seed=self.trainer.args.seed)
+        return [data[i] for i in places for _ in range(size)]
+
+
+def shuffled_places(first: int, count: int, *, of: int, seed: int) -> list[int]:
+    """Places of consecutive draws from a data set that is shuffled again for each pass over it.
+
+    Args:
+        first: Number of the first draw, counted over all passes.
+        count: Number of draws.
+        of: Rows of the data set.
+        seed: Seed of the run.
+
+    Examples:
+        >>> sorted(shuffled_places(0, 4, of=4, seed=0))
+        [0, 1, 2, 3]
+        >>> shuffled_places(1, 6, of=4, seed=0) == shuffled_places(0, 7, of=4, seed=0)[1:]
+        True
+    """
+    draws = torch.arange(first, first + count)
+    epochs = draws.div(of, rounding_mode="floor")
+    chosen: list[int] = []
+    for epoch in sorted(set(ints(epochs))):
+        order = torch.randperm(of, generator=torch.Generator().manual_seed(seed + _SEEDS_PER_PASS * (epoch + 1)))
+        chosen += ints(order[draws[epochs == epoch] % of])
+    return chosen
 
 
 def mask_of(batch: Batch) -> Tensor:
