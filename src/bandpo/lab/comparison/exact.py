@@ -136,19 +136,13 @@ def run_tree(
         The outcome of every seed.
 
     Raises:
-        ValueError: If the optimiser is unknown, or the lag is negative.
+        ValueError: If the lag is negative, or the optimiser is unknown.
     """
-    if optimizer not in ("adam", "sgd"):
-        raise ValueError(f"optimizer: got {optimizer!r}; choose adam or sgd")
     if lag < 0:
         raise ValueError(f"lag must be at least 0, got {lag}")
     g = torch.Generator().manual_seed(seed)
     theta = tree.start().expand(seeds, -1, -1).clone().requires_grad_()
-    optimiser = (
-        torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
-        if optimizer == "adam"
-        else torch.optim.SGD([theta], lr=learning_rate)
-    )
+    optimiser = _optimizer(optimizer, theta, learning_rate)
     rows = queries * group
     total, discovery = torch.zeros(seeds), torch.full((seeds,), batches)
     curve: list[Tensor] = []
@@ -175,6 +169,14 @@ def run_tree(
         curve.append(tree.chance_of_best(theta.detach()))
     logp = theta.detach()[:, 0].log_softmax(-1)
     return Outcome(curve[-1] > 0.5, total / batches, -(logp.exp() * logp).sum(-1), discovery, torch.stack(curve))
+
+
+def _optimizer(name: str, theta: Tensor, learning_rate: float) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
+    if name == "sgd":
+        return torch.optim.SGD([theta], lr=learning_rate)
+    raise ValueError(f"optimizer: got {name!r}; choose adam or sgd")
 
 
 def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
