@@ -36,10 +36,10 @@ def test_a_recipe_has_the_objective_that_verl_s_worker_would_build(method):
         config = compose("paper", overrides=[f"method={method}", "data_dir=/tmp", "trainer.experiment_name=x"])
     options = {k: v for k, v in OmegaConf.to_container(config.actor_rollout_ref.actor.policy_loss, resolve=True).items()
                if k in BandPolicyLossConfig.__dataclass_fields__}  # fmt: skip
-    from bandpo.integrations.verl import _resolve
 
-    expected = _resolve(BandPolicyLossConfig(**options))
+    expected = BandPolicyLossConfig(**options).resolve()
     setup = read_verl(RECIPES / "paper.yaml", [f"method={method}"])
+    assert not setup.refused
     assert setup.objective.bounds == expected.bounds
     assert setup.objective.anchor == expected.anchor
     assert setup.old_is_rollout == config.algorithm.rollout_correction.bypass_mode

@@ -103,7 +103,7 @@ def parse_options(options: Mapping[str, Any]) -> dict[str, Any]:
         >>> parse_options({"radius": "1e-3", "relax": "False", "max_ratio": None})
         {'radius': 0.001, 'relax': False}
     """
-    kinds: dict[str, type] = {f.name: (*get_args(f.type), f.type)[0] for f in dataclasses.fields(RegionOptions)}
+    kinds: dict[str, Any] = {f.name: (*get_args(f.type), f.type)[0] for f in dataclasses.fields(RegionOptions)}
     if unknown := set(options) - set(kinds):
         raise ValueError(
             f"unknown options {', '.join(sorted(unknown))}; choose from objective, {', '.join(sorted(OPTIONS))}"

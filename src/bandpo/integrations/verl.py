@@ -76,9 +76,17 @@ class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
     )
 
     def __post_init__(self) -> None:
+        self.resolve()
+
+    def resolve(self) -> Objective:
+        """The objective with the options of its region.
+
+        Raises:
+            ValueError: As for the class.
+        """
         name = name_in(self.loss_mode)
         refuse_ignored("verl", attributes(self, POLICY_LOSS_DEFAULTS), POLICY_LOSS_DEFAULTS)
-        with_region(name or self.objective, {option: getattr(self, option) for option in OPTIONS})
+        return with_region(name or self.objective, {option: getattr(self, option) for option in OPTIONS})
 
 
 def loss(
