@@ -36,7 +36,9 @@ class Command(NamedTuple):
     """A command: its line of help, and where its options and its function are, both as `module:function`."""
 
     name: str
+    """The name of the command."""
     help: str
+    """One line for the list of commands."""
     arguments: str | None
     """Declares the options in a parser; None for a command that reads its part of the command line itself."""
     function: str

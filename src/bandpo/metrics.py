@@ -240,7 +240,8 @@ def pass_at_powers(right: Tensor, samples: Tensor, largest: int) -> dict[str, fl
     j = 1
     while j <= largest:
         enough = samples >= j
-        each = [pass_at_k(int(n), right[enough & (samples == n)], j) for n in samples[enough].unique()]
+        counts = cast("list[int]", samples[enough].unique().tolist())
+        each = [pass_at_k(n, right[enough & (samples == n)], j) for n in counts]
         report[f"pass@{j}"] = torch.cat(each).mean().item() if each else math.nan
         j *= 2
     return report

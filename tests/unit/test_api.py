@@ -280,9 +280,17 @@ def class_faults(node: ast.ClassDef, *, core: bool, shared: Mapping[str, str]) -
 
 
 def documented_fields(node: ast.ClassDef) -> Iterator[str]:
-    """Fields that have a text of their own behind them."""
-    for field, after in zip(node.body, node.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+    """Fields that have a text of their own behind them, or the text that a command line shows, `metadata={"help": ...}`."""
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        options = {k.arg: k.value for k in field.value.keywords} if isinstance(field.value, ast.Call) else {}
+        data = options.get("metadata")
+        keys = [k.value for k in data.keys if isinstance(k, ast.Constant)] if isinstance(data, ast.Dict) else []
+        texts = (
+            field.value.args if isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "_option" else []
+        )
+        if isinstance(after, ast.Expr) or "help" in keys or texts:
             yield field.target.id
 
 

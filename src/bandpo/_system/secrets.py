@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeGuard, TypeVar, cast
 from urllib.parse import quote
@@ -109,12 +109,13 @@ def redact(value: Any, key: str = "") -> Any:
         inner = key if is_secret(key) else ""
         items = cast("Mapping[object, object]", value).items()
         mapping = {redact(k) if isinstance(k, str) else k: redact(v, inner or str(k)) for k, v in items}
-        return mapping if type(cast("object", value)) is dict else _like(value, mapping)
+        return mapping if type(cast("object", value)) is dict else _like(cast("object", value), mapping)
     if isinstance(value, list | tuple | set | frozenset):
-        if key == "" and _is_texts(value):
-            return _redact_list(value)
-        items = [redact(v, key) for v in cast("Iterable[object]", value)]
-        return items if type(cast("object", value)) is list else _like(value, items)
+        several = cast("Collection[object]", value)
+        if key == "" and _is_texts(several):
+            return _redact_list(several)
+        items = [redact(v, key) for v in several]
+        return items if type(several) is list else _like(several, items)
     is_number = isinstance(value, int | float | complex) and not isinstance(value, bool)
     return HIDDEN if is_number and is_secret(key) else value
 

@@ -20,6 +20,9 @@ def show_bounds(options: argparse.Namespace) -> None:
 
     Args:
         options: The options of `bandpo bounds`.
+
+    Raises:
+        ValueError: If the options contradict each other, or the figure cannot be written in that format.
     """
     divergences = [_divergence(name.strip()) for name in options.divergence.split(",")]
     if options.match is not None and len(divergences) == 1:

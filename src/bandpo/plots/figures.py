@@ -206,7 +206,10 @@ def _probability_axes(axes: Axes) -> None:
         ylabel="ratio r = π/π_old",
     )
     ticks = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
-    axes.set_xticks(ticks.logit().tolist(), ["1e-5", "1e-4", "0.001", "0.01", "0.1", "0.5", "0.9", "0.99", "0.999"])
+    axes.set_xticks(
+        cast("list[float]", ticks.logit().tolist()),
+        ["1e-5", "1e-4", "0.001", "0.01", "0.1", "0.5", "0.9", "0.99", "0.999"],
+    )
     axes.set_yticks([0.05, 0.2, 0.5, 1, 2, 5, 10, 50], ["0.05", "0.2", "0.5", "1", "2", "5", "10", "50"])
     axes.minorticks_off()
 

@@ -207,6 +207,9 @@ def with_variables(latex: str) -> str:
     Args:
         latex: Answer in `$...$` or in a box.
 
+    Returns:
+        The answer, with these letters in braces.
+
     Examples:
         >>> with_variables(r"$2\pi h$"), with_variables(r"\boxed{6ab}"), with_variables("$5 m$"), with_variables("$5cm$")
         ('$2\\pi {h}$', '\\boxed{6{ab}}', '$5 m$', '$5cm$')

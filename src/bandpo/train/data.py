@@ -266,6 +266,9 @@ def load_prompts(
         skip_bad: Leave rows without a prompt or an answer out, and print how many.
         say: Prints a message.
 
+    Returns:
+        A data set with the columns "prompt" and "answer".
+
     Raises:
         FileNotFoundError: If `name` looks like a file and there is no such file.
         ValueError: If the file cannot be read, a column is missing, or a row lacks a prompt or an answer; the message

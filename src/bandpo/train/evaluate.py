@@ -83,6 +83,9 @@ class Evaluation:
         Args:
             path: File to read; it may not exist.
             stage: Name of the evaluation, "before" or "after".
+
+        Returns:
+            The evaluation of that stage, or None.
         """
         rows = [row for row in read_jsonl(path) if row["stage"] == stage] if path.exists() else []
         if not rows:

@@ -1,10 +1,10 @@
 """`bandpo train` with a policy-gradient objective: BandPO and the zoo."""
 
 import random
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -99,8 +99,8 @@ class GRPORun:
     @contextmanager
     def for_sampling(self) -> Generator[Any]:
         """The model, ready to generate."""
-        unwrapped: Any = unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator)
-        with unwrapped as model:
+        unwrap = cast("Callable[..., AbstractContextManager[Any]]", unwrap_model_for_generation)
+        with unwrap(self.trainer.model_wrapped, self.trainer.accelerator) as model:
             yield model
 
     def figures(self, log: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -131,7 +131,7 @@ class _Trainer(HidesSecretsInCard, BandGRPOTrainer):
     def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
         super()._log_band(terms, inputs)
         valid = inputs["completion_mask"] != 0
-        if self.model is not None and self.model.training:
+        if self.model.training:
             self.last_batch = _as_batch(terms, valid)
         p = terms.anchor_logprobs.exp()
         log_ratio = terms.log_ratio.detach().expand(valid.shape)

@@ -13,7 +13,7 @@ from transformers import PrinterCallback
 from bandpo._system.files import write_jsonl
 from bandpo._system.progress import Progress
 from bandpo.integrations.trl.dpo import BandDPOTrainer
-from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
+from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer, Pair
 from bandpo.plots import plot_preference
 from bandpo.train.config import RunConfig
 from bandpo.train.folder import HidesSecretsInCard
@@ -133,7 +133,7 @@ class _Rounds(OnlinePreferenceTrainer):
 
     progress: Progress
 
-    def _save(self, k: int, pairs: list[dict[str, Any]], measured: dict[str, float]) -> None:
+    def _save(self, k: int, pairs: list[Pair], measured: dict[str, float]) -> None:
         super()._save(k, pairs, measured)
         if PartialState().is_main_process:
             rows = ({"step": i + 1, **row} for i, row in enumerate(self.history))

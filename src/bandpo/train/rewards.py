@@ -241,6 +241,9 @@ def time_limit(seconds: float | None, grace: float = 10.0) -> Generator[None]:
     Args:
         seconds: Time limit in seconds; None for no limit.
         grace: Seconds between the signal and the end of the process.
+
+    Yields:
+        Once, for the block that is limited.
     """
     if seconds is None:
         yield

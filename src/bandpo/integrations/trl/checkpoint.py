@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 from transformers import Trainer, TrainerState
 

@@ -7,7 +7,7 @@ forward pass.
 import copy
 import dataclasses
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -227,8 +227,8 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
             return zeros, zeros
         with warnings.catch_warnings():  # TRL reads a property by a name that transformers has given up
             warnings.filterwarnings("ignore", ".*gradient_checkpointing. is deprecated", FutureWarning)
-            found = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        return cast("tuple[Tensor, Tensor]", found)
+            score = cast("Callable[..., tuple[Tensor, Tensor]]", self.compute_ref_log_probs)
+            return score(self.ref_model or self.model, inputs)
 
     def _pair_loss(
         self, log_probs: Tensor, inputs: Batch, gap: Tensor | None, hidden: list[Tensor]

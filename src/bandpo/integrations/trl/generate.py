@@ -59,7 +59,7 @@ def sample_batches(
         The numbers of some prompts, the token ids of each of them, and the token ids of their completions, `samples` for each
         prompt, with the end token.
     """
-    state = PartialState()
+    state: Any = PartialState()
     mine = list(range(state.process_index, len(prompts), state.num_processes))
     at_once = max(1, batch_size // samples)
     sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": repetition_penalty}
@@ -142,7 +142,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
         ValueError: If there is no such token.
     """
     own: object = model.generation_config.eos_token_id
-    several = cast("list[int | None]", list(own) if isinstance(own, list | tuple) else [own])
+    several = list(cast("list[int | None]", own)) if isinstance(own, list | tuple) else [cast("int | None", own)]
     found: list[int | None] = [tokenizer.eos_token_id, *several, _end_of_turn(tokenizer)]
     ends = list(dict.fromkeys(i for i in found if i is not None))
     if not ends:
@@ -293,7 +293,8 @@ def layer_states(model: Any) -> Generator[list[Tensor], None, None]:
     def note(module: Any, _: Any, out: Any) -> None:
         if module is layers[0]:
             found.clear()
-        found.append((out[0] if isinstance(out, tuple) else out).detach())
+        states: Tensor = cast("tuple[Tensor, ...]", out)[0] if isinstance(out, tuple) else out
+        found.append(states.detach())
 
     layers = list(model.get_decoder().layers)
     hooks = [layer.register_forward_hook(note) for layer in layers]

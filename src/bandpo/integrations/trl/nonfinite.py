@@ -62,5 +62,5 @@ def without_nonfinite(new: Tensor, batch: Batch, ratio_level: RatioLevel) -> Sco
 
 
 def zero_where(where: Tensor, x: Tensor) -> Tensor:
-    """A tensor with 0 in the places where a bool tensor is true."""
+    """The tensor `x` with 0 in the places where the bool tensor `where` is true."""
     return x.masked_fill(where, 0.0)

@@ -494,7 +494,8 @@ class OnlinePreferenceTrainer:
         self._trainer.train()
         # One optimiser for all rounds: the first steps of a new Adam have full length in every direction, and a round of a few
         # steps would consist of those.
-        self._optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+        prepared = cast("Any", self._trainer.optimizer)
+        self._optimizer: Any = getattr(prepared, "optimizer", prepared)
         for model in (self.model, self.reference):
             _unprepare(model)
 

@@ -33,8 +33,11 @@ class Total(NamedTuple):
     """A `PooledSum` over all processes, on the host."""
 
     numerator: float
+    """Sum over the tokens that count, or their maximum or minimum."""
     denominator: float
+    """Number of those tokens."""
     kind: Kind = "mean"
+    """How several of them become one."""
 
 
 def over_processes(accelerator: Gathers, sums: Mapping[str, PooledSum]) -> dict[str, Total]:

@@ -86,7 +86,7 @@ class Strategy(ABC):
 
         Args:
             model: The policy in training.
-            logprobs: Its log-probs, `(batch, time)`.
+            logprobs: Log-probs of the sampled tokens under the policy in training, `(batch, time)`.
             batch: TRL's inputs.
             given: What `given_to_trl` returned for this batch.
         """

@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -204,10 +204,10 @@ def _measures(runs: Sequence[Result], k: int) -> Values:
         f"mean@{k}": [r["after"][f"mean@{k}"] for r in runs],
         f"pass@{k}": [r["after"][f"pass@{k}"] for r in runs],
         f"best@{k} (official bootstrap)": [
-            best_of_bootstrap(np.array(r["rewards"], dtype=np.float64), k) for r in runs
+            best_of_bootstrap(np.asarray(cast("list[list[float]]", r["rewards"]), dtype=np.float64), k) for r in runs
         ],
         "entropy": [r["after"]["entropy"] for r in runs],
-        "speed": [float(np.mean(r["reward"])) for r in runs],
+        "speed": [float(np.mean(cast("list[float]", r["reward"]))) for r in runs],
         "rare clipped": [_rare_clipped(r) for r in runs],
         # A run that diverged has collapsed too: its samples are no longer those of its policy.
         "collapsed": [

@@ -186,7 +186,7 @@ def _coverage_curves(
         wins, losses = (wins + won, losses + lost) if keep else (won, lost)
         fit = fit_pairs(_differences(arms), wins, losses, beta=problem.beta, radius=problem.radius)
         policy = problem.policy(fit)
-        errors.append(_floats((fit - fit.mean(-1, keepdim=True) - problem.theta).norm(dim=-1)))
+        errors.append(_floats(cast(Tensor, (fit - fit.mean(-1, keepdim=True) - problem.theta).norm(dim=-1))))
     return errors, coverages
 
 
@@ -324,5 +324,5 @@ def _least_squares(first: Tensor, second: Tensor, reward: Tensor, step: float) -
     rows = _differences(arms)
     counts = torch.bincount(first * arms + second, minlength=arms * arms).double().sqrt().unsqueeze(1)
     gap = rows @ reward
-    solved = torch.linalg.lstsq(step * counts * rows, counts.squeeze(1) * gap, driver="gelsd")
-    return cast(Tensor, solved.solution)
+    least_squares = cast("Callable[..., tuple[Tensor, ...]]", torch.linalg.lstsq)
+    return least_squares(step * counts * rows, counts.squeeze(1) * gap, driver="gelsd")[0]

@@ -58,9 +58,10 @@ def plot_coverage(found: Result) -> Figure:
         figure, grid = plt.subplots(
             2, len(found["settings"]), figsize=(10, 6), layout="constrained", sharex=True, squeeze=False
         )
+        settings = cast("list[dict[str, Any]]", found["settings"])
         rounds = range(1, found["rounds"] + 1)
         columns = cast("list[tuple[Axes, Axes]]", list(grid.T))
-        for column, setting in zip(columns, found["settings"], strict=True):
+        for column, setting in zip(columns, settings, strict=True):
             for arm, colour, style in (("off-policy", ORANGE, "-"), ("on-policy", BLUE, "-"), ("hybrid", GREEN, "--")):
                 label = {
                     "off-policy": "off-policy, all pairs so far",

@@ -7,6 +7,7 @@ description of its contents; which KL it calls forward is inferred from its cons
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -87,9 +88,10 @@ class Problem:
         chain = torch.einsum("sa,sat->st", policy, self.mdp.transition)
         system = torch.eye(len(chain), dtype=chain.dtype) - self.mdp.discount * chain
         gain = (policy * self.mdp.reward).sum(-1) - self.strength * self.divergence(log_policy)
-        values = torch.linalg.solve(system, gain)
+        solve = cast("Callable[[Tensor, Tensor], Tensor]", torch.linalg.solve)
+        values = solve(system, gain)
         q = self.mdp.reward + self.mdp.discount * self.mdp.transition @ values
-        return Evaluated(self.mdp.start @ values, q, torch.linalg.solve(system.T, self.mdp.start))
+        return Evaluated(self.mdp.start @ values, q, solve(system.T, self.mdp.start))
 
     def optimum(self, iterations: int = 400) -> tuple[Tensor, Tensor]:
         """The optimum by value iteration, with each state's maximiser in closed form.
@@ -105,7 +107,7 @@ class Problem:
         values = torch.zeros(len(self.mdp.reward), dtype=torch.float64)
         policy = self.reference
         for _ in range(iterations):
-            q = cast(Tensor, self.mdp.reward + self.mdp.discount * self.mdp.transition @ values)
+            q = self.mdp.reward + self.mdp.discount * self.mdp.transition @ values
             policy = self._best(q)
             values = (policy * q).sum(-1) - self.strength * self.divergence(policy.log())
         return self.mdp.start @ values, policy
