@@ -60,7 +60,7 @@ def plot_coverage(found: Result) -> Figure:
         )
         settings = cast("list[dict[str, Any]]", found["settings"])
         rounds = range(1, found["rounds"] + 1)
-        columns = cast("list[tuple[Axes, Axes]]", list(grid.T))
+        columns = cast("Sequence[tuple[Axes, Axes]]", cast("Any", grid).T)
         for column, setting in zip(columns, settings, strict=True):
             for arm, colour, style in (("off-policy", ORANGE, "-"), ("on-policy", BLUE, "-"), ("hybrid", GREEN, "--")):
                 label = {
