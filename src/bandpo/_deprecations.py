@@ -65,6 +65,10 @@ _SUBMODULES = (
     *("bounds", "divergences", "doctor", "groups", "logprobs", "losses", "metrics", "preference", "schedules"),
     *("selection", "surrogates", "testing"),
 )
+_MOVED_SUBMODULES = (
+    *("advantages", "calibration", "composition", "corrections", "objectives", "regions", "sequence_surrogates"),
+    "tokens",
+)
 
 
 def warn_moved(old: str, new: str, *, last: str = LAST, version: str | None = None, stacklevel: int = 3) -> None:
@@ -142,6 +146,9 @@ def moved_name(name: str) -> object:
     if name in _SUBMODULES and not _is_from_import():
         warn_moved(f"bandpo.{name} without an import", f"import bandpo.{name}", stacklevel=4)
         return import_module(f"bandpo.{name}")
+    if name in _MOVED_SUBMODULES and not _is_from_import():
+        warn_moved(f"bandpo.{name}", f"bandpo.{MODULES[name]}", stacklevel=4)
+        return import_module(f"bandpo.{MODULES[name]}")
     raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
 
 

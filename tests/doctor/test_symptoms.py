@@ -28,6 +28,7 @@ def named(findings, rule):
 SICK = [
     ("clipping", "problem", {"clip_ratio/region_mean": 0.0, "ratio/mean": 1.0}, "the region is inert"),
     ("clipping", "warning", {"actor/pg_clipfrac": 0.0}, "is 0 in all 20 rows"),
+    ("clipping", "warning", {"clip_ratio/region_mean": 0.0, "outside_fraction/any": 0.0}, "is 0 in all 20 rows"),
     ("clipping", "warning", {"clip_fraction/any": 0.3}, r"0\.300 on average"),
     ("entropy", "warning", {"entropy": lambda x: math.exp(-4 * x)}, "collapse"),
     ("entropy", "warning", {"actor/entropy": lambda x: 0.3 + x}, "explosion"),
@@ -52,6 +53,8 @@ SICK = [
 ]  # fmt: skip
 WELL = [
     ("clipping", {"clip_ratio/region_mean": 0.01, "ratio/mean": 1.001}),
+    ("clipping", {"clip_ratio/region_mean": 0.0, "outside_fraction/any": 0.05}),  # `soft_edge` takes no gradient away
+    ("clipping", {"actor/pg_clipfrac": 0.0, "actor/band/outside_fraction/any": 0.05}),
     ("entropy", {"entropy": lambda x: 1.0 - 0.5 * x}),
     ("entropy", {"entropy": lambda x: 0.02 + 0.001 * x}),  # low from the start is no explosion
     ("overshoot", {"band/divergence_max": 3.0}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from records import SOURCE, own_source
 
+from bandpo import Clip, Objective
 from bandpo.integrations.torchtune import BandLoss
 
 
@@ -74,3 +75,13 @@ def test_with_a_clip_it_is_torchtune_s_own():
     cases.same(ours[0], theirs[0], 1e-7)
     torch.testing.assert_close(ours[1][0], theirs[1][0], rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(ours[1][1], theirs[1][1], rtol=1e-7, atol=1e-9)
+
+
+def test_a_compiled_loss_trains_with_a_surrogate_without_a_mark():
+    """Its share of clipped tokens is not known there, and only that is NaN."""
+    objective = Objective(bounds=Clip(), surrogate=lambda x, a, b: x.clamp(max=0.1).exp() * a)
+    data = {name: x.float() if x.is_floating_point() else x for name, x in example(3, poison=False).items()}
+    compiled = torch.compile(BandLoss(objective), backend="eager", fullgraph=True)
+    found, rest = call(compiled, data)
+    cases.same(found, call(BandLoss(objective), data)[0])
+    assert rest[-1].isnan() and all(x.isfinite() for x in rest[:-1])

@@ -174,3 +174,20 @@ def test_a_submodule_without_an_import_warns(monkeypatch):
         FutureWarning, match=r"^bandpo\.divergences without an import is now import bandpo\.divergences; "
     ):
         assert bandpo.divergences is module
+
+
+@pytest.mark.parametrize("old", _deprecations._MOVED_SUBMODULES)
+def test_a_module_that_has_moved_is_found_without_an_import(old, monkeypatch):
+    monkeypatch.delitem(vars(bandpo), old, raising=False)  # `delattr` would ask for the old name
+    new = f"bandpo.{_deprecations.MODULES[old]}"
+    with pytest.warns(FutureWarning, match=rf"^bandpo\.{old} is now {new}; "):
+        found = getattr(bandpo, old)
+    assert found is importlib.import_module(new)
+
+
+def test_a_module_that_has_moved_is_imported_from_the_package(monkeypatch):
+    monkeypatch.delitem(vars(bandpo), "tokens", raising=False)
+    monkeypatch.delitem(sys.modules, "bandpo.tokens", raising=False)
+    with pytest.warns(FutureWarning, match=r"^bandpo\.tokens is now bandpo\.terms; ") as caught:
+        from bandpo import tokens
+    assert tokens is importlib.import_module("bandpo.terms") and len(caught) == 1

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, token_objective
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.trl.pooled import PooledLog, Total, over_processes, without_empty
+from bandpo.integrations.trl.radius import MovingRadius
 from bandpo.metrics import PROB_BINS, masked_mean, policy_sums
+from bandpo.schedules import Schedule
 
 
 def batch(seed, rows=6, width=5):
@@ -237,3 +239,10 @@ def test_what_a_host_averages_itself_is_the_whole_where_its_parts_have_one_size(
             torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-6, msg=name)
     shares = [v for k, v in whole.items() if k.startswith("clip_fraction_by_prob_of_all/any/")]
     torch.testing.assert_close(sum(shares), whole["clip_fraction/any"])
+
+
+def test_a_run_whose_radius_did_not_move_goes_on_with_a_schedule():
+    """A checkpoint of such a run holds nothing about its radius."""
+    moving = MovingRadius(Schedule(0.05, 0.1, 1, "linear"))
+    moving.load_state_dict({"step": 3})
+    assert moving.value(5, 10) == pytest.approx(0.075) and moving.state_dict() == {"measured": [0.0, 0.0], "radius": {}}

@@ -132,6 +132,36 @@ def test_an_unmarked_surrogate_keeps_its_value_gradient_and_random_numbers():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_held_ratio_is_not_stopped_by_an_unmarked_surrogate(tracked):
+    """As with a mark: in training and in evaluation, a ratio at e^±40 does not count."""
+    data = {
+        "logprobs": torch.tensor([[-1.0, -1.0, -60.0]]).requires_grad_(tracked),
+        "old_logprobs": torch.tensor([[-1.0, -60.0, -1.0]]),
+        "advantages": torch.ones(1),
+        "mask": torch.ones(1, 3),
+    }
+    terms = token_objective(Objective(bounds=Clip(), surrogate=lambda x, a, b: x.exp() * a), **data)
+    assert not terms.stopped.any()
+
+
+def test_a_rule_is_given_an_input_as_partial_has_fixed_it():
+    def rule(log_ratio, advantages, bounds, *, limit):
+        return log_ratio > limit
+
+    @stops(rule)
+    def surrogate(log_ratio, advantages, bounds, *, limit):
+        return (log_ratio.exp() * advantages).masked_fill(log_ratio > limit, 0.0)
+
+    data = holed()
+    fixed = Objective(bounds=Clip(), surrogate=partial(surrogate, limit=torch.tensor(0.1)))
+    terms, gradient = evaluated(fixed, data)
+    assert fixed.extras == () and terms.stopped.any() and torch.equal(terms.stopped, taken(terms, gradient))
+    limits = torch.full((len(data["mask"]),), 0.1)
+    passed, _ = evaluated(Objective(bounds=Clip(), surrogate=surrogate), {**data, "extras": {"limit": limits}})
+    assert torch.equal(passed.stopped, terms.stopped)
+
+
 def test_a_surrogate_without_any_gradient_stops_all():
     terms = token_objective(Objective(bounds=Clip(), surrogate=lambda x, a, b: x.detach() * a), **grad(holed()))
     assert torch.equal(terms.stopped, terms.mask & (terms.advantages != 0))

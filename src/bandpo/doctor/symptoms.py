@@ -29,6 +29,7 @@ def _own(ours: str, *old: str) -> tuple[str, ...]:
 NAMES: Mapping[str, tuple[str, ...]] = {
     "entropy": _hosts("entropy"),
     "clip": _own("clip_fraction/any"),
+    "outside": _own("outside_fraction/any"),
     "ratio": _own("ratio/mean"),
     "divergence": _own("band/divergence_max", "actor/band/band/divergence_max"),
     "cap": _own("band/cap_fraction", "actor/band/band/cap_fraction"),
@@ -175,6 +176,14 @@ def clipping(log: Log) -> Finding | None:
     if largest == 0 and log.no_signal():
         return Finding(
             "clipping", "note", f"{name} is 0 in all {len(values)} rows", "no group had a signal: see `signal`"
+        )
+    outside_name, outside = log.series("outside")
+    if largest == 0 and max(outside, default=0.0) > 0:  # a surrogate such as `soft_edge`, which takes no gradient away
+        return Finding(
+            "clipping",
+            "ok",
+            f"{name} is 0, because the surrogate keeps the gradient of tokens outside the region; {outside_name} is "
+            f"{sum(outside) / len(outside):.4f} on average, {max(outside):.4f} at most",
         )
     if largest == 0:
         inert = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6

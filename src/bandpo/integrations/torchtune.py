@@ -11,6 +11,7 @@ torchtune leaves the reduction to the loss, so the objective's own aggregation i
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import bandpo.losses
@@ -73,4 +74,6 @@ class BandLoss(nn.Module):
             kl_coef=self.kl_coeff,
             max_length=self.max_length,
         )
-        return loss, -report["loss/policy"], report["kl/ref"], report["ratio/mean"], report["clip_fraction/any"]
+        # torch.compile leaves it out for a surrogate of one's own without `bandpo.surrogates.stops`.
+        clipped = report.get("clip_fraction/any", torch.full_like(loss.detach(), torch.nan))
+        return loss, -report["loss/policy"], report["kl/ref"], report["ratio/mean"], clipped

@@ -21,7 +21,7 @@ class StopRule(NamedTuple):
     marks: Callable[..., Tensor]
     """The surrogate itself: a wrapper that copies its attributes is another function, and its rule is not known."""
     keywords: frozenset[str]
-    """Names of the keywords of the surrogate that the rule takes as well."""
+    """Names of the keywords of the surrogate, inputs included, that the rule takes as well."""
     inputs: tuple[str, ...]
     """Names of the inputs of the batch that it takes, and `value` for the value of the surrogate."""
 
@@ -48,7 +48,7 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
         ...     return (log_ratio.exp() * advantages).masked_fill(outside(log_ratio, advantages, bounds), 0.0)
     """
     inputs = inputs_of(rule)
-    taken = set(list(inspect.signature(rule).parameters)[3:]).difference(inputs)
+    taken = set(list(inspect.signature(rule).parameters)[3:])
 
     def mark(surrogate: T) -> T:
         keywords = taken.intersection(inspect.signature(surrogate).parameters)
@@ -129,7 +129,8 @@ def value_and_stopped(
         return _by_autograd(surrogate, log_ratio, advantages, bounds, inputs, asked)
     value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
     with torch.no_grad():
-        given = {name: (value if name == "value" else inputs[name]).detach() for name in mark.inputs}
+        asked_by_rule = [name for name in mark.inputs if name not in keywords]  # a fixed input is a keyword
+        given = {name: (value if name == "value" else inputs[name]).detach() for name in asked_by_rule}
         stopped = mark.rule(log_ratio.detach(), advantages, bounds, **keywords, **given)
         return value, stopped if mark.rule is outside else stopped & (advantages != 0)
 
@@ -145,16 +146,17 @@ def _by_autograd(
     """The surrogate is called once, so that one that draws random numbers is judged by the draw that it used."""
     if not _can_differentiate(log_ratio):
         return surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked}), None
-    logprobs, tracked = inputs["logprobs"], inputs["logprobs"].requires_grad
-    if not tracked:  # evaluation without gradients: differentiated on copies
-        logprobs, log_ratio = (x.detach().requires_grad_() for x in (logprobs, log_ratio))
-        inputs = {**inputs, "logprobs": logprobs, "log_ratio": log_ratio}
-    # The log-ratio is a function of the log-probs where these carry a gradient, and another leaf where they do not.
-    leaves = [logprobs] if tracked else [logprobs, log_ratio]
+    tracked = inputs["logprobs"].requires_grad
     with torch.enable_grad():
+        # Two leaves: the gradient by the log-ratio is that before `hold`, with which a held ratio does not count as stopped.
+        logprobs, log_ratio = (
+            x.view_as(x) if tracked else x.detach().requires_grad_() for x in (inputs["logprobs"], log_ratio)
+        )
+        inputs = {**inputs, "logprobs": logprobs, "log_ratio": log_ratio}
         value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
         slope = torch.zeros_like(logprobs)
         if value.requires_grad:
+            leaves = (logprobs, log_ratio)
             grads = torch.autograd.grad(
                 value.sum(), leaves, retain_graph=tracked, allow_unused=True, materialize_grads=True
             )

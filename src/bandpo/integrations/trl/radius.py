@@ -61,9 +61,9 @@ class MovingRadius:
         """Restore what `state_dict` returned.
 
         Args:
-            state: A mapping with the keys of `state_dict`.
+            state: A mapping with the keys of `state_dict`. A run whose radius did not move has written none of them.
         """
-        numerator, denominator = state["measured"]
+        numerator, denominator = state.get("measured", (0.0, 0.0))
         self._measured = [float(numerator), float(denominator)]
         if isinstance(self.rule, Adaptive):
             self.rule.load_state_dict(state["radius"])
