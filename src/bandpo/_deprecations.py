@@ -45,6 +45,14 @@ MODULES: dict[str, str] = {
     **{f"lab.{name}": f"lab.comparison.{name}" for name in _COMPARISON},
     **{f"lab.{name}": f"lab.experiments.{name}" for name in _EXPERIMENTS},
     **{f"run.{name}": f"train.{name}" for name in (*_RUN, "verification")},
+    "run.about": "_system.about",
+    "run.commands": "train.evaluate_command",
+    "run.compare": "lab.comparison.command",
+    "run.compare_report": "lab.comparison.report",
+    "run.doctor": "doctor.command",
+    "run.lab": "lab.experiments.command",
+    "run.tables": "plots.command",
+    "run.train": "train.command",
     **{f"integrations.{old}": f"integrations.{new}" for old, new in _TRL.items()},
     **_INTERNAL,  # configurations that are pickled in checkpoints name them
 }

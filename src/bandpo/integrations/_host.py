@@ -158,8 +158,8 @@ def evaluate(
     stopped = terms.stopped
     if stopped is None:
         raise TypeError(
-            f"objective {objective.name!r}: in a compiled loss it is not known which tokens the surrogate takes the gradient "
-            "from; mark the surrogate with bandpo.surrogates.stops"
+            f"objective {objective.name!r}: under torch.compile and in inference mode it is not known which tokens the "
+            "surrogate takes the gradient from; mark the surrogate with bandpo.surrogates.stops"
         )
     if weights is not None:
         finite = weights.isfinite()

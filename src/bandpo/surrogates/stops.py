@@ -61,6 +61,8 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
 def never(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor) -> Tensor:
     """The rule of a surrogate that keeps every gradient: False in the shape of `log_ratio`.
 
+    It is the rule of the formula: a gradient that fades until float32 rounds it to 0 still counts as kept.
+
     Args:
         log_ratio: `log r`, any shape.
         advantages: Not used, any shape.
