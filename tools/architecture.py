@@ -44,7 +44,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "terms": "one value for each token",
         "objective": "bounds x surrogate x …",
         "experimental": "may change at any time",
-        "surrogates": "what happens at the edge",
+        "surrogates": "what the edge does",
         "bounds": "which interval",
         "divergences": "f-divergences",
         "groups": "advantages",
@@ -206,17 +206,15 @@ _HEAD = """\
   text {{ font: 13px system-ui, sans-serif; fill: #1f2430 }}
   .name {{ font-weight: 600; font-size: 15px; text-anchor: middle }}
   .what {{ font-size: 11px; text-anchor: middle; fill: #525a6b }}
-  .floor {{ font-size: 12px; fill: #525a6b }}
+  .floor {{ font-size: 13px; fill: #6f7b95 }}
   .band {{ fill: #8892a6; fill-opacity: .1 }}
   .box {{ fill: #ffffff; stroke: #3b5bdb; stroke-width: 1.3 }}
-  .arrow {{ fill: none; stroke: #5c6b8a; stroke-width: 1.1; stroke-opacity: .75 }}
-  .tip {{ fill: #5c6b8a }}
+  .arrow {{ fill: none; stroke: #6f7b95; stroke-width: 1.2 }}
+  .tip {{ fill: #6f7b95 }}
   @media (prefers-color-scheme: dark) {{
-    text {{ fill: #e8eaf0 }}
-    .what, .floor {{ fill: #aab2c4 }}
+    .name {{ fill: #e8eaf0 }}
+    .what {{ fill: #aab2c4 }}
     .box {{ fill: #232838; stroke: #8ea2ff }}
-    .arrow {{ stroke: #9aa6c0 }}
-    .tip {{ fill: #9aa6c0 }}
   }}
 </style>
 <defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">

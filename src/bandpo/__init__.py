@@ -19,7 +19,7 @@ _sys.meta_path.insert(0, _deprecations.MovedModules())
 
 def __getattr__(name: str) -> object:
     if name == "__all__":
-        return [*__dir__(), "__version__"]
+        return __dir__()
     if name.startswith("_"):
         raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
     found = vars(_import_module("bandpo._public")).get(name)
@@ -27,4 +27,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(name for name in vars(_import_module("bandpo._public")) if not name.startswith("_"))
+    names = (name for name in vars(_import_module("bandpo._public")) if not name.startswith("_"))
+    return [*sorted(names), "__version__"]

@@ -121,7 +121,7 @@ def _parser(chosen: Command | None) -> argparse.ArgumentParser:
     """The parser of all commands, with the options of the chosen one."""
     parser = _Parser("bandpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"bandpo {bandpo.__version__}")
-    subparsers = parser.add_subparsers(dest="command", title="commands", metavar="")
+    subparsers = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     for command in COMMANDS:
         own = subparsers.add_parser(command.name, help=command.help)
         if command is chosen and command.arguments is not None:

@@ -453,7 +453,7 @@ def _are_plain(word: Word, plain: frozenset[str]) -> bool:
 
 
 def _held(words: Iterable[Word]) -> tuple[str, ...]:
-    """The keys of settings inside of texts."""
+    """The keys of settings that texts contain (the value of a variable, a quoted text), each once."""
     found: dict[str, None] = {}
     for word in words:
         for part in word.text.split():

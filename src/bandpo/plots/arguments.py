@@ -10,6 +10,9 @@ def add_bounds_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the command.
     """
+    parser.description = (
+        "Shows the interval that a trust region leaves to the ratio, over the probability of the token."
+    )
     add = parser.add_argument
     add(
         "--divergence",
@@ -33,6 +36,7 @@ def add_objectives_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the command.
     """
+    parser.description = "Lists the named objectives, each with its formula and its paper."
     parser.add_argument(
         "--plot",
         type=Path,

@@ -185,7 +185,7 @@ def local_rows(trainer: GRPOHost, rows: int) -> slice:
 
 
 def _rows(groups: Tensor, count: int, size: int) -> Tensor:
-    """Rows of the first `count` groups that are marked."""
+    """Indices `(count * size,)` of the rows of the first `count` marked groups; `groups` is `(groups,)`, bool."""
     first = groups.nonzero().flatten()[:count] * size
     return (first.unsqueeze(1) + torch.arange(size, device=groups.device)).flatten()
 

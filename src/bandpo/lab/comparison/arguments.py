@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         default="quick",
         choices=("smoke", "quick", "paper", "full"),
-        help="size: half a minute, some minutes, an hour or more (default: quick)",
+        help="size: half a minute (smoke), some minutes (quick), half an hour or more (paper), an hour or more (full) "
+        "(default: quick)",
     )
     add("--objectives", help="names separated by commas, see `bandpo objectives` (default: the preset's)")
     add("--tasks", help="paths, addition, countdown, chain_sum, letter_counting (default: the preset's)")

@@ -67,8 +67,8 @@ _TRAINED = (
     _Trained("BandPO's mean@k is better than Clip-Higher's", "mean@", "bandpo-kl", "dapo"),
     _Trained("BandPO's pass@k is better than GRPO's", "pass@", "bandpo-kl", "grpo"),
     _Trained("BandPO keeps the entropy higher than GRPO does", "entropy", "bandpo-kl", "grpo"),
-    _Trained("So do the other balls: TV's mean@k is better than GRPO's", "mean@", "bandpo-tv", "grpo"),
-    _Trained("… and χ²'s is", "mean@", "bandpo-chi2", "grpo"),
+    _Trained("The TV ball's mean@k is better than GRPO's", "mean@", "bandpo-tv", "grpo"),
+    _Trained("The χ² ball's mean@k is better than GRPO's", "mean@", "bandpo-chi2", "grpo"),
     _Trained("Relaxing the band to Clip-Higher where that is wider hurts", "mean@", "bandpo-kl relax", "bandpo-kl", -1),
     _Trained(
         "A trust region is needed: BandPO's mean@k is better than no clip's",
@@ -79,12 +79,12 @@ _TRAINED = (
 _UNTESTABLE = (
     Claim(
         "mean@32 rises by 2 points and more on AIME and AMC with models of 1.5B to 8B parameters",
-        *(_PAPER, UNTESTABLE, ["needs those models and GPUs"]),
+        *(_PAPER, UNTESTABLE, ["this needs those models and GPUs"]),
     ),
     Claim(
         "Solving for the KL bounds costs little of a training step",
         *(_PAPER, UNTESTABLE),
-        ["a matter of GPUs; docs/performance.md has the CPU timings of this library's bounds"],
+        ["this depends on GPUs; docs/performance.md has the CPU timings of this library's bounds"],
     ),
 )
 
@@ -222,7 +222,8 @@ def _rare_arm(sweeps: Mapping[str, Any]) -> Claim:
         f"of rarity and reuse, worse in {len(worse)}, by intervals of single cells"
     ]
     evidence += [
-        f"p = {rare:g}, {k} epochs of {m} steps: {d[0]:+.3f} [{d[1]:+.3f}, {d[2]:+.3f}] of the seeds commit"
+        f"p = {rare:g}, {k} epoch{'s' * (k != 1)} of {m} step{'s' * (m != 1)}: "
+        f"{d[0]:+.3f} [{d[1]:+.3f}, {d[2]:+.3f}] of the seeds commit"
         for d, rare, (k, m) in (max(cells, key=lambda c: c[0][0]), min(cells, key=lambda c: c[0][0]))
     ]
     state = HOLDS if len(better) == len(cells) else PARTLY if better and not worse else FAILS

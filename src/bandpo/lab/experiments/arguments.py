@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the command.
     """
+    parser.description = "Runs the experiments of one topic, and writes figures and JSON."
     topics = parser.add_subparsers(dest="topic", required=True, metavar="TOPIC")
     _add_preference(
         topics.add_parser("preference", help="preference learning: links, coverage, distillation, designs, re-ranking")

@@ -170,7 +170,10 @@ class _Linear:
 def _coverage_curves(
     problem: _Linear, sampler: OnPolicy | HybridDesign, keep: bool, n: int, rounds: int, g: torch.Generator
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Errors and coverages by round and seed. With `keep`, the reference samples and all comparisons so far are fitted."""
+    """Errors and coverages, a list of `rounds` lists of one number for each seed.
+
+    With `keep`, the reference policy samples in all rounds, and all comparisons so far are fitted.
+    """
     arms, one = problem.arms, torch.ones(1, dtype=torch.float64)
     best, start = problem.policy(problem.theta), problem.ref.exp().expand(problem.seeds, 1, arms)
     policy = start
