@@ -44,6 +44,10 @@ class Command(NamedTuple):
     function: str
     """Is given the options, and returns the exit status, or something else for status 0."""
 
+    def run(self, options: Any) -> object:
+        """Import the function, and call it with the options."""
+        return _load(self.function)(options)
+
 
 COMMANDS = (
     Command("train", "train a language model (bandpo train --help)", None, "bandpo.train.command:train"),
@@ -101,13 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     remember(argv)
     command = next((c for c in COMMANDS if argv[:1] == [c.name]), None)
     if command is not None and command.arguments is None:
-        return _guarded(command.function, argv[1:])
+        return _guarded(command.run, argv[1:])
     parser = _parser(command)
     options = parser.parse_args(argv)
     if command is None:
         parser.print_help()
         return 0
-    return _guarded(command.function, options)
+    return _guarded(command.run, options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,10 +138,10 @@ def _load(path: str) -> Callable[[Any], object]:
     return getattr(import_module(module), name)
 
 
-def _guarded(function: str, options: Any) -> int:
+def _guarded(run: Callable[[Any], object], options: Any) -> int:
     """The exit status of a command: 2 for a mistake in the input, 1 for a run that could not continue, or for a bug."""
     try:
-        found = _load(function)(options)
+        found = run(options)
     except BrokenPipeError:  # the reader (head, less) has closed the pipe; Python would complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

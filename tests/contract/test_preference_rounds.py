@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
+from bandpo._system.progress import Progress
 from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
 from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
 from bandpo.train.config import RunConfig
@@ -297,4 +298,4 @@ def test_reference_log_probs_of_pairs_that_are_cut_are_refused(tmp_path, make_mo
 def test_a_run_is_named_by_its_method(tmp_path, make_model, tokenizer, prompts):
     args = OnlinePreferenceConfig(str(tmp_path), **{**COMMON, **ROUNDS})
     run = RunConfig(method="online-dpo", task="countdown")
-    assert PreferenceRun(run, args, make_model(), tokenizer, prompts, reward, None, None).name == "online-dpo"
+    assert PreferenceRun(run, args, make_model(), tokenizer, prompts, reward, None, Progress()).name == "online-dpo"

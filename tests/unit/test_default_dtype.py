@@ -284,6 +284,7 @@ import torch
 torch.set_default_dtype(torch.{dtype})
 import bandpo
 from bandpo import *
+from bandpo.divergences import DIVERGENCES
 logp = torch.tensor([-0.1, -2.0, -9.0], dtype=torch.float32)
 print([d.recession for d in DIVERGENCES.values()], [ratio_bounds(logp, d, 0.05) for d in (bandpo.KL, bandpo.alpha(0.3))])
 """

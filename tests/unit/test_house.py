@@ -7,29 +7,6 @@ import pytest
 
 from sources import SRC, Module, imports, modules, prose
 
-FLOORS: tuple[frozenset[str], ...] = tuple(
-    frozenset(floor.split())
-    for floor in (
-        "_deprecations _system",
-        "_inputs _values",
-        "divergences groups logprobs schedules",
-        "bounds toy",
-        "surrogates",
-        "experimental objective",
-        "zoo terms",
-        "metrics _compiled",
-        "losses",
-        "preference selection testing",
-        "_public integrations plots",
-        "bandpo train",
-        "doctor",
-        "lab",
-        "cli",
-        "__main__",
-    )
-)
-"""The rooms of `src/bandpo`, the lowest floor first. A room knows rooms on lower floors only."""
-
 VERSION = ("bandpo", "__version__")
 """Reading the version is no arrow: it is a constant at the top of the package."""
 
@@ -43,28 +20,6 @@ def arrows() -> Iterator[tuple[Module, str, str | None, int]]:
 
 def room_of(name: str) -> str:
     return name.split(".")[1] if "." in name else name
-
-
-def floor_of(room: str) -> int:
-    return next(i for i, floor in enumerate(FLOORS) if room in floor)
-
-
-def test_every_room_has_a_floor():
-    known = frozenset().union(*FLOORS)
-    assert sum(map(len, FLOORS)) == len(known), "a room is on two floors"
-    rooms = {m.room for m in modules().values()}
-    assert rooms - known - {"configs"} == set(), "new rooms: give each a floor, and a paragraph in docs/architecture.md"
-
-
-def test_no_arrow_goes_up_or_sideways():
-    wrong = [
-        f"{module.path.relative_to(SRC)}:{line} imports {target}"
-        for module, target, name, line in arrows()
-        if room_of(target) != module.room
-        and not (module.name == "bandpo" and target in ("bandpo._deprecations", "bandpo._public"))
-        and floor_of(room_of(target)) >= floor_of(module.room)
-    ]
-    assert not wrong, "\n".join(wrong)
 
 
 def test_no_circle_between_modules():

@@ -22,6 +22,7 @@ from bandpo import (
     Clip,
     FDivergence,
     Objective,
+    _deprecations,
     alpha,
     group_advantages,
     policy_loss,
@@ -89,7 +90,7 @@ def test_built_in_divergences_and_links_stay_the_same_objects():
 
 
 def test_every_public_name_can_be_pickled():
-    modules = [bandpo, *(importlib.import_module(f"bandpo.{name}") for name in bandpo._SUBMODULES)]
+    modules = [bandpo, *(importlib.import_module(f"bandpo.{name}") for name in _deprecations._SUBMODULES)]
     names = {(m.__name__, n) for m in modules for n in dir(m) if not n.startswith("_")}
     assert len(names) > 200
     for module, name in names:
