@@ -11,11 +11,10 @@ SCRIPT = r"""
 import json, os, sys
 order, host = sys.argv[1:]
 from isolation import stub, without_init
-from types import SimpleNamespace
 import trl
 pristine = trl.GRPOTrainer
 if order == "bandpo first":
-    import bandpo.integrations.trl as ours
+    import bandpo.integrations.trl.grpo as ours
 without_init(host, "unsloth", "unsloth.models", "unsloth_zoo")
 stub("bitsandbytes", "unsloth_zoo.device_type", "unsloth.device_type", "unsloth.kernels", "xformers", "unsloth_zoo.hf_utils")
 import unsloth.device_type, unsloth_zoo, unsloth_zoo.device_type
@@ -26,13 +25,10 @@ for module in (unsloth_zoo, unsloth.device_type, unsloth_zoo.device_type):
 import unsloth.models.rl as rl
 rl._patch_trl_rl_trainers_impl("grpo_trainer")
 if order == "unsloth first":
-    import bandpo.integrations.trl as ours
-from bandpo import OBJECTIVES
+    import bandpo.integrations.trl.grpo as ours
+from bandpo.integrations.trl import refusals
 try:
-    ours._refuse_unsupported(
-        OBJECTIVES["bandpo-kl"], SimpleNamespace(use_vllm=False, importance_sampling_level="token", loss_type="grpo",
-        scale_rewards="group", delta=None, top_entropy_quantile=1.0, off_policy_mask_threshold=None),
-        given=False, own_sampler=False)
+    refusals.refuse_patched_loss()  # called when a trainer is made
     refused = ""
 except ValueError as error:
     refused = str(error)
