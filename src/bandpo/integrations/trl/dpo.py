@@ -234,6 +234,11 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         self, log_probs: Tensor, inputs: Batch, gap: Tensor | None, hidden: list[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair, `(pairs,)`, and the metrics of the objective and of the probe."""
+        if log_probs.dim() != 2:
+            raise RuntimeError(
+                f"DPOTrainer computed log-probs of shape {tuple(log_probs.shape)} in place of (sequences, time): this version "
+                "of TRL is not supported by the preference trainers; install trl>=1.16"
+            )
         mask: Tensor = inputs["completion_mask"][:, 1:]
         chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
         extras: dict[str, Tensor] = {}
