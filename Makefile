@@ -7,7 +7,7 @@ LOWEST_PYTHON ?= python3.10
 # What `make test-lowest` runs: the core, TRL, the data and the report of training. Whole runs, the lab and the pages are left out.
 # Whole graphs of torch.compile and vmap over masks need a newer torch than 2.6; the list of architectures that can be packed is
 # that of the newest transformers (an older one refuses more of them); the fused head is compared with the newest TRL's,
-# and the preference trainers need TRL 1.16 (with 1.12 to 1.14 they end in a message that names it).
+# and the preference trainers need TRL 1.16 (and refuse an older one).
 NOT_LOWEST := not compil and not gradients_by_sample and not packed_is_alone and not mixed_is_refused and not fused_head_of_trl
 LOWEST := $(addprefix tests/,property selection preference contract/test_trl.py contract/test_trl_zoo.py \
 	contract/test_trl_held.py $(addprefix unit/test_,accuracy.py bounds.py calibration.py \

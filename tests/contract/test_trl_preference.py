@@ -221,3 +221,9 @@ def test_no_signal_is_an_error(tmp_path, make_model, tokenizer, prompts):
 def test_rounds_that_make_no_sense_are_refused(tmp_path, make_model, tokenizer, prompts, changes, message):
     with pytest.raises(ValueError, match=message):
         online(tmp_path, make_model, tokenizer, prompts, **changes)
+
+
+def test_an_older_trl_is_refused_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("bandpo.integrations.trl.dpo.trl_version", "1.14.2")
+    with pytest.raises(ImportError, match=r"need trl>=1.16, and trl 1.14.2 is installed"):
+        BandDPOTrainer("no/such-model")

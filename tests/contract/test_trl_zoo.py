@@ -228,8 +228,8 @@ def test_resume_is_bit_exact_with_a_moving_radius_and_refilled_groups(make_model
         ({"radius_upper": 0.1, "radius_end": 0.1, "radius_schedule": "linear"}, r"has the radius \(0.05, 0.1\)"),
         ({"radius_end": 0.1}, "would be ignored"),
         ({"radius_schedule": "step", "radius_end": 0.1}, "step.*constant, linear, cosine"),
-        ({"radius_target": "clip=0.1"}, "write clip_fraction=0.01"),
-        ({"radius_target": "divergence=x"}, "write clip_fraction=0.01"),
+        ({"radius_target": "clip=0.1"}, "write outside_fraction=0.01"),
+        ({"radius_target": "divergence=x"}, "write outside_fraction=0.01"),
         ({"radius_target": "divergence=0.1", "radius_end": 0.1}, "choose one"),
         ({"objective": "dppo-topk-kl", "radius_target": "divergence=0.1"}, "only a Band"),
         ({"objective": "dppo-topk-kl", "max_ratio": 5.0}, "max_ratio=5.0 would be ignored"),
@@ -267,3 +267,13 @@ def test_trainer_refuses_to_count_the_sampler_twice(make_model, tokenizer, promp
     uneven = band_trainer(tmp_path, make_model, tokenizer, prompts, dynamic_sampling=1)
     with pytest.raises(ValueError, match="6 completions are no multiple"):
         uneven._refill({"advantages": torch.zeros(6)}, lambda _: {})
+
+
+def test_both_spellings_of_the_share_outside_are_one_rule(tmp_path):
+    rules = []
+    for name in ("outside_fraction", "clip_fraction"):
+        args = BandGRPOConfig(
+            str(tmp_path), radius=0.05, radius_target=f"{name}=0.01", report_to=[], bf16=False, use_cpu=True
+        )
+        rules.append(args.radius_rule(args.resolve(), steps=1))
+    assert rules[0].target == rules[1].target == 0.01 and not rules[0].rises and not rules[1].rises

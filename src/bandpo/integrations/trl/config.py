@@ -66,7 +66,11 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
     radius_end: float | None = field(default=None, metadata={"help": "Radius at the end of the schedule."})
     radius_target: str | None = field(
         default=None,
-        metadata={"help": "Adapt the radius after each rollout: clip_fraction=VALUE or divergence=VALUE (its mean)."},
+        metadata={
+            "help": "Adapt the radius after each rollout: "
+            "outside_fraction=VALUE (or clip_fraction, the same) or divergence=VALUE, "
+            "the mean over its tokens."
+        },
     )
     dynamic_sampling: int = field(
         default=0,
@@ -187,8 +191,8 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             target = float(value)
         except ValueError:
             target = math.nan
-        if name not in ("clip_fraction", "divergence") or not target > 0:
-            raise ValueError(f"radius_target={self.radius_target!r}: write clip_fraction=0.01 or divergence=0.001")
+        if name not in ("outside_fraction", "clip_fraction", "divergence") or not target > 0:
+            raise ValueError(f"radius_target={self.radius_target!r}: write outside_fraction=0.01 or divergence=0.001")
         if name == "divergence" and not isinstance(objective.bounds, Band):
             raise ValueError(f"radius_target={self.radius_target!r}: only a Band reports its realised divergence")
         return Adaptive(radius, target, rises=name == "divergence", factor=1.25)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from torch import Tensor
 
 try:
     from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+    from trl import __version__ as trl_version
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl.dpo needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
@@ -45,6 +47,8 @@ _OF_TRLS_LOSS: dict[str, Any] = {  # options that act on TRL's own loss, and the
     "use_weighting": False,
 }
 _PROBE_WEIGHT_DECAY = 0.01
+
+_LOWEST_TRL = Version("1.16")  # the first one that hands over the log-probs of single tokens
 
 
 @dataclass
@@ -160,6 +164,10 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         probe: LayerProbe | None = None,
         **kwargs: Any,
     ) -> None:
+        if Version(trl_version) < _LOWEST_TRL:
+            raise ImportError(
+                f"the preference trainers need trl>={_LOWEST_TRL}, and trl {trl_version} is installed: upgrade it"
+            )
         args = BandDPOConfig("BandDPO") if args is None else args
         if not isinstance(args, BandDPOConfig):
             raise TypeError(f"args: pass a BandDPOConfig (DPOConfig's fields and more), got {type(args).__name__}")
@@ -237,7 +245,7 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         if log_probs.dim() != 2:
             raise RuntimeError(
                 f"DPOTrainer computed log-probs of shape {tuple(log_probs.shape)} in place of (sequences, time): this version "
-                "of TRL is not supported by the preference trainers; install trl>=1.16"
+                f"of TRL is not supported (trl {trl_version}), or a patch replaced its forward pass"
             )
         mask: Tensor = inputs["completion_mask"][:, 1:]
         chosen, rejected = log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
