@@ -132,6 +132,7 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         **kwargs: The other arguments of `DPOTrainer`, by name.
 
     Raises:
+        ImportError: If TRL is older than the preference trainers need.
         TypeError: If `args` is no `BandDPOConfig`.
         ValueError: If the objective needs a probe and has none, or has one that it cannot use; if the data set has the
             log-probs of the reference and there is a reference model, or `max_length` cuts such a pair; if no pair is left, or
