@@ -107,7 +107,7 @@ class Compiled:
             return tuple((name, self._kind(item)) for name, item in sorted(items))
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
-        ball = value.bounds if isinstance(value, Objective) else value
+        ball: Any = value.bounds if isinstance(value, Objective) else value
         radius = common_radius(ball)
         if radius is not None and not _is_constant(radius):
             fixed = value.with_radius(1.0) if isinstance(value, Objective) else with_radius(ball, 1.0)

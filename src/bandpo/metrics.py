@@ -146,7 +146,10 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
         sums |= {"band/lower_mean": mean(bounds.lower), "band/upper_mean": mean(bounds.upper)}
         pushed = (advantages > 0) & used, (advantages < 0) & used
         sums |= _what_binds(
-            bounds, p if of_region is terms.anchor_logprobs else of_region.exp(), *pushed, getattr(region, "max_ratio", None)
+            bounds,
+            p if of_region is terms.anchor_logprobs else of_region.exp(),
+            *pushed,
+            getattr(region, "max_ratio", None),
         )
     if isinstance(region, Band):
         spent = torch.where(used, _divergence_over_radius(region, log_ratio, of_region), 0.0)

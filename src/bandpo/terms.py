@@ -209,13 +209,13 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 def level_logprobs(objective: Objective, logprobs: Tensor, usable: Tensor) -> Tensor:
     """Log-probs at the ratio level of an objective, in which its bounds are functions.
 
-    With `ratio_level="sequence"`, the mean over the sequence, `log p̄ = mean_t log p_t`: p̄ is the geometric mean of the
-    probabilities of its tokens, the reciprocal of the perplexity. The ratio s of the sequence times p̄ is the geometric mean of
-    the new probabilities, so that `s <= 1/p̄` takes the place of the simplex' `r <= 1/p`. This scale is our own choice. p̄ is no
-    probability of an event, and a ball around p̄ is no ball around the policy: it treats the sequence as one average token. Where
-    all tokens have one p and one ratio, it is the region of the token. With `ratio_level="product"`, the sum, the log-prob of the
-    whole sequence, which is an event: the band is exact there (BandPO, arXiv:2603.04918, Thm. 1), and leaves a sequence of more
-    than a few tokens free, because its p is tiny.
+    * `sequence`: the mean over the sequence, `log p̄ = mean_t log p_t`. p̄ is the geometric mean of the probabilities of its
+      tokens, the reciprocal of its perplexity. The ratio s of the sequence times p̄ is the geometric mean of the new
+      probabilities, so that `s <= 1/p̄` takes the place of the simplex' `r <= 1/p`. This scale is our own choice: p̄ is no
+      probability of an event, and a ball around p̄ is no ball around the policy. It treats the sequence as one average token,
+      and is the region of the token where all tokens have one p and one ratio.
+    * `product`: the sum, the log-prob of the whole sequence. That is the probability of an event, for which the band is exact
+      (BandPO, arXiv:2603.04918, Thm. 1). It is so small that a band leaves sequences of more than a few tokens free.
 
     Args:
         objective: Whose ratio level.
@@ -239,9 +239,7 @@ def level_logprobs(objective: Objective, logprobs: Tensor, usable: Tensor) -> Te
     return whole.expand(logprobs.shape)
 
 
-def _bounds(
-    objective: Objective, old: Tensor, inputs: Mapping[str, Tensor], usable: Tensor
-) -> RatioBounds | Tensor:
+def _bounds(objective: Objective, old: Tensor, inputs: Mapping[str, Tensor], usable: Tensor) -> RatioBounds | Tensor:
     """What the objective's bounds give for each token, without gradient; one value of a sequence is repeated."""
     with torch.no_grad():
         given = {name: inputs[name].detach() for name in objective.bounds_inputs}

@@ -343,6 +343,7 @@ _RECIPES = (
         formula="A·log π for A ≥ 0, sg(min(Π r, 1))·A·log π for A < 0",
         paper="TOPR, arXiv:2503.14286 (from descriptions; with R - mean for its reward)",
     ),
+    # corrections for the sampler, and masks of it
     Objective(
         name="icepop-ratio",
         bounds=Clip(0.8, 4.0),
@@ -352,7 +353,6 @@ _RECIPES = (
         formula="r·A within 0.2 ≤ r ≤ 5, no gradient outside, whatever the sign of A; r = π/μ, μ the sampler",
         paper="IcePop, arXiv:2510.18855, as in prime-rl (its gradient)",
     ),
-    # corrections for the sampler
     Objective(
         name="tis",
         bounds=Clip(0.2),

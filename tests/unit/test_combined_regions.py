@@ -21,7 +21,6 @@ from bandpo import (
     Objective,
     RatioBounds,
     match_radius,
-
     policy_loss,
     token_objective,
 )
@@ -125,7 +124,7 @@ def test_kpop_is_its_two_divergences():
     keep = (binary_kl(q, p) <= 0.1) & (binary_kl(p, q) <= 0.1)
     assert 0.2 < keep.mean() < 0.9
     for one in (binary_kl(q, p) <= 0.1, binary_kl(p, q) <= 0.1):
-        assert 0.005 < (one != keep).mean(), "each of the two decides some tokens"
+        assert (one != keep).mean() > 0.005, "each of the two decides some tokens"
     found = gradient_of(OBJECTIVES["kpop"], old, new, a)
     np.testing.assert_array_equal(found != 0, keep)
     np.testing.assert_allclose(found[keep], (a * q / p)[keep], rtol=1e-12)
@@ -140,7 +139,9 @@ def test_icepop_of_prime_rl_is_a_mask_of_the_ratio_with_its_edges():
     np.testing.assert_allclose(found, np.where((r >= 0.2) & (r <= 5), a * r, 0.0), rtol=1e-12)
     assert 0.01 < (found == 0).mean() < 0.5
     # A ratio of an edge is kept, in float64 up to a unit of 0.2 = 1 - 0.8.
-    at_edge = gradient_of(OBJECTIVES["icepop-ratio"], np.full(2, -3.0), np.log([0.2 * (1 + 1e-15), 5.0]) - 3, np.ones(2))
+    at_edge = gradient_of(
+        OBJECTIVES["icepop-ratio"], np.full(2, -3.0), np.log([0.2 * (1 + 1e-15), 5.0]) - 3, np.ones(2)
+    )
     np.testing.assert_allclose(at_edge, [0.2, 5.0], rtol=1e-12)
 
 
@@ -204,7 +205,9 @@ def test_a_region_asks_for_what_its_parts_ask_for():
     found = token_objective(objective, **data).bounds
     assert torch.equal(found.upper[data["mask"]], want[data["mask"]])
     for signs in (BySign(Elastic(), Clip(0.2)), Sides(Elastic(), Clip(0.2)), Sides(Clip(0.2), BySign(Clip(), Band()))):
-        assert run(Objective(bounds=signs), data if "signal" in Objective(bounds=signs).extras else batch())[0].isfinite()
+        assert run(Objective(bounds=signs), data if "signal" in Objective(bounds=signs).extras else batch())[
+            0
+        ].isfinite()
 
 
 def test_a_fixed_input_of_a_part_is_no_input():
@@ -247,7 +250,7 @@ def test_what_a_combination_cannot_be_made_of_is_named():
             make(Clip(0.2), 0.2)
     with pytest.raises(TypeError, match="Sides: a part must be callable"):
         Sides(Clip(0.2), 0.2)
-    with pytest.raises(TypeError, match="BySign: a part .* keyword-only"):
+    with pytest.raises(TypeError, match=r"BySign: a part .* keyword-only"):
         BySign(Clip(0.2), lambda old, advantages: Clip(0.2)(old))
     unmarked = Intersection(Clip(0.2), lambda old: old < -1)
     with pytest.raises(TypeError, match="one part returned an interval and another one which tokens are inside; mark"):
@@ -271,7 +274,8 @@ def test_nan_of_a_part_is_not_lost():
 
 
 REGIONS = [
-    Intersection(Clip(0.2), Band(KL, 0.05)), Union(Clip(0.2), Sides(Band(TV), DCPO())), BySign(Intersection(Clip()), Union(Band())),
+    Intersection(Clip(0.2), Band(KL, 0.05)), Union(Clip(0.2), Sides(Band(TV), DCPO())),
+    BySign(Intersection(Clip()), Union(Band())),
     Intersection(Band(KL, torch.tensor([0.05])), Elastic()), Union(TopK(), Clip()), Sides(Elastic(), TopK()),
 ]  # fmt: skip
 
@@ -288,16 +292,15 @@ def test_regions_are_values(region):
     assert type(region).__name__ in repr(region)
     assert Intersection(*region.parts) != Union(*region.parts)
     if not any(isinstance(leaf, Band) and isinstance(leaf.radius, torch.Tensor) for leaf in leaves(region)):
-        from bandpo import FDivergence  # noqa: F401 (the names in the text)
-
-        assert eval(repr(Intersection(Clip(0.2), DCPO()))) == Intersection(Clip(0.2), DCPO())
+        assert all(repr(part) in repr(region) for part in region.parts)
+    assert eval(repr(Intersection(Clip(0.2), DCPO()))) == Intersection(Clip(0.2), DCPO())
 
 
 def test_a_pickle_of_the_first_release_loads():
     """There the state had the two parts alone."""
     for old in (BySign(Clip(0.1), Band()), Sides(Clip(0.1), Band())):
         again = object.__new__(type(old))
-        state = {k: v for k, v in vars(old).items() if k not in ("inputs", "_asked", "k")}
+        state = {k: v for k, v in vars(old).items() if k not in ("inputs", "_asked", "k", "max_ratio")}
         again.__setstate__(state)
         assert again == old and again.inputs == old.inputs and again.k is None
 
@@ -316,7 +319,9 @@ def test_radius_of_a_combination():
         assert common_radius(bounds) is None
         with pytest.raises(ValueError, match="objective 'custom' has no radius"):
             Objective(bounds=bounds).with_radius(0.1)
-    with pytest.raises(ValueError, match="objective 'x' has balls of the radii 0.05 and 0.1, and one radius was given"):
+    with pytest.raises(
+        ValueError, match=r"objective 'x' has balls of the radii 0\.05 and 0\.1, and one radius was given"
+    ):
         Objective(bounds=Union(Band(KL, 0.05), Band(TV, 0.1)), name="x").with_radius(0.1)
     with pytest.raises(ValueError, match="with_radius has no radius"):
         with_radius(DCPO(), 0.1)
@@ -327,7 +332,9 @@ def test_options_of_hosts_reach_the_parts():
         return RegionOptions(**options).apply(OBJECTIVES[name], name).bounds
 
     assert applied("bandpo-kl-upper") == OBJECTIVES["bandpo-kl-upper"].bounds
-    assert applied("bandpo-kl-upper", radius=0.1, max_ratio=5.0, epsilon=0.3) == Sides(Clip(0.3), Band(KL, 0.1, max_ratio=5.0))
+    assert applied("bandpo-kl-upper", radius=0.1, max_ratio=5.0, epsilon=0.3) == Sides(
+        Clip(0.3), Band(KL, 0.1, max_ratio=5.0)
+    )
     assert applied("bandpo-kl-upper", divergence="tv") == Sides(Clip(0.2), Band(TV, 0.05))
     assert applied("bandpo-kl-lower", epsilon_high=0.28) == Sides(Band(KL, 0.05), Clip(0.2, 0.28))
     assert [b.radius for b in applied("kpop", radius=0.2, radius_upper=0.3).parts] == [(0.2, 0.3)] * 2
@@ -356,7 +363,11 @@ def test_what_binds_in_a_combination():
     assert cap(band) == cap(Sides(Clip(0.2), band)) == cap(BySign(band, Clip())) == 0.5
     assert cap(Intersection(band, Clip(1.0, 20.0))) == cap(Union(Clip(0.2), band)) == 0.5
     assert cap(Sides(band, Clip(0.2))) == cap(BySign(Clip(), band)) == cap(Intersection(band, Clip(1.0, 5.0))) == 0
-    assert cap(Union(band, Band(KL, 0.05, max_ratio=20.0))) == cap(Intersection(band, Band(KL, 0.05, max_ratio=9.0))) == 0.5
+    assert (
+        cap(Union(band, Band(KL, 0.05, max_ratio=20.0)))
+        == cap(Intersection(band, Band(KL, 0.05, max_ratio=9.0)))
+        == 0.5
+    )
 
 
 def test_matching_takes_combinations_of_intervals():
@@ -380,13 +391,16 @@ def test_matching_takes_combinations_of_intervals():
 
 
 def test_the_checks_of_components_accept_them():
-    for bounds in (Intersection(Clip(0.2), Band(CHI2)), Union(Band(), DCPO()), BySign(Clip(), Band()), Sides(Band(), Clip())):
+    for bounds in (
+        Intersection(Clip(0.2), Band(CHI2)),
+        Union(Band(), DCPO()),
+        BySign(Clip(), Band()),
+        Sides(Band(), Clip()),
+    ):
         check_bounds(bounds)
 
 
-@pytest.mark.parametrize(
-    "name", ["bandpo-kl-upper", "kpop", "icepop-ratio", "mixed", "deep"]
-)
+@pytest.mark.parametrize("name", ["bandpo-kl-upper", "kpop", "icepop-ratio", "mixed", "deep"])
 def test_one_graph_gives_the_same_numbers(name):
     made = {
         "mixed": Objective(bounds=Union(near, Clip(0.2)), surrogate=mask),
@@ -396,7 +410,7 @@ def test_one_graph_gives_the_same_numbers(name):
     data = complete(objective, batch(dtype=torch.float32))
     if name == "deep":
         data["extras"] = {"signal": torch.rand(B)}
-    fast = compiled()
+    fast = compiled(backend="eager")
     for again in (objective, pickle.loads(pickle.dumps(objective))):
         loss, metrics = fast(**data, objective=again)
         want, other = policy_loss(**data, objective=objective)
@@ -407,14 +421,16 @@ def test_one_graph_gives_the_same_numbers(name):
 
 
 def test_a_changing_radius_of_a_combination_becomes_an_input():
-    data = complete("kpop", batch(dtype=torch.float32))
-    fast = compiled()
+    name, fast = "bandpo-tv-upper", compiled(backend="eager")
+    data = batch(dtype=torch.float32)
+
+    def losses(radius):
+        objective = OBJECTIVES[name].with_radius(radius)
+        return fast(**data, objective=objective)[0], policy_loss(**data, objective=objective)[0]
+
     with pytest.warns(UserWarning, match="has seen radius"):
-        for radius in (0.1, 0.2, 0.3, 0.4, 0.5):
-            objective = OBJECTIVES["kpop"].with_radius(radius)
-            torch.testing.assert_close(
-                fast(**data, objective=objective)[0], policy_loss(**data, objective=objective)[0], rtol=1e-5, atol=1e-6
-            )
+        found = [losses(radius) for radius in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    torch.testing.assert_close(*map(torch.stack, zip(*found, strict=True)), rtol=1e-5, atol=1e-6)
     assert len(fast._graphs) == 3
 
 
@@ -425,7 +441,9 @@ def test_masks_and_advantages_of_every_shape(name, dtype):
     data = complete(name, batch(dtype=dtype))
     data["mask"][0, 3] = False
     data["mask"][1] = False
-    poisoned = {k: v.masked_fill(~data["mask"], torch.nan) if v.dim() == 2 and k != "mask" else v for k, v in data.items()}
+    poisoned = {
+        k: v.masked_fill(~data["mask"], torch.nan) if v.dim() == 2 and k != "mask" else v for k, v in data.items()
+    }
     loss, gradient, _ = run(name, data)
     again, same_gradient, metrics = run(name, poisoned)
     assert loss == again and torch.equal(gradient, same_gradient) and metrics["nonfinite_fraction"] == 0

@@ -38,8 +38,8 @@ def match_radius(
 
     Args:
         divergence: Whose radius to find, an `FDivergence` or a name.
-        like: The trust region to match, such as `Band(KL, 0.05)` or `Clip(0.2)`; a function of the old log-probs alone, except
-            for `outside_fraction`, as there.
+        like: The trust region to match, such as `Band(KL, 0.05)` or `Clip(0.2)`; a function of the old log-probs alone; for
+            `outside_fraction` also one that asks for inputs that the batch has.
         by: The measure.
         batch: For `outside_fraction`: `log_ratio`, `old_logprobs`, `advantages` of tokens (any one shape, or advantages that
             broadcast), and `mask` where some do not count.
@@ -237,7 +237,8 @@ def _called(bounds: Bounds, logp: Tensor, given: Mapping[str, Tensor]) -> RatioB
     asked = inputs_of(bounds)
     if missing := [name for name in asked if name not in given]:
         raise TypeError(
-            f"{bounds!r} is no interval of the old log-probs alone: it asks for {', '.join(missing)}, which cannot be given here"
+            f"{bounds!r} is no interval of the old log-probs alone: it asks for {', '.join(missing)}, which cannot be given "
+            "here"
         )
     return bounds(logp, **{name: given[name] for name in asked})
 

@@ -17,7 +17,6 @@ from bandpo._inputs import check_component, inputs_of, traits_of
 from bandpo._values import ByValue
 from bandpo.bounds.band import Bounds, RatioBounds
 
-
 MARK = "bandpo.surrogates.traits('membership')"
 """The mark of a region that returns a bool tensor, for messages."""
 
@@ -32,6 +31,8 @@ class Combination(ByValue):
     """Names of the inputs that the parts ask for besides the old log-probs, with those that the combination itself needs."""
     k: int | None
     """How many of the sampler's top tokens its `TopK` parts need; None where it has none."""
+    max_ratio: float | None
+    """The cap on the upper bound, from the caps of the parts; None where there is none."""
     _asked: tuple[tuple[str, ...], ...]
 
     @property
@@ -39,10 +40,21 @@ class Combination(ByValue):
     def parts(self) -> tuple[Bounds, ...]:
         """The regions that it is made of, in the order of the constructor's arguments."""
 
-    @property
     @abstractmethod
-    def max_ratio(self) -> float | None:
-        """The cap on its upper bound, from the caps of its parts; None where there is none."""
+    def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
+        """The interval of each token, or whether it is inside.
+
+        Args:
+            old_logprobs: Log-probs of the anchor, any shape.
+            **inputs: What `inputs` names, tensors that broadcast to `old_logprobs`.
+
+        Raises:
+            TypeError: If an input is missing or not asked for, or a part returns no region.
+        """
+
+    @abstractmethod
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        """The cap on the upper bound, from the caps of the parts."""
 
     def _prepare(self, *own: str, by_side: bool = False) -> None:
         """Check the parts and note what they ask for, once: nothing is inspected while a loss is computed.
@@ -56,8 +68,8 @@ class Combination(ByValue):
         asked = tuple(inputs_of(part) for part in self.parts)
         memberships = {"membership" in traits_of(part) for part in self.parts}
         ratio = ("log_ratio",) if True in memberships and (by_side or len(memberships) > 1) else ()
-        names = (name for names in (ratio, *asked) for name in names if name not in own)
-        object.__setattr__(self, "inputs", tuple(dict.fromkeys(names)))
+        names = dict.fromkeys(name for names in (own, ratio, *asked) for name in names)
+        object.__setattr__(self, "inputs", tuple(names))
         object.__setattr__(self, "_asked", asked)
         sizes = {k for k in (getattr(part, "k", None) for part in self.parts) if k is not None}
         if len(sizes) > 1:
@@ -65,7 +77,9 @@ class Combination(ByValue):
                 f"{type(self).__name__}: its TopK parts have k = {' and '.join(map(str, sorted(sizes)))}, and all of them are "
                 "given the same tokens; use one k"
             )
-        object.__setattr__(self, "k", sizes.pop() if sizes else None)
+        caps = tuple(getattr(part, "max_ratio", None) for part in self.parts)
+        for name, value in (("k", sizes.pop() if sizes else None), ("max_ratio", self._cap(caps))):
+            object.__setattr__(self, name, value)
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
         self.__dict__.update(state)
@@ -75,49 +89,45 @@ class Combination(ByValue):
     def __post_init__(self) -> None:
         self._prepare()
 
-    def _of_parts(
-        self, old_logprobs: Tensor, inputs: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None
-    ) -> tuple[list[RatioBounds], list[Tensor]]:
+    def _of_parts(self, old_logprobs: Tensor, inputs: Mapping[str, Tensor]) -> tuple[list[RatioBounds], list[Tensor]]:
         """What the parts give: intervals, or memberships; one of the two lists is empty.
 
         Args:
             old_logprobs: Log-probs of the anchor, any shape.
-            inputs: What `inputs` names.
-            own: What the combination asks for itself.
+            inputs: What the attribute `inputs` names.
         """
         if set(inputs) != set(self.inputs):
             raise TypeError(
                 f"{type(self).__name__} takes the inputs {', '.join(self.inputs) or 'none'}, got {', '.join(inputs) or 'none'}"
             )
-        known = {**inputs, **(own or {})}
         found = [
-            part(old_logprobs, **{name: known[name] for name in names})
+            part(old_logprobs, **{name: inputs[name] for name in names})
             for part, names in zip(self.parts, self._asked, strict=True)
         ]
+        for x in found:
+            if not isinstance(x, RatioBounds) and not (isinstance(x, Tensor) and x.dtype == torch.bool):
+                raise TypeError(
+                    f"{type(self).__name__}: a part returned {type(x).__name__}; a region returns RatioBounds(lower, upper), "
+                    "or a bool tensor that says which tokens are inside"
+                )
         edges = [x for x in found if isinstance(x, RatioBounds)]
         if len(edges) == len(found):
             return edges, []
         return [], [self._inside(x, inputs.get("log_ratio")) for x in found]
 
-    def _inside(self, found: object, log_ratio: Tensor | None) -> Tensor:
+    def _inside(self, found: RatioBounds | Tensor, log_ratio: Tensor | None) -> Tensor:
         """What one part gave, as a membership."""
-        if isinstance(found, Tensor) and found.dtype == torch.bool:
+        if isinstance(found, Tensor):
             return found
-        if not isinstance(found, RatioBounds):
-            raise TypeError(
-                f"{type(self).__name__}: a part returned {type(found).__name__}; a region returns RatioBounds(lower, upper), or "
-                "a bool tensor that says which tokens are inside"
-            )
         if log_ratio is None:
             raise TypeError(
-                f"{type(self).__name__}: one part returned an interval and another one which tokens are inside; mark the latter "
-                f"with {MARK}, so that the log-ratio is asked for"
+                f"{type(self).__name__}: one part returned an interval and another one which tokens are inside; mark the "
+                f"latter with {MARK}, so that the log-ratio is asked for"
             )
         r = log_ratio.exp()
         return (r >= found.lower) & (r <= found.upper)
 
 
-@dataclass(frozen=True, eq=False, init=False, repr=False)
 class _OfSeveral(Combination):
     bounds: tuple[Bounds, ...]
 
@@ -156,16 +166,18 @@ class Intersection(_OfSeveral):
         RatioBounds(lower=tensor([0.8000, 0.9000]), upper=tensor([1.2000, 1.1000]))
     """
 
-    @property
-    def max_ratio(self) -> float | None:
-        """The smallest cap of its parts."""
-        return min(_caps(self.parts), default=None)
+    bounds: tuple[Bounds, ...]
+
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        return min((cap for cap in caps if cap is not None), default=None)
 
     def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
         edges, inside = self._of_parts(old_logprobs, inputs)
         if inside:
             return reduce(torch.logical_and, inside)
-        return RatioBounds(reduce(torch.maximum, (e.lower for e in edges)), reduce(torch.minimum, (e.upper for e in edges)))
+        return RatioBounds(
+            reduce(torch.maximum, (e.lower for e in edges)), reduce(torch.minimum, (e.upper for e in edges))
+        )
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -188,16 +200,18 @@ class Union(_OfSeveral):
         RatioBounds(lower=tensor([0.5000, 0.8000]), upper=tensor([1.5000, 1.2000]))
     """
 
-    @property
-    def max_ratio(self) -> float | None:
-        """The largest cap of its parts."""
-        return max(_caps(self.parts), default=None)
+    bounds: tuple[Bounds, ...]
+
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        return max((cap for cap in caps if cap is not None), default=None)
 
     def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
         edges, inside = self._of_parts(old_logprobs, inputs)
         if inside:
             return reduce(torch.logical_or, inside)
-        return RatioBounds(reduce(torch.minimum, (e.lower for e in edges)), reduce(torch.maximum, (e.upper for e in edges)))
+        return RatioBounds(
+            reduce(torch.minimum, (e.lower for e in edges)), reduce(torch.maximum, (e.upper for e in edges))
+        )
 
 
 def leaves(bounds: Bounds) -> tuple[Bounds, ...]:
@@ -232,7 +246,3 @@ def change_leaves(bounds: Bounds, change: Callable[[Bounds], Bounds]) -> Bounds:
         return change(bounds)
     make: Callable[..., Bounds] = type(bounds)
     return make(*(change_leaves(part, change) for part in bounds.parts))
-
-
-def _caps(parts: tuple[Bounds, ...]) -> list[float]:
-    return [cap for cap in (getattr(part, "max_ratio", None) for part in parts) if cap is not None]

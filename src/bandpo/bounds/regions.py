@@ -101,16 +101,15 @@ class BySign(Combination):
         """The regions for A > 0 and for the rest."""
         return self.positive, self.negative
 
-    @property
-    def max_ratio(self) -> float | None:
-        """The cap of the region for A > 0, whose tokens are pushed up."""
-        return getattr(self.positive, "max_ratio", None)
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        return caps[0]  # of A > 0, whose tokens are pushed up
 
-    def __call__(self, old_logprobs: Tensor, *, advantages: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
-        edges, inside = self._of_parts(old_logprobs, inputs, {"advantages": advantages})
+    def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
+        edges, inside = self._of_parts(old_logprobs, inputs)
+        positive = inputs["advantages"] > 0
         if inside:
-            return torch.where(advantages > 0, inside[0], inside[1])
-        lower, upper = (torch.where(advantages > 0, a, b) for a, b in zip(*edges, strict=True))
+            return torch.where(positive, inside[0], inside[1])
+        lower, upper = (torch.where(positive, a, b) for a, b in zip(*edges, strict=True))
         return RatioBounds(lower, upper)
 
 
@@ -146,10 +145,8 @@ class Sides(Combination):
         """The region below r = 1 and the region above."""
         return self.lower, self.upper
 
-    @property
-    def max_ratio(self) -> float | None:
-        """The cap of the region above r = 1."""
-        return getattr(self.upper, "max_ratio", None)
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        return caps[1]
 
     def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
         edges, inside = self._of_parts(old_logprobs, inputs)

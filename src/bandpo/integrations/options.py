@@ -154,7 +154,9 @@ def _combination(region: Combination, given: dict[str, Any], moved: dict[str, An
     """The region with other parameters of its balls, which must agree, and of its only fixed interval."""
     parts = leaves(region)
     if given and common_radius(region) is None:
-        _refuse_ignored(given, name, "has no ball, or balls of different radii; make an Objective with the bounds you want")
+        _refuse_ignored(
+            given, name, "has no ball, or balls of different radii; make an Objective with the bounds you want"
+        )
     if "divergence" in given and sum(isinstance(part, Band | TopK) for part in parts) > 1:
         _refuse_ignored({"divergence": given["divergence"]}, name, "has balls of several divergences")
     if moved and sum(isinstance(part, Clip) for part in parts) != 1:
