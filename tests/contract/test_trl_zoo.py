@@ -99,7 +99,7 @@ REGIONS = {  # the region, and whether TRL computes its clip from our bounds
 @pytest.mark.parametrize("name", REGIONS)
 def test_combined_regions_and_sequence_bands_are_policy_loss(name, make_model, tokenizer, prompts, tmp_path):
     objective, by_trl = REGIONS[name]
-    options = {"loss_type": "grpo"} | ({"importance_sampling_level": "sequence"} if name == "sequence" else {})
+    options = {"loss_type": "grpo"} | ({"objective": "gspo"} if name == "sequence" else {})
     trainer = BandGRPOTrainer(
         model=make_model(), reward_funcs=reward, args=BandGRPOConfig(**settings(tmp_path, **options)),
         train_dataset=prompts, processing_class=tokenizer, objective=objective,
