@@ -4,7 +4,6 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import FunctionType
 from typing import Any, cast
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from bandpo.bounds import Band, Radius
-from bandpo.bounds.regions import TopK
+from bandpo.bounds import Radius
+from bandpo.bounds.regions import common_radius, with_radius
 from bandpo.objective import Objective
 
 Function = Callable[..., Any]
@@ -73,12 +72,13 @@ class Compiled:
     def _region(self, value: Any) -> Any:
         """An argument; the radius of its ball becomes a tensor once it has changed between calls."""
         ball = value.bounds if isinstance(value, Objective) else value
-        if not isinstance(ball, Band | TopK):
+        given = common_radius(ball)
+        if given is None:
             return value
-        radius = self._radius(ball.radius, replace(ball, radius=1.0))
-        if radius is ball.radius:
+        radius = self._radius(given, with_radius(ball, 1.0))
+        if radius is given:
             return value
-        return value.with_radius(radius) if isinstance(value, Objective) else replace(ball, radius=radius)
+        return value.with_radius(radius) if isinstance(value, Objective) else with_radius(ball, radius)
 
     def _radius(self, radius: Radius | tuple[Radius, Radius], ball: object = None) -> Any:
         if not _is_constant(radius):
@@ -107,10 +107,11 @@ class Compiled:
             return tuple((name, self._kind(item)) for name, item in sorted(items))
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
-        ball = value.bounds if isinstance(value, Objective) else value
-        if isinstance(ball, Band | TopK) and not _is_constant(ball.radius):
-            fixed = value.with_radius(1.0) if isinstance(value, Objective) else replace(ball, radius=1.0)
-            return fixed, self._kind(ball.radius)
+        ball: Any = value.bounds if isinstance(value, Objective) else value
+        radius = common_radius(ball)
+        if radius is not None and not _is_constant(radius):
+            fixed = value.with_radius(1.0) if isinstance(value, Objective) else with_radius(ball, 1.0)
+            return fixed, self._kind(radius)
         return type(value) if isinstance(value, int | float) else value
 
     def _say(self, what: str) -> None:

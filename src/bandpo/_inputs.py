@@ -60,6 +60,9 @@ def traits(*names: Trait) -> Callable[[T], T]:
 def inputs_of(component: Callable[..., Any]) -> tuple[str, ...]:
     """The inputs that a component asks for: its keyword-only parameters without a default, also through `functools.partial`.
 
+    A component made of others, which takes `**inputs` and passes on what each of them asks for, names all of these in an
+    attribute `inputs`; see `bandpo.bounds.Intersection`.
+
     Args:
         component: Bounds, a surrogate, or a rule of `bandpo.surrogates.stops`.
 
@@ -69,7 +72,18 @@ def inputs_of(component: Callable[..., Any]) -> tuple[str, ...]:
         (('old_logprobs', 'bonus'), ('old_logprobs',))
     """
     parameters = _parameters(component) or []
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        names += _passed_on(component)
+    return tuple(dict.fromkeys(names))
+
+
+def _passed_on(component: object) -> list[str]:
+    """The names in the attribute `inputs` of a component, less those that a `functools.partial` has fixed."""
+    if isinstance(component, partial):
+        inner = cast("partial[Any]", component)
+        return [name for name in _passed_on(inner.func) if name not in inner.keywords]
+    return list(getattr(component, "inputs", ()))
 
 
 def _parameters(component: Callable[..., Any]) -> list[inspect.Parameter] | None:
@@ -97,35 +111,38 @@ def _parts(component: object, seen: set[int]) -> Iterator[object]:
     if isinstance(component, partial):
         inner += [component.func, *component.args, *component.keywords.values()]
     elif dataclasses.is_dataclass(component) and not isinstance(component, type):
-        inner += [getattr(component, f.name) for f in dataclasses.fields(component)]
+        for f in dataclasses.fields(component):
+            value = getattr(component, f.name)
+            inner += cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
     for part in inner:
         yield from _parts(part, seen)
 
 
-def check_component(role: str, component: object, arguments: tuple[str, ...]) -> None:
+def check_component(role: str, component: object, arguments: tuple[str, ...], owner: str = "Objective") -> None:
     """A bounds object or surrogate must be callable with its fixed arguments, and ask for the rest by keyword alone.
 
     Args:
         role: What it is, for the message.
         component: The object.
         arguments: Names of what it is given in any case, by position.
+        owner: The class that it is given to, for the message.
 
     Raises:
         TypeError: If it cannot be called so; the message names the fix.
     """
     if not callable(component):
-        raise TypeError(f"Objective: {role} must be callable, got {component!r}")
+        raise TypeError(f"{owner}: {role} must be callable, got {component!r}")
     parameters = _parameters(component)
     if parameters is None:
         return
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(by_place) < len(arguments) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise TypeError(f"Objective: {role} {_name(component)} must take ({', '.join(arguments)})")
+        raise TypeError(f"{owner}: {role} {_name(component)} must take ({', '.join(arguments)})")
     more = [p.name for p in by_place[len(arguments) :] if p.default is p.empty]
     if more:
         listed = ", ".join(more)
         raise TypeError(
-            f"Objective: {role} {_name(component)} is called with ({', '.join(arguments)}), and takes {listed} as well: make "
+            f"{owner}: {role} {_name(component)} is called with ({', '.join(arguments)}), and takes {listed} as well: make "
             f"further inputs keyword-only, {_name(component)}({', '.join(arguments)}, *, {listed}), or give them a default"
         )
 

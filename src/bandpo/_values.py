@@ -23,7 +23,7 @@ class ByValue:
             return True
         if type(other) is not type(self):
             return NotImplemented
-        return all(_same(getattr(self, name), getattr(other, name)) for name in _compared(self))
+        return all(same(getattr(self, name), getattr(other, name)) for name in _compared(self))
 
     def __hash__(self) -> int:
         return hash((type(self), *(_hash(getattr(self, name)) for name in _compared(self))))
@@ -66,7 +66,13 @@ def _compared(value: object) -> list[str]:
     return [f.name for f in fields(cast("Any", value)) if f.compare]
 
 
-def _same(a: object, b: object) -> bool:
+def same(a: object, b: object) -> bool:
+    """Equality that looks into tensors, tuples and `functools.partial`, as in `ByValue`.
+
+    Args:
+        a: A value of a field.
+        b: Another one.
+    """
     if a is b:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -74,10 +80,10 @@ def _same(a: object, b: object) -> bool:
             return False
         return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b)
     if isinstance(a, partial) and isinstance(b, partial):
-        return _same((a.func, a.args, *sorted(a.keywords.items())), (b.func, b.args, *sorted(b.keywords.items())))
+        return same((a.func, a.args, *sorted(a.keywords.items())), (b.func, b.args, *sorted(b.keywords.items())))
     if isinstance(a, tuple) and isinstance(b, tuple):
         a, b = cast("tuple[object, ...]", a), cast("tuple[object, ...]", b)
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
 
 

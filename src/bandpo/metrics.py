@@ -17,7 +17,7 @@ from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.surrogates.token import hold
 from bandpo.surrogates.token import mask as clip_by_mask
-from bandpo.terms import TokenObjective
+from bandpo.terms import TokenObjective, level_logprobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,6 +129,8 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
         nonfinite = nonfinite | bounds.lower.isnan() | bounds.upper.isnan()
     used = valid & ~nonfinite
     r, p = log_ratio.exp(), terms.anchor_logprobs.exp()
+    # The bins are those of a token's own p; an edge is set at the level of the ratio.
+    of_region = level_logprobs(terms.objective, terms.anchor_logprobs, valid & ~terms.nonfinite)
     sums, n = _clip_sums(terms, outside_of=bounds, used=used, r=r, p=p)
     count = n.sum()
 
@@ -143,9 +145,14 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
     if isinstance(bounds, RatioBounds):
         sums |= {"band/lower_mean": mean(bounds.lower), "band/upper_mean": mean(bounds.upper)}
         pushed = (advantages > 0) & used, (advantages < 0) & used
-        sums |= _what_binds(bounds, p, *pushed, getattr(region, "max_ratio", None))
+        sums |= _what_binds(
+            bounds,
+            p if of_region is terms.anchor_logprobs else of_region.exp(),
+            *pushed,
+            getattr(region, "max_ratio", None),
+        )
     if isinstance(region, Band):
-        spent = torch.where(used, _divergence_over_radius(region, log_ratio, terms.anchor_logprobs), 0.0)
+        spent = torch.where(used, _divergence_over_radius(region, log_ratio, of_region), 0.0)
         sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
         sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
     if entropy is not None:

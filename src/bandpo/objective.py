@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bandpo._inputs import PROVIDED, check_component, check_tensor, inputs_of, traits_of
 from bandpo._values import ByValue
-from bandpo.bounds import Band, Bounds, Clip, Radius
-from bandpo.bounds.regions import TopK
+from bandpo.bounds import Bounds, Radius
+from bandpo.bounds.regions import with_radius
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
 from bandpo.surrogates import Surrogate, clip
 from bandpo.surrogates.corrections import Correction
@@ -37,7 +37,8 @@ class Objective(ByValue):
         surrogate: What happens at the edge, `(log_ratio, advantages, bounds) -> per-token objective`; mark one of your own
             with `bandpo.surrogates.stops` and `bandpo.traits`.
         ratio_level: Ratio of the token; length-normalised of the sequence (GSPO); or the sequence's product of token ratios
-            (TOPR, QUATRO). The last two take `Clip` bounds.
+            (TOPR, QUATRO). The bounds are given the log-probs of the anchor at the same level: of each token, their mean over
+            the sequence, or their sum; see `bandpo.terms.level_logprobs`.
         aggregation: How tokens become one number; see `bandpo.aggregate`.
         advantage: How rewards become advantages; see `bandpo.group_advantages`. Used by the trainers, not by `policy_loss`.
         anchor: The policy the ratio is taken against: recomputed π_old, or the sampler (rollout).
@@ -48,11 +49,12 @@ class Objective(ByValue):
         paper: Where it comes from.
 
     Raises:
-        ValueError: If a name is unknown, token-wise bounds meet a sequence ratio, a correction meets the rollout anchor, or
-            bounds without edges meet a surrogate that needs some.
+        ValueError: If a name is unknown, bounds that ask for log-probs of tokens meet a sequence ratio, a correction meets the
+            rollout anchor, or bounds without edges meet a surrogate that needs some.
         TypeError: If `bounds` or `surrogate` cannot be called with what it is given.
 
     Examples:
+        >>> from bandpo import Band, Clip
         >>> Objective(bounds=Band("js", 0.02)).aggregation
         'token-mean'
         >>> def surrogate(log_ratio, advantages, bounds, *, old_logprobs, bonus):
@@ -101,10 +103,11 @@ class Objective(ByValue):
                 "needs; use bandpo.surrogates.mask, or mark one of yours that takes a bool tensor with @traits('membership') "
                 "(from bandpo.surrogates import traits)"
             )
-        if self.ratio_level != "token" and not isinstance(self.bounds, Clip):
+        of_token = [name for name in inputs_of(self.bounds) if name in ("logprobs", "old_logprobs")]
+        if self.ratio_level != "token" and of_token:
             raise ValueError(
-                f"Objective: ratio_level={self.ratio_level!r} needs Clip bounds, got {self.bounds!r}: bounds of one token's "
-                "probability say nothing about the ratio of a sequence"
+                f"Objective: ratio_level={self.ratio_level!r} has one ratio for a sequence, and bounds={self.bounds!r} ask for "
+                f"{' and '.join(of_token)}, those of single tokens; use Clip, Band, DCPO or a combination of these"
             )
         if self.correction is not None and self.anchor == "rollout":
             raise ValueError(
@@ -164,12 +167,12 @@ class Objective(ByValue):
     def with_radius(self, radius: Radius | tuple[Radius, Radius]) -> "Objective":
         """The same objective with another radius of its ball, such as a 0-d tensor that a schedule moves.
 
+        A region that combines several balls takes the radius for all of them, if their radii are equal (`kpop`).
+
         Args:
             radius: δ > 0, a number or a tensor that broadcasts to the tokens, or `(lower, upper)`.
 
         Raises:
-            ValueError: If its trust region is no ball.
+            ValueError: If its trust region has no ball, or balls of different radii.
         """
-        if not isinstance(self.bounds, Band | TopK):
-            raise ValueError(f"objective {self.name!r} has no radius: its bounds are {self.bounds!r}")
-        return replace(self, bounds=replace(self.bounds, radius=radius))
+        return replace(self, bounds=with_radius(self.bounds, radius, f"objective {self.name!r}"))

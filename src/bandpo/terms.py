@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import as_columns, as_mask, check_shapes, check_tensor, fill, is_logprob, traits_of
-from bandpo.bounds import RatioBounds
+from bandpo.bounds import Clip, RatioBounds
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, hold
 from bandpo.surrogates.stops import value_and_stopped
@@ -114,8 +114,7 @@ def token_objective(
     inputs = {"logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
     inputs |= {name: _fill_any(x, usable) for name, x in own.items()}
     if bounds is None:
-        with torch.no_grad():
-            bounds = objective.bounds(old, **{name: inputs[name].detach() for name in objective.bounds_inputs})
+        bounds = _bounds(objective, old, inputs, usable)
     _check_bounds(bounds, objective)
     value, stopped = value_and_stopped(
         objective.surrogate, log_ratio, advantages, bounds, inputs=inputs, asked=objective.surrogate_inputs
@@ -205,6 +204,49 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     usable = as_mask(mask) & log_ratio.isfinite()
     total = log_ratio.masked_fill(~usable, 0.0).sum(-1, keepdim=True)
     return total / usable.sum(-1, keepdim=True).clamp_min(1)
+
+
+def level_logprobs(objective: Objective, logprobs: Tensor, usable: Tensor) -> Tensor:
+    """Log-probs at the ratio level of an objective, in which its bounds are functions.
+
+    * `sequence`: the mean over the sequence, `log p̄ = mean_t log p_t`. p̄ is the geometric mean of the probabilities of its
+      tokens, the reciprocal of its perplexity. The ratio s of the sequence times p̄ is the geometric mean of the new
+      probabilities, so that `s <= 1/p̄` takes the place of the simplex' `r <= 1/p`. This scale is our own choice: p̄ is no
+      probability of an event, and a ball around p̄ is no ball around the policy. It treats the sequence as one average token,
+      and is the region of the token where all tokens have one p and one ratio.
+    * `product`: the sum, the log-prob of the whole sequence. That is the probability of an event, for which the band is exact
+      (BandPO, arXiv:2603.04918, Thm. 1). It is so small that a band leaves sequences of more than a few tokens free.
+
+    Args:
+        objective: Whose ratio level.
+        logprobs: Log-probs of the anchor, `(batch, time)`, 0 where a token is not used.
+        usable: The tokens that are used, bool, `(batch, time)`.
+
+    Returns:
+        A tensor of the shape of `logprobs`; at the two levels of a sequence, each row has one value.
+
+    Examples:
+        >>> from bandpo import Band
+        >>> sequence = Objective(bounds=Band("kl", 0.001), ratio_level="sequence")
+        >>> level_logprobs(sequence, torch.tensor([[-0.1, -0.3, 0.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-0.2000, -0.2000, -0.2000]])
+    """
+    if objective.ratio_level == "token":
+        return logprobs
+    whole = logprobs.sum(-1, keepdim=True)
+    if objective.ratio_level == "sequence":
+        whole = whole / usable.sum(-1, keepdim=True).clamp_min(1)
+    return whole.expand(logprobs.shape)
+
+
+def _bounds(objective: Objective, old: Tensor, inputs: Mapping[str, Tensor], usable: Tensor) -> RatioBounds | Tensor:
+    """What the objective's bounds give for each token, without gradient; one value of a sequence is repeated."""
+    with torch.no_grad():
+        given = {name: inputs[name].detach() for name in objective.bounds_inputs}
+        if objective.ratio_level != "token" and not isinstance(objective.bounds, Clip):
+            old = level_logprobs(objective, old, usable)
+            given |= {"log_ratio": given["log_ratio"].expand(old.shape)} if "log_ratio" in given else {}
+        return objective.bounds(old, **given)
 
 
 def _at_level(token_log_ratio: Tensor, usable: Tensor, objective: Objective, *, per_token: bool) -> Tensor:

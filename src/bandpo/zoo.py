@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bandpo._values import Registry
 from bandpo.bounds import DCPO, Band, Clip
-from bandpo.bounds.regions import BySign, TopK, kl3_clip, log_clip
-from bandpo.divergences import CHI2, KL, TV
+from bandpo.bounds.combined import Intersection
+from bandpo.bounds.regions import BySign, Sides, TopK, kl3_clip, log_clip
+from bandpo.divergences import CHI2, KL, REVERSE_KL, TV
 from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabilized
 from bandpo.groups import group_signal, kl_dual
 from bandpo.objective import Objective
@@ -112,6 +113,23 @@ _RECIPES = (
         formula="bandpo-kl, but past the edge the slope decays as sech²(4(r/edge - 1))",
         paper=f"our own edge on {_BANDPO}",
     ),
+    *(
+        Objective(
+            name=f"bandpo-{ball.lower()}-upper",
+            bounds=Sides(lower=Clip(0.2), upper=Band(ball, 0.05)),
+            aggregation="seq-mean-token-mean",
+            formula=f"clip r to 0.8 … the upper bound of bandpo-{ball.lower()}",
+            paper=f"our own half of {_BANDPO}, with PPO's lower bound",
+        )
+        for ball in ("KL", "TV", "CHI2")
+    ),
+    Objective(
+        name="bandpo-kl-lower",
+        bounds=Sides(lower=Band(KL, 0.05), upper=Clip(0.2)),
+        aggregation="seq-mean-token-mean",
+        formula="clip r to the lower bound of bandpo-kl … 1.2",
+        paper=f"our own half of {_BANDPO}, with PPO's upper bound",
+    ),
     Objective(
         name="dppo-tv",
         bounds=Band(TV, 0.15, max_ratio=None),
@@ -160,6 +178,15 @@ _RECIPES = (
         anchor="rollout",
         formula="r clamped to |π - μ| ≤ 0.1 on both sides, whatever the sign of A; μ the sampler",
         paper="prime-rl's sign-blind mask (its gradient, without its extra log² term)",
+    ),
+    Objective(
+        name="kpop",
+        bounds=Intersection(Band(KL, 0.1, max_ratio=None), Band(REVERSE_KL, 0.1, max_ratio=None)),
+        surrogate=two_sided,
+        advantage="mean",
+        anchor="rollout",
+        formula="r clamped to {r : KL(Bern(π) ‖ Bern(μ)) ≤ 0.1 and KL(Bern(μ) ‖ Bern(π)) ≤ 0.1} on both sides; μ the sampler",
+        paper="KPop, as in prime-rl's pull request 3283 (its gradient, without its extra log² term)",
     ),
     Objective(
         name="quatro-reading",
@@ -316,7 +343,16 @@ _RECIPES = (
         formula="A·log π for A ≥ 0, sg(min(Π r, 1))·A·log π for A < 0",
         paper="TOPR, arXiv:2503.14286 (from descriptions; with R - mean for its reward)",
     ),
-    # corrections for the sampler
+    # corrections for the sampler, and masks of it
+    Objective(
+        name="icepop-ratio",
+        bounds=Clip(0.8, 4.0),
+        surrogate=two_sided,
+        advantage="mean",
+        anchor="rollout",
+        formula="r·A within 0.2 ≤ r ≤ 5, no gradient outside, whatever the sign of A; r = π/μ, μ the sampler",
+        paper="IcePop, arXiv:2510.18855, as in prime-rl (its gradient)",
+    ),
     Objective(
         name="tis",
         bounds=Clip(0.2),
@@ -331,7 +367,7 @@ _RECIPES = (
         aggregation="seq-mean-token-mean",
         correction=IcePop(0.5, 5.0),
         formula="grpo times π_old/μ within [0.5, 5], 0 outside, μ the sampler",
-        paper="IcePop, as in verl",
+        paper="IcePop, arXiv:2510.18855, as in verl",
     ),
 )
 

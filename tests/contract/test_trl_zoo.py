@@ -8,10 +8,12 @@ import pytest
 import torch
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
-from bandpo import KL, OBJECTIVES, Band, policy_loss
+from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, policy_loss
+from bandpo.bounds import BySign, Intersection, Union
 from bandpo.groups import group_signal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.rollout import PREFIX, top_logprobs
+from bandpo.integrations.trl.strategy import HostComputes, WeCompute
 from trl_runs import band_trainer, loss_and_gradient, named, reward, rollout, settings, token_logprobs, trl_trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -80,6 +82,44 @@ def test_in_trl_it_is_policy_loss(name, make_model, tokenizer, prompts, tmp_path
     torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, want_gradient, rtol=1e-3, atol=1e-5 * scale)
     for key in ("kl/old_new", "ratio/mean", "nonfinite_fraction"):
+        assert metrics[key] == pytest.approx(ours[key].item(), rel=1e-3, abs=1e-6)
+
+
+REGIONS = {  # the region, and whether TRL computes its clip from our bounds
+    "sequence": (Objective(bounds=Band(KL, 1e-4), ratio_level="sequence", aggregation="seq-mean-token-mean"), False),
+    "product": (Objective(bounds=Band(KL, 0.05), ratio_level="product", aggregation="seq-mean-token-mean"), False),
+    "intersection": (
+        Objective(bounds=Intersection(Clip(0.3), Band(TV, 0.02)), aggregation="seq-mean-token-mean"),
+        True,
+    ),
+    "signs": (Objective(bounds=Union(Clip(0.05), BySign(Band(), Clip(0.1))), aggregation="seq-mean-token-mean"), False),
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_combined_regions_and_sequence_bands_are_policy_loss(name, make_model, tokenizer, prompts, tmp_path):
+    objective, by_trl = REGIONS[name]
+    options = {"loss_type": "grpo"} | ({"objective": "gspo"} if name == "sequence" else {})
+    trainer = BandGRPOTrainer(
+        model=make_model(), reward_funcs=reward, args=BandGRPOConfig(**settings(tmp_path, **options)),
+        train_dataset=prompts, processing_class=tokenizer, objective=objective,
+    )  # fmt: skip
+    assert isinstance(trainer._strategy, HostComputes if by_trl else WeCompute)
+    inputs = rollout(tokenizer)
+    loss, gradient, metrics = loss_and_gradient(trainer, inputs)
+    trainer.model.zero_grad()
+    want, ours = policy_loss(
+        logprobs=token_logprobs(trainer.model, inputs), old_logprobs=inputs["old_per_token_logps"],
+        advantages=inputs["advantages"], mask=inputs["completion_mask"], objective=objective,
+    )  # fmt: skip
+    want.backward()
+    want_gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-3, atol=1e-5 * want_gradient.abs().max().item())
+    assert (ours["clip_fraction/any"] > 0) == (
+        name != "product"
+    )  # where p is that of the whole sequence, nothing is outside
+    for key in ("outside_fraction/any", "band/upper_mean", "band/saturated_fraction"):
         assert metrics[key] == pytest.approx(ours[key].item(), rel=1e-3, abs=1e-6)
 
 
@@ -232,6 +272,7 @@ def test_resume_is_bit_exact_with_a_moving_radius_and_refilled_groups(make_model
         ({"radius_target": "divergence=x"}, "write outside_fraction=0.01"),
         ({"radius_target": "divergence=0.1", "radius_end": 0.1}, "choose one"),
         ({"objective": "dppo-topk-kl", "radius_target": "divergence=0.1"}, "only a Band"),
+        ({"objective": "kpop", "radius_target": "divergence=0.1"}, "only a Band"),
         ({"objective": "dppo-topk-kl", "max_ratio": 5.0}, "max_ratio=5.0 would be ignored"),
         ({"divergence_top_k": 5}, "divergence_top_k=5 would be ignored"),
         ({"objective": "sapo", "epsilon": 0.1}, "epsilon=0.1 would be ignored.*has no interval"),

@@ -28,6 +28,7 @@ from bandpo import (
     policy_loss,
     ratio_bounds,
 )
+from bandpo.bounds import Intersection, Union
 from bandpo.bounds.regions import BySign, Sides, TopK, kl3_clip, log_clip
 from bandpo.divergences import DIVERGENCES
 from bandpo.doctor.findings import Finding
@@ -54,6 +55,7 @@ VALUES = [
     Band(), Band("js", (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28)), Band(OWN, 0.1), Band(KL, RADII),
     Band(KL, (0.1, RADII)),
     Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII),
+    Intersection(Clip(), Band(KL, RADII), Elastic()), Union(TopK("kl", RADII), BySign(Clip(), DCPO())),
     log_clip(), kl3_clip(), TIS(), IcePop(), Schedule(0.1, 0.02, steps=9, shape="cosine"),
     Adaptive(0.05, target=0.01, rises=True),
     OBJECTIVES["bandpo-kl"].with_radius(RADII), OBJECTIVES["bandpo-kl"].with_radius(torch.tensor(0.05)),

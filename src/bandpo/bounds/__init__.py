@@ -13,6 +13,8 @@ from bandpo.bounds.calibration import match_radius as match_radius
 from bandpo.bounds.calibration import max_shift as max_shift
 from bandpo.bounds.calibration import outside_fraction as outside_fraction
 from bandpo.bounds.calibration import radius_for as radius_for
+from bandpo.bounds.combined import Intersection as Intersection
+from bandpo.bounds.combined import Union as Union
 from bandpo.bounds.edges import outside as outside
 from bandpo.bounds.regions import BySign as BySign
 from bandpo.bounds.regions import Sides as Sides

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bandpo._deprecations import moved_within, warn_moved
-from bandpo._inputs import as_mask, is_logprob
+from bandpo._inputs import as_mask, inputs_of, is_logprob
 from bandpo.bounds.band import Bounds, RatioBounds, as_divergence
 from bandpo.bounds.edges import outside
 from bandpo.divergences import FDivergence, binary_divergence
@@ -38,7 +38,8 @@ def match_radius(
 
     Args:
         divergence: Whose radius to find, an `FDivergence` or a name.
-        like: The trust region to match, such as `Band(KL, 0.05)` or `Clip(0.2)`; a function of the old log-probs alone.
+        like: The trust region to match, such as `Band(KL, 0.05)` or `Clip(0.2)`; a function of the old log-probs alone; for
+            `outside_fraction` also one that asks for inputs that the batch has.
         by: The measure.
         batch: For `outside_fraction`: `log_ratio`, `old_logprobs`, `advantages` of tokens (any one shape, or advantages that
             broadcast), and `mask` where some do not count.
@@ -47,7 +48,7 @@ def match_radius(
         δ, for both sides of the ball and without a `max_ratio`.
 
     Raises:
-        TypeError: If `by` is no string, or `like` returns no interval.
+        TypeError: If `by` is no string, `like` returns no interval, or it asks for more than it can be given.
         ValueError: If the measure is unknown or cannot be met: a bound that no ball gives, no token of the batch to clip.
 
     Examples:
@@ -82,6 +83,9 @@ def max_shift(bounds: Bounds) -> float:
 
     Args:
         bounds: A function of the old log-probs alone.
+
+    Raises:
+        TypeError: If the bounds ask for more, or return no interval.
 
     Examples:
         >>> from bandpo import TV, Band
@@ -169,13 +173,13 @@ def outside_fraction(bounds: Bounds, batch: Mapping[str, Tensor]) -> float:
     """Share of a batch's valid tokens that are outside a trust region on the side that their advantage pushes to.
 
     Args:
-        bounds: A function of the old log-probs alone.
+        bounds: A region that asks for nothing, or for `advantages`, `log_ratio` and `mask` of the batch (`BySign`).
         batch: `log_ratio`, `old_logprobs` and `advantages` of tokens (any one shape, or advantages that broadcast), and `mask`
             where some do not count.
 
     Raises:
         ValueError: If a name of the batch is missing or unknown.
-        TypeError: If the bounds return no interval.
+        TypeError: If the bounds ask for more than the batch has.
 
     Examples:
         >>> from bandpo import Clip
@@ -213,7 +217,8 @@ def _pushed(
     pushed = valid & (a * x > 0)
     left, distances = torch.zeros_like(pushed), x[:0]
     if bounds is not None:
-        left = pushed & outside(x, a, _interval(bounds, logp))
+        given = {"log_ratio": x, "advantages": a, "mask": valid}
+        left = pushed & outside(x, a, _called(bounds, logp, given))
     if divergence is not None:
         reached = torch.minimum(x, -logp)  # rounding may put π above 1
         distances = binary_divergence(reached, logp, divergence)[pushed].sort(descending=True).values
@@ -221,10 +226,21 @@ def _pushed(
 
 
 def _interval(bounds: Bounds, logp: Tensor) -> RatioBounds:
-    found = bounds(logp)
+    found = _called(bounds, logp, {})
     if not isinstance(found, RatioBounds):
         raise TypeError(f"{bounds!r} is no interval for the ratio")
     return found
+
+
+def _called(bounds: Bounds, logp: Tensor, given: Mapping[str, Tensor]) -> RatioBounds | Tensor:
+    """The region at some log-probs, with those inputs that it asks for."""
+    asked = inputs_of(bounds)
+    if missing := [name for name in asked if name not in given]:
+        raise TypeError(
+            f"{bounds!r} is no interval of the old log-probs alone: it asks for {', '.join(missing)}, which cannot be given "
+            "here"
+        )
+    return bounds(logp, **{name: given[name] for name in asked})
 
 
 def _maximum(function: Callable[[Tensor], Tensor], low: float, high: float) -> float:

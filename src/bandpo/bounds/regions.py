@@ -5,15 +5,16 @@ What they need besides the old log-probs (advantages, the sampler's top tokens) 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bandpo._deprecations import moved_within
-from bandpo._inputs import inputs_of, traits
-from bandpo._values import ByValue
-from bandpo.bounds.band import Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
+from bandpo._inputs import traits
+from bandpo._values import ByValue, same
+from bandpo.bounds.band import Band, Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
+from bandpo.bounds.combined import MARK, Combination, change_leaves, leaves
 from bandpo.bounds.roots import log1mexp
 from bandpo.divergences import KL, MAX_LOG, FDivergence
 
@@ -71,16 +72,17 @@ def kl3_clip(delta: float = 0.05) -> Clip:
     return Clip(-math.expm1(edges[0]), math.expm1(edges[1]))
 
 
-@dataclass(frozen=True)
-class BySign:
+@dataclass(frozen=True, eq=False)
+class BySign(Combination):
     """One region for tokens with A > 0 and another for the rest (ABC-GRPO's four widths, arXiv:2601.03895).
 
     Args:
-        positive: Bounds for A > 0, a function of the old log-probs alone.
-        negative: Bounds for A <= 0, likewise.
+        positive: Bounds for A > 0, of any kind.
+        negative: Bounds for A <= 0, of any kind.
 
     Raises:
-        ValueError: If one of the two asks for more than the old log-probs.
+        TypeError: If one of the two cannot be called as a region.
+        ValueError: If both are `TopK` regions, of different `k`.
 
     Examples:
         >>> bounds = BySign(Clip(0.2, 0.3), Clip(0.1, 0.2))
@@ -92,26 +94,39 @@ class BySign:
     negative: Bounds
 
     def __post_init__(self) -> None:
-        for name in ("positive", "negative"):
-            if inputs_of(getattr(self, name)):
-                raise ValueError(f"BySign: {name}={getattr(self, name)!r} needs more than the old log-probs")
+        self._prepare("advantages")
 
-    def __call__(self, old_logprobs: Tensor, *, advantages: Tensor) -> RatioBounds:
-        pairs = zip(self.positive(old_logprobs), self.negative(old_logprobs), strict=True)
-        lower, upper = (torch.where(advantages > 0, a, b) for a, b in pairs)
+    @property
+    def parts(self) -> tuple[Bounds, ...]:
+        """The regions for A > 0 and for the rest."""
+        return self.positive, self.negative
+
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        return caps[0]  # of A > 0, whose tokens are pushed up
+
+    def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
+        edges, inside = self._of_parts(old_logprobs, inputs)
+        positive = inputs["advantages"] > 0
+        if inside:
+            return torch.where(positive, inside[0], inside[1])
+        lower, upper = (torch.where(positive, a, b) for a, b in zip(*edges, strict=True))
         return RatioBounds(lower, upper)
 
 
-@dataclass(frozen=True)
-class Sides:
-    """The lower edge of one region and the upper edge of another, to see what each half does.
+@dataclass(frozen=True, eq=False)
+class Sides(Combination):
+    """The lower side of one region and the upper side of another, to see what each half does.
+
+    Of two intervals, the lower bound of one and the upper bound of the other. Where one of the two only says which tokens are
+    inside (`TopK`), it says so of the tokens on its side of r = 1.
 
     Args:
-        lower: Bounds whose lower edge counts, a function of the old log-probs alone.
-        upper: Bounds whose upper edge counts, likewise.
+        lower: Bounds whose lower side counts, of any kind.
+        upper: Bounds whose upper side counts, of any kind.
 
     Raises:
-        ValueError: If one of the two asks for more than the old log-probs.
+        TypeError: If one of the two cannot be called as a region.
+        ValueError: If both are `TopK` regions, of different `k`.
 
     Examples:
         >>> from bandpo import Band
@@ -123,13 +138,23 @@ class Sides:
     upper: Bounds
 
     def __post_init__(self) -> None:
-        for name in ("lower", "upper"):
-            if inputs_of(getattr(self, name)):
-                raise ValueError(f"Sides: {name}={getattr(self, name)!r} needs more than the old log-probs")
+        self._prepare(by_side=True)
 
-    def __call__(self, old_logprobs: Tensor) -> RatioBounds:
-        (lower, _), (_, upper) = self.lower(old_logprobs), self.upper(old_logprobs)
-        return RatioBounds(lower, upper)
+    @property
+    def parts(self) -> tuple[Bounds, ...]:
+        """The region below r = 1 and the region above."""
+        return self.lower, self.upper
+
+    def _cap(self, caps: tuple[float | None, ...]) -> float | None:
+        return caps[1]
+
+    def __call__(self, old_logprobs: Tensor, **inputs: Tensor) -> RatioBounds | Tensor:
+        edges, inside = self._of_parts(old_logprobs, inputs)
+        if inside:
+            if "log_ratio" not in inputs:  # parts that return memberships and are not marked so
+                raise TypeError(f"Sides: mark the regions that return a bool tensor with {MARK}")
+            return torch.where(inputs["log_ratio"] < 0, inside[0], inside[1])
+        return RatioBounds(edges[0].lower, edges[1].upper)
 
 
 @traits("membership")
@@ -183,6 +208,49 @@ class TopK(ByValue):
         )
         down, up = radius_of_sides(self.radius)
         return distance <= torch.where(logprobs < old_logprobs, down, up)
+
+
+def common_radius(bounds: Bounds) -> Radius | tuple[Radius, Radius] | None:
+    """The radius of the balls (`Band`, `TopK`) of a region; None where there is no ball, or where their radii differ.
+
+    Args:
+        bounds: Any region.
+
+    Examples:
+        >>> from bandpo import Clip
+        >>> common_radius(Sides(Clip(0.2), Band("kl", 0.05))), common_radius(Clip(0.2))
+        (0.05, None)
+    """
+    radii = [leaf.radius for leaf in leaves(bounds) if isinstance(leaf, Band | TopK)]
+    return radii[0] if radii and all(same(radii[0], radius) for radius in radii) else None
+
+
+def with_radius(bounds: Bounds, radius: Radius | tuple[Radius, Radius], owner: str = "with_radius") -> Bounds:
+    """The region with another radius of its ball; of several balls, whose radii must be equal, of all of them.
+
+    Args:
+        bounds: Any region.
+        radius: δ > 0, a number or a tensor that broadcasts to the tokens, or `(lower, upper)`.
+        owner: What has the region, for the message.
+
+    Raises:
+        ValueError: If the region has no ball, or balls of different radii.
+
+    Examples:
+        >>> from bandpo import Clip
+        >>> with_radius(Sides(Clip(0.2), Band("kl", 0.05)), 0.1).upper.radius
+        0.1
+    """
+    balls = [leaf for leaf in leaves(bounds) if isinstance(leaf, Band | TopK)]
+    if not balls:
+        raise ValueError(f"{owner} has no radius: its bounds are {bounds!r}")
+    if common_radius(bounds) is None:
+        listed = " and ".join(str(ball.radius) for ball in balls)
+        raise ValueError(
+            f"{owner} has balls of the radii {listed}, and one radius was given for all of them; make a region with the radii "
+            "that you want"
+        )
+    return change_leaves(bounds, lambda leaf: replace(leaf, radius=radius) if isinstance(leaf, Band | TopK) else leaf)
 
 
 def topk_divergence(

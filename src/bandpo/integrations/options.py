@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from bandpo.bounds import Band, Clip
-from bandpo.bounds.regions import TopK
+from bandpo.bounds import Band, Bounds, Clip
+from bandpo.bounds.combined import Combination, change_leaves, leaves
+from bandpo.bounds.regions import Sides, TopK, common_radius
 from bandpo.objective import Objective
 from bandpo.surrogates import clip
 
@@ -71,11 +72,12 @@ class RegionOptions:
             _refuse_ignored(given, name, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective")
             if bounds == Clip(1.0, math.inf) and objective.surrogate is not clip:
                 _refuse_ignored(moved, name, "has no interval")
-            low = moved.get("epsilon", bounds.low)
-            bounds = Clip(low, moved.get("epsilon_high", low if bounds.low == bounds.high else bounds.high))
+            bounds = _interval(bounds, moved)
         elif isinstance(bounds, Band | TopK):
             _refuse_ignored(moved, name, "has no fixed bounds; set radius")
             bounds = _ball(bounds, given, name)
+        elif isinstance(bounds, Combination):
+            bounds = _combination(bounds, given, moved, name)
         else:
             _refuse_ignored(given | moved, name, "has bounds of its own; make an Objective with the bounds you want")
         return dataclasses.replace(objective, bounds=bounds)
@@ -140,6 +142,39 @@ def _parsed(name: str, kind: type, value: Any) -> Any:
     if math.isnan(number) or (kind is int and not number.is_integer()):
         raise ValueError(f"{name}={value!r} must be a {'whole ' if kind is int else ''}number")
     return int(number) if kind is int else number
+
+
+def _interval(interval: Clip, moved: dict[str, Any]) -> Clip:
+    """The fixed interval with other widths."""
+    low = moved.get("epsilon", interval.low)
+    return Clip(low, moved.get("epsilon_high", low if interval.low == interval.high else interval.high))
+
+
+def _combination(region: Combination, given: dict[str, Any], moved: dict[str, Any], name: str) -> Bounds:
+    """The region with other parameters of its balls, which must agree, and of its only fixed interval."""
+    parts = leaves(region)
+    if given and common_radius(region) is None:
+        _refuse_ignored(
+            given, name, "has no ball, or balls of different radii; make an Objective with the bounds you want"
+        )
+    if "divergence" in given and sum(isinstance(part, Band | TopK) for part in parts) > 1:
+        _refuse_ignored({"divergence": given["divergence"]}, name, "has balls of several divergences")
+    if moved and sum(isinstance(part, Clip) for part in parts) != 1:
+        _refuse_ignored(moved, name, "has not exactly one fixed interval; make an Objective with the bounds you want")
+    if isinstance(region, Sides):
+        unused = {"epsilon": region.lower, "epsilon_high": region.upper}
+        _refuse_ignored(
+            {k: v for k, v in moved.items() if not any(isinstance(part, Clip) for part in leaves(unused[k]))},
+            name,
+            "has no fixed bound on that side",
+        )
+
+    def changed(part: Bounds) -> Bounds:
+        if isinstance(part, Clip):
+            return _interval(part, moved)
+        return _ball(part, given, name) if isinstance(part, Band | TopK) else part
+
+    return change_leaves(region, changed)
 
 
 def _ball(ball: Band | TopK, given: dict[str, Any], name: str) -> Band | TopK:

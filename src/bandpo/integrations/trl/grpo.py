@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-from bandpo.bounds import Band
-from bandpo.bounds.regions import TopK
+from bandpo.bounds.regions import TopK, common_radius
 from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
@@ -362,7 +361,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             self._pool_clip_metrics(tokens, sequences)
         self._tell_nonfinite(found["nonfinite_fraction"])
         if self._radius is not None and self.model.training:
-            radius = float(cast("Band | TopK", self.objective.bounds).radius)  # pyright: ignore[reportArgumentType]
+            radius = float(cast("Tensor", common_radius(self.objective.bounds)))
             log["band/radius"].append(radius)
             self._radius.measure(found, radius)
 

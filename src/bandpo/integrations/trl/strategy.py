@@ -110,9 +110,11 @@ class HostComputes(Strategy):
     def can_compute(objective: Objective) -> bool:
         """Whether an objective is TRL's clipped loss with other bounds."""
         alone = objective.correction is None and not objective.bounds_inputs
-        return (
-            objective.surrogate is clip and objective.anchor == "old" and objective.ratio_level != "product" and alone
+        # TRL takes the bounds of tokens, or one interval for all sequences.
+        at_level = objective.ratio_level == "token" or (
+            objective.ratio_level == "sequence" and isinstance(objective.bounds, Clip)
         )
+        return objective.surrogate is clip and objective.anchor == "old" and at_level and alone
 
     def refuse(self, args: BandGRPOConfig) -> None:
         del args  # TRL honours all of its options: the loss is its own

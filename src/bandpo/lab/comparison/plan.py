@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from bandpo.bounds import DCPO, Band, Clip
+from bandpo.bounds import DCPO, Band, Bounds, Clip
 from bandpo.bounds.calibration import match_radius
-from bandpo.bounds.regions import Sides
+from bandpo.bounds.combined import change_leaves
 from bandpo.lab.comparison.loop import Setting
 from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
@@ -197,16 +197,19 @@ class Arm:
         base = OBJECTIVES[self.objective]
         if self.variant == "matched":
             return matched(base)
-        if self.variant in ABLATIONS:
+        if self.variant in HALVES:
+            return OBJECTIVES[f"{self.objective}-{self.variant}"]
+        if self.variant in _CHANGES:
             assert isinstance(base.bounds, Band)
-            return dataclasses.replace(base, bounds=ABLATIONS[self.variant](base.bounds))
+            return dataclasses.replace(base, bounds=_CHANGES[self.variant](base.bounds))
         return scaled(base, self.width)
 
 
-ABLATIONS: Mapping[str, Callable[[Band], Any]] = MappingProxyType(
+HALVES = ("upper", "lower")
+"""Halves of a band, objectives of their own in the zoo (`bandpo-kl-upper`); the other side has PPO's ε = 0.2."""
+
+_CHANGES: Mapping[str, Callable[[Band], Band]] = MappingProxyType(
     {
-        "upper": lambda band: Sides(Clip(0.2), band),
-        "lower": lambda band: Sides(band, Clip(0.2)),
         "relax": lambda band: dataclasses.replace(band, relax=Clip(0.2, 0.28)),
         "cap 2": lambda band: dataclasses.replace(band, max_ratio=2.0),
         "no cap": lambda band: dataclasses.replace(band, max_ratio=None),
@@ -214,7 +217,9 @@ ABLATIONS: Mapping[str, Callable[[Band], Any]] = MappingProxyType(
         "4δ": lambda band: dataclasses.replace(band, radius=4 * cast(float, band.radius)),
     }
 )
-"""Changes of a band that show the effect of each of its parts; with one half of it, the other side has PPO's ε = 0.2."""
+
+ABLATIONS = (*HALVES, *_CHANGES)
+"""Changes of a band that show the effect of each of its parts."""
 
 
 @dataclass(frozen=True)
@@ -245,15 +250,18 @@ class Job:
 
 
 def scaled(objective: Objective, factor: float) -> Objective:
-    """The objective with its ε or δ multiplied by a factor; an objective without either is returned unchanged."""
-    bounds = objective.bounds
-    if isinstance(bounds, Band) and isinstance(bounds.radius, float):
-        bounds = dataclasses.replace(bounds, radius=bounds.radius * factor)
-    elif isinstance(bounds, DCPO):
-        bounds = dataclasses.replace(bounds, low=bounds.low * factor, high=bounds.high * factor)
-    elif isinstance(bounds, Clip) and bounds.high is not None and math.isfinite(bounds.high):
-        bounds = Clip(min(1.0, bounds.low * factor), bounds.high * factor)
-    return dataclasses.replace(objective, bounds=bounds)
+    """The objective with all its ε and δ multiplied by a factor; an objective without either is returned unchanged."""
+
+    def wider(bounds: Bounds) -> Bounds:
+        if isinstance(bounds, Band) and isinstance(bounds.radius, float):
+            return dataclasses.replace(bounds, radius=bounds.radius * factor)
+        if isinstance(bounds, DCPO):
+            return dataclasses.replace(bounds, low=bounds.low * factor, high=bounds.high * factor)
+        if isinstance(bounds, Clip) and bounds.high is not None and math.isfinite(bounds.high):
+            return Clip(min(1.0, bounds.low * factor), bounds.high * factor)
+        return bounds
+
+    return dataclasses.replace(objective, bounds=change_leaves(objective.bounds, wider))
 
 
 def matched(objective: Objective) -> Objective:
@@ -268,7 +276,7 @@ def report_arms(plan: Plan) -> list[Arm]:
     arms = [Arm(name) for name in _objectives(plan)]
     arms += [Arm(a.objective, "matched") for a in arms if isinstance(OBJECTIVES[a.objective].bounds, Band)]
     if "bandpo-kl" in plan.objectives:
-        arms += [Arm("bandpo-kl", name) for name in (ABLATIONS if plan.ablations else ("upper", "lower"))]
+        arms += [Arm("bandpo-kl", name) for name in (ABLATIONS if plan.ablations else HALVES)]
     return arms
 
 
