@@ -173,9 +173,7 @@ def test_check_divergence_accepts_the_built_in(divergence):
     ("f", "words"),
     [
         (lambda u: u.log().square() / 2, "convex"),
-        (lambda u: (u - 1).square() + 0.1, r"f\(1\) must be 0"),
-        (lambda u: u - 1, ">= 0"),
-        (lambda u: u * u.log(), ">= 0"),  # without the -u + 1 that makes f >= 0
+        (lambda u: u - 1, "linear"),
         (lambda u: (u - 1).square().float(), "dtype"),
         (lambda u: torch.where(u < 1e-5, math.nan, (u - 1).square()), "NaN|zero|0"),
     ],
