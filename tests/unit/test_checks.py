@@ -1,6 +1,5 @@
 """`bandpo.testing` accepts every part of the library, and refuses broken ones; wrong extras are told before any kernel."""
 
-import dataclasses
 import math
 
 import pytest
