@@ -11,7 +11,7 @@ from bandpo import OBJECTIVES, Band
 from bandpo.lab.comparison import sweeps
 from bandpo.lab.comparison.claims import FAILS, HOLDS, OPPOSED, PARTLY, UNMEASURED, claims, duels
 from bandpo.lab.comparison.exact import Tree, run_tree
-from bandpo.lab.comparison.plan import ABLATIONS, Arm
+from bandpo.lab.comparison.plan import ABLATIONS, KL_TARGET, Arm, Plan, report_arms
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, (4, 10))
 
@@ -91,6 +91,13 @@ def test_every_ablation_changes_one_thing():
         assert built.surrogate is OBJECTIVES["bandpo-kl"].surrogate
     assert Arm("bandpo-kl", "4δ").build().bounds.radius == pytest.approx(0.2)
     assert Arm("bandpo-kl", "no cap").build().bounds.max_ratio is None
+
+
+def test_a_kl_penalty_gets_an_arm_whose_beta_adapts():
+    arms = report_arms(Plan(("ppo-kl", "grpo"), ("paths",), (0,), tuning_seeds=0, ablations=False))
+    targets = {arm.label: arm.kl_target for arm in arms}
+    assert targets == {"ppo-kl": None, "grpo": None, "no-clip": None, "ppo-kl adaptive": KL_TARGET}
+    assert Arm("ppo-kl", "adaptive").build() == OBJECTIVES["ppo-kl"]
 
 
 def test_expected_best_of_random_settings_against_a_simulation():
