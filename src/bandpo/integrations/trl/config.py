@@ -219,9 +219,10 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         if not 0 < self.kl_penalty_target < math.inf:
             raise ValueError(f"kl_penalty_target must be a positive number of nats, got {self.kl_penalty_target}")
         if not objective.penalty:
+            what = "none" if objective.penalty is None else "β = 0, which cannot be doubled"
             raise ValueError(
                 f"kl_penalty_target={self.kl_penalty_target} moves the β of a KL penalty to the policy before the update, and "
-                f"objective {self.objective!r} has {'none' if objective.penalty is None else 'β = 0, which cannot be doubled'}; "
+                f"objective {self.objective!r} has {what}; "
                 "use objective='ppo-kl' (TRL's beta is that of a KL to the reference model)"
             )
         return Adaptive(objective.penalty, self.kl_penalty_target, rises=False)

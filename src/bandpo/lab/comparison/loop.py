@@ -350,7 +350,9 @@ class _Penalty:
 
     def __init__(self, run: Run) -> None:
         if not run.objective.penalty:
-            raise ValueError(f"objective {run.objective.name!r} has no KL penalty for kl_target={run.kl_target} to move")
+            raise ValueError(
+                f"objective {run.objective.name!r} has no KL penalty for kl_target={run.kl_target} to move"
+            )
         self._base = run.objective
         self.rule = Adaptive(run.objective.penalty, cast("float", run.kl_target), rises=False)
         self._kl = self._tokens = 0.0
