@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective
+from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective, RatioBounds
 from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common
-from bandpo.lab.comparison.sweeps import REUSE, realised
+from bandpo.lab.comparison.sweeps import REUSE, bandit, realised
 from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm, wilson
 from bandpo.terms import gradient_weight, token_objective
 
@@ -166,6 +166,22 @@ def test_realised_ratios_are_those_of_the_runs_that_drew_the_arm():
     assert found["edge"]["grpo"][0] == pytest.approx(1.2)
     assert found["edge"]["bandpo-kl"][0] == pytest.approx(7.8098, abs=1e-4)
     assert realised(3) == {}  # too few to have drawn either arm
+
+
+def test_the_clip_on_common_tokens_is_what_lets_the_rare_one_gain():
+    def median(rare, common):
+        def bounds(old):
+            clipped = torch.where(old < -3, rare, common) > 0
+            return RatioBounds(torch.where(clipped, 0.8, 0.0), torch.where(clipped, 1.2, 1e9))
+
+        objective = Objective(bounds=bounds)
+        found = bandit(objective, 1000, rare=0.01, batches=1, learning_rate=0.1, epochs=4, minibatches=8)
+        return (found.curve[0] / 0.01)[found.discovery == 0].median().item()
+
+    assert median(rare=0, common=1) == pytest.approx(3.20, abs=0.02)
+    assert median(rare=1, common=1) == pytest.approx(1.61, abs=0.02)
+    assert median(rare=0, common=0) == pytest.approx(0.52, abs=0.02)
+    assert median(rare=1, common=0) == pytest.approx(0.51, abs=0.02)
 
 
 def _by_hand(seeds, rate, steps):
