@@ -199,7 +199,7 @@ def _line(where: str, d: Difference) -> str:
     return f"{where}: {value} [{low}, {high}], p = {number(d.p_holm, '.2g')}"
 
 
-_OFTEN = 0.05  # a bound that more than this share of the tokens passes is none
+_OFTEN = 0.05  # the share of tokens beyond an edge that refutes the edge as a bound
 
 
 def _gain_under_a_clip(moved: Mapping[str, Any]) -> Claim:
