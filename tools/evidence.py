@@ -1,4 +1,4 @@
-"""Writes docs/evidence.md and docs/evidence-data.md anew from docs/evidence.json, without running anything.
+"""Writes docs/evidence.md and docs/evidence-data.md anew from docs/evidence.json; only `--measure` runs something.
 
 * `python tools/evidence.py`: the two pages.
 * `python tools/evidence.py --figures`: the pictures in docs/assets/evidence too.
