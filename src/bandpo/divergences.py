@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, SupportsIndex
@@ -45,10 +46,12 @@ class FDivergence(ByValue):
     and reuse it: bounds are tabulated for each divergence, and a second object with the same lambda counts as a different
     divergence. If the functions are defined at the top level of a module, the object can be pickled for worker processes.
 
+    `f(u) + c(u - 1)` is the same divergence for every c, because both policies sum to 1. So `u log u` may be given as it is:
+    if `f` has a slope at 1, `tilt`, then `f(u) - tilt·(u - 1)` is used, which is at least 0.
+
     Args:
         name: Name in messages, tables and plots.
-        f: Generator, elementwise on a float64 tensor of ratios `u > 0`: convex, `f(1) = 0`, `f >= 0`
-            (add `c·(u - 1)` to reach `f'(1) = 0`; that does not change the divergence).
+        f: Generator, elementwise on a float64 tensor of ratios `u > 0`: convex, `f(1) = 0`.
         f_exp: The same generator as a function of `t = log u`, `f(exp(t))`, written so that nothing cancels near `t = 0`
             and nothing overflows to NaN for `t` in `[-inf, 700]`. Without it `f(exp(t))` is evaluated directly: bounds are
             then as exact as `f` itself near 1, and ratios below 1e-308 count as 0.
@@ -59,12 +62,15 @@ class FDivergence(ByValue):
 
     Raises:
         TypeError: If `f` is not callable.
+        ValueError: If `f(1)` is a number other than 0.
 
     Examples:
         >>> import torch
         >>> alpha_half = FDivergence("mine", lambda u: 2 * (1 + u) - 4 * u.sqrt())
         >>> alpha_half(torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64))
         tensor([0.5000, 0.0000, 2.0000], dtype=torch.float64)
+        >>> FDivergence("mine", lambda u: 2 - 2 * u.sqrt())(torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64))
+        tensor([0.2500, 0.0000, 1.0000], dtype=torch.float64)
     """
 
     name: str
@@ -72,13 +78,28 @@ class FDivergence(ByValue):
     f_exp: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     slope_at_infinity: float | None = field(default=None, repr=False)
     closed_form: Callable[[Tensor, Tensor], LogBounds] | None = field(default=None, repr=False)
+    tilt: float = field(init=False, default=0.0, repr=False, compare=False)
+    """The slope of `f` at 1 that is taken off, 0 for an `f` that is at least 0; of a kink, the mean of both slopes."""
+    smallest: float = field(init=False, default=0.0, repr=False, compare=False)
+    """The ratio at which `f` is evaluated in place of smaller ones: 0, or e^-700 where `f(0)` is NaN, as `u * u.log()` is."""
 
     def __post_init__(self) -> None:
         if not callable(self.f):
             raise TypeError(f"FDivergence({self.name!r}): f must be a function of a tensor of ratios, got {self.f!r}")
+        if type(torch.empty(0, device="cpu")) is Tensor:
+            self._probe()
+        else:  # a mode of the caller makes tensors without numbers; a new thread has none of its modes
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                pool.submit(self._probe).result()
+
+    def _probe(self) -> None:
+        """Evaluate the generator at 0, next to 1 and far out, for what was not given."""
         if self.slope_at_infinity is None:
-            edge = torch.tensor(MAX_LOG, dtype=torch.float64)
+            edge = torch.tensor(MAX_LOG, dtype=torch.float64, device="cpu")
             object.__setattr__(self, "slope_at_infinity", float(self.of_log(edge) * (-edge).exp()))
+        object.__setattr__(self, "tilt", _slope_at_one(self.name, self.f))
+        at_zero = float(self.f(torch.zeros(1, dtype=torch.float64, device="cpu")))
+        object.__setattr__(self, "smallest", math.exp(-MAX_LOG) if math.isnan(at_zero) else 0.0)
 
     def __hash__(self) -> int:
         return hash(
@@ -90,22 +111,47 @@ class FDivergence(ByValue):
         return self.name if DIVERGENCES.get(self.name.lower()) is self else super().__reduce_ex__(protocol)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """The generator at ratio `u`, elementwise."""
-        return self.f(u)
+        """The generator at ratio `u`, elementwise, without the slope that `f` may have at 1."""
+        u = u.clamp_min(self.smallest) if self.smallest else u
+        return self.f(u) - self.tilt * (u - 1) if self.tilt else self.f(u)
 
     def of_log(self, t: Tensor) -> Tensor:
-        """The generator at a log-ratio, `f(exp(t))`.
+        """The generator at a log-ratio, `f(exp(t))`, without the slope that `f` may have at 1.
 
         Args:
             t: Log-ratio, any shape, float64 (or float32 for statistics).
         """
-        return self.f(t.exp()) if self.f_exp is None else self.f_exp(t)
+        if self.f_exp is None:
+            return self(t.exp())  # the slope is taken off at the same rounded ratio, whose rounding then cancels
+        return self.f_exp(t) - self.tilt * t.expm1() if self.tilt else self.f_exp(t)
 
     @property
     def recession(self) -> float:
-        """`lim f(u)/u` for `u → ∞`: the cost of probability where the old policy had none."""
+        """`lim f(u)/u` for `u → ∞`, less `tilt`: the cost of probability where the old policy had none."""
         assert self.slope_at_infinity is not None
-        return self.slope_at_infinity
+        return self.slope_at_infinity - self.tilt
+
+
+_PROBE = 2.0**-17  # 1 + _PROBE and 1 - _PROBE are float64 numbers, and their differences are exact
+
+
+def _slope_at_one(name: str, f: Callable[[Tensor], Tensor]) -> float:
+    """The slope of a generator at 1, and exactly 0 where both chords next to 1 have the signs of a minimum there.
+
+    A convex function has its minimum at 1 unless one of the two chords falls towards or away from 1 on the wrong side. What
+    remains of the slope after this is of the order of `_PROBE`², and it cancels in every divergence.
+    """
+    around = torch.tensor([1 - _PROBE, 1.0, 1 + _PROBE], dtype=torch.float64, device="cpu")
+    below, one, above = (float(x) for x in f(around))
+    if math.isfinite(one) and abs(one) > 1e-12:
+        raise ValueError(
+            f"FDivergence({name!r}): f(1) must be 0, got {one:g}: the divergence of a policy from itself; subtract it from f"
+        )
+    left, right = (one - below) / _PROBE, (above - one) / _PROBE
+    noise = 1e-8  # f rounds by about 1e-16, a chord by 1e-16 / _PROBE
+    if not (left > noise or right < -noise):
+        return 0.0
+    return (left + right) / 2
 
 
 def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDivergence) -> Tensor:

@@ -1,7 +1,9 @@
 """An objective as a composition: bounds x surrogate x aggregation, and what it expects around it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +14,7 @@ from bandpo._values import ByValue
 from bandpo.bounds import Bounds, Radius
 from bandpo.bounds.regions import with_radius
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
-from bandpo.surrogates import Surrogate, clip
+from bandpo.surrogates import Surrogate, clip, kl_penalty
 from bandpo.surrogates.corrections import Correction
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -176,3 +178,31 @@ class Objective(ByValue):
             ValueError: If its trust region has no ball, or balls of different radii.
         """
         return replace(self, bounds=with_radius(self.bounds, radius, f"objective {self.name!r}"))
+
+    @property
+    def penalty(self) -> float | None:
+        """β of PPO's KL penalty to π_old (`bandpo.surrogates.kl_penalty`), in objective per nat; None without such a term."""
+        surrogate, beta = self.surrogate, 1.0
+        if isinstance(surrogate, partial):
+            surrogate, beta = surrogate.func, surrogate.keywords.get("beta", beta)
+        return beta if surrogate is kl_penalty else None
+
+    def with_penalty(self, beta: float) -> "Objective":
+        """The same objective with another β of its KL penalty, such as one that `bandpo.schedules.Adaptive` moves.
+
+        Args:
+            beta: β >= 0, in objective per nat.
+
+        Raises:
+            ValueError: If its surrogate is not `bandpo.surrogates.kl_penalty`, or β is out of range.
+
+        Examples:
+            >>> from bandpo import OBJECTIVES
+            >>> OBJECTIVES["ppo-kl"].penalty, OBJECTIVES["ppo-kl"].with_penalty(0.5).penalty
+            (1.0, 0.5)
+        """
+        if self.penalty is None:
+            raise ValueError(f"objective {self.name!r} has no KL penalty to π_old; ppo-kl has one")
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"with_penalty: beta must be a number >= 0, got {beta}")
+        return replace(self, surrogate=partial(kl_penalty, beta=beta))

@@ -19,7 +19,8 @@ _LOGPS = (-50.0, -20.0, -7.0, -3.0, -1.0, -math.log(2), -0.3, -0.05, -1e-3, -1e-
 def check_divergence(divergence: FDivergence) -> None:
     """Check that a divergence is an f-divergence, and that its bounds are right (docs/theory.md has the proofs).
 
-    The generator: `f(1) = 0`, `f >= 0`, convex; `f_exp(t) = f(exp(t))` if given. The bounds, over a grid of p and δ:
+    The generator: convex, `f(1) = 0`, not linear; `f_exp(t) = f(exp(t))` if given;
+    `slope_at_infinity` is the limit of `f(u)/u`. The bounds, over a grid of p and δ:
     bracket 1 within `[0, 1/p]`; lie on the ball's surface or at the simplex' edge (the residual); widen with δ, narrow
     with p; mirror, `p·r_low(p) + (1-p)·r_up(1-p) = 1`; tend to `(0, ∞)` as `p → 0` and to `(r*, 1)` as `p → 1`, where
     `f(r*) + (1-r*)·lim f(u)/u = δ`.
@@ -37,6 +38,7 @@ def check_divergence(divergence: FDivergence) -> None:
         AssertionError: concave: f must be >= 0, but f(0.001) = -0.998
     """
     _check_generator(divergence)
+    _check_slope_at_infinity(divergence)
     logp = torch.tensor(_LOGPS, dtype=torch.float64)
     previous = None
     for radius in _RADII:
@@ -60,7 +62,9 @@ def check_divergence(divergence: FDivergence) -> None:
 def check_bounds(bounds: Bounds, extras: Mapping[str, Tensor] | None = None) -> None:
     """Check that a bounds object maps log-probs to `0 <= lower <= 1 <= upper`, elementwise and without a gradient.
 
-    If the bounds ask for further inputs, they get a ratio and an advantage of 1; other extras are 0 unless they are given.
+    Bounds that say which tokens are inside, without edges, must say so of every token whose ratio is 1. If the bounds ask for
+    further inputs, they get a ratio and an advantage of 1, and the sampler's two most likely other tokens as its top K; other
+    extras are 0 unless they are given. Bounds that are marked `of_batch` may depend on a token's neighbours.
 
     Args:
         bounds: The bounds to check.
@@ -68,30 +72,51 @@ def check_bounds(bounds: Bounds, extras: Mapping[str, Tensor] | None = None) -> 
 
     Raises:
         AssertionError: If a property does not hold; the message names it.
-        TypeError: If the bounds have no edges because they only say which tokens are inside.
 
     Examples:
         >>> from bandpo import Clip
         >>> check_bounds(Clip(0.2, 0.28))
     """
-    if "membership" in traits_of(bounds):
-        raise TypeError(f"check_bounds: {bounds!r} says which tokens are inside and has no edges to check")
     logp = torch.tensor([-30.0, -3.0, -0.5, -0.01, -1e-6, 0.0], requires_grad=True)
 
-    def call(logp: Tensor) -> RatioBounds | Tensor:
-        return bounds(logp, **_needed(bounds, torch.zeros_like(logp), torch.ones_like(logp), logp, extras))
+    def call(logp: Tensor) -> tuple[Tensor, ...]:
+        found = bounds(logp, **_needed(bounds, torch.zeros_like(logp), torch.ones_like(logp), logp, extras))
+        return (found,) if isinstance(found, Tensor) else tuple(found)
 
-    lower, upper = call(logp)
+    found = call(logp)
+    if "membership" in traits_of(bounds):
+        _check_membership(found, logp)
+    else:
+        _check_edges(found, logp)
+    if "of_batch" in traits_of(bounds):
+        return
+    for i in range(len(logp)):
+        alone = call(logp[i : i + 1])
+        same = all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, found, strict=True))
+        assert same, f"the bounds of log p = {logp[i].item():g} depend on its neighbours"
+
+
+def _check_edges(found: tuple[Tensor, ...], logp: Tensor) -> None:
+    assert len(found) == 2, (
+        "bounds return RatioBounds(lower, upper); if they say which tokens are inside, mark them with "
+        "bandpo.traits('membership')"
+    )
+    lower, upper = found
     for name, b in (("lower", lower), ("upper", upper)):
         assert b.shape == logp.shape, f"{name} has shape {tuple(b.shape)}, the input {tuple(logp.shape)}"
         assert b.dtype == logp.dtype, f"{name} has dtype {b.dtype}, the input {logp.dtype}"
         assert not b.requires_grad, f"{name} carries a gradient: bounds are constants of the update"
     assert ((lower >= 0) & (lower <= 1)).all(), f"lower must be in [0, 1], got {lower.tolist()}"
     assert (upper >= 1).all(), f"upper must be >= 1, got {upper.tolist()}"
-    for i in range(len(logp)):
-        alone = call(logp[i : i + 1])
-        same = torch.equal(alone[0], lower[i : i + 1]) and torch.equal(alone[1], upper[i : i + 1])
-        assert same, f"the bounds of log p = {logp[i].item():g} depend on its neighbours"
+
+
+def _check_membership(found: tuple[Tensor, ...], logp: Tensor) -> None:
+    inside = found[0]
+    assert len(found) == 1 and inside.dtype == torch.bool, (
+        f"bounds that are marked 'membership' return one bool tensor, got {len(found)} of {inside.dtype}"
+    )
+    assert inside.shape == logp.shape, f"the result has shape {tuple(inside.shape)}, the input {tuple(logp.shape)}"
+    assert inside.all(), f"a token whose ratio is 1 must be inside, got {inside.tolist()}"
 
 
 def check_surrogate(surrogate: Surrogate, extras: Mapping[str, Tensor] | None = None) -> None:
@@ -172,6 +197,7 @@ def _needed(
             f"extras: {', '.join(sorted(unknown))} is not asked for; choose from {', '.join(given) or 'none'}"
         )
     given |= {name: x.to(old.dtype).expand_as(old) for name, x in (extras or {}).items()}
+    given |= {name: x for name, x in _top_k(old, log_ratio).items() if name in given and name not in (extras or {})}
     batch = {
         "logprobs": old + log_ratio,
         "old_logprobs": old,
@@ -180,6 +206,17 @@ def _needed(
         "mask": torch.ones_like(old, dtype=torch.bool),
     }
     return {name: batch[name] if name in PROVIDED else given[name] for name in inputs_of(component)}
+
+
+def _top_k(old: Tensor, log_ratio: Tensor) -> dict[str, Tensor]:
+    """Two other tokens with 1/2 and 1/4 of what the sampled token leaves, before and after its ratio changed."""
+    shares = torch.tensor([0.5, 0.25], dtype=old.dtype).log()
+    rest = [(-(x.detach().clamp(max=0.0)).expm1()).log().unsqueeze(-1) + shares for x in (old, old + log_ratio)]
+    return {
+        "old_topk_logprobs": rest[0],
+        "topk_logprobs": rest[1],
+        "sampled_in_topk": torch.zeros_like(old, dtype=torch.bool),
+    }
 
 
 def _at_most(a: Tensor, b: Tensor) -> bool:
@@ -197,6 +234,7 @@ def _check_generator(divergence: FDivergence) -> None:
     lowest = int(f.argmin()) if f.min() < -1e-12 else None
     first = int((f < -1e-12).to(torch.int8).argmax())
     assert lowest is None, f"{name}: f must be >= 0, but f({u[first]:.3g}) = {f[first]:.3g}"
+    assert f.max() > 1e-12, f"{name}: f must not be linear: every policy would have the divergence 0"
     slope = f.diff() / u.diff()
     bend = slope.diff()
     worst = int(bend.argmin())
@@ -205,9 +243,24 @@ def _check_generator(divergence: FDivergence) -> None:
     assert (bend >= -noise).all(), f"{name}: f must be convex, but its slope falls near u = {u[worst + 1]:.3g}"
     if divergence.f_exp is not None:
         # f in its plain form loses |f'|·ulp(u) and the rounding of the terms that cancel, each of order 1 + u + 1/u.
-        gap = (divergence.f_exp(u.log()) - f).abs()
+        gap = (divergence.f_exp(u.log()) - divergence.f(u)).abs()
         worst = int((gap / (f + 1)).argmax())
         assert (gap <= 1e-12 * (f + 1 + u)).all(), f"{name}: f_exp(log u) differs from f(u) at u = {u[worst]:.3g}"
+
+
+def _check_slope_at_infinity(divergence: FDivergence) -> None:
+    """Check `lim f(u)/u` against f(u)/u at e^150 and e^300, which rises to it, where these are numbers."""
+    at = torch.tensor([150.0, 300.0], dtype=torch.float64)
+    near, far = (float(x) for x in divergence.of_log(at) * (-at).exp())
+    if not (math.isfinite(near) and math.isfinite(far)):
+        return
+    slope = divergence.recession
+    reached = math.isclose(near, far, rel_tol=1e-6)
+    right = math.isclose(slope, far, rel_tol=1e-5) if reached else slope >= far
+    assert right, (
+        f"{divergence.name}: slope_at_infinity, less the slope at 1, is {slope:g}, but f(u)/u is {near:g} at e^150 and {far:g} "
+        "at e^300"
+    )
 
 
 def _check_residual(divergence: FDivergence, logp: Tensor, lower: Tensor, radius: float) -> None:

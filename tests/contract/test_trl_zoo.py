@@ -244,6 +244,51 @@ def test_radius_schedule_and_target(make_model, tokenizer, prompts, tmp_path):
     assert shrinks.state.log_history[-2]["band/radius"] == pytest.approx(8.0)
 
 
+def test_the_penalty_of_ppo_kl_follows_its_target(make_model, tokenizer, prompts, tmp_path):
+    """β doubles above 1.5 times the target and halves below the target / 1.5, by the logged KL of each rollout's steps."""
+    make = run_of(make_model, tokenizer, prompts)
+    common = {"objective": "ppo-kl", "max_steps": 16, "learning_rate": 0.1, "logging_steps": 1}
+    rows = {}
+    for target in (1e-9, 0.02, 1e3):
+        trainer = make(tmp_path / str(target), kl_penalty_target=target, **common)
+        trainer.train()
+        rows[target] = [row for row in trainer.state.log_history if "band/kl_penalty" in row]
+        betas = [row["band/kl_penalty"] for row in rows[target]]
+        kls = [row["kl/old_new"] for row in rows[target]]
+        assert len(betas) == 16
+        for k in range(1, 4):  # 16 steps are 4 rollouts of 4
+            kl = sum(kls[4 * k - 4 : 4 * k]) / 4  # rows of equally many tokens, up to cut completions
+            last, now = betas[4 * k - 1], betas[4 * k]
+            assert now in (last, 2 * last, last / 2)
+            if kl > 1.6 * target:
+                assert now == 2 * last
+            elif kl < target / 1.6:
+                assert now == last / 2
+            elif target / 1.4 < kl < 1.4 * target:
+                assert now == last
+        assert betas[0:4] == [1.0] * 4
+        assert trainer.objective.penalty == betas[-1]
+    assert rows[1e-9][-1]["band/kl_penalty"] == 8 and rows[1e3][-1]["band/kl_penalty"] == 1 / 8
+    with pytest.raises(ValueError, match="one optimiser step for each rollout"):
+        make(tmp_path, objective="ppo-kl", kl_penalty_target=0.01, num_iterations=1, steps_per_generation=1)
+
+
+def test_resume_is_bit_exact_with_an_adaptive_penalty(make_model, tokenizer, prompts, tmp_path):
+    make = run_of(make_model, tokenizer, prompts)
+    common = {
+        "max_steps": 12, "save_strategy": "steps", "save_steps": 6, "learning_rate": 0.1, "objective": "ppo-kl",
+        "kl_penalty_target": 1e-9,
+    }  # fmt: skip
+    whole = make(tmp_path / "whole", **common)
+    whole.train()
+    resumed = make(tmp_path / "resumed", **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))  # within the second rollout
+    a, b = (torch.cat([p.detach().flatten() for p in t.model.parameters()]) for t in (whole, resumed))
+    assert torch.equal(a, b)
+    betas = [[r["band/kl_penalty"] for r in t.state.log_history if "band/kl_penalty" in r] for t in (whole, resumed)]
+    assert betas[0] == betas[1] == [1.0] * 4 + [2.0] * 4 + [4.0] * 4
+
+
 def test_resume_is_bit_exact_with_a_moving_radius_and_refilled_groups(make_model, tokenizer, prompts, tmp_path):
     make = run_of(make_model, tokenizer, prompts)
     common = {
@@ -277,6 +322,9 @@ def test_resume_is_bit_exact_with_a_moving_radius_and_refilled_groups(make_model
         ({"divergence_top_k": 5}, "divergence_top_k=5 would be ignored"),
         ({"objective": "sapo", "epsilon": 0.1}, "epsilon=0.1 would be ignored.*has no interval"),
         ({"dynamic_sampling": -1}, "dynamic_sampling"),
+        ({"kl_penalty_target": 0.01}, "'bandpo-kl' has none; use objective='ppo-kl'"),
+        ({"objective": "ppo-kl", "kl_penalty_target": 0.0}, "positive number of nats, got 0.0"),
+        ({"objective": "ppo-kl", "kl_penalty_target": math.inf}, "positive number of nats, got inf"),
     ],
 )
 def test_config_refuses_what_would_be_ignored(changes, words, tmp_path):

@@ -11,7 +11,7 @@ from bandpo import OBJECTIVES, Band
 from bandpo.lab.comparison import sweeps
 from bandpo.lab.comparison.claims import FAILS, HOLDS, OPPOSED, PARTLY, UNMEASURED, claims, duels
 from bandpo.lab.comparison.exact import Tree, run_tree
-from bandpo.lab.comparison.plan import ABLATIONS, Arm
+from bandpo.lab.comparison.plan import ABLATIONS, KL_TARGET, Arm, Plan, report_arms
 
 NOISE = np.random.default_rng(0).normal(0, 0.01, (4, 10))
 
@@ -72,6 +72,58 @@ def test_what_was_not_run_has_no_verdict_and_too_few_seeds_have_none_either():
     assert claim.evidence[0] == "5 seeds cannot reach p < 0.05"
 
 
+def moved(beyond, against):
+    """A measurement of one rarity, one rate and two reuses."""
+    return {
+        "rarities": [0.01], "rates": [0.1], "reuse": [[1, 1], [2, 4]], "seeds": 100, "drawn": [50], "versions": "made up",
+        "beyond": {"grpo": [[beyond]]}, "against": {"bandpo-kl": [[against]]},
+        "median": {"grpo": [[[1.1, 1.3]]]}, "high": {"grpo": [[[1.15, 1.5]]]},
+    }  # fmt: skip
+
+
+NONE, SOME, MANY = [0.0, 0.0, 0.07], [0.06, 0.02, 0.15], [0.8, 0.67, 0.89]
+SAME, MORE, LESS, OPEN = [0.0, 0.0, 0.0], [0.1, 0.05, 0.15], [-0.1, -0.15, -0.05], [0.1, -0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("beyond", "expected"),
+    [((NONE, NONE), HOLDS), ((NONE, SOME), HOLDS), ((NONE, MANY), FAILS), ((MANY, NONE), FAILS)],
+)
+def test_a_clip_bounds_an_update_unless_tokens_are_measured_beyond_it(beyond, expected):
+    claim = named(claims({"tasks": {}, "realised": moved(list(beyond), [SAME, SAME])}), "gain at most ε·p")
+    assert claim.verdict == expected
+    assert "2 epochs of 4 steps: ratio 1.3 in the median, 1.5 at 95%" in claim.evidence[-1]
+
+
+@pytest.mark.parametrize(("difference", "expected"), [(MORE, HOLDS), (LESS, OPPOSED), (OPEN, FAILS)])
+def test_the_gain_under_the_band_is_judged_where_there_are_several_steps(difference, expected):
+    found = claims({"tasks": {}, "realised": moved([NONE, NONE], [SAME, difference])})
+    assert named(found, "gains more in an update").verdict == expected
+
+
+def test_mixed_and_partial_gains():
+    two = moved([NONE, NONE], [MORE, LESS])
+    two["reuse"] = [[1, 4], [2, 4]]
+    assert named(claims({"tasks": {}, "realised": two}), "gains more").verdict == FAILS
+    two["against"]["bandpo-kl"] = [[[MORE, OPEN]]]
+    assert named(claims({"tasks": {}, "realised": two}), "gains more").verdict == PARTLY
+    assert named(claims({"tasks": {}}), "gains more").verdict == UNMEASURED
+
+
+def test_the_table_of_the_theory_page_is_the_measurement():
+    docs = Path(__file__).parents[2] / "docs"
+    found, page = json.loads((docs / "evidence.json").read_text())["realised"], (docs / "theory.md").read_text()
+    assert found["rarities"][0] == 0.01
+    for j, rate in enumerate(found["rates"]):
+        for k, (epochs, steps) in enumerate(found["reuse"]):
+            cells = [
+                f"{found['median'][name][0][j][k]:.2f}, {found['high'][name][0][j][k]:.2f}, "
+                f"{found['beyond'][name][0][j][k][0]:.0%}"
+                for name in ("grpo", "bandpo-kl", "no-clip")
+            ]
+            assert (f"| {rate:g} | {epochs} x {steps} | {' | '.join(cells)} |" in page) == (epochs > 1)
+
+
 def test_duels_correct_over_all_pairs_of_a_measure():
     arms = {"bandpo-kl": 0.5, "bandpo-tv": 0.4, "grpo": 0.4, "no-clip": 0.3}
     found = duels(summary_of({"t": arms}))["t"]["mean@4"]
@@ -91,6 +143,13 @@ def test_every_ablation_changes_one_thing():
         assert built.surrogate is OBJECTIVES["bandpo-kl"].surrogate
     assert Arm("bandpo-kl", "4δ").build().bounds.radius == pytest.approx(0.2)
     assert Arm("bandpo-kl", "no cap").build().bounds.max_ratio is None
+
+
+def test_a_kl_penalty_gets_an_arm_whose_beta_adapts():
+    arms = report_arms(Plan(("ppo-kl", "grpo"), ("paths",), (0,), tuning_seeds=0, ablations=False))
+    targets = {arm.label: arm.kl_target for arm in arms}
+    assert targets == {"ppo-kl": None, "grpo": None, "no-clip": None, "ppo-kl adaptive": KL_TARGET}
+    assert Arm("ppo-kl", "adaptive").build() == OBJECTIVES["ppo-kl"]
 
 
 def test_expected_best_of_random_settings_against_a_simulation():

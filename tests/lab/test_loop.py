@@ -68,6 +68,46 @@ def test_resume_is_bit_exact():
         assert [dataclasses.asdict(r) for r in results] == [dataclasses.asdict(r) for r in again]
 
 
+@pytest.mark.parametrize(("target", "factor"), [(1e-9, 2.0), (1e3, 0.5)])
+def test_an_adaptive_penalty_is_the_penalty_with_beta_changed_by_hand(target, factor):
+    """Far from its target, PPO's rule doubles or halves β after each rollout."""
+    base = OBJECTIVES["ppo-kl"]
+    adaptive = [Run(base, 3e-3, s, warm_up=s, kl_target=target) for s in (0, 1)]
+    loop, by_hand = Loop(setting(), adaptive), Loop(setting(), runs("ppo-kl"))
+    constant = Loop(setting(), runs("ppo-kl"))
+    for update in range(4):
+        by_hand.runs = [dataclasses.replace(r, objective=base.with_penalty(factor**update)) for r in by_hand.runs]
+        for each in (loop, by_hand, constant):
+            each.update()
+    assert torch.equal(weights(loop), weights(by_hand))
+    assert not torch.equal(weights(loop), weights(constant))
+    assert [p.rule.value for p in loop.penalties] == [factor**4] * 2
+
+
+def test_an_adaptive_penalty_follows_the_measured_kl_and_resumes():
+    made = [Run(OBJECTIVES["ppo-kl"], 1e-2, 0, kl_target=0.002), *runs("grpo", seeds=(0,))]
+    loop = Loop(setting(updates=8), made)
+    seen, measured = [], []
+    inner = loop.penalties[0].rule.update
+    loop.penalties[0].rule.update = lambda kl: measured.append(kl) or inner(kl)
+    for _ in range(4):
+        loop.update()
+        seen.append(loop.penalties[0].rule.value)
+    before = 1.0
+    for kl, beta in zip(measured, seen, strict=True):
+        assert kl > 0
+        assert beta == before * (2 if kl > 0.003 else 0.5 if kl < 0.002 / 1.5 else 1)
+        before = beta
+    resumed = Loop(setting(updates=8), made)
+    resumed.load_state_dict(loop.state_dict())
+    for each in (loop, resumed):
+        each.update()
+    assert torch.equal(weights(loop), weights(resumed))
+    assert loop.penalties[0].rule.value == resumed.penalties[0].rule.value
+    with pytest.raises(ValueError, match=r"'grpo' has no KL penalty for kl_target=0\.1"):
+        Loop(setting(), [Run(OBJECTIVES["grpo"], 1e-3, kl_target=0.1)])
+
+
 def test_a_run_is_the_same_alone_and_in_a_stack():
     together = Loop(setting(), runs("grpo", "no-clip")).train()
     alone = Loop(setting(), runs("no-clip", seeds=(1,))).train()

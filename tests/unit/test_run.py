@@ -30,6 +30,7 @@ def cache(tmp_path_factory, monkeypatch):
         ("quatro-reading", []),  # one ratio for a sequence, statistics of groups
         ("bapo-reading", []),  # bounds of the batch
         ("bandpo-kl", ["--radius_target", "clip_fraction=0.01", "--dynamic_sampling", "2"]),
+        ("ppo-kl", ["--kl_penalty_target", "1e-9"]),  # no region: a penalty that adapts
     ],
 )
 def test_any_region_trains_and_has_a_report(name, options, tmp_path):
@@ -39,6 +40,9 @@ def test_any_region_trains_and_has_a_report(name, options, tmp_path):
     assert name in (folder / "report.html").read_text()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert "clip_fraction_by_prob/any/0.1:0.5" in rows[0]
+    if name == "ppo-kl":
+        betas = [row["band/kl_penalty"] for row in rows if "band/kl_penalty" in row]
+        assert betas[0] == 1 and betas[-1] > 1
     if options and name == "bandpo-kl":
         assert {"band/radius", "dynamic_sampling/rounds"} <= {key for row in rows for key in row}
 

@@ -73,6 +73,7 @@ _NUMBERS = frozenset(
         "radius_upper",
         "max_ratio",
         "radius_end",
+        "kl_penalty_target",
     }
 )
 _NAMES = frozenset(

@@ -72,6 +72,13 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             "the mean over its tokens."
         },
     )
+    kl_penalty_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt the β of ppo-kl after each rollout towards this mean KL(π_old ‖ π), in nats per token: β doubles "
+            "above 1.5 times the target and halves below the target / 1.5 (PPO, arXiv:1707.06347, sec. 4)."
+        },
+    )
     dynamic_sampling: int = field(
         default=0,
         metadata={
@@ -111,6 +118,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         objective = self.resolve()
         self._adopt(objective)
         self.radius_rule(objective, steps=1)
+        self.penalty_rule(objective)
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
         pruning = self.selector()
@@ -196,6 +204,28 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         if name == "divergence" and not isinstance(objective.bounds, Band):
             raise ValueError(f"radius_target={self.radius_target!r}: only a Band reports its realised divergence")
         return Adaptive(radius, target, rises=name == "divergence", factor=1.25)
+
+    def penalty_rule(self, objective: Objective) -> Adaptive | None:
+        """The rule that changes the β of a KL penalty to π_old during training; None for a constant β.
+
+        Args:
+            objective: The objective of the run.
+
+        Raises:
+            ValueError: If the target is out of range, or the objective has no such penalty.
+        """
+        if self.kl_penalty_target is None:
+            return None
+        if not 0 < self.kl_penalty_target < math.inf:
+            raise ValueError(f"kl_penalty_target must be a positive number of nats, got {self.kl_penalty_target}")
+        if not objective.penalty:
+            what = "none" if objective.penalty is None else "β = 0, which cannot be doubled"
+            raise ValueError(
+                f"kl_penalty_target={self.kl_penalty_target} moves the β of a KL penalty to the policy before the update, and "
+                f"objective {self.objective!r} has {what}; "
+                "use objective='ppo-kl' (TRL's beta is that of a KL to the reference model)"
+            )
+        return Adaptive(objective.penalty, self.kl_penalty_target, rises=False)
 
     def _adopt(self, objective: Objective) -> None:
         """Fill TRL's fields from the objective where the user left them, and check those that were set."""

@@ -24,7 +24,7 @@ from bandpo.integrations.trl.host import Accelerator, Batch, TrainerState
 from bandpo.integrations.trl.nonfinite import without_nonfinite
 from bandpo.integrations.trl.packing import packed_scores, probe_packing, refuse_packing
 from bandpo.integrations.trl.pooled import Total, over_processes
-from bandpo.integrations.trl.radius import MovingRadius
+from bandpo.integrations.trl.radius import MovingPenalty, MovingRadius
 from bandpo.integrations.trl.refusals import (
     refuse_other_fields,
     refuse_patched_loss,
@@ -126,6 +126,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._pruned = self._make_pruning()
         rule = args.radius_rule(self.objective, steps=1)
         self._radius = None if rule is None else MovingRadius(rule)
+        penalty = args.penalty_rule(self.objective)
+        self._penalty = None if penalty is None else MovingPenalty(penalty)
         self._check_packing()
         warn_if_never_binding(self.objective, args)
 
@@ -201,6 +203,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             rollout = self._refill(rollout, self._generate_with_extras)
         if self.model.training and self._radius is not None:
             self._radius.after_rollout()
+        if self.model.training and self._penalty is not None:
+            self.objective = self.objective.with_penalty(self._penalty.after_rollout())
         return rollout
 
     def _generate_with_extras(self, inputs: Any) -> Batch:
@@ -364,6 +368,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             radius = float(cast("Tensor", common_radius(self.objective.bounds)))
             log["band/radius"].append(radius)
             self._radius.measure(found, radius)
+        if self._penalty is not None and self.model.training:
+            log["band/kl_penalty"].append(self._penalty.rule.value)
+            self._penalty.measure(found)
 
     def _sums(self, terms: TokenObjective, inputs: Batch) -> dict[str, PooledSum]:
         """Our metrics of a micro-batch, its share of sequences with a valid token, and whether advantages were set to 0."""
@@ -417,6 +424,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             "pruning": self._pruned.prune.state_dict() if self._pruned is not None else {},
             "drawn": self._refill.drawn if self._refill is not None else 0,
             **(self._radius.state_dict() if self._radius is not None else {}),
+            **(self._penalty.state_dict() if self._penalty is not None else {}),
         }
 
     def take_state(self, state: dict[str, Any]) -> None:
@@ -432,6 +440,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             self._refill.drawn = state["drawn"]
         if self._radius is not None:
             self._radius.load_state_dict(state)
+        if self._penalty is not None:
+            self.objective = self.objective.with_penalty(self._penalty.load_state_dict(state))
 
 
 _CLIP_NAMES = {ours: theirs for ours, theirs in metrics_of("TRL").items() if theirs.startswith("clip_ratio/")}

@@ -1,4 +1,4 @@
-"""A radius that moves during training, by a schedule or by what the last updates measured."""
+"""A radius, or the β of a KL penalty, that moves during training: by a schedule or by what the last updates measured."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -67,3 +67,56 @@ class MovingRadius:
         self._measured = [float(numerator), float(denominator)]
         if isinstance(self.rule, Adaptive):
             self.rule.load_state_dict(state["radius"])
+
+
+class MovingPenalty:
+    """The β of PPO's KL penalty to π_old, and the KL that was measured since it was last changed.
+
+    After each rollout, β doubles if the KL is above 1.5 times the target, and halves if it is below the target over 1.5
+    (arXiv:1707.06347, sec. 4). The KL is the mean of `kl/old_new` over the tokens of all steps on a rollout. The paper takes it
+    after the last step, where it is larger.
+
+    Args:
+        rule: The rule, with the objective's own β as its first value.
+    """
+
+    def __init__(self, rule: Adaptive) -> None:
+        self.rule = rule
+        self._measured = [0.0, 0.0]  # numerator and denominator
+
+    def measure(self, metrics: Mapping[str, Total]) -> None:
+        """Add the measurement of a micro-batch.
+
+        Args:
+            metrics: The pooled metrics of the micro-batch.
+        """
+        seen = metrics["kl/old_new"]
+        self._measured[0] += seen.numerator
+        self._measured[1] += seen.denominator
+
+    def after_rollout(self) -> float:
+        """β for the steps on the next rollout; it does not change if no valid token was measured."""
+        if self._measured[1] > 0:
+            self.rule.update(self._measured[0] / self._measured[1])
+            self._measured = [0.0, 0.0]
+        return self.rule.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"penalty": {**self.rule.state_dict(), "measured": self._measured}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> float:
+        """Restore what `state_dict` returned.
+
+        Args:
+            state: A mapping with the keys of `state_dict`. A run whose β did not move has written none of them.
+
+        Returns:
+            The restored β.
+        """
+        saved = state.get("penalty")
+        if saved is not None:
+            numerator, denominator = saved["measured"]
+            self._measured = [float(numerator), float(denominator)]
+            self.rule.load_state_dict({"value": float(saved["value"])})
+        return self.rule.value

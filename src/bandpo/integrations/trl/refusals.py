@@ -93,9 +93,18 @@ def warn_if_never_binding(objective: Objective, args: BandGRPOConfig) -> None:
     Args:
         objective: The objective of the run.
         args: The options of the run, completed by TRL.
+
+    Raises:
+        ValueError: If a KL penalty shall follow a target: a KL that is always 0 would halve its β after each rollout.
     """
     accumulation, per_rollout = args.gradient_accumulation_steps, args.steps_per_generation
     if per_rollout is not None and accumulation % (per_rollout * args.num_iterations) == 0:
+        if args.kl_penalty_target is not None:
+            raise ValueError(
+                f"kl_penalty_target={args.kl_penalty_target} with one optimiser step for each rollout: the KL is always 0, and "
+                "β would be halved after each rollout. Set num_iterations >= 2, or steps_per_generation to a multiple of "
+                "gradient_accumulation_steps"
+            )
         warnings.warn(
             f"The trust region of {objective.name!r} can never bind: with num_iterations={args.num_iterations}, "
             f"steps_per_generation={per_rollout} and gradient_accumulation_steps={accumulation} each rollout is used for one "

@@ -22,7 +22,7 @@ from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.comparison.report import claims_table, write_evidence, write_report
 from bandpo.lab.comparison.study import Study
 from bandpo.lab.comparison.summary import summarise, write_tables
-from bandpo.lab.comparison.sweeps import bandit, sweep
+from bandpo.lab.comparison.sweeps import bandit, realised, sweep
 from bandpo.lab.stats import wilson
 from bandpo.zoo import OBJECTIVES
 
@@ -76,6 +76,7 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: flo
     summary = summarise(study, plan)
     exact = [o for o in objectives if OBJECTIVES[o].ratio_level == "token" and not OBJECTIVES[o].extras]
     summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
+    summary["realised"] = realised(plan.exact_seeds) if plan.exact_seeds else {}
     summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
     summary["about"] = _about(study, plan, made)
     summary = write_tables(summary, folder)

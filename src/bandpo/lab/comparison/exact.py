@@ -1,4 +1,4 @@
-"""Policy gradients on bandits and token trees, vectorised over thousands of seeds, and the bottleneck of a fixed clip.
+"""Policy gradients on bandits and token trees, vectorised over thousands of seeds, and where a token's gradient stops.
 
 The problems isolate the effect of a trust region: the policy is a softmax table, all rewards are known, and the best way is
 rare. A bandit is a tree of depth 1.
@@ -196,11 +196,11 @@ def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor) ->
 
 
 def largest_shift(bounds: Bounds, probabilities: Sequence[float]) -> list[float]:
-    """How far one update may raise a token's probability before its gradient stops: `min(p·r_up, 1) - p`. The bottleneck.
+    """How far a token's probability has risen where its own gradient stops: `min(p·r_up, 1) - p`.
 
-    The bottleneck is that of arXiv:2603.04918. Under a fixed clip the shift is `ε·p`, next to nothing for a rare token. Under a
-    ball it tends to a constant as p tends to 0: `1 - e^(-δ)` for KL, δ for TV. Momentum and the gradients of other tokens can
-    still move the policy further; the shift is what the token's own gradient may do.
+    Under a fixed clip this is `ε·p`, next to nothing for a rare token (the bottleneck of arXiv:2603.04918). In a ball it tends
+    to a constant as p tends to 0: `1 - e^(-δ)` for KL, δ for TV. It bounds no update: the step that crosses the edge, momentum
+    and the gradients of other tokens move the policy further (`bandpo.lab.comparison.sweeps.realised`; docs/theory.md, no. 8).
 
     Args:
         bounds: Bounds that are a function of the old log-probs alone.
@@ -227,7 +227,9 @@ def largest_shift(bounds: Bounds, probabilities: Sequence[float]) -> list[float]
 
 
 def updates_to_common(bounds: Bounds, rare: float, common: float = 0.5, limit: int = 10_000) -> int:
-    """The fewest updates in which a token can rise from probability `rare` to `common`, each as far as its bound lets it.
+    """The rollouts in which a token rises from probability `rare` to `common`, if each moves it to its edge and no further.
+
+    No bound on training, for the reason that `largest_shift` gives.
 
     Args:
         bounds: Bounds that are a function of the old log-probs alone.

@@ -20,8 +20,9 @@ from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
-from bandpo.metrics import PROB_BINS, pass_at_powers, policy_sums
+from bandpo.metrics import PROB_BINS, approx_kl, pass_at_powers, policy_sums
 from bandpo.objective import Objective
+from bandpo.schedules import Adaptive
 from bandpo.terms import TokenObjective, token_objective
 
 _SEED_STRIDE = 1_000_003  # a run's generator starts from seed * stride + warm-up: no two pairs share a stream
@@ -89,12 +90,15 @@ class Run:
         learning_rate: Learning rate of Adam.
         seed: Seed of prompts, noise and mini-batches.
         warm_up: Number of the warmed-up checkpoint that it starts from.
+        kl_target: Mean KL(π_old ‖ π) of a token, in nats, that the β of the objective's KL penalty follows by PPO's rule
+            (arXiv:1707.06347, sec. 4), measured over all steps on a rollout; None for a constant β.
     """
 
     objective: Objective
     learning_rate: float
     seed: int = 0
     warm_up: int = 0
+    kl_target: float | None = None
 
 
 @dataclass
@@ -130,7 +134,7 @@ class Loop:
         runs: The runs.
 
     Raises:
-        ValueError: If an objective needs extra inputs that do not come from groups.
+        ValueError: If an objective needs extra inputs that do not come from groups, or has no KL penalty to adapt.
     """
 
     def __init__(self, setting: Setting, runs: Sequence[Run]) -> None:
@@ -153,6 +157,7 @@ class Loop:
         self.draws = [torch.Generator().manual_seed(_SEED_STRIDE * r.seed + r.warm_up) for r in self.runs]
         self.results = [Result() for _ in self.runs]
         self.done = 0
+        self.penalties = [_Penalty(r) if r.kl_target is not None else None for r in self.runs]
         self._past: deque[dict[str, Tensor]] = deque(maxlen=setting.lag + 1)
         self._counts = torch.zeros(len(self.runs), 3, len(PROB_BINS))
 
@@ -193,6 +198,8 @@ class Loop:
             order = torch.stack([torch.randperm(rows, generator=g) for g in self.draws])
             for part in order.chunk(s.minibatches, 1):
                 self._step(prompts, rollout, advantages, extras, part, last=epoch == s.epochs - 1)
+        for penalty in filter(None, self.penalties):
+            penalty.after_rollout()
         self.done += 1
 
     def _step(
@@ -213,8 +220,9 @@ class Loop:
         old, mask = chosen[2][..., :length], chosen[3][..., :length]
         losses: list[Tensor] = []
         for i, run in enumerate(self.runs):
+            penalty = self.penalties[i]
             terms = token_objective(
-                run.objective,
+                run.objective if penalty is None else penalty.objective,
                 logprobs=new[i],
                 old_logprobs=old[i],
                 rollout_logprobs=old[i],
@@ -223,6 +231,8 @@ class Loop:
                 extras={k: v[part[i]] for k, v in extras[i].items()},
             )
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
+            if penalty is not None:
+                penalty.measure(terms)
             losses.append(-aggregate(terms.value, mask[i], run.objective.aggregation, max_length=maximum))
             if last:
                 self._count(i, terms)
@@ -303,6 +313,7 @@ class Loop:
             "done": self.done,
             "past": [{k: w.clone() for k, w in past.items()} for past in self._past],
             "counts": self._counts.clone(),
+            "penalties": [penalty and penalty.rule.value for penalty in self.penalties],
             "results": [(list(r.reward), list(r.entropy), dict(r.before)) for r in self.results],
         }
 
@@ -323,8 +334,49 @@ class Loop:
             g.set_state(saved)
         self._past = deque(state["past"], maxlen=self.setting.lag + 1)
         self._counts = state["counts"].clone()
+        for penalty, value in zip(self.penalties, state["penalties"], strict=True):
+            if penalty is not None:
+                penalty.rule.value = value
         for r, (reward, entropy, before) in zip(self.results, state["results"], strict=True):
             r.reward, r.entropy, r.before = list(reward), list(entropy), dict(before)
+
+
+class _Penalty:
+    """The β of a run's KL penalty, and the KL that was measured since it was last changed.
+
+    Args:
+        run: A run with a target.
+    """
+
+    def __init__(self, run: Run) -> None:
+        if not run.objective.penalty:
+            raise ValueError(
+                f"objective {run.objective.name!r} has no KL penalty for kl_target={run.kl_target} to move"
+            )
+        self._base = run.objective
+        self.rule = Adaptive(run.objective.penalty, cast("float", run.kl_target), rises=False)
+        self._kl = self._tokens = 0.0
+
+    @property
+    def objective(self) -> Objective:
+        """The objective with the present β."""
+        return self._base.with_penalty(self.rule.value)
+
+    def measure(self, terms: TokenObjective) -> None:
+        """Add the KL of a step.
+
+        Args:
+            terms: The terms of the step's tokens.
+        """
+        used = terms.mask & ~terms.nonfinite
+        self._kl += torch.where(used, approx_kl(terms.log_ratio.detach()), 0.0).sum().item()
+        self._tokens += int(used.sum())
+
+    def after_rollout(self) -> None:
+        """Change β by what was measured since the last change."""
+        if self._tokens:
+            self.rule.update(self._kl / self._tokens)
+        self._kl = self._tokens = 0.0
 
 
 def _by_bin(values: Tensor) -> dict[str, float]:

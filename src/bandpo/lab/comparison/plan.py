@@ -23,6 +23,9 @@ _FORMAT = 2  # part of every hash: raise it when the same configuration gives ot
 TUNING_SEEDS = 1000
 """The first seed of the tuning; the seeds of the report are below it."""
 
+KL_TARGET = 0.01
+"""The target of an arm whose KL penalty adapts, in nats for a token; PPO's paper uses 0.003, 0.01 and 0.03 (its table 1)."""
+
 _ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
     {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "letter_counting": 3e-4}
@@ -177,7 +180,7 @@ class Arm:
 
     Args:
         objective: Name of the objective.
-        variant: `default`, `matched`, `tuned`, or one of `ABLATIONS`.
+        variant: `default`, `matched`, `tuned`, `adaptive` (the β of a KL penalty follows `KL_TARGET`), or one of `ABLATIONS`.
         width: Multiple of the objective's own ε or δ.
         rate: Multiple of the task's learning rate.
     """
@@ -186,6 +189,11 @@ class Arm:
     variant: str = "default"
     width: float = 1.0
     rate: float = 1.0
+
+    @property
+    def kl_target(self) -> float | None:
+        """The mean KL(π_old ‖ π) that the β of the arm's KL penalty follows; None for a constant β."""
+        return KL_TARGET if self.variant == "adaptive" else None
 
     @property
     def label(self) -> str:
@@ -275,6 +283,7 @@ def report_arms(plan: Plan) -> list[Arm]:
     """The arms that need no tuning."""
     arms = [Arm(name) for name in _objectives(plan)]
     arms += [Arm(a.objective, "matched") for a in arms if isinstance(OBJECTIVES[a.objective].bounds, Band)]
+    arms += [Arm(a.objective, "adaptive") for a in arms if OBJECTIVES[a.objective].penalty and a.variant == "default"]
     if "bandpo-kl" in plan.objectives:
         arms += [Arm("bandpo-kl", name) for name in (ABLATIONS if plan.ablations else HALVES)]
     return arms

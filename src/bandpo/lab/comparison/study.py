@@ -146,7 +146,7 @@ def run_stack(jobs: list[Job]) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)
     started = time.monotonic()
-    runs = [Run(_objective(job.arm), job.learning_rate, job.seed, job.warm_up) for job in jobs]
+    runs = [Run(_objective(job.arm), job.learning_rate, job.seed, job.warm_up, job.arm.kl_target) for job in jobs]
     results = Loop(jobs[0].setting, runs).train()
     seconds = (time.monotonic() - started) / len(jobs)
     return [{"result": asdict(result), "seconds": seconds} for result in results]

@@ -1,4 +1,7 @@
-"""The bandit over grids of settings: reuse x rarity, learning rate x width, staleness, δ x cap, and the ease of tuning."""
+"""The bandit over grids of settings: reuse x rarity, learning rate x width, staleness, δ x cap, and the ease of tuning.
+
+And how far the steps on one rollout really move a rare arm, which no clip bounds.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+import bandpo
 from bandpo._system.errors import RunError
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
 from bandpo.lab.backends import processes
 from bandpo.lab.comparison.exact import Outcome, Tree, run_tree
 from bandpo.lab.comparison.plan import matched, scaled
-from bandpo.lab.stats import NORMAL_95, Floats
+from bandpo.lab.stats import NORMAL_95, Floats, wilson
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
@@ -26,6 +30,10 @@ RADII = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 CAPS = (2.0, 10.0, None)
 EPSILONS = (0.05, 0.1, 0.2, 0.4)
 TRIALS = (1, 2, 4, 8)
+REALISED = ("grpo", "bandpo-kl", "no-clip")
+"""The objectives whose realised ratios are measured: a fixed clip, the band, and no region."""
+_REALISED_RARITIES, _REALISED_RATES = (0.01, 0.001), (0.03, 0.1, 0.3)
+_FEWEST_DRAWN = 5  # seeds that drew the arm; a rarity with fewer has no numbers
 _RESAMPLES = 1000  # of the bootstrap over seeds
 
 
@@ -172,6 +180,66 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
     found["difference"] = [list(row) for row in zip(difference.tolist(), low.tolist(), high.tolist(), strict=True)]
     return found
+
+
+def realised(seeds: int) -> dict[str, Any]:
+    """How far the steps on one rollout move a rare arm of the best reward, where the rollout has drawn it.
+
+    The ratio is that of the probability after all steps on the first rollout to the one before. A clip stops the gradient of a
+    token's own term beyond its edge; the step that crosses the edge, momentum, and the terms of other tokens are free.
+
+    Args:
+        seeds: Number of seeds of a setting; those that do not draw the arm are left out.
+
+    Returns:
+        The axes (`rarities`, `rates`, `reuse`), the number of seeds that drew the arm, the `edge` of each objective at each
+        rarity, and by objective, rarity, rate and reuse the median, the 95% quantile and the share (with Wilson's interval) of
+        ratios beyond the fixed clip's edge. `against` has the mean difference of the log-ratio from the clip's on the same
+        seeds, with a normal 95% interval. A rarity that fewer than five seeds drew is left out; empty if none is left.
+    """
+    first = {rare: bandit(OBJECTIVES["grpo"], seeds, rare=rare, batches=1) for rare in _REALISED_RARITIES}
+    rarities = [rare for rare, outcome in first.items() if (outcome.discovery == 0).sum() >= _FEWEST_DRAWN]
+    if not rarities:
+        return {}
+    ratios = {name: [_ratios_of(OBJECTIVES[name], seeds, rare) for rare in rarities] for name in REALISED}
+    clip = OBJECTIVES["grpo"].bounds
+    assert isinstance(clip, Clip) and clip.high is not None
+    limit = 1 + clip.high + 1e-6  # the rounding of a softmax in float32
+    old = torch.tensor(rarities, dtype=torch.float64).log()
+    return {
+        "rarities": rarities,
+        "rates": _REALISED_RATES,
+        "reuse": REUSE,
+        "seeds": seeds,
+        "drawn": [r.shape[-1] for r in ratios["grpo"]],
+        "edge": {name: OBJECTIVES[name].bounds(old).upper.tolist() for name in REALISED},  # type: ignore[union-attr]
+        "median": {name: [np.median(r, -1).tolist() for r in found] for name, found in ratios.items()},
+        "high": {name: [np.quantile(r, 0.95, -1).tolist() for r in found] for name, found in ratios.items()},
+        "beyond": {name: [_shares(r > limit) for r in found] for name, found in ratios.items()},
+        "against": {
+            name: [_normal(np.log(r / c)).tolist() for r, c in zip(ratios[name], ratios["grpo"], strict=True)]
+            for name in REALISED[1:]
+        },
+        "versions": f"bandpo {bandpo.__version__}, torch {torch.__version__}",
+    }
+
+
+def _ratios_of(objective: Objective, seeds: int, rare: float) -> Floats:
+    """The realised ratio of the rare arm, `(rates, reuse, seeds that drew it)`."""
+    cells: list[list[Floats]] = []
+    for rate in _REALISED_RATES:
+        outcomes = [
+            bandit(objective, seeds, rare=rare, batches=1, learning_rate=rate, epochs=k, minibatches=m)
+            for k, m in REUSE
+        ]
+        cells.append([(o.curve[0].double() / rare)[o.discovery == 0].numpy() for o in outcomes])
+    return np.array(cells)
+
+
+def _shares(beyond: Any) -> list[list[list[float]]]:
+    """The share of each cell with Wilson's interval, over the last axis."""
+    count = beyond.shape[-1]
+    return [[[cell.sum() / count, *wilson(int(cell.sum()), count)] for cell in row] for row in beyond]
 
 
 def _normal(differences: Floats) -> Floats:
