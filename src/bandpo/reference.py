@@ -32,9 +32,7 @@ from torch import Tensor
 from bandpo._inputs import fill
 from bandpo.surrogates.token import MAX_LOG_RATIO, hold
 
-ReferenceKL = Literal[
-    "k1", "k2", "k3", "k1-unbiased", "k2-unbiased", "k3-unbiased", "k1-ratio", "k2-ratio", "k3-ratio"
-]
+ReferenceKL = Literal["k1", "k2", "k3", "k1-unbiased", "k2-unbiased", "k3-unbiased", "k1-ratio", "k2-ratio", "k3-ratio"]
 """Names of the estimators with their gradients."""
 
 
@@ -51,8 +49,10 @@ DESCENDS: Mapping[ReferenceKL, Descends] = {
     "k1": Descends("0", "minus that of KL(π_old ‖ π)"),
     "k2": Descends("that of KL(π ‖ π_ref)", "that of the mean of k2 over tokens of π_old"),
     "k3": Descends("that of KL(π_ref ‖ π)", "that of the mean of k3 over tokens of π_old"),
-    "k1-unbiased": Descends("that of KL(π ‖ π_ref)", "of no divergence"),
-    "k2-unbiased": Descends("that of the mean of k2 over tokens of π", "of no divergence"),
+    "k1-unbiased": Descends("that of KL(π ‖ π_ref)", "that of the mean of k1 + k2 over tokens of π_old"),
+    "k2-unbiased": Descends(
+        "that of the mean of k2 over tokens of π", "that of the mean of k2 - x³/6 over tokens of π_old"
+    ),
     "k3-unbiased": Descends("that of KL(π ‖ π_ref)", "that of the mean of k2 over tokens of π_old"),
     "k1-ratio": Descends("that of KL(π ‖ π_ref)", "that of KL(π ‖ π_ref)"),
     "k2-ratio": Descends("that of the mean of k2 over tokens of π", "that of the mean of k2 over tokens of π"),
@@ -169,7 +169,9 @@ def reference_kl(
     value, weight = _VALUES[estimator](x.detach()), _SCORES[estimator](held.detach())
     if gradient == "ratio":
         if old_logprobs is None:
-            raise ValueError(f"kl={kl!r} needs old_logprobs, the log-probs under the policy that the tokens were drawn from")
+            raise ValueError(
+                f"kl={kl!r} needs old_logprobs, the log-probs under the policy that the tokens were drawn from"
+            )
         log_ratio = fill(logprobs.detach(), mask) - fill(old_logprobs.detach(), mask)
         ratio = hold(log_ratio).exp() if weights is None else hold(log_ratio).exp() * weights
         value = ratio * value

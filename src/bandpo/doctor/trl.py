@@ -37,6 +37,7 @@ _FLAGS = frozenset(
         "mask_truncated_completions",
         "relax",
         "packing",
+        "use_bias_correction_kl",
     }
 )
 _WHOLE = frozenset(
@@ -85,6 +86,7 @@ _NAMES = frozenset(
         "divergence",
         "radius_schedule",
         "radius_target",
+        "kl",
     }
 )
 _READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
@@ -323,6 +325,14 @@ def _setup(
         host=host,
         objective=objective,
         ours=ours,
+        kl_coef=sure("beta", args.beta),
+        kl=None if "use_bias_correction_kl" in doubtful else _kl(args),
+        kl_from=f"beta={args.beta:g}, "
+        + (
+            f"kl={args.kl}"
+            if isinstance(args, BandGRPOConfig)
+            else f"use_bias_correction_kl={args.use_bias_correction_kl}"
+        ),
         bypassed=_bypassed(args, version),
         steps=None if doubtful & _COUNTED else steps,
         steps_from=steps_from,
@@ -342,6 +352,15 @@ def _setup(
         assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given),
         unread=unread,
     )
+
+
+def _kl(args: Any) -> str:
+    """The KL term of the loss; TRL multiplies the KL of each token by the ratio of its sequence, where it takes that one."""
+    if isinstance(args, BandGRPOConfig):
+        return args.kl_term
+    if not args.use_bias_correction_kl:
+        return "k3"
+    return "" if args.importance_sampling_level == "sequence" else "k3-ratio"
 
 
 def _steps(args: Any) -> tuple[float, str]:
