@@ -52,8 +52,8 @@ class Objective(ByValue):
         paper: Where it comes from.
 
     Raises:
-        ValueError: If a name is unknown, `kl_coef` is no number >= 0, token-wise bounds meet a sequence ratio, a correction meets the rollout anchor, or
-            bounds without edges meet a surrogate that needs some.
+        ValueError: If a name is unknown, `kl_coef` is no number >= 0, token-wise bounds meet a sequence ratio, a correction
+            meets the rollout anchor, or bounds without edges meet a surrogate that needs some.
         TypeError: If `bounds` or `surrogate` cannot be called with what it is given.
 
     Examples:

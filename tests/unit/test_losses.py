@@ -230,7 +230,7 @@ def test_16_bit_inputs_are_computed_in_float32(dtype):
 def test_kl_to_reference_is_k3():
     data = batch()
     ref = data["old_logprobs"] - 0.3
-    plain, kl = run("grpo", data)[0], run("grpo", data, ref_logprobs=ref, kl_coef=0.1)
+    plain, kl = run("grpo", data)[0], run("grpo", data, ref_logprobs=ref, kl_coef=0.1, kl="k3")
     x = (ref - data["logprobs"]).numpy()
     k3 = np.exp(x) - x - 1
     valid = data["mask"].numpy()

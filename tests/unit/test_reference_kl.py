@@ -124,7 +124,7 @@ def test_the_gradient_of_r_times_k_is_that_of_autograd():
 
 
 def through_policy_loss(objective, pi, ref, old, behaviour, **more):
-    """Expected gradient of the KL term of `policy_loss`: each action is a sequence of one token, weighted by its probability."""
+    """Expected gradient of the KL term of `policy_loss`: each action is a sequence of one token, with its probability."""
     theta = logits_of(pi)
     n = len(pi)
     columns = [torch.tensor(p).log().unsqueeze(1) for p in (old, behaviour, ref)]
@@ -171,7 +171,7 @@ def test_the_ratio_is_that_to_the_policy_of_the_tokens():
 
 
 def test_later_tokens_are_in_no_term():
-    """Two steps of three actions, all nine ways: token terms have E_old Σ_t ∇KL_t, and lack how the first token moves the second.
+    """Two steps of three actions, all nine ways: terms have E_old Σ_t ∇KL_t, not how the first token moves the second.
 
     Also with a sequence level, where the ratio of the KL term is that of the token.
     """

@@ -25,8 +25,8 @@ class BandLoss(nn.Module):
     Args:
         objective: A name of `bandpo objectives`, or "package.module:NAME".
         kl_coeff: Coefficient of the KL to the reference; None for that of the objective, mostly 0.
-        kl: How it is estimated and differentiated, a name of `bandpo.reference`; torchtune's own losses have `k3`. None for that
-            of the objective, mostly `k3-ratio`.
+        kl: How it is estimated and differentiated, a name of `bandpo.reference`; torchtune's own losses have `k3`. None for
+            that of the objective, mostly `k3-ratio`.
         max_length: The constant of objectives with `seq-mean-token-sum-norm`: the maximal completion length.
         options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
