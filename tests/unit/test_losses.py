@@ -440,7 +440,10 @@ def test_loss_compiles_to_one_graph(name):
     length = max_length(objective.aggregation)
 
     def step(logprobs):
-        return policy_loss(**{**data, "logprobs": logprobs}, objective=objective, max_length=length)
+        ref = data["old_logprobs"] - 0.3
+        return policy_loss(
+            **{**data, "logprobs": logprobs}, objective=objective, max_length=length, ref_logprobs=ref, kl_coef=0.1
+        )
 
     torch._dynamo.reset()  # one graph for each objective, and eight of them is its limit in a process
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -326,13 +326,8 @@ def _setup(
         objective=objective,
         ours=ours,
         kl_coef=sure("beta", args.beta),
-        kl=None if "use_bias_correction_kl" in doubtful else _kl(args),
-        kl_from=f"beta={args.beta:g}, "
-        + (
-            f"kl={args.kl}"
-            if isinstance(args, BandGRPOConfig)
-            else f"use_bias_correction_kl={args.use_bias_correction_kl}"
-        ),
+        kl=None if doubtful & {"use_bias_correction_kl", "kl"} else _kl(args)[0],
+        kl_from=f"beta={args.beta:g}, {_kl(args)[1]}",
         bypassed=_bypassed(args, version),
         steps=None if doubtful & _COUNTED else steps,
         steps_from=steps_from,
@@ -354,13 +349,16 @@ def _setup(
     )
 
 
-def _kl(args: Any) -> str:
-    """The KL term of the loss; TRL multiplies the KL of each token by the ratio of its sequence, where it takes that one."""
+def _kl(args: Any) -> tuple[str, str]:
+    """The KL term of the loss, "" for none of ours, and the option that it is from.
+
+    TRL multiplies the KL of each token by the ratio of its sequence, where its loss takes that one.
+    """
     if isinstance(args, BandGRPOConfig):
-        return args.kl_term
-    if not args.use_bias_correction_kl:
-        return "k3"
-    return "" if args.importance_sampling_level == "sequence" else "k3-ratio"
+        return args.kl_term, f"kl={args.kl}"
+    corrected: bool = args.use_bias_correction_kl
+    term = "k3" if not corrected else "" if args.importance_sampling_level == "sequence" else "k3-ratio"
+    return term, f"use_bias_correction_kl={corrected}"
 
 
 def _steps(args: Any) -> tuple[float, str]:

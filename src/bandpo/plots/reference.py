@@ -1,6 +1,6 @@
 """The figure of docs/kl.md: the expected gradient of each KL term against that of KL(π ‖ π_ref)."""
 
-from typing import Any, cast, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def plot_reference_kl() -> Figure:
         figure, grid = plt.subplots(3, 2, figsize=(8.6, 7.2), sharex=True, sharey=True, layout="constrained")
         for row, (suffix, kind) in enumerate((("", "plain"), ("-unbiased", "unbiased"), ("-ratio", "with the ratio"))):
             for column, (tokens, behaviour) in enumerate((("tokens of π", new), ("tokens of π_old", old))):
-                axes: Any = cast("Any", grid)[row, column]
+                axes = grid[row, column]
                 axes.bar(range(5), true.tolist(), 0.8, color="#dcdcdc", label="∇KL(π ‖ π_ref)")
                 for i, (name, colour, marker) in enumerate(
                     (("k1", BLUE, "v"), ("k2", GREEN, "s"), ("k3", ORANGE, "o"))

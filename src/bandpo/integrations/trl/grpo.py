@@ -119,6 +119,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._strategy.refuse(args)
         in_trl = ("k3-ratio" if args.use_bias_correction_kl else "k3") == args.kl_term
         self._own_kl = bool(args.beta) and not (in_trl and trl_computes_kl(args.kl_term, self.objective))
+        self._kl_to_log: dict[str, PooledSum] = {}  # of the batch whose KL bandpo computes
         self._signal = SignalWatch()
         self.last_rewards = self._rewards_of_functions = torch.empty(0)
         self._groups_without_signal = torch.empty(0, dtype=torch.bool)
@@ -313,11 +314,10 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             loss = loss + own.value
             if len(log.get("policy_loss", ())) > logged:  # TRL logs it beside an entropy bonus, here of advantages of 0
                 log["policy_loss"][-1] += self.accelerator.gather(own.as_logged).mean().item()
-        kl = None
         if self._own_kl:
             kl = kl_of_batch(self, terms, logprobs, inputs)
-            loss = loss + self.beta * kl.loss
-        self._log_band(terms, inputs, {} if kl is None else {"kl": kl.logged})
+            self._kl_to_log, loss = {"kl": kl.logged}, loss + self.beta * kl.loss
+        self._log_band(terms, inputs)
         return loss
 
     def _set_radius(self) -> None:
@@ -364,9 +364,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     # ---- metrics
 
     @torch.no_grad()
-    def _log_band(self, terms: TokenObjective, inputs: Batch, more: Mapping[str, PooledSum]) -> None:
+    def _log_band(self, terms: TokenObjective, inputs: Batch) -> None:
         """Write our metrics into TRL's log, pooled over processes and micro-batches, with one transfer to the host."""
-        found = over_processes(self.accelerator, self._sums(terms, inputs) | dict(more))
+        found = over_processes(self.accelerator, self._sums(terms, inputs) | self._kl_to_log)
         sequences, silenced = found.pop("sequences"), found.pop("silenced")
         log, pooled = self.current_log, self._pooled[self._mode]
         for name, total in found.items():
