@@ -37,7 +37,7 @@ ReferenceKL = Literal["k1", "k2", "k3", "k1-unbiased", "k2-unbiased", "k3-unbias
 
 
 class Descends(NamedTuple):
-    """What the expected gradient of a KL term is, in words."""
+    """A description of the expected gradient of a KL term."""
 
     on_policy: str
     """For tokens of the policy in training."""
