@@ -65,6 +65,7 @@ def run(objective, data, **kwargs):
     x = data["logprobs"].clone().requires_grad_()
     resolved = get_objective(objective)
     kwargs.setdefault("max_length", max_length(resolved.aggregation))
+    kwargs.setdefault("kl_coef", 0.0)  # an objective's own KL needs a reference
     loss, metrics = policy_loss(**{**data, "logprobs": x}, objective=resolved, **kwargs)
     (gradient,) = torch.autograd.grad(loss, x)
     return loss.detach(), gradient, metrics

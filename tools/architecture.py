@@ -43,6 +43,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "metrics": "what an update did",
         "terms": "one value for each token",
         "objective": "bounds x surrogate x …",
+        "reference": "KL to a reference",
         "experimental": "may change at any time",
         "surrogates": "what the edge does",
         "bounds": "which interval",

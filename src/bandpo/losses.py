@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bandpo._deprecations import moved_within
 from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor, fill, is_logprob
-from bandpo.metrics import approx_kl, masked_mean, policy_metrics
+from bandpo.metrics import masked_mean, policy_metrics
 from bandpo.objective import Aggregation, Objective
+from bandpo.reference import ReferenceKL, check_kl, check_kl_coef, reference_kl
 from bandpo.terms import token_objective
 from bandpo.zoo import get_objective
 
@@ -30,7 +31,8 @@ def policy_loss(
     rollout_logprobs: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | None = None,
+    kl: ReferenceKL | None = None,
     entropy: Tensor | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -38,9 +40,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss to minimise, and detached 0-d metrics.
 
-    `-agg_t w_t s(log r_t, A_t, b(log p_t)) + β agg_t k3_t`, with the bounds `b`, surrogate `s`, ratio level, anchor,
-    correction `w` and aggregation of the objective, `r = π / π_anchor` and `k3 = e^x - x - 1` at `x = log π_ref - log π`
-    (Schulman's k3).
+    `-agg_t w_t s(log r_t, A_t, b(log p_t)) + β agg_t KL_t`, with the bounds `b`, surrogate `s`, ratio level, anchor,
+    correction `w` and aggregation of the objective, and `r = π / π_anchor`. The KL to the reference is that of `kl`: by default
+    `w_t r_t (e^x - x - 1)` with the ratio of the token and `x = log π_ref - log π`, whose expected gradient is that of
+    KL(π ‖ π_ref) of the next token, also for tokens of an older policy (DeepSeek-V3.2, arXiv:2512.02556, sec. 3.1).
     Arguments are keyword-only: hosts disagree on the order of new and old.
 
     Both log-ratios are held within ±40; beyond, they have no gradient. A valid token with a number that is NaN or infinite
@@ -62,7 +65,9 @@ def policy_loss(
         extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token; see
             `Objective.group_inputs` and `bandpo.bounds.TopK`.
         ref_logprobs: Log-probs under the reference policy, `(batch, time)`, for the KL term; no gradient flows into them.
-        kl_coef: Coefficient of the KL term, β >= 0.
+        kl_coef: Coefficient of the KL term, β >= 0; None for that of the objective.
+        kl: How the KL is estimated and differentiated, a name of `bandpo.reference` such as "k3" (the plain k3); None for that
+            of the objective.
         entropy: Entropy of each token in nats, `(batch, time)`, for the metrics only.
         sample_weight: `(batch,)`, multiplies all terms of a sequence; of a pruned batch (`bandpo.selection`), with the
             `normalizer` of the batch before pruning. Refused with objectives that look at the whole batch.
@@ -102,10 +107,7 @@ def policy_loss(
         ref_logprobs=ref_logprobs,
         entropy=entropy,
     )
-    if not isinstance(kl_coef, int | float) or not 0 <= kl_coef < math.inf:
-        raise ValueError(f"kl_coef must be a number >= 0, got {kl_coef!r}")
-    if kl_coef and ref_logprobs is None:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")
+    kl_coef, kl = _chosen_kl(objective, kl_coef, kl, given=ref_logprobs is not None)
 
     valid = as_mask(mask)
     usable, weight = valid, None
@@ -137,10 +139,14 @@ def policy_loss(
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
         known = usable & is_logprob(ref_logprobs)
-        kl = approx_kl(fill(ref_logprobs.detach(), known) - fill(logprobs, known))
-        report["kl/ref"] = masked_mean(kl.detach(), known)
+        plain = reference_kl(logprobs, ref_logprobs, "k3", mask=known)
+        report["kl/ref"] = masked_mean(plain.detach(), known)
         if kl_coef:
-            loss = loss + kl_coef * reduce(kl)
+            term = plain
+            if kl != "k3":
+                old = terms.anchor_logprobs
+                term = reference_kl(logprobs, ref_logprobs, kl, old_logprobs=old, mask=known, weights=terms.weights)
+            loss = loss + kl_coef * reduce(term)
     return loss, report
 
 
@@ -280,6 +286,20 @@ def _checked_normalizer(normalizer: Tensor | float) -> Tensor | float:
     if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer must be a finite number >= 0, got {normalizer}")
     return normalizer
+
+
+def _chosen_kl(
+    objective: Objective, kl_coef: float | None, kl: ReferenceKL | None, *, given: bool
+) -> tuple[float, ReferenceKL]:
+    """Coefficient and kind of the KL term: those of the call, else those of the objective."""
+    chosen = objective.kl_coef if kl_coef is None else kl_coef
+    check_kl_coef(chosen)
+    if chosen and not given:
+        whose = f" of objective {objective.name!r}" if kl_coef is None else ""
+        raise ValueError(
+            f"kl_coef={chosen}{whose} needs ref_logprobs, the log-probs under the reference policy; kl_coef=0 leaves the KL out"
+        )
+    return chosen, objective.kl if kl is None else check_kl(kl)
 
 
 def _check_sample_weight(sample_weight: Tensor, objective: Objective, sequences: int) -> None:

@@ -14,8 +14,8 @@ from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.objective import Objective
+from bandpo.reference import k3
 from bandpo.surrogates.stops import stops_outside
-from bandpo.surrogates.token import hold
 from bandpo.surrogates.token import mask as clip_by_mask
 from bandpo.terms import TokenObjective, level_logprobs
 
@@ -193,8 +193,7 @@ def approx_kl(log_ratio: Tensor) -> Tensor:
         >>> approx_kl(torch.tensor([0.0, 0.1]))
         tensor([0.0000, 0.0052])
     """
-    held = hold(log_ratio)
-    return held.exp() - held - 1
+    return k3(log_ratio)
 
 
 def pass_at_k(n: int, c: Tensor | int, k: int) -> Tensor:

@@ -14,6 +14,7 @@ from bandpo._values import ByValue
 from bandpo.bounds import Bounds, Radius
 from bandpo.bounds.regions import with_radius
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
+from bandpo.reference import ReferenceKL, check_kl, check_kl_coef
 from bandpo.surrogates import Surrogate, clip, kl_penalty
 from bandpo.surrogates.corrections import Correction
 
@@ -45,14 +46,17 @@ class Objective(ByValue):
         advantage: How rewards become advantages; see `bandpo.group_advantages`. Used by the trainers, not by `policy_loss`.
         anchor: The policy the ratio is taken against: recomputed π_old, or the sampler (rollout).
         correction: Weights for the sampler's mismatch with π_old: `bandpo.surrogates.corrections.TIS` or `IcePop`.
+        kl_coef: Coefficient β >= 0 of a KL to the reference policy that belongs to the objective; 0 for none. `policy_loss` and
+            the trainers add it unless they are given another coefficient.
+        kl: How that KL is estimated and differentiated, a name of `bandpo.reference`.
         group_stats: Makes extras from the rewards and advantages of a group; called by `group_inputs`.
         name: For messages and tables.
         formula: One line.
         paper: Where it comes from.
 
     Raises:
-        ValueError: If a name is unknown, bounds that ask for log-probs of tokens meet a sequence ratio, a correction meets the
-            rollout anchor, or bounds without edges meet a surrogate that needs some.
+        ValueError: If a name is unknown, `kl_coef` is no number >= 0, bounds that ask for log-probs of tokens meet a sequence
+            ratio, a correction meets the rollout anchor, or bounds without edges meet a surrogate that needs some.
         TypeError: If `bounds` or `surrogate` cannot be called with what it is given.
 
     Examples:
@@ -72,6 +76,8 @@ class Objective(ByValue):
     advantage: AdvantageKind = "std"
     anchor: Anchor = "old"
     correction: Correction | None = None
+    kl_coef: float = 0.0
+    kl: ReferenceKL = "k3-ratio"
     group_stats: GroupStats | None = None
     name: str = "custom"
     formula: str = ""
@@ -96,6 +102,8 @@ class Objective(ByValue):
                 raise ValueError(
                     f"Objective: {name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
                 )
+        check_kl(self.kl)
+        check_kl_coef(self.kl_coef)
         check_component("bounds", self.bounds, ("old_logprobs",))
         check_component("surrogate", self.surrogate, ("log_ratio", "advantages", "bounds"))
         if "membership" in traits_of(self.bounds) and "membership" not in traits_of(self.surrogate):

@@ -92,6 +92,16 @@ _RECIPES = (
         paper=_BANDPO,
     ),
     Objective(
+        name="bandpo-kl-paper",
+        bounds=Band(KL, 0.05),
+        surrogate=partial(dual_clip, c=10.0),
+        aggregation="seq-mean-token-mean",
+        kl_coef=0.001,
+        kl="k3",
+        formula="bandpo-kl, for A < 0 at least 10·A, and 0.001 times the plain k3 to the reference",
+        paper=f"{_BANDPO} (settings of the authors' training scripts)",
+    ),
+    Objective(
         name="bandpo-tv",
         bounds=Band(TV, 0.05),
         aggregation="seq-mean-token-mean",

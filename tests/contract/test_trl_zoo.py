@@ -14,11 +14,21 @@ from bandpo.groups import group_signal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.rollout import PREFIX, top_logprobs
 from bandpo.integrations.trl.strategy import HostComputes, WeCompute
-from trl_runs import band_trainer, loss_and_gradient, named, reward, rollout, settings, token_logprobs, trl_trainer
+from trl_runs import (
+    band_trainer,
+    loss_and_gradient,
+    named,
+    reward,
+    rollout,
+    saved,
+    settings,
+    token_logprobs,
+    trl_trainer,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*pin_memory", "ignore:The trust region of",
-    "ignore:Objective .* corrects for a sampler", "ignore:.*experimental",
+    "ignore:Objective .* corrects for a sampler", "ignore:.*experimental", "ignore:The loss has a KL to the reference",
 )  # fmt: skip
 
 
@@ -34,6 +44,7 @@ def run_of(make_model, tokenizer, prompts):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_five_steps(name, make_model, tokenizer, prompts, tmp_path):
+    make_model = saved(make_model, tmp_path) if OBJECTIVES[name].kl_coef else make_model
     trainer = named(tmp_path, make_model, tokenizer, prompts, name, max_steps=5)
     before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
     trainer.train()
@@ -46,7 +57,8 @@ def test_every_objective_trains_five_steps(name, make_model, tokenizer, prompts,
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_in_trl_it_is_policy_loss(name, make_model, tokenizer, prompts, tmp_path):
-    trainer = named(tmp_path, make_model, tokenizer, prompts, name)
+    source = saved(make_model, tmp_path) if OBJECTIVES[name].kl_coef else make_model
+    trainer = named(tmp_path, source, tokenizer, prompts, name)
     inputs = rollout(tokenizer)
     objective = trainer.objective
     g = torch.Generator().manual_seed(3)
@@ -74,6 +86,7 @@ def test_in_trl_it_is_policy_loss(name, make_model, tokenizer, prompts, tmp_path
         logprobs=token_logprobs(trainer.model, inputs), old_logprobs=inputs["old_per_token_logps"],
         advantages=inputs["advantages"], mask=inputs["completion_mask"], objective=objective, extras=extras,
         rollout_logprobs=inputs.get("sampling_per_token_logps"),
+        ref_logprobs=inputs["ref_per_token_logps"] if objective.kl_coef else None,
         max_length=6 if objective.aggregation == "seq-mean-token-sum-norm" else None,
     )  # fmt: skip
     want.backward()

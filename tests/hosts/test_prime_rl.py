@@ -143,5 +143,8 @@ def test_objectives_that_compare_sequences_are_refused():
         with pytest.raises(ValueError, match="the other sequences of the batch"):
             ours._objective(name)
     for name in OBJECTIVES.keys() - {"clip-cov", "kl-cov", "bapo-reading"}:
-        if not OBJECTIVES[name].extras and OBJECTIVES[name].correction is None:
+        if OBJECTIVES[name].kl_coef:
+            with pytest.raises(ValueError, match="gives no log-probs of a reference"):
+                ours._objective(name)
+        elif not OBJECTIVES[name].extras and OBJECTIVES[name].correction is None:
             assert ours._objective(name)

@@ -1,5 +1,6 @@
 """torchtune: its GRPO recipe's call, and its own losses where the source is at hand."""
 
+import dataclasses
 import sys
 
 import cases
@@ -52,11 +53,25 @@ def test_options_reach_the_objective_and_wrong_ones_are_refused():
 def test_the_kl_term():
     """Ours is torchtune's: exp(x) - x - 1 at x = log π_ref - log π."""
     data = example(2, poison=False)
-    plain, with_kl = (call(BandLoss("dapo", kl_coeff=c), data) for c in (0.0, 0.3))
+    plain, with_kl = (call(BandLoss("dapo", kl_coeff=c, kl="k3"), data) for c in (0.0, 0.3))
     x = data["ref_logprobs"] - data["logprobs"]
     kl = ((x.exp() - x - 1) * data["mask"]).sum() / data["mask"].sum()
     torch.testing.assert_close(with_kl[0][0], plain[0][0] + 0.3 * kl)
     torch.testing.assert_close(with_kl[1][1], kl)
+    r = (data["logprobs"] - data["old_logprobs"]).exp()
+    default = call(BandLoss("dapo", kl_coeff=0.3), data)
+    weighted = (r * (x.exp() - x - 1) * data["mask"]).sum() / data["mask"].sum()
+    torch.testing.assert_close(default[0][0], plain[0][0] + 0.3 * weighted)
+    gradient = default[0][1] - plain[0][1]
+    torch.testing.assert_close(gradient, torch.where(data["mask"] != 0, -0.3 * r * x, 0.0) / data["mask"].sum())
+    torch.testing.assert_close(default[1][1], kl)
+    paper = BandLoss("bandpo-kl-paper")
+    cases.same(
+        call(paper, data)[0],
+        call(BandLoss(dataclasses.replace(paper.objective, kl_coef=0.0), kl_coeff=0.001, kl="k3"), data)[0],
+    )
+    with pytest.raises(ValueError, match="kl: got 'k9'"):
+        BandLoss("dapo", kl="k9")
 
 
 @pytest.mark.skipif(not SOURCE, reason="BANDPO_SOURCE names no checkout of torchtune")
@@ -71,7 +86,7 @@ def test_with_a_clip_it_is_torchtune_s_own():
 
     data = example(3, poison=False)
     theirs = call(GRPOLoss(epsilon=0.2, kl_coeff=0.1), data)
-    ours = call(BandLoss("dapo", epsilon_high=0.2, kl_coeff=0.1), data)
+    ours = call(BandLoss("dapo", epsilon_high=0.2, kl_coeff=0.1, kl="k3"), data)
     cases.same(ours[0], theirs[0], 1e-7)
     torch.testing.assert_close(ours[1][0], theirs[1][0], rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(ours[1][1], theirs[1][1], rtol=1e-7, atol=1e-9)

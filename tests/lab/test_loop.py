@@ -115,8 +115,10 @@ def test_a_run_is_the_same_alone_and_in_a_stack():
     assert alone[0].after["mean@4"] == pytest.approx(together[3].after["mean@4"], abs=0.1)  # float32, six updates on
 
 
-def test_one_step_is_policy_loss():
-    loop = Loop(setting(), runs("bandpo-kl", seeds=(0,)))
+@pytest.mark.parametrize("name", ["bandpo-kl", "bandpo-kl-paper"])
+def test_one_step_is_policy_loss(name):
+    loop = Loop(setting(), runs(name, seeds=(0,)))
+    start = weights(loop).clone()
     loop.update()  # off policy from here on
     prompts = loop._prompts()
     rollout = loop._rollout(prompts)
@@ -129,13 +131,19 @@ def test_one_step_is_policy_loss():
             w += 0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(7))
     loop._step(prompts, rollout, advantages, [{}], part, last=False)
     chosen = part[0]
-    new = loop.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0)
+    new, reference = loop.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0), None
+    if name == "bandpo-kl-paper":
+        first = Loop(setting(), runs(name, seeds=(0,)))  # the model before training
+        assert torch.equal(weights(first), start)
+        reference = first.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0)[0].detach()
     loss, _ = policy_loss(
         logprobs=new[0],
         old_logprobs=rollout.logprobs[0, chosen],
         advantages=advantages[0][chosen],
         mask=rollout.mask[0, chosen],
-        objective="bandpo-kl",
+        objective=name,
+        ref_logprobs=reference,
+        kl_coef=None if name == "bandpo-kl" else 0.001,
     )
     want = torch.autograd.grad(loss, list(loop.stack.weights.values()))
     for a, b in zip(seen[0], want, strict=True):

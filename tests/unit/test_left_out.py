@@ -148,6 +148,15 @@ def test_a_weight_that_is_no_number_leaves_its_sequence_out(name, bad):
     )
 
 
+def objective_ratio(objective, data, out):
+    """The ratio of each token to the policy that it was drawn from, times the weights of a correction."""
+    ratio = (data["logprobs"] - data["old_logprobs"]).exp()  # with a rollout anchor the sampler's are the old ones here
+    if objective.correction is not None:
+        gap = (data["old_logprobs"] - data["rollout_logprobs"]).masked_fill(out | ~data["mask"], 0.0)
+        ratio = ratio * objective.correction(gap, data["mask"] & ~out)
+    return ratio
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_reference_of_a_kl_term(name, bad):
@@ -157,17 +166,17 @@ def test_the_reference_of_a_kl_term(name, bad):
     for i, t in TOKENS:
         out[i, t] = True
     ref = (data["old_logprobs"] - 0.3).masked_fill(out, bad)
-    loss, gradient, metrics = run(objective, data, ref_logprobs=ref, kl_coef=0.7)
+    loss, gradient, metrics = run(objective, data, ref_logprobs=ref, kl_coef=0.7, kl="k3-ratio")
     terms = as_if_masked(objective, data, out, [])
     x = (ref - data["logprobs"]).masked_fill(out, 0.0)
-    k3 = (x.exp() - x - 1) * ~out
+    k3 = objective_ratio(objective, data, out) * (x.exp() - x - 1) * ~out
     want = -by_definition(terms.value, data["mask"], objective.aggregation)
     want += 0.7 * by_definition(k3, data["mask"], objective.aggregation)
     assert loss.item() == pytest.approx(want, rel=1e-11)
     assert gradient.isfinite().all() and (gradient[out] == 0).all()
     assert metrics["nonfinite_fraction"].item() == pytest.approx(out.sum().item() / data["mask"].sum().item())
     # a KL that is only reported takes nothing out of the loss
-    alone = run(objective, data, ref_logprobs=ref)
+    alone = run(objective, data, ref_logprobs=ref, kl_coef=0.0)
     assert alone[0] == run(objective, data)[0] and alone[2]["kl/ref"].isfinite()
     assert alone[2]["nonfinite_fraction"] == 0
 

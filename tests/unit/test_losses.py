@@ -230,7 +230,7 @@ def test_16_bit_inputs_are_computed_in_float32(dtype):
 def test_kl_to_reference_is_k3():
     data = batch()
     ref = data["old_logprobs"] - 0.3
-    plain, kl = run("grpo", data)[0], run("grpo", data, ref_logprobs=ref, kl_coef=0.1)
+    plain, kl = run("grpo", data)[0], run("grpo", data, ref_logprobs=ref, kl_coef=0.1, kl="k3")
     x = (ref - data["logprobs"]).numpy()
     k3 = np.exp(x) - x - 1
     valid = data["mask"].numpy()
@@ -440,7 +440,10 @@ def test_loss_compiles_to_one_graph(name):
     length = max_length(objective.aggregation)
 
     def step(logprobs):
-        return policy_loss(**{**data, "logprobs": logprobs}, objective=objective, max_length=length)
+        ref = data["old_logprobs"] - 0.3
+        return policy_loss(
+            **{**data, "logprobs": logprobs}, objective=objective, max_length=length, ref_logprobs=ref, kl_coef=0.1
+        )
 
     torch._dynamo.reset()  # one graph for each objective, and eight of them is its limit in a process
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

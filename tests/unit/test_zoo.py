@@ -62,6 +62,11 @@ def halves(distance, cap=10):
     return lambda r, p, a, **_: np.where(a > 0, (r <= 1) | (distance(p, p * r) <= 0) & (r <= cap), r >= 0.8)
 
 
+def below(weight, c):
+    """A dual clip: nothing for A < 0 and r > c."""
+    return lambda r, p, a, **more: np.where((a < 0) & (r > c), 0.0, weight(r, p, a, **more))
+
+
 def topk(divergence, radius):
     """From the whole distribution: three tokens carry what is not the sampled one."""
 
@@ -106,6 +111,7 @@ WEIGHTS = {
     "dapo": hard(0.8, 1.28),
     "dual-clip": lambda r, p, a, **_: hard(0.8, 1.2)(r, p, a) * ~((a < 0) & (r > 3)),
     "no-clip": lambda r, p, a, **_: np.ones_like(r),
+    "bandpo-kl-paper": below(ball(lambda p, q: binary_kl(p, q) - 0.05, cap=10), 10),
     "bandpo-kl": ball(lambda p, q: binary_kl(p, q) - 0.05, cap=10),
     "bandpo-tv": ball(lambda p, q: abs(p - q) - 0.05, cap=10),
     "bandpo-chi2": ball(lambda p, q: (p - q) ** 2 / p / (1 - p) - 0.05, cap=10),

@@ -11,6 +11,7 @@ from bandpo.bounds.regions import TopK
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import Setup
 from bandpo.integrations.trl.precision import largest_moved
+from bandpo.reference import DESCENDS, check_kl
 
 PROBABILITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 # Peak memory of the plain path in multiples of its logits (docs/performance.md: 9.29 of 2.32 GiB).
@@ -127,6 +128,30 @@ def anchor(s: Setup) -> Finding:
             s.knob("correction"),
         )
     return Finding("anchor", "ok", "ratios are taken against the policy before the update (recomputed log-probs)")
+
+
+def reference(s: Setup) -> Finding | None:
+    """What the gradient of the KL to the reference descends."""
+    if s.kl_coef is None or (s.kl_coef and s.kl is None):
+        return _unknown("kl", "whether the loss has a KL to the reference, and which one")
+    if not s.kl_coef:
+        return None
+    seen = f"a KL to the reference of {s.kl_coef:g} ({s.kl_from})"
+    if not s.kl:
+        return Finding(
+            "kl",
+            "warning",
+            f"{seen}: none of the terms of docs/kl.md",
+            "what its gradient descends is not known",
+            s.knob("kl"),
+        )
+    found = DESCENDS[check_kl(s.kl)]
+    what = f"its expected gradient is {found.on_policy} on tokens of the policy, {found.off_policy} on older tokens"
+    if s.kl == "k1":
+        return Finding("kl", "warning", f"{seen}, a plain k1: it does not pull to the reference", what, s.knob("kl"))
+    if found.on_policy != found.off_policy or "KL(π ‖ π_ref)" not in found.on_policy:
+        return Finding("kl", "note", f"{seen}, the {s.kl}", what, s.knob("kl"))
+    return Finding("kl", "ok", f"{seen}, the {s.kl}: {what}")
 
 
 def sampling(s: Setup) -> Finding:
@@ -276,6 +301,7 @@ RULES: tuple[Callable[[Setup], Finding | None], ...] = (
     loss_in_use,
     can_bind,
     anchor,
+    reference,
     sampling,
     groups,
     precision,

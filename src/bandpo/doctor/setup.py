@@ -31,6 +31,9 @@ class Setup:
         min_p: Smallest probability in sampling, relative to the largest one; 0 for off.
         group: Completions of a prompt.
         alone: How bad a group of one completion is for the advantages, and why; None where they do not need groups.
+        kl_coef: Coefficient of the KL to the reference in the loss, 0 for none.
+        kl: The KL term, a name of `bandpo.reference`; "" if it is none of them.
+        kl_from: The host's options that determine it.
         bypassed: Why another loss than the configured one would run; "" if the configured one runs.
         refused: The error that bandpo's adapter would raise for these settings; "" for none.
         tokens: Completion tokens whose logits exist at once, at most.
@@ -57,6 +60,9 @@ class Setup:
     min_p: float | None = 0.0
     group: int | None = 8
     alone: tuple[Level, str] | None = ("problem", "advantages compare the completions of a prompt: all are 0")
+    kl_coef: float | None = 0.0
+    kl: str | None = ""
+    kl_from: str = ""
     bypassed: str = ""
     refused: str = ""
     tokens: int = 0
@@ -83,6 +89,7 @@ TRL_KNOBS: dict[str, str] = {
     "correction": "vllm_importance_sampling_correction=True, or an objective with the rollout anchor (dppo-kl)",
     "group": "num_generations=2 or more",
     "precision": "dtype float32 (bf16: true computes in bfloat16 and keeps the weights in float32)",
+    "kl": "kl=k3-ratio (in a plain GRPOConfig use_bias_correction_kl=True, with importance_sampling_level=token)",
     "use": "BandGRPOTrainer and BandGRPOConfig in place of GRPOTrainer and GRPOConfig, objective=...",
 }
 VERL_KNOBS: dict[str, str] = {
@@ -91,6 +98,7 @@ VERL_KNOBS: dict[str, str] = {
     "correction": "algorithm.rollout_correction.rollout_is=token, or an objective with the rollout anchor (dppo-kl)",
     "group": "actor_rollout_ref.rollout.n=8, for example",
     "precision": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+    "kl": "actor_rollout_ref.actor.kl_loss_type=low_var_kl+ (verl has no form that is right for older tokens)",
     "use": "actor_rollout_ref.actor.policy_loss.loss_mode=bandpo",
 }
 

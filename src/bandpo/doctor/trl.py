@@ -37,6 +37,7 @@ _FLAGS = frozenset(
         "mask_truncated_completions",
         "relax",
         "packing",
+        "use_bias_correction_kl",
     }
 )
 _WHOLE = frozenset(
@@ -86,6 +87,7 @@ _NAMES = frozenset(
         "divergence",
         "radius_schedule",
         "radius_target",
+        "kl",
     }
 )
 _READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
@@ -324,6 +326,9 @@ def _setup(
         host=host,
         objective=objective,
         ours=ours,
+        kl_coef=sure("beta", args.beta),
+        kl=None if doubtful & {"use_bias_correction_kl", "kl"} else _kl(args)[0],
+        kl_from=f"beta={args.beta:g}, {_kl(args)[1]}",
         bypassed=_bypassed(args, version),
         steps=None if doubtful & _COUNTED else steps,
         steps_from=steps_from,
@@ -343,6 +348,18 @@ def _setup(
         assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given),
         unread=unread,
     )
+
+
+def _kl(args: Any) -> tuple[str, str]:
+    """The KL term of the loss, "" for none of ours, and the option that it is from.
+
+    TRL multiplies the KL of each token by the ratio of its sequence, where its loss takes that one.
+    """
+    if isinstance(args, BandGRPOConfig):
+        return args.kl_term, f"kl={args.kl}"
+    corrected: bool = args.use_bias_correction_kl
+    term = "k3" if not corrected else "" if args.importance_sampling_level == "sequence" else "k3-ratio"
+    return term, f"use_bias_correction_kl={corrected}"
 
 
 def _steps(args: Any) -> tuple[float, str]:

@@ -24,6 +24,7 @@ from bandpo.integrations.verl_options import (
     ACTOR_DEFAULTS,
     DEFAULT_OBJECTIVE,
     DUAL_CLIP,
+    KL_OF,
     OPTIONS,
     POLICY_LOSS_DEFAULTS,
     REGION,
@@ -50,6 +51,9 @@ DEFAULTS: Mapping[str, Any] = {
     f"{_ACTOR}.clip_ratio_low": 0.2,
     f"{_ACTOR}.clip_ratio_high": 0.2,
     f"{_ACTOR}.loss_agg_mode": "token-mean",
+    f"{_ACTOR}.use_kl_loss": False,
+    f"{_ACTOR}.kl_loss_coef": 0.001,
+    f"{_ACTOR}.kl_loss_type": "low_var_kl",
     f"{_ACTOR}.policy_loss.loss_mode": "vanilla",
     f"{_ROLLOUT}.temperature": 1.0,
     f"{_ROLLOUT}.top_p": 1,
@@ -490,10 +494,14 @@ def _setup(s: Settings, vocabulary: int | None) -> Setup:
     top_k = s.whole(f"{_ROLLOUT}.top_k")
     corrected = s.get("algorithm.rollout_correction.rollout_is")
     engine = s.get(f"{_ROLLOUT}.name")
+    kl_coef, kl, kl_from = _kl(s)
     return Setup(
         host="verl",
         objective=loss.objective,
         ours=loss.ours,
+        kl_coef=kl_coef,
+        kl=kl,
+        kl_from=kl_from,
         bypassed=loss.bypassed,
         refused=loss.refused,
         steps=steps,
@@ -515,6 +523,15 @@ def _setup(s: Settings, vocabulary: int | None) -> Setup:
         assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()),
         unread=_lines(s.unread),
     )
+
+
+def _kl(s: Settings) -> tuple[float | None, str | None, str]:
+    """Coefficient and term of the KL loss, and where they are from."""
+    used = s.flag(f"{_ACTOR}.use_kl_loss")
+    if not used:
+        return None if used is None else 0.0, "", ""
+    coefficient, kind = s.number(f"{_ACTOR}.kl_loss_coef"), s.get(f"{_ACTOR}.kl_loss_type")
+    return coefficient, None if kind is UNKNOWN else KL_OF.get(str(kind), ""), f"kl_loss_type={short(kind)}"
 
 
 def _lines(unread: Iterable[str]) -> tuple[str, ...]:
@@ -660,10 +677,22 @@ def _refused(s: Settings, mode: str, given: Mapping[str, Any], named: Objective)
     theirs = _known(s, f"{_ACTOR}.", ACTOR_DEFAULTS) | _known(s, f"{_ACTOR}.policy_loss.", POLICY_LOSS_DEFAULTS)
     dual = _known(s, f"{_ACTOR}.", {"clip_ratio_c": DUAL_CLIP}).get("clip_ratio_c", DUAL_CLIP)
     try:
-        objective_of(name_in(mode), options, theirs, dual)
+        objective_of(name_in(mode), options, theirs, dual, _kl_options(s, named))
     except ValueError as error:
         return str(error)[:_MAX_LINE]
     return ""
+
+
+def _kl_options(s: Settings, named: Objective) -> dict[str, Any]:
+    """Verl's options of its KL loss; what is not known is taken to be what the objective needs."""
+    right = next((name for name, kl in KL_OF.items() if kl == named.kl), "")
+    found: dict[str, Any] = {"use_kl_loss": True, "kl_loss_coef": named.kl_coef, "kl_loss_type": right}
+    if not named.kl_coef:
+        return found
+    given = {name: s.get(f"{_ACTOR}.{name}") for name in found}
+    if given["kl_loss_coef"] is not UNKNOWN:
+        given["kl_loss_coef"] = s.number(f"{_ACTOR}.kl_loss_coef")
+    return found | {name: value for name, value in given.items() if value is not UNKNOWN}
 
 
 def _known(s: Settings, prefix: str, names: Iterable[str]) -> dict[str, float | None]:

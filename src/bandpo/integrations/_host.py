@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
@@ -33,6 +34,7 @@ def host_objective(
     sampler: Literal["beside", "only", "none"],
     rows: Rows = "whole",
     scaled: bool = False,
+    kl: str | None = None,
 ) -> Objective:
     """The objective with its options, if this host provides the inputs that the objective needs.
 
@@ -44,6 +46,8 @@ def host_objective(
             the sampler, `none` for the old ones. With `only`, the ratio of every objective is taken against the sampler.
         rows: What a row of the host's tensors contains.
         scaled: Whether the host multiplies the advantages by the loss's weights before it calls the loss.
+        kl: The host's options for a KL to the reference, which a warning names where the objective has one; "" where the
+            adapter adds that term or checks the options itself (`check_host_kl`); None where the host has no such term.
 
     Raises:
         ValueError: If an option would be ignored, or the host does not provide an input that the objective needs.
@@ -56,7 +60,42 @@ def host_objective(
         why = "advantages as the estimator made them, and this host scales them before the loss"
     if why:
         raise ValueError(f"objective {name!r} needs {why}; {host} does not give this to a loss")
+    if chosen.kl_coef and kl != "":
+        _tell_kl(host, chosen, kl)
     return dataclasses.replace(chosen, anchor="rollout") if sampler == "only" else chosen
+
+
+def check_host_kl(host: str, objective: Objective, coefficient: float, options: str) -> None:
+    """Require that the host adds the KL to the reference that belongs to an objective.
+
+    Args:
+        host: Name of the host, for error messages.
+        objective: The objective.
+        coefficient: The coefficient of the KL loss that the host adds, 0 if it adds none.
+        options: The host's options for it, for the message.
+
+    Raises:
+        ValueError: If the objective has a KL with another coefficient.
+    """
+    if objective.kl_coef and coefficient != objective.kl_coef:
+        raise ValueError(
+            f"{_has_kl(objective)}, which {host} computes, and its coefficient there is {coefficient:g}: set {options}, or "
+            "make an Objective with kl_coef=0"
+        )
+
+
+def _has_kl(objective: Objective) -> str:
+    return (
+        f"objective {objective.name!r} has a KL to the reference (kl_coef={objective.kl_coef:g}, kl={objective.kl!r})"
+    )
+
+
+def _tell_kl(host: str, objective: Objective, options: str | None) -> None:
+    if options is None:
+        raise ValueError(
+            f"{_has_kl(objective)}, and {host} gives no log-probs of a reference to a loss; make an Objective with kl_coef=0"
+        )
+    warnings.warn(f"{_has_kl(objective)}, which {host} computes: set {options}", stacklevel=3)
 
 
 def options_of_environment(host: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bandpo._inputs import fill
 from bandpo.bounds import RatioBounds
-from bandpo.integrations._host import attributes, host_objective, refuse_ignored
+from bandpo.integrations._host import attributes, check_host_kl, host_objective, refuse_ignored
 from bandpo.objective import Objective
 from bandpo.surrogates import clip
 
@@ -38,7 +38,7 @@ def register(objective: Objective | str = "bandpo-kl", **options: Any) -> None:
     """
     from swift.trainers import TrainerFactory
 
-    chosen = host_objective("ms-swift", objective, options, sampler="none")
+    chosen = host_objective("ms-swift", objective, options, sampler="none", kl="")
     if chosen.surrogate is not clip or chosen.ratio_level != "token" or chosen.bounds_inputs:
         raise ValueError(
             f"ms-swift: objective {chosen.name!r} does not clip single tokens, and this trainer can do nothing else; choose "
@@ -67,6 +67,8 @@ class _IntervalOfEachToken:
             ValueError: If there is such an option.
         """
         refuse_ignored("ms-swift", attributes(self.args, _DEFAULTS), _DEFAULTS)
+        objective = _registered[0]
+        check_host_kl("ms-swift", objective, self.args.beta, f"--beta {objective.kl_coef:g}")
         if self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"ms-swift: loss_type={self.loss_type!r} is a loss of its own, without bandpo; choose one of "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import fill
-from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
+from bandpo.integrations._host import attributes, check_host_kl, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.losses import aggregate
@@ -54,7 +54,13 @@ class BandLoss:
 
     def __init__(self, host_loss: Any, objective: Objective | str = "bandpo-kl", **options: Any) -> None:
         refuse_ignored("NeMo-RL", attributes(host_loss, _DEFAULTS), _DEFAULTS)
-        chosen = host_objective("NeMo-RL", objective, options, sampler="beside")
+        chosen = host_objective("NeMo-RL", objective, options, sampler="beside", kl="")
+        check_host_kl(
+            "NeMo-RL",
+            chosen,
+            host_loss.reference_policy_kl_penalty,
+            f"loss_fn.reference_policy_kl_penalty={chosen.kl_coef:g} and reference_policy_kl_type",
+        )
         correction = _correction(host_loss)
         if correction is not None:
             if chosen.correction is not None or chosen.anchor == "rollout":

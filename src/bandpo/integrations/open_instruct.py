@@ -22,7 +22,7 @@ from bandpo.objective import Objective
 # open-instruct sets the log-prob of a masked token to this value; it passes no mask to the loss.
 _INVALID = 1.0
 _DEFAULTS = {"clip_lower": 0.2, "clip_higher": 0.272, "loss_fn": "dapo"}
-_CHECK: dict[str, Any] = {"sampler": "none", "rows": "packed"}
+_CHECK: dict[str, Any] = {"sampler": "none", "rows": "packed", "kl": "beta and kl_estimator"}
 
 
 def compute_grpo_loss(

@@ -6,6 +6,7 @@ r"""The objectives in OpenRLHF, by its own training command with another loss.
 OpenRLHF has no hook and builds its loss inside Ray workers, which a change in the driver does not reach. This command starts
 `openrlhf.cli.train_ppo_ray` and makes every worker replace `openrlhf.models.loss.PolicyLoss` (Ray's
 `worker_process_setup_hook`). OpenRLHF itself computes the reduction, data-parallel counts, KL loss and entropy bonus.
+Its KL loss differentiates k1, k2 or k3 (docs/kl.md), unless a version has `--algo.kl.unbiased_gradient` and it is set.
 """
 
 import dataclasses
@@ -23,7 +24,10 @@ from bandpo.objective import Objective
 from bandpo.surrogates.corrections import TIS, Correction, IcePop
 
 _DEFAULTS = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "dual_clip": None, "policy_loss_type": "ppo"}
-_CHECK: dict[str, Any] = {"sampler": "beside"}
+_CHECK: dict[str, Any] = {
+    "sampler": "beside",
+    "kl": "OpenRLHF's own KL loss (algo.kl, in new versions with unbiased_gradient)",
+}
 
 
 class BandPolicyLoss(torch.nn.Module):

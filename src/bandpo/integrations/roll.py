@@ -20,6 +20,7 @@ from bandpo._inputs import fill
 from bandpo.integrations._host import (
     Evaluated,
     attributes,
+    check_host_kl,
     evaluate,
     host_objective,
     options_of_environment,
@@ -146,7 +147,13 @@ def __getattr__(name: str) -> Any:
 
 def _objective(config: Any) -> Objective:
     given = options_of_environment("ROLL")
-    chosen = host_objective("ROLL", given.pop("objective", "bandpo-kl"), given, sampler="beside")
+    chosen = host_objective("ROLL", given.pop("objective", "bandpo-kl"), given, sampler="beside", kl="")
+    check_host_kl(
+        "ROLL",
+        chosen,
+        config.kl_loss_coef if config.use_kl_loss else 0.0,
+        f"use_kl_loss: true and kl_loss_coef: {chosen.kl_coef:g}",
+    )
     if config.train_infer_correction.is_weight.enabled and (
         chosen.anchor == "rollout" or chosen.correction is not None
     ):

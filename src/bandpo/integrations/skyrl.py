@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import fill
-from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
+from bandpo.integrations._host import attributes, check_host_kl, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
@@ -43,7 +43,7 @@ def register(objective: Objective | str = "bandpo-kl", *, name: str = "bandpo", 
     """
     from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 
-    chosen = host_objective("SkyRL", objective, options, sampler="beside", scaled=True)
+    chosen = host_objective("SkyRL", objective, options, sampler="beside", scaled=True, kl="")
     PolicyLossRegistry.register(name, partial(policy_loss, chosen))
 
 
@@ -78,6 +78,12 @@ def policy_loss(
     from skyrl.backends.skyrl_train.utils.ppo_utils import apply_off_policy_correction, reduce_loss
 
     refuse_ignored("SkyRL", attributes(config, _DEFAULTS), _DEFAULTS)
+    check_host_kl(
+        "SkyRL",
+        objective,
+        config.kl_loss_coef if getattr(config, "use_kl_loss", False) else 0.0,
+        f"trainer.algorithm.use_kl_loss=true, kl_loss_coef={objective.kl_coef:g} and kl_estimator_type",
+    )
     corrected = off_policy_correction_enabled(config.off_policy_correction)
     if corrected and (objective.anchor == "rollout" or objective.correction is not None):
         raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bandpo._inputs import fill
-from bandpo.integrations._host import attributes, evaluate, host_objective, refuse_ignored
+from bandpo.integrations._host import attributes, check_host_kl, evaluate, host_objective, refuse_ignored
 from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 
@@ -127,6 +127,7 @@ def megatron_loss(
     """
     refuse_ignored(host, attributes(args, _DEFAULTS), _DEFAULTS)
     objective = _configured(host, args, context_parallel)
+    _check_kl(host, args, objective)
     old, sampler = _references(args, batch, logprobs)
     tokens, metrics = _evaluated(
         objective, logprobs=logprobs, old=old, sampler=sampler, advantages=batch["advantages"], masks=masks
@@ -154,6 +155,28 @@ def megatron_loss(
     }
     report |= {f"{OWN_PREFIX['slime']}{name}": x * share for name, x in metrics.items() if not name.endswith("_max")}
     return loss, {name: x.detach().clone() for name, x in report.items()}
+
+
+def _check_kl(host: str, args: Any, objective: Objective) -> None:
+    """The host's KL loss must be that of the objective, where it has one."""
+    kind = objective.kl.partition("-")[0]
+    ratio = objective.kl.endswith("-ratio")
+    options = f"--use-kl-loss --kl-loss-coef {objective.kl_coef:g} --kl-loss-type {kind}"
+    check_host_kl(
+        host,
+        objective,
+        args.kl_loss_coef if args.use_kl_loss else 0.0,
+        options + (" --use-unbiased-kl" if ratio else ""),
+    )
+    theirs = {"low_var_kl": "k3"}.get(args.kl_loss_type, args.kl_loss_type)
+    if objective.kl_coef and (
+        theirs != kind or bool(args.use_unbiased_kl) != ratio or objective.kl.endswith("-unbiased")
+    ):
+        raise ValueError(
+            f"{host}: objective {objective.name!r} has kl={objective.kl!r}, and --kl-loss-type {args.kl_loss_type} with "
+            f"use_unbiased_kl={args.use_unbiased_kl} is another term; the host has k1, k2 and k3, and with --use-unbiased-kl "
+            "these times the ratio"
+        )
 
 
 def _references(
@@ -222,4 +245,4 @@ def _objective(host: str, text: str, against_sampler: bool, split: bool) -> Obje
     given = json.loads(text)
     name = given.pop("objective", "bandpo-kl")
     rows = "packed" if split else "whole"
-    return host_objective(host, name, given, sampler="only" if against_sampler else "beside", rows=rows)
+    return host_objective(host, name, given, sampler="only" if against_sampler else "beside", rows=rows, kl="")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import bandpo.losses
 from bandpo.integrations._host import host_objective
+from bandpo.reference import ReferenceKL, check_kl
 
 
 class BandLoss(nn.Module):
@@ -23,7 +24,9 @@ class BandLoss(nn.Module):
 
     Args:
         objective: A name of `bandpo objectives`, or "package.module:NAME".
-        kl_coeff: Coefficient of the KL term (k3), as in torchtune's losses.
+        kl_coeff: Coefficient of the KL to the reference; None for that of the objective, mostly 0.
+        kl: How it is estimated and differentiated, a name of `bandpo.reference`; torchtune's own losses have `k3`. None for
+            that of the objective, mostly `k3-ratio`.
         max_length: The constant of objectives with `seq-mean-token-sum-norm`: the maximal completion length.
         options: Changes of the objective's region: fields of `RegionOptions`, except `divergence_top_k`.
 
@@ -32,16 +35,22 @@ class BandLoss(nn.Module):
     """
 
     def __init__(
-        self, objective: str = "bandpo-kl", kl_coeff: float = 0.0, max_length: int | None = None, **options: Any
+        self,
+        objective: str = "bandpo-kl",
+        kl_coeff: float | None = None,
+        max_length: int | None = None,
+        kl: ReferenceKL | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.objective = host_objective("torchtune", objective, options, sampler="none")
+        self.objective = host_objective("torchtune", objective, options, sampler="none", kl="")
         if (max_length is None) == (self.objective.aggregation == "seq-mean-token-sum-norm"):
             raise ValueError(
                 f"torchtune: max_length={max_length} with objective {objective!r}, whose aggregation is "
                 f"{self.objective.aggregation!r}; 'seq-mean-token-sum-norm' needs it, the others do not use it"
             )
         self.kl_coeff, self.max_length = kl_coeff, max_length
+        self.kl: ReferenceKL | None = None if kl is None else check_kl(kl)
 
     def forward(
         self,
@@ -72,6 +81,7 @@ class BandLoss(nn.Module):
             mask=mask,
             objective=self.objective,
             kl_coef=self.kl_coeff,
+            kl=self.kl,
             max_length=self.max_length,
         )
         # torch.compile leaves it out for a surrogate of one's own without `bandpo.surrogates.stops`.

@@ -32,6 +32,7 @@ from bandpo.integrations.options import RegionOptions
 from bandpo.integrations.verl_options import (
     ACTOR_DEFAULTS,
     DEFAULT_OBJECTIVE,
+    KL_DEFAULTS,
     OPTIONS,
     POLICY_LOSS_DEFAULTS,
     missing_inputs,
@@ -48,6 +49,8 @@ class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
     """verl's options of a policy loss, with an `objective` and the options of its region (fields of `RegionOptions`).
 
     `loss_agg_mode`, `clip_ratio_c` (dual clip, for objectives that clip) and the KL loss remain options of verl's `actor`.
+    With verl's default `kl_loss_type=low_var_kl` the KL loss has, on-policy, the gradient of KL(π_ref ‖ π); with `low_var_kl+`
+    it has that of KL(π ‖ π_ref). An objective with a `kl_coef` requires verl's KL loss with the same coefficient and type.
     Each field has its description in `metadata["help"]`.
 
     Raises:
@@ -167,7 +170,8 @@ def _objective(config: ActorConfig, name: str | None) -> Objective:
     own = isinstance(options, BandPolicyLossConfig)
     asked = tuple((option, getattr(options, option)) for option in OPTIONS) if own else ()
     theirs = {**attributes(options, POLICY_LOSS_DEFAULTS), **attributes(config, ACTOR_DEFAULTS)}
-    return _cached(name, asked, tuple(theirs.items()), config.clip_ratio_c)
+    kl_loss = tuple((option, getattr(config, option)) for option in KL_DEFAULTS)
+    return _cached(name, asked, tuple(theirs.items()), config.clip_ratio_c, kl_loss)
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,8 +180,9 @@ def _cached(
     options: tuple[tuple[str, Any], ...],
     theirs: tuple[tuple[str, Any], ...],
     clip_ratio_c: float | None,
+    kl_loss: tuple[tuple[str, Any], ...],
 ) -> Objective:
-    return objective_of(name, dict(options), dict(theirs), clip_ratio_c)
+    return objective_of(name, dict(options), dict(theirs), clip_ratio_c, dict(kl_loss))
 
 
 register()

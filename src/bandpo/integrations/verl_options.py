@@ -11,6 +11,7 @@ from typing import Any
 from bandpo.integrations._host import refuse_ignored
 from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
 from bandpo.objective import Objective
+from bandpo.reference import ReferenceKL
 from bandpo.surrogates import clip, dual_clip
 from bandpo.zoo import get_objective
 
@@ -43,6 +44,23 @@ POLICY_LOSS_DEFAULTS: Mapping[str, Any] = {
 """Options in `actor.policy_loss` of verl's own losses, with verl's defaults. An objective of bandpo would ignore them."""
 
 
+KL_DEFAULTS: Mapping[str, Any] = {"use_kl_loss": False, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl"}
+"""Options in `actor` of verl's KL loss, with verl's defaults. verl adds this loss to that of any objective."""
+
+KL_OF: Mapping[str, ReferenceKL] = {
+    "low_var_kl": "k3",
+    "k3": "k3",
+    "low_var_kl+": "k3-unbiased",
+    "k3+": "k3-unbiased",
+    "k2": "k2",
+    "mse": "k2",
+    "k1": "k1",
+    "kl": "k1",
+}
+"""The KL term of each `kl_loss_type` that has one. verl clamps k3 at 10, where its plain form loses its gradient; none of its
+types has an importance ratio."""
+
+
 def name_in(loss_mode: str) -> str | None:
     """The objective that `bandpo:NAME` names, None for `bandpo`.
 
@@ -62,7 +80,11 @@ def name_in(loss_mode: str) -> str | None:
 
 
 def objective_of(
-    name: str | None, options: Mapping[str, Any], theirs: Mapping[str, Any], clip_ratio_c: float | None
+    name: str | None,
+    options: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    clip_ratio_c: float | None,
+    kl_loss: Mapping[str, Any] = KL_DEFAULTS,
 ) -> Objective:
     """The objective that verl trains with.
 
@@ -71,6 +93,7 @@ def objective_of(
         options: Values of `OPTIONS`; empty without bandpo's configuration class.
         theirs: verl's options of its own losses, from `actor` and `actor.policy_loss`.
         clip_ratio_c: verl's largest ratio of a token with a negative advantage (dual clip), None for no such limit.
+        kl_loss: verl's options of its KL loss, by the names of `KL_DEFAULTS`.
 
     Raises:
         ValueError: If an option would be ignored, two options contradict each other, or verl does not pass an input that the
@@ -81,6 +104,7 @@ def objective_of(
         raise ValueError(f"policy_loss: loss_mode=bandpo:{name} and objective={named}; set one of them")
     refuse_ignored("verl", theirs, {**ACTOR_DEFAULTS, **POLICY_LOSS_DEFAULTS})
     objective = with_region(name or named, options)
+    _check_kl(objective, kl_loss)
     if objective.surrogate is not clip:
         refuse_ignored(
             "verl",
@@ -132,6 +156,26 @@ def missing_inputs(objective: Objective) -> str:
     if objective.correction is not None:
         return "rollout log-probs beside the old ones (for the correction use algorithm.rollout_correction.rollout_is)"
     return ""
+
+
+def _check_kl(objective: Objective, kl_loss: Mapping[str, Any]) -> None:
+    """An objective with a KL to the reference needs verl's KL loss, with the same coefficient and gradient."""
+    if not objective.kl_coef:
+        return
+    names = [name for name, kl in KL_OF.items() if kl == objective.kl]
+    has = f"objective {objective.name!r} has a KL to the reference (kl_coef={objective.kl_coef:g}, kl={objective.kl!r})"
+    if not names:
+        raise ValueError(
+            f"{has}, which no kl_loss_type of verl computes: make an Objective with kl='k3-unbiased' (verl's low_var_kl+, the "
+            "same on-policy), or with kl_coef=0 and set verl's KL loss yourself"
+        )
+    if kl_loss["use_kl_loss"] and kl_loss["kl_loss_coef"] == objective.kl_coef and kl_loss["kl_loss_type"] in names:
+        return
+    found = ", ".join(f"{name}={value}" for name, value in kl_loss.items())
+    raise ValueError(
+        f"{has}, which verl computes, and its options are {found}: set actor_rollout_ref.actor.use_kl_loss=True, "
+        f"kl_loss_coef={objective.kl_coef:g} and kl_loss_type={names[0]}, or make an Objective with kl_coef=0"
+    )
 
 
 def _check_anchor(objective: Objective, name: str, bypass: bool | None) -> None:

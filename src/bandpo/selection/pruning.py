@@ -179,12 +179,13 @@ class Pruning:
         if not 0 < self.until <= 1:
             raise ValueError(f"Pruning: until must be in (0, 1], got {self.until!r}")
 
-    def check(self, objective: Objective, *, kl_coef: float = 0.0) -> None:
+    def check(self, objective: Objective, *, kl_coef: float | None = None) -> None:
         """Refuse an objective for which the weights cannot keep the expected gradient.
 
         Args:
             objective: The objective of the loss.
-            kl_coef: Coefficient of a KL term to a reference, with the weights of the samples (as in `policy_loss`).
+            kl_coef: Coefficient of a KL term to a reference, with the weights of the samples (as in `policy_loss`); None for
+                that of the objective.
 
         Raises:
             ValueError: If the objective is refused; the message has the reason and the fix.
@@ -199,6 +200,7 @@ class Pruning:
                 "the terms of the others, which no weight can correct; turn pruning off, or choose another objective"
             )
         if self.completions and self.zeros and self.mode != "topk_biased":
+            kl_coef = objective.kl_coef if kl_coef is None else kl_coef
             check_nothing_lost(objective, kl_coef=kl_coef, fix="set zeros=False")
 
     def __call__(self, rewards: Tensor, advantages: Tensor, *, generator: torch.Generator | None = None) -> Selection:

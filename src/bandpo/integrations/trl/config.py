@@ -15,6 +15,7 @@ from bandpo.bounds import Band
 from bandpo.bounds.regions import common_radius
 from bandpo.integrations.options import RegionOptions
 from bandpo.objective import Aggregation, Objective
+from bandpo.reference import ReferenceKL, check_kl
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection.pruning import Pruning
 from bandpo.zoo import get_objective
@@ -48,8 +49,11 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
     """TRL's `GRPOConfig` with an `objective` and the options of its trust region (`RegionOptions`).
 
     `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
-    `epsilon_high` change the interval of an objective with fixed bounds (grpo, dapo, ...). TRL's `delta` adds a dual clip, and
-    TRL's `beta` a KL to the reference.
+    `epsilon_high` change the interval of an objective with fixed bounds (grpo, dapo, ...). TRL's `delta` adds a dual clip.
+
+    TRL's `beta` adds a KL to the reference, and `kl` says which one; both follow the objective unless they are set. TRL's
+    `use_bias_correction_kl` is another spelling: true is `k3-ratio`, false is `k3`. See `bandpo.reference` for what each
+    descends.
 
     Raises:
         ValueError: If an option is set that the objective would ignore, or that no loss of TRL can express.
@@ -58,6 +62,20 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
     objective: str = field(
         default="bandpo-kl",
         metadata={"help": "Named objective (see `bandpo objectives`) or 'package.module:NAME' of an Objective."},
+    )
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Coefficient of the KL to the reference, 0 for none. Default: the objective's, mostly 0."},
+    )
+    kl: str | None = field(
+        default=None,
+        metadata={
+            "help": "How that KL is estimated and differentiated: k1, k2 or k3, alone (the estimator is differentiated) or "
+            "with -unbiased (the score function) or -ratio (also for older tokens). Default: the objective's, mostly k3-ratio."
+        },
+    )
+    use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "TRL's spelling of kl: true is k3-ratio, false is k3. Default: what kl says."}
     )
     radius_schedule: str = field(
         default="constant",
@@ -123,7 +141,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
         pruning = self.selector()
         if pruning is not None:
-            pruning.check(objective)
+            pruning.check(objective, kl_coef=cast("float", self.beta))
         if pruning is not None and pruning.completions:
             _refuse_terms_without_weights(self)
         if pruning is not None and pruning.mode == "bernoulli":
@@ -141,6 +159,11 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             if not self.packing and value not in (None, _PACKING_WINDOW):
                 raise ValueError(f"{name}={value} would be ignored: set packing")
         super().__post_init__()
+
+    @property
+    def kl_term(self) -> ReferenceKL:
+        """The KL term of the run, a name of `bandpo.reference`."""
+        return check_kl(self.kl)
 
     def selector(self) -> Pruning | None:
         """The rule that chooses prompts and completions to train on; None if all are used.
@@ -255,6 +278,40 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
                 f"importance_sampling_level={self.importance_sampling_level!r}, but objective {self.objective!r} takes its "
                 f"ratio at {objective.ratio_level!r} level; leave it unset or choose another objective"
             )
+        self._adopt_kl(objective)
+
+    def _adopt_kl(self, objective: Objective) -> None:
+        """Coefficient and kind of the KL to the reference, and TRL's flag for it."""
+        if self.beta is None:
+            self.beta = objective.kl_coef  # pyright: ignore[reportIncompatibleVariableOverride]
+        flag = self.use_bias_correction_kl
+        if self.kl is None:
+            self.kl = objective.kl if flag is None else "k3-ratio" if flag else "k3"
+        chosen = check_kl(self.kl)
+        multiplies = trl_computes_kl(chosen, objective) and chosen == "k3-ratio"
+        if flag and not multiplies and chosen == "k3-ratio":
+            raise ValueError(
+                f"use_bias_correction_kl=True: TRL would multiply the KL of a token by the ratio that objective "
+                f"{self.objective!r} does not use for it; leave it unset, kl='k3-ratio' takes the ratio of the token to the "
+                "policy that it was drawn from"
+            )
+        if flag not in (None, multiplies):
+            raise ValueError(
+                f"use_bias_correction_kl={flag} and kl={self.kl!r} contradict each other; set one of them (true is "
+                "kl='k3-ratio', false is kl='k3')"
+            )
+        self.use_bias_correction_kl = multiplies  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def trl_computes_kl(kl: ReferenceKL, objective: Objective) -> bool:
+    """Whether TRL's own loss has this KL term: the plain k3, and k3 times the ratio that TRL's objective takes.
+
+    Args:
+        kl: The KL term.
+        objective: The objective of the run.
+    """
+    token = objective.ratio_level != "sequence" and objective.anchor == "old" and objective.correction is None
+    return kl == "k3" or (kl == "k3-ratio" and token)
 
 
 def _refuse_terms_without_weights(args: BandGRPOConfig) -> None:

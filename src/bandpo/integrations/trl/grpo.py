@@ -19,8 +19,10 @@ from bandpo.bounds.regions import TopK, common_radius
 from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
+from bandpo.integrations.trl.config import trl_computes_kl
 from bandpo.integrations.trl.generate import end_tokens, sampling_by
 from bandpo.integrations.trl.host import Accelerator, Batch, TrainerState
+from bandpo.integrations.trl.kl import kl_of_batch, kl_of_run
 from bandpo.integrations.trl.nonfinite import without_nonfinite
 from bandpo.integrations.trl.packing import packed_scores, probe_packing, refuse_packing
 from bandpo.integrations.trl.pooled import Total, over_processes
@@ -88,6 +90,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         aux_loss_enabled: bool
         epsilon_low: float | Tensor
         epsilon_high: float | Tensor
+        beta: float
         _tokenizer: Any
         _step: int
         _buffered_inputs: list[Batch] | None
@@ -113,6 +116,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         if objective is not None:
             refuse_other_fields(objective, args)
         self._strategy.refuse(args)
+        in_trl = ("k3-ratio" if args.use_bias_correction_kl else "k3") == args.kl_term
+        self._own_kl = bool(args.beta) and not (in_trl and trl_computes_kl(args.kl_term, self.objective))
+        self._kl_to_log: dict[str, PooledSum] = {}  # of the batch whose KL bandpo computes
         self._signal = SignalWatch()
         self.last_rewards = self._rewards_of_functions = torch.empty(0)
         self._groups_without_signal = torch.empty(0, dtype=torch.bool)
@@ -130,6 +136,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._penalty = None if penalty is None else MovingPenalty(penalty)
         self._check_packing()
         warn_if_never_binding(self.objective, args)
+        self._tell(kl_of_run(self.objective, args))
 
     def _set_end_tokens(self) -> None:
         self.eos_token_ids = end_tokens(self.model, self._tokenizer)
@@ -310,6 +317,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             loss = loss + own.value
             if len(log.get("policy_loss", ())) > logged:  # TRL logs it beside an entropy bonus, here of advantages of 0
                 log["policy_loss"][-1] += self.accelerator.gather(own.as_logged).mean().item()
+        if self._own_kl:
+            kl = kl_of_batch(self, terms, logprobs, inputs)
+            self._kl_to_log, loss = {"kl": kl.logged}, loss + self.beta * kl.loss
         self._log_band(terms, inputs)
         return loss
 
@@ -323,7 +333,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         """TRL's loss for other advantages and another interval, and the log-probs that it was computed from."""
         self._last_logprobs, self._scored_batch = None, {**inputs, "advantages": given.advantages}
         try:
-            with self._clamping_to(given.epsilon):
+            with self._clamping_to(given.epsilon), self._without_kl() if self._own_kl else nullcontext():
                 loss = cast("Tensor", super()._compute_loss(model, self._scored_batch))
         finally:
             self._scored_batch = None
@@ -345,19 +355,28 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         finally:
             self.epsilon_low, self.epsilon_high = saved
 
+    @contextmanager
+    def _without_kl(self) -> Generator[None, None, None]:
+        """TRL's loss without its KL to the reference, where bandpo computes it."""
+        beta, self.beta = self.beta, 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
     # ---- metrics
 
     @torch.no_grad()
     def _log_band(self, terms: TokenObjective, inputs: Batch) -> None:
         """Write our metrics into TRL's log, pooled over processes and micro-batches, with one transfer to the host."""
-        found = over_processes(self.accelerator, self._sums(terms, inputs))
+        found = over_processes(self.accelerator, self._sums(terms, inputs) | self._kl_to_log)
         sequences, silenced = found.pop("sequences"), found.pop("silenced")
         log, pooled = self.current_log, self._pooled[self._mode]
         for name, total in found.items():
             if name not in _CLIP_NAMES:
                 pooled.put(log, name, total)
         tokens = found["nonfinite_fraction"].denominator
-        for name in ("kl", "entropy"):
+        for name in ("entropy",) if self._own_kl else ("kl", "entropy"):
             pooled.take(log, name, weight=tokens, count=tokens)
         if self._strategy.replaces_clip_metrics or silenced.numerator > 0:  # TRL has counted clips for advantages of 0
             self._replace_clip_metrics(found)

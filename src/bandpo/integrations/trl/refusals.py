@@ -68,7 +68,7 @@ def refuse_other_fields(objective: Objective, args: BandGRPOConfig) -> None:
         args: The options of the run.
 
     Raises:
-        ValueError: If ratio level, aggregation or advantages are not those of the configuration.
+        ValueError: If ratio level, aggregation, advantages or the KL to the reference are not those of the configuration.
     """
     level = "sequence" if objective.ratio_level == "sequence" else "token"
     for name, ours, option, theirs in (
@@ -84,6 +84,12 @@ def refuse_other_fields(objective: Objective, args: BandGRPOConfig) -> None:
         raise ValueError(
             f"the objective's advantage={objective.advantage!r} differs from scale_rewards={args.scale_rewards!r}; set "
             "scale_rewards in the BandGRPOConfig"
+        )
+
+    if objective.kl_coef and (objective.kl_coef, objective.kl) != (args.beta, args.kl):
+        raise ValueError(
+            f"the objective's kl_coef={objective.kl_coef:g} and kl={objective.kl!r} differ from beta={args.beta} and "
+            f"kl={args.kl!r}; set beta and kl in the BandGRPOConfig, or give the objective kl_coef=0"
         )
 
 

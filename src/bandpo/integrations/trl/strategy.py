@@ -207,27 +207,39 @@ class WeCompute(Strategy):
             per_token = per_token * batch[WEIGHT].unsqueeze(1)
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             per_token = per_token * batch["importance_sampling_ratio"]
-        accumulation = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
-        loss = aggregate(
-            per_token,
-            mask_of(batch),
-            AGGREGATION_OF[trainer.loss_type],
-            normalizer=self._normalizer(batch, accumulation),
-            max_length=trainer.max_completion_length if trainer.loss_type == "dr_grpo" else None,
-        )
-        # The normaliser of "dapo" is that of the whole accumulation window already.
-        return OwnLoss(loss, loss.detach() * (1 if trainer.loss_type == "dapo" else accumulation))
+        return averaged(trainer, per_token, batch)
 
-    def _normalizer(self, batch: Batch, accumulation: int) -> Tensor | float:
-        """What TRL's loss of the same `loss_type` is divided by."""
-        trainer, mask = self.trainer, mask_of(batch)
-        if trainer.loss_type == "bnpo":
-            return mask.sum().clamp(min=1.0) * accumulation
-        if trainer.loss_type != "dapo":
-            return mask.size(0) * accumulation
-        # num_items_in_batch counts the tokens of a rollout over all processes; one accumulation window has its share of them.
-        normalizer = batch["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
-        return normalizer * accumulation / trainer.args.steps_per_generation if trainer.model.training else normalizer
+
+def averaged(trainer: GRPOHost, per_token: Tensor, batch: Batch) -> OwnLoss:
+    """A loss of each token as one number, averaged like TRL's loss of the same `loss_type`.
+
+    Args:
+        trainer: The trainer.
+        per_token: The loss of each token, `(batch, time)`.
+        batch: TRL's inputs.
+    """
+    accumulation = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+    loss = aggregate(
+        per_token,
+        mask_of(batch),
+        AGGREGATION_OF[trainer.loss_type],
+        normalizer=_normalizer(trainer, batch, accumulation),
+        max_length=trainer.max_completion_length if trainer.loss_type == "dr_grpo" else None,
+    )
+    # The normaliser of "dapo" is that of the whole accumulation window already.
+    return OwnLoss(loss, loss.detach() * (1 if trainer.loss_type == "dapo" else accumulation))
+
+
+def _normalizer(trainer: GRPOHost, batch: Batch, accumulation: int) -> Tensor | float:
+    """What TRL's loss of the same `loss_type` is divided by."""
+    mask = mask_of(batch)
+    if trainer.loss_type == "bnpo":
+        return mask.sum().clamp(min=1.0) * accumulation
+    if trainer.loss_type != "dapo":
+        return mask.size(0) * accumulation
+    # num_items_in_batch counts the tokens of a rollout over all processes; one accumulation window has its share of them.
+    normalizer = batch["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    return normalizer * accumulation / trainer.args.steps_per_generation if trainer.model.training else normalizer
 
 
 def strategy_for(objective: Objective) -> type[Strategy]:

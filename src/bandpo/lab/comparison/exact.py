@@ -16,6 +16,7 @@ from bandpo._deprecations import warn_moved
 from bandpo.bounds import Bounds, RatioBounds
 from bandpo.groups import group_advantages
 from bandpo.objective import Objective
+from bandpo.reference import reference_kl
 from bandpo.terms import token_objective
 
 
@@ -143,6 +144,7 @@ def run_tree(
     g = torch.Generator().manual_seed(seed)
     theta = tree.start().expand(seeds, -1, -1).clone().requires_grad_()
     optimiser = _optimizer(optimizer, theta, learning_rate)
+    start = theta.detach().log_softmax(-1) if objective.kl_coef else None  # the reference
     rows = queries * group
     total, discovery = torch.zeros(seeds), torch.full((seeds,), batches)
     curve: list[Tensor] = []
@@ -164,7 +166,8 @@ def run_tree(
                 chosen = part.unsqueeze(-1).expand(-1, -1, tree.depth)
                 new = _scores(theta.log_softmax(-1), tables.gather(1, chosen), ways.gather(1, chosen))
                 optimiser.zero_grad()
-                _loss(objective, new, old.gather(1, chosen), advantages.gather(1, part)).backward()
+                ref = None if start is None else _scores(start, tables.gather(1, chosen), ways.gather(1, chosen))
+                _loss(objective, new, old.gather(1, chosen), advantages.gather(1, part), ref).backward()
                 optimiser.step()
         curve.append(tree.chance_of_best(theta.detach()))
     logp = theta.detach()[:, 0].log_softmax(-1)
@@ -179,19 +182,23 @@ def _optimizer(name: str, theta: Tensor, learning_rate: float) -> torch.optim.Op
     raise ValueError(f"optimizer: got {name!r}; choose adam or sgd")
 
 
-def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor, ref: Tensor | None) -> Tensor:
     """The sum over seeds of their mean losses, so that each seed's own tables get its own gradient.
 
-    `new` and `old` are log-probs `(seeds, rows, depth)`, the advantages are `(seeds, rows)`.
+    `new`, `old` and `ref` are log-probs `(seeds, rows, depth)`, the advantages are `(seeds, rows)`; `ref` is that of the
+    reference, for objectives with a KL to it.
     """
+    logprobs, before = new.flatten(0, 1), old.flatten(0, 1)
     value = token_objective(
         objective,
-        logprobs=new.flatten(0, 1),
-        old_logprobs=old.flatten(0, 1),
-        rollout_logprobs=old.flatten(0, 1),
+        logprobs=logprobs,
+        old_logprobs=before,
+        rollout_logprobs=before,
         advantages=advantages.flatten(),
         mask=torch.ones(new.shape[0] * new.shape[1], new.shape[2]),
     ).value
+    if ref is not None:
+        value = value - objective.kl_coef * reference_kl(logprobs, ref.flatten(0, 1), objective.kl, old_logprobs=before)
     return -value.mean(-1).sum() / new.shape[1]
 
 

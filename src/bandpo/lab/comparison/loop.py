@@ -22,6 +22,7 @@ from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, approx_kl, pass_at_powers, policy_sums
 from bandpo.objective import Objective
+from bandpo.reference import reference_kl
 from bandpo.schedules import Adaptive
 from bandpo.terms import TokenObjective, token_objective
 
@@ -151,6 +152,9 @@ class Loop:
                 for r in self.runs
             ]
         )
+        self._start: Stack | None = None  # the reference, where an objective has a KL to it
+        if any(run.objective.kl_coef for run in self.runs):
+            self._start = Stack({name: w.detach().clone() for name, w in self.stack.weights.items()}, self.stack.shape)
         for w in self.stack.weights.values():
             w.requires_grad_()
         self.optimizer = Adam(self.stack.weights, torch.tensor([r.learning_rate for r in self.runs]))
@@ -218,6 +222,10 @@ class Loop:
         length = int(chosen[3].any(1).any(0).sum())
         new = self.stack.logprobs(chosen[0], chosen[1][..., :length], s.temperature)
         old, mask = chosen[2][..., :length], chosen[3][..., :length]
+        ref = None
+        if self._start is not None:
+            with torch.no_grad():
+                ref = self._start.logprobs(chosen[0], chosen[1][..., :length], s.temperature)
         losses: list[Tensor] = []
         for i, run in enumerate(self.runs):
             penalty = self.penalties[i]
@@ -233,7 +241,14 @@ class Loop:
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
             if penalty is not None:
                 penalty.measure(terms)
-            losses.append(-aggregate(terms.value, mask[i], run.objective.aggregation, max_length=maximum))
+            value = terms.value
+            if ref is not None and run.objective.kl_coef:
+                used = mask[i].bool() & ~terms.nonfinite
+                term = reference_kl(
+                    new[i], ref[i], run.objective.kl, old_logprobs=old[i], mask=used, weights=terms.weights
+                )
+                value = value - run.objective.kl_coef * term
+            losses.append(-aggregate(value, mask[i], run.objective.aggregation, max_length=maximum))
             if last:
                 self._count(i, terms)
         self.optimizer.step(torch.autograd.grad(torch.stack(losses).sum(), list(self.stack.weights.values())))
