@@ -43,6 +43,9 @@ def policy_loss(
     (Schulman's k3).
     Arguments are keyword-only: hosts disagree on the order of new and old.
 
+    A token that a filter drops adds 0 to the policy term. It stays in the denominators, unless the filter has `counts="kept"`:
+    then it leaves them, and the KL term as well. A `normalizer` replaces the count in either case.
+
     Both log-ratios are held within ±40; beyond, they have no gradient. A valid token with a number that is NaN or infinite
     (its advantage, its sequence's weight, a log-prob that the loss uses, or an extra that is NaN) adds exactly 0 to loss and
     gradient, counts in the denominators, and is reported in `nonfinite_fraction`. A log-prob below -1e9 counts as -inf.
@@ -58,7 +61,7 @@ def policy_loss(
             wait for it, by a failed assertion of the device.
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.
         rollout_logprobs: Log-probs under the sampler, `(batch, time)`; required by objectives with `anchor="rollout"` or a
-            correction.
+            correction, or a filter that measures the sampler.
         extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token; see
             `Objective.group_inputs` and `bandpo.bounds.TopK`.
         ref_logprobs: Log-probs under the reference policy, `(batch, time)`, for the KL term; no gradient flows into them.
@@ -108,7 +111,7 @@ def policy_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, the log-probs under the reference policy")
 
     valid = as_mask(mask)
-    usable, weight = valid, None
+    usable, weight, counted = valid, None, valid
     if sample_weight is not None:
         _check_sample_weight(sample_weight, objective, len(logprobs))
         finite = sample_weight.detach().isfinite()
@@ -119,7 +122,7 @@ def policy_loss(
 
     def reduce(x: Tensor) -> Tensor:
         x = x if weight is None else x * weight
-        return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
+        return aggregate(x, counted, objective.aggregation, normalizer=normalizer, max_length=max_length)
 
     terms = token_objective(
         objective,
@@ -131,6 +134,8 @@ def policy_loss(
         extras=extras,
     )
     usable = usable & ~terms.nonfinite
+    if terms.counted is not None:
+        counted = valid & terms.counted
     loss = -reduce(terms.value)
     # The loss leaves out more tokens than the objective does: those without a weight or a reference.
     report = policy_metrics(terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy)

@@ -14,6 +14,7 @@ from bandpo.bounds.regions import TopK
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
 from bandpo.surrogates import Surrogate, clip
 from bandpo.surrogates.corrections import Correction
+from bandpo.surrogates.filters import SequenceFilter, as_filters
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence", "product"]
@@ -42,15 +43,17 @@ class Objective(ByValue):
         advantage: How rewards become advantages; see `bandpo.group_advantages`. Used by the trainers, not by `policy_loss`.
         anchor: The policy the ratio is taken against: recomputed π_old, or the sampler (rollout).
         correction: Weights for the sampler's mismatch with π_old: `bandpo.surrogates.corrections.TIS` or `IcePop`.
+        filter: Drops or weighs sequences by the mismatch of two policies: a filter of `bandpo.surrogates.filters`, or a tuple
+            of them, of which all must keep a token.
         group_stats: Makes extras from the rewards and advantages of a group; called by `group_inputs`.
         name: For messages and tables.
         formula: One line.
         paper: Where it comes from.
 
     Raises:
-        ValueError: If a name is unknown, token-wise bounds meet a sequence ratio, a correction meets the rollout anchor, or
-            bounds without edges meet a surrogate that needs some.
-        TypeError: If `bounds` or `surrogate` cannot be called with what it is given.
+        ValueError: If a name is unknown, token-wise bounds meet a sequence ratio, a correction meets the rollout anchor,
+            bounds without edges meet a surrogate that needs some, or a filter measures a policy that the objective has not.
+        TypeError: If `bounds` or `surrogate` cannot be called with what it is given, or `filter` is no filter.
 
     Examples:
         >>> Objective(bounds=Band("js", 0.02)).aggregation
@@ -68,6 +71,7 @@ class Objective(ByValue):
     advantage: AdvantageKind = "std"
     anchor: Anchor = "old"
     correction: Correction | None = None
+    filter: SequenceFilter | tuple[SequenceFilter, ...] | None = None
     group_stats: GroupStats | None = None
     name: str = "custom"
     formula: str = ""
@@ -76,6 +80,8 @@ class Objective(ByValue):
     """Names of the inputs that the bounds ask for besides the log-probs of the anchor."""
     surrogate_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names of the inputs that the surrogate asks for besides log-ratio, advantages and bounds."""
+    filters: tuple[SequenceFilter, ...] = field(init=False, repr=False, compare=False)
+    """The filters as a tuple, empty where there are none."""
     extras: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names that `policy_loss` must be given in its `extras`."""
     traits: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -113,10 +119,13 @@ class Objective(ByValue):
             )
         asked = inputs_of(self.bounds), inputs_of(self.surrogate)
         extras = dict.fromkeys(name for names in asked for name in names if name not in PROVIDED)
-        marks = {name for part in (self.bounds, self.surrogate, self.correction) for name in traits_of(part)}
+        filters = as_filters(self.filter, anchor=self.anchor, corrected=self.correction is not None)
+        parts = (self.bounds, self.surrogate, self.correction, *filters)
+        marks = {name for part in parts for name in traits_of(part)}
         for name, value in (
             ("bounds_inputs", asked[0]),
             ("surrogate_inputs", asked[1]),
+            ("filters", filters),
             ("extras", tuple(extras)),
             ("traits", tuple(sorted(marks))),
         ):

@@ -36,7 +36,7 @@ from bandpo.integrations.trl.rollout import PREFIX, Refill, group_extras, local_
 from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
-from bandpo.metrics import PooledSum, policy_sums
+from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PooledSum, effective_size, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective
 
@@ -353,6 +353,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         for name, total in found.items():
             if name not in _CLIP_NAMES:
                 pooled.put(log, name, total)
+        self._log_effective_size()
         tokens = found["nonfinite_fraction"].denominator
         for name in ("kl", "entropy"):
             pooled.take(log, name, weight=tokens, count=tokens)
@@ -365,6 +366,13 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             radius = float(cast("Band | TopK", self.objective.bounds).radius)  # pyright: ignore[reportArgumentType]
             log["band/radius"].append(radius)
             self._radius.measure(found, radius)
+
+    def _log_effective_size(self) -> None:
+        """The effective sample size, which is no mean itself, from the two pooled means that it is made from."""
+        log = self.current_log
+        means = [log.get(f"correction/weight_{name}") for name in ("mean", "square_mean")]
+        if all(means):
+            log[EFFECTIVE_SAMPLE_SIZE] = [effective_size(*(values[0] for values in means if values))]
 
     def _sums(self, terms: TokenObjective, inputs: Batch) -> dict[str, PooledSum]:
         """Our metrics of a micro-batch, its share of sequences with a valid token, and whether advantages were set to 0."""
