@@ -176,11 +176,11 @@ class SequenceFilter:
 def opsm(threshold: float, *, policies: Policies = "policy/rollout") -> SequenceFilter:
     """Off-policy sequence masking (OPSM, DeepSeek-V3.2, arXiv:2512.02556): drops bad sequences that have become unlikely.
 
-    A sequence of A < 0 is dropped where its mean `log μ - log π` is above the threshold. The rule, with `>`
-    and the mean over the valid tokens, is that of slime (`compute_opsm_mask`) and of TRL (`off_policy_mask_threshold`). slime
-    measures against π_old, or against the sampler with `--use-rollout-logprobs`; TRL against the sampler with vLLM, else against
-    π_old. With advantages per token each token is judged by its own sign, as there. Dropped tokens stay in the denominators.
-    The paper itself is known to us from these two.
+    A sequence of A < 0 is dropped where its mean `log μ - log π` is above the threshold. The rule, with `>` and the mean over
+    the valid tokens, is that of slime (`compute_opsm_mask`) and of TRL (`off_policy_mask_threshold`). slime measures against
+    π_old, or against the sampler with `--use-rollout-logprobs`; TRL against the sampler with vLLM, else against π_old. With
+    advantages per token each token is judged by its own sign, as there. Dropped tokens stay in the denominators. The paper
+    itself is known to us from these two.
 
     Args:
         threshold: δ, the largest mean that is kept, in nats; slime's default is 1e-4.
@@ -376,9 +376,9 @@ def rollout_rs(
 ) -> tuple[SequenceFilter, ...]:
     """The filters of verl's `algorithm.rollout_correction.rollout_rs`, spelled as there.
 
-    `token_k1`, `seq_mean_k3` and so on (verl 0.9.1, `compute_rollout_rejection_mask`). verl's thresholds of k1 are ratios μ/π_old,
-    and a single one stands for itself and its reciprocal. verl takes the dropped tokens out of the mask, so these filters have
-    `counts="kept"`. verl holds the log-ratio within ±20 instead of ±40.
+    The names are `token_k1`, `seq_mean_k3` and so on (verl 0.9.1, `compute_rollout_rejection_mask`). The thresholds of k1 are
+    ratios μ/π_old, and a single one stands for itself and its reciprocal. verl takes the dropped tokens out of the mask, so
+    these filters have `counts="kept"`. verl holds the log-ratio within ±20 instead of ±40.
 
     Args:
         options: One or more of verl's names, separated by commas.

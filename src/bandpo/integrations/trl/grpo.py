@@ -139,6 +139,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         pruning = self.args.selector()
         if pruning is None:
             return None
+        pruning.check(self.objective)  # which may have been given as an object
         if pruning.completions and self.aux_loss_enabled:
             raise ValueError(
                 "pruning completions cannot weigh what a router loss averages, and this mixture of experts has a router loss "
