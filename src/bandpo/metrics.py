@@ -82,7 +82,7 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
     * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
     * `correction/weight_mean`, `weight_square_mean`, `zero_fraction`, where there are weights: those of the correction, times
-      those of the filters. `correction/effective_sample_size` is the square of the first over the second, `(Σw)²/(n Σw²)`.
+      those of the filters. `correction/effective_sample_size` is the square of the first over the second (Kish).
     * `filter/kept_fraction`, `filter/kept_sequence_fraction`, where there are filters: the share of tokens that they keep, and
       of sequences with such a token.
     * `nonfinite_fraction`: the share of valid tokens that are in no other statistic, because a log-prob, log-ratio, advantage
@@ -190,9 +190,9 @@ def effective_size(mean: T, square_mean: T) -> T:
         >>> effective_size(0.5, 0.5)
         0.5
     """
-    if isinstance(square_mean, float) and square_mean == 0:
-        return cast("T", math.nan)
-    return mean * mean / square_mean
+    if isinstance(square_mean, Tensor):
+        return mean * mean / square_mean
+    return mean * mean / square_mean if square_mean else math.nan
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection import Informative, Pruning
 from bandpo.surrogates import dual_clip, mask, soft
 from bandpo.surrogates.corrections import TIS, IcePop
+from bandpo.surrogates.filters import opsm
 
 
 def own_f(u):
@@ -54,7 +55,7 @@ VALUES = [
     Band(), Band("js", (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28)), Band(OWN, 0.1), Band(KL, RADII),
     Band(KL, (0.1, RADII)),
     Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII),
-    log_clip(), kl3_clip(), TIS(), IcePop(), Schedule(0.1, 0.02, steps=9, shape="cosine"),
+    log_clip(), kl3_clip(), TIS(), IcePop(), opsm(0.1), Schedule(0.1, 0.02, steps=9, shape="cosine"),
     Adaptive(0.05, target=0.01, rises=True),
     OBJECTIVES["bandpo-kl"].with_radius(RADII), OBJECTIVES["bandpo-kl"].with_radius(torch.tensor(0.05)),
     Objective(bounds=Band(alpha(0.3)), surrogate=partial(soft, tau_positive=2.0)),

@@ -32,7 +32,7 @@ Counts = Literal["all", "kept"]
 class SequenceFilter:
     """Keeps a sequence where a statistic of the mismatch between two policies is within thresholds.
 
-    With the log-ratio of a token `x = log π_a - log π_b`, `a/b` the pair in `policies`, the statistics are
+    With x the log-ratio of a token under the pair `a/b` in `policies`, `log π_a` minus `log π_b`, the statistics are
 
     * `log_ratio`: `x`; its sum is the log of the ratio of the sequence, its mean that of the geometric mean of the ratios;
     * `k1`: `-x`, `k2`: `x²/2`, `k3`: `e^x - 1 - x`: estimators of KL(b ‖ a) with samples of b;
@@ -179,7 +179,7 @@ def opsm(threshold: float, *, policies: Policies = "policy/rollout") -> Sequence
     A sequence of A < 0 is dropped where its mean `log μ - log π` is above the threshold. The rule, with `>` and the mean over
     the valid tokens, is that of slime (`compute_opsm_mask`) and of TRL (`off_policy_mask_threshold`). slime measures against
     π_old, or against the sampler with `--use-rollout-logprobs`; TRL against the sampler with vLLM, else against π_old. With
-    advantages per token each token is judged by its own sign, as there. Dropped tokens stay in the denominators. The paper
+    advantages per token each token is judged by its own sign. Dropped tokens stay in the denominators. The paper
     itself is known to us from these two.
 
     Args:
@@ -374,7 +374,7 @@ def vaco(
 def rollout_rs(
     options: str, threshold: float | str, *, policies: Policies = "old/rollout"
 ) -> tuple[SequenceFilter, ...]:
-    """The filters of verl's `algorithm.rollout_correction.rollout_rs`, spelled as there.
+    """The filters of verl's `algorithm.rollout_correction.rollout_rs`, by its own spelling.
 
     The names are `token_k1`, `seq_mean_k3` and so on (verl 0.9.1, `compute_rollout_rejection_mask`). The thresholds of k1 are
     ratios μ/π_old, and a single one stands for itself and its reciprocal. verl takes the dropped tokens out of the mask, so
@@ -412,7 +412,9 @@ def rollout_rs(
 
 _PREFIXES: dict[str, Reduction] = {"token": "token", "seq_sum": "sum", "seq_mean": "mean", "seq_max": "max"}
 _KS: tuple[Statistic, ...] = ("k1", "k2", "k3")
-_VERL = {f"{p}_{k}": (r, k) for p, r in _PREFIXES.items() for k in _KS if (p, k) != ("seq_max", "k1")}
+_VERL: dict[str, tuple[Reduction, Statistic]] = {
+    f"{p}_{k}": (r, k) for p, r in _PREFIXES.items() for k in _KS if (p, k) != ("seq_max", "k1")
+}
 """Reduction and statistic of each option of verl's `rollout_rs`."""
 
 
@@ -423,8 +425,8 @@ def as_filters(
 
     Args:
         given: What the objective was given.
-        anchor: Its anchor, `old` or `rollout`.
-        corrected: Whether it has a correction for the sampler.
+        anchor: The anchor of the objective, `old` or `rollout`.
+        corrected: Whether the objective has a correction for the sampler.
 
     Raises:
         TypeError: If it is something else.
