@@ -209,6 +209,11 @@ def test_vaco_drops_what_raises_the_total_variation_of_a_sequence_above_its_budg
     assert dropped > 0
 
 
+def test_a_token_of_advantage_0_is_neither_bad_nor_pushed_outward():
+    x, zero, on = torch.full((1, 2), -3.0), torch.zeros(1), torch.ones(1, 2)
+    assert opsm(0.1)(x, zero, on).tolist() == [[1]] and vaco(0.1)(x, zero, on).tolist() == [[1, 1]]
+
+
 def test_the_example_of_open_instruct_s_own_test():
     """Rows with a mean |ρ - 1| of 1.25 and 3, budget 2, A = 1: only the second row is dropped."""
     x = torch.tensor([[0.25, 1.0, 4.0], [4.0, 4.0, 4.0]]).log()

@@ -35,7 +35,7 @@ class SequenceFilter:
     With x the log-ratio of a token under the pair `a/b` in `policies`, `log π_a` minus `log π_b`, the statistics are
 
     * `log_ratio`: `x`; its sum is the log of the ratio of the sequence, its mean that of the geometric mean of the ratios;
-    * `k1`: `-x`, `k2`: `x²/2`, `k3`: `e^x - 1 - x`: estimators of KL(b ‖ a) with samples of b;
+    * `k1`: `-x`, `k2`: `x²/2`, `k3`: `e^x - 1 - x`: estimators of KL(b ‖ a) with samples of b (Schulman 2020);
     * `tv`: `|e^x - 1|`, whose mean with samples of b is twice the total variation.
 
     `x` is held within ±40. A token that the objective leaves out (NaN) has no part in the statistic, and a sequence without a
