@@ -46,6 +46,9 @@ def policy_loss(
     KL(π ‖ π_ref) of the next token, also for tokens of an older policy (DeepSeek-V3.2, arXiv:2512.02556, sec. 3.1).
     Arguments are keyword-only: hosts disagree on the order of new and old.
 
+    A token that a filter drops adds 0 to the policy term. It stays in the denominators, unless the filter has `counts="kept"`:
+    then it leaves them, and the KL term as well. A `normalizer` replaces the count in either case.
+
     Both log-ratios are held within ±40; beyond, they have no gradient. A valid token with a number that is NaN or infinite
     (its advantage, its sequence's weight, a log-prob that the loss uses, or an extra that is NaN) adds exactly 0 to loss and
     gradient, counts in the denominators, and is reported in `nonfinite_fraction`. A log-prob below -1e9 counts as -inf.
@@ -61,7 +64,7 @@ def policy_loss(
             wait for it, by a failed assertion of the device.
         objective: A name in `OBJECTIVES`, an `Objective`, or "package.module:NAME" of one.
         rollout_logprobs: Log-probs under the sampler, `(batch, time)`; required by objectives with `anchor="rollout"` or a
-            correction.
+            correction, or a filter that measures the sampler.
         extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token; see
             `Objective.group_inputs` and `bandpo.bounds.TopK`.
         ref_logprobs: Log-probs under the reference policy, `(batch, time)`, for the KL term; no gradient flows into them.
@@ -110,7 +113,7 @@ def policy_loss(
     kl_coef, kl = _chosen_kl(objective, kl_coef, kl, given=ref_logprobs is not None)
 
     valid = as_mask(mask)
-    usable, weight = valid, None
+    usable, weight, counted = valid, None, valid
     if sample_weight is not None:
         _check_sample_weight(sample_weight, objective, len(logprobs))
         finite = sample_weight.detach().isfinite()
@@ -121,7 +124,7 @@ def policy_loss(
 
     def reduce(x: Tensor) -> Tensor:
         x = x if weight is None else x * weight
-        return aggregate(x, valid, objective.aggregation, normalizer=normalizer, max_length=max_length)
+        return aggregate(x, counted, objective.aggregation, normalizer=normalizer, max_length=max_length)
 
     terms = token_objective(
         objective,
@@ -133,6 +136,8 @@ def policy_loss(
         extras=extras,
     )
     usable = usable & ~terms.nonfinite
+    if terms.counted is not None:
+        counted = valid & terms.counted
     loss = -reduce(terms.value)
     # The loss leaves out more tokens than the objective does: those without a weight or a reference.
     report = policy_metrics(terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy)

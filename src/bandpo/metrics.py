@@ -21,6 +21,10 @@ from bandpo.terms import TokenObjective, level_logprobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T", Tensor, float)
+
+EFFECTIVE_SAMPLE_SIZE = "correction/effective_sample_size"
+"""Name of the metric that `policy_metrics` makes from the mean weight and the mean square."""
 
 PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
@@ -77,7 +81,10 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
     * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
-    * `correction/weight_mean`, `correction/zero_fraction`, where there are weights.
+    * `correction/weight_mean`, `weight_square_mean`, `zero_fraction`, where there are weights: those of the correction, times
+      those of the filters. `correction/effective_sample_size` is the square of the first over the second (Kish).
+    * `filter/kept_fraction`, `filter/kept_sequence_fraction`, where there are filters: the share of tokens that they keep, and
+      of sequences with such a token.
     * `nonfinite_fraction`: the share of valid tokens that are in no other statistic, because a log-prob, log-ratio, advantage
       or bound is NaN or infinite.
 
@@ -100,7 +107,12 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
         >>> policy_metrics(terms)["clip_fraction/high"]
         tensor(0.5000)
     """
-    return {name: found.value() for name, found in policy_sums(terms, entropy=entropy).items()}
+    found = {name: statistic.value() for name, statistic in policy_sums(terms, entropy=entropy).items()}
+    if "correction/weight_mean" in found:
+        found[EFFECTIVE_SAMPLE_SIZE] = effective_size(
+            found["correction/weight_mean"], found["correction/weight_square_mean"]
+        )
+    return found
 
 
 @_accepts_old_keywords
@@ -157,10 +169,37 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
         sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
     if entropy is not None:
         sums["entropy"] = mean(entropy.detach().to(r.dtype))
-    if terms.weights is not None:
-        sums["correction/weight_mean"] = mean(terms.weights)
-        sums["correction/zero_fraction"] = mean((terms.weights == 0).to(r.dtype))
+    weights, filters = terms.weights, terms.filter_weights
+    if filters is not None:
+        weights = filters if weights is None else weights * filters
+        kept = used & (filters > 0)
+        sums["filter/kept_fraction"] = PooledSum(kept.sum().to(count.dtype), count)
+        sums["filter/kept_sequence_fraction"] = PooledSum(
+            kept.any(-1).sum().to(count.dtype), used.any(-1).sum().to(count.dtype)
+        )
+    if weights is not None:
+        sums["correction/weight_mean"] = mean(weights)
+        sums["correction/weight_square_mean"] = mean(weights.square())
+        sums["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
     return sums
+
+
+def effective_size(mean: T, square_mean: T) -> T:
+    """Kish's effective sample size over the number of weights, `(Σw)²/(n Σw²)`, from pooled means; NaN where each weight is 0.
+
+    It is no sum itself, so `policy_sums` has the two means that it is made from.
+
+    Args:
+        mean: The mean of the weights, a 0-d tensor or a number.
+        square_mean: The mean of their squares.
+
+    Examples:
+        >>> effective_size(0.5, 0.5)
+        0.5
+    """
+    if isinstance(square_mean, Tensor):
+        return mean * mean / square_mean
+    return mean * mean / square_mean if square_mean else math.nan
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
 from bandpo.reference import ReferenceKL, check_kl, check_kl_coef
 from bandpo.surrogates import Surrogate, clip, kl_penalty
 from bandpo.surrogates.corrections import Correction
+from bandpo.surrogates.filters import SequenceFilter, as_filters
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence", "product"]
@@ -49,6 +50,8 @@ class Objective(ByValue):
         kl_coef: Coefficient β >= 0 of a KL to the reference policy that belongs to the objective; 0 for none. `policy_loss` and
             the trainers add it unless they are given another coefficient.
         kl: How that KL is estimated and differentiated, a name of `bandpo.reference`.
+        filter: Drops or weighs sequences by the mismatch of two policies: a filter of `bandpo.surrogates.filters`, or a tuple
+            of them, of which all must keep a token.
         group_stats: Makes extras from the rewards and advantages of a group; called by `group_inputs`.
         name: For messages and tables.
         formula: One line.
@@ -56,8 +59,9 @@ class Objective(ByValue):
 
     Raises:
         ValueError: If a name is unknown, `kl_coef` is no number >= 0, bounds that ask for log-probs of tokens meet a sequence
-            ratio, a correction meets the rollout anchor, or bounds without edges meet a surrogate that needs some.
-        TypeError: If `bounds` or `surrogate` cannot be called with what it is given.
+            ratio, a correction meets the rollout anchor, bounds without edges meet a surrogate that needs some, or a filter
+            measures a policy that the objective has not.
+        TypeError: If `bounds` or `surrogate` cannot be called with what it is given, or `filter` is no filter.
 
     Examples:
         >>> from bandpo import Band, Clip
@@ -78,6 +82,7 @@ class Objective(ByValue):
     correction: Correction | None = None
     kl_coef: float = 0.0
     kl: ReferenceKL = "k3-ratio"
+    filter: SequenceFilter | tuple[SequenceFilter, ...] | None = None
     group_stats: GroupStats | None = None
     name: str = "custom"
     formula: str = ""
@@ -86,6 +91,8 @@ class Objective(ByValue):
     """Names of the inputs that the bounds ask for besides the log-probs of the anchor."""
     surrogate_inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names of the inputs that the surrogate asks for besides log-ratio, advantages and bounds."""
+    filters: tuple[SequenceFilter, ...] = field(init=False, repr=False, compare=False)
+    """The filters as a tuple, empty where there are none."""
     extras: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """Names that `policy_loss` must be given in its `extras`."""
     traits: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -126,10 +133,13 @@ class Objective(ByValue):
             )
         asked = inputs_of(self.bounds), inputs_of(self.surrogate)
         extras = dict.fromkeys(name for names in asked for name in names if name not in PROVIDED)
-        marks = {name for part in (self.bounds, self.surrogate, self.correction) for name in traits_of(part)}
+        filters = as_filters(self.filter, anchor=self.anchor, corrected=self.correction is not None)
+        parts = (self.bounds, self.surrogate, self.correction, *filters)
+        marks = {name for part in parts for name in traits_of(part)}
         for name, value in (
             ("bounds_inputs", asked[0]),
             ("surrogate_inputs", asked[1]),
+            ("filters", filters),
             ("extras", tuple(extras)),
             ("traits", tuple(sorted(marks))),
         ):

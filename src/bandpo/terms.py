@@ -40,6 +40,12 @@ class TokenObjective(NamedTuple):
     """The mask, bool, `(batch, time)`."""
     objective: Objective
     """What was evaluated."""
+    filter_weights: Tensor | None = None
+    """Weights of the filters, which `value` contains, `(batch, time)` or `(batch, 1)`: 0 where a token is dropped. None without
+    a filter."""
+    counted: Tensor | None = None
+    """Whether a token stays in the denominators of a loss, bool, in the shape of `filter_weights`: False where a filter with
+    `counts="kept"` has dropped it. None where the objective has no such filter."""
 
 
 def token_objective(
@@ -55,6 +61,8 @@ def token_objective(
 ) -> TokenObjective:
     """Per-token objective before aggregation, `w_t s(log r_t, A_t, b_t)`, for adapters that aggregate as their host does.
 
+    The weight `w_t` is that of the correction times those of the filters.
+
     A valid token is left out where its advantage or a log-prob that the objective uses is NaN or infinite, or an extra is
     NaN: its value and gradient are 0, and statistics of its sequence or batch do not include it.
 
@@ -65,7 +73,7 @@ def token_objective(
         advantages: `(batch,)`, `(batch, 1)` or `(batch, time)`, float.
         mask: `(batch, time)`, bool or 0/1: the tokens that count.
         rollout_logprobs: Log-probs under the sampler, `(batch, time)`; required by objectives with `anchor="rollout"` or a
-            correction.
+            correction, or a filter that measures the sampler.
         extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token.
         bounds: The result of `objective.bounds` for these tokens, `(batch, time)`, where it is known already; None computes it.
 
@@ -93,7 +101,7 @@ def token_objective(
 
     valid = as_mask(mask)
     usable = valid & is_logprob(logprobs) & is_logprob(anchor) & columns.isfinite()
-    if objective.correction is not None and rollout_logprobs is not None:
+    if _needs_rollout(objective) and rollout_logprobs is not None:
         usable = usable & is_logprob(rollout_logprobs)
     for x in own.values():
         nan = x.isnan()
@@ -109,7 +117,8 @@ def token_objective(
     fused = _fused(logprobs, anchor, advantages, usable, objective) if bounds is None else None
     if fused is not None:
         value, bounds, stopped = fused
-        return TokenObjective(value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective)
+        terms = TokenObjective(value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective)
+        return _filtered(terms, new, rollout_logprobs, usable) if objective.filters else terms
 
     inputs = {"logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
     inputs |= {name: _fill_any(x, usable) for name, x in own.items()}
@@ -126,7 +135,29 @@ def token_objective(
     # Expanded first: one value of a sequence counts once for each of its tokens, but not for one that is left out.
     value = torch.where(usable, _per_token(value, objective, usable), 0.0)
     stopped = None if stopped is None else stopped & usable
-    return TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite, stopped, valid, objective)
+    terms = TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite, stopped, valid, objective)
+    return _filtered(terms, new, rollout_logprobs, usable) if objective.filters else terms
+
+
+def _needs_rollout(objective: Objective) -> bool:
+    """Whether the objective needs the log-probs of the sampler beside those of the anchor."""
+    return objective.correction is not None or any("rollout" in rule.needs for rule in objective.filters)
+
+
+def _filtered(terms: TokenObjective, new: Tensor, rollout_logprobs: Tensor | None, usable: Tensor) -> TokenObjective:
+    """The terms with the weights of the filters, which judge the tokens that are used, and have no gradient."""
+    anchor = terms.anchor_logprobs
+    logprobs = {"policy": new.detach(), terms.objective.anchor: anchor}
+    if rollout_logprobs is not None:
+        logprobs["rollout"] = fill(rollout_logprobs.detach(), usable)
+    weights, counted = torch.ones_like(anchor[:, :1]), None
+    for rule in terms.objective.filters:
+        first, second = rule.needs
+        found = rule(logprobs[first] - logprobs[second], terms.advantages, usable)
+        weights = weights * found
+        if rule.counts == "kept":
+            counted = (found != 0) if counted is None else counted & (found != 0)
+    return terms._replace(value=terms.value * weights, filter_weights=weights, counted=counted)
 
 
 def _anchor(objective: Objective, old_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> Tensor:
@@ -139,10 +170,11 @@ def _anchor(objective: Objective, old_logprobs: Tensor | None, rollout_logprobs:
             else "the policy before the update (anchor='old'): pass old_logprobs"
         )
         raise ValueError(f"objective {objective.name!r} measures its ratio against {what}")
-    if objective.correction is not None and rollout_logprobs is None:
-        raise ValueError(
-            f"objective {objective.name!r} corrects for the sampler by {objective.correction}: pass rollout_logprobs"
-        )
+    if _needs_rollout(objective) and rollout_logprobs is None:
+        how = f"corrects for the sampler by {objective.correction}"
+        if objective.correction is None:
+            how = f"filters by the sampler, {objective.filter}"
+        raise ValueError(f"objective {objective.name!r} {how}: pass rollout_logprobs")
     return anchor
 
 

@@ -10,38 +10,14 @@ import torch
 pytest.importorskip("verl", reason="verl has an environment of its own; `make test` runs this file there (.venv-verl)")
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
-from verl.workers.config import ActorConfig
-from verl.workers.config.actor import PolicyLossConfig
 
 from bandpo import OBJECTIVES, aggregate, group_advantages
 from bandpo.experimental import clip_cov, kl_cov
 from bandpo.surrogates.corrections import TIS, IcePop
 from batches import batch, max_length, run
+from verl_losses import clip, verl_loss
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-
-
-def verl_loss(mode, data, aggregation, weights=None, **options):
-    """verl's registered loss and its gradient; `options` are fields of ActorConfig or, with policy_loss_, of its loss."""
-    of_loss = {k.removeprefix("policy_loss_"): v for k, v in options.items() if k.startswith("policy_loss_")}
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=PolicyLossConfig(loss_mode=mode, **of_loss),
-        **{k: v for k, v in options.items() if not k.startswith("policy_loss_")},
-    )  # fmt: skip
-    if aggregation == "seq-mean-token-sum-norm":
-        config.global_batch_info["loss_scale_factor"] = max_length(aggregation)
-    x = data["logprobs"].clone().requires_grad_()
-    advantages = data["advantages"].unsqueeze(1).expand(x.shape)
-    loss, metrics = core_algos.get_policy_loss_fn(mode)(
-        old_log_prob=data["old_logprobs"], log_prob=x, advantages=advantages, response_mask=data["mask"].double(),
-        loss_agg_mode=aggregation, config=config, rollout_is_weights=weights,
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(loss, x)
-    return loss.detach(), gradient, metrics
-
-
-def clip(low, high, c=1e9):
-    return {"clip_ratio": low, "clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": c}
 
 
 CASES = {

@@ -13,7 +13,7 @@ from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, toke
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.trl.pooled import PooledLog, Total, over_processes, without_empty
 from bandpo.integrations.trl.radius import MovingRadius
-from bandpo.metrics import PROB_BINS, masked_mean, policy_sums
+from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PROB_BINS, effective_size, masked_mean, policy_sums
 from bandpo.schedules import Schedule
 
 
@@ -116,6 +116,10 @@ def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objecti
         pooled.begin(log)
         for name, total in over_processes(Processes([table(o) for o in others]), here).items():
             pooled.put(log, name, total)
+    ess = whole.pop(EFFECTIVE_SAMPLE_SIZE)  # no sum, but made from two means
+    if not math.isnan(ess):
+        means = (log[f"correction/weight_{name}"][0] for name in ("mean", "square_mean"))
+        assert effective_size(*means) == pytest.approx(ess.item(), rel=1e-5)
     for name, value in whole.items():
         if math.isnan(value):
             assert name not in log
@@ -137,7 +141,7 @@ def test_nothing_is_no_number_for_every_statistic():
     empty = torch.zeros(6, 5, dtype=torch.bool)
     (no_rows,) = parts_of(made(1), slice(0, 0))
     for found in (metrics_of(made(1, mask=empty)), {name: part.value() for name, part in no_rows.items()}):
-        assert found.keys() == metrics_of(made(1)).keys()
+        assert found.keys() | {EFFECTIVE_SAMPLE_SIZE} == metrics_of(made(1)).keys()
         assert all(x.isnan() for x in found.values())
     assert masked_mean(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).isnan()
 

@@ -40,6 +40,7 @@ from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection import Informative, Pruning
 from bandpo.surrogates import dual_clip, mask, soft
 from bandpo.surrogates.corrections import TIS, IcePop
+from bandpo.surrogates.filters import opsm
 
 
 def own_f(u):
@@ -56,7 +57,7 @@ VALUES = [
     Band(KL, (0.1, RADII)),
     Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII),
     Intersection(Clip(), Band(KL, RADII), Elastic()), Union(TopK("kl", RADII), BySign(Clip(), DCPO())),
-    log_clip(), kl3_clip(), TIS(), IcePop(), Schedule(0.1, 0.02, steps=9, shape="cosine"),
+    log_clip(), kl3_clip(), TIS(), IcePop(), opsm(0.1), Schedule(0.1, 0.02, steps=9, shape="cosine"),
     Adaptive(0.05, target=0.01, rises=True),
     OBJECTIVES["bandpo-kl"].with_radius(RADII), OBJECTIVES["bandpo-kl"].with_radius(torch.tensor(0.05)),
     Objective(bounds=Band(alpha(0.3)), surrogate=partial(soft, tau_positive=2.0)),

@@ -55,6 +55,7 @@ def host_objective(
     chosen = get_objective(objective)
     name = objective if isinstance(objective, str) else chosen.name
     chosen = RegionOptions(**parse_options(options)).apply(chosen, name)
+    refuse_denominators(host, chosen)
     why = _missing(chosen, sampler) or _not_in(rows, chosen)
     if scaled and not why and not proportional(chosen):
         why = "advantages as the estimator made them, and this host scales them before the loss"
@@ -136,6 +137,23 @@ def refuse_ignored(host: str, found: Mapping[str, Any], defaults: Mapping[str, A
                 f"{host}: {name}={found[name]!r} would be ignored, because bandpo's objective takes the place of the host's "
                 f"loss; leave it at {default!r} and choose an objective or its options instead (see docs/hosts.md)"
             )
+
+
+def refuse_denominators(host: str, objective: Objective) -> None:
+    """Refuse filters that take dropped tokens out of denominators which the host has counted before the loss.
+
+    Args:
+        host: Name of the host, for error messages.
+        objective: The objective to check.
+
+    Raises:
+        ValueError: If a filter of the objective has `counts="kept"`.
+    """
+    if any(rule.counts == "kept" for rule in objective.filters):
+        raise ValueError(
+            f"objective {objective.name!r} has a filter with counts='kept', whose dropped tokens leave the denominators of the "
+            f"loss; {host} counts these before the loss. Set counts='all'"
+        )
 
 
 def attributes(config: Any, names: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,15 +264,31 @@ def _missing(objective: Objective, sampler: str) -> str:
         return "log-probs of the sampler beside the old ones"
     if objective.anchor == "rollout" and sampler == "none":
         return "log-probs of the sampler"
+    for rule in objective.filters:
+        known = {"beside": ("old", "rollout"), "only": ("rollout",), "none": ("old",)}[sampler]
+        if unknown := [name for name in rule.needs if name not in ("policy", *known)]:
+            what = {
+                "old": "log-probs before the update beside those of the sampler",
+                "rollout": "log-probs of the sampler",
+            }
+            return f"{what[unknown[0]]}, for a filter with policies={rule.policies!r}"
     return ""
+
+
+def of_sequences(objective: Objective) -> bool:
+    """Whether an objective looks at whole sequences, and needs to know where they begin.
+
+    Args:
+        objective: The objective to check.
+    """
+    looks = objective.ratio_level != "token" or "mask" in (*objective.bounds_inputs, *objective.surrogate_inputs)
+    weighs = getattr(objective.correction, "level", "token") != "token"
+    return looks or weighs or any(rule.reduction not in ("token", "batch-mean") for rule in objective.filters)
 
 
 def _not_in(rows: Rows, objective: Objective) -> str:
     """What an objective that looks beyond a single token would need and does not have with such rows; "" for nothing."""
-    looks = "mask" in (*objective.bounds_inputs, *objective.surrogate_inputs)
-    if rows == "packed" and (
-        looks or objective.ratio_level != "token" or getattr(objective.correction, "level", "token") != "token"
-    ):
+    if rows == "packed" and of_sequences(objective):
         return "whole sequences, one in a row"
     if rows == "one" and "of_batch" in objective.traits:
         return "the other sequences of the batch"

@@ -27,6 +27,7 @@ from bandpo.integrations._host import (
     attributes,
     evaluate,
     host_objective,
+    of_sequences,
     options_of_environment,
     refuse_ignored,
 )
@@ -63,7 +64,8 @@ def install(config: Any, objective: str = "bandpo-kl", *, backend: str = "fsdp",
     actor = config.actor
     refuse_ignored("AReaL", attributes(actor, _DEFAULTS), _DEFAULTS)
     chosen = _objective({"objective": objective, **options})
-    if (chosen.anchor == "rollout" or chosen.correction is not None) and not actor.use_decoupled_loss:
+    of_sampler = any("rollout" in rule.needs for rule in chosen.filters)
+    if (chosen.anchor == "rollout" or chosen.correction is not None or of_sampler) and not actor.use_decoupled_loss:
         raise ValueError(
             f"AReaL: objective {objective!r} needs the sampler's log-probs beside the recomputed ones: set "
             "actor.use_decoupled_loss=true"
@@ -219,8 +221,7 @@ def _objective(given: dict[str, Any]) -> Objective:
 
 def _lengths(objective: Objective, cu_seqlens: Tensor | None, tokens: int) -> list[int]:
     """Lengths of the packed sequences; one row of all tokens where the objective does not look beyond a token."""
-    whole = objective.ratio_level != "token" or "mask" in (*objective.bounds_inputs, *objective.surrogate_inputs)
-    if not whole and getattr(objective.correction, "level", "token") == "token":
+    if not of_sequences(objective):
         return [tokens]
     if cu_seqlens is None:
         raise ValueError(f"AReaL: objective {objective.name!r} looks at whole sequences, and cu_seqlens is missing")

@@ -31,6 +31,7 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     "reward/zero_variance": {"TRL": "frac_reward_zero_std"},
     "advantages/max": {"verl": "critic/advantages/max"},
     "advantages/min": {"verl": "critic/advantages/min"},
+    "correction/effective_sample_size": {"verl": "rollout_corr/rollout_is_eff_sample_size"},
     "rollout/difference": {
         "TRL": "sampling/sampling_logp_difference/mean",
         "verl": "training/rollout_probs_diff_mean",

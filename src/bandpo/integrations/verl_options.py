@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from bandpo.integrations._host import refuse_ignored
+from bandpo.integrations._host import refuse_denominators, refuse_ignored
 from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
 from bandpo.objective import Objective
 from bandpo.reference import ReferenceKL
@@ -137,6 +137,7 @@ def with_region(name: str, options: Mapping[str, Any]) -> Objective:
     missing = missing_inputs(objective)
     if missing:
         raise ValueError(f"objective {name!r} needs {missing}, which verl does not give to a policy loss")
+    refuse_denominators("verl", objective)
     bypass = options.get("bypass_mode")
     _check_anchor(
         objective, name, parse_flag("policy_loss: bypass_mode", bypass) if isinstance(bypass, str) else bypass
@@ -155,6 +156,13 @@ def missing_inputs(objective: Objective) -> str:
         return ", ".join(objective.extras)
     if objective.correction is not None:
         return "rollout log-probs beside the old ones (for the correction use algorithm.rollout_correction.rollout_is)"
+    known = "policy/rollout" if objective.anchor == "rollout" else "policy/old"
+    for rule in objective.filters:
+        if rule.policies != known:
+            return (
+                f"both policies of a filter with policies={rule.policies!r} (set {known!r}, or filter by the sampler with "
+                "algorithm.rollout_correction.rollout_rs)"
+            )
     return ""
 
 

@@ -37,7 +37,7 @@ from bandpo.integrations.trl.rollout import PREFIX, Refill, group_extras, local_
 from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
-from bandpo.metrics import PooledSum, policy_sums
+from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PooledSum, effective_size, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective
 
@@ -147,6 +147,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         pruning = self.args.selector()
         if pruning is None:
             return None
+        pruning.check(self.objective)  # which may have been given as an object
         if pruning.completions and self.aux_loss_enabled:
             raise ValueError(
                 "pruning completions cannot weigh what a router loss averages, and this mixture of experts has a router loss "
@@ -375,6 +376,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         for name, total in found.items():
             if name not in _CLIP_NAMES:
                 pooled.put(log, name, total)
+        self._log_effective_size()
         tokens = found["nonfinite_fraction"].denominator
         for name in ("entropy",) if self._own_kl else ("kl", "entropy"):
             pooled.take(log, name, weight=tokens, count=tokens)
@@ -390,6 +392,13 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         if self._penalty is not None and self.model.training:
             log["band/kl_penalty"].append(self._penalty.rule.value)
             self._penalty.measure(found)
+
+    def _log_effective_size(self) -> None:
+        """The effective sample size, which is no mean itself, from the two pooled means that it is made from."""
+        log = self.current_log
+        means = [log.get(f"correction/weight_{name}") for name in ("mean", "square_mean")]
+        if all(means):
+            log[EFFECTIVE_SAMPLE_SIZE] = [effective_size(*(values[0] for values in means if values))]
 
     def _sums(self, terms: TokenObjective, inputs: Batch) -> dict[str, PooledSum]:
         """Our metrics of a micro-batch, its share of sequences with a valid token, and whether advantages were set to 0."""

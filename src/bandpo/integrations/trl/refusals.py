@@ -35,7 +35,7 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
         ValueError: If the difference between sampler and trainer would be corrected twice, or if the objective needs log-probs
             that the sampler does not give.
     """
-    corrects = objective.correction is not None
+    corrects = objective.correction is not None or any(rule.action == "weight" for rule in objective.filters)
     if (corrects or objective.anchor == "rollout") and args.use_vllm and args.vllm_importance_sampling_correction:
         raise ValueError(
             f"objective {objective.name!r} accounts for the sampler itself; TRL's correction on top would count the mismatch "
@@ -45,6 +45,14 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
         warnings.warn(
             f"Objective {objective.name!r} corrects for a sampler that differs from the trainer, and without use_vllm the "
             "trainer samples itself: all its weights will be 1.",
+            stacklevel=3,
+        )
+    idle = [rule for rule in objective.filters if rule.action == "drop" and rule.policies == "old/rollout"]
+    if idle and not args.use_vllm and not own_sampler:
+        warnings.warn(
+            f"Objective {objective.name!r} has a filter for a sampler that differs from the trainer "
+            "(policies='old/rollout'), and without use_vllm the trainer samples itself: every log-ratio will be 0. Set "
+            "policies='policy/rollout' to filter by the drift of the policy.",
             stacklevel=3,
         )
     needs_top_k = isinstance(objective.bounds, TopK)

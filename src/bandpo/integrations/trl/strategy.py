@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bandpo._inputs import is_logprob
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.bounds.regions import TopK
+from bandpo.integrations._host import refuse_denominators
 from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.integrations.trl.host import Batch, GRPOHost
 from bandpo.integrations.trl.nonfinite import zero_where
@@ -109,7 +110,7 @@ class HostComputes(Strategy):
     @staticmethod
     def can_compute(objective: Objective) -> bool:
         """Whether an objective is TRL's clipped loss with other bounds."""
-        alone = objective.correction is None and not objective.bounds_inputs
+        alone = objective.correction is None and not objective.bounds_inputs and not objective.filters
         # TRL takes the bounds of tokens, or one interval for all sequences.
         at_level = objective.ratio_level == "token" or (
             objective.ratio_level == "sequence" and isinstance(objective.bounds, Clip)
@@ -152,12 +153,15 @@ class HostComputes(Strategy):
 class WeCompute(Strategy):
     """bandpo computes the objective and adds it to TRL's loss, which TRL computes for advantages of 0.
 
+    Filters take this way too, because TRL has no place for a weight that depends on the policy.
+
     With advantages of 0, TRL's loss holds its other terms alone: the KL to the reference, the entropy bonus, auxiliary losses.
     """
 
     replaces_clip_metrics = True
 
     def refuse(self, args: BandGRPOConfig) -> None:
+        refuse_denominators("TRL", self.trainer.objective)
         unsupported = {
             "delta": args.delta is not None,
             "top_entropy_quantile": args.top_entropy_quantile < 1,
@@ -165,8 +169,9 @@ class WeCompute(Strategy):
         }
         for name, is_set in unsupported.items():
             if is_set:
+                instead = "; use filter=bandpo.surrogates.filters.opsm" if name == "off_policy_mask_threshold" else ""
                 raise ValueError(
-                    f"{name}={getattr(args, name)} acts on TRL's own clipped loss, which this objective replaces"
+                    f"{name}={getattr(args, name)} acts on TRL's own clipped loss, which this objective replaces{instead}"
                 )
 
     def given_to_trl(self, batch: Batch) -> GivenToTRL:
