@@ -77,7 +77,9 @@ class Elastic:
             raise ValueError(f"Elastic: micro, macro >= 0, scale > 0 and limit >= 1 are required, got {self!r}")
 
     def __call__(self, old_logprobs: Tensor, *, advantages: Tensor, signal: Tensor) -> RatioBounds:
-        s = (1 + self.micro * (advantages.abs() / self.scale).tanh()) * (1 + self.macro * signal)
+        s = (1 + self.micro * (advantages.abs() / self.scale).tanh()) * (
+            1 + self.macro * signal.to(old_logprobs.dtype)  # a signal in bfloat16 would round s to 8 bits
+        )
         s = s.clamp(max=self.limit).to(old_logprobs.dtype).expand_as(old_logprobs)
         return RatioBounds((1 - self.low * s).clamp_min(0), 1 + self.high * s)
 
