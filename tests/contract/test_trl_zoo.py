@@ -128,8 +128,10 @@ def test_the_weights_of_vespo_are_trl_s(spread):
     want = GRPOTrainer.get_gamma_weights(a, x, valid.double(), None)
     ours = gamma_weighted(x, a, None, logprobs=torch.ones_like(x), mask=valid) / a
     torch.testing.assert_close(ours, want.expand_as(ours), rtol=1e-12, atol=1e-300)
-    shifted = GRPOTrainer.get_gamma_weights(a, x, valid.double(), None, 1.5, 0.7, 4.0, 2.5)
-    ours = gamma_weighted(x, a, None, logprobs=torch.ones_like(x), mask=valid, positive=(1.5, 0.7), negative=(4.0, 2.5))
+    shifted = GRPOTrainer.get_gamma_weights(a, x, valid.double(), None, 1.5, 0.75, 4.0, 2.5)
+    ours = gamma_weighted(
+        x, a, None, logprobs=torch.ones_like(x), mask=valid, positive=(1.5, 0.75), negative=(4.0, 2.5)
+    )
     torch.testing.assert_close(ours / a, shifted.expand_as(ours), rtol=1e-12, atol=1e-300)
 
 

@@ -86,8 +86,10 @@ def with_holes(seed, spread):
     return {**data, "advantages": torch.randn(data["mask"].shape, generator=g, dtype=torch.float64)}
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("name", ["grpo", "dual-clip", "cispo", "sapo", "dro", "gspo", "luspo"])
+PER_TOKEN = [(name, how) for name in ("grpo", "dual-clip", "cispo", "dro", "gspo", "luspo") for how in AGGREGATIONS]
+
+
+@pytest.mark.parametrize(("name", "aggregation"), [*PER_TOKEN, ("sapo", "seq-mean-token-mean")])  # sapo has no other
 @pytest.mark.parametrize("spread", [0.6, 1e-3])
 def test_advantages_per_token_and_holes_are_verl_s(name, aggregation, spread):
     """verl's `gspo` is GSPO-token (arXiv:2507.18071, sec. 4.3); with LUSPO's widths it is the ratio of `luspo`."""
