@@ -291,8 +291,8 @@ def second_moment(
     Only tokens that have moved to the side A pushes to (`A > 0, r > 1`, or `A < 0, r < 1`) are counted and left out. `w = 1`,
     and 0 for a token that is left out. The mean is that of the call. The bounds are not used.
 
-    The authors' published code differs from their text, and so does AReaL: with `capped` the code's rule, with `every_token`
-    that of AReaL, where the policy of the mask is the recomputed one against the sampler.
+    This is the rule of the text. The authors' published code has another one (`capped`). AReaL has a third (`every_token`),
+    which it applies to the recomputed policy against the sampler.
 
     Args:
         budget: Largest mean of (log r)², at least 0; 0.04 in all runs of the paper.
