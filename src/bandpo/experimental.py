@@ -2,11 +2,11 @@
 
 * Readings: `log_stabilized` (QUATRO), `Elastic` (ETR) and `Balanced` (BAPO). The equations or constants of their papers could
   not be established, so each is our own reading and not a reproduction.
-* `clip_cov`, `kl_cov` and `Balanced` treat a token by statistics of the whole call, so that micro-batches differ from the
-  whole batch.
+* `clip_cov`, `kl_cov`, `second_moment` and `Balanced` treat a token by statistics of the whole call, so that micro-batches
+  differ from the whole batch.
 
-The objectives of the zoo that use them (`quatro-reading`, `etr-reading`, `bapo-reading`, `clip-cov`, `kl-cov`) keep their
-names. What is outside of this module follows the usual rule: a public name is renamed with a warning first.
+The objectives of the zoo that use them (`quatro-reading`, `etr-reading`, `bapo-reading`, `clip-cov`, `kl-cov`, `m2po`)
+keep their names. What is outside of this module follows the usual rule: a public name is renamed with a warning first.
 
 Args:
     log_ratio: `log r` at the ratio level of the objective, with gradient: `(batch, time)`, or `(batch, 1)` for sequences.
@@ -77,7 +77,9 @@ class Elastic:
             raise ValueError(f"Elastic: micro, macro >= 0, scale > 0 and limit >= 1 are required, got {self!r}")
 
     def __call__(self, old_logprobs: Tensor, *, advantages: Tensor, signal: Tensor) -> RatioBounds:
-        s = (1 + self.micro * (advantages.abs() / self.scale).tanh()) * (1 + self.macro * signal)
+        s = (1 + self.micro * (advantages.abs() / self.scale).tanh()) * (
+            1 + self.macro * signal.to(old_logprobs.dtype)  # a signal in bfloat16 would round s to 8 bits
+        )
         s = s.clamp(max=self.limit).to(old_logprobs.dtype).expand_as(old_logprobs)
         return RatioBounds((1 - self.low * s).clamp_min(0), 1 + self.high * s)
 
@@ -252,6 +254,77 @@ def kl_cov(
     covariance = _covariance(advantages.expand(valid.shape), logprobs, valid)
     chosen = valid & (_rank(torch.where(valid, -covariance, torch.inf)) < _count(valid, share))
     return ratio(log_ratio) * advantages - torch.where(chosen, beta * log_ratio.abs(), 0.0)
+
+
+def _over_budget(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds,
+    budget: float = 0.04,
+    every_token: bool = False,
+    capped: bool = False,
+    *,
+    mask: Tensor,
+) -> Tensor:
+    del bounds
+    x = log_ratio.detach()
+    pushed = ((advantages > 0) & (x > 0)) | ((advantages < 0) & (x < 0))
+    counted = as_mask(mask) if every_token else as_mask(mask) & pushed
+    moment = x.square()
+    return counted & (moment >= _largest_moment(moment, counted, budget, capped=capped))
+
+
+@traits("of_batch")
+@stops(_over_budget)
+def second_moment(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds,
+    *,
+    mask: Tensor,
+    budget: float = 0.04,
+    every_token: bool = False,
+    capped: bool = False,
+) -> Tensor:
+    """`r·A` without the tokens of the largest (log r)², so that the mean of the rest is in the budget (M2PO, arXiv:2510.01161).
+
+    Only tokens that have moved to the side A pushes to (`A > 0, r > 1`, or `A < 0, r < 1`) are counted and left out. `w = 1`,
+    and 0 for a token that is left out. The mean is that of the call. The bounds are not used.
+
+    This is the rule of the text. The authors' published code has another one (`capped`). AReaL has a third (`every_token`),
+    which it applies to the recomputed policy against the sampler.
+
+    Args:
+        budget: Largest mean of (log r)², at least 0; 0.04 in all runs of the paper.
+        every_token: Count all used tokens, and leave out the largest on both sides.
+        capped: Find the limit from the mean that is left if the larger (log r)² are set to the limit, not left out.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
+    Examples:
+        >>> edge, x = RatioBounds(torch.tensor(0.0), torch.tensor(9.0)), torch.tensor([[0.1, 0.2, 0.5, -0.9]])
+        >>> second_moment(x, torch.ones(1, 1), edge, mask=x == x)
+        tensor([[1.1052, 1.2214, 0.0000, 0.4066]])
+    """
+    over = _over_budget(log_ratio, advantages, bounds, budget, every_token, capped, mask=mask)
+    return (ratio(log_ratio) * advantages).masked_fill(over, 0.0)
+
+
+def _largest_moment(moment: Tensor, counted: Tensor, budget: float, *, capped: bool) -> Tensor:
+    """The value that the counted entries must be below, 0-d; infinite where their mean is in the budget."""
+    n = counted.sum()
+    rising = torch.where(counted, moment, torch.inf).flatten().sort().values
+    rank = torch.arange(len(rising), device=rising.device)
+    rising = torch.where(rank < n, rising, 0.0)
+    total = rising.cumsum(0)
+    if capped:
+        over = (total + rising * (n - 1 - rank) >= budget * n) & (rising.sum() > budget * n)
+        limit = rising.roll(1).masked_fill(rank == 0, 0.0)
+    else:
+        over, limit = total > budget * (rank + 1), rising
+    limits = limit.masked_fill(~over | (rank >= n), torch.inf)
+    return torch.cat([limits, limits.new_full((1,), torch.inf)]).amin()
 
 
 def _covariance(advantages: Tensor, logprobs: Tensor, valid: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from bandpo.bounds import DCPO, Band, Clip
 from bandpo.bounds.combined import Intersection
 from bandpo.bounds.regions import BySign, Sides, TopK, kl3_clip, log_clip
 from bandpo.divergences import CHI2, KL, REVERSE_KL, TV
-from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabilized
+from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabilized, second_moment
 from bandpo.groups import group_signal, kl_dual
 from bandpo.objective import Objective
 from bandpo.surrogates import (
@@ -20,6 +20,7 @@ from bandpo.surrogates import (
     detach,
     dual_clip,
     kl_penalty,
+    log_quadratic,
     mask,
     quadratic,
     quadratic_tv,
@@ -29,7 +30,7 @@ from bandpo.surrogates import (
     two_sided,
 )
 from bandpo.surrogates.corrections import TIS, IcePop
-from bandpo.surrogates.sequence import geometric_mean, tapered
+from bandpo.surrogates.sequence import future_weighted, gamma_weighted, geometric_mean, mirror_descent, tapered
 
 _BANDPO = "BandPO, arXiv:2603.04918"
 _DPPO = "DPPO, arXiv:2602.04879"
@@ -319,6 +320,20 @@ _RECIPES = (
         formula="r·A - 0.1|log r| on the 0.02% of tokens of highest covariance, r·A elsewhere",
         paper="KL-Cov, arXiv:2505.22617",
     ),
+    Objective(
+        name="dro",
+        bounds=_FREE,
+        surrogate=partial(log_quadratic, beta=0.05),
+        formula="A·log π - β(log r)²/2, β = 0.05",
+        paper="DRO, arXiv:2405.19107, per token as in verl and Tinker (β of an example of Tinker)",
+    ),
+    Objective(
+        name="m2po",
+        bounds=_FREE,
+        surrogate=second_moment,
+        formula="r·A without the tokens of the largest (log r)² where A pushes, until the mean of the rest is at most 0.04",
+        paper="M2PO, arXiv:2510.01161 (the authors' code has another limit: `capped`)",
+    ),
     # sequences
     Objective(
         name="gspo",
@@ -352,6 +367,29 @@ _RECIPES = (
         advantage="mean",
         formula="A·log π for A ≥ 0, sg(min(Π r, 1))·A·log π for A < 0",
         paper="TOPR, arXiv:2503.14286 (from descriptions; with R - mean for its reward)",
+    ),
+    Objective(
+        name="vespo",
+        bounds=_FREE,
+        surrogate=gamma_weighted,
+        formula="sg(W^k e^(λ(1 - W)))·A·log π, W = Π r; k = 2, λ = 3 for A ≥ 0, k = 3, λ = 2 for A < 0",
+        paper="VESPO, arXiv:2602.10693",
+    ),
+    Objective(
+        name="fipo",
+        bounds=Clip(0.2, 0.28),
+        surrogate=future_weighted,
+        formula="dapo with dual clip 10, times sg(clip(exp(Σ_{k ≥ t} γ^(k-t) log r_k), 1, 1.2)), γ = 2^(-1/32)",
+        paper="FIPO, arXiv:2603.19835 (constants of the authors' 32B run)",
+    ),
+    Objective(
+        name="pmd-mean",
+        bounds=_FREE,
+        surrogate=partial(mirror_descent, tau=0.01),
+        aggregation="seq-mean-token-mean",
+        advantage="mean",
+        formula="-τ(A/τ - Σ log r)²/2 / length, τ = 0.01",
+        paper="PMD-mean, arXiv:2602.05933; Kimi k1.5, arXiv:2501.12599, eq. 3",
     ),
     # corrections for the sampler, and masks of it
     Objective(

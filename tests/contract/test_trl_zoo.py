@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from trl import GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, policy_loss
@@ -14,6 +15,7 @@ from bandpo.groups import group_signal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.rollout import PREFIX, top_logprobs
 from bandpo.integrations.trl.strategy import HostComputes, WeCompute
+from bandpo.surrogates import gamma_weighted
 from trl_runs import (
     band_trainer,
     loss_and_gradient,
@@ -148,6 +150,7 @@ THEIRS = {
     "luspo": {
         "loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 2e-3, "epsilon_high": 2.5e-3,
     },
+    "vespo": {"loss_type": "vespo"},
 }  # fmt: skip
 
 
@@ -161,10 +164,28 @@ def same_loss_and_gradient(theirs, ours, tokenizer):
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_cispo_sapo_and_luspo_are_trl_s(name, make_model, tokenizer, prompts, tmp_path):
+def test_cispo_sapo_luspo_and_vespo_are_trl_s(name, make_model, tokenizer, prompts, tmp_path):
     theirs = trl_trainer(tmp_path, make_model, tokenizer, prompts, **THEIRS[name])
     ours = named(tmp_path, make_model, tokenizer, prompts, name)
     same_loss_and_gradient(theirs, ours, tokenizer)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.3, 4.0])
+def test_the_weights_of_vespo_are_trl_s(spread):
+    """`get_gamma_weights` itself: near and far from on-policy, with holes, and log W past both ends of its range."""
+    g = torch.Generator().manual_seed(5)
+    x = spread * torch.randn(64, 9, generator=g, dtype=torch.float64)
+    x[:4, 0], x[4:8, 0] = 30.0, -30.0
+    a = torch.randn(64, 1, generator=g, dtype=torch.float64)
+    valid = torch.rand(64, 9, generator=g) < 0.7
+    want = GRPOTrainer.get_gamma_weights(a, x, valid.double(), None)
+    ours = gamma_weighted(x, a, None, logprobs=torch.ones_like(x), mask=valid) / a
+    torch.testing.assert_close(ours, want.expand_as(ours), rtol=1e-12, atol=1e-300)
+    shifted = GRPOTrainer.get_gamma_weights(a, x, valid.double(), None, 1.5, 0.75, 4.0, 2.5)
+    ours = gamma_weighted(
+        x, a, None, logprobs=torch.ones_like(x), mask=valid, positive=(1.5, 0.75), negative=(4.0, 2.5)
+    )
+    torch.testing.assert_close(ours / a, shifted.expand_as(ours), rtol=1e-12, atol=1e-300)
 
 
 def test_gmpo_is_trl_s(make_model, tokenizer, prompts, tmp_path):

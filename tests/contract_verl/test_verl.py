@@ -32,6 +32,7 @@ CASES = {
     "cispo": ("cispo", clip(1.0, 4.0), True),
     "dppo-tv": ("dppo_tv", clip(0.15, 0.15), False),
     "dppo-kl": ("dppo_kl", clip(0.05, 0.05), False),
+    "dro": ("dro", {"policy_loss_dro_beta": 0.05}, True),
 }
 
 
@@ -51,6 +52,51 @@ def test_objective_is_verl_s(name, spread):
             torch.testing.assert_close(loss, want, rtol=1e-7, atol=3e-8)  # a sum of rows of size 1 that nearly cancel
         if name in ("grpo", "dapo", "gspo", "dppo-tv", "dppo-kl"):
             assert metrics["clip_fraction/any"].item() == pytest.approx(theirs["actor/pg_clipfrac"], abs=1e-6)
+
+
+def with_holes(seed, spread):
+    """Holes as tool calls leave them, a row of one token, and an advantage for each token."""
+    data = batch(seed, spread=spread)
+    data["mask"][0, 3] = data["mask"][4, 0] = data["mask"][4, 7] = data["mask"][3, 2] = False
+    g = torch.Generator().manual_seed(100 + seed)
+    return {**data, "advantages": torch.randn(data["mask"].shape, generator=g, dtype=torch.float64)}
+
+
+PER_TOKEN = [(name, how) for name in ("grpo", "dual-clip", "cispo", "dro", "gspo", "luspo") for how in AGGREGATIONS]
+
+
+@pytest.mark.parametrize(("name", "aggregation"), [*PER_TOKEN, ("sapo", "seq-mean-token-mean")])  # sapo has no other
+@pytest.mark.parametrize("spread", [0.6, 1e-3])
+def test_advantages_per_token_and_holes_are_verl_s(name, aggregation, spread):
+    """verl's `gspo` is GSPO-token (arXiv:2507.18071, sec. 4.3); with LUSPO's widths it is the ratio of `luspo`."""
+    mode, options, _ = CASES["gspo"] if name == "luspo" else CASES[name]
+    options = clip(2e-3, 2.5e-3) if name == "luspo" else options
+    objective = dataclasses.replace(OBJECTIVES[name], aggregation=aggregation)
+    for seed in range(3):
+        data = with_holes(seed, spread)
+        want, want_gradient, _ = verl_loss(mode, data, aggregation, **options)
+        loss, gradient, _ = run(objective, data)
+        torch.testing.assert_close(loss, want, rtol=1e-7, atol=3e-8)
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-7, atol=1e-15)
+        assert (gradient[~data["mask"]] == 0).all()
+
+
+def test_gmpo_is_verl_s_with_holes_and_has_advantages_of_its_own():
+    """verl's `geo_mean` takes the mean advantage of a sequence; ours moves each token by its own, with the same loss."""
+    for seed in range(3):
+        data = with_holes(seed, 0.6)
+        data["advantages"] = data["advantages"].abs()  # the side of each clip is the same for both
+        objective = OBJECTIVES["gmpo"]
+        want, want_gradient, _ = verl_loss("geo_mean", data, objective.aggregation, **CASES["gmpo"][1])
+        loss, gradient, _ = run(objective, data)
+        torch.testing.assert_close(loss, want, rtol=1e-7, atol=3e-8)
+        a, valid = data["advantages"], data["mask"]
+        mean = (a * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+        torch.testing.assert_close(gradient, want_gradient * a / mean, rtol=1e-7, atol=1e-15)
+        one = {**data, "advantages": data["advantages"][:, 0]}
+        want, want_gradient, _ = verl_loss("geo_mean", one, objective.aggregation, **CASES["gmpo"][1])
+        loss, gradient, _ = run(objective, one)
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-7, atol=1e-15)
 
 
 def test_clip_cov_is_verl_s_where_all_candidates_are_taken():

@@ -1,7 +1,9 @@
 """AReaL: its `grpo_loss_fn`, packed and padded, with its rejection sampling and its weighing of micro-batches."""
 
 import importlib
+import math
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import cases
@@ -9,6 +11,8 @@ import pytest
 import torch
 from isolation import stub, without_init
 
+from bandpo import Clip, Objective, token_objective
+from bandpo.experimental import second_moment
 from bandpo.integrations import areal as ours
 from bandpo.integrations._host import ENVIRONMENT
 from conftest import HOST
@@ -110,6 +114,22 @@ def test_clip_and_rejection_are_areal_s_own(monkeypatch, action, level):
         cases.same(train(data, cases.RANKS, True, given), want, cases.FLOAT32)
         poisoned = cases.mini_batch(2)
         cases.same(train(poisoned, cases.RANKS, True, given), want, cases.FLOAT32)
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.01, 0.04, 1.0])
+def test_m2po_with_every_token_is_areal_s(budget):
+    """AReaL's own mask of loss, from the recomputed policy against the sampler; ours leaves out what it masks."""
+    data = cases.mini_batch(6, poison=False)
+    on = data["mask"]
+    want = actor._apply_m2po_masking(data["rollout_logprobs"], data["old_logprobs"], on.bool(), budget)
+    terms = token_objective(
+        Objective(bounds=Clip(1.0, math.inf), surrogate=partial(second_moment, budget=budget, every_token=True)),
+        logprobs=data["old_logprobs"], old_logprobs=data["rollout_logprobs"], advantages=data["advantages"], mask=on,
+    )  # fmt: skip
+    kept = on.bool() & (terms.value != 0)
+    moved = data["advantages"].expand(on.shape) if data["advantages"].dim() > 1 else data["advantages"].unsqueeze(1)
+    assert torch.equal(kept, want & (moved != 0))
+    assert budget == 1.0 or (~want & on.bool()).any()
 
 
 def test_the_statistics_of_each_token_are_areal_s(monkeypatch):

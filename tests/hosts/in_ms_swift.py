@@ -1,6 +1,8 @@
 """ms-swift: its own GRPOTrainer's loss from log-probs to the number, with our intervals in its clip."""
 
+import math
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -18,7 +20,9 @@ import cases
 import swift.rlhf_trainers.grpo_trainer as host
 from swift.trainers import TrainerFactory
 
+from bandpo import Clip, Objective
 from bandpo.integrations import ms_swift as ours
+from bandpo.surrogates import future_weighted
 
 
 @pytest.fixture
@@ -95,6 +99,29 @@ def test_the_clip_is_ms_swift_s_own_and_its_epsilons_come_back(trainer):
     cases.same(found[0], want[0])
     assert found[1][0]["clipping"] == want[1][0]["clipping"]
     assert (made.epsilon_low, made.epsilon_high) == (0.2, 0.2)
+
+
+@pytest.mark.parametrize("high_only", [True, False])
+@pytest.mark.parametrize("delta", [None, 3.0, 10.0])
+def test_fipo_is_ms_swift_s(trainer, delta, high_only):
+    """`policy_loss` with the weights of `loss_type=fipo`: holes, ratios past the dual clip, a short half-life."""
+    data = cases.mini_batch(3, poison=False)
+    data["logprobs"] = data["logprobs"] + 0.8 * torch.randn(
+        data["mask"].shape, generator=torch.Generator().manual_seed(1)
+    )
+    data["old_logprobs"] = data["old_logprobs"].masked_fill(~data["mask"], -1.0)
+    data["logprobs"] = data["logprobs"].detach().masked_fill(~data["mask"], -1.0)
+    made = trainer("grpo", theirs=True, loss_type="fipo")
+    made.args.delta = delta
+    options = {"fipo_gamma": 2 ** (-1 / 4), "fipo_clip_range": 0.2, "fipo_clip_high_only": high_only,
+               "fipo_safety_threshold": 2.0}  # fmt: skip
+    for name, value in options.items():
+        made.__dict__[name] = value
+    found, _ = train(made, data, cases.HALVES)
+    c = math.inf if delta is None else delta
+    surrogate = partial(future_weighted, half_life=4.0, low=1.0 if high_only else 0.8, safe=2.0, c=c, limit=math.inf)
+    objective = Objective(bounds=Clip(0.2), surrogate=surrogate)
+    cases.same(found, cases.wanted(data, objective, "token-mean", normalizer=data["mask"].sum()))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bandpo import KL, OBJECTIVES, Band, Clip, Objective, RatioBounds, policy_loss, policy_metrics, token_objective
 from bandpo.bounds import outside
-from bandpo.experimental import clip_cov
+from bandpo.experimental import clip_cov, second_moment
 from bandpo.metrics import PROB_BINS
-from bandpo.surrogates import aspo, clip, dual_clip, mask, reinsert, stops, two_sided
+from bandpo.surrogates import aspo, clip, dual_clip, future_weighted, mask, reinsert, stops, two_sided
 from bandpo.surrogates.stops import stop_rule_of
 from batches import complete, run
 
@@ -63,7 +63,9 @@ def test_what_is_stopped_has_no_gradient_and_the_rest_has_one(name, per_token, s
     )
 
 
-STOPPING = ["grpo", "dual-clip", "dppo-tv", "ipo", "abc-grpo", "aspo", "clip-cov", "gspo", "gmpo", "bapo-reading"]
+STOPPING = [
+    "grpo", "dual-clip", "dppo-tv", "ipo", "abc-grpo", "aspo", "clip-cov", "gspo", "gmpo", "bapo-reading", "fipo", "m2po",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STOPPING)
@@ -77,7 +79,9 @@ def test_the_batches_of_these_tests_have_something_to_stop(name):
     [
         partial(dual_clip, c=1.3), partial(partial(dual_clip, c=9.0), c=1.3), partial(reinsert, beta_low=0.0),
         partial(reinsert, beta_high=0.0), partial(mask, truncate=1.1), partial(aspo, c=1.2),
-        partial(clip_cov, share=0.2, low=0.1),
+        partial(clip_cov, share=0.2, low=0.1), partial(second_moment, budget=0.1), partial(second_moment, capped=True),
+        partial(second_moment, every_token=True), partial(future_weighted, c=1.3, limit=math.inf),
+        partial(future_weighted, c=1.3), partial(future_weighted, c=1.3, limit=3),
     ],
 )  # fmt: skip
 def test_a_rule_is_given_the_keywords_that_partial_has_fixed(surrogate):

@@ -11,7 +11,7 @@ from scipy.special import lambertw
 
 from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, policy_loss, ratio_bounds, token_objective
 from bandpo.bounds.regions import BySign, Sides, kl3_clip
-from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov
+from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, second_moment
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
 from bandpo.surrogates.sequence import geometric_mean
 from batches import B, T, batch, complete, run
@@ -103,6 +103,12 @@ def corrected(inside):
     return weight
 
 
+def gamma(r, p, a, **_):
+    k, rate = np.where(a < 0, 3, 2), np.where(a < 0, 2, 3)
+    w = np.clip(r, 1e-8, np.exp(20))
+    return np.exp(rate + k * np.log(w) - rate * w) / r
+
+
 W0, W1 = (1 + float((-lambertw(-math.exp(-1.05), k)).real) - 1 for k in (0, -1))
 
 WEIGHTS = {
@@ -144,10 +150,16 @@ WEIGHTS = {
     "gmpo": hard(math.exp(-0.4), math.exp(0.4)),
     "topr": lambda r, p, a, **_: np.where(a < 0, np.minimum(r, 1), 1) / r,
     "icepop-ratio": lambda r, p, a, **_: ((r >= 0.2) & (r <= 5)).astype(float),
+    "dro": lambda r, p, a, **_: (a - 0.05 * np.log(r)) / (a * r),
+    "vespo": gamma,
+    "fipo": lambda r, p, a, **_: (
+        hard(0.8, 1.28)(r, p, a) * ~((a < 0) & (r > 10)) * np.where(r > 10, 1.0, np.clip(r, 1, 1.2))
+    ),
+    "pmd-mean": lambda r, p, a, **_: (a - 0.01 * np.log(r)) / (a * r),
     "tis": corrected(lambda w: np.minimum(w, 2)),
     "icepop": corrected(lambda w: w * (w >= 0.5) * (w <= 5)),
 }
-OF_THE_BATCH = {"bapo-reading", "clip-cov", "kl-cov"}  # tested by themselves below
+OF_THE_BATCH = {"bapo-reading", "clip-cov", "kl-cov", "m2po"}  # tested by themselves below
 
 
 def test_every_objective_has_its_weight_here():
@@ -321,6 +333,67 @@ def test_kl_cov_penalises_the_top_tokens():
     want[chosen] -= 0.7 * np.abs(new - old)[chosen]
     np.testing.assert_allclose(value[valid].numpy(), want, rtol=1e-12)
     assert len(chosen) == 3
+
+
+def moved(data):
+    """log r and A of the valid tokens, and whether A pushes further where they have moved."""
+    x = (data["logprobs"] - data["old_logprobs"])[data["mask"]].numpy()
+    a = data["advantages"].unsqueeze(1).expand(B, T)[data["mask"]].numpy()
+    return x, a, a * x > 0
+
+
+def left_out_by(surrogate, data):
+    objective = Objective(bounds=Clip(1.0, math.inf), surrogate=surrogate)
+    terms = token_objective(objective, **data)
+    x, a, _ = moved(data)
+    out = terms.stopped[data["mask"]].numpy()
+    np.testing.assert_allclose(terms.value[data["mask"]].numpy(), np.where(out, 0.0, np.exp(x) * a), rtol=1e-12)
+    return out
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 0.6, 2.0])
+@pytest.mark.parametrize("every_token", [False, True])
+@pytest.mark.parametrize("budget", [0.04, 0.3, 0.0])
+def test_m2po_takes_the_largest_out_one_by_one(spread, every_token, budget):
+    """The paper's text as a loop: the largest goes, until the mean of what is left is in the budget."""
+    counts = set()
+    for seed in range(4):
+        data = batch(seed, spread=spread)
+        x, _, pushed = moved(data)
+        rest = [int(i) for i in range(len(x)) if every_token or pushed[i]]
+        while rest and sum(x[i] ** 2 for i in rest) / len(rest) > budget:
+            rest.remove(max(rest, key=lambda i: x[i] ** 2))
+        want = np.array([(every_token or bool(pushed[i])) and i not in rest for i in range(len(x))])
+        got = left_out_by(partial(second_moment, budget=budget, every_token=every_token), data)
+        assert (got == want).all()
+        counts.add(int(want.sum()))
+    assert max(counts) > 0 or spread == 0.05 or (spread, budget) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 0.6, 2.0])
+def test_m2po_with_the_limit_of_the_authors_code(spread):
+    """They look for the first (log r)², rising, at which the mean capped there leaves the budget, and clip one before it."""
+    for seed in range(6):
+        data = batch(seed, spread=spread)
+        x, _, pushed = moved(data)
+        squares = sorted(x[pushed] ** 2)
+        limit = math.inf
+        if np.mean(squares) > 0.04:
+            first = next(k for k, v in enumerate(squares) if np.mean(np.minimum(squares, v)) >= 0.04)
+            limit = squares[first - 1] if first else 0.0
+        got = left_out_by(partial(second_moment, capped=True), data)
+        assert (got == (pushed & (x**2 >= limit))).all()
+        assert spread < 0.1 or got.any()
+
+
+def test_m2po_leaves_all_of_equal_size_out_or_none():
+    data = batch(spread=0.3)
+    data["logprobs"] = data["old_logprobs"] + torch.where(data["logprobs"] > data["old_logprobs"], 0.25, -0.25)
+    _, _, pushed = moved(data)
+    assert (left_out_by(second_moment, data) == pushed).all()
+    assert not left_out_by(partial(second_moment, budget=0.0626), data).any()
+    for bare in (torch.zeros(0, 4), torch.zeros(3, 0)):
+        assert second_moment(bare, torch.ones(len(bare), 1), None, mask=bare > 0).shape == bare.shape
 
 
 def test_clip_cov_takes_a_random_few_of_the_candidates_out():

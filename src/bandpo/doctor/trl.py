@@ -149,7 +149,7 @@ _SHARED = frozenset(
 """Keys that other trainers of TRL or other frameworks have too: they do not tell whose file it is."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _REGION = frozenset({"epsilon", "epsilon_high", "loss_type", "scale_rewards", "importance_sampling_level"})
-_ZOO = {"cispo": "cispo", "sapo": "sapo", "gmpo": "gmpo"}
+_ZOO = {"cispo": "cispo", "sapo": "sapo", "gmpo": "gmpo", "vespo": "vespo"}
 _LARGEST = 10**12
 _LISTED, _MOST_UNKNOWN = 12, 100  # unknown keys that are named, and that a file may have
 _MAX_CONFIG_BYTES = 1 << 20

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from bandpo.bounds import Clip
-from bandpo.experimental import Balanced, clip_cov, kl_cov
+from bandpo.bounds.regions import log_clip
+from bandpo.experimental import Balanced, clip_cov, kl_cov, second_moment
 from bandpo.groups import kl_dual
 from bandpo.objective import Objective
 from bandpo.plots.figures import BLACK, GREY
@@ -94,6 +95,10 @@ def _of_one_token(objective: Objective) -> Objective:
         return dataclasses.replace(objective, surrogate=clip)
     if objective.surrogate is kl_cov:
         return dataclasses.replace(objective, surrogate=partial(kl_cov, share=1.0))
+    if (
+        objective.surrogate is second_moment
+    ):  # alone in its batch, it is left out where (log r)² is above the budget of 0.04
+        return dataclasses.replace(objective, bounds=log_clip(0.2), surrogate=clip)
     if isinstance(objective.bounds, Balanced):
         return dataclasses.replace(objective, bounds=Clip(1 - objective.bounds.low[0], objective.bounds.high[0] - 1))
     return objective

@@ -5,7 +5,10 @@ from bandpo.surrogates.corrections import TIS as TIS
 from bandpo.surrogates.corrections import Correction as Correction
 from bandpo.surrogates.corrections import IcePop as IcePop
 from bandpo.surrogates.filters import SequenceFilter as SequenceFilter
+from bandpo.surrogates.sequence import future_weighted as future_weighted
+from bandpo.surrogates.sequence import gamma_weighted as gamma_weighted
 from bandpo.surrogates.sequence import geometric_mean as geometric_mean
+from bandpo.surrogates.sequence import mirror_descent as mirror_descent
 from bandpo.surrogates.sequence import tapered as tapered
 from bandpo.surrogates.stops import never as never
 from bandpo.surrogates.stops import stops as stops
@@ -17,6 +20,7 @@ from bandpo.surrogates.token import detach as detach
 from bandpo.surrogates.token import dual_clip as dual_clip
 from bandpo.surrogates.token import hold as hold
 from bandpo.surrogates.token import kl_penalty as kl_penalty
+from bandpo.surrogates.token import log_quadratic as log_quadratic
 from bandpo.surrogates.token import mask as mask
 from bandpo.surrogates.token import quadratic as quadratic
 from bandpo.surrogates.token import quadratic_tv as quadratic_tv

@@ -294,6 +294,32 @@ def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta:
     return r * advantages - beta * (r - 1 - held)
 
 
+@traits("without_advantage")
+@stops(never)
+def log_quadratic(
+    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, beta: float = 0.05
+) -> Tensor:
+    """`A·log π - β(log r)²/2`: a quadratic pull back to the old policy in place of a clip (DRO, arXiv:2405.19107).
+
+    Each token is regressed on `log r = A/β`, which does not need samples of the current policy. `w = (1 - β log r/A)/r`. The
+    bounds are not used. This is the form per token that verl and Tinker have (both `dro`); β is that of an example of
+    Tinker, and verl has no default.
+
+    Args:
+        beta: β >= 0, in objective per squared nat.
+
+    Returns:
+        The value of each token, in the shape of `log_ratio`.
+
+    Examples:
+        >>> edge = RatioBounds(torch.tensor(0.0), torch.tensor(9.0))
+        >>> log_quadratic(torch.tensor([2.0]), torch.tensor([1.0]), edge, logprobs=torch.tensor([-0.5]), beta=0.1)
+        tensor([-0.7000])
+    """
+    del bounds
+    return advantages * logprobs - 0.5 * beta * hold(log_ratio).square()
+
+
 @stops(outside)
 def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
     """For A > 0 the inverse ratio weighs, `min(1/r, c)`; for A < 0 PPO's clip (ASPO, arXiv:2510.06062).
