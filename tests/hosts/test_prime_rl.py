@@ -139,9 +139,9 @@ def test_options_and_what_is_refused(host):
 
 def test_objectives_that_compare_sequences_are_refused():
     """prime-rl calls the loss for one sequence at a time."""
-    for name in ("clip-cov", "kl-cov", "bapo-reading"):
+    for name in ("clip-cov", "kl-cov", "bapo"):
         with pytest.raises(ValueError, match="the other sequences of the batch"):
             ours._objective(name)
-    for name in OBJECTIVES.keys() - {"clip-cov", "kl-cov", "bapo-reading"}:
+    for name in OBJECTIVES.keys() - {"clip-cov", "kl-cov", "bapo"}:
         if not OBJECTIVES[name].extras and OBJECTIVES[name].correction is None:
             assert ours._objective(name)

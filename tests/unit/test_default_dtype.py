@@ -110,7 +110,7 @@ def objective(name):
         logprobs=x, old_logprobs=old, rollout_logprobs=mu, advantages=advantages, mask=mask, objective=o, ref_logprobs=ref,
         kl_coef=0.1, entropy=-old, extras={n: made[n] if n in made else top[n] for n in o.extras},
         max_length=9 if o.aggregation.endswith("norm") else None,
-        sample_weight=advantages.abs() if not {"bapo-reading", "clip-cov", "kl-cov"} & {name} else None,
+        sample_weight=advantages.abs() if not {"bapo", "clip-cov", "kl-cov"} & {name} else None,
         normalizer=3.5 if o.aggregation.startswith("seq") else None,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, x)

@@ -17,6 +17,7 @@ from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from bandpo.bounds import Band
 from bandpo.bounds.regions import TopK
+from bandpo.integrations._host import over_ranks
 from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
@@ -107,7 +108,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             raise TypeError(
                 f"args: pass a BandGRPOConfig (its fields are GRPOConfig's and more), got {type(args).__name__}"
             )
-        self.objective = args.resolve() if objective is None else objective
+        self.objective = over_ranks(args.resolve() if objective is None else objective)
         self._strategy = strategy_for(self.objective)(self)
         refuse_patched_loss()
         refuse_sampler(self.objective, args, own_sampler=kwargs.get("rollout_func") is not None)
