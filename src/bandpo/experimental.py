@@ -87,8 +87,8 @@ class Elastic:
 def sum_over_ranks(sums: Tensor) -> Tensor:
     """The sum of a tensor over all processes of `torch.distributed`: a hook for `Balanced(reduce=...)`.
 
-    Every process must call it, and the same number of times. Where a pipeline computes the loss on its last stage alone, it would
-    wait forever: write a hook for the group of those processes.
+    Every process must call it, and the same number of times. Where a pipeline computes the loss on its last stage alone, it
+    would wait forever: write a hook for the group of those processes.
 
     Args:
         sums: A tensor of the same shape and dtype on each process.
@@ -126,9 +126,9 @@ class Balanced:
         low: Smallest and largest lower edge, within [0, 1].
         high: Smallest and largest upper edge.
         step: Step of both edges, positive.
-        target: ρ₀ in (0, 1), a share of the whole. The authors' code takes the ratio of good to bad, `ρ₀/(1 - ρ₀)`: 1 for ½.
-        reduce: Function of the `sums` of this call that returns those of the whole batch, in the same shape; None for the call's
-            own. Name a function of a module, so that the object can be pickled.
+        target: ρ₀ in (0, 1), a share of the whole. The authors' code takes the ratio of good to bad, `ρ₀/(1 - ρ₀)`.
+        reduce: Function of the `sums` of this call that returns those of the whole batch, in the same shape; None for those of
+            the call. Name a function of a module, so that the object can be pickled.
 
     Raises:
         ValueError: If a number is out of its range.

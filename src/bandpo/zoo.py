@@ -207,7 +207,7 @@ _RECIPES = (
         name="bapo",
         bounds=Balanced(),
         surrogate=partial(dual_clip, c=3.0),
-        formula="clip r to the first of [0.6 … 0.9, 1.2 … 3] that gives good tokens half of the objective; at least 3·A for A < 0",
+        formula="clip r to the first of [0.6 … 0.9, 1.2 … 3] that gives good tokens half; at least 3·A for A < 0",
         paper="BAPO, arXiv:2510.18927, as in the authors' code with the constants of its README",
     ),
     # other edges

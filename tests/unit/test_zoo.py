@@ -10,11 +10,11 @@ import torch
 from scipy.special import lambertw
 
 from bandpo import KL, OBJECTIVES, TV, Band, Clip, Objective, policy_loss, ratio_bounds, token_objective
-from bandpo.zoo import get_objective
 from bandpo.bounds.regions import BySign, Sides, kl3_clip
 from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
 from bandpo.surrogates.sequence import geometric_mean
+from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, run
 
 N = 20_000
@@ -218,7 +218,7 @@ def test_the_dual_clips_can_be_left_out(name):
 
 
 def bapo_of_the_authors(log_ratio, advantages, mask):
-    """Loss and gradient of the authors' rule by its steps: one candidate after the other, then PPO's clip and a dual clip at 3."""
+    """Loss and gradient of the authors' rule by its steps: one pair after the other, then PPO's clip and a dual clip at 3."""
     r, a = np.exp(log_ratio), advantages * np.ones_like(log_ratio)
     low, high = 0.6, 1.2
 
