@@ -371,7 +371,10 @@ def get_objective(objective: Objective | str) -> Objective:
     if not isinstance(objective, str):
         raise TypeError(f"objective: pass a name, an Objective or 'package.module:NAME', got {objective!r}")
     if objective not in OBJECTIVES:
-        near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
+        near = [
+            name for name in OBJECTIVES if name.startswith(f"{objective}-")
+        ]  # 'bandpo' is 'bandpo-kl' rather than 'bapo'
+        near = near or difflib.get_close_matches(objective, OBJECTIVES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"objective {objective!r} is unknown: {hint}The names are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective]

@@ -283,7 +283,7 @@ def design_checks(shapes: Sequence[tuple[int, int, int]] = ((1, 8, 3), (5, 10, 3
     return {"designs": rows}
 
 
-def link_weights(*, beta: float = 0.1, reach: float = 8.0, points: int = 161) -> Result:
+def link_weights(*, beta: float = 0.1, reach: float = 8.0, points: int = 65) -> Result:
     """How strongly a pair pulls at each of its two completions, by link, and how far each must move until the pull has ended.
 
     The gradient of the hard loss is `-β w₁ ∇log π(y₁) + β w₂ ∇log π(y₂)`, with `w = σ(-h) φ'(Δ)` of each side. It is drawn

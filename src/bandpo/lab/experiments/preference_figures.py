@@ -40,7 +40,7 @@ def plot_links(found: Result) -> Figure:
                 yscale="log", ylim=(1e-3, 30), xlabel="its log-ratio Δ = log π/π_ref, the other one at 0", title=title
             )
         left.set(ylabel="gradient weight over DPO's at Δ = 0")
-        left.legend(fontsize=8, loc="lower left")
+        figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(looks))
     return figure
 
 
