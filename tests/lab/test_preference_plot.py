@@ -1,4 +1,4 @@
-"""The figures of a preference run show what its rows can tell, and nothing of the initial policy as if it were the trained one."""
+"""The figures of a preference run show what its rows can tell, and no samples of the initial policy as if they were later ones."""
 
 import pytest
 from matplotlib import pyplot as plt
