@@ -94,7 +94,7 @@ def sum_over_ranks(sums: Tensor) -> Tensor:
         sums: A tensor of the same shape and dtype on each process.
 
     Returns:
-        A new tensor with the sum; the tensor itself where there is one process.
+        A new tensor with the sum, in the shape of `sums`; the tensor itself where there is one process.
 
     Examples:
         >>> sum_over_ranks(torch.ones(2))

@@ -1,4 +1,4 @@
-"""The figures of a preference run show what its rows can tell, and no samples of the initial policy as if they were later ones."""
+"""The figures of a preference run show what its rows can tell: no samples of the initial policy as if they were later ones."""
 
 import pytest
 from matplotlib import pyplot as plt
