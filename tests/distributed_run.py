@@ -46,9 +46,11 @@ def main(out: Path, folder: Path) -> None:
         model=build_model(WarmUp(hidden_size=32, layers=1), tokenizer), reward_funcs=reward, train_dataset=prompts,
         processing_class=tokenizer,
         args=BandGRPOConfig(
-            **settings(folder, gradient_accumulation_steps=accumulation, steps_per_generation=accumulation, optim="sgd",
-                       learning_rate=0.5, max_grad_norm=0.0, objective=os.environ["OBJECTIVE"],
-                       **{"max_steps": 6, **json.loads(os.environ.get("OPTIONS", "{}"))})
+            **settings(folder, **{
+                "gradient_accumulation_steps": accumulation, "steps_per_generation": accumulation, "optim": "sgd",
+                "learning_rate": 0.5, "max_grad_norm": 0.0, "objective": os.environ["OBJECTIVE"], "max_steps": 6,
+                **json.loads(os.environ.get("OPTIONS", "{}")),
+            })
         ),
     )  # fmt: skip
     trainer.train()

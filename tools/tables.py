@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import bandpo._public  # noqa: F401  (it imports all modules of the core)
-from bandpo._deprecations import LAST, MODULES, NAMES
+from bandpo._deprecations import LAST, MODULES, NAMES, RENAMED_OBJECTIVES
 from bandpo.integrations.options import HELP
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -32,6 +32,7 @@ def moved_table() -> str:
             moved |= {f"{name.partition('.')[2]}.{old}": new for old, new in names.items()}
     public = {old: new for old, new in sorted(moved.items()) if not any(p.startswith("_") for p in old.split("."))}
     rows = [f"| `bandpo.{old}` | `bandpo.{new}` | {LAST} |" for old, new in public.items()]
+    rows += [f"| the objective `{old}` | `{new}` | {LAST} |" for old, (new, _) in RENAMED_OBJECTIVES.items()]
     return "\n".join(["| old name | new name | works up to |", "|---|---|---|", *rows])
 
 

@@ -1,7 +1,7 @@
 """Names that have moved. An old name works until a named release, with one warning; after it, an error names the new one."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -69,6 +69,11 @@ NAMES: dict[str, str] = {
 }
 """Old name in `bandpo` to its module and name, without `bandpo.`."""
 
+RENAMED_OBJECTIVES: dict[str, tuple[str, str]] = {
+    "bapo-reading": ("bapo", "which has the authors' dual clip at 3 besides"),
+}
+"""Former name of an objective to its name, and what else has changed ("" for nothing)."""
+
 _SUBMODULES = (
     *("bounds", "divergences", "doctor", "groups", "logprobs", "losses", "metrics", "preference", "schedules"),
     *("selection", "surrogates", "testing"),
@@ -103,6 +108,22 @@ def warn_moved(old: str, new: str, *, last: str = LAST, version: str | None = No
     if _minor(version) > _minor(last):
         raise ImportError(f"{old} was removed after bandpo {last}; use {new}")
     warnings.warn(f"{old} is now {new}; the old name works up to bandpo {last}.*", FutureWarning, stacklevel=stacklevel)
+
+
+def renamed(kind: str, old: str, names: Mapping[str, tuple[str, str]]) -> str:
+    """The present name of an entry that has been renamed, with a warning.
+
+    Args:
+        kind: What the entry is, for the message.
+        old: A key of `names`.
+        names: Former name to name, and what else has changed.
+
+    Raises:
+        ImportError: If the former name works no longer.
+    """
+    new, change = names[old]
+    warn_moved(f"{kind} {old!r}", f"{new!r}{f', {change}' if change else ''}", stacklevel=4)
+    return new
 
 
 def moved_within(module: str, names: dict[str, str]) -> Callable[[str], object]:

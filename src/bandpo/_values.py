@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from bandpo._deprecations import renamed
+
 T = TypeVar("T")
 
 
@@ -36,14 +38,28 @@ class Registry(Mapping[str, T]):
         module: `__name__` of the module that defines the mapping.
         variable: Name of the variable in that module.
         entries: The named objects.
+        kind: What an entry is, in the warning of a former name.
+        former: Former names, which find their entry with a warning and are not among the keys; see
+            `bandpo._deprecations.RENAMED_OBJECTIVES`.
     """
 
-    def __init__(self, module: str, variable: str, entries: Mapping[str, T]) -> None:
+    def __init__(
+        self,
+        module: str,
+        variable: str,
+        entries: Mapping[str, T],
+        *,
+        kind: str = "entry",
+        former: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
         self.__module__ = module
         self._variable = variable
         self._entries = dict(entries)
+        self._kind, self._former = kind, dict(former or {})
 
     def __getitem__(self, name: str) -> T:
+        if name in self._former:
+            name = renamed(self._kind, name, self._former)
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +69,7 @@ class Registry(Mapping[str, T]):
         return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._former
 
     def __repr__(self) -> str:
         return f"{self._variable}({', '.join(self._entries)})"

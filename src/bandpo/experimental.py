@@ -1,12 +1,12 @@
 """Components that may change in any release: readings of papers, and surrogates and regions of a whole batch.
 
-* Readings: `log_stabilized` (QUATRO), `Elastic` (ETR) and `Balanced` (BAPO). The equations or constants of their papers could
-  not be established, so each is our own reading and not a reproduction.
-* `clip_cov`, `kl_cov`, `second_moment` and `Balanced` treat a token by statistics of the whole call, so that micro-batches
-  differ from the whole batch.
+* Readings: `log_stabilized` (QUATRO) and `Elastic` (ETR). The equations of their papers could not be established, so each is
+  our own reading and not a reproduction.
+* `clip_cov`, `kl_cov`, `second_moment` (M2PO) and `Balanced` (BAPO) treat a token by statistics of the whole call, so that
+  micro-batches differ from the whole batch. `Balanced` can add its sums up over ranks (`sum_over_ranks`).
 
-The objectives of the zoo that use them (`quatro-reading`, `etr-reading`, `bapo-reading`, `clip-cov`, `kl-cov`, `m2po`)
-keep their names. What is outside of this module follows the usual rule: a public name is renamed with a warning first.
+The objectives of the zoo that use them are `quatro-reading`, `etr-reading`, `bapo`, `clip-cov`, `kl-cov` and `m2po`. What is
+outside of this module follows the usual rule: a public name is renamed with a warning first.
 
 Args:
     log_ratio: `log r` at the ratio level of the objective, with gradient: `(batch, time)`, or `(batch, 1)` for sequences.
@@ -23,9 +23,11 @@ Returns:
 # ruff: noqa: D417 (the module's docstring describes the arguments that all functions take)
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from bandpo._inputs import as_mask, traits
@@ -84,24 +86,55 @@ class Elastic:
         return RatioBounds((1 - self.low * s).clamp_min(0), 1 + self.high * s)
 
 
+def sum_over_ranks(sums: Tensor) -> Tensor:
+    """The sum of a tensor over all processes of `torch.distributed`: a hook for `Balanced(reduce=...)`.
+
+    Every process must call it, and the same number of times. Where a pipeline computes the loss on its last stage alone, it
+    would wait forever: write a hook for the group of those processes.
+
+    Args:
+        sums: A tensor of the same shape and dtype on each process.
+
+    Returns:
+        A new tensor with the sum, in the shape of `sums`; the tensor itself where there is one process.
+
+    Examples:
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized()) or group.get_world_size() == 1:
+        return sums
+    total = sums.clone()
+    group.all_reduce(total)
+    return total
+
+
 @traits("of_batch")
 @dataclass(frozen=True)
 class Balanced:
-    """A clip that widens step by step until good tokens carry enough of the objective: our own reading of BAPO.
+    """A clip that widens step by step until good tokens carry enough of the objective (BAPO, arXiv:2510.18927).
 
     Of the pairs (low edge, high edge) that start at the narrowest, raise the low edge to its end and then the high edge, the
     first is taken whose clipped objective has a share of at least `target` from tokens with A > 0; the last one if none has.
-    The batch decides: micro-batches and ranks that see a part of it may choose differently. BAPO (arXiv:2510.18927) publishes
-    three sets of constants that disagree; these are its README's.
+    Rule and order are those of the authors' code, with which a dual clip at c = 3 belongs (`bandpo.surrogates.dual_clip`).
+    The defaults are the constants that its README gives as the paper's; its configuration and its script have others.
+
+    The batch decides. Without `reduce` it is what this call sees, so that ranks may choose differently. With `sum_over_ranks`
+    all ranks choose one pair for their micro-batches of the same turn, as in the authors' code. For one pair in all
+    micro-batches of a batch, add up `sums` over them in a first pass without gradient, and let `reduce` return the total.
 
     Args:
         low: Smallest and largest lower edge, within [0, 1].
         high: Smallest and largest upper edge.
         step: Step of both edges, positive.
-        target: ρ₀ in (0, 1).
+        target: ρ₀ in (0, 1), a share of the whole. The authors' code takes the ratio of good to bad, `ρ₀/(1 - ρ₀)`.
+        reduce: Function of the `sums` of this call that returns those of the whole batch, in the same shape; None for those of
+            the call. Name a function of a module, so that the object can be pickled.
 
     Raises:
         ValueError: If a number is out of its range.
+        TypeError: If `reduce` cannot be called.
 
     Examples:
         >>> x, a = torch.tensor([[2.0, 0.5]]).log(), torch.tensor([[1.0, -1.0]])
@@ -113,6 +146,7 @@ class Balanced:
     high: tuple[float, float] = (1.2, 3.0)
     step: float = 0.05
     target: float = 0.5
+    reduce: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not (0 <= self.low[0] <= self.low[1] <= 1 <= self.high[0] <= self.high[1] < math.inf):
@@ -121,22 +155,48 @@ class Balanced:
             )
         if not (self.step > 0 and 0 < self.target < 1):
             raise ValueError(f"Balanced: step must be positive and target in (0, 1), got {self.step} and {self.target}")
+        if self.reduce is not None and not callable(self.reduce):
+            raise TypeError(f"Balanced: reduce must be a function of the sums, or None, got {self.reduce!r}")
 
     def __call__(self, old_logprobs: Tensor, *, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> RatioBounds:
-        raises, widens = (math.floor((end - start) / self.step + 1e-9) for start, end in (self.low, self.high))
-        pairs = [self._pair(i, raises) for i in range(raises + widens + 1)]
-        r = log_ratio.exp()
-        a = torch.where(as_mask(mask), advantages, 0.0)
-        enough: list[Tensor] = []
-        for low, high in pairs[:-1]:
-            kept = torch.minimum(r * a, r.clamp(low, high) * a)
-            good, bad = kept.clamp_min(0).sum(), kept.clamp_max(0).sum().neg()
-            enough.append((good >= self.target * (good + bad)).to(torch.int32))
-        last = torch.ones((), dtype=torch.int32, device=r.device)
-        first = torch.stack([*enough, last]).argmax().to(old_logprobs.dtype)
+        sums = self.sums(log_ratio, advantages, mask)
+        if self.reduce is not None:
+            shape, sums = sums.shape, self.reduce(sums)
+            if sums.shape != shape:
+                raise ValueError(f"Balanced: reduce returned shape {tuple(sums.shape)}, it must be {tuple(shape)}")
+        good, bad = sums.unbind(1)
+        enough = good >= self.target * (good + bad)
+        enough[-1] = True  # the last pair is taken where none suffices
+        first = enough.to(torch.int32).argmax().to(old_logprobs.dtype)
+        raises, _ = self._steps()
         low = self.low[0] + self.step * first.clamp(max=raises)
         high = self.high[0] + self.step * (first - raises).clamp_min(0)
         return RatioBounds(low.expand(old_logprobs.shape), high.expand(old_logprobs.shape))
+
+    def sums(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """What good and bad tokens add to the clipped objective, for each pair of edges in the order in which they are tried.
+
+        Args:
+            log_ratio: `log r`, `(batch, time)` or `(batch, 1)`.
+            advantages: A, `(batch, 1)` or `(batch, time)`.
+            mask: The tokens that are used, bool or 0/1, `(batch, time)`.
+
+        Returns:
+            `(pairs, 2)`: the sum over tokens with A > 0, and less the sum over those with A < 0.
+        """
+        raises, widens = self._steps()
+        r = log_ratio.exp()
+        a = torch.where(as_mask(mask), advantages, 0.0)
+        found: list[Tensor] = []
+        for low, high in (self._pair(i, raises) for i in range(raises + widens + 1)):
+            kept = torch.minimum(r * a, r.clamp(low, high) * a)
+            found.append(torch.stack([kept.clamp_min(0).sum(), kept.clamp_max(0).sum().neg()]))
+        return torch.stack(found)
+
+    def _steps(self) -> tuple[int, int]:
+        """How often the lower edge is raised, and then the upper one."""
+        raises, widens = (math.floor((end - start) / self.step + 1e-9) for start, end in (self.low, self.high))
+        return raises, widens
 
     def _pair(self, step: int, raises: int) -> tuple[float, float]:
         return self.low[0] + self.step * min(step, raises), self.high[0] + self.step * max(step - raises, 0)

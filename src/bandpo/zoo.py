@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from bandpo._deprecations import RENAMED_OBJECTIVES
 from bandpo._values import Registry
 from bandpo.bounds import DCPO, Band, Clip
 from bandpo.bounds.combined import Intersection
@@ -241,10 +242,11 @@ _RECIPES = (
         paper="our own reading of ETR, arXiv:2601.03723 (its equations could not be established)",
     ),
     Objective(
-        name="bapo-reading",
+        name="bapo",
         bounds=Balanced(),
-        formula="clip r to the first of [0.6 … 0.9, 1.2 … 3] that gives good tokens half of the objective",
-        paper="our own reading of BAPO, arXiv:2510.18927",
+        surrogate=partial(dual_clip, c=3.0),
+        formula="clip r to the first of [0.6 … 0.9, 1.2 … 3] that gives good tokens half; at least 3·A for A < 0",
+        paper="BAPO, arXiv:2510.18927, as in the authors' code with the constants of its README",
     ),
     # other edges
     Objective(
@@ -260,15 +262,17 @@ _RECIPES = (
         surrogate=quadratic,
         aggregation="seq-mean-token-mean",
         formula="r·A - |A|(r - 1)²/0.4, mean over tokens then sequences",
-        paper="CFPO, arXiv:2601.22801 (formula from re-implementations; the paper's ε could not be established)",
+        paper="CFPO, arXiv:2601.22801 (formula from re-implementations; ε is the clip's, here GRPO's 0.2)",
     ),
     Objective(
         name="drpo",
         bounds=_FREE,
         surrogate=partial(quadratic_tv, delta=12.5),
         aggregation="seq-mean-token-sum-norm",
-        formula="r·A - |A|·p(r - 1)²/25",
-        paper="DRPO, arXiv:2606.09821 (δ = 12.5 from a comment in code)",
+        advantage="mean",
+        anchor="rollout",
+        formula="r·A - |A|·μ(r - 1)²/25, r = π/μ, μ the sampler, A = R - mean",
+        paper="DRPO, arXiv:2606.09821 (δ = 12.5 of its section 4, quoted by its institution's code)",
     ),
     Objective(
         name="cispo",
@@ -288,16 +292,16 @@ _RECIPES = (
     Objective(
         name="aspo",
         bounds=Clip(0.2),
-        surrogate=partial(aspo, c=3.0),
-        formula="A > 0: sg(min(1/r, 3))·A·log π for r ≤ 1.2; A < 0: PPO's clip",
-        paper="ASPO, arXiv:2510.06062 (without its entropy mask)",
+        surrogate=partial(aspo, c=3.0, c_negative=3.0),
+        formula="A > 0: sg(min(1/r, 3))·A·log π for r ≤ 1.2; A < 0: PPO's clip to r = 3, then 3·A·log π",
+        paper="ASPO, arXiv:2510.06062, as in the authors' code without its entropy mask",
     ),
     Objective(
         name="ce-gppo",
         bounds=Clip(0.2),
-        surrogate=reinsert,
-        formula="PPO's clip, clipped tokens keep the gradient 0.75·0.8·A (A < 0) or 1.2·A (A > 0)",
-        paper="CE-GPPO, arXiv:2509.20712 (β of a third party's port)",
+        surrogate=partial(reinsert, beta_low=0.75, beta_high=1.0, c=10.0),
+        formula="PPO's clip, clipped tokens keep the gradient 0.75·0.8·A (A < 0) or 1.2·A (A > 0); at least 10·A for A < 0",
+        paper="CE-GPPO, arXiv:2509.20712, as in the authors' code with the β of their 7B runs",
     ),
     Objective(
         name="ppo-kl",
@@ -366,7 +370,7 @@ _RECIPES = (
         aggregation="seq-mean-token-sum",
         advantage="mean",
         formula="A·log π for A ≥ 0, sg(min(Π r, 1))·A·log π for A < 0",
-        paper="TOPR, arXiv:2503.14286 (from descriptions; with R - mean for its reward)",
+        paper="TOPR, arXiv:2503.14286, eq. 8 (by two secondary sources; with R - mean for its reward)",
     ),
     Objective(
         name="vespo",
@@ -419,8 +423,11 @@ _RECIPES = (
     ),
 )
 
-OBJECTIVES: Mapping[str, Objective] = Registry(__name__, "OBJECTIVES", {o.name: o for o in _RECIPES})
-"""The named objectives, read-only. Yours is an `Objective` object, or the string "package.module:NAME" of one."""
+OBJECTIVES: Mapping[str, Objective] = Registry(
+    __name__, "OBJECTIVES", {o.name: o for o in _RECIPES}, kind="objective", former=RENAMED_OBJECTIVES
+)
+"""The named objectives, read-only. Yours is an `Objective` object, or the string "package.module:NAME" of one. A former name
+still finds its objective, with a warning; it is not among the keys."""
 
 
 def get_objective(objective: Objective | str) -> Objective:
@@ -448,7 +455,10 @@ def get_objective(objective: Objective | str) -> Objective:
     if not isinstance(objective, str):
         raise TypeError(f"objective: pass a name, an Objective or 'package.module:NAME', got {objective!r}")
     if objective not in OBJECTIVES:
-        near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
+        near = [
+            name for name in OBJECTIVES if name.startswith(f"{objective}-")
+        ]  # 'bandpo' is 'bandpo-kl' rather than 'bapo'
+        near = near or difflib.get_close_matches(objective, OBJECTIVES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"objective {objective!r} is unknown: {hint}The names are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective]

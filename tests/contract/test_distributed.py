@@ -10,9 +10,12 @@ TWO = ("--config_file", str(RECIPES / "two_cpus.yaml"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["bandpo-kl", "dapo"])
+@pytest.mark.parametrize("objective", ["bandpo-kl", "dapo", "bapo"])
 def test_two_processes_are_one(tmp_path, objective):
-    one, two = (launch(tmp_path, SCRIPT, how, objective) for how in (ONE_PROCESS, TWO))
+    # bapo looks at the micro-batch, which is 16 sequences on two ranks together: also on one.
+    of_one = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "steps_per_generation": 1}
+    one = launch(tmp_path, SCRIPT, ONE_PROCESS, objective, **(of_one if objective == "bapo" else {}))
+    two = launch(tmp_path, SCRIPT, TWO, objective)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["logs"]) == len(two["logs"]) == 6
     for a, b in zip(one["logs"], two["logs"], strict=True):

@@ -164,6 +164,13 @@ def test_old_samples_say_nothing_of_the_policy(changes, tmp_path, make_model, to
         assert row["generated_tokens"] == 0
 
 
+@pytest.mark.parametrize("changes", [{"temperature": 0.5}, {"top_p": 0.9}], ids=["temperature", "top_p"])
+def test_samples_of_another_sampler_do_not_tell_the_distance(changes, tmp_path, make_model, tokenizer, prompts):
+    """Their mean log-ratio is no KL of the policy, and can be below 0."""
+    for row in online(tmp_path, make_model(), tokenizer, prompts, rounds=2, **changes).train():
+        assert "reward" in row and not any(name.startswith("concentrability") for name in row)
+
+
 def test_the_distance_from_the_start_is_that_of_the_policys_own_samples(tmp_path, make_model, tokenizer, prompts):
     """KL cannot be negative: its mean over many samples of the policy is above 0 by many standard errors."""
     options = {"learning_rate": 3e-2, "rounds": 2, "prompts_per_round": 64, "samples_per_prompt": 8}

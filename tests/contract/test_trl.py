@@ -10,6 +10,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from bandpo import KL, TV, Band, Clip, Objective, RatioBounds, policy_loss
+from bandpo._system import citation
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.surrogates import dual_clip, mask
 from trl_runs import (
@@ -294,6 +295,18 @@ def test_model_card_names_the_paper(make_model, tokenizer, prompts, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "2603.04918" in card
     assert "bandpo" in card
+    assert f"[{citation.TITLE}](https://huggingface.co/papers/2603.04918)" in card
+    assert citation.bibtex() in card and "Qiu, Xipeng" in card
+
+
+def test_model_card_of_another_objective_names_its_own_paper(make_model, tokenizer, prompts, tmp_path):
+    for name, paper in (("cispo", "2506.13585"), ("ipo", None)):
+        trainer = named(tmp_path / name, make_model, tokenizer, prompts, name)
+        trainer.create_model_card(model_name="tiny")
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"trained with the objective '{name}' of bandpo" in card
+        assert "2603.04918" not in card and "BandPO" not in card
+        assert paper is None or f"](https://huggingface.co/papers/{paper})" in card
 
 
 def test_lora_trains_only_adapters(make_model, tokenizer, prompts, tmp_path):

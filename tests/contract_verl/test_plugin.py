@@ -16,6 +16,7 @@ from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 
 from bandpo import OBJECTIVES, policy_loss
+from bandpo.experimental import sum_over_ranks
 from bandpo.integrations.verl import BandPolicyLossConfig
 from bandpo.surrogates import clip, dual_clip
 from batches import batch
@@ -23,8 +24,8 @@ from batches import batch
 TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
 
 
-def actor(options, **fields):
-    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=options, **fields)
+def actor(options, strategy="fsdp", **fields):
+    return ActorConfig(strategy=strategy, rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=options, **fields)
 
 
 def call(config, data, weights=None, aggregation="token-mean"):
@@ -65,8 +66,20 @@ def test_a_ray_worker_finds_them_too():
 
 def test_all_that_verl_can_feed_is_registered_and_nothing_else():
     names = {n.removeprefix("bandpo:") for n in POLICY_LOSS_REGISTRY if n.startswith("bandpo:")}
-    assert names == {n for n, o in OBJECTIVES.items() if not o.extras and o.correction is None}
+    assert names == {n for n, o in OBJECTIVES.items() if not o.extras and o.correction is None} | {"bapo-reading"}
     assert "dppo-topk-kl" not in names
+
+
+def test_bapo_is_summed_over_the_ranks_where_each_computes_the_loss():
+    """With a pipeline (Megatron) only the last stage does, and a sum over all ranks would never end."""
+    from bandpo.integrations.verl import _objective
+
+    for strategy, hook in (("fsdp", sum_over_ranks), ("fsdp2", sum_over_ranks), ("megatron", None)):
+        config = actor(PolicyLossConfig(), strategy)
+        assert _objective(config, "bapo").bounds.reduce is hook
+        assert _objective(config, "bandpo-kl") == _objective(actor(PolicyLossConfig()), "bandpo-kl")
+    with pytest.warns(FutureWarning, match="'bapo-reading' is now 'bapo'"):
+        assert _objective(actor(PolicyLossConfig(loss_mode="bandpo")), "bapo-reading").name == "bapo"
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])

@@ -95,7 +95,7 @@ def test_the_table_has_the_bounds_and_what_sets_them():
         "clip of 0.2 below and 0.28 above"
         in finding(dataclasses.replace(GOOD, objective=OBJECTIVES["dapo"]), "interval").seen
     )
-    for name in ("gspo", "dppo-topk-kl", "bapo-reading"):
+    for name in ("gspo", "dppo-topk-kl", "bapo"):
         assert not finding(dataclasses.replace(GOOD, objective=OBJECTIVES[name]), "interval").details
 
 

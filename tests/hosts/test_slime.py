@@ -297,7 +297,7 @@ def test_objectives_of_whole_sequences_are_refused_under_context_parallelism(hos
         args = arguments(host, bandpo={"objective": objective})
         return ours_slime.megatron_loss(host.name, args, batch, torch.zeros(1), lambda x: x.sum(), **given)
 
-    for objective in ("gspo", "luspo", "gmpo", "topr", "clip-cov", "bapo-reading"):
+    for objective in ("gspo", "luspo", "gmpo", "topr", "clip-cov", "bapo"):
         with pytest.raises(ValueError, match="whole sequences, one in a row"):
             call(objective)
     loss, _ = call("bandpo-kl")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 
 from bandpo.cli import main
 from bandpo.lab.experiments import preference
@@ -21,6 +23,55 @@ def mean(rows):
 @pytest.fixture(scope="module")
 def published():
     return json.loads(PUBLISHED.read_text())
+
+
+# φ(z) and dφ/dΔ = z φ'(z), by hand
+LINKS = {
+    "log": (np.log, lambda z: np.ones_like(z)),
+    "chi2-kl": (lambda z: z + np.log(z), lambda z: z + 1),
+    "chi2": (lambda z: z - 1, lambda z: z),
+    "forward-kl": (lambda z: 1 - 1 / z, lambda z: 1 / z),
+    "js": (lambda z: np.log(2 * z / (1 + z)), lambda z: 1 / (1 + z)),
+}
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_weights_of_both_sides_of_a_link_are_the_closed_forms(beta):
+    found = preference.link_weights(beta=beta)
+    delta = np.array(found["delta"])
+    assert set(found["links"]) == set(LINKS) and delta[0] == -8 and delta[-1] == 8
+    for name, (phi, slope) in LINKS.items():
+
+        def pull(d, sign, phi=phi, slope=slope):
+            """σ(-h) φ' over ½, with h = ±β(φ(e^d) - φ(1)): the moving side is the first or the second of the pair."""
+            z = np.exp(d)
+            return 2 * slope(z) * scipy.special.expit(-sign * beta * (phi(z) - phi(1.0)))
+
+        curves = found["links"][name]
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            np.testing.assert_allclose(curves[side], pull(delta, sign), rtol=1e-10, err_msg=f"{name} {side}")
+            end = curves["end"][side]
+            where = scipy.optimize.brentq(
+                lambda d, sign=sign: pull(d, sign) - 0.01, *sorted((sign * 0.5, sign * 100.0))
+            )
+            assert end == pytest.approx(where, rel=1e-3), (name, side)  # steps of the grid are 0.07%
+
+
+def test_the_page_has_the_ends_of_the_links(published):
+    page = (PUBLISHED.parent / "preference.md").read_text()
+    rows = {
+        "log": "log z (DPO)",
+        "chi2-kl": "z + log z (χPO)",
+        "js": "log(2z/(1 + z))",
+        "chi2": "z - 1",
+        "forward-kl": "1 - 1/z",
+    }
+    for name, title in rows.items():
+        end = published["links"]["links"][name]["end"]
+        said = [
+            f"e^{abs(d):.0f}" if abs(d) > 10 else f"{math.exp(abs(d)):.0f}" for d in (end["chosen"], end["rejected"])
+        ]
+        assert f"| {title} | {said[0]} | {said[1]} |" in page, (title, said)
 
 
 def test_regret_falls_like_one_over_log_n_for_dpo_and_polynomially_for_chipo():
@@ -103,5 +154,5 @@ def test_command_line(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"design.json", "design.png", "regret.json", "regret.png"}
     assert "bandpo" in json.loads((tmp_path / "design.json").read_text())
     assert main(["lab", "preference", "--only", "nope"]) == 2
-    assert "choose from regret" in capsys.readouterr().err
+    assert "choose from links, regret" in capsys.readouterr().err
     assert main(["lab", "preference", "--seeds", "1"]) == 2

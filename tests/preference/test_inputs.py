@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bandpo.preference as p
 from bandpo.preference import (
     PREFERENCES,
     PairObjective,
@@ -268,3 +269,113 @@ DESIGN_WRONG = [
 def test_wrong_features_are_named(features, options, error, message):
     with pytest.raises(error, match=message):
         preferential_g_optimal(features, **options)
+
+
+# ---- designs, samplers, tables, the probe
+
+HALF = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+ONE = torch.tensor([0.5, 0.5])
+PHI = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+G = torch.Generator().manual_seed(0)
+HIDDEN = torch.zeros(6, 2, 4)
+NAN = torch.tensor([1.0, math.nan])
+
+REFUSED = {
+    "features that are not 3-D": (lambda: p.feature_covariance(HALF, PHI[0], ONE), ValueError, "prompts, actions, d"),
+    "a feature that is NaN": (lambda: p.feature_covariance(HALF, PHI * math.nan, ONE), ValueError, "features must be finite"),
+    "a policy of other actions": (lambda: p.feature_coverage(HALF[:, :1], HALF, PHI, ONE), ValueError, r"\(\.\.\., 2, 2\)"),
+    "a negative probability": (lambda: p.feature_coverage(-HALF, HALF, PHI, ONE), ValueError, "finite and >= 0, got -0.5"),
+    "prompts of another number": (lambda: p.feature_covariance(HALF, PHI, ONE[:1]), ValueError, "prompt_probs must be"),
+    "functions of other shapes": (lambda: p.mad_coverage(HALF, HALF, PHI, ONE), ValueError, "policy must be"),
+    "integers as a policy": (lambda: p.mad_coverage(HALF.int(), HALF, torch.ones(1, 2, 2), ONE), TypeError, "float dtype"),
+    "prompt_probs of a batch": (lambda: p.OnPolicy(HALF), ValueError, "prompt_probs must be"),
+    "prompt_probs of NaN": (lambda: p.OnPolicy(NAN), ValueError, "got nan"),
+    "a policy of other prompts": (lambda: p.OnPolicy(ONE)(HALF[:1], 3, G), ValueError, "policy must be"),
+    "pairs that are no number": (lambda: p.OnPolicy(ONE)(HALF, 2.5, G), TypeError, "n must be an integer"),
+    "fewer than no pairs": (lambda: p.OnPolicy(ONE)(HALF, -1, G), ValueError, "n must be at least 0"),
+    "a row without probability": (lambda: p.OnPolicy(ONE)(HALF * 0, 3, G), ValueError, "positive sum, got 0"),
+    "a behaviour of other prompts": (lambda: p.Offline(ONE, HALF[:1]), ValueError, "behaviour must be"),
+    "a policy beside another behaviour": (lambda: p.Offline(ONE, HALF)(HALF[:, :1], 3, G), ValueError, "policy must be"),
+    "a design of other prompts": (
+        lambda: p.HybridDesign(ONE[:1], p.preferential_g_optimal(PHI)), ValueError, "has 2 prompts, prompt_probs 1",
+    ),
+    "a gap without a score": (lambda: p.first_wins(NAN), ValueError, "reward_gap must not be NaN, got nan; leave"),
+    "half a pair": (lambda: p.batch_schedule(3.5, 4, last=2), TypeError, "first must be an integer"),
+    "a reward that is NaN": (lambda: p.tabular_optimum(NAN, ONE.log(), beta=0.1), ValueError, "rewards must be finite"),
+    "a beta below 0 in a tensor": (
+        lambda: p.tabular_optimum(HALF, HALF.log(), beta=torch.tensor([0.1, -1.0])), ValueError, "beta must be positive.*-1",
+    ),
+    "a beta that is True": (lambda: p.tabular_optimum(ONE, ONE.log(), beta=True), TypeError, "beta must be a number"),
+    "the name of a link": (lambda: p.tabular_optimum(ONE, ONE.log(), beta=1.0, link="log"), TypeError, "as_link"),
+    "probabilities as log-probs": (lambda: p.tabular_optimum(ONE, ONE, beta=1.0), ValueError, "not above 0, got 0.5"),
+    "a reference without an action": (
+        lambda: p.tabular_optimum(ONE, torch.full((2,), -math.inf), beta=1.0), ValueError, "must have an action",
+    ),
+    "another shape of the reference": (lambda: p.concentrability(HALF.log(), ONE.log()), ValueError, "must be equal"),
+    "a log-prob of NaN": (lambda: p.concentrability(NAN - 2, ONE.log()), ValueError, "log-probs, not above 0, got nan"),
+    "a log-ratio of integers": (lambda: p.estimate_concentrability(torch.ones(3).int()), TypeError, "float dtype"),
+    "theta of another size": (lambda: p.linear_softmax(torch.ones(2), PHI, HALF.log()), ValueError, "theta must be"),
+    "wins of another number": (
+        lambda: p.fit_pairs(PHI[0].double(), ONE[:1], ONE, beta=1.0, radius=1.0), ValueError, "must be equal",
+    ),
+    "losses below 0": (
+        lambda: p.fit_pairs(PHI[0].double(), ONE, -ONE, beta=1.0, radius=1.0), ValueError, "losses must be finite and >= 0",
+    ),
+    "an infinite beta": (
+        lambda: p.fit_pairs(PHI[0].double(), ONE, ONE, beta=math.inf, radius=1.0), ValueError, "fit_pairs: beta",
+    ),
+    "layers that are no number": (lambda: p.LayerProbe(2.0, 4), TypeError, "layers must be an integer"),
+    "hidden states of integers": (lambda: p.LayerProbe(2, 4)(HIDDEN.int()), TypeError, "hidden must have a float dtype"),
+    "sides that broadcast": (lambda: p.LayerProbe(2, 4).loss(HIDDEN, HIDDEN[:1]), ValueError, "but rejected has"),
+    "a margin of NaN": (lambda: p.LayerProbe(2, 4).loss(HIDDEN, HIDDEN, margin=math.nan), ValueError, "margin"),
+    "a hidden state of NaN": (
+        lambda: p.LayerProbe(2, 4).fit(HIDDEN * math.nan, HIDDEN), ValueError, "chosen must be finite, got nan",
+    ),
+    "no epoch": (lambda: p.LayerProbe(2, 4).fit(HIDDEN, HIDDEN, epochs=0), ValueError, "epochs must be at least 1"),
+    "nothing to train on": (lambda: p.LayerProbe(2, 4).fit(HIDDEN, HIDDEN, held_out=1.0), ValueError, "none of 6 pairs"),
+    "no layers": (lambda: p.pool_hidden([], torch.ones(2, 3)), ValueError, "has no layer"),
+    "layers of another time": (lambda: p.pool_hidden([torch.ones(2, 4, 5)], torch.ones(2, 3)), ValueError, "with a mask"),
+    "scores that are a list": (lambda: p.rerank([[1.0, 2.0]]), TypeError, "scores must be a torch.Tensor"),
+    "half of the best": (lambda: p.rerank(HALF, top=1.0), TypeError, "top must be an integer"),
+    "rewards that broadcast": (lambda: p.relabel(torch.ones(3, 1), torch.ones(3)), ValueError, "one dimension"),
+    "a reward without a score": (lambda: p.relabel(NAN, ONE), ValueError, "chosen_rewards must not be NaN"),
+    "a link at a number": (lambda: p.LOG(1.0), TypeError, "log_ratio must be a torch.Tensor"),
+    "a link's power in words": (lambda: p.chi2_kl("1"), TypeError, "alpha must be a number"),
+    "an order that is True": (lambda: p.alpha_link(True), TypeError, "a must be a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_wrong_in_silence_is_named(case):
+    call_it, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        call_it()
+
+
+def test_an_action_that_no_policy_takes_adds_nothing_to_the_concentrability():
+    """-inf less -inf is NaN, which made the whole row NaN; the χ² of the other actions by hand."""
+    new, ref = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    assert p.concentrability(new.log(), ref.log()).item() == pytest.approx(0.9**2 / 0.5 + 0.1**2 / 0.5, rel=1e-12)
+    assert p.concentrability(ref.log(), torch.tensor([1.0, 0.0, 0.0]).double().log()) == math.inf
+
+
+def test_completions_without_a_ratio_are_left_out_of_the_estimate_and_counted():
+    delta = torch.tensor([0.0, 1.0, math.nan, -math.inf, -0.5])
+    found, clean = p.estimate_concentrability(delta), p.estimate_concentrability(delta[[0, 1, 4]])
+    assert found.nonfinite.item() == pytest.approx(0.4) and clean.nonfinite == 0
+    assert found[:3] == clean[:3]
+    assert clean.mean.item() == pytest.approx((1 + math.e + math.exp(-0.5)) / 3, rel=1e-6)
+    for nothing in (torch.zeros(0), torch.full((2,), math.nan)):
+        assert all(v.isnan() for v in p.estimate_concentrability(nothing)[:3])
+
+
+def test_samples_of_the_reference_estimate_no_distance():
+    """What an offline run would report: mean e^Δ tends to 1 and mean Δ is below 0, however far the policy is."""
+    g = torch.Generator().manual_seed(0)
+    ref, new = (torch.randn(50, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    own, old = (torch.multinomial(x.exp(), 200_000, replacement=True, generator=g) for x in (new, ref))
+    right, wrong = (p.estimate_concentrability((new - ref)[i]) for i in (own, old))
+    kl = (new.exp() * (new - ref)).sum().item()
+    assert right.log_mean.item() == pytest.approx(kl, abs=5 * 2 / 200_000**0.5) and kl > 0.5
+    assert right.mean.item() == pytest.approx(p.concentrability(new, ref).item(), rel=0.05)
+    assert wrong.log_mean < -0.5 and wrong.mean.item() == pytest.approx(1.0, abs=0.05)

@@ -71,7 +71,7 @@ def test_shapes_of_rewards_and_advantages_are_one():
 @pytest.mark.parametrize("options", [{"prompts": 0.5}, {"completions": 0.5}, {"completions": 0.5, "zeros": False}])
 def test_objectives_that_pruning_cannot_keep_are_refused(name, options):
     objective, prune = OBJECTIVES[name], Pruning(**options)
-    if name in ("bapo-reading", "clip-cov", "kl-cov", "m2po"):
+    if name in ("bapo", "clip-cov", "kl-cov", "m2po"):
         with pytest.raises(ValueError, match=f"pruning with objective '{name}'.*looks at the whole batch"):
             prune.check(objective)
     elif name in ("ppo-kl", "quatro-reading", "dro", "pmd-mean") and options == {"completions": 0.5}:

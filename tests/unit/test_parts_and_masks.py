@@ -230,7 +230,7 @@ def centred(log_ratio, advantages, bounds):
 @pytest.mark.parametrize(
     "objective",
     [
-        OBJECTIVES["bapo-reading"], OBJECTIVES["clip-cov"], OBJECTIVES["kl-cov"], Objective(bounds=Balanced()),
+        OBJECTIVES["bapo"], OBJECTIVES["clip-cov"], OBJECTIVES["kl-cov"], Objective(bounds=Balanced()),
         Objective(bounds=Clip(), surrogate=partial(partial(clip_cov, share=0.1), low=0.2)),
         Objective(bounds=Clip(), surrogate=wrapped(kl_cov)), Objective(bounds=Clip(), surrogate=centred),
         Objective(bounds=Clip(), surrogate=partial(wrapped(centred))), Objective(bounds=Clip(), surrogate=Both(clip, centred)),
@@ -247,7 +247,7 @@ def test_an_objective_of_the_batch_is_found_and_refuses_weights(objective):
 
 def test_the_others_are_not_of_the_batch():
     named = {n for n, o in OBJECTIVES.items() if "of_batch" in o.traits}
-    assert named == {"bapo-reading", "clip-cov", "kl-cov", "m2po"}
+    assert named == {"bapo", "clip-cov", "kl-cov", "m2po"}
     assert {n for n, o in OBJECTIVES.items() if "without_advantage" in o.traits} == {
         "ppo-kl",
         "quatro-reading",

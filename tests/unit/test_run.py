@@ -28,7 +28,7 @@ def cache(tmp_path_factory, monkeypatch):
     [
         ("dppo-topk-kl", ["--divergence_top_k", "5"]),  # a region that is no interval
         ("quatro-reading", []),  # one ratio for a sequence, statistics of groups
-        ("bapo-reading", []),  # bounds of the batch
+        ("bapo", []),  # bounds of the batch
         ("bandpo-kl", ["--radius_target", "clip_fraction=0.01", "--dynamic_sampling", "2"]),
         ("ppo-kl", ["--kl_penalty_target", "1e-9"]),  # no region: a penalty that adapts
     ],

@@ -64,7 +64,7 @@ def test_what_is_stopped_has_no_gradient_and_the_rest_has_one(name, per_token, s
 
 
 STOPPING = [
-    "grpo", "dual-clip", "dppo-tv", "ipo", "abc-grpo", "aspo", "clip-cov", "gspo", "gmpo", "bapo-reading", "fipo", "m2po",
+    "grpo", "dual-clip", "dppo-tv", "ipo", "abc-grpo", "aspo", "clip-cov", "gspo", "gmpo", "bapo", "fipo", "m2po",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from bandpo.bounds.regions import BySign, Sides, kl3_clip
 from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, second_moment
 from bandpo.surrogates import clip, mask, quadratic, quadratic_tv, soft_edge, two_sided
 from bandpo.surrogates.sequence import geometric_mean
+from bandpo.zoo import get_objective
 from batches import B, T, batch, complete, run
 
 N = 20_000
@@ -109,6 +110,18 @@ def gamma(r, p, a, **_):
     return np.exp(rate + k * np.log(w) - rate * w) / r
 
 
+def aspo_of_the_authors(r, p, a, **_):
+    """The gradient is A times this over r: 1/r up to 3 for A > 0; r up to 3 for A < 0; nothing past the edge."""
+    good = np.minimum(1 / r, 3) * (r <= 1.2)
+    bad = np.minimum(r, 3) * (r >= 0.8)
+    return np.where(a > 0, good, bad) / r
+
+
+def ce_gppo_of_the_authors(r, p, a, **_):
+    kept = np.where(outside(r, a, 0.8, 1.2), np.where(a > 0, 1.0 * 1.2, 0.75 * 0.8), r)
+    return np.where((a < 0) & (r > 10), 0.0, kept) / r
+
+
 W0, W1 = (1 + float((-lambertw(-math.exp(-1.05), k)).real) - 1 for k in (0, -1))
 
 WEIGHTS = {
@@ -142,8 +155,8 @@ WEIGHTS = {
     "drpo": lambda r, p, a, **_: 1 - np.sign(a) * (p * r - p) / 12.5,
     "cispo": lambda r, p, a, **_: np.minimum(r, 5) / r,
     "sapo": lambda r, p, a, **_: 1 / np.cosh(np.where(a > 0, 1.0, 1.05) * (r - 1) / 2) ** 2,
-    "aspo": lambda r, p, a, **_: np.where(a > 0, np.minimum(1 / r, 3) / r * (r <= 1.2), r >= 0.8),
-    "ce-gppo": lambda r, p, a, **_: np.where(outside(r, a, 0.8, 1.2), np.where(a > 0, 1.2, 0.75 * 0.8) / r, 1.0),
+    "aspo": aspo_of_the_authors,
+    "ce-gppo": ce_gppo_of_the_authors,
     "ppo-kl": lambda r, p, a, **_: 1 - (1 - 1 / r) / a,
     "gspo": hard(1 - 3e-4, 1 + 4e-4),
     "luspo": hard(1 - 2e-3, 1 + 2.5e-3),
@@ -159,7 +172,7 @@ WEIGHTS = {
     "tis": corrected(lambda w: np.minimum(w, 2)),
     "icepop": corrected(lambda w: w * (w >= 0.5) * (w <= 5)),
 }
-OF_THE_BATCH = {"bapo-reading", "clip-cov", "kl-cov", "m2po"}  # tested by themselves below
+OF_THE_BATCH = {"bapo", "clip-cov", "kl-cov", "m2po"}  # tested by themselves below
 
 
 def test_every_objective_has_its_weight_here():
@@ -197,6 +210,99 @@ def test_clip_fraction_of_the_hard_methods_is_the_share_of_zero_weights(name):
     objective = OBJECTIVES[name]
     _, gradient, metrics = run(objective, complete(objective, tokens()))
     assert metrics["clip_fraction/any"].item() == pytest.approx((gradient == 0).double().mean().item(), abs=1e-6)
+
+
+def test_the_three_rules_of_the_authors_on_one_exploded_token():
+    """r = 8 and r = 12 with A = -1, as the findings have them: aspo -3 (it was -8), ce-gppo -8 and 0, bapo 0."""
+    for name, r, want in (
+        ("aspo", 8, 3),
+        ("aspo", 2, 2),
+        ("ce-gppo", 8, 8),
+        ("ce-gppo", 12, 0),
+        ("bapo", 2.9, 2.9),
+        ("bapo", 8, 0),
+    ):
+        old = torch.tensor([[math.log(0.05)]], dtype=torch.float64)
+        data = {"old_logprobs": old, "logprobs": old + math.log(r), "advantages": -old.new_ones(1), "mask": old < 0}
+        loss, gradient, metrics = run(name, data)
+        assert gradient.item() == pytest.approx(want, rel=1e-12), (name, r)
+        assert loss.item() == pytest.approx(min(r, {"ce-gppo": 10}.get(name, 3)), rel=1e-12), (name, r)
+        assert metrics["clip_fraction/any"] == (want == 0), (name, r)
+
+
+@pytest.mark.parametrize("name", ["aspo", "ce-gppo"])
+def test_the_dual_clips_can_be_left_out(name):
+    """Without them the objective is the one that it was before, also in its value."""
+    data = tokens()
+    free = {"aspo": {"c_negative": math.inf}, "ce-gppo": {"c": math.inf}}[name]
+    surrogate = OBJECTIVES[name].surrogate
+    old = dataclasses.replace(OBJECTIVES[name], surrogate=partial(surrogate, **free))
+    r, a = (data["logprobs"] - data["old_logprobs"]).exp().flatten(), data["advantages"]
+    (loss, gradient, _), (_, limited, _) = run(old, data), run(name, data)
+    far = (a < 0) & (r > (3 if name == "aspo" else 10))
+    assert 10 < far.sum() < N / 10
+    assert torch.equal(gradient.flatten()[~far], limited.flatten()[~far])
+    torch.testing.assert_close(gradient.flatten()[far], (-a * r)[far] / N, rtol=1e-12, atol=0)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+def bapo_of_the_authors(log_ratio, advantages, mask):
+    """Loss and gradient of the authors' rule by its steps: one pair after the other, then PPO's clip and a dual clip at 3."""
+    r, a = np.exp(log_ratio), advantages * np.ones_like(log_ratio)
+    low, high = 0.6, 1.2
+
+    def share():
+        kept = np.where(a >= 0, np.minimum(r, high), np.maximum(r, low)) * a * mask
+        good, bad = kept[kept > 0].sum(), -kept[kept < 0].sum()
+        return np.inf if bad == 0 else good / bad
+
+    while share() < 1 and low < 0.9 - 1e-9:
+        low = min(low + 0.05, 0.9)
+    while share() < 1 and high < 3 - 1e-9:
+        high = min(high + 0.05, 3.0)
+    value = np.minimum(r * a, np.clip(r, low, high) * a)
+    slope = np.where(((a > 0) & (r > high)) | ((a < 0) & ((r < low) | (r > 3))), 0.0, r * a)
+    value = np.where(a < 0, np.maximum(value, 3 * a), value)
+    return -(value * mask).sum() / mask.sum(), -slope * mask / mask.sum(), (low, high)
+
+
+def test_bapo_is_the_rule_of_the_authors():
+    g = np.random.default_rng(0)
+    seen = set()
+    for trial in range(400):
+        b, t = g.integers(2, 9), g.integers(3, 9)
+        old = -g.exponential(2.0, (b, t)) - 0.01
+        new = old + g.normal(0, 1.0, (b, t))
+        a = g.normal(g.uniform(-0.7, 0.1), 1.0, (b, t if trial % 2 else 1))
+        mask = g.random((b, t)) < 0.8
+        mask[0, 0] = True
+        loss, gradient, pair = bapo_of_the_authors(new - old, a, mask)
+        seen.add(tuple(np.round(pair, 2)))
+        data = {"logprobs": new, "old_logprobs": old, "advantages": a}
+        got, grads, _ = run(
+            "bapo", {**{k: torch.from_numpy(v) for k, v in data.items()}, "mask": torch.from_numpy(mask)}
+        )
+        assert got.item() == pytest.approx(loss, rel=1e-9, abs=1e-12)
+        np.testing.assert_allclose(grads.numpy(), gradient, rtol=1e-9, atol=1e-12)
+    assert {(0.6, 1.2), (0.9, 3.0)} < seen and len(seen) > 15
+
+
+def test_a_former_name_finds_the_objective_and_warns():
+    with pytest.warns(
+        FutureWarning, match=r"objective 'bapo-reading' is now 'bapo', which has the authors' dual clip"
+    ) as said:
+        assert OBJECTIVES["bapo-reading"] is OBJECTIVES["bapo"]
+    assert said[0].filename == __file__
+    with pytest.warns(FutureWarning, match="is now 'bapo'"):
+        assert get_objective("bapo-reading").name == "bapo"
+    with pytest.warns(FutureWarning, match="is now 'bapo'"):
+        assert OBJECTIVES.get("bapo-reading") is OBJECTIVES["bapo"]
+    with pytest.warns(FutureWarning, match="is now 'bapo'"):
+        assert run("bapo-reading", batch())[0] == run("bapo", batch())[0]
+    assert "bapo-reading" in OBJECTIVES and "bapo-reading" not in list(OBJECTIVES)
+    assert len(OBJECTIVES) == len(list(OBJECTIVES)) and "bapo-reading" not in repr(OBJECTIVES)
+    with pytest.raises(KeyError):
+        OBJECTIVES["nothing"]
 
 
 def test_cfpo_is_spo_up_to_aggregation():
@@ -318,6 +424,38 @@ def test_balanced_takes_the_first_pair_that_suffices(shift):
     bounds = region(data["old_logprobs"], log_ratio=x, advantages=a, mask=valid)
     assert (bounds.lower[0, 0].item(), bounds.upper[0, 0].item()) == pytest.approx((low, high), rel=1e-12)
     assert (bounds.lower == bounds.lower[0, 0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [-1.5, -0.5])
+def test_parts_of_a_batch_choose_the_pair_of_the_whole_from_its_sums(shift, dtype):
+    """A first pass adds up the sums of the parts; the parts alone would choose differently."""
+    data = batch(spread=1.5)
+    x = (data["logprobs"] - data["old_logprobs"]).to(dtype)
+    a, valid = (data["advantages"] + shift).unsqueeze(1).to(dtype), data["mask"]
+    parts = [slice(0, 1), slice(1, 3), slice(3, B)]
+
+    def choose(region, rows):
+        return region(data["old_logprobs"][rows].to(dtype), log_ratio=x[rows], advantages=a[rows], mask=valid[rows])
+
+    total = sum(Balanced().sums(x[rows], a[rows], valid[rows]) for rows in parts)
+    torch.testing.assert_close(total, Balanced().sums(x, a, valid))
+    assert total.shape == (1 + 6 + 36, 2) and (total >= 0).all()
+    want = choose(Balanced(), slice(0, B))
+    told = Balanced(reduce=lambda own: total.to(own))
+    for rows in parts:
+        got = choose(told, rows)
+        assert (got.lower[0, 0], got.upper[0, 0]) == (want.lower[0, 0], want.upper[0, 0])
+    alone = {tuple(v[0, 0].item() for v in choose(Balanced(), rows)) for rows in parts}
+    assert len(alone) > 1, "the parts must differ for this test to see anything"
+
+
+def test_a_hook_that_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match="reduce must be a function of the sums, or None, got 3"):
+        Balanced(reduce=3)
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=r"reduce returned shape \(2,\), it must be \(43, 2\)"):
+        Balanced(reduce=lambda sums: sums.sum(0))(x, log_ratio=x, advantages=x, mask=x == 0)
 
 
 def test_kl_cov_penalises_the_top_tokens():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import as_mask, fill
+from bandpo.experimental import Balanced, sum_over_ranks
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.options import RegionOptions, parse_options
 from bandpo.metrics import policy_sums
@@ -97,6 +98,20 @@ def _tell_kl(host: str, objective: Objective, options: str | None) -> None:
             f"{_has_kl(objective)}, and {host} gives no log-probs of a reference to a loss; make an Objective with kl_coef=0"
         )
     warnings.warn(f"{_has_kl(objective)}, which {host} computes: set {options}", stacklevel=3)
+
+
+def over_ranks(objective: Objective) -> Objective:
+    """The objective, whose sums over the batch are those of all ranks, if it takes such sums and has no hook for them yet.
+
+    For hosts in which every process computes the loss of the same number of micro-batches.
+
+    Args:
+        objective: The objective of the run.
+    """
+    bounds = objective.bounds
+    if not isinstance(bounds, Balanced) or bounds.reduce is not None:
+        return objective
+    return dataclasses.replace(objective, bounds=dataclasses.replace(bounds, reduce=sum_over_ranks))
 
 
 def options_of_environment(host: str) -> dict[str, Any]:

@@ -24,8 +24,9 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.verl needs verl >= 0.7.1: pip install 'bandpo[verl]' ({error})") from error
 
+from bandpo._deprecations import RENAMED_OBJECTIVES
 from bandpo._inputs import as_mask
-from bandpo.integrations._host import Evaluated, attributes, evaluate, refuse_ignored
+from bandpo.integrations._host import Evaluated, attributes, evaluate, over_ranks, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
 from bandpo.integrations.options import RegionOptions
@@ -42,6 +43,9 @@ from bandpo.integrations.verl_options import (
 )
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
+
+_ALL_RANKS = ("fsdp", "fsdp2")
+"""Strategies in which every rank computes the loss of each micro-batch. With a pipeline only the last stage does."""
 
 
 @dataclass
@@ -147,6 +151,8 @@ def register() -> None:
     for name, objective in OBJECTIVES.items():
         if not missing_inputs(objective):
             register_policy_loss(f"bandpo:{name}")(partial(loss, name))
+    for former in RENAMED_OBJECTIVES:  # configurations that name them still train, with a warning
+        register_policy_loss(f"bandpo:{former}")(partial(loss, former))
 
 
 def _metrics(found: Evaluated, valid: Tensor, *, ranks: int) -> dict[str, float]:
@@ -171,7 +177,8 @@ def _objective(config: ActorConfig, name: str | None) -> Objective:
     asked = tuple((option, getattr(options, option)) for option in OPTIONS) if own else ()
     theirs = {**attributes(options, POLICY_LOSS_DEFAULTS), **attributes(config, ACTOR_DEFAULTS)}
     kl_loss = tuple((option, getattr(config, option)) for option in KL_DEFAULTS)
-    return _cached(name, asked, tuple(theirs.items()), config.clip_ratio_c, kl_loss)
+    objective = _cached(name, asked, tuple(theirs.items()), config.clip_ratio_c, kl_loss)
+    return over_ranks(objective) if config.strategy in _ALL_RANKS else objective
 
 
 @functools.lru_cache(maxsize=64)

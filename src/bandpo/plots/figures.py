@@ -142,22 +142,25 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
 
     Args:
         log: Rows of metrics.jsonl.
-        unit: What a row is about: "round", or "step" of a run on given pairs. Rows without the reward of new samples, as in a
-            run that samples only once, are drawn without the two figures about samples.
+        unit: What a row is about: "round", or "step" of a run on given pairs. A run that samples only once, so that its samples
+            are those of the initial policy, is drawn without the two figures about samples; one without a measured distance is
+            drawn without that figure.
     """
     with mpl.rc_context(STYLE):
-        sampled = unit == "round" and all("reward" in row for row in log)
-        figure = plt.figure(figsize=(11 if sampled else 7.6, 3.2), layout="constrained")
-        axes = cast("Sequence[Axes]", figure.subplots(1, 3 if sampled else 2))
+        sampled = unit == "round" and len(log) > 1 and all("reward" in row for row in log)
+        distance = sampled and any("concentrability/log_mean" in row for row in log)
+        figure = plt.figure(figsize=(11 if distance else 7.6, 3.2), layout="constrained")
+        axes = cast("Sequence[Axes]", figure.subplots(1, 3 if distance else 2))
         if sampled:
             _draw_series(axes[0], log, "reward", BLUE, "reward")
-            axes[0].set(ylabel="mean reward", title="Samples of the policy")
+            axes[0].set(ylabel="mean reward", title="Samples before each fit")
             axes[0].set_ylim(bottom=0)
-            _draw_series(axes[1], log, "concentrability/log_mean", GREEN, "KL")
-            axes[1].set(ylabel="nats per completion", title="KL(policy to reference)")
         else:
             _draw_series(axes[0], log, "rewards/accuracies", BLUE, "accuracy")
             axes[0].set(ylabel="share of pairs", title="First preferred by β φ")
+        if distance:
+            _draw_series(axes[1], log, "concentrability/log_mean", GREEN, "KL")
+            axes[1].set(ylabel="nats per completion", title="Their KL to the start")
         for key, colour, name in (("rewards/chosen", BLUE, "chosen"), ("rewards/rejected", ORANGE, "rejected")):
             _draw_series(axes[-1], log, key, colour, name)
         axes[-1].set(ylabel="β φ", title="Implicit reward in training")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_tensor
+from bandpo._inputs import check_int, check_tensor, check_values
 
 
 def check_number(
@@ -60,3 +60,126 @@ def check_column(
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} but {like_name} has {tuple(like.shape)}; they must be equal"
         )
+
+
+def check_count(name: str, value: object, *, low: int = 1) -> None:
+    """Check that an argument is an integer of at least `low`.
+
+    Args:
+        name: Name of the argument in messages.
+        value: The argument.
+        low: Smallest allowed value.
+
+    Raises:
+        TypeError: If the argument is not an integer.
+        ValueError: If the argument is too small.
+    """
+    check_int(name, value)
+    assert isinstance(value, int)
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def check_same_shape(name: str, value: object, like_name: str, like: object) -> None:
+    """Check that two arguments are float tensors of one shape.
+
+    Args:
+        name: Name of the one argument in messages.
+        value: The one argument.
+        like_name: Name of the other argument.
+        like: The other argument.
+
+    Raises:
+        TypeError: If one is not a float tensor.
+        ValueError: If the shapes differ.
+    """
+    check_tensor(name, value)
+    check_tensor(like_name, like)
+    assert isinstance(value, Tensor)
+    assert isinstance(like, Tensor)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} but {like_name} has {tuple(like.shape)}; they must be equal"
+        )
+
+
+def check_no_nan(name: str, value: Tensor, *, fix: str = "") -> None:
+    """Check that no entry of a tensor is NaN.
+
+    Args:
+        name: Name of the argument in messages.
+        value: The argument.
+        fix: What to do about an entry that is.
+
+    Raises:
+        ValueError: If an entry is NaN.
+    """
+    check_values(~value.isnan(), value, f"{name} must not be NaN", fix=fix)
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Check that all entries of a tensor are finite.
+
+    Args:
+        name: Name of the argument in messages.
+        value: The argument.
+
+    Raises:
+        ValueError: If an entry is not finite.
+    """
+    check_values(value.isfinite(), value, f"{name} must be finite")
+
+
+def check_logprobs(name: str, value: Tensor) -> None:
+    """Check that all entries of a tensor can be log-probs, up to rounding; -inf is the log of 0.
+
+    Args:
+        name: Name of the argument in messages.
+        value: The argument.
+
+    Raises:
+        ValueError: If an entry is NaN or above 0.
+    """
+    check_values(value < 1e-3, value, f"{name} must be log-probs, not above 0")
+
+
+def check_weights(name: str, value: object, shape: tuple[int | None, ...]) -> None:
+    """Check that an argument is a float tensor of probabilities or of weights for sampling: finite and not negative.
+
+    Args:
+        name: Name of the argument in messages.
+        value: The argument.
+        shape: Sizes of its last dimensions, None for any size; more dimensions in front are allowed.
+
+    Raises:
+        TypeError: If the argument is not a float tensor.
+        ValueError: If the shape does not fit, or an entry is negative or not finite.
+    """
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    ends = value.shape[-len(shape) :] if value.dim() >= len(shape) else None
+    if ends is None or any(want not in (None, have) for want, have in zip(shape, ends, strict=True)):
+        wanted = ", ".join("n" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must be (..., {wanted}), got shape {tuple(value.shape)}")
+    check_values((value >= 0) & value.isfinite(), value, f"{name} must be finite and >= 0")
+
+
+def check_features(features: object) -> tuple[int, int]:
+    """Check that features are `(prompts, actions, d)`, float and finite.
+
+    Args:
+        features: The argument.
+
+    Returns:
+        The numbers of prompts and of actions.
+
+    Raises:
+        TypeError: If they are not a float tensor.
+        ValueError: If the shape does not fit, or a value is not finite.
+    """
+    check_tensor("features", features)
+    assert isinstance(features, Tensor)
+    if features.dim() != 3:
+        raise ValueError(f"features must be (prompts, actions, d), got shape {tuple(features.shape)}")
+    check_finite("features", features)
+    return features.shape[0], features.shape[1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import check_int, check_tensor, check_values
-from bandpo.preference._checks import check_number
+from bandpo.preference._checks import check_features, check_number, check_weights
 
 PromptMarginal = Literal["design", "uniform"]
 
@@ -144,10 +144,17 @@ def feature_covariance(policy: Tensor, features: Tensor, prompt_probs: Tensor) -
     Returns:
         `(..., d, d)`.
 
+    Raises:
+        TypeError: If an argument is not a float tensor.
+        ValueError: If shapes do not fit, a feature is not finite, or a probability is negative or not finite.
+
     Examples:
         >>> feature_covariance(torch.tensor([[0.5, 0.5]]), torch.tensor([[[1.0], [-1.0]]]), torch.ones(1))
         tensor([[1.]])
     """
+    prompts, actions = check_features(features)
+    check_weights("policy", policy, (prompts, actions))
+    check_weights("prompt_probs", prompt_probs, (prompts,))
     mean = torch.einsum("...xa,xai->...xi", policy, features)
     second = torch.einsum("x,...xa,xai,xaj->...ij", prompt_probs, policy, features, features)
     return second - torch.einsum("x,...xi,...xj->...ij", prompt_probs, mean, mean)
@@ -167,6 +174,10 @@ def feature_coverage(policy: Tensor, target: Tensor, features: Tensor, prompt_pr
 
     Returns:
         `(...)`.
+
+    Raises:
+        TypeError: If an argument is not a float tensor.
+        ValueError: As for `feature_covariance`.
 
     Examples:
         >>> two, x = torch.eye(2).unsqueeze(0), torch.ones(1)
@@ -200,16 +211,25 @@ def mad_coverage(policy: Tensor, target: Tensor, functions: Tensor, prompt_probs
         prompt_probs: Probabilities of the prompts, `(prompts,)`.
 
     Returns:
-        The largest ratio, 0-d.
+        The largest ratio, 0-d. A function that is constant under both policies has no ratio and is left out.
+
+    Raises:
+        TypeError: If an argument is not a float tensor.
+        ValueError: If shapes do not fit, a value is not finite, or a probability is negative.
 
     Examples:
         >>> skewed, even = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
         >>> mad_coverage(skewed, even, torch.tensor([[[1.0, 0.0]]]), torch.ones(1))
         tensor(2.7778)
     """
+    prompts, actions = check_features(functions.movedim(0, -1) if isinstance(functions, Tensor) else functions)
+    check_weights("policy", policy, (prompts, actions))
+    check_weights("target", target, (prompts, actions))
+    check_weights("prompt_probs", prompt_probs, (prompts,))
 
     def deviation(p: Tensor) -> Tensor:
         mean = (p * functions).sum(-1, keepdim=True)
         return (prompt_probs * (p * (functions - mean).abs()).sum(-1)).sum(-1)
 
-    return (deviation(target) / deviation(policy)).max()
+    wanted, seen = deviation(target), deviation(policy)
+    return torch.where((wanted == 0) & (seen == 0), 0.0, wanted / seen).max()

@@ -13,7 +13,9 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_tensor
 from bandpo._values import ByValue, Registry
+from bandpo.preference._checks import check_number
 
 # e^88 is the largest power in the range of float32 and bfloat16; arXiv:2407.13399's experiments stop the exponential at 20.
 _LOW, _HIGH = -88.0, 20.0
@@ -55,8 +57,7 @@ class Link(ByValue):
         Raises:
             TypeError: If the log-ratio is not a float tensor.
         """
-        if not log_ratio.is_floating_point():
-            raise TypeError(f"link {self.name!r}: log_ratio must be a floating point tensor, got {log_ratio.dtype}")
+        check_tensor(f"link {self.name!r}: log_ratio", log_ratio)
         wide = log_ratio.float() if log_ratio.dtype in (torch.float16, torch.bfloat16) else log_ratio
         return self.of_log(wide)
 
@@ -74,6 +75,7 @@ def chi2_kl(alpha: float = 1.0, gamma: float = 1.0) -> Link:
         gamma: γ > 0, the weight of the KL part.
 
     Raises:
+        TypeError: If `alpha` or `gamma` is not a number.
         ValueError: If `alpha` or `gamma` is not positive. For γ = 0 use `CHI2`, whose inverse obeys the constraint π >= 0.
 
     Examples:
@@ -81,8 +83,7 @@ def chi2_kl(alpha: float = 1.0, gamma: float = 1.0) -> Link:
         tensor([0.2679, 1.0000, 2.8183])
     """
     for name, value in (("alpha", alpha), ("gamma", gamma)):
-        if not (0 < value < math.inf):
-            raise ValueError(f"chi2_kl: {name} must be a positive number, got {value}")
+        check_number(f"chi2_kl: {name}", value, low=0, open_low=True)
     name = "chi2-kl" if alpha == gamma == 1 else f"chi2-kl({alpha:g},{gamma:g})"
     return Link(
         name,
@@ -110,12 +111,15 @@ def alpha_link(a: float) -> Link:
         a: The order α, a finite number other than 1.
 
     Raises:
+        TypeError: If `a` is not a number.
         ValueError: If `a` is not finite or is 1, which is `LOG`.
 
     Examples:
         >>> alpha_link(2.0)(torch.tensor([0.0, 1.0]))
         tensor([0.0000, 1.7183])
     """
+    if isinstance(a, bool) or not isinstance(a, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"alpha_link: a must be a number, got {a!r}")
     if not math.isfinite(a) or a == 1:
         raise ValueError(f"alpha_link: a must be a finite number other than 1 (which is LOG), got {a}")
     k = a - 1
@@ -136,12 +140,16 @@ def log_wright_omega(x: Tensor) -> Tensor:
     Newton's method on `y + e^y = x` from `min(x, log max(x, 1))`, from where it converges from above without overshooting.
 
     Args:
-        x: A float tensor, any shape; solved in float64.
+        x: A float tensor, any shape; solved in float64. NaN stays NaN.
+
+    Raises:
+        TypeError: If `x` is not a float tensor.
 
     Examples:
         >>> log_wright_omega(torch.tensor([-50.0, 2.0, 10.0], dtype=torch.float64))
         tensor([-50.0000,   0.4429,   2.0706], dtype=torch.float64)
     """
+    check_tensor("x", x)
     wide = x.to(torch.float64)
     y = torch.where(wide > 1, wide.clamp(min=1).log(), wide)
     for _ in range(_NEWTON):

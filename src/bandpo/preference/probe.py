@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from bandpo._inputs import as_mask
+from bandpo._inputs import as_mask, check_int, check_tensor
+from bandpo.preference._checks import check_column, check_count, check_finite, check_no_nan, check_number
 
 Pooling = Literal["last", "mean"]
 Matching = Literal["ordered", "all"]
@@ -25,6 +26,7 @@ class LayerProbe(nn.Module):
         seed: Seed of the initial weights.
 
     Raises:
+        TypeError: If `layers` or `width` is not an integer.
         ValueError: If `layers` or `width` is below 1.
 
     Examples:
@@ -34,6 +36,8 @@ class LayerProbe(nn.Module):
 
     def __init__(self, layers: int, width: int, *, seed: int = 0) -> None:
         super().__init__()
+        check_int("LayerProbe: layers", layers)
+        check_int("LayerProbe: width", width)
         if layers < 1 or width < 1:
             raise ValueError(f"LayerProbe: layers and width must be at least 1, got {layers} and {width}")
         draw = torch.Generator().manual_seed(seed)
@@ -48,8 +52,10 @@ class LayerProbe(nn.Module):
             hidden: Hidden states, `(..., layers, width)`.
 
         Raises:
+            TypeError: If `hidden` is not a float tensor.
             ValueError: If the last two dimensions do not fit.
         """
+        check_tensor("hidden", hidden)
         if hidden.shape[-2:] != self.weight.shape:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}; this probe takes (..., {len(self.weight)}, {self.weight.shape[1]})"
@@ -64,7 +70,14 @@ class LayerProbe(nn.Module):
             chosen: Hidden states of the better completions, `(pairs, layers, width)`.
             rejected: Hidden states of the worse completions, `(pairs, layers, width)`.
             margin: Margin of the rewards.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If shapes differ or do not fit the probe, or the margin is not finite.
         """
+        check_number("margin", margin)
+        if chosen.shape != rejected.shape:
+            raise ValueError(f"chosen has shape {tuple(chosen.shape)} but rejected has {tuple(rejected.shape)}")
         return -logsigmoid(self(chosen) - self(rejected) - margin).mean()
 
     def fit(
@@ -84,27 +97,40 @@ class LayerProbe(nn.Module):
         Args:
             chosen: Hidden states of the better completions, `(pairs, layers, width)`.
             rejected: Hidden states of the worse completions, `(pairs, layers, width)`.
-            epochs: Number of epochs.
-            batch_size: Pairs in a step.
-            learning_rate: Learning rate of Adam.
-            weight_decay: Weight decay of Adam.
-            held_out: Share of the pairs that are held out to choose the epoch.
+            epochs: Number of epochs, at least 1.
+            batch_size: Pairs in a step, at least 1.
+            learning_rate: Learning rate of Adam, positive.
+            weight_decay: Weight decay of Adam, at least 0.
+            held_out: Share of the pairs that are held out to choose the epoch, in [0, 1]; at least one pair is.
             seed: Seed of the split and of the batches.
 
         Returns:
             The best accuracy on the held-out pairs.
 
         Raises:
-            ValueError: If shapes differ, or there are fewer than 4 pairs.
+            TypeError: If an argument has the wrong type.
+            ValueError: If shapes differ, there are fewer than 4 pairs, a hidden state is not finite, an option is out of range,
+                or `held_out` leaves no pair to train on.
         """
+        check_count("epochs", epochs)
+        check_count("batch_size", batch_size)
+        check_number("learning_rate", learning_rate, low=0, open_low=True)
+        check_number("weight_decay", weight_decay, low=0)
+        check_number("held_out", held_out, low=0, high=1)
+        check_tensor("chosen", chosen)
+        check_tensor("rejected", rejected)
         if chosen.shape != rejected.shape or len(chosen) < 4:
             raise ValueError(
                 f"fit: at least 4 pairs of one shape, got {tuple(chosen.shape)} and {tuple(rejected.shape)}"
             )
+        check_finite("chosen", chosen)
+        check_finite("rejected", rejected)
         draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(chosen), generator=draw)
         aside = max(1, int(held_out * len(chosen)))
         test, train = order[:aside], order[aside:]
+        if not len(train):
+            raise ValueError(f"held_out={held_out}: none of {len(chosen)} pairs is left to train on")
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, weight_decay=weight_decay)
         best, kept = -1.0, {name: p.detach().clone() for name, p in self.state_dict().items()}
         for _ in range(epochs):
@@ -126,7 +152,14 @@ def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
     Args:
         chosen: Rewards of the first completions, `(pairs,)`.
         rejected: Rewards of the second completions, `(pairs,)`.
+
+    Raises:
+        TypeError: If rewards are not float tensors.
+        ValueError: If shapes differ, there is no pair, or a reward is NaN.
     """
+    _check_rewards("chosen", chosen, "rejected", rejected)
+    if not len(chosen):
+        raise ValueError("chosen and rejected have no pair")
     return (chosen > rejected).double().mean().item()
 
 
@@ -143,7 +176,8 @@ def pool_hidden(hidden_states: Sequence[Tensor], mask: Tensor, how: Pooling = "l
         `(batch, layers, width)`, float32, detached.
 
     Raises:
-        ValueError: If `how` is unknown, or the mask of a sequence is empty.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `how` is unknown, there is no layer, a shape does not fit, or the mask of a sequence is empty.
 
     Examples:
         >>> h = torch.arange(6.0).view(1, 3, 2)
@@ -153,6 +187,15 @@ def pool_hidden(hidden_states: Sequence[Tensor], mask: Tensor, how: Pooling = "l
     if how not in ("last", "mean"):
         raise ValueError(f"pooling must be last or mean, got {how!r}")
     mask = as_mask(mask)
+    if not hidden_states:
+        raise ValueError("hidden_states has no layer; ask the model for them with output_hidden_states=True")
+    for h in hidden_states:
+        check_tensor("hidden_states", h)
+        if h.dim() != 3 or h.shape[:2] != mask.shape:
+            raise ValueError(
+                f"hidden_states have shape {tuple(h.shape)} with a mask of {tuple(mask.shape)}; they must be "
+                "(batch, time, width) and (batch, time)"
+            )
     if not mask.any(1).all():
         raise ValueError(f"sequence {int((~mask.any(1)).nonzero()[0])} of the batch has no token that counts")
     if how == "mean":
@@ -195,12 +238,16 @@ def rerank(
         The pairs, in the order of the groups.
 
     Raises:
+        TypeError: If the scores are not a float tensor, or a number is not an integer.
         ValueError: If a group is too small, the matching is unknown, or "ordered" has different numbers of best and worst.
 
     Examples:
         >>> rerank(torch.tensor([[0.1, 0.9, 0.5, 0.3]]), top=2, bottom=2).chosen
         tensor([1, 2])
     """
+    check_tensor("scores", scores)
+    check_int("top", top)
+    check_int("bottom", bottom)
     if scores.dim() != 2 or top < 1 or bottom < 1 or top + bottom > scores.shape[1]:
         raise ValueError(f"rerank: top={top} and bottom={bottom} of scores {tuple(scores.shape)} must fit into a group")
     if matching not in ("ordered", "all"):
@@ -227,8 +274,20 @@ def relabel(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     Returns:
         Bool, `(pairs,)`.
 
+    Raises:
+        TypeError: If rewards are not float tensors.
+        ValueError: If shapes differ, or a reward is NaN.
+
     Examples:
         >>> relabel(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
         tensor([False,  True])
     """
+    _check_rewards("chosen_rewards", chosen_rewards, "rejected_rewards", rejected_rewards)
     return rejected_rewards > chosen_rewards
+
+
+def _check_rewards(chosen_name: str, chosen: Tensor, rejected_name: str, rejected: Tensor) -> None:
+    check_column(chosen_name, chosen)
+    check_column(rejected_name, rejected, chosen, like_name=chosen_name)
+    for name, rewards in ((chosen_name, chosen), (rejected_name, rejected)):
+        check_no_nan(name, rewards, fix="leave such pairs out")

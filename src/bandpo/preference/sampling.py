@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_int, check_tensor, check_values
 from bandpo._values import ByValue
+from bandpo.preference._checks import check_count, check_no_nan, check_weights
 from bandpo.preference.design import Design
 
 Pairing = Literal["iid_conditional", "same_component"]
@@ -35,6 +37,10 @@ class OnPolicy(ByValue):
     Args:
         prompt_probs: Probabilities of the prompts, `(prompts,)`.
 
+    Raises:
+        TypeError: If the probabilities are not a float tensor.
+        ValueError: If they have another shape, or one is negative or not finite.
+
     Examples:
         >>> policy = torch.tensor([[0.0, 1.0]])
         >>> OnPolicy(torch.ones(1))(policy, 3, torch.Generator().manual_seed(0)).first
@@ -43,8 +49,13 @@ class OnPolicy(ByValue):
 
     prompt_probs: Tensor
 
+    def __post_init__(self) -> None:
+        _check_prompt_probs(self.prompt_probs)
+
     def __call__(self, policy: Tensor, n: int, generator: torch.Generator) -> Pairs:
         """Draw pairs."""
+        check_weights("policy", policy, (len(self.prompt_probs), None))
+        check_count("n", n, low=0)
         x = draw(self.prompt_probs.expand(*policy.shape[:-2], n, -1), generator)
         actions = _rows(policy, x)
         return Pairs(x, draw(actions, generator), draw(actions, generator))
@@ -58,6 +69,10 @@ class Offline(ByValue):
         prompt_probs: Probabilities of the prompts, `(prompts,)`.
         behaviour: Probabilities of the fixed policy, `(prompts, actions)`.
 
+    Raises:
+        TypeError: If the probabilities are not float tensors.
+        ValueError: If they have another shape, or one is negative or not finite.
+
     Examples:
         >>> fixed, policy = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> Offline(torch.ones(1), fixed)(policy, 3, torch.Generator().manual_seed(0)).first
@@ -67,8 +82,13 @@ class Offline(ByValue):
     prompt_probs: Tensor
     behaviour: Tensor
 
+    def __post_init__(self) -> None:
+        _check_prompt_probs(self.prompt_probs)
+        check_weights("behaviour", self.behaviour, (len(self.prompt_probs), None))
+
     def __call__(self, policy: Tensor, n: int, generator: torch.Generator) -> Pairs:
         """Draw pairs."""
+        check_weights("policy", policy, (len(self.prompt_probs), self.behaviour.shape[-1]))
         return OnPolicy(self.prompt_probs)(self.behaviour.expand_as(policy), n, generator)
 
 
@@ -84,7 +104,8 @@ class HybridDesign(ByValue):
             joint"); "same_component" draws both from the policy or both from the design. The proof covers either.
 
     Raises:
-        ValueError: If `mix` is not in [0, 1], or the pairing is unknown.
+        TypeError: If the probabilities are not a float tensor.
+        ValueError: If `mix` is not in [0, 1], the pairing is unknown, or the probabilities do not fit the design.
 
     Examples:
         >>> from bandpo.preference import preferential_g_optimal
@@ -99,6 +120,11 @@ class HybridDesign(ByValue):
     pairing: Pairing = "iid_conditional"
 
     def __post_init__(self) -> None:
+        _check_prompt_probs(self.prompt_probs)
+        if len(self.design.prompts) != len(self.prompt_probs):
+            raise ValueError(
+                f"HybridDesign: the design has {len(self.design.prompts)} prompts, prompt_probs {len(self.prompt_probs)}"
+            )
         if not 0 <= self.mix <= 1:
             raise ValueError(f"HybridDesign: mix must be in [0, 1], got {self.mix}")
         if self.pairing not in ("iid_conditional", "same_component"):
@@ -106,6 +132,8 @@ class HybridDesign(ByValue):
 
     def __call__(self, policy: Tensor, n: int, generator: torch.Generator) -> Pairs:
         """Draw pairs."""
+        check_weights("policy", policy, tuple(self.design.actions.shape))
+        check_count("n", n, low=0)
         design = self.design.prompts.unsqueeze(-1) * self.design.actions
         joint = torch.stack([(self.prompt_probs.unsqueeze(-1) * policy), design.expand_as(policy)], -3)
         share = torch.tensor([1 - self.mix, self.mix], dtype=policy.dtype)
@@ -121,6 +149,13 @@ class HybridDesign(ByValue):
         return Pairs(x, draw(actions, generator), draw(actions, generator))
 
 
+def _check_prompt_probs(prompt_probs: object) -> None:
+    check_weights("prompt_probs", prompt_probs, (None,))
+    assert isinstance(prompt_probs, Tensor)
+    if prompt_probs.dim() != 1:
+        raise ValueError(f"prompt_probs must be (prompts,), got shape {tuple(prompt_probs.shape)}")
+
+
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     """Sample one index for each row of non-negative weights, along the last dimension.
 
@@ -130,8 +165,14 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
     Returns:
         Indices, `(...)`.
+
+    Raises:
+        TypeError: If the weights are not a float tensor.
+        ValueError: If a weight is negative or not finite, or a row has nothing to sample.
     """
+    check_weights("weights", weights, (None,))
     edges = weights.cumsum(-1)
+    check_values(edges[..., -1] > 0, edges[..., -1], "a row of weights must have a positive sum")
     u = torch.rand(edges.shape[:-1], generator=generator, dtype=weights.dtype).unsqueeze(-1) * edges[..., -1:]
     return (
         torch.searchsorted(edges.contiguous(), u.contiguous(), right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
@@ -154,10 +195,16 @@ def first_wins(reward_gap: Tensor, *, stochastic: bool = True, generator: torch.
     Returns:
         Bool, the same shape.
 
+    Raises:
+        TypeError: If the gap is not a float tensor.
+        ValueError: If a gap is NaN.
+
     Examples:
         >>> first_wins(torch.tensor([2.0, -2.0]), stochastic=False)
         tensor([ True, False])
     """
+    check_tensor("reward_gap", reward_gap)
+    check_no_nan("reward_gap", reward_gap, fix="leave pairs without a score out")
     if not stochastic:
         return reward_gap > 0
     return torch.rand(reward_gap.shape, generator=generator, dtype=reward_gap.dtype) < reward_gap.sigmoid()
@@ -174,12 +221,15 @@ def batch_schedule(first: int, rounds: int, *, last: int, growth: float = 0.5, p
         power: α >= 0.
 
     Raises:
+        TypeError: If a number of pairs or rounds is not an integer.
         ValueError: If a number is out of range.
 
     Examples:
         >>> batch_schedule(4000, 4, last=6000)
         [4000, 2000, 1000, 6000]
     """
+    for name, value in (("first", first), ("rounds", rounds), ("last", last)):
+        check_int(f"batch_schedule: {name}", value)
     if first < 1 or last < 1 or rounds < 2:
         raise ValueError(f"batch_schedule: first and last at least 1, rounds at least 2; got {first}, {last}, {rounds}")
     if not (0 < growth <= 1 and power >= 0):

@@ -6,6 +6,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from bandpo._inputs import check_tensor, check_values
+from bandpo.preference._checks import (
+    check_features,
+    check_finite,
+    check_logprobs,
+    check_number,
+    check_same_shape,
+    check_weights,
+)
 from bandpo.preference.links import CHI2_KL, LOG, Link
 
 _BISECTIONS = 200  # of Z in `tabular_optimum`
@@ -31,19 +40,24 @@ def tabular_optimum(rewards: Tensor, ref_logprobs: Tensor, *, beta: float | Tens
         Log-probs in float64, `(..., actions)`.
 
     Raises:
-        ValueError: If `beta` is not positive, or shapes differ.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `beta` is not positive and finite, shapes differ, a reward is not finite, or the reference has no action.
 
     Examples:
         >>> r, uniform = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]).log()
         >>> tabular_optimum(r, uniform, beta=0.1).exp()
         tensor([9.9967e-01, 3.3490e-04], dtype=torch.float64)
     """
-    if not isinstance(beta, Tensor) and not (0 < beta < math.inf):
-        raise ValueError(f"tabular_optimum: beta must be a positive number, got {beta}")
-    if rewards.shape != ref_logprobs.shape:
-        raise ValueError(
-            f"rewards of shape {tuple(rewards.shape)} and ref_logprobs of {tuple(ref_logprobs.shape)} differ"
-        )
+    check_same_shape("rewards", rewards, "ref_logprobs", ref_logprobs)
+    if isinstance(beta, Tensor):
+        check_values((beta > 0) & beta.isfinite(), beta, "beta must be positive and finite")
+    else:
+        check_number("beta", beta, low=0, open_low=True)
+    if not isinstance(link, Link):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"link must be a Link (see bandpo.preference.as_link), got {link!r}")
+    check_finite("rewards", rewards)
+    check_logprobs("ref_logprobs", ref_logprobs)
+    check_values(~ref_logprobs.isinf().all(-1), ref_logprobs[..., 0], "the reference must have an action in each row")
     r, ref = rewards.to(torch.float64), ref_logprobs.to(torch.float64)
     beta = torch.as_tensor(beta, dtype=torch.float64).unsqueeze(-1)
     if link is LOG:
@@ -70,13 +84,21 @@ def concentrability(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         ref_logprobs: Log-probs of π_ref, the same shape.
 
     Returns:
-        `(...)`, in the dtype of the log-probs.
+        `(...)`, in the dtype of the log-probs; infinite where π takes an action that π_ref never takes.
+
+    Raises:
+        TypeError: If an argument is not a float tensor.
+        ValueError: If shapes differ, or an entry cannot be a log-prob.
 
     Examples:
         >>> concentrability(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log())
         tensor(1.6400)
     """
-    return (2 * logprobs - ref_logprobs).logsumexp(-1).exp()
+    check_same_shape("logprobs", logprobs, "ref_logprobs", ref_logprobs)
+    check_logprobs("logprobs", logprobs)
+    check_logprobs("ref_logprobs", ref_logprobs)
+    never = logprobs == -math.inf  # an action without probability adds nothing, also where the reference never takes it
+    return torch.where(never, -math.inf, 2 * logprobs - ref_logprobs).logsumexp(-1).exp()
 
 
 class ConcentrabilityEstimate(NamedTuple):
@@ -88,20 +110,37 @@ class ConcentrabilityEstimate(NamedTuple):
     """`max e^Δ`."""
     log_mean: Tensor
     """`mean Δ`, an estimate of KL(π ‖ π_ref), which is a lower bound of log C^π."""
+    nonfinite: Tensor
+    """Share of the completions that are left out, because their Δ is NaN or infinite."""
 
 
 def estimate_concentrability(log_ratio: Tensor) -> ConcentrabilityEstimate:
     """Estimates of the concentrability C^π (arXiv:2407.13399) from completions that were sampled from π.
 
+    For completions of another policy the means estimate something else: on samples of π_ref, `mean e^Δ` is 1 for every π, and
+    `mean Δ` is -KL(π_ref ‖ π), below 0. The same holds for samples at another temperature than that of the log-probs.
+
     Args:
         log_ratio: Δ = `log π - log π_ref` of the completions, any shape; exponents are clipped at 80.
+
+    Returns:
+        The estimates in float32. They are NaN where no Δ is finite.
+
+    Raises:
+        TypeError: If the log-ratio is not a float tensor.
 
     Examples:
         >>> estimate_concentrability(torch.tensor([0.0, 1.0])).mean
         tensor(1.8591)
     """
-    ratio = log_ratio.detach().float().clamp(max=80.0).exp()
-    return ConcentrabilityEstimate(ratio.mean(), ratio.max(), log_ratio.detach().float().mean())
+    check_tensor("log_ratio", log_ratio)
+    delta = log_ratio.detach().float().flatten()
+    finite = delta.isfinite()
+    count = finite.sum()
+    known = torch.where(finite, delta, 0.0)
+    ratio = torch.where(finite, known.clamp(max=80.0).exp(), 0.0)
+    largest = torch.where(count > 0, ratio.max(), torch.nan) if len(delta) else ratio.new_tensor(torch.nan)
+    return ConcentrabilityEstimate(ratio.sum() / count, largest, known.sum() / count, 1 - count / max(1, len(delta)))
 
 
 def linear_softmax(theta: Tensor, features: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -115,10 +154,24 @@ def linear_softmax(theta: Tensor, features: Tensor, ref_logprobs: Tensor) -> Ten
     Returns:
         `(..., prompts, actions)`.
 
+    Raises:
+        TypeError: If an argument is not a float tensor.
+        ValueError: If shapes do not fit, or a number is not finite.
+
     Examples:
         >>> linear_softmax(torch.tensor([1.0]), torch.tensor([[[1.0], [0.0]]]), torch.zeros(1, 2)).exp()
         tensor([[0.7311, 0.2689]])
     """
+    shape = check_features(features)
+    check_tensor("theta", theta)
+    check_tensor("ref_logprobs", ref_logprobs)
+    if ref_logprobs.shape != shape or theta.shape[-1:] != features.shape[-1:]:
+        raise ValueError(
+            f"theta {tuple(theta.shape)} and ref_logprobs {tuple(ref_logprobs.shape)} do not fit features "
+            f"{tuple(features.shape)}: theta must be (..., d), ref_logprobs (prompts, actions)"
+        )
+    check_finite("theta", theta)
+    check_values(ref_logprobs < math.inf, ref_logprobs, "ref_logprobs must be numbers or -inf")
     return (ref_logprobs + torch.einsum("...d,xad->...xa", theta, features)).log_softmax(-1)
 
 
@@ -140,15 +193,23 @@ def fit_pairs(differences: Tensor, wins: Tensor, losses: Tensor, *, beta: float,
         θ, `(..., d)`.
 
     Raises:
-        ValueError: If `beta` or `radius` is not positive.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `beta` or `radius` is not positive and finite, shapes do not fit, or a count is negative or not finite.
 
     Examples:
         >>> wins, losses = torch.tensor([3.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
         >>> fit_pairs(torch.ones(1, 1, dtype=torch.float64), wins, losses, beta=1.0, radius=10.0)  # log 3
         tensor([1.0986], dtype=torch.float64)
     """
-    if not (beta > 0 and radius > 0):
-        raise ValueError(f"fit_pairs: beta and radius must be positive, got {beta} and {radius}")
+    check_number("fit_pairs: beta", beta, low=0, open_low=True)
+    check_number("fit_pairs: radius", radius, low=0, open_low=True)
+    check_tensor("differences", differences)
+    if differences.dim() != 2:
+        raise ValueError(f"differences must be (kinds, d), got shape {tuple(differences.shape)}")
+    check_finite("differences", differences)
+    check_same_shape("wins", wins, "losses", losses)
+    for name, counts in (("wins", wins), ("losses", losses)):
+        check_weights(name, counts, (len(differences),))
     x = beta * differences
     scale = (wins + losses).sum(-1, keepdim=True).clamp(min=1)
     won, lost = wins / scale, losses / scale

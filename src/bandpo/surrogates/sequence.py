@@ -67,8 +67,8 @@ def geometric_mean(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *
 def tapered(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, *, logprobs: Tensor, mask: Tensor) -> Tensor:
     """`A·log π` for A >= 0, `min(ρ, 1)·A·log π` for A < 0, ρ the sequence's product ratio (TOPR, arXiv:2503.14286).
 
-    Good sequences are imitated however unlikely they have become; bad ones weigh less as they vanish. Known to us from
-    descriptions of the paper. The bounds are not used.
+    Good sequences are imitated however unlikely they have become; bad ones weigh less as they vanish. Equation 8 of the paper,
+    known to us from two secondary sources that agree. The bounds are not used.
 
     Returns:
         The value of each token, `(batch, time)`.

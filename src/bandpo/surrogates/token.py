@@ -17,6 +17,7 @@ Returns:
 
 # ruff: noqa: D417 (the module's docstring describes the arguments that all functions take)
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -227,8 +228,8 @@ def quadratic(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Ten
     """`r·A - |A|(r - 1)²/(2ε)`, ε the width on the side of the advantage (SPO, arXiv:2401.16025; CFPO, arXiv:2601.22801).
 
     `w = 1 - sign(A)(r - 1)/ε`: 0 at the edge, and past it the token is pulled back. CFPO derives it from a TV
-    constraint and has SPO's formula (CFPO's is known to us from re-implementations). For A > 0 and large r the pull grows
-    like `r²/ε`.
+    constraint and has SPO's formula (known to us from re-implementations). Its abstract counts no hyper-parameter besides
+    those of the clip that it replaces: ε is the clip's. For A > 0 and large r the pull grows like `r²/ε`.
 
     Returns:
         The value of each token, in the shape of `log_ratio`.
@@ -250,8 +251,8 @@ def quadratic_tv(
 ) -> Tensor:
     """`r·A - |A|·p(r - 1)²/(2δ)`: `quadratic` with `ε = δ/p`, the width of a TV ball (DRPO, arXiv:2606.09821).
 
-    `w = 1 - sign(A)(π - p)/δ`, which changes sign exactly on the boundary of DPPO's TV mask. With the published δ = 12.5 it
-    stays within [0.92, 1.08]. The bounds are not used.
+    `w = 1 - sign(A)(π - p)/δ`, which changes sign exactly on the boundary of DPPO's TV mask. With δ = 12.5, which the code of
+    the authors' institution quotes from section 4 of the paper, it stays within [0.92, 1.08]. The bounds are not used.
 
     Args:
         delta: δ > 0, in units of probability.
@@ -321,14 +322,16 @@ def log_quadratic(
 
 
 @stops(outside)
-def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
-    """For A > 0 the inverse ratio weighs, `min(1/r, c)`; for A < 0 PPO's clip (ASPO, arXiv:2510.06062).
+def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0, c_negative: float = 3.0) -> Tensor:
+    """For A > 0 the inverse ratio weighs, `min(1/r, c)`; for A < 0 PPO's clip, with `min(r, c)` (ASPO, arXiv:2510.06062).
 
     Rare tokens of good answers are raised more, not less. A > 0: `w = min(1/r, c)/r` for `r <= upper`, else 0. A < 0: `w` of
-    `clip`.
+    `clip`, times `min(r, c_negative)/r`: past the dual clip a token keeps a constant gradient, where `dual_clip` takes it
+    away. Both rules, and c = 3 for both signs, are those of the authors' code (Archer 2.0), without its mask by entropy.
 
     Args:
-        c: Largest inverse ratio that weighs, positive.
+        c: Largest inverse ratio that weighs for A > 0, positive.
+        c_negative: Largest ratio that weighs for A < 0, at least 1; `math.inf` for no such limit.
 
     Returns:
         The value of each token, in the shape of `log_ratio`.
@@ -337,47 +340,66 @@ def aspo(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
         >>> aspo(torch.tensor([0.5, 0.1, 1.3]).log(), torch.ones(3), edge)
         tensor([2., 3., 0.])
+        >>> aspo(torch.tensor([0.5, 2.0, 8.0]).log(), -torch.ones(3), edge)
+        tensor([-0.8000, -2.0000, -3.0000])
     """
     r = ratio(log_ratio)
     inverse = _score(ratio(-log_ratio).clamp(max=c), log_ratio)
     positive = (inverse * advantages).masked_fill(outside(log_ratio, advantages, bounds, ratio=r), 0.0)
-    return torch.where(advantages > 0, positive, clip(log_ratio, advantages, bounds))
+    negative = clip(log_ratio, advantages, bounds)
+    if c_negative < math.inf:
+        limit = _score(torch.full_like(log_ratio, c_negative), log_ratio)
+        negative = torch.where(r > c_negative, limit * advantages, negative)
+    return torch.where(advantages > 0, positive, negative)
 
 
 def _outside_without_rest(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta_low: float = 0.75, beta_high: float = 1.0
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds,
+    beta_low: float = 0.75,
+    beta_high: float = 1.0,
+    c: float = math.inf,
 ) -> Tensor:
+    below = (advantages < 0) & (ratio(log_ratio) > c)
     if beta_low and beta_high:
-        return never(log_ratio, advantages, bounds)
-    return outside(log_ratio, advantages, bounds) & torch.where(advantages > 0, beta_high == 0, beta_low == 0)
+        return below
+    return below | outside(log_ratio, advantages, bounds) & torch.where(advantages > 0, beta_high == 0, beta_low == 0)
 
 
 @stops(_outside_without_rest)
 def reinsert(
-    log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta_low: float = 0.75, beta_high: float = 1.0
+    log_ratio: Tensor,
+    advantages: Tensor,
+    bounds: RatioBounds,
+    beta_low: float = 0.75,
+    beta_high: float = 1.0,
+    c: float = math.inf,
 ) -> Tensor:
     """As `clip`, but clipped tokens keep a constant gradient, `β·edge·A` (CE-GPPO, arXiv:2509.20712).
 
-    `w = β_low·lower/r` for `A < 0, r < lower`, `β_high·upper/r` for `A > 0, r > upper`, 1 inside. The two β are those of a
-    third party's port.
+    `w = β_low·lower/r` for `A < 0, r < lower`, `β_high·upper/r` for `A > 0, r > upper`, 0 for `A < 0, r > c`, and 1 elsewhere.
+    The authors' scripts use β = (0.75, 1) for 7 billion weights and (0.5, 1) for 1.5 billion, with c = 10.
 
     Args:
         beta_low: β at the lower edge, at least 0; 0 is `clip` there.
         beta_high: β at the upper edge, at least 0.
+        c: The ratio above which a token of `A < 0` stops, at least 1, as in `dual_clip`; `math.inf` for no such limit.
 
     Returns:
         The value of each token, in the shape of `log_ratio`.
 
     Examples:
         >>> edge = RatioBounds(torch.tensor(0.8), torch.tensor(1.2))
-        >>> reinsert(torch.tensor([0.5]).log(), torch.tensor([-1.0]), edge)
-        tensor([-0.6000])
+        >>> reinsert(torch.tensor([0.5, 12.0]).log(), torch.tensor([-1.0, -1.0]), edge, c=10.0)
+        tensor([ -0.6000, -10.0000])
     """
     r = ratio(log_ratio)
     edge = torch.where(advantages > 0, beta_high * bounds.upper, beta_low * bounds.lower)
     left = outside(log_ratio, advantages, bounds, ratio=r)
     # A free side has no edge, and inf times a gradient of 0 would be NaN.
-    return torch.where(left, _score(torch.where(left, edge, 1.0), log_ratio), r) * advantages
+    kept = torch.where(left, _score(torch.where(left, edge, 1.0), log_ratio), r) * advantages
+    return kept if c == math.inf else torch.where((advantages < 0) & (r > c), c * advantages, kept)
 
 
 def _score(weight: Tensor, log_ratio: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ loss of any other surrogate is added to TRL's. Both are exact (tests/contract/te
 """
 
 import math
-import textwrap
+import re
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from bandpo._system import citation
 from bandpo.bounds.regions import TopK, common_radius
+from bandpo.integrations._host import over_ranks
 from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
@@ -63,16 +65,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "bandpo"]  # noqa: RUF012 (TRL's convention)
     _name = "BandPO"
-    _paper = {  # noqa: RUF012
-        "title": "BandPO",
-        "id": "2603.04918",
-        "citation": textwrap.dedent("""\
-            @article{bandpo2026,
-                title  = {{BandPO}},
-                year   = 2026,
-                eprint = {arXiv:2603.04918},
-            }"""),
-    }
+    _paper = {"title": citation.TITLE, "id": citation.ARXIV, "citation": citation.bibtex()}  # noqa: RUF012
 
     if TYPE_CHECKING:  # attributes of TRL and transformers, which leave their types open
         args: BandGRPOConfig
@@ -109,8 +102,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             raise TypeError(
                 f"args: pass a BandGRPOConfig (its fields are GRPOConfig's and more), got {type(args).__name__}"
             )
-        self.objective = args.resolve() if objective is None else objective
+        self.objective = over_ranks(args.resolve() if objective is None else objective)
         self._strategy = strategy_for(self.objective)(self)
+        self._name, self._paper = _of_the_card(self.objective)
         refuse_patched_loss()
         refuse_sampler(self.objective, args, own_sampler=kwargs.get("rollout_func") is not None)
         if objective is not None:
@@ -480,3 +474,12 @@ def _is_rollout(value: object) -> bool:
     if value is None:
         return True
     return isinstance(value, list) and all(isinstance(part, dict) for part in cast("list[object]", value))
+
+
+def _of_the_card(objective: Objective) -> tuple[str, dict[str, str]]:
+    """The method and its paper as TRL writes them into the card of a model: BandPO's only where the objective is BandPO's."""
+    if citation.ARXIV in objective.paper:
+        return BandGRPOTrainer._name, BandGRPOTrainer._paper  # pyright: ignore[reportPrivateUsage]
+    found = re.search(r"arXiv:(\d{4}\.\d{5})", objective.paper)
+    paper = {"title": objective.paper, "id": found[1]} if found else {}
+    return f"the objective {objective.name!r} of bandpo", paper

@@ -351,15 +351,25 @@ class OnlinePreferenceTrainer:
         """Reward, unscored completions, distance from the start, and tokens of new samples."""
         rewards = scored.rewards
         asked = rewards if taught is None or self.args.probe_audit else rewards[taught]
-        estimate = estimate_concentrability(scored.log_ratio)
         return {
             "reward": rewards.nanmean().item(),
             "unscored": float(asked.isnan().sum()),
+            **self._distance(scored.log_ratio),
+            "generated_tokens": float(sum(len(c) for row in samples for c in row["completions"])),
+        }
+
+    def _distance(self, log_ratio: Tensor) -> dict[str, float]:
+        """The distance from the start; nothing where the sampler is another policy than the one of the log-probs."""
+        if self.args.temperature != 1 or self.args.top_p != 1:
+            return {}
+        estimate = estimate_concentrability(log_ratio)
+        found = {
             "concentrability/mean": estimate.mean.item(),
             "concentrability/max": estimate.maximum.item(),
             "concentrability/log_mean": estimate.log_mean.item(),
-            "generated_tokens": float(sum(len(c) for row in samples for c in row["completions"])),
         }
+        share = estimate.nonfinite.item()
+        return {**found, "concentrability/nonfinite": share} if share else found
 
     def _seed(self, k: int) -> int:
         """The seed of round k."""

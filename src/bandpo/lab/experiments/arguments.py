@@ -39,8 +39,8 @@ def _add_preference(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--only",
-        help="names separated by commas: regret, concentrability, coverage, distillation, calibration, design, reranking "
-        "(default: all, some minutes)",
+        help="names separated by commas: links, regret, concentrability, coverage, distillation, calibration, design, "
+        "reranking (default: all, some minutes)",
     )
     add("--seeds", type=int, default=5, help="seeds of the experiment on a transformer (default: 5)")
     _add_output(parser, "runs/lab-preference")

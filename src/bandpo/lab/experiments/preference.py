@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bandpo.preference.design import feature_coverage, preferential_g_optimal
-from bandpo.preference.links import CHI2_KL, LOG
+from bandpo.preference.links import CHI2_KL, LINKS, LOG, Link
 from bandpo.preference.losses import pair_loss, reward_calibration
-from bandpo.preference.objectives import PREFERENCES
+from bandpo.preference.objectives import PREFERENCES, PairObjective
 from bandpo.preference.sampling import HybridDesign, OnPolicy, Pairs
 from bandpo.preference.tabular import concentrability, fit_pairs, linear_softmax, tabular_optimum
 
@@ -283,7 +283,54 @@ def design_checks(shapes: Sequence[tuple[int, int, int]] = ((1, 8, 3), (5, 10, 3
     return {"designs": rows}
 
 
+def link_weights(*, beta: float = 0.1, reach: float = 8.0, points: int = 65) -> Result:
+    """How strongly a pair pulls at each of its two completions, by link, and how far each must move until the pull has ended.
+
+    The gradient of the hard loss is `-β w₁ ∇log π(y₁) + β w₂ ∇log π(y₂)`, with `w = σ(-h) φ'(Δ)` of each side. It is drawn
+    relative to DPO's at the reference, ½. One completion moves and the other one stays at its reference.
+
+    Args:
+        beta: β of all links.
+        reach: Largest |Δ| of the curves, in nats.
+        points: Points of each curve.
+
+    Returns:
+        The log-ratios `delta`; for each link `chosen` and `rejected`, the weights of the side that moves at each Δ; and `end`,
+        the log-ratio of each side at which its weight is 1% of DPO's at the reference for the rest of the way, None if the
+        pull never ends.
+    """
+    delta = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    far = 10 ** torch.linspace(-3, 3.3, 20_001, dtype=torch.float64)
+    out: Result = {"beta": beta, "delta": _floats(delta), "links": {}}
+    for link in LINKS.values():
+        ends: dict[str, float | None] = {}
+        for side, away in (("chosen", far), ("rejected", -far)):
+            pulls = _pull(link, beta, away, side) > 0.01
+            last = int(pulls.nonzero().max()) if pulls.any() else -1
+            ends[side] = None if last == len(away) - 1 else away[last + 1].item()
+        curves = {side: _floats(_pull(link, beta, delta, side)) for side in ("chosen", "rejected")}
+        out["links"][link.name] = {"formula": link.formula, **curves, "end": ends}
+    return out
+
+
+def _pull(link: Link, beta: float, delta: Tensor, side: str) -> Tensor:
+    """The weight of one completion of a pair at its log-ratio, with the other one at 0, over DPO's at the reference."""
+    moving = delta.clone().requires_grad_()
+    still = torch.zeros_like(delta)
+    pair = (moving, still) if side == "chosen" else (still, moving)
+    losses, _ = pair_loss(
+        chosen_logprobs=pair[0],
+        rejected_logprobs=pair[1],
+        ref_chosen_logprobs=still,
+        ref_rejected_logprobs=still,
+        objective=PairObjective("hard", link, beta=beta),
+    )
+    (gradient,) = torch.autograd.grad(losses.sum(), moving)
+    return gradient.abs() / (beta / 2)
+
+
 EXPERIMENTS: dict[str, Callable[[], Result]] = {
+    "links": link_weights,
     "regret": best_beta_regret,
     "concentrability": concentrability_over_epochs,
     "coverage": coverage_by_round,

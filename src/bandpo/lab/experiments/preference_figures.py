@@ -19,6 +19,31 @@ from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 Result = dict[str, Any]
 
 
+def plot_links(found: Result) -> Figure:
+    """The weights of both sides of a pair by link, over the log-ratio of the side that moves."""
+    looks = {
+        "log": ("log z (DPO)", ORANGE, "-"),
+        "chi2-kl": ("z + log z (χPO)", BLUE, "-"),
+        "chi2": ("z - 1", BLUE, "--"),
+        "js": ("log(2z/(1 + z))", PINK, "-"),
+        "forward-kl": ("1 - 1/z", GREEN, "-"),
+    }
+    with mpl.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+        for name, curves in found["links"].items():
+            label, colour, style = looks[name]
+            for axes, side in ((left, "chosen"), (right, "rejected")):
+                axes.plot(found["delta"], curves[side], style, color=colour, lw=1.8, label=label)
+        for axes, title in ((left, "Pull up at the chosen one"), (right, "Pull down at the rejected one")):
+            axes.axvline(0, color=GREY, lw=0.8)
+            axes.set(
+                yscale="log", ylim=(1e-3, 30), xlabel="its log-ratio Δ = log π/π_ref, the other one at 0", title=title
+            )
+        left.set(ylabel="gradient weight over DPO's at Δ = 0")
+        figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(looks))
+    return figure
+
+
 def plot_regret(found: Result) -> Figure:
     """Regret at the best β against n."""
     with mpl.rc_context(STYLE):
@@ -169,6 +194,7 @@ def plot_reranking(found: Result) -> Figure:
 
 
 FIGURES: dict[str, Callable[[Result], Figure]] = {
+    "links": plot_links,
     "regret": plot_regret,
     "concentrability": plot_concentrability,
     "coverage": plot_coverage,
