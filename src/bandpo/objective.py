@@ -1,7 +1,7 @@
 """An objective as a composition: bounds x surrogate x aggregation, and what it expects around it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -122,6 +122,41 @@ class Objective(ByValue):
         ):
             object.__setattr__(self, name, value)
 
+    @property
+    def top_k(self) -> int | None:
+        """K, the number of the sampler's most likely tokens whose log-probs an objective asks for as `topk_logprobs`.
+
+        None where no part of it asks for them.
+
+        Examples:
+            >>> from bandpo import OBJECTIVES
+            >>> OBJECTIVES["dppo-topk-kl"].top_k, OBJECTIVES["dppo-kl"].top_k
+            (20, None)
+        """
+        parts = (self.bounds, self.surrogate)
+        asking = [part for part in parts if "topk_logprobs" in inputs_of(part)]
+        return next((getattr(part, "k", None) for part in asking), None)
+
+    @property
+    def radius(self) -> Radius | tuple[Radius, Radius] | None:
+        """The radius of its ball, δ; None where no part of it is a ball.
+
+        Examples:
+            >>> from bandpo import OBJECTIVES
+            >>> OBJECTIVES["bandpo-kl"].radius, OBJECTIVES["grpo"].radius
+            (0.05, None)
+        """
+        return None if self.ball is None else getattr(self, self.ball).radius
+
+    @property
+    def ball(self) -> Literal["bounds", "surrogate"] | None:
+        """The part that has a radius: bounds that are a ball, or a surrogate that projects onto one; None for neither."""
+        if isinstance(self.bounds, Band | TopK):
+            return "bounds"
+        surrogate = self.surrogate
+        projects = is_dataclass(surrogate) and any(f.name == "radius" for f in fields(surrogate))
+        return "surrogate" if projects else None
+
     def group_inputs(
         self, rewards: Tensor, advantages: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None
     ) -> dict[str, Tensor]:
@@ -170,6 +205,7 @@ class Objective(ByValue):
         Raises:
             ValueError: If its trust region is no ball.
         """
-        if not isinstance(self.bounds, Band | TopK):
+        part = self.ball
+        if part is None:
             raise ValueError(f"objective {self.name!r} has no radius: its bounds are {self.bounds!r}")
-        return replace(self, bounds=replace(self.bounds, radius=radius))
+        return replace(self, **{part: replace(getattr(self, part), radius=radius)})

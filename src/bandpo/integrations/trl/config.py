@@ -12,7 +12,6 @@ except ImportError as error:
 
 from bandpo._system.secrets import HidesSecrets
 from bandpo.bounds import Band
-from bandpo.bounds.regions import TopK
 from bandpo.integrations.options import RegionOptions
 from bandpo.objective import Aggregation, Objective
 from bandpo.schedules import Adaptive, Schedule
@@ -176,7 +175,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         """
         if self.radius_schedule == "constant" and self.radius_end is None and self.radius_target is None:
             return None
-        radius = objective.bounds.radius if isinstance(objective.bounds, Band | TopK) else None
+        radius = objective.radius
         if not isinstance(radius, int | float):
             raise ValueError(
                 f"radius_schedule, radius_end and radius_target move one number, and objective {self.objective!r} has "

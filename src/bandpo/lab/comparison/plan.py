@@ -15,6 +15,7 @@ from bandpo.bounds import DCPO, Band, Clip
 from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.regions import Sides
 from bandpo.lab.comparison.loop import Setting
+from bandpo.lab.comparison.top import has_inputs
 from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.zoo import OBJECTIVES
@@ -94,7 +95,7 @@ class Plan:
         for name in self.objectives:
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
-            if OBJECTIVES[name].extras and OBJECTIVES[name].group_stats is None:
+            if not has_inputs(OBJECTIVES[name]):
                 raise ValueError(f"objectives: {name!r} needs {OBJECTIVES[name].extras}, which the lab does not have")
         for task in self.tasks:
             self.setting_of(task)
