@@ -14,6 +14,7 @@ from bandpo.bounds.regions import TopK
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
 from bandpo.surrogates import Surrogate, clip
 from bandpo.surrogates.corrections import Correction
+from bandpo.surrogates.projected import Projected
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence", "product"]
@@ -111,6 +112,7 @@ class Objective(ByValue):
                 f"Objective: correction={self.correction!r} weighs π_old against the sampler, and with anchor='rollout' the "
                 "ratio does so already; use one of the two"
             )
+        self._check_top_k()
         asked = inputs_of(self.bounds), inputs_of(self.surrogate)
         extras = dict.fromkeys(name for names in asked for name in names if name not in PROVIDED)
         marks = {name for part in (self.bounds, self.surrogate, self.correction) for name in traits_of(part)}
@@ -121,6 +123,28 @@ class Objective(ByValue):
             ("traits", tuple(sorted(marks))),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def ball(self) -> "Band | TopK | Projected | None":
+        """The part that has the radius of its trust region; None where the region is no ball."""
+        parts = (part for part in (self.bounds, self.surrogate) if isinstance(part, Band | TopK | Projected))
+        return next(parts, None)
+
+    @property
+    def top_k(self) -> int | None:
+        """How many of the sampler's tokens a trainer stores for it at each position; None where none is asked for."""
+        counts = (getattr(part, "k", None) for part in (self.bounds, self.surrogate) if _asks_for_top_k(part))
+        return next(counts, None)
+
+    def _check_top_k(self) -> None:
+        parts = [part for part in (self.bounds, self.surrogate) if _asks_for_top_k(part)]
+        if len({getattr(part, "k", None) for part in parts}) > 1:
+            raise ValueError(f"Objective: {parts[0]!r} and {parts[1]!r} ask for different numbers of tokens; use one k")
+        if parts and self.ratio_level != "token":
+            raise ValueError(
+                f"Objective: ratio_level={self.ratio_level!r} has no distribution of one position, which {parts[0]!r} looks "
+                "at; use ratio_level='token'"
+            )
 
     def group_inputs(
         self, rewards: Tensor, advantages: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None
@@ -169,7 +193,15 @@ class Objective(ByValue):
 
         Raises:
             ValueError: If its trust region is no ball.
+            TypeError: If a projection is given a pair.
         """
-        if not isinstance(self.bounds, Band | TopK):
+        ball = self.ball
+        if ball is None:
             raise ValueError(f"objective {self.name!r} has no radius: its bounds are {self.bounds!r}")
-        return replace(self, bounds=replace(self.bounds, radius=radius))
+        if isinstance(ball, Projected):
+            return replace(self, surrogate=replace(ball, radius=radius))  # pyright: ignore[reportArgumentType]
+        return replace(self, bounds=replace(ball, radius=radius))
+
+
+def _asks_for_top_k(part: object) -> bool:
+    return callable(part) and "topk_logprobs" in inputs_of(part)
