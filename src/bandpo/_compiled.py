@@ -15,6 +15,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from bandpo.bounds import Band, Radius
 from bandpo.bounds.regions import TopK
 from bandpo.objective import Objective
+from bandpo.surrogates.projected import Projected
 
 Function = Callable[..., Any]
 
@@ -72,8 +73,8 @@ class Compiled:
 
     def _region(self, value: Any) -> Any:
         """An argument; the radius of its ball becomes a tensor once it has changed between calls."""
-        ball = value.bounds if isinstance(value, Objective) else value
-        if not isinstance(ball, Band | TopK):
+        ball = value.ball if isinstance(value, Objective) else value
+        if not isinstance(ball, Band | TopK | Projected):
             return value
         radius = self._radius(ball.radius, replace(ball, radius=1.0))
         if radius is ball.radius:
@@ -107,8 +108,8 @@ class Compiled:
             return tuple((name, self._kind(item)) for name, item in sorted(items))
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
-        ball = value.bounds if isinstance(value, Objective) else value
-        if isinstance(ball, Band | TopK) and not _is_constant(ball.radius):
+        ball = value.ball if isinstance(value, Objective) else value
+        if isinstance(ball, Band | TopK | Projected) and not _is_constant(ball.radius):
             fixed = value.with_radius(1.0) if isinstance(value, Objective) else replace(ball, radius=1.0)
             return fixed, self._kind(ball.radius)
         return type(value) if isinstance(value, int | float) else value

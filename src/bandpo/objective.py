@@ -1,7 +1,7 @@
 """An objective as a composition: bounds x surrogate x aggregation, and what it expects around it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from bandpo.bounds.regions import TopK
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
 from bandpo.surrogates import Surrogate, clip
 from bandpo.surrogates.corrections import Correction
+from bandpo.surrogates.projected import Projected
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence", "product"]
@@ -111,6 +112,7 @@ class Objective(ByValue):
                 f"Objective: correction={self.correction!r} weighs π_old against the sampler, and with anchor='rollout' the "
                 "ratio does so already; use one of the two"
             )
+        self._check_top_k()
         asked = inputs_of(self.bounds), inputs_of(self.surrogate)
         extras = dict.fromkeys(name for names in asked for name in names if name not in PROVIDED)
         marks = {name for part in (self.bounds, self.surrogate, self.correction) for name in traits_of(part)}
@@ -123,39 +125,31 @@ class Objective(ByValue):
             object.__setattr__(self, name, value)
 
     @property
-    def top_k(self) -> int | None:
-        """K, the number of the sampler's most likely tokens whose log-probs an objective asks for as `topk_logprobs`.
-
-        None where no part of it asks for them.
-
-        Examples:
-            >>> from bandpo import OBJECTIVES
-            >>> OBJECTIVES["dppo-topk-kl"].top_k, OBJECTIVES["dppo-kl"].top_k
-            (20, None)
-        """
-        parts = (self.bounds, self.surrogate)
-        asking = [part for part in parts if "topk_logprobs" in inputs_of(part)]
-        return next((getattr(part, "k", None) for part in asking), None)
+    def ball(self) -> "Band | TopK | Projected | None":
+        """The part that has the radius of its trust region; None where the region is no ball."""
+        parts = (part for part in (self.bounds, self.surrogate) if isinstance(part, Band | TopK | Projected))
+        return next(parts, None)
 
     @property
     def radius(self) -> Radius | tuple[Radius, Radius] | None:
-        """The radius of its ball, δ; None where no part of it is a ball.
-
-        Examples:
-            >>> from bandpo import OBJECTIVES
-            >>> OBJECTIVES["bandpo-kl"].radius, OBJECTIVES["grpo"].radius
-            (0.05, None)
-        """
-        return None if self.ball is None else getattr(self, self.ball).radius
+        """The radius δ of its ball; None where the region is no ball."""
+        return None if self.ball is None else self.ball.radius
 
     @property
-    def ball(self) -> Literal["bounds", "surrogate"] | None:
-        """The part that has a radius: bounds that are a ball, or a surrogate that projects onto one; None for neither."""
-        if isinstance(self.bounds, Band | TopK):
-            return "bounds"
-        surrogate = self.surrogate
-        projects = is_dataclass(surrogate) and any(f.name == "radius" for f in fields(surrogate))
-        return "surrogate" if projects else None
+    def top_k(self) -> int | None:
+        """How many of the sampler's tokens a trainer stores for it at each position; None where none is asked for."""
+        counts = (getattr(part, "k", None) for part in (self.bounds, self.surrogate) if _asks_for_top_k(part))
+        return next(counts, None)
+
+    def _check_top_k(self) -> None:
+        parts = [part for part in (self.bounds, self.surrogate) if _asks_for_top_k(part)]
+        if len({getattr(part, "k", None) for part in parts}) > 1:
+            raise ValueError(f"Objective: {parts[0]!r} and {parts[1]!r} ask for different numbers of tokens; use one k")
+        if parts and self.ratio_level != "token":
+            raise ValueError(
+                f"Objective: ratio_level={self.ratio_level!r} has no distribution of one position, which {parts[0]!r} looks "
+                "at; use ratio_level='token'"
+            )
 
     def group_inputs(
         self, rewards: Tensor, advantages: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None
@@ -204,8 +198,15 @@ class Objective(ByValue):
 
         Raises:
             ValueError: If its trust region is no ball.
+            TypeError: If a projection is given a pair.
         """
-        part = self.ball
-        if part is None:
+        ball = self.ball
+        if ball is None:
             raise ValueError(f"objective {self.name!r} has no radius: its bounds are {self.bounds!r}")
-        return replace(self, **{part: replace(getattr(self, part), radius=radius)})
+        if isinstance(ball, Projected):
+            return replace(self, surrogate=replace(ball, radius=radius))  # pyright: ignore[reportArgumentType]
+        return replace(self, bounds=replace(ball, radius=radius))
+
+
+def _asks_for_top_k(part: object) -> bool:
+    return callable(part) and "topk_logprobs" in inputs_of(part)

@@ -4,6 +4,7 @@ from bandpo._deprecations import moved_within as _moved_within
 from bandpo.surrogates.corrections import TIS as TIS
 from bandpo.surrogates.corrections import Correction as Correction
 from bandpo.surrogates.corrections import IcePop as IcePop
+from bandpo.surrogates.projected import Projected as Projected
 from bandpo.surrogates.sequence import geometric_mean as geometric_mean
 from bandpo.surrogates.sequence import tapered as tapered
 from bandpo.surrogates.stops import never as never

@@ -34,9 +34,9 @@ class TopScores(NamedTuple):
 def learns_from_top(objective: Objective) -> bool:
     """Whether the gradient of an objective flows through the log-probs of the top-K tokens.
 
-    It does where the surrogate reads them. A region only compares them with its radius.
+    A projection learns from them. A region only compares them with its radius.
     """
-    return "topk_logprobs" in objective.surrogate_inputs
+    return objective.top_k is not None and "extras_with_gradient" in objective.traits
 
 
 def refuse_images(objective: Objective) -> None:

@@ -248,9 +248,9 @@ class Job:
 def scaled(objective: Objective, factor: float) -> Objective:
     """The objective with its ε or δ multiplied by a factor; an objective without either is returned unchanged."""
     bounds = objective.bounds
-    if isinstance(bounds, Band) and isinstance(bounds.radius, float):
-        bounds = dataclasses.replace(bounds, radius=bounds.radius * factor)
-    elif isinstance(bounds, DCPO):
+    if isinstance(objective.radius, int | float):
+        return objective.with_radius(objective.radius * factor)
+    if isinstance(bounds, DCPO):
         bounds = dataclasses.replace(bounds, low=bounds.low * factor, high=bounds.high * factor)
     elif isinstance(bounds, Clip) and bounds.high is not None and math.isfinite(bounds.high):
         bounds = Clip(min(1.0, bounds.low * factor), bounds.high * factor)
