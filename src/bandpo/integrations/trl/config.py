@@ -185,6 +185,11 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             return Schedule(radius, self.radius_end, steps, self.radius_schedule)  # type: ignore[arg-type]
         if self.radius_schedule != "constant" or self.radius_end is not None:
             raise ValueError(f"radius_target={self.radius_target!r} and a radius_schedule are both set; choose one")
+        if objective.ball is not objective.bounds:
+            raise ValueError(
+                f"radius_target={self.radius_target!r} is measured by an interval or a region, and objective "
+                f"{self.objective!r} projects onto its ball; use a radius_schedule"
+            )
         name, _, value = self.radius_target.partition("=")
         try:
             target = float(value)

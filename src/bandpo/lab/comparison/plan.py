@@ -71,6 +71,7 @@ class Plan:
         "bandpo-chi2",
         "dppo-kl",
         "cfpo",
+        "troll",
         "no-clip",
     )
     tasks: tuple[str, ...] = ("paths", "addition", "countdown")
@@ -164,7 +165,7 @@ PRESETS: Mapping[str, Plan] = MappingProxyType(
             updates=18,
         ),
         "paper": Plan(
-            ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200
+            ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2", "troll"), tuning_seeds=0, sweep_seeds=200
         ),
         "full": Plan(robust_tasks=("addition",), sweep_seeds=200),
     }
