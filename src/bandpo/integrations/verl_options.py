@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from bandpo.integrations._host import refuse_ignored
+from bandpo.integrations._host import extras_of, refuse_ignored
 from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, dual_clip
@@ -128,7 +128,7 @@ def missing_inputs(objective: Objective) -> str:
         objective: The objective to check.
     """
     if objective.extras:
-        return ", ".join(objective.extras)
+        return extras_of(objective)
     if objective.correction is not None:
         return "rollout log-probs beside the old ones (for the correction use algorithm.rollout_correction.rollout_is)"
     return ""
