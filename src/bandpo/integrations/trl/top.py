@@ -6,7 +6,7 @@ are two policies.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +120,8 @@ def columns(logits: Tensor, ids: Tensor, scale: float = 1.0) -> tuple[Tensor, Te
     Returns:
         Log-probs `(..., n)` and entropies `(...)` in nats.
     """
-    values, entropy = _Columns.apply(logits.flatten(0, -2), ids.flatten(0, -2), scale)  # type: ignore[no-untyped-call]
+    made = cast("Any", _Columns).apply(logits.flatten(0, -2), ids.flatten(0, -2), scale)
+    values, entropy = cast("tuple[Tensor, Tensor]", made)
     return values.view(ids.shape), entropy.view(ids.shape[:-1])
 
 
