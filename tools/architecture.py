@@ -45,6 +45,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "objective": "bounds x surrogate x …",
         "experimental": "may change at any time",
         "surrogates": "what the edge does",
+        "projection": "onto a KL ball",
         "bounds": "which interval",
         "divergences": "f-divergences",
         "groups": "advantages",

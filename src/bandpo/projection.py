@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from bandpo._inputs import check_tensor, widened
+from bandpo._inputs import check_int, check_tensor, widened
 from bandpo.bounds import Radius
 from bandpo.bounds.band import radius_of_sides
 from bandpo.divergences import MAX_LOG, REVERSE_KL
@@ -70,6 +70,71 @@ def project(logprobs: Tensor, old_logprobs: Tensor, radius: Radius, *, direction
     found = projection(new, old_logprobs, radius, direction, unit=torch.finfo(new.dtype).eps / 2)
     projected = found.log_mixture(found.new, found.old).to(new.dtype)
     return torch.where(found.outside.unsqueeze(-1), projected, new)
+
+
+def sparse_support(
+    logits: Tensor, old_logits: Tensor, sampled: Tensor, k: int = 64, *, either: bool = False
+) -> dict[str, Any]:
+    """The inputs of `policy_loss` for the sparse set of `troll` and `TopK`, from the logits of both policies.
+
+    The set is the top K tokens of the old policy, the sampled one and all others together. With `k` the size of the
+    vocabulary it is the whole distribution.
+
+    Args:
+        logits: Logits or log-probs of the policy in training, `(batch, time, vocabulary)`, with gradient.
+        old_logits: The same of the old policy; no gradient flows into it.
+        sampled: Ids of the sampled tokens, integers, `(batch, time)`.
+        k: K, at least 1; more than the vocabulary counts as the vocabulary.
+        either: Whether the top K tokens of the new policy are in the set as well. A token that is in both is
+            counted once: the second entry has a log-prob of -inf.
+
+    Returns:
+        `logprobs` and `old_logprobs` of the sampled tokens, and under `extras` the three that the objective takes.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the shapes do not fit, or `k` is below 1.
+
+    Examples:
+        >>> from bandpo import policy_loss
+        >>> logits = torch.zeros(1, 2, 5, requires_grad=True)
+        >>> inputs = sparse_support(logits, logits + 1, torch.tensor([[0, 3]]), k=3)
+        >>> inputs["extras"]["topk_logprobs"].shape
+        torch.Size([1, 2, 3])
+        >>> loss, _ = policy_loss(**inputs, advantages=torch.ones(1), mask=torch.ones(1, 2), objective="troll")
+        >>> loss.item()
+        -1.0
+    """
+    for name, x in (("logits", logits), ("old_logits", old_logits)):
+        check_tensor(name, x)
+    check_tensor("sampled", sampled, floating=False)
+    check_int("k", k)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if logits.dim() != 3 or logits.shape != old_logits.shape or sampled.shape != logits.shape[:2]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and old_logits {tuple(old_logits.shape)} must be (batch, time, vocabulary), and "
+            f"sampled {tuple(sampled.shape)} (batch, time)"
+        )
+    new, old = widened(logits).log_softmax(-1), widened(old_logits.detach()).log_softmax(-1)
+    ids = old.topk(min(k, old.shape[-1])).indices
+    top, old_top = new.gather(-1, ids), old.gather(-1, ids)
+    if either:
+        more = new.detach().topk(ids.shape[-1]).indices
+        twice = (more.unsqueeze(-1) == ids.unsqueeze(-2)).any(-1)
+        top = torch.cat([top, new.gather(-1, more).masked_fill(twice, -math.inf)], -1)
+        old_top = torch.cat([old_top, old.gather(-1, more).masked_fill(twice, -math.inf)], -1)
+        ids = torch.cat([ids, more], -1)
+    chosen = sampled.unsqueeze(-1)
+    return {
+        "logprobs": new.gather(-1, chosen).squeeze(-1),
+        "old_logprobs": old.gather(-1, chosen).squeeze(-1),
+        "extras": {
+            "topk_logprobs": top,
+            "old_topk_logprobs": old_top,
+            "sampled_in_topk": (ids == chosen).any(-1),
+        },
+    }
 
 
 class Projection(NamedTuple):
@@ -131,8 +196,10 @@ def projection(
     radius_of_sides(radius)
     new, old = logprobs.to(torch.float64), old_logprobs.detach().to(torch.float64)
     new, old = (x - x.logsumexp(-1, keepdim=True) for x in (new, old))
-    epsilon = torch.as_tensor(radius, dtype=torch.float64, device=new.device).unsqueeze(-1)
-    epsilon = epsilon.expand(*new.shape[:-1], 1)
+    if isinstance(radius, torch.Tensor):
+        epsilon = radius.detach().to(new).expand(new.shape[:-1]).unsqueeze(-1)
+    else:
+        epsilon = torch.full_like(new[..., :1], radius, requires_grad=False)
     position, outside, divergence = cast(
         "tuple[Tensor, Tensor, Tensor]",
         cast("Any", _Position).apply(new, old, epsilon, direction == "reverse", unit),
@@ -258,14 +325,14 @@ class _Position(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        new, old, radius, ctx.reverse, _ = inputs
+        new, old, _, ctx.reverse, _ = inputs
         position, outside, divergence = output
         ctx.mark_non_differentiable(outside, divergence)
-        ctx.save_for_backward(new, old, position, divergence > radius)
+        ctx.save_for_backward(new, old, position, position < (0.0 if ctx.reverse else MAX_LOG))  # on the surface
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        new, old, position, binding = ctx.saved_tensors
+        new, old, position, on_surface = ctx.saved_tensors
         point = (_reverse if ctx.reverse else _forward)(new, old, position)
-        by_new = torch.where(binding, gradients[0] * point.by_new / point.slope, 0.0)
+        by_new = torch.where(on_surface, gradients[0] * point.by_new / point.slope, 0.0)
         return by_new, None, None, None, None

@@ -34,10 +34,10 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
 
     Args:
         rule: A function `(log_ratio, advantages, bounds) -> bool tensor`, True where the gradient is taken away. It is given
-            those keywords of the surrogate (fixed by `functools.partial`, or fields of its class) that it takes as well, and by its own keyword-only
-            parameters without a default any input that a surrogate can have, or `value`, the value of the surrogate. Its
-            result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never` that of a surrogate
-            that keeps every gradient.
+            those keywords of the surrogate (fixed by `functools.partial`, or fields of its class) that it takes as well, and
+            by its own keyword-only parameters without a default any input that a surrogate can have, or `value`, the value
+            of the surrogate. Its result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never`
+            that of a surrogate that keeps every gradient.
 
     Returns:
         A decorator that gives back the surrogate itself.
