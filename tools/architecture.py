@@ -46,6 +46,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "reference": "KL to a reference",
         "experimental": "may change at any time",
         "surrogates": "what the edge does",
+        "projection": "onto a KL ball",
         "bounds": "which interval",
         "divergences": "f-divergences",
         "groups": "advantages",

@@ -71,14 +71,13 @@ class Compiled:
 
     def _region(self, value: Any) -> Any:
         """An argument; the radius of its ball becomes a tensor once it has changed between calls."""
-        ball = value.bounds if isinstance(value, Objective) else value
-        given = common_radius(ball)
+        given = value.radius if isinstance(value, Objective) else common_radius(value)
         if given is None:
             return value
-        radius = self._radius(given, with_radius(ball, 1.0))
+        radius = self._radius(given, _at_radius(value, 1.0))
         if radius is given:
             return value
-        return value.with_radius(radius) if isinstance(value, Objective) else with_radius(ball, radius)
+        return _at_radius(value, radius)
 
     def _radius(self, radius: Radius | tuple[Radius, Radius], ball: object = None) -> Any:
         if not _is_constant(radius):
@@ -107,11 +106,9 @@ class Compiled:
             return tuple((name, self._kind(item)) for name, item in sorted(items))
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
-        ball: Any = value.bounds if isinstance(value, Objective) else value
-        radius = common_radius(ball)
+        radius = value.radius if isinstance(value, Objective) else common_radius(value)
         if radius is not None and not _is_constant(radius):
-            fixed = value.with_radius(1.0) if isinstance(value, Objective) else with_radius(ball, 1.0)
-            return fixed, self._kind(radius)
+            return _at_radius(value, 1.0), self._kind(radius)
         return type(value) if isinstance(value, int | float) else value
 
     def _say(self, what: str) -> None:
@@ -141,3 +138,7 @@ def _copy(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+
+
+def _at_radius(value: Any, radius: Any) -> Any:
+    return value.with_radius(radius) if isinstance(value, Objective) else with_radius(value, radius)

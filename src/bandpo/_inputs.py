@@ -14,7 +14,7 @@ from bandpo._deprecations import needs as needs
 PROVIDED = ("logprobs", "old_logprobs", "log_ratio", "advantages", "mask")
 """Inputs that `policy_loss` has for every objective; any other name that a component asks for is an extra."""
 
-Trait = Literal["of_batch", "membership", "without_advantage"]
+Trait = Literal["of_batch", "membership", "without_advantage", "extras_with_gradient"]
 
 LOWEST_LOGPROB = -1e9
 """A log-prob below it counts as -inf: the lowest number of a dtype means "impossible" in many models."""
@@ -29,11 +29,12 @@ def traits(*names: Trait) -> Callable[[T], T]:
       an objective on a part of its batch, so it is refused where samples are left out (`bandpo.selection`).
     * `membership`: bounds that have no edges and return a bool tensor, which tokens are inside; a surrogate that takes such.
     * `without_advantage`: it has a gradient where the advantage is 0, such as that of a penalty.
+    * `extras_with_gradient`: its extras keep their gradient, as the log-probs of other tokens than the sampled one do.
 
     An objective finds the marks through `functools.partial`, `functools.wraps` and the fields of a dataclass.
 
     Args:
-        *names: Any of the three.
+        *names: Any of the four.
 
     Raises:
         ValueError: If a name is unknown.

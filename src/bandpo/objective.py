@@ -12,12 +12,13 @@ from torch import Tensor
 from bandpo._inputs import PROVIDED, check_component, check_tensor, inputs_of, traits_of
 from bandpo._values import ByValue
 from bandpo.bounds import Bounds, Radius
-from bandpo.bounds.regions import with_radius
+from bandpo.bounds.regions import common_radius, with_radius
 from bandpo.groups import AdvantageKind, GroupIds, Groups, scored
 from bandpo.reference import ReferenceKL, check_kl, check_kl_coef
 from bandpo.surrogates import Surrogate, clip, kl_penalty
 from bandpo.surrogates.corrections import Correction
 from bandpo.surrogates.filters import SequenceFilter, as_filters
+from bandpo.surrogates.projected import Projected
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 RatioLevel = Literal["token", "sequence", "product"]
@@ -131,6 +132,7 @@ class Objective(ByValue):
                 f"Objective: correction={self.correction!r} weighs π_old against the sampler, and with anchor='rollout' the "
                 "ratio does so already; use one of the two"
             )
+        self._check_top_k()
         asked = inputs_of(self.bounds), inputs_of(self.surrogate)
         extras = dict.fromkeys(name for names in asked for name in names if name not in PROVIDED)
         filters = as_filters(self.filter, anchor=self.anchor, corrected=self.correction is not None)
@@ -144,6 +146,32 @@ class Objective(ByValue):
             ("traits", tuple(sorted(marks))),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def projection(self) -> Projected | None:
+        """Its surrogate, if that projects the policy onto a ball; None for any other one."""
+        return self.surrogate if isinstance(self.surrogate, Projected) else None
+
+    @property
+    def radius(self) -> Radius | tuple[Radius, Radius] | None:
+        """The radius δ of its ball; None where there is none, or several of different radii."""
+        return common_radius(self.bounds) if self.projection is None else self.projection.radius
+
+    @property
+    def top_k(self) -> int | None:
+        """How many of the sampler's tokens a trainer stores for it at each position; None where none is asked for."""
+        counts = (getattr(part, "k", None) for part in (self.bounds, self.surrogate) if _asks_for_top_k(part))
+        return next(counts, None)
+
+    def _check_top_k(self) -> None:
+        parts = [part for part in (self.bounds, self.surrogate) if _asks_for_top_k(part)]
+        if len({getattr(part, "k", None) for part in parts}) > 1:
+            raise ValueError(f"Objective: {parts[0]!r} and {parts[1]!r} ask for different numbers of tokens; use one k")
+        if parts and self.ratio_level != "token":
+            raise ValueError(
+                f"Objective: ratio_level={self.ratio_level!r} has no distribution of one position, which {parts[0]!r} looks "
+                "at; use ratio_level='token'"
+            )
 
     def group_inputs(
         self, rewards: Tensor, advantages: Tensor, group_size: int | None = None, *, group_ids: GroupIds | None = None
@@ -194,7 +222,10 @@ class Objective(ByValue):
 
         Raises:
             ValueError: If its trust region has no ball, or balls of different radii.
+            TypeError: If a projection is given a pair.
         """
+        if self.projection is not None:
+            return replace(self, surrogate=replace(self.projection, radius=radius))  # pyright: ignore[reportArgumentType]
         return replace(self, bounds=with_radius(self.bounds, radius, f"objective {self.name!r}"))
 
     @property
@@ -224,3 +255,7 @@ class Objective(ByValue):
         if not 0 <= beta < math.inf:
             raise ValueError(f"with_penalty: beta must be a number >= 0, got {beta}")
         return replace(self, surrogate=partial(kl_penalty, beta=beta))
+
+
+def _asks_for_top_k(part: object) -> bool:
+    return callable(part) and "topk_logprobs" in inputs_of(part)

@@ -300,7 +300,7 @@ def _at_level(token_log_ratio: Tensor, usable: Tensor, objective: Objective, *, 
 
 
 def _own_inputs(extras: Mapping[str, Tensor] | None, objective: Objective, mask: Tensor) -> dict[str, Tensor]:
-    """The objective's own inputs without gradient, beginning with a column or with tokens."""
+    """The objective's own inputs, beginning with a column or with tokens; without gradient unless a part asks for it."""
     given = dict(extras or {})
     if set(given) != set(objective.extras):
         raise ValueError(
@@ -318,7 +318,8 @@ def _own_inputs(extras: Mapping[str, Tensor] | None, objective: Objective, mask:
                 f"extras[{name!r}] has shape {tuple(x.shape)}; it must begin with ({mask.shape[0]},), ({mask.shape[0]}, 1) "
                 f"or {tuple(mask.shape)}"
             )
-        given[name] = x.detach().unsqueeze(-1) if x.dim() == 1 else x.detach()
+        x = x if "extras_with_gradient" in objective.traits else x.detach()
+        given[name] = x.unsqueeze(-1) if x.dim() == 1 else x
     return given
 
 

@@ -17,6 +17,7 @@ from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabili
 from bandpo.groups import group_signal, kl_dual
 from bandpo.objective import Objective
 from bandpo.surrogates import (
+    Projected,
     aspo,
     detach,
     dual_clip,
@@ -210,6 +211,14 @@ _RECIPES = (
         group_stats=_kl_dual,
         formula="ρ(A - b) - λ(ρ log ρ - ρ + 1), λ and b of the KL ball of 0.05 nats around each prompt's samples",
         paper="our own reading of QUATRO, arXiv:2602.04620 (its equations could not be established)",
+    ),
+    Objective(
+        name="troll",
+        bounds=_FREE,
+        surrogate=Projected(radius=0.05, k=64, weight=1.0),
+        aggregation="seq-mean-token-mean",
+        formula="A·q/π_old - KL(π ‖ sg(q)), q the policy nearest to π with KL(q ‖ π_old) ≤ 0.05, on the top 64 tokens",
+        paper="TROLL, arXiv:2510.03817 (formula from notes on the paper; the gradient is our derivation)",
     ),
     # other intervals
     Objective(

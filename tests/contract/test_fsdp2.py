@@ -9,9 +9,9 @@ TWO = ("--config_file", str(RECIPES / "fsdp2.yaml"), "--num_processes", "2", "--
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["bandpo-kl", "bandpo-kl-soft"])
+@pytest.mark.parametrize("objective", ["bandpo-kl", "bandpo-kl-soft", "troll"])
 def test_a_sharded_model_trains_as_a_whole_one(tmp_path, objective):
-    """`bandpo-kl` goes through TRL's clip, `bandpo-kl-soft` through our own term."""
+    """`bandpo-kl` goes through TRL's clip, `bandpo-kl-soft` through our own term, `troll` through scores of our own."""
     one = launch(tmp_path, "distributed_run.py", ONE_PROCESS, objective, max_steps=3)
     two = launch(tmp_path, "fsdp2_on_cpus.py", TWO, objective, max_steps=3)
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -375,6 +375,14 @@ def test_weights_are_not_said_to_be_1_where_the_sampler_is_the_user_s(make):
     assert not [w for w in seen if "weights will be 1" in str(w.message)]
     with pytest.raises(ValueError, match="does not take from a rollout_func"):
         make(objective="dppo-topk-kl", rollout_func=lambda prompts, trainer: {})
+    # against π_old, the trainer itself scores the top-K tokens, whoever samples
+    assert make(objective="troll", rollout_func=lambda prompts, trainer: {}).objective.top_k == 64
+
+
+def test_a_projection_refuses_a_head_that_it_does_not_use(make):
+    with pytest.raises(ValueError, match=r"cast_lm_head_to_fp32=True would be ignored.*'troll'"):
+        make(objective="troll", cast_lm_head_to_fp32=True)
+    make(objective="grpo", cast_lm_head_to_fp32=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,7 +15,8 @@ from bandpo.groups import group_signal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.rollout import PREFIX, top_logprobs
 from bandpo.integrations.trl.strategy import HostComputes, WeCompute
-from bandpo.surrogates import gamma_weighted
+from bandpo.projection import project
+from bandpo.surrogates import Projected, gamma_weighted
 from trl_runs import (
     band_trainer,
     loss_and_gradient,
@@ -73,12 +74,12 @@ def test_in_trl_it_is_policy_loss(name, make_model, tokenizer, prompts, tmp_path
         inputs["sampling_per_token_logps"] = (inputs["old_per_token_logps"] + noise).clamp(max=-0.01)
     if "topk_logprobs" in objective.extras:
         other = make_model(seed=1)
-        inputs[f"{PREFIX}top_logprobs"], ids = top_logprobs(trainer, other, inputs, None, 20)
+        inputs[f"{PREFIX}top_logprobs"], ids = top_logprobs(trainer, other, inputs, None, objective.top_k)
         inputs[f"{PREFIX}top_ids"] = ids
         extras = {
             "old_topk_logprobs": inputs[f"{PREFIX}top_logprobs"], "sampled_in_topk": (
                 ids == inputs["completion_ids"].unsqueeze(-1)).any(-1),
-            "topk_logprobs": logits_of(trainer.model, inputs).log_softmax(-1).gather(-1, ids).detach(),
+            "topk_logprobs": logits_of(trainer.model, inputs).log_softmax(-1).gather(-1, ids),
         }  # fmt: skip
     torch.manual_seed(0)  # Clip-Cov draws
     loss, gradient, metrics = loss_and_gradient(trainer, inputs)
@@ -226,6 +227,80 @@ def test_top_logprobs_are_those_of_the_softmax(make_model, tokenizer, prompts, t
     assert out[f"{PREFIX}top_ids"].shape == (*out["completion_ids"].shape, 5)
 
 
+def off_policy(trainer, make_model, inputs, k=None):
+    """The batch with old log-probs, sampled and top-K, of another model."""
+    other = make_model(seed=1)
+    values, ids = top_logprobs(trainer, other, inputs, None, k or trainer.objective.top_k)
+    with torch.no_grad():
+        logits = logits_of(other, inputs) / trainer.temperature
+        old = logits.log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    return inputs | {f"{PREFIX}top_logprobs": values, f"{PREFIX}top_ids": ids, "old_per_token_logps": old}
+
+
+def kl_to(old, logits):
+    """KL(softmax(logits) || old) of each place, in float64 over the whole vocabulary."""
+    new = logits.detach().double().log_softmax(-1)
+    return (new.exp() * (new - old.double().log_softmax(-1))).sum(-1)
+
+
+TROLL = [{}, {"packing": True}, {"gradient_checkpointing": True}, {"divergence_top_k": 5, "divergence": "kl"}]
+
+
+@pytest.mark.parametrize("changes", TROLL, ids=str)
+def test_troll_has_the_gradient_of_policy_loss_by_the_projection(changes, make_model, tokenizer, prompts, tmp_path):
+    trainer = named(tmp_path, make_model, tokenizer, prompts, "troll", radius=0.02, temperature=0.8, **changes)
+    inputs = off_policy(trainer, make_model, rollout(tokenizer))
+    loss, gradient, metrics = loss_and_gradient(trainer, inputs)
+    trainer.model.zero_grad()
+    new = logits_of(trainer.model, inputs) / 0.8
+    old = logits_of(make_model(seed=1), inputs).detach() / 0.8
+    sampled = inputs["completion_ids"].unsqueeze(-1)
+    order = old.argsort(-1, descending=True)[..., : trainer.objective.top_k]
+    logp, old_logp = new.log_softmax(-1), old.log_softmax(-1)
+    extras = {
+        "topk_logprobs": logp.gather(-1, order), "old_topk_logprobs": old_logp.gather(-1, order),
+        "sampled_in_topk": (order == sampled).any(-1),
+    }  # fmt: skip
+    valid = inputs["completion_mask"] != 0
+    assert 0.2 < (kl_to(old, new)[valid] > 0.02).double().mean() < 0.8  # the projection acts on some tokens
+    forward = {"direction": "forward"} if "divergence" in changes else {}
+    assert trainer.objective.surrogate == Projected(0.02, changes.get("divergence_top_k", 64), **forward)
+    want, _ = policy_loss(
+        logprobs=logp.gather(-1, sampled).squeeze(-1), old_logprobs=old_logp.gather(-1, sampled).squeeze(-1),
+        advantages=inputs["advantages"], mask=inputs["completion_mask"], objective=trainer.objective, extras=extras,
+    )  # fmt: skip
+    want.backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert metrics["nonfinite_fraction"] == 0
+
+
+def test_after_its_projection_no_position_of_troll_is_outside_of_the_ball(make_model, tokenizer, prompts, tmp_path):
+    trainer = named(tmp_path, make_model, tokenizer, prompts, "troll", radius=0.02, max_steps=8, learning_rate=0.03)
+    seen = []
+    terms = trainer._strategy.terms
+
+    def captured(model, logprobs, batch, given):
+        old = batch[f"{PREFIX}top_logprobs"], batch[f"{PREFIX}top_ids"], batch["completion_mask"] != 0
+        seen.append((*old, logits_of(model, batch).detach().log_softmax(-1)))
+        return terms(model, logprobs, batch, given)
+
+    trainer._strategy.terms = captured
+    trainer.train()
+    acted = 0.0
+    for old, ids, valid, new in seen:
+        # 64 of 98 tokens, and one for the rest
+        whole = [torch.cat([x, (-x.exp().sum(-1, keepdim=True)).log1p()], -1) for x in (new.gather(-1, ids), old)]
+        before = (whole[0].exp() * (whole[0] - whole[1])).sum(-1)
+        q = project(*whole, 0.02)
+        assert ((q.exp() * (q - whole[1])).sum(-1)[valid] <= 0.02 + 1e-6).all()  # float32
+        inside = valid & (before < 0.0199)
+        assert torch.equal(q[inside], whole[0][inside])
+        acted = max(acted, (before > 0.02)[valid].float().mean().item())
+    assert len(seen) == 8 and acted > 0.05
+
+
 def half_dull(prompts, completions, **_):
     """Only prompts that begin with an even digit tell good from bad."""
     return [
@@ -354,6 +429,14 @@ def test_resume_is_bit_exact_with_a_moving_radius_and_refilled_groups(make_model
         ({"objective": "kpop", "radius_target": "divergence=0.1"}, "only a Band"),
         ({"objective": "dppo-topk-kl", "max_ratio": 5.0}, "max_ratio=5.0 would be ignored"),
         ({"divergence_top_k": 5}, "divergence_top_k=5 would be ignored"),
+        (
+            {"objective": "troll", "radius_target": "outside_fraction=0.1"},
+            "projects onto its ball; use a radius_schedule",
+        ),
+        ({"objective": "troll", "radius_upper": 0.1}, "radius_upper=0.1 would be ignored.*one radius"),
+        ({"objective": "troll", "max_ratio": 5.0}, "max_ratio=5.0 would be ignored"),
+        ({"objective": "troll", "epsilon": 0.1}, "epsilon=0.1 would be ignored"),
+        ({"objective": "troll", "divergence": "tv"}, "divergence='tv'.*reverse_kl or kl"),
         ({"objective": "sapo", "epsilon": 0.1}, "epsilon=0.1 would be ignored.*has no interval"),
         ({"dynamic_sampling": -1}, "dynamic_sampling"),
         ({"kl_penalty_target": 0.01}, "'bandpo-kl' has none; use objective='ppo-kl'"),

@@ -67,7 +67,7 @@ def test_a_ray_worker_finds_them_too():
 def test_all_that_verl_can_feed_is_registered_and_nothing_else():
     names = {n.removeprefix("bandpo:") for n in POLICY_LOSS_REGISTRY if n.startswith("bandpo:")}
     assert names == {n for n, o in OBJECTIVES.items() if not o.extras and o.correction is None} | {"bapo-reading"}
-    assert "dppo-topk-kl" not in names
+    assert not {"dppo-topk-kl", "troll"} & set(names)
 
 
 def test_bapo_is_summed_over_the_ranks_where_each_computes_the_loss():
@@ -150,6 +150,7 @@ def test_the_typed_config_is_made_by_verl_from_overrides_and_knows_all_its_keys(
         (lambda: BandPolicyLossConfig(loss_mode="bandpo:dppo-tv", bypass_mode=False), "bypass_mode is False"),
         (lambda: BandPolicyLossConfig(bypass_mode=True), "bypass mode puts the rollout's log-probs there"),
         (lambda: BandPolicyLossConfig(objective="dppo-topk-kl"), "topk_logprobs.*which verl does not give"),
+        (lambda: BandPolicyLossConfig(objective="troll"), "'troll'.*topk_logprobs.*which verl does not give"),
         (lambda: BandPolicyLossConfig(objective="bandpo"), "is unknown: did you mean"),
         (lambda: BandPolicyLossConfig(objective="grpo", radius=0.1), "radius=0.1 would be ignored"),
         (lambda: call(actor(PolicyLossConfig(loss_mode="bandpo"), clip_ratio_high=0.28), batch(0)), "clip_ratio_high=0.28"),

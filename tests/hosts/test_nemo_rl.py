@@ -197,6 +197,7 @@ def test_what_workers_and_grpo_train_read(host):
         ({"positive_example_nll_weight": 0.1}, "bandpo-kl", "positive_example_nll_weight=0.1 would be ignored"),
         ({"use_importance_sampling_correction": True}, "dppo-kl", "accounts for the sampler itself; use one"),
         ({}, "dppo-topk-kl", "NeMo-RL does not give"),
+        ({}, "troll", "the 64 most likely tokens.*NeMo-RL does not give"),
         (
             {"use_importance_sampling_correction": True, "truncated_importance_sampling_type": "seq-mask-tis",
              "truncated_importance_sampling_ratio": 1.002, "truncated_importance_sampling_ratio_min": 0.999},

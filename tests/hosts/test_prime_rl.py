@@ -129,6 +129,7 @@ def test_options_and_what_is_refused(host):
         ({"objective": "bandpo-kl", "raduis": 0.1}, "unknown options raduis; choose from objective, divergence"),
         ({"objective": "dapo", "radius": 0.1}, r"radius=0\.1 would be ignored"),
         ({"objective": "dppo-topk-kl"}, "topk_logprobs.*prime-rl does not give"),
+        ({"objective": "troll"}, "the 64 most likely tokens.*topk_logprobs.*prime-rl does not give"),
         ({"objective": "icepop"}, "log-probs of the sampler beside the old ones"),
         ({"objective": "bandpo-kl", "relax": "maybe"}, "relax='maybe' must be true or false"),
         ({"objective": "bandpo-kl", "radius": "wide"}, "radius='wide' must be a number"),

@@ -229,6 +229,7 @@ def test_with_grpo_s_clip_it_is_roll_s_own_loss(worker, mode, recompute):
         ("{}", {"importance_sampling": "seq"}, "importance_sampling='seq' would be ignored"),
         ("{}", {"ratio_type": "segment"}, "ratio_type='segment' would be ignored"),
         ('{"objective": "dppo-topk-kl"}', {}, "ROLL does not give"),
+        ('{"objective": "troll"}', {}, "the 64 most likely tokens.*ROLL does not give"),
     ],
 )
 def test_refused(worker, monkeypatch, text, changes, words):

@@ -9,7 +9,16 @@ import torch
 from scipy import stats as scipy_stats
 
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip, Objective, RatioBounds
-from bandpo.lab.comparison.exact import Tree, largest_shift, run_tree, updates_to_common
+from bandpo.bounds import topk_divergence
+from bandpo.lab.comparison.exact import (
+    Tree,
+    _scores,
+    _top,
+    largest_shift,
+    on_bandits,
+    run_tree,
+    updates_to_common,
+)
 from bandpo.lab.comparison.sweeps import REUSE, bandit, realised
 from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm, wilson
 from bandpo.terms import gradient_weight, token_objective
@@ -76,6 +85,34 @@ def test_tree_starts_as_told_and_pays_as_told():
     for bad in ({"arms": 2}, {"depth": 5}, {"rare": 0.7}):
         with pytest.raises(ValueError, match="Tree"):
             dataclasses.replace(Tree(), **bad)
+
+
+def test_top_k_of_a_bandit_is_its_whole_distribution():
+    """With K >= arms, the divergence of dppo-topk-tv is the total variation of the two tables of a choice."""
+    tree, g = Tree(arms=6, depth=2), torch.Generator().manual_seed(0)
+    old, new = (torch.randn(5, tree.prefixes, 6, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    tables = torch.randint(0, tree.prefixes, (5, 8, 2), generator=g)
+    ways = torch.randint(0, 6, (5, 8, 2), generator=g)
+    extras = _top(20, new, old, tables, ways)
+    assert extras["sampled_in_topk"].all() and extras["topk_logprobs"].shape == (40, 2, 6)
+    found = topk_divergence(TV, logprobs=_scores(new, tables, ways).flatten(0, 1),
+                            old_logprobs=_scores(old, tables, ways).flatten(0, 1), **extras)  # fmt: skip
+    for s in range(5):
+        for row in range(8):
+            for d in range(2):
+                p, q = (x[s, tables[s, row, d]].exp() for x in (old, new))
+                assert found.view(5, 8, 2)[s, row, d] == pytest.approx(0.5 * (p - q).abs().sum().item(), abs=1e-12)
+    assert _top(None, new, old, tables, ways) == {}
+    few = _top(2, new, old, tables, ways)
+    assert few["old_topk_logprobs"].shape == (40, 2, 2) and not few["sampled_in_topk"].all()
+
+
+def test_top_k_objectives_run_on_bandits_and_those_of_groups_do_not():
+    on = {name for name, objective in OBJECTIVES.items() if on_bandits(objective)}
+    assert {"dppo-topk-tv", "dppo-topk-kl", "grpo"} <= on and not {"gspo", "quatro-reading", "etr-reading"} & on
+    for name in ("dppo-topk-tv", "dppo-topk-kl"):
+        outcome = run_tree(Tree(), dataclasses.replace(OBJECTIVES[name], advantage="std"), seeds=50, batches=40)
+        assert outcome.curve[-1].mean() > outcome.curve[0].mean() and outcome.curve.isfinite().all()
 
 
 def test_tree_runs_are_deterministic_and_paired():

@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from bandpo import OBJECTIVES, policy_loss
+from bandpo import OBJECTIVES, Clip, Objective, policy_loss
 from bandpo.lab.comparison.loop import Loop, Run, Setting
 from bandpo.lab.comparison.problems import PROBLEMS, Problem
+from bandpo.lab.comparison.stack import Stack
+
+TOP_K = [name for name, objective in OBJECTIVES.items() if objective.top_k is not None]
 
 
 def tiny():
@@ -187,7 +190,60 @@ def test_settings_are_checked(changes, words):
         setting(**changes)
 
 
-def test_objectives_that_need_more_than_groups_are_refused():
-    with pytest.raises(ValueError, match="topk_logprobs"):
-        Loop(setting(), runs("dppo-topk-kl"))
+def test_objectives_that_need_what_the_lab_does_not_have_are_refused():
+    def bonus(log_ratio, advantages, bounds, *, bonus):
+        return log_ratio.exp() * advantages + bonus
+
+    with pytest.raises(ValueError, match=r"'mine' needs extras the lab does not have.*bonus"):
+        Loop(setting(), [Run(Objective(bounds=Clip(), surrogate=bonus, name="mine"), 1e-3)])
     Loop(setting(updates=1), runs("quatro-reading", "etr-reading")).train()
+
+
+@pytest.mark.parametrize("name", TOP_K)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_top_k_objectives_are_policy_loss_on_the_whole_distribution(name, lag):
+    objective = OBJECTIVES[name]
+    loop = Loop(setting(lag=lag), [Run(OBJECTIVES["grpo"], 3e-3), Run(objective, 3e-3)])
+    loop.update()
+    prompts = loop._prompts()
+    rollout = loop._rollout(prompts)
+    top = loop._top_tokens(prompts, rollout)
+    assert list(top) == [1]  # the other run pays nothing
+    sampler = loop._past[0] if lag else {n: w.detach().clone() for n, w in loop.stack.weights.items()}
+    with torch.no_grad():
+        for w in loop.stack.weights.values():
+            w += 0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(7))
+    advantages = [torch.randn(32, generator=torch.Generator().manual_seed(5))] * 2
+    seen = []
+    loop.optimizer.step = seen.append
+    part = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(6))[:16]] * 2)
+    loop._step(prompts, rollout, advantages, [{}, {}], part, last=True, top=top)
+    # from the logits of a forward pass, by the sampled tokens and the K that the sampler ranks highest
+    chosen, ids = part[1], torch.cat([prompts, rollout.tokens], -1)[..., :-1]
+    tokens = rollout.tokens[1, chosen]
+    new = loop.stack.logits(ids[:, chosen], 3)[1].log_softmax(-1)
+    old = Stack(sampler, loop.stack.shape).logits(ids[:, chosen], 3)[1].log_softmax(-1).detach()
+    order = old.argsort(-1, descending=True)[..., : objective.top_k]
+    extras = {
+        "topk_logprobs": new.gather(-1, order), "old_topk_logprobs": old.gather(-1, order),
+        "sampled_in_topk": (order == tokens.unsqueeze(-1)).any(-1),
+    }  # fmt: skip
+    loss, _ = policy_loss(
+        logprobs=new.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), old_logprobs=rollout.logprobs[1, chosen],
+        rollout_logprobs=rollout.logprobs[1, chosen], advantages=advantages[1][chosen], mask=rollout.mask[1, chosen],
+        objective=objective, extras=extras,
+        max_length=3 if objective.aggregation == "seq-mean-token-sum-norm" else None,
+    )  # fmt: skip
+    want = torch.autograd.grad(loss, list(loop.stack.weights.values()))
+    for a, b in zip(seen[0], want, strict=True):
+        torch.testing.assert_close(a[1], b[1], rtol=1e-4, atol=1e-7)
+    assert any(w[1].abs().max() > 0 for w in want)
+
+
+@pytest.mark.parametrize("name", TOP_K)
+def test_a_top_k_objective_trains_beside_others(name):
+    loop = Loop(setting(), runs("grpo", name))
+    start = weights(loop)
+    results = loop.train()
+    assert weights(loop).isfinite().all() and (weights(loop) != start).any(1).all()
+    assert results[0].reward[0] == results[2].reward[0]  # paired with the other run of its seed

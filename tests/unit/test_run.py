@@ -27,6 +27,7 @@ def cache(tmp_path_factory, monkeypatch):
     ("name", "options"),
     [
         ("dppo-topk-kl", ["--divergence_top_k", "5"]),  # a region that is no interval
+        ("troll", ["--divergence_top_k", "8", "--radius", "0.001"]),  # a gradient through other tokens
         ("quatro-reading", []),  # one ratio for a sequence, statistics of groups
         ("bapo", []),  # bounds of the batch
         ("bandpo-kl", ["--radius_target", "clip_fraction=0.01", "--dynamic_sampling", "2"]),

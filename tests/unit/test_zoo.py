@@ -122,6 +122,38 @@ def ce_gppo_of_the_authors(r, p, a, **_):
     return np.where((a < 0) & (r > 10), 0.0, kept) / r
 
 
+def projected(r, p, a, extras, **_):
+    """TROLL: s by bisection of KL(q ‖ old), its derivative from the constraint, and the gradient of KL(π ‖ sg(q))."""
+    old = np.concatenate([np.exp(extras["old_topk_logprobs"][:, 0]), p[:, None]], 1)
+    new = np.concatenate([np.exp(extras["topk_logprobs"][:, 0]), (p * r)[:, None]], 1)
+    old, new = (np.concatenate([x, 1 - x.sum(1, keepdims=True)], 1) for x in (old, new))
+    d = np.log(new / old)
+
+    def at(s):
+        q = old * np.exp(s * d)
+        q = q / q.sum(1, keepdims=True)
+        return q, (q * np.log(q / old)).sum(1, keepdims=True)
+
+    outside = at(1.0)[1] > 0.05
+    low, high = np.zeros_like(outside, dtype=float), np.ones_like(outside, dtype=float)
+    for _ in range(100):
+        middle = (low + high) / 2
+        fits = at(middle)[1] <= 0.05
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    s = np.where(outside, low, 1.0)
+    q, _ = at(s)
+    # the sampled token's log-prob moves, and with it the rest's
+    dn = np.zeros_like(old)
+    dn[:, -2], dn[:, -1] = 1.0, -new[:, -2] / new[:, -1]
+    mean = (q * d).sum(1, keepdims=True)
+    covariance = (q * (d - mean) * dn).sum(1, keepdims=True)
+    ds = np.where(outside, -s * covariance / (q * (d - mean) ** 2).sum(1, keepdims=True), 0.0)
+    by_new = s * (dn - (q * dn).sum(1, keepdims=True)) + ds * (d - mean)
+    gain = a * q[:, -2] / p * np.where(outside, by_new, dn)[:, -2]
+    pull = (new * dn * np.log(new / q)).sum(1) * outside[:, 0]
+    return (gain - pull) / (a * r)
+
+
 W0, W1 = (1 + float((-lambertw(-math.exp(-1.05), k)).real) - 1 for k in (0, -1))
 
 WEIGHTS = {
@@ -143,6 +175,7 @@ WEIGHTS = {
     "dppo-kl": ball(lambda p, q: binary_kl(p, q) - 0.05),
     "dppo-topk-tv": topk(lambda p, q: 0.5 * abs(p - q), 0.15),
     "dppo-topk-kl": topk(lambda p, q: p * np.log(p / q), 0.05),
+    "troll": projected,
     "ipo": lambda r, p, a, **_: (abs(p * r - p) <= 0.1).astype(float),
     "kpop": lambda r, p, a, **_: (np.maximum(binary_kl(p, p * r), binary_kl(p * r, p)) <= 0.1).astype(float),
     "quatro-reading": reading_of_quatro,

@@ -15,7 +15,6 @@ from bandpo._inputs import traits
 from bandpo._values import ByValue, same
 from bandpo.bounds.band import Band, Bounds, Clip, Radius, RatioBounds, as_divergence, radius_of_sides
 from bandpo.bounds.combined import MARK, Combination, change_leaves, leaves
-from bandpo.bounds.roots import log1mexp
 from bandpo.divergences import KL, MAX_LOG, FDivergence
 
 __getattr__ = moved_within(__name__, {"Balanced": "experimental.Balanced", "Elastic": "experimental.Elastic"})
@@ -282,15 +281,38 @@ def topk_divergence(
         ...                 sampled_in_topk=torch.tensor([False]))
         tensor([0.1000], dtype=torch.float64)
     """
-    # Below the rounding of what came in, the rest is noise.
-    floor = math.log(torch.finfo(old_logprobs.dtype).eps)
     with torch.no_grad():
-        inside = sampled_in_topk != 0
-        parts: list[Tensor] = []
-        for sampled, top in ((logprobs, topk_logprobs), (old_logprobs, old_topk_logprobs)):
-            known = torch.cat([top, sampled.masked_fill(inside, -math.inf).unsqueeze(-1)], -1).to(torch.float64)
-            rest = log1mexp(known.logsumexp(-1, keepdim=True).clamp(max=-1e-300)).clamp_min(floor)
-            parts.append(torch.cat([known, rest], -1))
+        parts = [
+            with_rest(sampled, top, sampled_in_topk, rounding=torch.finfo(old_logprobs.dtype).eps)
+            for sampled, top in ((logprobs, topk_logprobs), (old_logprobs, old_topk_logprobs))
+        ]
         new, old = parts
         new, old = new.clamp_min(-MAX_LOG), old.clamp_min(-MAX_LOG)  # as in `binary_divergence`
         return (old.exp() * divergence.of_log(new - old)).sum(-1)
+
+
+def with_rest(logprobs: Tensor, topk_logprobs: Tensor, sampled_in_topk: Tensor, *, rounding: float) -> Tensor:
+    """Log-probs of K tokens, of the sampled one (-inf where it is among them) and of all others together.
+
+    Args:
+        logprobs: Log-prob of the sampled token, `(...)`.
+        topk_logprobs: Log-probs of the K tokens, `(..., K)`.
+        sampled_in_topk: Whether the sampled token is one of them, bool, `(...)`.
+        rounding: The mass of the others below which it is noise; less than that counts as that.
+
+    Returns:
+        float64 tensor `(..., K + 2)`, with gradient.
+
+    Examples:
+        >>> with_rest(torch.tensor([0.2]).log(), torch.tensor([[0.5, 0.1]]).log(), torch.tensor([False]), rounding=1e-7).exp()
+        tensor([[0.5000, 0.1000, 0.2000, 0.2000]], dtype=torch.float64)
+    """
+    own = logprobs.masked_fill(sampled_in_topk != 0, -math.inf).unsqueeze(-1)
+    known = torch.cat([topk_logprobs, own], -1).to(torch.float64)
+    mass = known.logsumexp(-1, keepdim=True).clamp(max=-1e-300)
+    # The branch that is not taken must have a finite derivative too.
+    common = mass > -math.log(2)
+    rest = torch.where(
+        common, (-torch.where(common, mass, -1.0).expm1()).log(), (-torch.where(common, -1.0, mass).exp()).log1p()
+    )
+    return torch.cat([known, rest.clamp_min(math.log(rounding))], -1)

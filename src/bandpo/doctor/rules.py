@@ -7,7 +7,6 @@ from typing import cast
 import torch
 
 from bandpo.bounds import Band, RatioBounds
-from bandpo.bounds.regions import TopK
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import Setup
 from bandpo.integrations.trl.precision import largest_moved
@@ -349,7 +348,7 @@ def _intervals(s: Setup) -> RatioBounds | None:
     objective = s.objective
     if objective is None or objective.bounds_inputs or objective.ratio_level != "token":
         return None
-    if isinstance(objective.bounds, TopK):
+    if objective.top_k is not None:
         return None
     found = objective.bounds(torch.tensor(PROBABILITIES, dtype=torch.float64).log())
     return found if isinstance(found, RatioBounds) else None

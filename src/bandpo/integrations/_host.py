@@ -272,9 +272,17 @@ def proportional(objective: Objective) -> bool:
     return torch.allclose(value(1.0), value(2.0**-10), rtol=1e-9, atol=1e-12)
 
 
+def extras_of(objective: Objective) -> str:
+    """The extras of an objective, as an error message names them."""
+    names = ", ".join(objective.extras)
+    if objective.top_k is None:
+        return names
+    return f"the log-probs of the {objective.top_k} most likely tokens at each place ({names})"
+
+
 def _missing(objective: Objective, sampler: str) -> str:
     if objective.extras:
-        return ", ".join(objective.extras)
+        return extras_of(objective)
     if objective.correction is not None and sampler != "beside":
         return "log-probs of the sampler beside the old ones"
     if objective.anchor == "rollout" and sampler == "none":

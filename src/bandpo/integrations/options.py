@@ -10,7 +10,8 @@ from bandpo.bounds import Band, Bounds, Clip
 from bandpo.bounds.combined import Combination, change_leaves, leaves
 from bandpo.bounds.regions import Sides, TopK, common_radius
 from bandpo.objective import Objective
-from bandpo.surrogates import clip
+from bandpo.projection import Direction
+from bandpo.surrogates import Projected, clip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -31,10 +32,11 @@ class RegionOptions:
     """
 
     divergence: str | None = _option(
-        None, "Divergence of a band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ..."
+        None,
+        "Divergence of a band: kl, reverse_kl, tv, chi2, neyman, hellinger, le_cam, js, ... Of a projection: reverse_kl, kl.",
     )
     radius: float | None = _option(
-        None, "Radius δ of a band or of a dppo-topk-* region, in the units of its divergence."
+        None, "Radius δ of a band, a dppo-topk-* region or troll's projection, in the units of its divergence."
     )
     radius_upper: float | None = _option(None, "Radius for ratios above 1, where it differs from `radius`.")
     max_ratio: float | None = _option(
@@ -42,7 +44,9 @@ class RegionOptions:
     )
     relax: bool = _option(False, "Widen a band to at least the interval [0.8, 1.28], as in the paper's ablation.")
     divergence_top_k: int | None = _option(
-        None, "Number of the sampler's most likely tokens that a dppo-topk-* objective stores (K). Default: 20."
+        None,
+        "Number of the most likely tokens before the update that a dppo-topk-* objective or troll stores (K). "
+        "Default: 20, for troll 64.",
     )
     epsilon: float | None = _option(
         None, "Width of a fixed interval below 1, for objectives with fixed bounds. Default: the objective's."
@@ -62,12 +66,15 @@ class RegionOptions:
         Raises:
             ValueError: If the objective would ignore an option.
         """
-        bounds = objective.bounds
+        bounds, projection = objective.bounds, objective.projection
         options = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(RegionOptions)
         }  # a subclass has more fields
         given = {k: v for k, v in options.items() if v is not None and v is not False}
         moved = {k: given.pop(k) for k in ("epsilon", "epsilon_high") if k in given}
+        if projection is not None:
+            _refuse_ignored(moved, name, "has no fixed bounds; set radius")
+            return dataclasses.replace(objective, surrogate=_projection(projection, given, name))
         if isinstance(bounds, Clip):
             _refuse_ignored(given, name, "has fixed bounds; set epsilon and epsilon_high, or a bandpo-* objective")
             if bounds == Clip(1.0, math.inf) and objective.surrogate is not clip:
@@ -191,6 +198,25 @@ def _ball(ball: Band | TopK, given: dict[str, Any], name: str) -> Band | TopK:
         changes["k"] = given["divergence_top_k"]
     if "relax" in given:
         changes["relax"] = Clip(0.2, 0.28)
+    return dataclasses.replace(ball, **changes)
+
+
+_DIRECTIONS: Mapping[str, Direction] = {"reverse_kl": "reverse", "kl": "forward"}
+
+
+def _projection(ball: Projected, given: dict[str, Any], name: str) -> Projected:
+    """The projection with other parameters. For two outcomes, its interval is that of the band of the same divergence."""
+    foreign = ("radius_upper", "max_ratio", "relax")
+    _refuse_ignored({k: given[k] for k in foreign if k in given}, name, "projects onto a ball, which has one radius")
+    changes: dict[str, Any] = {"radius": given["radius"]} if "radius" in given else {}
+    if "divergence_top_k" in given:
+        changes["k"] = given["divergence_top_k"]
+    if "divergence" in given:
+        if given["divergence"] not in _DIRECTIONS:
+            raise ValueError(
+                f"divergence={given['divergence']!r}: objective {name!r} projects onto a ball of {' or '.join(_DIRECTIONS)}"
+            )
+        changes["direction"] = _DIRECTIONS[given["divergence"]]
     return dataclasses.replace(ball, **changes)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from bandpo.integrations._host import refuse_denominators, refuse_ignored
+from bandpo.integrations._host import extras_of, refuse_denominators, refuse_ignored
 from bandpo.integrations.options import RegionOptions, parse_flag, parse_options
 from bandpo.objective import Objective
 from bandpo.reference import ReferenceKL
@@ -153,7 +153,7 @@ def missing_inputs(objective: Objective) -> str:
         objective: The objective to check.
     """
     if objective.extras:
-        return ", ".join(objective.extras)
+        return extras_of(objective)
     if objective.correction is not None:
         return "rollout log-probs beside the old ones (for the correction use algorithm.rollout_correction.rollout_is)"
     known = "policy/rollout" if objective.anchor == "rollout" else "policy/old"

@@ -5,6 +5,7 @@ from bandpo.surrogates.corrections import TIS as TIS
 from bandpo.surrogates.corrections import Correction as Correction
 from bandpo.surrogates.corrections import IcePop as IcePop
 from bandpo.surrogates.filters import SequenceFilter as SequenceFilter
+from bandpo.surrogates.projected import Projected as Projected
 from bandpo.surrogates.sequence import future_weighted as future_weighted
 from bandpo.surrogates.sequence import gamma_weighted as gamma_weighted
 from bandpo.surrogates.sequence import geometric_mean as geometric_mean

@@ -11,7 +11,7 @@ from torch import Tensor
 from bandpo._inputs import inputs_of
 from bandpo.bounds import RatioBounds, outside
 
-T = TypeVar("T", bound=Callable[..., Tensor])
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 class StopRule(NamedTuple):
@@ -27,17 +27,17 @@ class StopRule(NamedTuple):
 
 
 def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
-    """Mark a surrogate (a function) with the rule that says which tokens it takes the gradient away from.
+    """Mark a surrogate (a function, or the class of one) with the rule that says which tokens it takes the gradient away from.
 
     The share of these tokens is the metric `clip_fraction`. Without a mark it is found by automatic differentiation, which
     costs one backward pass through the surrogate, and is left out of the metrics under `torch.compile`.
 
     Args:
         rule: A function `(log_ratio, advantages, bounds) -> bool tensor`, True where the gradient is taken away. It is given
-            those keywords of the surrogate (fixed by `functools.partial`) that it takes as well, and by its own keyword-only
-            parameters without a default any input that a surrogate can have, or `value`, the value of the surrogate. Its
-            result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never` that of a surrogate
-            that keeps every gradient.
+            those keywords of the surrogate (fixed by `functools.partial`, or fields of its class) that it takes as well, and
+            by its own keyword-only parameters without a default any input that a surrogate can have, or `value`, the value
+            of the surrogate. Its result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never`
+            that of a surrogate that keeps every gradient.
 
     Returns:
         A decorator that gives back the surrogate itself.
@@ -92,6 +92,8 @@ def stop_rule_of(surrogate: Callable[..., Tensor]) -> tuple[StopRule | None, dic
         keywords = {**surrogate.keywords, **keywords}
         surrogate = surrogate.func
     mark = getattr(surrogate, "stops", None)
+    if isinstance(mark, StopRule) and mark.marks is type(surrogate):
+        return mark, {name: getattr(surrogate, name) for name in mark.keywords}
     if not isinstance(mark, StopRule) or mark.marks is not surrogate:
         return None, {}
     return mark, {name: value for name, value in keywords.items() if name in mark.keywords}

@@ -12,7 +12,6 @@ except ImportError as error:
 
 from bandpo._system.secrets import HidesSecrets
 from bandpo.bounds import Band
-from bandpo.bounds.regions import common_radius
 from bandpo.integrations.options import RegionOptions
 from bandpo.objective import Aggregation, Objective
 from bandpo.reference import ReferenceKL, check_kl
@@ -207,7 +206,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         """
         if self.radius_schedule == "constant" and self.radius_end is None and self.radius_target is None:
             return None
-        radius = common_radius(objective.bounds)
+        radius = objective.radius
         if not isinstance(radius, int | float):
             raise ValueError(
                 f"radius_schedule, radius_end and radius_target move one number, and objective {self.objective!r} has "
@@ -217,6 +216,11 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             return Schedule(radius, self.radius_end, steps, self.radius_schedule)  # type: ignore[arg-type]
         if self.radius_schedule != "constant" or self.radius_end is not None:
             raise ValueError(f"radius_target={self.radius_target!r} and a radius_schedule are both set; choose one")
+        if objective.projection is not None:
+            raise ValueError(
+                f"radius_target={self.radius_target!r} is measured by an interval or a region, and objective "
+                f"{self.objective!r} projects onto its ball; use a radius_schedule"
+            )
         name, _, value = self.radius_target.partition("=")
         try:
             target = float(value)

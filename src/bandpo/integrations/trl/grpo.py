@@ -16,7 +16,6 @@ from torch import Tensor
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from bandpo._system import citation
-from bandpo.bounds.regions import TopK, common_radius
 from bandpo.integrations._host import over_ranks
 from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer
@@ -39,6 +38,7 @@ from bandpo.integrations.trl.rollout import PREFIX, Refill, group_extras, local_
 from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
+from bandpo.integrations.trl.top import learns_from_top, refuse_images, top_scores
 from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PooledSum, effective_size, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective
@@ -118,6 +118,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._groups_without_signal = torch.empty(0, dtype=torch.bool)
         self._scored_batch: Batch | None = None  # the batch in `_compute_loss`, None while a rollout is scored
         self._last_logprobs: Tensor | None = None
+        self.last_top: Tensor | None = (
+            None  # log-probs of the top-K tokens from the same pass, where they have a gradient
+        )
         self._silenced = self._told_nonfinite = self._packs = False
         self._sampling_seconds = 0.0
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -220,8 +223,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         if self.model.training:
             self._tell(self._signal.note(self._groups_without_signal, self.last_rewards))
         rollout |= group_extras(self, rollout)
-        if isinstance(self.objective.bounds, TopK):
-            values, ids = top_logprobs(self, self.model, rollout, None, self.objective.bounds.k)
+        if self.objective.top_k is not None:
+            values, ids = top_logprobs(self, self.model, rollout, None, self.objective.top_k)
             rollout |= {f"{PREFIX}top_logprobs": values, f"{PREFIX}top_ids": ids}
         return rollout
 
@@ -256,7 +259,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     # ---- log-probs
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.packing:
+        if self._scored_batch is not None and learns_from_top(self.objective):
+            out = self._scores_with_top(*args, **kwargs)
+        elif self.args.packing:
             out = self._packed_scores(*args, **kwargs)
         else:
             out = cast("tuple[Any, ...]", super()._get_per_token_logps_and_entropies(*args, **kwargs))
@@ -266,6 +271,33 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         found = without_nonfinite(out[0], self._scored_batch, self.objective.ratio_level)
         self._silenced = found.silenced
         return found.logprobs, *out[1:]
+
+    def _scores_with_top(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if any(value is not None for value in more.values()):
+            refuse_images(self.objective)
+        if self.args.packing and not self._packs:
+            self._probe_packing()
+        found = top_scores(
+            self,
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            cast("Batch", self._scored_batch)[f"{PREFIX}top_ids"],
+            compute_entropy=compute_entropy,
+            compute_aux_loss=compute_aux_loss,
+        )
+        self.last_top = found.top
+        return found.logprobs, found.entropy, found.router_loss
 
     def _packed_scores(
         self,
@@ -326,7 +358,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
 
     def _loss_of_trl(self, model: Any, inputs: Batch, given: GivenToTRL) -> tuple[Tensor, Tensor]:
         """TRL's loss for other advantages and another interval, and the log-probs that it was computed from."""
-        self._last_logprobs, self._scored_batch = None, {**inputs, "advantages": given.advantages}
+        self._last_logprobs = self.last_top = None
+        self._scored_batch = {**inputs, "advantages": given.advantages}
         try:
             with self._clamping_to(given.epsilon), self._without_kl() if self._own_kl else nullcontext():
                 loss = cast("Tensor", super()._compute_loss(model, self._scored_batch))
@@ -380,7 +413,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             self._pool_clip_metrics(tokens, sequences)
         self._tell_nonfinite(found["nonfinite_fraction"])
         if self._radius is not None and self.model.training:
-            radius = float(cast("Tensor", common_radius(self.objective.bounds)))
+            radius = float(self.objective.radius)  # type: ignore[arg-type]
             log["band/radius"].append(radius)
             self._radius.measure(found, radius)
         if self._penalty is not None and self.model.training:

@@ -77,6 +77,7 @@ class GRPOHost(Protocol):
     state: TrainerState
     train_dataset: Any
     last_rewards: Tensor
+    last_top: Tensor | None
     loss_type: str
     temperature: float
     num_generations: int

@@ -146,12 +146,9 @@ def packed_scores(
     entropies: list[Tensor] = []
     densities: list[float] = []
     config = model.config.get_text_config()
-    capacity = trainer.args.packing_tokens or 4 * input_ids.shape[1]
     at_once = batch_size or len(input_ids)
     for ids, attention in zip(split(input_ids, at_once), split(attention_mask, at_once), strict=True):
-        packed = pack_rows(
-            ids, attention, capacity=max(capacity, int(attention.sum(1).max())), window=trainer.args.packing_window
-        )
+        packed = _pack(trainer, ids, attention)
         counted = attention.new_zeros(attention.shape).to(torch.bool)
         counted[:, -logits_to_keep:] = attention[:, -logits_to_keep:] != 0
         labels = packed.pack(ids.masked_fill(~counted, -100), -100)
@@ -164,7 +161,46 @@ def packed_scores(
         if compute_entropy:
             entropies.append(packed.unpack(_rows(pad(out.entropy, (1, 0)), packed))[:, -logits_to_keep:])
         densities.append(float(attention.sum()) / packed.input_ids.numel())
+    _log_density(trainer, densities, attention_mask)
+    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
+
+
+def packed_logits(
+    trainer: GRPOHost, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
+) -> tuple[Tensor, Tensor]:
+    """Logits of the completions' tokens by one packed forward pass, with gradient.
+
+    Args:
+        trainer: The trainer.
+        model: The policy to score with.
+        input_ids: Prompts and completions, `(batch, width)`.
+        attention_mask: 1 for tokens and 0 for padding, `(batch, width)`.
+        logits_to_keep: Width of the completions.
+
+    Returns:
+        The logits that each token was drawn from, `(tokens, vocabulary)`, and the places of these tokens,
+        `(batch, logits_to_keep)`, bool. The first token of a sequence follows nothing and has none.
+    """
+    config = model.config.get_text_config()
+    packed = _pack(trainer, input_ids, attention_mask)
+    with trainer.accelerator.autocast():
+        out = model(**_inputs(packed, config))
+    logits = _rows(out.logits, packed).flatten(0, 1)
+    at = torch.zeros_like(input_ids)
+    at[packed.mask] = packed.places
+    real = attention_mask != 0
+    counted = (real & (real.cumsum(1) > 1))[:, -logits_to_keep:]
+    _log_density(trainer, [float(attention_mask.sum()) / packed.input_ids.numel()], attention_mask)
+    return logits[at[:, -logits_to_keep:][counted] - 1], counted
+
+
+def _pack(trainer: GRPOHost, input_ids: Tensor, attention_mask: Tensor) -> PackedBatch:
+    capacity = trainer.args.packing_tokens or 4 * input_ids.shape[1]
+    longest = int(attention_mask.sum(1).max())
+    return pack_rows(input_ids, attention_mask, capacity=max(capacity, longest), window=trainer.args.packing_window)
+
+
+def _log_density(trainer: GRPOHost, densities: list[float], attention_mask: Tensor) -> None:
     log = trainer.current_log
     log["packing/density"].append(sum(densities) / len(densities))
     log["packing/padded_density"].append(float(attention_mask.float().mean()))
-    return torch.cat(logps), torch.cat(entropies) if compute_entropy else None

@@ -4,8 +4,8 @@ import warnings
 
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-from bandpo.bounds.regions import TopK
 from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF, BandGRPOConfig
+from bandpo.integrations.trl.top import learns_from_top
 from bandpo.objective import Objective
 
 
@@ -55,7 +55,8 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
             "policies='policy/rollout' to filter by the drift of the policy.",
             stacklevel=3,
         )
-    needs_top_k = isinstance(objective.bounds, TopK)
+    # Against π_old, the trainer makes the top-K log-probs itself: it has the weights of π_old at the time of the rollout.
+    needs_top_k = objective.top_k is not None and objective.anchor == "rollout"
     if needs_top_k and args.use_vllm:
         raise ValueError(
             f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not pass on from vLLM; choose "
@@ -65,6 +66,11 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
         raise ValueError(
             f"objective {objective.name!r} needs the sampler's top-K log-probs, which TRL does not take from a rollout_func; "
             "choose dppo-kl or dppo-tv"
+        )
+    if learns_from_top(objective) and getattr(args, "cast_lm_head_to_fp32", False):
+        raise ValueError(
+            f"cast_lm_head_to_fp32=True would be ignored: it acts on TRL's own scores, and objective {objective.name!r} is "
+            "computed from the model's logits; leave it out, or load the model in float32"
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from trl.trainer.utils import pad
 
 from bandpo.integrations.trl.host import Batch, GRPOHost, ints, split
+from bandpo.integrations.trl.top import refuse_images
 
 PREFIX = "bandpo_"
 """Prefix of our tensors in a rollout. They go through TRL's shuffling and splitting like TRL's own."""
@@ -51,7 +52,7 @@ def top_logprobs(trainer: GRPOHost, model: Any, batch: Batch, ids: Tensor | None
         ValueError: If the batch has images.
     """
     if "pixel_values" in batch or "images" in batch:
-        raise ValueError("dppo-topk-* objectives score text; this batch has images: choose dppo-kl or dppo-tv")
+        refuse_images(trainer.objective)
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     length = batch["completion_ids"].shape[1]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from bandpo._inputs import is_logprob
 from bandpo.bounds import Clip, RatioBounds
-from bandpo.bounds.regions import TopK
 from bandpo.integrations._host import refuse_denominators
 from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.integrations.trl.host import Batch, GRPOHost
 from bandpo.integrations.trl.nonfinite import zero_where
 from bandpo.integrations.trl.rollout import PREFIX, mask_of, top_logprobs
 from bandpo.integrations.trl.selection import WEIGHT
+from bandpo.integrations.trl.top import learns_from_top
 from bandpo.losses import aggregate
 from bandpo.objective import Objective
 from bandpo.surrogates import clip
@@ -197,12 +197,16 @@ class WeCompute(Strategy):
     def _extras(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The extras of the objective that travel with the batch, and the policy's log-probs of the sampler's top K."""
         objective = self.trainer.objective
-        if not isinstance(objective.bounds, TopK):
-            return {name: batch[PREFIX + name] for name in objective.extras if PREFIX + name in batch}
+        found = {name: batch[PREFIX + name] for name in objective.extras if PREFIX + name in batch}
+        if objective.top_k is None:
+            return found
         ids = batch[f"{PREFIX}top_ids"]
-        return {
+        top = self.trainer.last_top if learns_from_top(objective) else None
+        if top is None:
+            top = top_logprobs(self.trainer, model, batch, ids, objective.top_k)[0]
+        return found | {
             "old_topk_logprobs": batch[f"{PREFIX}top_logprobs"],
-            "topk_logprobs": top_logprobs(self.trainer, model, batch, ids, objective.bounds.k)[0],
+            "topk_logprobs": top,
             "sampled_in_topk": (ids == batch["completion_ids"].unsqueeze(-1)).any(-1),
         }
 

@@ -17,6 +17,7 @@ from bandpo._system.files import read_checked_json, write_checked_json, write_js
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.comparison.claims import claims
+from bandpo.lab.comparison.exact import on_bandits
 from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.comparison.report import claims_table, write_evidence, write_report
@@ -74,7 +75,7 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: flo
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
     made = [jobs for task in plan.tasks for jobs in _make_runs(study, plan, task, objectives)]
     summary = summarise(study, plan)
-    exact = [o for o in objectives if OBJECTIVES[o].ratio_level == "token" and not OBJECTIVES[o].extras]
+    exact = [o for o in objectives if on_bandits(OBJECTIVES[o])]
     summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
     summary["realised"] = realised(plan.exact_seeds) if plan.exact_seeds else {}
     summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from bandpo._deprecations import warn_moved
 from bandpo.bounds import Bounds, RatioBounds
 from bandpo.groups import group_advantages
+from bandpo.lab.comparison.top import top_extras, top_tokens
 from bandpo.objective import Objective
 from bandpo.reference import reference_kl
 from bandpo.terms import token_objective
@@ -120,7 +121,7 @@ def run_tree(
 
     Args:
         tree: The problem.
-        objective: An objective without extra inputs; a `sequence` ratio is that of a whole way.
+        objective: An objective whose only extra inputs, if any, are top-K tokens; a `sequence` ratio is that of a whole way.
         learning_rate: Learning rate of the optimiser.
         batches: Number of rollouts.
         queries: Groups of a rollout.
@@ -164,14 +165,21 @@ def run_tree(
         for epoch in range(epochs):
             for part in order[:, epoch].chunk(minibatches, 1):
                 chosen = part.unsqueeze(-1).expand(-1, -1, tree.depth)
-                new = _scores(theta.log_softmax(-1), tables.gather(1, chosen), ways.gather(1, chosen))
+                at, taken, logp = tables.gather(1, chosen), ways.gather(1, chosen), theta.log_softmax(-1)
+                new = _scores(logp, at, taken)
+                extras = _top(objective.top_k, logp, past[0], at, taken)
                 optimiser.zero_grad()
-                ref = None if start is None else _scores(start, tables.gather(1, chosen), ways.gather(1, chosen))
-                _loss(objective, new, old.gather(1, chosen), advantages.gather(1, part), ref).backward()
+                ref = None if start is None else _scores(start, at, taken)
+                _loss(objective, new, old.gather(1, chosen), advantages.gather(1, part), extras, ref).backward()
                 optimiser.step()
         curve.append(tree.chance_of_best(theta.detach()))
     logp = theta.detach()[:, 0].log_softmax(-1)
     return Outcome(curve[-1] > 0.5, total / batches, -(logp.exp() * logp).sum(-1), discovery, torch.stack(curve))
+
+
+def on_bandits(objective: Objective) -> bool:
+    """Whether an objective has what it needs on a bandit: a ratio of single choices, and no extra inputs but top-K arms."""
+    return objective.ratio_level == "token" and (not objective.extras or objective.top_k is not None)
 
 
 def _optimizer(name: str, theta: Tensor, learning_rate: float) -> torch.optim.Optimizer:
@@ -182,7 +190,21 @@ def _optimizer(name: str, theta: Tensor, learning_rate: float) -> torch.optim.Op
     raise ValueError(f"optimizer: got {name!r}; choose adam or sgd")
 
 
-def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor, ref: Tensor | None) -> Tensor:
+def _top(k: int | None, new: Tensor, old: Tensor, tables: Tensor, ways: Tensor) -> dict[str, Tensor]:
+    """The extras of an objective that asks for the top K arms, for choices `(seeds, rows, depth)`; none for any other one.
+
+    `new` and `old` are log-probs `(seeds, prefixes, arms)`.
+    """
+    if k is None:
+        return {}
+    seed = torch.arange(len(ways)).view(-1, 1, 1)
+    top = top_tokens(old[seed, tables].flatten(0, 1), ways.flatten(0, 1), k)
+    return top_extras(top, new[seed, tables].flatten(0, 1))
+
+
+def _loss(
+    objective: Objective, new: Tensor, old: Tensor, advantages: Tensor, extras: dict[str, Tensor], ref: Tensor | None
+) -> Tensor:
     """The sum over seeds of their mean losses, so that each seed's own tables get its own gradient.
 
     `new`, `old` and `ref` are log-probs `(seeds, rows, depth)`, the advantages are `(seeds, rows)`; `ref` is that of the
@@ -196,6 +218,7 @@ def _loss(objective: Objective, new: Tensor, old: Tensor, advantages: Tensor, re
         rollout_logprobs=before,
         advantages=advantages.flatten(),
         mask=torch.ones(new.shape[0] * new.shape[1], new.shape[2]),
+        extras=extras,
     ).value
     if ref is not None:
         value = value - objective.kl_coef * reference_kl(logprobs, ref.flatten(0, 1), objective.kl, old_logprobs=before)

@@ -1,6 +1,7 @@
 """The figures of a comparison. They need the extra `plot`."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from bandpo.metrics import PROB_BINS
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
-_COLOURS = (BLUE, BLACK, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9", "#B8A800")
+_COLOURS = (BLUE, BLACK, ORANGE, GREEN, PINK, GREY, "#E69F00", "#56B4E9", "#B8A800", "#7B3294", "#A6611A")
 
 
 def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -32,7 +33,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
             (("reward", "Training reward", "mean reward of the rollout"), ("entropy", "Entropy", "nats per token")),
             strict=True,
         ):
-            for (label, found), colour in zip(curves.items(), _COLOURS, strict=False):
+            for (label, found), colour in zip(curves.items(), cycle(_COLOURS)):
                 mean, low, high = np.array(found[name], dtype=float)  # None, which JSON has for NaN, becomes NaN
                 panel.plot(mean, color=colour, lw=1.5, label=label)
                 panel.fill_between(range(len(mean)), low, high, color=colour, alpha=0.12, lw=0)
@@ -160,7 +161,7 @@ def plot_exact(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for i, ((label, row), colour) in enumerate(zip(found.items(), _COLOURS * 3, strict=False)):
+        for i, ((label, row), colour) in enumerate(zip(found.items(), cycle(_COLOURS))):
             left.plot(row["curve"], color=colour, lw=1.5, label=label)
             value, low, high = row["commit"]
             right.plot([low, high], [i, i], color=colour, lw=2)

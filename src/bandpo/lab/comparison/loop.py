@@ -8,7 +8,7 @@ runs of the stack change a run's numbers only by the rounding of a batched matri
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from bandpo.groups import group_advantages
 from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
+from bandpo.lab.comparison.top import TopTokens, has_inputs, top_extras, top_tokens
 from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, approx_kl, pass_at_powers, policy_sums
@@ -87,7 +88,7 @@ class Run:
     """One run of a stack.
 
     Args:
-        objective: The objective that it optimises. If it needs extra inputs, they must come from groups.
+        objective: The objective that it optimises. Its extra inputs come from groups, or are top-K tokens.
         learning_rate: Learning rate of Adam.
         seed: Seed of prompts, noise and mini-batches.
         warm_up: Number of the warmed-up checkpoint that it starts from.
@@ -135,13 +136,14 @@ class Loop:
         runs: The runs.
 
     Raises:
-        ValueError: If an objective needs extra inputs that do not come from groups, or has no KL penalty to adapt.
+        ValueError: If an objective needs extra inputs that are neither of groups nor top-K tokens, or has no KL
+            penalty to adapt.
     """
 
     def __init__(self, setting: Setting, runs: Sequence[Run]) -> None:
         self.setting, self.runs = setting, list(runs)
         for run in self.runs:
-            if run.objective.extras and run.objective.group_stats is None:
+            if not has_inputs(run.objective):
                 raise ValueError(
                     f"objective {run.objective.name!r} needs extras the lab does not have: {run.objective.extras}"
                 )
@@ -197,11 +199,12 @@ class Loop:
         extras = [
             run.objective.group_inputs(r, a, s.group) for run, r, a in zip(self.runs, rewards, advantages, strict=True)
         ]
+        top = self._top_tokens(prompts, rollout)
         rows = s.prompts * s.group
         for epoch in range(s.epochs):
             order = torch.stack([torch.randperm(rows, generator=g) for g in self.draws])
             for part in order.chunk(s.minibatches, 1):
-                self._step(prompts, rollout, advantages, extras, part, last=epoch == s.epochs - 1)
+                self._step(prompts, rollout, advantages, extras, part, last=epoch == s.epochs - 1, top=top)
         for penalty in filter(None, self.penalties):
             penalty.after_rollout()
         self.done += 1
@@ -215,12 +218,15 @@ class Loop:
         part: Tensor,
         *,
         last: bool,
+        top: Mapping[int, TopTokens] | None = None,
     ) -> None:
         s = self.setting
         pick = part.unsqueeze(-1)
         chosen = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
         length = int(chosen[3].any(1).any(0).sum())
-        new = self.stack.logprobs(chosen[0], chosen[1][..., :length], s.temperature)
+        tokens = chosen[1][..., :length]
+        scores = self.stack.distributions(chosen[0], tokens, s.temperature)
+        new = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         old, mask = chosen[2][..., :length], chosen[3][..., :length]
         ref = None
         if self._start is not None:
@@ -229,6 +235,10 @@ class Loop:
         losses: list[Tensor] = []
         for i, run in enumerate(self.runs):
             penalty = self.penalties[i]
+            given = {k: v[part[i]] for k, v in extras[i].items()}
+            if top and i in top:
+                mine = TopTokens(*(x[part[i], :length] for x in top[i]))
+                given |= top_extras(mine, scores[i])
             terms = token_objective(
                 run.objective if penalty is None else penalty.objective,
                 logprobs=new[i],
@@ -236,7 +246,7 @@ class Loop:
                 rollout_logprobs=old[i],
                 advantages=advantages[i][part[i]],
                 mask=mask[i],
-                extras={k: v[part[i]] for k, v in extras[i].items()},
+                extras=given,
             )
             maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
             if penalty is not None:
@@ -268,7 +278,7 @@ class Loop:
     def _rollout(self, prompts: Tensor) -> Rollout:
         if self.setting.lag:
             self._past.append({name: w.detach().clone() for name, w in self.stack.weights.items()})
-        sampler = Stack(self._past[0], self.stack.shape) if self.setting.lag else self.stack
+        sampler = Stack(self._sampler_weights(), self.stack.shape)
         noise = torch.stack([torch.rand(prompts.shape[1], self.problem.length, generator=g) for g in self.draws])
         return sampler.sample(
             prompts[:, :: self.setting.group],
@@ -278,6 +288,22 @@ class Loop:
             repeats=self.setting.group,
             temperature=self.setting.temperature,
         )
+
+    def _sampler_weights(self) -> dict[str, Tensor]:
+        return self._past[0] if self.setting.lag else self.stack.weights
+
+    @torch.no_grad()
+    def _top_tokens(self, prompts: Tensor, rollout: Rollout) -> dict[int, TopTokens]:
+        """The sampler's top-K tokens, for the runs whose objective asks for them."""
+        asking = [i for i, run in enumerate(self.runs) if run.objective.top_k is not None]
+        if not asking:
+            return {}
+        sampler = Stack({name: w[asking] for name, w in self._sampler_weights().items()}, self.stack.shape)
+        scores = sampler.distributions(prompts[asking], rollout.tokens[asking], self.setting.temperature)
+        return {
+            i: top_tokens(x, rollout.tokens[i], cast("int", self.runs[i].objective.top_k))
+            for i, x in zip(asking, scores, strict=True)
+        }
 
     def _evaluate(self, stage: Literal["before", "after"]) -> None:
         k, held_out = self.setting.eval_samples, self.problem.held_out

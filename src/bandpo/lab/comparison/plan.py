@@ -14,7 +14,9 @@ import numpy as np
 from bandpo.bounds import DCPO, Band, Bounds, Clip
 from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.combined import change_leaves
+from bandpo.bounds.regions import TopK
 from bandpo.lab.comparison.loop import Setting
+from bandpo.lab.comparison.top import has_inputs
 from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.zoo import OBJECTIVES
@@ -73,6 +75,7 @@ class Plan:
         "bandpo-chi2",
         "dppo-kl",
         "cfpo",
+        "troll",
         "no-clip",
     )
     tasks: tuple[str, ...] = ("paths", "addition", "countdown")
@@ -97,7 +100,7 @@ class Plan:
         for name in self.objectives:
             if name not in OBJECTIVES:
                 raise ValueError(f"objectives: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
-            if OBJECTIVES[name].extras and OBJECTIVES[name].group_stats is None:
+            if not has_inputs(OBJECTIVES[name]):
                 raise ValueError(f"objectives: {name!r} needs {OBJECTIVES[name].extras}, which the lab does not have")
         for task in self.tasks:
             self.setting_of(task)
@@ -166,7 +169,7 @@ PRESETS: Mapping[str, Plan] = MappingProxyType(
             updates=18,
         ),
         "paper": Plan(
-            ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"), tuning_seeds=0, sweep_seeds=200
+            ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2", "troll"), tuning_seeds=0, sweep_seeds=200
         ),
         "full": Plan(robust_tasks=("addition",), sweep_seeds=200),
     }
@@ -261,7 +264,7 @@ def scaled(objective: Objective, factor: float) -> Objective:
     """The objective with all its ε and δ multiplied by a factor; an objective without either is returned unchanged."""
 
     def wider(bounds: Bounds) -> Bounds:
-        if isinstance(bounds, Band) and isinstance(bounds.radius, float):
+        if isinstance(bounds, Band | TopK) and isinstance(bounds.radius, int | float):
             return dataclasses.replace(bounds, radius=bounds.radius * factor)
         if isinstance(bounds, DCPO):
             return dataclasses.replace(bounds, low=bounds.low * factor, high=bounds.high * factor)
@@ -269,6 +272,8 @@ def scaled(objective: Objective, factor: float) -> Objective:
             return Clip(min(1.0, bounds.low * factor), bounds.high * factor)
         return bounds
 
+    if objective.projection is not None and isinstance(objective.radius, int | float):
+        objective = objective.with_radius(objective.radius * factor)
     return dataclasses.replace(objective, bounds=change_leaves(objective.bounds, wider))
 
 

@@ -121,10 +121,22 @@ class Stack:
         Returns:
             `(runs, sequences, time)`, with gradient.
         """
-        time = completions.shape[-1]
-        ids = torch.cat([prompts, completions], -1)[..., :-1]
-        scores = (self.logits(ids, time) / temperature).log_softmax(-1)
+        scores = self.distributions(prompts, completions, temperature)
         return scores.gather(-1, completions.unsqueeze(-1)).squeeze(-1)
+
+    def distributions(self, prompts: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probs of every token of the vocabulary at each place of completions.
+
+        Args:
+            prompts: `(runs, sequences, prompt time)` tokens without padding.
+            completions: `(runs, sequences, time)` tokens.
+            temperature: Temperature of the policy.
+
+        Returns:
+            `(runs, sequences, time, vocabulary)`, with gradient.
+        """
+        ids = torch.cat([prompts, completions], -1)[..., :-1]
+        return (self.logits(ids, completions.shape[-1]) / temperature).log_softmax(-1)
 
     @torch.no_grad()
     def sample(
