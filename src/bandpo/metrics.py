@@ -14,6 +14,7 @@ from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
 from bandpo.divergences import FDivergence, divergence_of_two
 from bandpo.objective import Objective
+from bandpo.surrogates.projected import Projected
 from bandpo.surrogates.stops import stops_outside
 from bandpo.surrogates.token import hold
 from bandpo.surrogates.token import mask as clip_by_mask
@@ -77,6 +78,8 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
     * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
+    * `projection/fraction`, `projection/kl_mean`: the share of projected positions and the mean KL after the projection, for
+      `bandpo.surrogates.Projected`.
     * `correction/weight_mean`, `correction/zero_fraction`, where there are weights.
     * `nonfinite_fraction`: the share of valid tokens that are in no other statistic, because a log-prob, log-ratio, advantage
       or bound is NaN or infinite.
@@ -148,6 +151,10 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
         spent = torch.where(used, _divergence_over_radius(region, log_ratio, terms.anchor_logprobs), 0.0)
         sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
         sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
+    ball = terms.objective.ball
+    if terms.divergence is not None and isinstance(ball, Projected):
+        sums["projection/fraction"] = mean((terms.divergence > ball.radius).to(r.dtype))
+        sums["projection/kl_mean"] = mean(terms.divergence.clamp(max=ball.radius).to(r.dtype))
     if entropy is not None:
         sums["entropy"] = mean(entropy.detach().to(r.dtype))
     if terms.weights is not None:

@@ -12,6 +12,7 @@ from bandpo._inputs import as_columns, as_mask, check_shapes, check_tensor, fill
 from bandpo.bounds import RatioBounds
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, hold
+from bandpo.surrogates.projected import Projected
 from bandpo.surrogates.stops import value_and_stopped
 
 
@@ -40,6 +41,8 @@ class TokenObjective(NamedTuple):
     """The mask, bool, `(batch, time)`."""
     objective: Objective
     """What was evaluated."""
+    divergence: Tensor | None = None
+    """KL divergence of each position from the anchor, before its projection, `(batch, time)`; None without a projection."""
 
 
 def token_objective(
@@ -127,7 +130,13 @@ def token_objective(
     # Expanded first: one value of a sequence counts once for each of its tokens, but not for one that is left out.
     value = torch.where(usable, _per_token(value, objective, usable), 0.0)
     stopped = None if stopped is None else stopped & usable
-    return TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite, stopped, valid, objective)
+    divergence = None
+    if isinstance(objective.surrogate, Projected):
+        given = (*objective.extras, "logprobs", "old_logprobs")
+        divergence = objective.surrogate.divergence(**{name: inputs[name].detach() for name in given})
+    return TokenObjective(
+        value, log_ratio, bounds, old, advantages, weights, nonfinite, stopped, valid, objective, divergence
+    )
 
 
 def _anchor(objective: Objective, old_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> Tensor:
