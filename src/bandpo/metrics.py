@@ -81,6 +81,8 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
     * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
     * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
+    * `projection/fraction`, `projection/kl_mean`: the share of projected positions and the mean KL after the projection, for
+      `bandpo.surrogates.Projected`.
     * `correction/weight_mean`, `weight_square_mean`, `zero_fraction`, where there are weights: those of the correction, times
       those of the filters. `correction/effective_sample_size` is the square of the first over the second (Kish).
     * `filter/kept_fraction`, `filter/kept_sequence_fraction`, where there are filters: the share of tokens that they keep, and
@@ -167,6 +169,10 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
         spent = torch.where(used, _divergence_over_radius(region, log_ratio, of_region), 0.0)
         sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
         sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
+    ball = terms.objective.projection
+    if terms.divergence is not None and ball is not None:
+        sums["projection/fraction"] = mean((terms.divergence > ball.radius).to(r.dtype))
+        sums["projection/kl_mean"] = mean(terms.divergence.clamp(max=ball.radius).to(r.dtype))
     if entropy is not None:
         sums["entropy"] = mean(entropy.detach().to(r.dtype))
     weights, filters = terms.weights, terms.filter_weights

@@ -85,8 +85,8 @@ def sparse_support(
         old_logits: The same of the old policy; no gradient flows into it.
         sampled: Ids of the sampled tokens, integers, `(batch, time)`.
         k: K, at least 1; more than the vocabulary counts as the vocabulary.
-        either: Whether the top K tokens of the new policy are in the set as well. A token that is in both is
-            counted once: the second entry has a log-prob of -inf.
+        either: Whether the top K tokens of the new policy are in the set as well. The second entry of a token that is in
+            both has a log-prob of -inf.
 
     Returns:
         `logprobs` and `old_logprobs` of the sampled tokens, and under `extras` the three that the objective takes.
@@ -223,7 +223,7 @@ class _Point(NamedTuple):
 
     kl: Tensor
     slope: Tensor
-    """Its derivative by the position."""
+    """The derivative of the divergence by the position."""
     blur: Tensor
     """How much a relative error of 1 in every log-prob of the mixture could add to it, to first order."""
     by_new: Tensor

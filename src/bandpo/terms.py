@@ -46,6 +46,8 @@ class TokenObjective(NamedTuple):
     counted: Tensor | None = None
     """Whether a token stays in the denominators of a loss, bool, in the shape of `filter_weights`: False where a filter with
     `counts="kept"` has dropped it. None where the objective has no such filter."""
+    divergence: Tensor | None = None
+    """KL divergence of each position from the anchor, before its projection, `(batch, time)`; None without a projection."""
 
 
 def token_objective(
@@ -135,7 +137,23 @@ def token_objective(
     # Expanded first: one value of a sequence counts once for each of its tokens, but not for one that is left out.
     value = torch.where(usable, _per_token(value, objective, usable), 0.0)
     stopped = None if stopped is None else stopped & usable
-    terms = TokenObjective(value, log_ratio, bounds, old, advantages, weights, nonfinite, stopped, valid, objective)
+    divergence = None
+    if objective.projection is not None:
+        given = (*objective.extras, "logprobs", "old_logprobs")
+        divergence = objective.projection.divergence(**{name: inputs[name].detach() for name in given})
+    terms = TokenObjective(
+        value,
+        log_ratio,
+        bounds,
+        old,
+        advantages,
+        weights,
+        nonfinite,
+        stopped,
+        valid,
+        objective,
+        divergence=divergence,
+    )
     return _filtered(terms, new, rollout_logprobs, usable) if objective.filters else terms
 
 

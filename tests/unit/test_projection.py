@@ -327,3 +327,12 @@ def test_topk_divergence_is_that_of_the_projection():
     ]
     assert torch.equal(projection(*support, 0.05, "reverse").outside, far)
     assert objective.top_k == 4
+
+
+def test_metrics_are_those_of_the_projection():
+    new, old = (x.unsqueeze(0) for x in pair(rows=40, n=12, drift=1.0))
+    inputs = sparse_support(new, old, torch.zeros(1, 40, dtype=torch.long), 12)
+    _, metrics = policy_loss(**inputs, advantages=torch.ones(1), mask=torch.ones(1, 40), objective="troll")
+    q, out = project(new, old, 0.05), projection(new, old, 0.05, "reverse").outside
+    assert 0.1 < metrics["projection/fraction"].item() == pytest.approx(out.double().mean().item(), abs=1e-6)
+    assert metrics["projection/kl_mean"].item() == pytest.approx(divergence(q, old, "reverse").mean().item(), rel=1e-9)

@@ -9,7 +9,7 @@ from bandpo._inputs import as_mask, check_int, traits
 from bandpo._values import ByValue
 from bandpo.bounds import Radius, RatioBounds, in_band
 from bandpo.bounds.band import radius_of_sides
-from bandpo.bounds.regions import with_rest
+from bandpo.bounds.regions import topk_divergence, with_rest
 from bandpo.divergences import KL, REVERSE_KL
 from bandpo.projection import Direction, projection
 from bandpo.surrogates.stops import never, stops
@@ -39,7 +39,7 @@ def _stopped(
 class Projected(ByValue):
     """`A·q/π_old - α·KL(π ‖ sg(q))`, with `q` the projection of the policy onto the KL ball around π_old (TROLL).
 
-    For arXiv:2510.03817; the formula is known to us from two secondary sources that agree, its gradient through the
+    The formula of arXiv:2510.03817 is known to us from two secondary sources that agree, the gradient through the
     projection is our derivation. `q` is `bandpo.projection.project` of the old policy's top K tokens, the sampled one and
     all others together. Inside of the ball it is the policy itself, `w = 1` and the second term is 0. Outside, the first
     term moves the policy along the surface, and the second pulls it back, also where A = 0. The bounds are not used.
@@ -84,6 +84,36 @@ class Projected(ByValue):
             raise TypeError(f"Projected: weight must be a number, got {self.weight!r}")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"Projected: weight must be a finite number >= 0, got {self.weight}")
+
+    def divergence(
+        self,
+        *,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        topk_logprobs: Tensor,
+        old_topk_logprobs: Tensor,
+        sampled_in_topk: Tensor,
+    ) -> Tensor:
+        """KL divergence of each position before the projection, in the direction of the ball, for the metrics.
+
+        Args:
+            logprobs: As a surrogate is given them, `(batch, time)`.
+            old_logprobs: As a surrogate is given them, `(batch, time)`.
+            topk_logprobs: As in `bandpo.bounds.TopK`, `(batch, time, K)`.
+            old_topk_logprobs: As in `bandpo.bounds.TopK`, `(batch, time, K)`.
+            sampled_in_topk: As in `bandpo.bounds.TopK`, `(batch, time)`.
+
+        Returns:
+            float64 tensor `(batch, time)` without gradient.
+        """
+        return topk_divergence(
+            REVERSE_KL if self.direction == "reverse" else KL,
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            topk_logprobs=topk_logprobs,
+            old_topk_logprobs=old_topk_logprobs,
+            sampled_in_topk=sampled_in_topk,
+        )
 
     def __call__(
         self,
