@@ -106,7 +106,7 @@ class Compiled:
             return tuple((name, self._kind(item)) for name, item in sorted(items))
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
-        radius = value.radius if isinstance(value, Objective) else common_radius(value)
+        radius = value.radius if isinstance(value, Objective) else common_radius(cast("Any", value))
         if radius is not None and not _is_constant(radius):
             return _at_radius(value, 1.0), self._kind(radius)
         return type(value) if isinstance(value, int | float) else value
