@@ -15,7 +15,7 @@ from bandpo.experimental import Balanced, Elastic, clip_cov, kl_cov, log_stabili
 from bandpo.testing import check_bounds, check_divergence, check_surrogate
 
 BOUNDS = [
-    *{o.bounds for o in OBJECTIVES.values()},
+    *dict.fromkeys(o.bounds for o in OBJECTIVES.values()),
     *(Band(d, 0.05, max_ratio=cap) for d in DIVERGENCES.values() for cap in (None, 10.0)),
     Band(KL, (0.01, 0.1), relax=Clip(0.2, 0.28)),
     *(Clip(), Clip(1.0, math.inf), DCPO(), Elastic(), Elastic(1.0, 5.0), Balanced()),
@@ -23,7 +23,7 @@ BOUNDS = [
     *(regions.BySign(Clip(0.2), Band()), regions.Sides(Clip(0.2), Band("tv", 0.05))),
 ]
 NAMED = [x for x in vars(surrogates).values() if callable(getattr(getattr(x, "stops", None), "rule", None))]
-SURROGATES = [*{o.surrogate for o in OBJECTIVES.values()}, *NAMED, clip_cov, kl_cov, log_stabilized]
+SURROGATES = [*dict.fromkeys(o.surrogate for o in OBJECTIVES.values()), *NAMED, clip_cov, kl_cov, log_stabilized]
 
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES.values(), *map(alpha, (-2.0, 0.7, 4.0))], ids=lambda d: d.name)
