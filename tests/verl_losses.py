@@ -18,7 +18,7 @@ def verl_loss(mode, data, aggregation, weights=None, **options):
     if aggregation == "seq-mean-token-sum-norm":
         config.global_batch_info["loss_scale_factor"] = max_length(aggregation)
     x = data["logprobs"].clone().requires_grad_()
-    advantages = data["advantages"].unsqueeze(1).expand(x.shape)
+    advantages = data["advantages"].reshape(len(x), -1).expand(x.shape)
     loss, metrics = core_algos.get_policy_loss_fn(mode)(
         old_log_prob=data["old_logprobs"], log_prob=x, advantages=advantages, response_mask=data["mask"].double(),
         loss_agg_mode=aggregation, config=config, rollout_is_weights=weights,
