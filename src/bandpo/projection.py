@@ -201,9 +201,8 @@ def projection(
     else:
         epsilon = torch.full_like(new[..., :1], radius, requires_grad=False)
     with torch.no_grad():
-        position, outside, divergence, by_new = _solve(
-            new.detach(), old, epsilon, reverse=direction == "reverse", unit=unit
-        )
+        solve = _one_node if torch.compiler.is_compiling() else _solve
+        position, outside, divergence, by_new = solve(new.detach(), old, epsilon, direction == "reverse", unit)
     # Its value is `position`; its derivative that of the implicit function theorem.
     moving = torch.where(new > -math.inf, new, 0.0)
     position = position + (by_new * (moving - moving.detach())).sum(-1, keepdim=True)
@@ -269,7 +268,7 @@ def _forward(new: Tensor, old: Tensor, position: Tensor) -> _Point:
 
 
 def _solve(
-    new: Tensor, old: Tensor, radius: Tensor, *, reverse: bool, unit: float
+    new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Position, whether the new policy is outside, its divergence, and the position's derivative by its log-probs."""
     at = _reverse if reverse else _forward
@@ -292,6 +291,26 @@ def _solve(
     position = torch.where(binding, position, end)
     point = at(new, old, position)
     return position, outside, divergence, torch.where(binding, point.by_new / point.slope, 0.0)
+
+
+@torch.library.custom_op("bandpo::position_in_ball", mutates_args=())
+def _one_node(
+    new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_solve` as one node of a compiled graph: its unrolled steps would take minutes to compile."""
+    return _solve(new, old, radius, reverse, unit)
+
+
+@_one_node.register_fake
+def _(new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del old, reverse, unit
+    number = torch.empty_like(radius, memory_format=torch.contiguous_format)
+    return (
+        number,
+        torch.empty_like(number, dtype=torch.bool),
+        torch.empty_like(number),
+        torch.empty_like(new, memory_format=torch.contiguous_format),
+    )
 
 
 def _logit(share: Tensor) -> Tensor:
