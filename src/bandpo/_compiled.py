@@ -76,7 +76,10 @@ class Compiled:
         ball = value.ball if isinstance(value, Objective) else value
         if not isinstance(ball, Band | TopK | Projected):
             return value
-        radius = self._radius(ball.radius, replace(ball, radius=1.0))
+        if isinstance(ball, Projected):  # it reads no table, so that a constant radius is no faster
+            radius = _as_input(ball.radius)
+        else:
+            radius = self._radius(ball.radius, replace(ball, radius=1.0))
         if radius is ball.radius:
             return value
         return value.with_radius(radius) if isinstance(value, Objective) else replace(ball, radius=radius)
