@@ -354,8 +354,8 @@ def test_compiled_it_is_the_same_at_every_radius_and_weight():
             objective = Objective(bounds=Clip(1.0, math.inf), surrogate=surrogate)
             found = []
             for loss in (fast, policy_loss):
-                x = new.clone().requires_grad_()
-                inputs = sparse_support(x, old, sampled, 4)
+                inputs = sparse_support(new, old, sampled, 4)
+                x = inputs["extras"]["topk_logprobs"].requires_grad_()
                 value, metrics = loss(**inputs, advantages=torch.ones(1), mask=torch.ones(1, 6), objective=objective)
                 found.append((value, torch.autograd.grad(value, x)[0], metrics["projection/kl_mean"]))
             for a, b in zip(*found, strict=True):

@@ -37,7 +37,7 @@ from bandpo.preference import LINKS, PREFERENCES, PairObjective, alpha_link, chi
 from bandpo.preference.sampling import OnPolicy
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection import Informative, Pruning
-from bandpo.surrogates import dual_clip, mask, soft
+from bandpo.surrogates import Projected, dual_clip, mask, soft
 from bandpo.surrogates.corrections import TIS, IcePop
 
 
@@ -53,7 +53,7 @@ VALUES = [
     *OBJECTIVES.values(), *LINKS.values(), *PREFERENCES.values(),
     Band(), Band("js", (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28)), Band(OWN, 0.1), Band(KL, RADII),
     Band(KL, (0.1, RADII)),
-    Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII),
+    Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII), Projected(torch.tensor(0.1), 8, "forward", 0.5),
     log_clip(), kl3_clip(), TIS(), IcePop(), Schedule(0.1, 0.02, steps=9, shape="cosine"),
     Adaptive(0.05, target=0.01, rises=True),
     OBJECTIVES["bandpo-kl"].with_radius(RADII), OBJECTIVES["bandpo-kl"].with_radius(torch.tensor(0.05)),
