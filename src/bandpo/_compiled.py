@@ -74,6 +74,8 @@ class Compiled:
         given = value.radius if isinstance(value, Objective) else common_radius(value)
         if given is None:
             return value
+        if isinstance(value, Objective) and value.projection is not None:
+            return value.with_radius(_as_input(given))  # it reads no table, so that a constant radius is no faster
         radius = self._radius(given, _at_radius(value, 1.0))
         if radius is given:
             return value

@@ -6,7 +6,7 @@ projection replaces the new distribution of each position by the nearest one in 
 """
 
 import math
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -200,10 +200,12 @@ def projection(
         epsilon = radius.detach().to(new).expand(new.shape[:-1]).unsqueeze(-1)
     else:
         epsilon = torch.full_like(new[..., :1], radius, requires_grad=False)
-    position, outside, divergence = cast(
-        "tuple[Tensor, Tensor, Tensor]",
-        cast("Any", _Position).apply(new, old, epsilon, direction == "reverse", unit),
-    )
+    with torch.no_grad():
+        solve = _one_node if torch.compiler.is_compiling() else _solve
+        position, outside, divergence, by_new = solve(new.detach(), old, epsilon, direction == "reverse", unit)
+    # Its value is `position`; its derivative that of the implicit function theorem.
+    moving = torch.where(new > -math.inf, new, 0.0)
+    position = position + (by_new * (moving - moving.detach())).sum(-1, keepdim=True)
     return Projection(new, old, outside.squeeze(-1), divergence.squeeze(-1), position, direction)
 
 
@@ -265,8 +267,10 @@ def _forward(new: Tensor, old: Tensor, position: Tensor) -> _Point:
     return _Point(kl, slope, blur, torch.where(possible, p * (log_weight + d - log_ratio).exp(), 0.0))
 
 
-def _solve(new: Tensor, old: Tensor, radius: Tensor, *, reverse: bool, unit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Position, whether the new policy is outside, and its divergence, of each row."""
+def _solve(
+    new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Position, whether the new policy is outside, its divergence, and the position's derivative by its log-probs."""
     at = _reverse if reverse else _forward
     end = torch.zeros_like(radius) if reverse else torch.full_like(radius, MAX_LOG)
     impossible = (old == -math.inf) & (new > -math.inf)
@@ -284,7 +288,29 @@ def _solve(new: Tensor, old: Tensor, radius: Tensor, *, reverse: bool, unit: flo
         start = _logit(share.sqrt())
     position = _root(at, new, old, radius, low=low, high=end, start=torch.maximum(low, start), unit=unit)
     divergence = torch.where(outside & ~binding, math.inf, whole)
-    return torch.where(binding, position, end), outside, divergence
+    position = torch.where(binding, position, end)
+    point = at(new, old, position)
+    return position, outside, divergence, torch.where(binding, point.by_new / point.slope, 0.0)
+
+
+@torch.library.custom_op("bandpo::position_in_ball", mutates_args=())
+def _one_node(
+    new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_solve` as one node of a compiled graph: its unrolled steps would take minutes to compile."""
+    return _solve(new, old, radius, reverse, unit)
+
+
+@_one_node.register_fake
+def _(new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del old, reverse, unit
+    number = torch.empty_like(radius, memory_format=torch.contiguous_format)
+    return (
+        number,
+        torch.empty_like(number, dtype=torch.bool),
+        torch.empty_like(number),
+        torch.empty_like(new, memory_format=torch.contiguous_format),
+    )
 
 
 def _logit(share: Tensor) -> Tensor:
@@ -312,27 +338,3 @@ def _root(
     aimed = x - (point.kl - radius + room) / point.slope
     near = ((point.kl / radius).log().abs() < 1e-3) & aimed.isfinite()
     return torch.where(near, aimed, low)
-
-
-class _Position(torch.autograd.Function):
-    """The position on the ball's surface, with its derivative by the implicit function theorem."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(new: Tensor, old: Tensor, radius: Tensor, reverse: bool, unit: float) -> tuple[Tensor, Tensor, Tensor]:
-        return _solve(new, old, radius, reverse=reverse, unit=unit)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        new, old, _, ctx.reverse, _ = inputs
-        position, outside, divergence = output
-        ctx.mark_non_differentiable(outside, divergence)
-        ctx.save_for_backward(new, old, position, position < (0.0 if ctx.reverse else MAX_LOG))  # on the surface
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        new, old, position, on_surface = ctx.saved_tensors
-        point = (_reverse if ctx.reverse else _forward)(new, old, position)
-        by_new = torch.where(on_surface, gradients[0] * point.by_new / point.slope, 0.0)
-        return by_new, None, None, None, None

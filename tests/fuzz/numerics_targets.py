@@ -122,7 +122,9 @@ def one_less_root(u):
 
 
 divergences = st.one_of(
-    st.sampled_from(list(DIVERGENCES.values())), st.floats(-50, 50).map(alpha), st.just(FDivergence("root", one_less_root))
+    st.sampled_from(list(DIVERGENCES.values())),
+    st.floats(-50, 50).map(alpha),
+    st.just(FDivergence("root", one_less_root)),
 )
 any_radius = st.one_of(
     st.floats(1e-6, 10), st.tuples(st.floats(1e-6, 10), st.floats(1e-6, 10)),

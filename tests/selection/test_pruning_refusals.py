@@ -74,7 +74,7 @@ def test_objectives_that_pruning_cannot_keep_are_refused(name, options):
     if name in ("bapo", "clip-cov", "kl-cov", "m2po"):
         with pytest.raises(ValueError, match=f"pruning with objective '{name}'.*looks at the whole batch"):
             prune.check(objective)
-    elif name in ("ppo-kl", "quatro-reading", "dro", "pmd-mean") and options == {"completions": 0.5}:
+    elif name in ("ppo-kl", "quatro-reading", "dro", "pmd-mean", "troll") and options == {"completions": 0.5}:
         with pytest.raises(ValueError, match=f"advantage 0.*objective '{name}' has a gradient there.*zeros=False"):
             prune.check(objective)
     else:

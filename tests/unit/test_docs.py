@@ -155,7 +155,8 @@ def test_surrogates_and_regions_have_rows():
     for objective in bandpo.OBJECTIVES.values():
         surrogate = objective.surrogate
         surrogate = surrogate.func if isinstance(surrogate, partial) else surrogate
-        assert re.search(rf"`(experimental\.)?{surrogate.__name__}`", page)
+        name = getattr(surrogate, "__name__", type(surrogate).__name__)
+        assert re.search(rf"`(experimental\.)?{name}`", page)
         assert re.search(rf"`(experimental\.)?{type(objective.bounds).__name__}`", page)
 
 

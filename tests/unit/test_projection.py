@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from bandpo import KL, OBJECTIVES, REVERSE_KL, Band, Clip, Objective, policy_loss, token_objective
 from bandpo.bounds.regions import TopK, topk_divergence, with_rest
+from bandpo.losses import compiled
 from bandpo.projection import project, projection, sparse_support
 from bandpo.surrogates import Projected, mask
 
@@ -336,3 +337,26 @@ def test_metrics_are_those_of_the_projection():
     q, out = project(new, old, 0.05), projection(new, old, 0.05, "reverse").outside
     assert 0.1 < metrics["projection/fraction"].item() == pytest.approx(out.double().mean().item(), abs=1e-6)
     assert metrics["projection/kl_mean"].item() == pytest.approx(divergence(q, old, "reverse").mean().item(), rel=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_at_every_radius_and_weight():
+    """With a constant radius PyTorch's cache on disk gave the second graph the code of the first."""
+    new, old = (x.unsqueeze(0) for x in pair(rows=6, n=9, drift=2.0))
+    sampled = torch.zeros(1, 6, dtype=torch.long)
+    for fast in (compiled(), compiled()):
+        for surrogate in (
+            Projected(0.05),
+            Projected(0.1),
+            Projected(0.1, weight=0.5),
+            Projected(0.1, direction="forward"),
+        ):
+            objective = Objective(bounds=Clip(1.0, math.inf), surrogate=surrogate)
+            found = []
+            for loss in (fast, policy_loss):
+                inputs = sparse_support(new, old, sampled, 4)
+                x = inputs["extras"]["topk_logprobs"].requires_grad_()
+                value, metrics = loss(**inputs, advantages=torch.ones(1), mask=torch.ones(1, 6), objective=objective)
+                found.append((value, torch.autograd.grad(value, x)[0], metrics["projection/kl_mean"]))
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

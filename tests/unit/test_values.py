@@ -38,7 +38,7 @@ from bandpo.preference import LINKS, PREFERENCES, PairObjective, alpha_link, chi
 from bandpo.preference.sampling import OnPolicy
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection import Informative, Pruning
-from bandpo.surrogates import dual_clip, mask, soft
+from bandpo.surrogates import Projected, dual_clip, mask, soft
 from bandpo.surrogates.corrections import TIS, IcePop
 from bandpo.surrogates.filters import opsm
 
@@ -56,6 +56,7 @@ VALUES = [
     Band(), Band("js", (0.1, 0.2), max_ratio=None, relax=Clip(0.2, 0.28)), Band(OWN, 0.1), Band(KL, RADII),
     Band(KL, (0.1, RADII)),
     Clip(), DCPO(), BySign(Clip(0.2), Band()), Sides(Clip(), Band(TV)), Elastic(), Balanced(), TopK("kl", RADII),
+    Projected(torch.tensor(0.1), 8, "forward", 0.5),
     Intersection(Clip(), Band(KL, RADII), Elastic()), Union(TopK("kl", RADII), BySign(Clip(), DCPO())),
     log_clip(), kl3_clip(), TIS(), IcePop(), opsm(0.1), Schedule(0.1, 0.02, steps=9, shape="cosine"),
     Adaptive(0.05, target=0.01, rises=True),
