@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from trl import GRPOTrainer
 
-from bandpo import Clip, Objective, policy_loss, policy_metrics
+from bandpo import OBJECTIVES, Clip, Objective, policy_loss, policy_metrics
 from bandpo._system.files import seal
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.checkpoint import CheckpointError, _delete_oldest
@@ -320,7 +320,7 @@ def by_hand(trainer, inputs, strange, scores):
     new, old, ref = token_logprobs(trainer.model, inputs), inputs["old_per_token_logps"], inputs["ref_per_token_logps"]
     a = inputs["advantages"].unsqueeze(1)
     x = torch.where(used, new - old, 0.0)
-    bounds = trainer.objective.bounds(old)
+    bounds, ratio = trainer.objective.bounds(old), x.exp()
     if trainer.objective.ratio_level == "sequence":
         x = (x.sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp(min=1)).expand(mask.shape)
     if trainer.objective.name == "cispo":
@@ -328,8 +328,8 @@ def by_hand(trainer, inputs, strange, scores):
     else:
         value = torch.minimum(x.exp() * a, x.exp().clamp(bounds.lower, bounds.upper) * a)
     kl = (ref - new).exp() - (ref - new) - 1
-    if getattr(trainer.args, "use_bias_correction_kl", False):
-        kl = kl * x.exp()
+    if trainer.args.kl_term == "k3-ratio":  # that of the token, whatever the level of the objective's ratio
+        kl = kl * ratio
     per_token = torch.where(used, -value + 0.04 * kl, 0.0)
     if trainer.loss_type == "dapo":  # num_items_in_batch is that of two micro-batches
         loss = per_token.sum() / mask.sum()
@@ -551,3 +551,24 @@ def test_data_sets_without_signal_in_an_evaluation_do_not_count(make, prompts):
     trainer.eval_dataset = Dataset.from_list([prompts[i] for i in range(2)])
     trainer.evaluate()
     assert trainer._signal.rollouts == 0
+
+
+def test_options_of_a_region_beside_an_objective_as_an_object_are_refused(make):
+    """They change the objective that the configuration names, which is not the one that is trained."""
+    with pytest.raises(ValueError, match=r"radius=0.3 would be ignored.*'grpo' was given as an object"):
+        make(objective_object=OBJECTIVES["grpo"], objective="bandpo-kl", radius=0.3)
+    same = OBJECTIVES["bandpo-kl"].with_radius(0.3)
+    assert make(objective_object=same, objective="bandpo-kl", radius=0.3).objective == same
+
+
+def test_an_objective_of_sequences_as_an_object_says_how_it_is_configured(make):
+    own = Objective(bounds=Clip(1e-3), ratio_level="sequence", aggregation="seq-mean-token-mean")
+    with pytest.raises(ValueError, match=r"set objective='gspo' in the BandGRPOConfig"):
+        make(objective_object=own)
+    assert make(objective_object=own, objective="gspo").objective is own
+
+
+@pytest.mark.parametrize("beta", [-0.1, math.nan, math.inf])
+def test_a_beta_that_is_no_coefficient_is_refused(beta, make):
+    with pytest.raises(ValueError, match="beta must be a number >= 0"):
+        make(beta=beta)

@@ -4,7 +4,9 @@ import dataclasses
 
 import torch
 
+from bandpo import OBJECTIVES as ZOO
 from bandpo import policy_loss
+from bandpo.surrogates.filters import SequenceFilter
 from bandpo.zoo import get_objective
 
 B, T = 6, 9
@@ -12,6 +14,10 @@ FLOAT32 = 8 * torch.finfo(torch.float32).eps  # for hosts that leave float64 on 
 HALVES = (slice(0, 3), slice(3, 6))
 RANKS = ((slice(0, 2), slice(2, 3)), (slice(3, 5), slice(5, 6)))  # two data-parallel ranks, two micro-batches each
 OBJECTIVES = ("bandpo-kl", "dapo", "gspo", "cispo", "bandpo-kl-soft")
+WEIGHING = dataclasses.replace(
+    ZOO["bandpo-kl"], filter=SequenceFilter("log_ratio", "sum", low=-1.0, high=1.0, action="weight"), name="weighing"
+)
+"""It weighs the sampler's mismatch by a filter, as `tis` does by a correction."""
 
 
 def mini_batch(seed=0, *, poison=True, dtype=torch.float64):

@@ -193,6 +193,7 @@ def test_install_reaches_the_engine_that_a_worker_imports_by_path(monkeypatch):
         ("bandpo-kl", {"eps_clip_higher": 0.28}, "eps_clip_higher=0.28 would be ignored"),
         ("bandpo-kl", {"use_sapo_loss": True}, "use_sapo_loss=True would be ignored"),
         ("icepop", {"use_decoupled_loss": True, "rejection_sampling": "x"}, "accounts for the sampler itself"),
+        ("cases:WEIGHING", {"use_decoupled_loss": True, "rejection_sampling": "x"}, "accounts for the sampler itself"),
         ("etr-reading", {}, "signal; AReaL does not give"),
     ],
 )

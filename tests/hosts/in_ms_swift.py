@@ -23,6 +23,7 @@ from swift.trainers import TrainerFactory
 from bandpo import Clip, Objective
 from bandpo.integrations import ms_swift as ours
 from bandpo.surrogates import future_weighted
+from bandpo.surrogates.filters import opsm
 
 
 @pytest.fixture
@@ -139,6 +140,16 @@ def test_options_of_the_trainer(trainer, change, words):
         made.refuse_ignored()
 
 
+@pytest.mark.parametrize(("beta", "in_reward"), [(0.0, False), (0.1, False), (0.001, True)])
+def test_the_kl_of_the_objective_must_be_in_the_loss(beta, in_reward, trainer):
+    made = trainer(Objective(bounds=Clip(0.2), kl_coef=0.001))
+    made.beta, made.kl_in_reward = 0.001, False
+    made.refuse_ignored()
+    made.beta, made.kl_in_reward = beta, in_reward
+    with pytest.raises(ValueError, match=r"set --beta 0.001 --kl_in_reward false"):
+        made.refuse_ignored()
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("epsilon", 0.1), ("epsilon_high", 0.28), ("importance_sampling_level", "sequence")]
 )
@@ -156,3 +167,5 @@ def test_objectives_that_its_trainer_cannot_express():
     for name in ("dppo-kl", "icepop", "etr-reading"):
         with pytest.raises(ValueError, match="ms-swift does not give"):
             ours.register(name)
+    with pytest.raises(ValueError, match="has a filter, which this trainer would ignore"):
+        ours.register(Objective(bounds=Clip(0.2), filter=opsm(0.1, policies="policy/old")))

@@ -93,9 +93,10 @@ def test_off_policy_correction_is_skyrl_s(registry):
     config.policy_loss_type = "bandpo"
     again = train(poisoned, cases.HALVES, "sequence_mean", config)[0]
     cases.same(again, found[0])
-    ours.register("dppo-kl", name="bandpo-dppo")
-    with pytest.raises(ValueError, match="accounts for the sampler itself; use one"):
-        train(data, cases.HALVES, "sequence_mean", config, "bandpo-dppo")
+    for name, objective in (("bandpo-dppo", "dppo-kl"), ("bandpo-weighing", cases.WEIGHING)):
+        ours.register(objective, name=name)
+        with pytest.raises(ValueError, match="accounts for the sampler itself; use one"):
+            train(data, cases.HALVES, "sequence_mean", config, name)
 
 
 def test_metrics_survive_skyrl_s_mean(registry):

@@ -1,6 +1,7 @@
 """ROLL: its actor's `loss_func` around ours, with its counts, sample weights, KL loss and corrections for the sampler."""
 
 import importlib
+import json
 import sys
 from types import SimpleNamespace
 
@@ -238,8 +239,9 @@ def test_refused(worker, monkeypatch, text, changes, words):
         train(worker.ours, cases.mini_batch(3), configuration(**changes))
 
 
-def test_both_accounting_for_the_sampler(worker, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, '{"objective": "dppo-kl"}')
+@pytest.mark.parametrize("objective", ["dppo-kl", "cases:WEIGHING"])
+def test_both_accounting_for_the_sampler(objective, worker, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, json.dumps({"objective": objective}))
     config = configuration()
     config.train_infer_correction.is_weight.enabled = True
     with pytest.raises(ValueError, match="accounts for the sampler itself; use one"):

@@ -298,6 +298,15 @@ def _missing(objective: Objective, sampler: str) -> str:
     return ""
 
 
+def weighs_sampler(objective: Objective) -> bool:
+    """Whether an objective weighs the sampler's mismatch with π_old itself, by a correction or by a filter that weighs.
+
+    Args:
+        objective: The objective to check.
+    """
+    return objective.correction is not None or any(rule.action == "weight" for rule in objective.filters)
+
+
 def of_sequences(objective: Objective) -> bool:
     """Whether an objective looks at whole sequences, and needs to know where they begin.
 

@@ -30,6 +30,7 @@ from bandpo.integrations._host import (
     of_sequences,
     options_of_environment,
     refuse_ignored,
+    weighs_sampler,
 )
 from bandpo.integrations.options import parse_options
 from bandpo.losses import aggregate
@@ -70,7 +71,7 @@ def install(config: Any, objective: str = "bandpo-kl", *, backend: str = "fsdp",
             f"AReaL: objective {objective!r} needs the sampler's log-probs beside the recomputed ones: set "
             "actor.use_decoupled_loss=true"
         )
-    if actor.rejection_sampling is not None and (chosen.anchor == "rollout" or chosen.correction is not None):
+    if actor.rejection_sampling is not None and (chosen.anchor == "rollout" or weighs_sampler(chosen)):
         raise ValueError(
             f"AReaL: actor.rejection_sampling is set, and objective {objective!r} accounts for the sampler itself; use one"
         )

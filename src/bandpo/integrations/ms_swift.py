@@ -44,6 +44,11 @@ def register(objective: Objective | str = "bandpo-kl", **options: Any) -> None:
             f"ms-swift: objective {chosen.name!r} does not clip single tokens, and this trainer can do nothing else; choose "
             "bandpo-kl, bandpo-tv, bandpo-chi2, dcpo, grpo or dapo, or ms-swift's own loss_type"
         )
+    if chosen.filters:
+        raise ValueError(
+            f"ms-swift: objective {chosen.name!r} has a filter, which this trainer would ignore: it takes our bounds and "
+            "does the rest itself; use ms-swift's --off_policy_sequence_mask_delta, or an objective without a filter"
+        )
     _registered[:] = [chosen]
     TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__name__}.BandGRPOTrainer"
 
@@ -53,6 +58,8 @@ class _IntervalOfEachToken:
 
     args: Any
     loss_type: str
+    beta: float
+    kl_in_reward: bool
     epsilon_low: Any
     epsilon_high: Any
 
@@ -68,7 +75,8 @@ class _IntervalOfEachToken:
         """
         refuse_ignored("ms-swift", attributes(self.args, _DEFAULTS), _DEFAULTS)
         objective = _registered[0]
-        check_host_kl("ms-swift", objective, self.args.beta, f"--beta {objective.kl_coef:g}")
+        in_loss = 0.0 if self.kl_in_reward else self.beta
+        check_host_kl("ms-swift", objective, in_loss, f"--beta {objective.kl_coef:g} --kl_in_reward false")
         if self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"ms-swift: loss_type={self.loss_type!r} is a loss of its own, without bandpo; choose one of "

@@ -25,6 +25,7 @@ from bandpo.integrations._host import (
     host_objective,
     options_of_environment,
     refuse_ignored,
+    weighs_sampler,
 )
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, metrics_of
@@ -154,9 +155,7 @@ def _objective(config: Any) -> Objective:
         config.kl_loss_coef if config.use_kl_loss else 0.0,
         f"use_kl_loss: true and kl_loss_coef: {chosen.kl_coef:g}",
     )
-    if config.train_infer_correction.is_weight.enabled and (
-        chosen.anchor == "rollout" or chosen.correction is not None
-    ):
+    if config.train_infer_correction.is_weight.enabled and (chosen.anchor == "rollout" or weighs_sampler(chosen)):
         raise ValueError(
             f"ROLL: train_infer_correction is on, and objective {chosen.name!r} accounts for the sampler itself; use one"
         )

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import fill
-from bandpo.integrations._host import attributes, check_host_kl, evaluate, host_objective, refuse_ignored
+from bandpo.integrations._host import (
+    attributes,
+    check_host_kl,
+    evaluate,
+    host_objective,
+    refuse_ignored,
+    weighs_sampler,
+)
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
@@ -85,7 +92,7 @@ def policy_loss(
         f"trainer.algorithm.use_kl_loss=true, kl_loss_coef={objective.kl_coef:g} and kl_estimator_type",
     )
     corrected = off_policy_correction_enabled(config.off_policy_correction)
-    if corrected and (objective.anchor == "rollout" or objective.correction is not None):
+    if corrected and (objective.anchor == "rollout" or weighs_sampler(objective)):
         raise ValueError(
             f"SkyRL: off_policy_correction is on, and objective {objective.name!r} accounts for the sampler itself; use one"
         )

@@ -288,6 +288,8 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         """Coefficient and kind of the KL to the reference, and TRL's flag for it."""
         if self.beta is None:
             self.beta = objective.kl_coef  # pyright: ignore[reportIncompatibleVariableOverride]
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta must be a number >= 0, the coefficient of the KL to the reference, got {self.beta}")
         flag = self.use_bias_correction_kl
         if self.kl is None:
             self.kl = objective.kl if flag is None else "k3-ratio" if flag else "k3"

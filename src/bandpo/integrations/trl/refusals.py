@@ -1,9 +1,12 @@
 """Options of a GRPO run that TRL would silently not honour; each of them is refused before the model is loaded."""
 
 import warnings
+from dataclasses import fields
 
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from bandpo.integrations._host import weighs_sampler
+from bandpo.integrations.options import RegionOptions
 from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF, BandGRPOConfig
 from bandpo.integrations.trl.top import learns_from_top
 from bandpo.objective import Objective
@@ -35,7 +38,7 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
         ValueError: If the difference between sampler and trainer would be corrected twice, or if the objective needs log-probs
             that the sampler does not give.
     """
-    corrects = objective.correction is not None or any(rule.action == "weight" for rule in objective.filters)
+    corrects = weighs_sampler(objective)
     if (corrects or objective.anchor == "rollout") and args.use_vllm and args.vllm_importance_sampling_correction:
         raise ValueError(
             f"objective {objective.name!r} accounts for the sampler itself; TRL's correction on top would count the mismatch "
@@ -82,18 +85,30 @@ def refuse_other_fields(objective: Objective, args: BandGRPOConfig) -> None:
         args: The options of the run.
 
     Raises:
-        ValueError: If ratio level, aggregation, advantages or the KL to the reference are not those of the configuration.
+        ValueError: If ratio level, aggregation, advantages or the KL to the reference are not those of the configuration, or
+            the configuration has options of a region, which change the objective that it names and not this one.
     """
+    ignored = {
+        f.name: getattr(args, f.name) for f in fields(RegionOptions) if getattr(args, f.name) not in (None, False)
+    }
+    if ignored and objective != args.resolve():
+        raise ValueError(
+            f"{', '.join(f'{name}={value}' for name, value in ignored.items())} would be ignored: these options change the "
+            f"objective that the configuration names, and {objective.name!r} was given as an object; change it there"
+        )
     level = "sequence" if objective.ratio_level == "sequence" else "token"
-    for name, ours, option, theirs in (
-        ("ratio_level", level, "importance_sampling_level", args.importance_sampling_level),
-        ("aggregation", objective.aggregation, "loss_type", AGGREGATION_OF[str(args.loss_type)]),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"the objective's {name}={ours!r} differs from {option}={getattr(args, option)!r} ({theirs}); set {option} in "
-                "the BandGRPOConfig"
-            )
+    if level != args.importance_sampling_level:
+        raise ValueError(
+            f"the objective's ratio is that of a {level}, and importance_sampling_level={args.importance_sampling_level!r} "
+            f"follows objective={args.objective!r}; set objective={'gspo' if level == 'sequence' else 'bandpo-kl'!r} in the "
+            "BandGRPOConfig, or name yours there as 'package.module:NAME'"
+        )
+    aggregation = AGGREGATION_OF[str(args.loss_type)]
+    if objective.aggregation != aggregation:
+        raise ValueError(
+            f"the objective's aggregation={objective.aggregation!r} differs from loss_type={args.loss_type!r} ({aggregation}); "
+            "set loss_type in the BandGRPOConfig"
+        )
     if args.scale_rewards not in ("batch", SCALE_REWARDS_OF.get(objective.advantage)):
         raise ValueError(
             f"the objective's advantage={objective.advantage!r} differs from scale_rewards={args.scale_rewards!r}; set "
