@@ -147,9 +147,14 @@ class Objective(ByValue):
         ):
             object.__setattr__(self, name, value)
 
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        self.__dict__.update(state)
+        if "filters" not in state:  # a pickle of bandpo 0.1, as in the checkpoints of trainers
+            self.__post_init__()
+
     @property
     def projection(self) -> Projected | None:
-        """Its surrogate, if that projects the policy onto a ball; None for any other one."""
+        """The surrogate where it projects the policy onto a ball; None for any other one."""
         return self.surrogate if isinstance(self.surrogate, Projected) else None
 
     @property

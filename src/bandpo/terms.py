@@ -29,7 +29,8 @@ class TokenObjective(NamedTuple):
     advantages: Tensor
     """As a column or per token; 0 where they are not finite, and per token also where the mask is off or a token left out."""
     weights: Tensor | None
-    """Weights of the correction for the sampler, `(batch, time)` or `(batch, 1)`; None where the objective has none."""
+    """Weights for the sampler's mismatch, of the correction or of a filter with `action="weight"`, `(batch, time)` or
+    `(batch, 1)`; None where the objective has none."""
     nonfinite: Tensor
     """Valid tokens that are left out because a number of theirs is NaN or infinite, bool, `(batch, time)`."""
     stopped: Tensor | None
@@ -41,8 +42,8 @@ class TokenObjective(NamedTuple):
     objective: Objective
     """What was evaluated."""
     filter_weights: Tensor | None = None
-    """Weights of the filters, which `value` contains, `(batch, time)` or `(batch, 1)`: 0 where a token is dropped. None without
-    a filter."""
+    """What the filters drop, which `value` contains, `(batch, time)` or `(batch, 1)`: 0 where a token is dropped, else 1. None
+    without a filter."""
     counted: Tensor | None = None
     """Whether a token stays in the denominators of a loss, bool, in the shape of `filter_weights`: False where a filter with
     `counts="kept"` has dropped it. None where the objective has no such filter."""
@@ -163,19 +164,27 @@ def _needs_rollout(objective: Objective) -> bool:
 
 
 def _filtered(terms: TokenObjective, new: Tensor, rollout_logprobs: Tensor | None, usable: Tensor) -> TokenObjective:
-    """The terms with the weights of the filters, which judge the tokens that are used, and have no gradient."""
+    """The terms with the weights of the filters, which judge the tokens that are used, and have no gradient.
+
+    A weight for the sampler's mismatch, of which an objective has one at most, takes the place of a correction's.
+    """
     anchor = terms.anchor_logprobs
     logprobs = {"policy": new.detach(), terms.objective.anchor: anchor}
     if rollout_logprobs is not None:
         logprobs["rollout"] = fill(rollout_logprobs.detach(), usable)
-    weights, counted = torch.ones_like(anchor[:, :1]), None
+    kept, counted, weights = torch.ones_like(anchor[:, :1]), None, terms.weights
+    value = terms.value
     for rule in terms.objective.filters:
         first, second = rule.needs
         found = rule(logprobs[first] - logprobs[second], terms.advantages, usable)
-        weights = weights * found
+        value = value * found
+        if rule.action == "weight":
+            weights = found
+            continue
+        kept = kept * found
         if rule.counts == "kept":
             counted = (found != 0) if counted is None else counted & (found != 0)
-    return terms._replace(value=terms.value * weights, filter_weights=weights, counted=counted)
+    return terms._replace(value=value, weights=weights, filter_weights=kept, counted=counted)
 
 
 def _anchor(objective: Objective, old_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from bandpo import OBJECTIVES, Clip, Objective, policy_loss
 from bandpo.lab.comparison.loop import Loop, Run, Setting
 from bandpo.lab.comparison.problems import PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Stack
+from bandpo.surrogates.filters import SequenceFilter
 
 TOP_K = [name for name, objective in OBJECTIVES.items() if objective.top_k is not None]
 
@@ -118,9 +119,17 @@ def test_a_run_is_the_same_alone_and_in_a_stack():
     assert alone[0].after["mean@4"] == pytest.approx(together[3].after["mean@4"], abs=0.1)  # float32, six updates on
 
 
-@pytest.mark.parametrize("name", ["bandpo-kl", "bandpo-kl-paper"])
-def test_one_step_is_policy_loss(name):
-    loop = Loop(setting(), runs(name, seeds=(0,)))
+FILTERED = dataclasses.replace(
+    OBJECTIVES["dapo"],
+    name="filtered",
+    filter=SequenceFilter("k3", "token", high=0.05, policies="policy/old", counts="kept"),
+)
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVES["bandpo-kl"], OBJECTIVES["bandpo-kl-paper"], FILTERED])
+def test_one_step_is_policy_loss(objective):
+    name = objective.name
+    loop = Loop(setting(), [Run(objective, 3e-3, 0, warm_up=0)])
     start = weights(loop).clone()
     loop.update()  # off policy from here on
     prompts = loop._prompts()
@@ -136,18 +145,19 @@ def test_one_step_is_policy_loss(name):
     chosen = part[0]
     new, reference = loop.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0), None
     if name == "bandpo-kl-paper":
-        first = Loop(setting(), runs(name, seeds=(0,)))  # the model before training
+        first = Loop(setting(), [Run(objective, 3e-3, 0, warm_up=0)])  # the model before training
         assert torch.equal(weights(first), start)
         reference = first.stack.logprobs(prompts[:, chosen], rollout.tokens[:, chosen], 1.0)[0].detach()
-    loss, _ = policy_loss(
+    loss, metrics = policy_loss(
         logprobs=new[0],
         old_logprobs=rollout.logprobs[0, chosen],
         advantages=advantages[0][chosen],
         mask=rollout.mask[0, chosen],
-        objective=name,
+        objective=objective,
         ref_logprobs=reference,
-        kl_coef=None if name == "bandpo-kl" else 0.001,
+        kl_coef=0.001 if name == "bandpo-kl-paper" else None,
     )
+    assert name != "filtered" or 0.1 < metrics["filter/kept_fraction"] < 0.9
     want = torch.autograd.grad(loss, list(loop.stack.weights.values()))
     for a, b in zip(seen[0], want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

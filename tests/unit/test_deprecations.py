@@ -8,9 +8,10 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 
 import bandpo
-from bandpo import OBJECTIVES, _deprecations
+from bandpo import OBJECTIVES, _deprecations, policy_loss
 from bandpo._deprecations import MODULES, NAMES, warn_moved
 from bandpo.bounds import BySign, Clip
 from bandpo.experimental import Elastic
@@ -134,6 +135,18 @@ def test_a_pickle_that_names_an_old_module_loads(value, old):
         found = pickle.loads(text.replace(f"c{new}\n".encode(), f"c{old}\n".encode()))
     assert found == value
     assert type(found) is type(value)
+
+
+def test_an_objective_that_was_pickled_before_it_had_a_kl_and_filters_loads():
+    """Such a pickle is in the checkpoints of trainers whose arguments have an objective of the user."""
+    old = replace(OBJECTIVES["dppo-tv"], name="mine")
+    state = {k: v for k, v in vars(old).items() if k not in ("kl_coef", "kl", "filter", "filters")}
+    again = object.__new__(type(old))
+    again.__setstate__(state)
+    assert again == old and hash(again) == hash(old)
+    assert (again.kl_coef, again.filters, again.extras) == (0.0, (), old.extras)
+    x = torch.full((1, 2), -1.0)
+    policy_loss(logprobs=x, rollout_logprobs=x, advantages=x[:, 0], mask=x < 0, objective=again, max_length=2)
 
 
 def test_a_pickle_of_a_class_that_moved_twice_loads():

@@ -252,6 +252,23 @@ def test_seq_mis_is_icepop_at_the_level_of_sequences_and_a_weight_alone_is_tis()
             torch.testing.assert_close(one[1][name], two[1][name], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["token", "sum"])
+def test_a_weight_multiplies_the_ratio_of_the_kl_as_that_of_a_correction_does(reduction):
+    """Without it the KL's gradient is that of tokens of π_old, which the sampler's tokens are not."""
+    data = data_of(6)
+    data["ref_logprobs"] = data["old_logprobs"] - 0.2
+    rule = SequenceFilter("log_ratio", reduction, high=math.log(1.3), action="weight")
+    correction = TIS(1.3, level="sequence" if reduction == "sum" else "token")
+    found = []
+    for part in ({"filter": rule}, {"correction": correction}, {"filter": (rule, opsm(0.0, policies="policy/old"))}):
+        leaf = data["logprobs"].clone().requires_grad_()
+        objective = dataclasses.replace(OBJECTIVES["grpo"], kl_coef=0.7, **part)
+        loss, metrics = policy_loss(objective=objective, **{**data, "logprobs": leaf})
+        found.append((loss - metrics["loss/policy"], *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found[0][0], found[2][0])  # what another filter drops stays in the KL
+
+
 # --- denominators, numbers that are not finite, dtypes
 
 

@@ -12,7 +12,7 @@ from bandpo.experimental import Balanced
 from bandpo.preference.losses import kto_loss
 from bandpo.preference.probe import pool_hidden
 from bandpo.surrogates.corrections import TIS
-from bandpo.surrogates.sequence import geometric_mean
+from bandpo.surrogates.sequence import future_weighted, geometric_mean
 
 NAN = math.nan
 
@@ -145,9 +145,18 @@ def test_a_log_prob_above_0_is_held_at_0_and_no_nan(name):
     logp[0, 1] = 88.73
     new = logp.clone().requires_grad_()
     loss, _ = policy_loss(
-        logprobs=new, old_logprobs=logp, rollout_logprobs=logp, advantages=torch.ones(2, 3),
+        logprobs=new, old_logprobs=logp, rollout_logprobs=logp, ref_logprobs=logp, advantages=torch.ones(2, 3),
         mask=torch.ones(2, 3, dtype=torch.bool), objective=objective,
         max_length=3 if objective.aggregation == "seq-mean-token-sum-norm" else None,
     )  # fmt: skip
     loss.backward()
     assert loss.isfinite() and new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("half_life", [math.inf, 0.0, NAN])
+def test_a_half_life_that_the_discount_cannot_have_is_refused(half_life):
+    """An infinite one doubled its window until an integer overflowed."""
+    x = torch.zeros(1, 2)
+    edges = Clip(0.2)(x)
+    with pytest.raises(ValueError, match="half_life must be a positive, finite number"):
+        future_weighted(x, x + 1, edges, mask=x == 0, half_life=half_life)

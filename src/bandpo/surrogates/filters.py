@@ -48,7 +48,8 @@ class SequenceFilter:
         low: Smallest value that is kept, in the units of the statistic; None for no limit.
         high: Largest value that is kept; None for no limit.
         action: `drop` multiplies the objective of a token by 1 or 0. `weight` multiplies it by `exp` of the reduced log-ratio,
-            clamped to `[low, high]` before, and drops nothing.
+            clamped to `[low, high]` before, and drops nothing; like the weight of a correction, it also multiplies a KL to the
+            reference that has the ratio (`k3-ratio`).
         policies: The pair `a/b`: `old/rollout` is the mismatch of the sampler, constant in an update; `policy/old` the drift
             since the update began; `policy/rollout` both together.
         drops: Which tokens a filter may drop: `all`; `negative`, those with A < 0; or `outward`, those with `A·x > 0`, whose
@@ -317,7 +318,8 @@ def seq_mis(low: float, high: float) -> tuple[SequenceFilter, SequenceFilter]:
     """Masked importance sampling of sequences (Seq-MIS): π_old/μ of the sequence as weight, dropped outside `[low, high]`.
 
     The same as `correction=IcePop(low, high, level="sequence")`, and as TRL's `vllm_importance_sampling_mode="sequence_mask"`,
-    in which the upper limit is 3. In verl it is `rollout_is="sequence"` beside `rollout_rs="seq_sum_k1"`.
+    in which the upper limit is 3. In verl it is `rollout_is="sequence"` beside `rollout_rs="seq_sum_k1"`. A KL to the reference
+    keeps the dropped sequences, with the weight of the nearest edge; beside `IcePop` a KL with the ratio is 0 there.
 
     Args:
         low: Smallest ratio that is kept, at least 0; 0 for no limit.

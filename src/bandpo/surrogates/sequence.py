@@ -163,7 +163,7 @@ def future_weighted(
     as an option.
 
     Args:
-        half_life: Tokens after which the weight of a later token is halved, positive.
+        half_life: Tokens after which the weight of a later token is halved, positive and finite.
         low: Smallest f, at least 0.
         high: Largest f.
         safe: Ratio of a token of `A < 0` above which it is not weighed more than 1.
@@ -174,15 +174,15 @@ def future_weighted(
         The value of each token, `(batch, time)`.
 
     Raises:
-        ValueError: If `half_life` is not positive, or `log_ratio` is not that of tokens.
+        ValueError: If `half_life` is not a positive, finite number, or `log_ratio` is not that of tokens.
 
     Examples:
         >>> edge, one = RatioBounds(torch.tensor(0.0), torch.tensor(9.0)), torch.ones(1, 2)
         >>> future_weighted(torch.tensor([[0.0, 0.1]]), one, edge, mask=one, half_life=1.0)
         tensor([[1.0513, 1.2214]])
     """
-    if not half_life > 0:
-        raise ValueError(f"future_weighted: half_life must be a positive number of tokens, got {half_life}")
+    if not 0 < half_life < math.inf:
+        raise ValueError(f"future_weighted: half_life must be a positive, finite number of tokens, got {half_life}")
     valid = _of_tokens(log_ratio, mask)
     r = ratio(log_ratio).detach()
     drift = torch.where(valid & (r <= c), log_ratio.detach().clamp(-_HELD, _HELD), 0.0)

@@ -258,7 +258,8 @@ class Loop:
                     new[i], ref[i], run.objective.kl, old_logprobs=old[i], mask=used, weights=terms.weights
                 )
                 value = value - run.objective.kl_coef * term
-            losses.append(-aggregate(value, mask[i], run.objective.aggregation, max_length=maximum))
+            counted = mask[i] if terms.counted is None else mask[i].bool() & terms.counted
+            losses.append(-aggregate(value, counted, run.objective.aggregation, max_length=maximum))
             if last:
                 self._count(i, terms)
         self.optimizer.step(torch.autograd.grad(torch.stack(losses).sum(), list(self.stack.weights.values())))
