@@ -166,7 +166,7 @@ class Balanced:
                 raise ValueError(f"Balanced: reduce returned shape {tuple(sums.shape)}, it must be {tuple(shape)}")
         good, bad = sums.unbind(1)
         enough = good >= self.target * (good + bad)
-        enough[-1] = True  # the last pair is taken where none suffices
+        enough = torch.cat([enough[:-1], enough.new_ones(1)])  # the last pair is taken where none suffices
         first = enough.to(torch.int32).argmax().to(old_logprobs.dtype)
         raises, _ = self._steps()
         low = self.low[0] + self.step * first.clamp(max=raises)

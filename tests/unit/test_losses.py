@@ -26,6 +26,7 @@ from bandpo import (
     policy_loss,
     ratio_bounds,
 )
+from bandpo.bounds import TopK
 from bandpo.experimental import clip_cov
 from bandpo.metrics import pass_at_powers
 from bandpo.surrogates import clip, dual_clip, mask
@@ -408,7 +409,11 @@ def test_bad_input_is_named(change, error, words):
         ({"bounds": Clip(), "aggregation": "mean"}, ValueError, "aggregation is 'mean'"),
         ({"bounds": Clip(), "anchor": "ref"}, ValueError, "anchor"),
         ({"bounds": 0.2}, TypeError, "bounds must be callable"),
-        ({"bounds": Band(), "ratio_level": "sequence"}, ValueError, "sequence.*Clip"),
+        (
+            {"bounds": TopK(), "surrogate": mask, "ratio_level": "sequence"},
+            ValueError,
+            "one ratio for a sequence.*Clip, Band",
+        ),
     ],
 )
 def test_bad_objective_is_named(kwargs, error, words):
