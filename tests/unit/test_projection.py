@@ -270,12 +270,12 @@ def test_nan_in_masked_or_left_out_positions_reaches_nothing():
     assert metrics["nonfinite_fraction"].item() == pytest.approx(1 / 5)
 
 
-def test_ball_top_k_and_radius_of_an_objective():
+def test_projection_top_k_and_radius_of_an_objective():
     troll = OBJECTIVES["troll"]
-    assert (troll.top_k, troll.ball) == (64, Projected(0.05, 64))
+    assert (troll.top_k, troll.projection, troll.radius) == (64, Projected(0.05, 64), 0.05)
     assert troll.with_radius(0.1).surrogate == Projected(0.1, 64)
-    assert OBJECTIVES["dppo-topk-kl"].top_k == 20 and OBJECTIVES["bandpo-kl"].ball == Band(KL, 0.05)
-    assert OBJECTIVES["grpo"].top_k is None and OBJECTIVES["grpo"].ball is None
+    assert OBJECTIVES["dppo-topk-kl"].top_k == 20 and OBJECTIVES["bandpo-kl"].radius == 0.05
+    assert OBJECTIVES["grpo"].top_k is None and OBJECTIVES["grpo"].radius is None
     with pytest.raises(TypeError, match="one radius for both sides"):
         troll.with_radius((0.1, 0.2))
     with pytest.raises(ValueError, match="different numbers of tokens"):

@@ -139,10 +139,10 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
         pruning = self.selector()
-        if pruning is not None:
-            pruning.check(objective, kl_coef=cast("float", self.beta))
         if pruning is not None and pruning.completions:
             _refuse_terms_without_weights(self)
+        if pruning is not None:
+            pruning.check(objective, kl_coef=cast("float", self.beta))
         if pruning is not None and pruning.mode == "bernoulli":
             raise ValueError(
                 "pruning mode 'bernoulli': TRL splits rollouts into equal parts, which takes a fixed count"
