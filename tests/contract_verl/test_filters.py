@@ -70,8 +70,9 @@ def test_the_recipes_are_verl_s_presets():
     x, mask = data["old_logprobs"] - data["rollout_logprobs"], data["mask"].double()
 
     def ours(filters):
-        objective = dataclasses.replace(OBJECTIVES["dapo"], filter=filters)
-        return (token_objective(objective, **data).filter_weights * mask).expand(B, T)
+        terms = token_objective(dataclasses.replace(OBJECTIVES["dapo"], filter=filters), **data)
+        weights = 1.0 if terms.weights is None else terms.weights
+        return (terms.filter_weights * weights * mask).expand(B, T)
 
     for filters, options, limit in (
         (geometric_mask(0.9, 1.25), "seq_mean_k1", f"{1 / 1.25}_{1 / 0.9}"),
