@@ -22,7 +22,11 @@ BOUNDS = [
     *(regions.log_clip(), regions.kl3_clip(), regions.TopK(), regions.TopK("tv", (0.1, 0.2), k=1)),
     *(regions.BySign(Clip(0.2), Band()), regions.Sides(Clip(0.2), Band("tv", 0.05))),
 ]
-NAMED = [x for x in vars(surrogates).values() if callable(getattr(getattr(x, "stops", None), "rule", None))]
+NAMED = [  # functions: troll's is an object of a class
+    x
+    for x in vars(surrogates).values()
+    if not isinstance(x, type) and callable(getattr(getattr(x, "stops", None), "rule", None))
+]
 SURROGATES = [*dict.fromkeys(o.surrogate for o in OBJECTIVES.values()), *NAMED, clip_cov, kl_cov, log_stabilized]
 
 

@@ -140,7 +140,8 @@ def estimate_concentrability(log_ratio: Tensor) -> ConcentrabilityEstimate:
     known = torch.where(finite, delta, 0.0)
     ratio = torch.where(finite, known.clamp(max=80.0).exp(), 0.0)
     largest = torch.where(count > 0, ratio.max(), torch.nan) if len(delta) else ratio.new_tensor(torch.nan)
-    return ConcentrabilityEstimate(ratio.sum() / count, largest, known.sum() / count, 1 - count / max(1, len(delta)))
+    left_out = 1 - count.to(ratio.dtype) / max(1, len(delta))
+    return ConcentrabilityEstimate(ratio.sum() / count, largest, known.sum() / count, left_out)
 
 
 def linear_softmax(theta: Tensor, features: Tensor, ref_logprobs: Tensor) -> Tensor:
