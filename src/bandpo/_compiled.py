@@ -75,7 +75,9 @@ class Compiled:
         if given is None:
             return value
         if isinstance(value, Objective) and value.projection is not None:
-            return value.with_radius(_as_input(given))  # it reads no table, so that a constant radius is no faster
+            return value.with_radius(
+                _as_input(value.projection.radius)
+            )  # it reads no table, so that a constant radius is no faster
         radius = self._radius(given, _at_radius(value, 1.0))
         if radius is given:
             return value

@@ -77,6 +77,9 @@ def test_objectives_that_pruning_cannot_keep_are_refused(name, options):
     elif name in ("ppo-kl", "quatro-reading", "dro", "pmd-mean", "troll") and options == {"completions": 0.5}:
         with pytest.raises(ValueError, match=f"advantage 0.*objective '{name}' has a gradient there.*zeros=False"):
             prune.check(objective)
+    elif objective.kl_coef and options == {"completions": 0.5}:
+        with pytest.raises(ValueError, match=r"the KL term \(kl_coef=0.001\) has a gradient there.*zeros=False"):
+            prune.check(objective)
     else:
         prune.check(objective)
 
