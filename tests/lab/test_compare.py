@@ -82,7 +82,7 @@ def test_a_task_has_its_own_size_and_only_some_have_maps():
     assert full.setting_of("countdown", lag=2).lag == 2
     assert robust_jobs(full, "paths") == {}
     cells = robust_jobs(full, "addition")
-    assert len(cells) == 9 * 3 * 3
+    assert len(cells) == 10 * 3 * 3
     assert {len(jobs) for jobs in cells.values()} == {2}
     with pytest.raises(ValueError, match="do not split into 7 mini-batches"):
         dataclasses.replace(full, sizes={"addition": {"minibatches": 7}})
