@@ -80,42 +80,48 @@ class _Kept(torch.autograd.Function):
 
 class _Sloped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor, *factors: Tensor) -> Tensor:
-        del x  # the slope is its derivative
-        ctx.save_for_backward(slope, *factors)
+    def forward(
+        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], value: Tensor, slope: Tensor, *factors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, slope, *factors)
+        ctx.plain = plain
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # the slope is a constant here, and a second derivative would be wrong
     def backward(ctx: Any, *grads: Any) -> Any:
-        slope, *factors = ctx.saved_tensors
+        x, slope, *factors = ctx.saved_tensors
         gradient = grads[0]
-        for factor in factors:
-            gradient = gradient * factor
-        return gradient.sum_to_size(slope.shape) * slope, *(None,) * (2 + len(factors))
+        if torch.is_grad_enabled():  # create_graph=True: the slope is a function of x as well
+            (gradient,) = torch.autograd.grad(ctx.plain(x), x, gradient, create_graph=True)
+        else:
+            for factor in factors:
+                gradient = gradient * factor
+            gradient = gradient.sum_to_size(slope.shape) * slope
+        return gradient, *(None,) * (3 + len(factors))
 
 
-def with_slope(x: Tensor, value: Tensor, slope: Tensor, *factors: Tensor) -> Tensor:
+def with_slope(x: Tensor, plain: Callable[[Tensor], Tensor], value: Tensor, slope: Tensor, *factors: Tensor) -> Tensor:
     """The value as a function of `x` whose derivative is known: the slope times the factors.
 
     Args:
         x: The variable, with gradient; for `is_plain` tensors only.
+        plain: The function itself, of `x`, for second derivatives.
         value: The value at `x`, without gradient, in the shape that all arguments broadcast to.
         slope: The part of the derivative that belongs to `x`, of its shape.
         factors: The parts that may differ along a dimension in which `x` is repeated.
 
     Returns:
-        A tensor equal to `value`; a second derivative is refused with a RuntimeError.
+        A tensor equal to `value`.
 
     Examples:
         >>> x = torch.tensor([3.0], requires_grad=True)
-        >>> with_slope(x, x.detach() ** 2, 2 * x.detach()).backward()
+        >>> with_slope(x, torch.square, x.detach() ** 2, 2 * x.detach()).backward()
         >>> x.grad
         tensor([6.])
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return value
-    return cast("Tensor", _Sloped.apply(x, value, slope, *factors))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _Sloped.apply(x, plain, value, slope, *factors))  # type: ignore[no-untyped-call]
 
 
 class ByHand(NamedTuple):

@@ -150,7 +150,11 @@ def value_and_stopped(
     if mark.slopes is not None and is_plain(log_ratio):
         with torch.no_grad():
             found = mark.slopes(ratio, advantages, bounds, **_keywords(surrogate))
-        return with_slope(log_ratio, found.value, found.slope, advantages, found.inside), found.stopped
+
+        def plain(x: Tensor) -> Tensor:
+            return surrogate(x, advantages, bounds)
+
+        return with_slope(log_ratio, plain, found.value, found.slope, advantages, found.inside), found.stopped
     value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
     with torch.no_grad():
         if mark.rule is outside:
