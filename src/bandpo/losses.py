@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bandpo._deprecations import moved_within
 from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor, fill, is_logprob
-from bandpo.metrics import masked_mean, policy_metrics
+from bandpo.metrics import Detail, masked_mean, policy_metrics
 from bandpo.objective import Aggregation, Objective
 from bandpo.reference import ReferenceKL, check_kl, check_kl_coef, reference_kl
 from bandpo.terms import token_objective
@@ -37,6 +37,7 @@ def policy_loss(
     sample_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     max_length: int | None = None,
+    metrics: Detail = "basic",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss to minimise, and detached 0-d metrics.
 
@@ -78,6 +79,8 @@ def policy_loss(
             when this call sees a part of it (gradient accumulation, data parallelism): the losses of the parts then add up to
             that of the whole. Objectives that look at the whole batch see their part alone. See `loss_normalizer`.
         max_length: The constant length of `seq-mean-token-sum-norm`.
+        metrics: "basic" for the few that everybody reads, "full" for those by probability and of the region as well, which cost
+            several times as much, "none" for none; see `bandpo.metrics.policy_metrics`.
 
     Returns:
         The loss, a 0-d tensor in float32 (float64 for float64 input), and metrics as 0-d tensors (no host sync).
@@ -140,7 +143,9 @@ def policy_loss(
         counted = valid & terms.counted
     loss = -reduce(terms.value)
     # The loss leaves out more tokens than the objective does: those without a weight or a reference.
-    report = policy_metrics(terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy)
+    report = policy_metrics(
+        terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy, detail=metrics
+    )
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
         known = usable & is_logprob(ref_logprobs)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from bandpo.terms import TokenObjective, level_logprobs
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", Tensor, float)
+
+Detail = Literal["none", "basic", "full"]
+"""How many statistics are computed: none, the few that everybody reads, or all of them (see `policy_metrics`)."""
 
 EFFECTIVE_SAMPLE_SIZE = "correction/effective_sample_size"
 """Name of the metric that `policy_metrics` makes from the mean weight and the mean square."""
@@ -68,19 +71,17 @@ def _accepts_old_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_accepts_old_keywords
-def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict[str, Tensor]:
+def policy_metrics(
+    terms: TokenObjective, *, entropy: Tensor | None = None, detail: Detail = "full"
+) -> dict[str, Tensor]:
     """Statistics of one batch over its valid tokens, as detached 0-d tensors, without a host sync.
 
+    The basic ones cost a few passes over the tokens:
+
     * `clip_fraction/{low,high,any}`: the share of tokens with `A != 0` whose gradient the surrogate takes away, with a ratio
-      below 1 (low) or above 1 (high), over all valid tokens; `clip_fraction_by_prob/{low,high,any}/BIN` over those of a bin of
-      p = π_old and `token_fraction_by_prob/BIN`. Left out where `terms.stopped` is None. A ratio that is held at e^±40, and a
-      weight of 0 of a correction, do not count.
-    * `outside_fraction/{low,high,any}`: the share of tokens outside the region on the side that A pushes to, see
-      `bandpo.bounds.outside`. It is the clip fraction of a clip, and another number for surrogates that keep a gradient there.
-    * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
-      side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
-    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
-    * `band/lower_mean`, `band/upper_mean`, `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
+      below 1 (low) or above 1 (high), over all valid tokens. Left out where `terms.stopped` is None. A ratio that is held at
+      e^±40, and a weight of 0 of a correction, do not count.
+    * `ratio/mean`, `kl/old_new` (k3), `entropy` where given.
     * `projection/fraction`, `projection/kl_mean`: the share of projected positions and the mean KL after the projection, for
       `bandpo.surrogates.Projected`.
     * `correction/weight_mean`, `weight_square_mean`, `zero_fraction`, where there are weights: those of the correction, times
@@ -90,15 +91,29 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
     * `nonfinite_fraction`: the share of valid tokens that are in no other statistic, because a log-prob, log-ratio, advantage
       or bound is NaN or infinite.
 
+    The full set has also:
+
+    * `clip_fraction_by_prob/{low,high,any}/BIN` over the tokens of a bin of p = π_old, and `token_fraction_by_prob/BIN`.
+    * `outside_fraction/{low,high,any}`: the share of tokens outside the region on the side that A pushes to, see
+      `bandpo.bounds.outside`. It is the clip fraction of a clip, and another number for surrogates that keep a gradient there.
+    * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
+      side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
+    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
+    * `band/lower_mean`, `band/upper_mean`.
+
     A statistic over no token at all is NaN. Where the region only says who is inside (`TopK`), there is no edge, and the
     `band/` metrics are left out.
 
     Args:
         terms: The result of `token_objective`.
         entropy: Entropy of each token in nats, `(batch, time)`.
+        detail: "basic" or "full" as above; "none" gives an empty dict.
 
     Returns:
         Metrics by name, float 0-d tensors.
+
+    Raises:
+        ValueError: If `detail` is none of the three.
 
     Examples:
         >>> from bandpo import OBJECTIVES, token_objective
@@ -109,7 +124,7 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
         >>> policy_metrics(terms)["clip_fraction/high"]
         tensor(0.5000)
     """
-    found = {name: statistic.value() for name, statistic in policy_sums(terms, entropy=entropy).items()}
+    found = {name: statistic.value() for name, statistic in policy_sums(terms, entropy=entropy, detail=detail).items()}
     if "correction/weight_mean" in found:
         found[EFFECTIVE_SAMPLE_SIZE] = effective_size(
             found["correction/weight_mean"], found["correction/weight_square_mean"]
@@ -118,12 +133,15 @@ def policy_metrics(terms: TokenObjective, *, entropy: Tensor | None = None) -> d
 
 
 @_accepts_old_keywords
-def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict[str, PooledSum]:
+def policy_sums(
+    terms: TokenObjective, *, entropy: Tensor | None = None, detail: Detail = "full"
+) -> dict[str, PooledSum]:
     """The statistics of `policy_metrics` before their division, so that parts of a batch add up to the whole.
 
     Args:
         terms: The result of `token_objective`.
         entropy: Entropy of each token in nats, `(batch, time)`.
+        detail: "basic" or "full" as in `policy_metrics`; "none" gives an empty dict.
 
     Returns:
         Numerator and denominator of each statistic, detached, without a host sync.
@@ -135,6 +153,10 @@ def policy_sums(terms: TokenObjective, *, entropy: Tensor | None = None) -> dict
         >>> policy_sums(terms)["ratio/mean"]
         PooledSum(numerator=tensor(2.), denominator=tensor(2.), kind='mean')
     """
+    if detail not in get_args(Detail):
+        raise ValueError(f"detail of the metrics: got {detail!r}; choose one of {', '.join(get_args(Detail))}")
+    if detail == "none":
+        return {}
     valid, bounds, region = terms.mask, terms.bounds, terms.objective.bounds
     log_ratio, advantages = terms.log_ratio.detach().expand(valid.shape), terms.advantages.expand(valid.shape)
     nonfinite = terms.nonfinite
