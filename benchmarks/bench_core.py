@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from bandpo.groups import group_advantages
@@ -19,6 +20,7 @@ def children_seconds():
     return spent.children_user + spent.children_system
 
 
+@pytest.mark.full_only
 def test_import(paired, report):
     """Each in a process of its own, less what an empty one takes."""
 

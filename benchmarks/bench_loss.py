@@ -146,6 +146,7 @@ def formula(name, b):
 # ---- both give the same ----
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_formula_is_the_objective(name):
     b = Batch(16)
@@ -228,6 +229,7 @@ def called(name, detail):
     return name if detail == "basic" else f"{name} with metrics={detail}"
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("name", "detail"), CALLS)
 def test_operations(name, detail, report):
     b = Batch(16)

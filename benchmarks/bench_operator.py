@@ -89,6 +89,7 @@ def test_in_band(logp, paired, report):
     report(what, t.ratio(*pair), "x", "<= 12", note, quartiles=t.quartiles(*pair))
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("divergence", ALL, ids=lambda d: d.name)
 def test_building_a_table(divergence, report):
     start = time.process_time()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages of start and stop
@@ -26,6 +27,9 @@ import record
 
 TOKENS, FEW_TOKENS = 1 << 20, 1 << 12
 BUDGET = 0.5  # seconds that short cases are repeated for, beyond the rounds that were asked for
+
+
+_SMALL = {"compare", "tokens", "logp", "quick"}  # fixtures that choose smaller sizes in a quick run
 
 
 class Run:
@@ -51,13 +55,15 @@ def pytest_addoption(parser):
     parser.addoption("--json", default="", help="write the rows of this run to a file")
     parser.addoption("--update", action="store_true", help="put the rows of this run into the committed record")
     parser.addoption("--baseline", default="", help="a record to compare with (default: that of this kind of machine)")
-    parser.addoption("--fail-on-worse", action="store_true", help="status 1 if a row became worse by more than its margin")
+    parser.addoption(
+        "--fail-on-worse", action="store_true", help="status 1 if a row became worse by more than its margin"
+    )
     parser.addoption("--quick", action="store_true", help="tiny sizes, one round, nothing compiled: does it still run?")
     parser.addoption("--tokens", type=int, default=0, help="tokens in the operator's benchmarks (default: 2^20)")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full_only: has no small size, and is left out by --quick")
+    config.addinivalue_line("markers", "full_only: is left out by --quick, because even its smallest size takes long")
     option = config.getoption
     if option("--update") and (option("--quick") or option("--tokens")):
         raise pytest.UsageError("--update records a run at the usual sizes: leave out --quick and --tokens")
@@ -68,10 +74,13 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(config, items):
+    """A quick run leaves out what has no small size: tests that ask for none of the fixtures that choose one."""
     if config.getoption("--quick"):
         skip = pytest.mark.skip(reason="has no small size")
         for item in items:
-            if item.get_closest_marker("full_only"):
+            used = {name for mark in item.iter_markers("usefixtures") for name in mark.args}
+            used |= set(signature(item.function).parameters)
+            if item.get_closest_marker("full_only") or not used & _SMALL:
                 item.add_marker(skip)
 
 
@@ -257,7 +266,11 @@ def START():
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.getoption("--fail-on-worse") and exitstatus == 0 and any(c.worse for *_, c in _changes(session.config)):
+    if (
+        session.config.getoption("--fail-on-worse")
+        and exitstatus == 0
+        and any(c.worse for *_, c in _changes(session.config))
+    ):
         session.exitstatus = 1
 
 
