@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,17 @@ def test_the_page_says_what_is_missed_and_what_grows():
     assert "## New" in page and "| e |" in page and "*Not measured for this record.*" in page
     with pytest.raises(ValueError, match="no pattern has the row 'a, one'"):
         performance.page("<!-- table bench_a\nb*\n-->", {"machine": machine, "files": {"bench_a": rows}})
+
+
+def test_the_doctor_knows_the_measured_memory():
+    """The memory of `token_logprobs` and of the plain path, at 4096 tokens x 151936 words."""
+    from bandpo.doctor import rules
+
+    rows = [r for r in performance.chosen()["files"]["bench_token_logprobs"] if "memory" in r["what"]]
+    assert any(r["value"] == pytest.approx(rules._CHUNKED, rel=0.25) for r in rows), [r["value"] for r in rows]
+    plain = [float(x) for r in rows for x in re.findall(r"against ([\d.]+) GiB", r["note"])]
+    logits = 4096 * 151_936 * 4 / 2**30
+    assert any(x / logits == pytest.approx(rules._PLAIN, rel=0.25) for x in plain), plain
 
 
 # ---- the runs ----
