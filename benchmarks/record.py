@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 # Worse than before by this factor, or by this difference where a value may be near 0, is worth a look. Two runs of one
 # state on a machine that six other processes shared differed by less in 95% of the rows.
-FACTORS = {"x": 1.5, "s": 2.0, "ns/token": 2.0}
+FACTOR, FACTORS = 1.5, {"s": 2.0, "CPU s": 2.0, "ns/token": 2.0}  # a time alone says less than a ratio
 PAIRED, EXACT = 1.3, 1.05  # ratios with quartiles; counts and bytes, which do not depend on the machine
 DIFFERENCES = {"exponent": 0.25, "%": 2.0}
 GROWTH = 0.25  # exponent of a row that has one beside its ratio
@@ -67,7 +67,7 @@ def _worse_value(now: Row, before: Row, ratio: float | None) -> str:
         return ""
     factor = 1 / ratio if up else ratio
     both = "quartiles" in now and "quartiles" in before
-    margin = EXACT if now.get("exact") else PAIRED if both else FACTORS.get(now["unit"], EXACT)
+    margin = EXACT if now.get("exact") else PAIRED if both else FACTORS.get(now["unit"], FACTOR)
     if factor <= margin:
         return ""
     if both:
