@@ -50,22 +50,23 @@ def test_a_target_is_a_comparison_and_a_number():
 @pytest.mark.parametrize(
     ("now", "before", "worse"),
     [
-        (row(value=1.6), row(), "WORSE"),  # beyond the factor of a ratio
-        (row(value=1.4), row(), ""),
+        (row(value=1.9), row(), "WORSE"),  # beyond the factor of a ratio
+        (row(value=1.7), row(), ""),
         (row(value=0.5), row(), ""),  # it became better
-        (row(value=0.6, better="higher"), row(), "WORSE"),
+        (row(value=0.5, better="higher"), row(), "WORSE"),
         (row(value=10, target=">= 30"), row(value=40), "WORSE"),
         (row(value=60, target=">= 30"), row(value=40), ""),
-        (row(value=1.4, quartiles=[1.35, 1.5]), row(quartiles=[0.9, 1.1]), "WORSE"),  # paired rounds allow less
-        (row(value=1.4, quartiles=[1.05, 1.9]), row(quartiles=[0.9, 1.1]), ""),  # unless their spreads meet
-        (row(value=20, better="higher", quartiles=[19, 21]), row(value=30, quartiles=[29, 31]), "WORSE"),
-        (row(value=20, better="higher", quartiles=[15, 30]), row(value=30, quartiles=[29, 31]), ""),
+        (row(value=1.6, quartiles=[1.5, 1.7]), row(quartiles=[0.9, 1.1]), "WORSE"),  # paired rounds allow less
+        (row(value=1.6, quartiles=[1.05, 1.9]), row(quartiles=[0.9, 1.1]), ""),  # unless their spreads meet
+        (row(value=18, better="higher", quartiles=[17, 19]), row(value=30, quartiles=[29, 31]), "WORSE"),
+        (row(value=18, better="higher", quartiles=[15, 30]), row(value=30, quartiles=[29, 31]), ""),
         (row(value=81, unit="", exact=True), row(value=76, unit=""), "WORSE"),
         (row(value=79, unit="", exact=True), row(value=76, unit=""), ""),
         (row(value=1.1, exact=True), row(), "WORSE"),
         (row(value=1.9, unit="s"), row(unit="s"), ""),
         (row(value=2.1, unit="s"), row(unit="s"), "WORSE"),
         (row(value=1.3, unit="exponent"), row(unit="exponent"), "WORSE"),
+        (row(value=0.5, unit="exponent", better="higher"), row(unit="exponent"), "WORSE"),
         (row(value=0.2, unit="%"), row(value=-0.1, unit="%"), ""),
         (row(value=3.0, unit="%"), row(value=0.1, unit="%"), "WORSE"),
         (row(growth=1.4), row(growth=1.0), "GROWS FASTER"),
