@@ -45,8 +45,11 @@ test-browser: $(VENV)/.installed  ## reports and the explorer in a headless Chro
 fuzz: $(VENV)/.installed  ## nightly: a million bad inputs, none of which may crash, hang or pass as good
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
-bench: $(VENV)/.installed  ## paired timings, one table, benchmarks/results.json
-	$(BIN)/python -m pytest benchmarks -q -s -p no:xdist -o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(ARGS)
+# The record of each kind of machine is in benchmarks/baselines/; docs/performance.md is made from it.
+bench: $(VENV)/.installed  ## everything beside its simplest equivalent and beside the record (QUICK=1: does it run? ARGS=--update: the record and the page)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(FILES),benchmarks) -q -s -p no:xdist \
+		-o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(if $(QUICK),--quick) $(ARGS)
+	$(if $(findstring --update,$(ARGS)),$(BIN)/python tools/performance.py)
 
 evidence: $(VENV)/.installed  ## an hour or more: the full comparison, and the evidence page made from it
 	$(BIN)/bandpo compare --preset full --evidence docs $(ARGS)

@@ -1,55 +1,333 @@
-"""policy_loss forward and backward, metrics included: the band against a fixed clip."""
+"""`policy_loss` beside the formula that TRL runs, and other objectives beside their own: time, operations, memory, compiled.
 
+The formulas are written here anew, from the definitions, in plain torch, with the clip metrics that TRL logs. Value and
+gradient of each are compared with ours before anything is timed. Forward and backward, one thread, the default metrics
+included; the mask is the int64 that hosts hand over, for both.
+"""
+
+import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bandpo import OBJECTIVES, Band, in_band, policy_loss, ratio_bounds
+from bandpo import OBJECTIVES, in_band, policy_loss, ratio_bounds
+from bandpo.losses import compiled
+from bandpo.surrogates import TIS
+from record import growth
+
+ROWS, LENGTH = [16, 64, 256, 1024], 1024
+ISSUE = 256  # rows of the aims
+SIZES = f"sizes are sequences of {LENGTH} tokens"
 
 
-@pytest.mark.parametrize("mode", ["compiled", "eager"])
-def test_policy_loss(mode, tokens, paired, report):
-    g = torch.Generator().manual_seed(0)
-    shape = (tokens // 1024, 1024)
-    old = -torch.rand(shape, generator=g) * 6
-    new = (old + 0.2 * torch.randn(shape, generator=g)).clamp_max(-1e-6)
-    advantages = torch.randn(shape[0], 1, generator=g)
-    mask = torch.rand(shape, generator=g) < 0.9
+class Batch:
+    """Log-probs of three policies, advantages and a mask of `rows` x 1024 tokens."""
 
-    def step(objective):
-        def loss(x):
-            return policy_loss(logprobs=x, old_logprobs=old, advantages=advantages, mask=mask, objective=objective)
+    def __init__(self, rows):
+        g = torch.Generator().manual_seed(0)
+        shape = (rows, LENGTH)
+        self.old = -torch.rand(shape, generator=g) * 6
+        self.new = (self.old + 0.2 * torch.randn(shape, generator=g)).clamp_max(-1e-6)
+        self.rollout = (self.old + 0.05 * torch.randn(shape, generator=g)).clamp_max(-1e-6)
+        self.advantages = torch.randn(rows, 1, generator=g)
+        self.mask = (torch.rand(shape, generator=g) < 0.9).long()
 
-        f = torch.compile(loss, fullgraph=True) if mode == "compiled" else loss
 
-        def run():
-            x = new.detach().requires_grad_()
-            f(x)[0].backward()
+# ---- the formulas: loss and metrics ----
 
-        return run
 
-    bare = replace(
-        OBJECTIVES["bandpo-kl"], bounds=lambda x: Band("kl", 0.05)(x)
-    )  # no Band to the metrics: no divergence
-    cases = {"grpo": "grpo", "bandpo-kl": "bandpo-kl", "without its divergence statistics": bare}
-    t = paired({name: step(objective) for name, objective in cases.items()})
-    note = ", ".join(f"{name} {seconds / tokens * 1e9:.1f} ns a token" for name, seconds in t.items())
+def mean(x, mask):
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def sequence_mean(x, mask):
+    return ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def clip_metrics(ratio, advantages, mask, low, high):
+    under, over = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+    parts = {"low": under, "high": over, "region": under | over}
+    with torch.no_grad():
+        if ratio.shape[1] == 1:  # one value of each sequence
+            return {name: x.float().mean() for name, x in parts.items()}
+        return {name: mean(x.float(), mask) for name, x in parts.items()}
+
+
+def clipped(ratio, advantages, low=0.8, high=1.2):
+    return torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+
+
+def grpo(x, b):
+    ratio = (x - b.old).exp()
+    loss = sequence_mean(-clipped(ratio, b.advantages), b.mask)
+    return loss, clip_metrics(ratio, b.advantages, b.mask, 0.8, 1.2)
+
+
+def dual_clip(x, b):
+    ratio = (x - b.old).exp()
+    value = clipped(ratio, b.advantages)
+    value = torch.where(b.advantages < 0, torch.max(value, 3 * b.advantages), value)
+    return mean(-value, b.mask), clip_metrics(ratio, b.advantages, b.mask, 0.8, 1.2)
+
+
+def gspo(x, b):
+    low, high = 1 - 3e-4, 1 + 4e-4
+    ratio = (((x - b.old) * b.mask).sum(-1, keepdim=True) / b.mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+    return -clipped(ratio, b.advantages, low, high).mean(), clip_metrics(ratio, b.advantages, b.mask, low, high)
+
+
+def cispo(x, b):
+    ratio = (x - b.old).exp()
+    over = (ratio > 5) & (b.advantages > 0)
+    return mean(-ratio.clamp(max=5).detach() * b.advantages * x, b.mask), {"high": mean(over.float(), b.mask)}
+
+
+def kl_cov(x, b):
+    log_ratio, valid = x - b.old, b.mask.bool()
+    value = log_ratio.exp() * b.advantages
+    with torch.no_grad():
+        covariance = (b.advantages - mean(b.advantages, b.mask)) * (x - mean(x, b.mask))
+        count = max(1, int(2e-4 * valid.sum()))
+        chosen = covariance[valid].topk(count).indices
+    penalty = 0.1 * log_ratio[valid][chosen].abs().sum() / b.mask.sum()
+    return mean(-value, b.mask) + penalty, {}
+
+
+def tis(x, b):
+    ratio = (x - b.old).exp()
+    weight = (b.old - b.rollout).exp().clamp(max=2)
+    loss = sequence_mean(-clipped(ratio, b.advantages) * weight, b.mask)
+    return loss, clip_metrics(ratio, b.advantages, b.mask, 0.8, 1.2) | {"weight": mean(weight, b.mask)}
+
+
+FORMULAS = {"grpo": grpo, "gspo": gspo, "cispo": cispo, "dual-clip": dual_clip, "kl-cov": kl_cov, "grpo with TIS": tis}
+OURS = {name: OBJECTIVES[name] for name in [*FORMULAS, "bandpo-kl"] if name in OBJECTIVES}
+OURS["grpo with TIS"] = replace(OBJECTIVES["grpo"], correction=TIS(2.0))
+TARGETS = {"grpo": "<= 1.2", "bandpo-kl": "<= 2"}
+
+
+def ours(name, b, call=policy_loss, **options):
+    """Our loss as a function of the log-probs."""
+    needs = {"rollout_logprobs": b.rollout} if OURS[name].correction is not None else {}
+
+    def loss(x):
+        return call(
+            logprobs=x,
+            old_logprobs=b.old,
+            advantages=b.advantages,
+            mask=b.mask,
+            objective=OURS[name],
+            **needs,
+            **options,
+        )
+
+    return loss
+
+
+def step(loss, b):
+    """One forward and backward pass, as a function without arguments."""
+
+    def run():
+        x = b.new.detach().requires_grad_()
+        loss(x)[0].backward()
+        return x.grad
+
+    return run
+
+
+def formula(name, b):
+    return lambda x: FORMULAS.get(name, grpo)(x, b)
+
+
+# ---- both give the same ----
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_formula_is_the_objective(name):
+    b = Batch(16)
+    mine, plain = ours(name, b)(b.new), formula(name, b)(b.new)
+    torch.testing.assert_close(mine[0], plain[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step(ours(name, b), b)(), step(formula(name, b), b)(), rtol=1e-4, atol=1e-8)
+    for theirs, name_ in {
+        "low": "clip_fraction/low",
+        "high": "clip_fraction/high",
+        "region": "clip_fraction/any",
+    }.items():
+        if theirs in plain[1] and name != "gspo":  # whose fractions of ours count tokens, and TRL's sequences
+            torch.testing.assert_close(mine[1][name_], plain[1][theirs], rtol=1e-4, atol=1e-6)
+
+
+# ---- time ----
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_eager(name, compare):
+    def make(rows):
+        b = Batch(rows)
+        beside = name if name in FORMULAS else "grpo"
+        return {"ours": step(ours(name, b), b), f"formula of {beside}": step(formula(name, b), b)}
+
+    compare(f"policy_loss {name}, eager", make, ROWS, target=TARGETS.get(name, ""), at=ISSUE, note=SIZES)
+
+
+@pytest.mark.parametrize("detail", ["none", "full"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_other_metrics(name, detail, compare):
+    def make(rows):
+        b = Batch(rows)
+        return {"ours": step(ours(name, b, metrics=detail), b), "formula of grpo": step(formula("grpo", b), b)}
+
+    compare(f"policy_loss {name}, eager, metrics={detail}", make, ROWS[:3], at=ISSUE, note=SIZES)
+
+
+# ---- operations and memory of one call ----
+
+
+class Count(TorchDispatchMode):
+    """Operations that reach the kernels: views, and allocations without a kernel, are counted apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.views = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket._qualified_op_name.split("::")[-1]
+        free = function.is_view or name in ("detach", "empty", "empty_like", "empty_strided", "new_empty")
+        (self.views if free else self.kernels)[name] += 1
+        return function(*arguments, **(named or {}))
+
+
+def operations(run):
+    run()
+    with Count() as count:
+        run()
+    return count
+
+
+def peak_bytes(run):
+    """The most that one call has in use beyond what was there before, by torch's own allocator: the same in each run."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    changes = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    used = peak = 0
+    for e in sorted(changes, key=lambda e: e.start_ns()):
+        used += e.nbytes()
+        peak = max(peak, used)
+    return peak
+
+
+CALLS = [*[(name, "basic") for name in OURS], *[(name, "full") for name in TARGETS]]
+
+
+def called(name, detail):
+    return name if detail == "basic" else f"{name} with metrics={detail}"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("name", "detail"), CALLS)
+def test_operations(name, detail, report):
+    b = Batch(16)
+    mine, plain = operations(step(ours(name, b, metrics=detail), b)), operations(step(formula(name, b), b))
+    kernels, theirs = mine.kernels.total(), plain.kernels.total()
+    waits = mine.kernels["_local_scalar_dense"]
+    note = (
+        f"{theirs} in the formula; ours has {mine.views.total()} views beside them; the host waits for {waits} values"
+    )
+    target = "<= 80" if name in TARGETS and detail == "basic" else ""
+    report(f"policy_loss {called(name, detail)}, operations", kernels, "", target, note, exact=True)
+
+
+@pytest.mark.parametrize(("name", "detail"), CALLS)
+def test_memory(name, detail, report, quick):
+    sizes = ROWS[:1] if quick else ROWS[:3]
+    ratios, mine, plain = [], [], []
+    for rows in sizes:
+        b = Batch(rows)
+        mine.append(peak_bytes(step(ours(name, b, metrics=detail), b)))
+        plain.append(peak_bytes(step(formula(name, b), b)))
+        ratios.append(mine[-1] / plain[-1])
+    per_token = [x[-1] / sizes[-1] / LENGTH for x in (mine, plain)]
+    note = f"{per_token[0]:.1f} against {per_token[1]:.1f} bytes a token, the gradient's 4 included; {SIZES}"
+    slope = growth(sizes, mine)
     report(
-        f"the same without the divergence statistics, {mode}", t["without its divergence statistics"] / t["grpo"], "x"
+        f"policy_loss {called(name, detail)}, peak memory",
+        ratios[-1],
+        "x",
+        "<= 1.2" if name in TARGETS and detail == "basic" else "",
+        note,
+        exact=True,
+        equivalent=f"formula of {name if name in FORMULAS else 'grpo'}",
+        sizes=sizes,
+        ratios=[round(r, 3) for r in ratios],
+        growth=None if slope is None else round(slope, 2),
     )
-    ratio = t["bandpo-kl"] / t["grpo"]
-    report(f"policy_loss bandpo-kl / grpo, {mode}", ratio, "x", "<= 1.25" if mode == "compiled" else "<= 1.6", note)
 
 
-def test_mask_surrogate(tokens, paired, report):
-    """The gradient of the clip alone: membership instead of bounds."""
-    g = torch.Generator().manual_seed(0)
-    logp = -torch.rand(tokens, generator=g) * 6
-    log_ratio = 0.2 * torch.randn(tokens, generator=g)
-    radius = torch.full_like(logp, 0.05)
-    t = paired(
-        {"solve": lambda: ratio_bounds(logp, "js", radius), "member": lambda: in_band(log_ratio, logp, "js", radius)},
-        rounds=3,
-    )
-    report("bounds / membership with a tensor radius, JS, eager", t["solve"] / t["member"], "x")
+# ---- compiled ----
+
+
+def cpu_seconds():
+    """Of this process and of the compilers that it ran."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def test_compiled(compare, paired, report):
+    """What `compiled` makes, at three sizes with one graph; in CPU seconds of a compiler that remembers nothing."""
+    steps = {name: {} for name in TARGETS}
+    batches = {rows: Batch(rows) for rows in ROWS[1:]}
+    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+        for name in TARGETS:
+            fast = compiled()
+            for rows, b in batches.items():
+                steps[name][rows] = step(ours(name, b, fast), b)
+            start = cpu_seconds()
+            steps[name][ROWS[1]]()
+            report(f"compiling {name}", cpu_seconds() - start, "s")
+    for name in TARGETS:
+        compare(
+            f"policy_loss {name}, compiled",
+            lambda rows, name=name: {
+                "ours": steps[name][rows],
+                "formula of grpo, eager": step(formula("grpo", batches[rows]), batches[rows]),
+            },
+            list(batches),
+            target="<= 1",
+            at=ISSUE,
+            note=SIZES,
+        )
+    b = batches[1024]
+    cases = {name: steps[name][1024] for name in TARGETS}
+    cases["formula"] = step(torch.compile(formula("grpo", b), fullgraph=True), b)
+    t = paired(cases)
+    for what, pair, target in (
+        ("policy_loss compiled, bandpo-kl / grpo", ("bandpo-kl", "grpo"), "<= 1.25"),
+        ("policy_loss compiled, grpo / the formula of grpo compiled", ("grpo", "formula"), ""),
+    ):
+        report(what, t.ratio(*pair), "x", target, f"{ROWS[-1]} sequences", quartiles=t.quartiles(*pair))
+
+
+# ---- the gradient of the clip alone ----
+
+
+def test_mask_surrogate(compare):
+    """Membership instead of bounds."""
+
+    def make(tokens):
+        g = torch.Generator().manual_seed(0)
+        logp = -torch.rand(tokens, generator=g) * 6
+        log_ratio = 0.2 * torch.randn(tokens, generator=g)
+        radius = torch.full_like(logp, 0.05)
+        return {
+            "ours": lambda: in_band(log_ratio, logp, "js", radius),
+            "bounds": lambda: ratio_bounds(logp, "js", radius),
+        }
+
+    what = "bounds / membership with a tensor radius, JS, eager"
+    compare(what, make, [1 << 12, 1 << 14, 1 << 16], rounds=3, speedup=True)

@@ -3,83 +3,195 @@
 Every row that can grow has at least three sizes: the ratio to the simplest equivalent at each, and the exponent of growth,
 the slope of log time over log size (1 is linear). CPU time is used, because the machines are shared.
 
+Each row is printed beside the committed one of this kind of machine (`record.py`, `baselines/`); `--update` writes it anew.
+
 pytest-benchmark times one case after the other, so that a neighbour's load falls on one and not on the next: hence this.
 """
 
 import json
-import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages of start and stop
 
 import pytest
 import torch
 
-Rows = list[dict[str, object]]
-_ROWS: Rows = []
+import record
+
+TOKENS, FEW_TOKENS = 1 << 20, 1 << 12
+BUDGET = 0.5  # seconds that short cases are repeated for, beyond the rounds that were asked for
+
+
+_SMALL = {"compare", "tokens", "logp", "quick"}  # fixtures that choose smaller sizes in a quick run
+
+
+class Run:
+    """What one session measures: rows by file, tests by file, and the tests that failed."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[record.Row]] = {}
+        self.tests: dict[str, list[str]] = {}
+        self.failed: set[tuple[str, str]] = set()
+
+    def passed(self) -> dict[str, list[record.Row]]:
+        return {
+            name: kept
+            for name, rows in self.rows.items()
+            if (kept := [row for row in rows if (name, row["test"]) not in self.failed])
+        }
+
+
+_RUN = Run()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--json", default="benchmarks/results.json", help="where the results go")
-    parser.addoption("--tokens", type=int, default=1 << 20, help="tokens in the operator's and the loss's benchmarks")
+    parser.addoption("--json", default="", help="write the rows of this run to a file")
+    parser.addoption("--update", action="store_true", help="put the rows of this run into the committed record")
+    parser.addoption("--baseline", default="", help="a record to compare with (default: that of this kind of machine)")
+    parser.addoption(
+        "--fail-on-worse", action="store_true", help="status 1 if a row became worse by more than its margin"
+    )
+    parser.addoption("--quick", action="store_true", help="tiny sizes, one round, nothing compiled: does it still run?")
+    parser.addoption("--tokens", type=int, default=0, help="tokens in the operator's benchmarks (default: 2^20)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full_only: is left out by --quick, because even its smallest size takes long")
+    option = config.getoption
+    if option("--update") and (option("--quick") or option("--tokens")):
+        raise pytest.UsageError("--update records a run at the usual sizes: leave out --quick and --tokens")
+
+
+def pytest_itemcollected(item):
+    _RUN.tests.setdefault(*_of(item)[:1], []).append(_of(item)[1])
+
+
+def pytest_collection_modifyitems(config, items):
+    """A quick run leaves out what has no small size: tests that ask for none of the fixtures that choose one."""
+    if config.getoption("--quick"):
+        skip = pytest.mark.skip(reason="has no small size")
+        for item in items:
+            used = {name for mark in item.iter_markers("usefixtures") for name in mark.args}
+            used |= set(signature(item.function).parameters)
+            if item.get_closest_marker("full_only") or not used & _SMALL:
+                item.add_marker(skip)
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        file, _, test = report.nodeid.partition("::")
+        _RUN.failed.add((Path(file).stem, test))
+
+
+def _of(item) -> tuple[str, str]:
+    return item.path.stem, item.nodeid.partition("::")[2]
 
 
 @pytest.fixture(scope="session")
-def tokens(request):
-    return request.config.getoption("--tokens")
+def quick(request):
+    """Whether to take the smallest sizes that still run everything."""
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture(scope="session")
+def tokens(request, quick):
+    return request.config.getoption("--tokens") or (FEW_TOKENS if quick else TOKENS)
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_compiler():
+def one_thread_and_a_fresh_compiler(quick):
     torch.set_num_threads(1)
     torch._dynamo.reset()
+    with torch.compiler.set_stance("force_eager" if quick else "default"):
+        yield
+
+
+class Seconds(dict[str, float]):
+    """The median seconds of each case, and those of all rounds."""
+
+    def __init__(self, rounds: Mapping[str, Sequence[float]]) -> None:
+        super().__init__({name: statistics.median(values) for name, values in rounds.items()})
+        self.rounds = rounds
+
+    def ratio(self, a: str, b: str) -> float:
+        """The median over rounds of the ratio of two cases, which ran one after the other."""
+        return statistics.median(self._ratios(a, b))
+
+    def quartiles(self, a: str, b: str) -> list[float]:
+        """The middle half of these ratios; pass it to `report` as `quartiles`."""
+        ratios = self._ratios(a, b)
+        if len(ratios) < 2:
+            return [ratios[0], ratios[0]]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return [low, high]
+
+    def _ratios(self, a: str, b: str) -> list[float]:
+        return [x / y for x, y in zip(self.rounds[a], self.rounds[b], strict=True)]
 
 
 @pytest.fixture
-def paired():
-    """Time zero-argument functions in turn; returns the median seconds of each."""
+def paired(quick):
+    """Time zero-argument functions in turn; returns the median seconds of each, as `Seconds`."""
 
-    def run(cases: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    def run(
+        cases: Mapping[str, Callable[[], object]],
+        rounds: int = 15,
+        clock: Callable[[], float] = time.process_time,
+    ) -> Seconds:
         for case in cases.values():
             case()
         times = {name: list[float]() for name in cases}
-        for _ in range(rounds):
+        rounds = 1 if quick else rounds
+        end = clock() + (0 if quick else BUDGET)
+        while rounds > 0 or (clock() < end and len(next(iter(times.values()))) < 200):
             for name, case in cases.items():
-                start = time.perf_counter()
+                start = clock()
                 case()
-                times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(clock() - start)
+            rounds -= 1
+        return Seconds(times)
 
     return run
 
 
 @pytest.fixture
-def report():
-    """One line of the table: what, measured, unit, target (a pair of a comparison and a number), and notes."""
+def report(request):
+    """One line of the table: what, measured, unit, target (a pair of a comparison and a number), and notes.
+
+    `more` is recorded with it: `quartiles`, `better="higher"` for a row without target, `exact=True` where the value does
+    not depend on the machine.
+    """
+    file, test = _of(request.node)
 
     def add(what: str, value: float, unit: str, target: str = "", note: str = "", **more: object) -> None:
-        met = ""
-        if target:
-            sign, limit = target.split()
-            met = "yes" if (value <= float(limit) if sign == "<=" else value >= float(limit)) else "no"
-        _ROWS.append({"what": what, "value": round(value, 3), "unit": unit, "target": target, "met": met, "note": note})
-        _ROWS[-1] |= more
+        if any(row["what"] == what for rows in _RUN.rows.values() for row in rows):
+            raise ValueError(f"there is a row {what!r} already: each needs a name of its own")
+        if isinstance(more.get("quartiles"), list):
+            more["quartiles"] = [float(f"{x:.4g}") for x in more["quartiles"]]
+        value = float(f"{value:.4g}")
+        met = {True: "yes", False: "no", None: ""}[record.is_met(value, target)]
+        row = {"what": what, "value": value, "unit": unit, "target": target, "met": met, "note": note, **more}
+        row |= {"test": test, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+        _RUN.rows.setdefault(file, []).append(row)
 
     return add
 
 
 @pytest.fixture
-def compare(report):
+def compare(report, paired, quick):
     """Ours beside the simplest equivalent at several sizes; one row with the ratio at each size and the growth of ours.
 
     `make(size)` gives the zero-argument functions `{"ours": f, "<name of the equivalent>": g}`; without an equivalent the row
     has the growth alone, and `target` is that of the exponent. `clock` is CPU time of the process; pass `time.perf_counter`
-    where other processes do the work. The value of the row is the ratio at the largest size.
+    where other processes do the work. The value of the row is the ratio at the size `at`, or else at the largest one.
+    With `speedup` it is the equivalent over ours.
     """
 
     def run(
@@ -91,33 +203,35 @@ def compare(report):
         rounds: int = 7,
         clock: Callable[[], float] = time.process_time,
         note: str = "",
+        at: int | None = None,
+        speedup: bool = False,
     ) -> dict[str, list[float]]:
-        seconds, ratios, names = dict[str, list[float]](), list[float](), list[str]()
-        for size in sizes:
-            cases = make(size)
-            names = list(cases)
-            for case in cases.values():
-                case()
-            times = {name: list[float]() for name in cases}
-            for _ in range(rounds):
-                for name, case in cases.items():
-                    start = clock()
-                    case()
-                    times[name].append(clock() - start)
-            for name in cases:
-                seconds.setdefault(name, []).append(statistics.median(times[name]))
-            if len(names) > 1:
-                ratios.append(statistics.median(a / b for a, b in zip(times["ours"], times[names[1]], strict=True)))
-        growth = _growth(sizes, seconds["ours"])
-        more = {
+        sizes = sorted(sizes)[:2] if quick else list(sizes)
+        found = [paired(make(size), rounds, clock) for size in sizes]
+        names = list(found[0])
+        seconds = {name: [each[name] for each in found] for name in names}
+        slopes = [record.growth(sizes, seconds[name]) for name in names[:2]]
+        rounded = [None if slope is None else round(slope, 2) for slope in slopes]
+        more: dict[str, object] = {
             "equivalent": names[1] if len(names) > 1 else "",
-            "sizes": list(sizes),
-            "ratios": [round(ratio, 3) for ratio in ratios],
-            "growth": round(growth, 2),
+            "sizes": sizes,
+            "growth": rounded[0],
             "ours_s": [float(f"{s:.3g}") for s in seconds["ours"]],
         }
-        value, unit = (ratios[-1], "x") if ratios else (growth, "exponent")
-        report(what, value, unit, target, note, **more)
+        if len(names) == 1:
+            report(what, slopes[0] or 0.0, "exponent", target, note, **more)
+            return seconds
+        pair = (names[1], "ours") if speedup else ("ours", names[1])
+        ratios = [each.ratio(*pair) for each in found]
+        place = sizes.index(at) if at in sizes else len(sizes) - 1
+        more |= {
+            "ratios": [float(f"{ratio:.4g}") for ratio in ratios],
+            "at": sizes[place],
+            "equivalent_growth": rounded[1],
+            "quartiles": found[place].quartiles(*pair),
+            **({"better": "higher"} if speedup else {}),
+        }
+        report(what, ratios[place], "x", target, note, **more)
         return seconds
 
     return run
@@ -148,38 +262,78 @@ def START():
 """
 
 
-def _growth(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The slope of log time over log size, by least squares; NaN for fewer than two sizes."""
-    if len(sizes) < 2:
-        return math.nan
-    return statistics.linear_regression([math.log(n) for n in sizes], [math.log(s) for s in seconds]).slope
+# ---- the table, and the record ----
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if (
+        session.config.getoption("--fail-on-worse")
+        and exitstatus == 0
+        and any(c.worse for *_, c in _changes(session.config))
+    ):
+        session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not _ROWS:
+    if not _RUN.rows:
         return
     write = terminalreporter.write_line
     terminalreporter.section("results")
-    write(f"{'what':58} {'measured':>10} {'unit':10} {'target':10} {'met':4} note")
-    for row in _ROWS:
-        write(f"{row['what']:58} {row['value']:>10g} {row['unit']:10} {row['target']:10} {row['met']:4} {row['note']}")
-    machine = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads used": 1,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "tokens": config.getoption("--tokens"),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    path = Path(config.getoption("--json"))
-    path.write_text(json.dumps({"machine": machine, "results": _ROWS}, indent=1) + "\n")
-    write(f"written to {path}")
+    path = _baseline(config)
+    write(f"beside {path}" if path.exists() else f"no record of this kind of machine yet: {path}; --update writes it")
+    write(f"{'what':58} {'now':>9} {'unit':8} {'before':>9} {'now/before':>10} {'target':8} {'met':4}")
+    changes = _changes(config)
+    for row, before, change in changes:
+        was = f"{before['value']:g}" if before else "-"
+        ratio = f"{change.ratio:.2f}" if change.ratio else "-"
+        line = (
+            f"{row['what']:58} {row['value']:>9g} {row['unit']:8} {was:>9} {ratio:>10} {row['target']:8} {row['met']:4}"
+        )
+        write(f"{line} {change.worse}".rstrip())
+        details = _details(row)
+        if details:
+            write(f"    {details}")
+    worse, missed = [r["what"] for r, _, c in changes if c.worse], [r["what"] for r, *_ in changes if r["met"] == "no"]
+    write(f"{len(changes)} rows; {len(worse)} worse than before; {len(missed)} miss their target")
+    _write_records(config, write)
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _details(row: record.Row) -> str:
+    parts = []
+    if row.get("ratios") and len(row["ratios"]) > 1:
+        by_size = ", ".join(f"{ratio:g} at {size:g}" for size, ratio in zip(row["sizes"], row["ratios"], strict=True))
+        parts.append(f"{by_size} (beside {row['equivalent']})")
+    if row.get("growth") is not None:
+        theirs = row.get("equivalent_growth")
+        parts.append(f"growth {row['growth']:g}" + (f", of the equivalent {theirs:g}" if theirs is not None else ""))
+    return "; ".join([*parts, *([row["note"]] if row["note"] else [])])
+
+
+def _baseline(config) -> Path:
+    return Path(config.getoption("--baseline") or record.BASELINES / f"{record.kind(record.machine())}.json")
+
+
+def _changes(config) -> list[tuple[record.Row, record.Row | None, record.Change]]:
+    files = record.load(_baseline(config))["files"]
+    found = []
+    for name, rows in _RUN.rows.items():
+        known = {row["what"]: row for row in files.get(name, [])}
+        for row in rows:
+            before = None if config.getoption("--quick") else known.get(row["what"])
+            found.append((row, before, record.change(row, before)))
+    return found
+
+
+def _write_records(config, write) -> None:
+    about, rows = record.machine(), _RUN.passed()
+    if config.getoption("--json"):
+        path = Path(config.getoption("--json"))
+        path.write_text(record.dump(record.merged({"files": {}}, about, rows, {})), encoding="utf-8")
+        write(f"written to {path}")
+    if config.getoption("--update"):
+        partial = any("::" in str(argument) for argument in config.args)
+        path = record.BASELINES / f"{record.kind(about)}.json"
+        path.parent.mkdir(exist_ok=True)
+        tests = {} if partial else _RUN.tests
+        path.write_text(record.dump(record.merged(record.load(path), about, rows, tests)), encoding="utf-8")
+        write(f"written to {path}; docs/performance.md is made from it: python tools/performance.py")

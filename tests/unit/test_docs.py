@@ -283,7 +283,7 @@ FACTS = {
     r"0\.00714": "theory.md",
     r"every ratio is 1": "concepts.md",
     r"\b53\.5-fold": "radii.md",
-    r"292 to 585": "performance.md",
+    r"as the official implementation is described": "performance.md",
     r"1356": "evidence.md",
     r"\bGPL-3\.0\. |code is GPL-3\.0": "README.md",
     r"steps_per_generation = gradient_accumulation_steps": "concepts.md",
