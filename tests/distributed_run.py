@@ -54,7 +54,7 @@ def main(out: Path, folder: Path) -> None:
         ),
     )  # fmt: skip
     trainer.train()
-    history = gather_object([trainer._pruned.prune.history]) if trainer._pruned is not None else []
+    history = gather_object([trainer._pruned.prune.state_dict()["history"]]) if trainer._pruned is not None else []
     weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in trainer.model.state_dict().items()}
     if PartialState().is_main_process:
         logs = [

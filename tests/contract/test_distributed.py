@@ -33,6 +33,7 @@ def test_pruning_over_two_processes_has_one_history(tmp_path):
     pruning = {"prompts": 0.5, "completions": 0.5}
     found = launch(tmp_path, SCRIPT, TWO, "bandpo-kl", pruning=pruning, max_steps=40, num_iterations=1)
     one, other = found["history"]
-    assert one == other and len(one) == 64  # every prompt, whichever process sampled it
+    assert all(torch.equal(one[name], other[name]) for name in ("keys", "scores"))
+    assert len(one["keys"]) == 64  # every prompt, whichever process sampled it
     kept = [row["selection/prompts_kept"] for row in found["logs"] if "selection/prompts_kept" in row]
     assert min(kept) < 1 and all(row["selection/kept"] <= 1 for row in found["logs"])

@@ -79,7 +79,7 @@ def test_the_expected_loss_of_a_pruned_rollout_is_that_of_the_whole(
     found = []
     for draw in range(400):
         trainer._step = draw
-        trainer._pruned.prune.history = dict(history)
+        trainer._pruned.prune.load_state_dict({"history": history})
         inputs, weight = trainer._pruned.before(batch)
         places = [i for i, row in enumerate(batch) if row["prompt"] in {r["prompt"] for r in inputs}]
         rows = {

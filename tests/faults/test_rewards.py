@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from bandpo.train import verification
+from bandpo.train.config import RunConfig
 from bandpo.train.rewards import CheckedReward, RewardError, get_reward, time_limit, unscored_line
 from bandpo.train.verification import verify_all, verify_one
 
@@ -168,3 +170,34 @@ def test_math_agrees_with_trl_where_trl_can_tell():
     for answer in ("$0.5$", r"$\{1,2\}$", "$x^2+1$", "", r"\boxed{\frac12}"):
         expected = accuracy_reward([[{"content": c}] for c in completions], [answer] * len(completions))
         assert [verify_one(c, answer) for c in completions] == expected
+
+
+@pytest.mark.slow
+def test_one_that_hangs_costs_its_batch_nothing_but_time():
+    pairs = [(rf"\boxed{{{i}}}", f"${i % 5}$") for i in range(40)]
+    expected = [float(i == i % 5) for i in range(40)]
+    pairs[17], expected[17] = TOWER, None
+    pairs[18], expected[18] = (r"\boxed{1}", "for all n that 3 divides"), None
+    assert verify_all(pairs, seconds=3, workers=1) == expected
+    assert verify_all(pairs[:17] * 2, workers=2) == expected[:17] * 2
+
+
+def test_workers_are_this_process_s_share_of_the_cpus(monkeypatch):
+    monkeypatch.setattr(verification, "_cpus", lambda: 12)
+    for ranks, workers in (("1", 12), ("5", 2), ("64", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert verification.default_workers() == workers
+    monkeypatch.setattr(verification, "_cpus", lambda: 256)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert verification.default_workers() == 16
+    with pytest.raises(ValueError, match="reward_workers=2 would be ignored"):
+        get_reward("countdown", workers=2)
+
+
+def test_the_option_is_for_reward_math():
+    options = {"model": "m", "dataset": "d"}
+    assert RunConfig(**options, reward="math", reward_workers=3).reward_workers == 3
+    with pytest.raises(ValueError, match="reward_workers=3 would be ignored: only reward math"):
+        RunConfig(**options, reward="mine:f", reward_workers=3)
+    with pytest.raises(ValueError, match="reward_workers must be at least 1, got 0"):
+        RunConfig(**options, reward="math", reward_workers=0)

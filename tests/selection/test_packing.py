@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from bandpo.selection import density, pack_rows, packed_logprobs, window_pack
+from bandpo.selection import density, pack_rows, packed_logprobs, packing, window_pack
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 20))
@@ -39,6 +39,59 @@ def sequential(lengths, capacity):
         bins[-1].append(i)
         room -= length
     return bins
+
+
+@given(st.integers(1, 200), st.integers(1, 70), st.data())
+def test_the_bins_are_those_of_a_search_through_the_whole_window(capacity, window, data):
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=150))
+    assert window_pack(lengths, capacity, window) == searched(lengths, capacity, window)
+
+
+def test_many_sizes_need_a_tree_of_several_levels():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9000, (6000,), generator=g).tolist()
+    for window in (8, 5000):
+        assert window_pack(lengths, 9000, window) == searched(lengths, 9000, window)
+
+
+def searched(lengths, capacity, window):
+    """The rule, word for word: quadratic in the window."""
+    pending, bins = list(range(len(lengths)))[:window], []
+    coming = list(range(len(lengths)))[window:]
+    while pending:
+        room, pick = capacity, pending[0]
+        bins.append([])
+        while pick is not None:
+            bins[-1].append(pick)
+            pending.remove(pick)
+            pending += [coming.pop(0)] if coming else []
+            room -= lengths[pick]
+            fitting = [i for i in pending if lengths[i] <= room]
+            pick = max(fitting, key=lambda i: (lengths[i], -i)) if fitting else None
+    return bins
+
+
+def test_the_packer_grows_no_faster_than_n_log_n(monkeypatch):
+    """Visits of words of the tree, which are all that is not constant for a sequence, with the whole input as the window."""
+    visits = []
+
+    class Counted(list):
+        def __getitem__(self, at):
+            visits.append(at)
+            return super().__getitem__(at)
+
+    class Watched(packing._Members):
+        def __init__(self, size):
+            super().__init__(size)
+            self._levels = [Counted(words) for words in self._levels]
+
+    monkeypatch.setattr(packing, "_Members", Watched)
+    found = {}
+    for n in (500, 4000):
+        visits.clear()
+        window_pack([1 + (i * 7919) % 100_003 for i in range(n)], 100_003, n)
+        found[n] = len(visits)
+    assert found[4000] < 8 * 2 * found[500]  # 64 times as many for a search through the window
 
 
 def test_density_on_long_tailed_lengths():

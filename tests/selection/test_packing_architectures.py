@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from bandpo.integrations.trl.packing import _inputs, _rows, probe_packing, refuse_packing
+from bandpo.integrations.trl.packing import Layout, probe_packing, refuse_packing
 from bandpo.selection import pack_rows, packing_error
 
 WINDOW, LENGTHS = 8, (45, 5, 41, 1, 16)
@@ -106,7 +106,8 @@ def both_ways(model):
     for together in (True, False):
         model.zero_grad()
         if together:
-            logits = _rows(model(**_inputs(packed, model.config.get_text_config())).logits, packed)
+            layout = Layout(packed, model.config.get_text_config())
+            logits = layout.rows(layout.forward(model).logits)
             rows = [logits[packed.sequence_ids == i] for i in range(len(ids))]
         else:
             alone = (row[real].unsqueeze(0) for row, real in zip(ids, mask, strict=True))
@@ -163,7 +164,7 @@ def test_every_flash_attention_gets_one_row_with_borders(name):
     packed = pack_rows(
         torch.ones(3, 4, dtype=torch.long), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]), capacity=6
     )
-    inputs = _inputs(packed, model.config)
+    inputs = Layout(packed, model.config).inputs()
     assert inputs["input_ids"].shape == (1, 9) and inputs["cu_seq_lens_q"].tolist() == [0, 2, 6, 9]
     assert inputs["attention_mask"] is None and inputs["use_cache"] is False
 

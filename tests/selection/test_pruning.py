@@ -1,5 +1,6 @@
 """Pruning: unbiased by exhaustive enumeration, biased where it says so, and its variance."""
 
+import io
 import itertools
 import math
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, group_advantages, policy_loss
 from bandpo.groups import informative
-from bandpo.selection import Informative, Pruning, effective_sample_size, pruning, stratified
+from bandpo.selection import Informative, PromptScores, Pruning, effective_sample_size, pruning, stratified
 
 G = 6
 
@@ -194,6 +195,49 @@ def test_history_decides_prompts_and_survives():
     again = Pruning(prompts=0.5)
     again.load_state_dict(prune.state_dict())
     assert torch.equal(again.select_prompts(keys, generator=torch.Generator().manual_seed(0)).keep, found.keep)
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.floats(-9, 9) | st.just(math.nan)), max_size=30))
+def test_scores_are_those_of_a_dictionary_of_prompts(pairs):
+    known, scores = {}, PromptScores()
+    for prompt, score in pairs:
+        known |= {prompt: score} if math.isfinite(score) else {}
+        scores.update([(prompt, score)])
+    assert scores == known and len(scores) == len(known)
+    assert list(scores.values()) == list(known.values())  # in the order in which they came
+    assert all(prompt in scores for prompt in known) and "long one" not in scores
+    mean = sum(known.values()) / len(known) if known else math.nan
+    assert scores.mean() == pytest.approx(mean, nan_ok=True, abs=1e-12)
+    again = PromptScores.from_state_dict(scores.state_dict())
+    assert again == scores and list(again) == list(scores)
+    assert scores != PromptScores({"another": 1.0}) and scores != {**known, "another": 1.0}
+
+
+def test_checkpoints_hold_no_prompts_and_those_of_older_versions_are_read():
+    prompts = [f"{i} apples and {i * i} pears: how many? " * 8 for i in range(500)]
+    scores = [i % 7 / 7 for i in range(500)]
+    prune, older = Pruning(prompts=0.5), Pruning(prompts=0.5)
+    prune.update(prompts, torch.tensor(scores, dtype=torch.float64).unsqueeze(1))
+    older.load_state_dict({"history": dict(zip(prompts, scores, strict=True))})
+    assert older.history == prune.history
+    saved, was = io.BytesIO(), io.BytesIO()
+    torch.save(prune.state_dict(), saved)
+    torch.save({"history": dict(zip(prompts, scores, strict=True))}, was)
+    assert b"apples" not in saved.getvalue() and saved.tell() < 500 * 24 + 3000 < was.tell() / 8
+    saved.seek(0)
+    again = Pruning(prompts=0.5)
+    again.load_state_dict(torch.load(saved, weights_only=True))
+    draws = [p.select_prompts(prompts, generator=torch.Generator().manual_seed(0)).keep for p in (prune, older, again)]
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
+
+
+def test_a_prompt_is_a_text_or_a_key():
+    lone = "\ud800"  # half of a pair, as a damaged file may hold it
+    scores = PromptScores({lone: 1.0})
+    assert scores[lone] == scores[PromptScores.key(lone)] == 1.0
+    for bad in (b"short", 3, None):
+        with pytest.raises(TypeError, match="by a key of 16 bytes"):
+            PromptScores.key(bad)
 
 
 def test_dynamic_sampling_is_a_selector_too():

@@ -17,6 +17,8 @@ NORMAL_95 = 1.959963984540054
 """The 97.5% quantile of the standard normal distribution, for two-sided intervals at 95%."""
 
 _EXACT_PAIRS = 13  # up to so many pairs, all 2^n sign flips are tried
+_AT_ONCE = 1 << 18
+"""Values that are resampled at a time: memory does not grow with the number of runs, and the draws are the same."""
 Key = TypeVar("Key")
 
 
@@ -105,7 +107,13 @@ def _bootstrap(x: Floats, statistic: Callable[..., Any], method: str, seed: int)
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the caller then uses another method
         done: Any = stats.bootstrap(
-            (x,), statistic, n_resamples=RESAMPLES, method=method, rng=np.random.default_rng(seed), vectorized=True
+            (x,),
+            statistic,
+            n_resamples=RESAMPLES,
+            batch=_resamples_at_once(len(x)),
+            method=method,
+            rng=np.random.default_rng(seed),
+            vectorized=True,
         )
     found = done.confidence_interval
     return float(found.low), float(found.high)
@@ -253,9 +261,14 @@ def _sign_flips(difference: Floats, seed: int) -> float:
             permutation_type="samples",
             vectorized=True,
             n_resamples=RESAMPLES if len(difference) > _EXACT_PAIRS else 2**_EXACT_PAIRS,
+            batch=_resamples_at_once(len(difference)),
             rng=np.random.default_rng(seed),
         ).pvalue
     )
+
+
+def _resamples_at_once(values: int) -> int:
+    return max(1, _AT_ONCE // values)
 
 
 def number(value: float | None, form: str = ".3f") -> str:

@@ -7,6 +7,7 @@ from bandpo.selection.packing import packed_logprobs as packed_logprobs
 from bandpo.selection.packing import packing_error as packing_error
 from bandpo.selection.packing import window_pack as window_pack
 from bandpo.selection.pruning import Informative as Informative
+from bandpo.selection.pruning import PromptScores as PromptScores
 from bandpo.selection.pruning import Pruning as Pruning
 from bandpo.selection.pruning import Selection as Selection
 from bandpo.selection.pruning import Selector as Selector

@@ -7,8 +7,10 @@ thinned at random, and the others are kept.
 """
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
@@ -18,6 +20,7 @@ from bandpo.groups import informative, scored
 from bandpo.objective import Objective
 
 Mode = Literal["fixed_count", "bernoulli", "topk_biased"]
+_KEY_BYTES = 16
 
 
 class Selection(NamedTuple):
@@ -131,6 +134,99 @@ class Informative:
         return Selection(keep, weight, 1 - weight)
 
 
+class PromptScores(Mapping[bytes, float]):
+    """Scores of prompts, without the prompts: a key is the BLAKE2b hash of the text, of 16 bytes.
+
+    Two of n different prompts share a key with a probability below n² / 2^129: 2e-21 for a billion prompts. They would share a
+    score; nothing else depends on the keys. A checkpoint holds 24 bytes for each prompt.
+
+    Args:
+        scores: Scores by prompt or by key. A score that is not finite is not a measurement, and is left out.
+
+    Examples:
+        >>> scores = PromptScores({"1 + 1 =": 0.5})
+        >>> scores["1 + 1 ="], scores[PromptScores.key("1 + 1 =")], "2 + 2 =" in scores
+        (0.5, 0.5, False)
+    """
+
+    def __init__(self, scores: Mapping[str, float] | Mapping[bytes, float] | None = None) -> None:
+        self._places: dict[bytes, int] = {}
+        self._scores = array("d")
+        self.update((scores or {}).items())
+
+    @staticmethod
+    def key(prompt: str | bytes) -> bytes:
+        """The key of a prompt.
+
+        Args:
+            prompt: Text of the prompt; 16 bytes are a key already, and are returned.
+
+        Raises:
+            TypeError: If it is neither.
+        """
+        if isinstance(prompt, str):
+            return blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
+        if not isinstance(prompt, bytes) or len(prompt) != _KEY_BYTES:
+            raise TypeError(f"a prompt is known by its text, or by a key of {_KEY_BYTES} bytes; got {prompt!r}")
+        return prompt
+
+    def __getitem__(self, prompt: str | bytes) -> float:
+        return self._scores[self._places[self.key(prompt)]]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        scores = cast("Mapping[Any, Any]", other)
+        return len(scores) == len(self) and all(k in self and self[k] == score for k, score in scores.items())
+
+    __hash__ = None
+
+    def update(self, scores: Iterable[tuple[str | bytes, float]]) -> None:
+        """Set scores; one that is not finite leaves what was known of its prompt.
+
+        Args:
+            scores: Pairs of a prompt, or its key, and its score.
+        """
+        for prompt, score in scores:
+            if not math.isfinite(score):
+                continue
+            place = self._places.setdefault(self.key(prompt), len(self._scores))
+            if place == len(self._scores):
+                self._scores.append(score)
+            else:
+                self._scores[place] = score
+
+    def mean(self) -> float:
+        """The mean of all scores; NaN if there are none."""
+        return torch.frombuffer(self._scores, dtype=torch.float64).mean().item() if self._scores else math.nan
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Keys, `(prompts, 16)`, uint8, and scores, `(prompts,)`, float64, in the order in which the prompts came."""
+        keys = torch.tensor(bytearray(b"".join(self._places)), dtype=torch.uint8).view(-1, _KEY_BYTES)
+        return {"keys": keys, "scores": torch.tensor(self._scores, dtype=torch.float64)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "PromptScores":
+        """The scores that `state_dict` gave.
+
+        Args:
+            state: The result of `state_dict`, on any device.
+
+        Returns:
+            The scores.
+        """
+        keys, scores = state["keys"].cpu().numpy().tobytes(), cast("list[float]", state["scores"].tolist())
+        found = cls()
+        found.update((keys[i * _KEY_BYTES : (i + 1) * _KEY_BYTES], score) for i, score in enumerate(scores))
+        return found
+
+
 @dataclass
 class Pruning:
     """Dynamic pruning (our reading of arXiv:2603.04135): low-signal prompts before sampling, completions of low |A| after.
@@ -150,7 +246,7 @@ class Pruning:
         zeros: Whether to drop every completion with A = 0, which has no gradient. Set it to False if the loss has another term,
             such as a KL per sample; see `check`.
         until: Share of the run after which nothing is pruned; InfoBatch stops at 0.875.
-        history: Scores by prompt, which `state_dict` saves.
+        history: Scores by the hash of the prompt, which `state_dict` saves; a dictionary by prompt is converted.
 
     Raises:
         ValueError: If a number is out of range.
@@ -167,7 +263,7 @@ class Pruning:
     mode: Mode = "fixed_count"
     zeros: bool = True
     until: float = 1.0
-    history: dict[str, float] = field(default_factory=dict[str, float], repr=False)
+    history: PromptScores = field(default_factory=PromptScores, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("prompts", "completions"):
@@ -178,6 +274,8 @@ class Pruning:
             raise ValueError(f"Pruning: mode is {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
         if not 0 < self.until <= 1:
             raise ValueError(f"Pruning: until must be in (0, 1], got {self.until!r}")
+        if not isinstance(self.history, PromptScores):
+            self.history = PromptScores(self.history)
 
     def check(self, objective: Objective, *, kl_coef: float | None = None) -> None:
         """Refuse an objective for which the weights cannot keep the expected gradient.
@@ -222,24 +320,24 @@ class Pruning:
         keep = found.keep & ~nothing
         return Selection(keep, found.weight.masked_fill(nothing, 0.0), found.dropping.masked_fill(nothing, 1.0))
 
-    def select_prompts(self, keys: Sequence[str], *, generator: torch.Generator | None = None) -> Selection:
+    def select_prompts(
+        self, keys: Sequence[str] | Sequence[bytes], *, generator: torch.Generator | None = None
+    ) -> Selection:
         """The selection of prompts by their history, `(prompts,)`; prompts without a known score are kept.
 
         Args:
-            keys: A key for each prompt.
+            keys: The text of each prompt, or its key from `PromptScores.key`.
             generator: Source of randomness.
         """
-        # A checkpoint of an older version may hold NaN.
-        known = {key: score for key, score in self.history.items() if math.isfinite(score)}
-        scores = torch.tensor([known.get(key, math.inf) for key in keys], dtype=torch.float64)
-        low = scores < (sum(known.values()) / len(known) * (1 - 1e-6) if known else 0.0)
+        scores = torch.tensor([self.history.get(PromptScores.key(k), math.inf) for k in keys], dtype=torch.float64)
+        low = scores < self.history.mean() * (1 - 1e-6)  # nothing is below NaN
         return stratified(scores, low, self.prompts, mode=self.mode, generator=generator)
 
-    def update(self, keys: Sequence[str], advantages: Tensor, rewards: Tensor | None = None) -> None:
+    def update(self, keys: Sequence[str] | Sequence[bytes], advantages: Tensor, rewards: Tensor | None = None) -> None:
         """Update the scores of prompts that were sampled; a prompt without a new score keeps the old one.
 
         Args:
-            keys: The prompt's key for each group.
+            keys: The prompt of each group, or its key from `PromptScores.key`.
             advantages: Advantages of whole groups, `(groups, group_size)`; NaN without a score.
             rewards: Rewards, the same shape; NaN without a score. They are needed if unscored completions have advantage 0, as
                 in the result of `group_advantages`: such a 0 is not a measurement of the prompt.
@@ -256,15 +354,17 @@ class Pruning:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {"history": dict(self.history)}
+        return {"history": self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint.
 
         Args:
-            state: The result of `state_dict`.
+            state: The result of `state_dict`. That of versions that kept the prompts themselves is converted.
         """
-        self.history = dict(state["history"])
+        saved = state["history"]
+        is_hashed = set(saved) == {"keys", "scores"} and isinstance(saved["keys"], Tensor)
+        self.history = PromptScores.from_state_dict(saved) if is_hashed else PromptScores(saved)
 
 
 def _sizes(rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:

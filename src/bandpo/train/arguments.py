@@ -31,6 +31,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--reward", help="math, a task's name, or package.module:NAME, which is imported (default: the run's or task's)"
     )
+    add("--reward-workers", type=int, help="processes of reward math (default: as many as CPUs, at most 16)")
     add("--prompts", type=int, help="number of prompts at most (default: the run's, or 256)")
     add("--samples", type=int, help="samples of each prompt, the k of mean@k (default: the run's, or 8)")
     add("--temperature", type=float, help="sampling temperature, 0 is greedy (default: the run's, or 1.0)")

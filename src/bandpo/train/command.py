@@ -111,7 +111,7 @@ def _make_job(
     prompts, held_out = _load_data(run, args, tokenizer, window, progress)
     reward_name = run.reward or run.task or ""
     reward = CheckedReward(
-        get_reward(reward_name),
+        get_reward(reward_name, workers=run.reward_workers),
         reward_name,
         limit=run.reward_timeout,
         errors=run.reward_errors,

@@ -65,6 +65,12 @@ class RunConfig:
     reward_timeout: float = field(
         default=600.0, metadata={"help": "Seconds after which one call of the reward function counts as hung."}
     )
+    reward_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes of reward math on each process of the run. Default: its share of the CPUs, at most 16."
+        },
+    )
     reward_errors: str = field(
         default="stop",
         metadata={
@@ -118,12 +124,16 @@ class RunConfig:
             raise ValueError("dataset needs model: the built-in small model only knows the built-in tasks")
         if self.task is None and self.reward is None:
             raise ValueError("dataset needs reward: 'math' or 'package.module:NAME'")
-        for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads"):
+        for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads", "reward_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, allowed in (("reward_errors", ("stop", "skip")), ("bad_rows", ("error", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.reward_workers is not None and (self.reward or self.task) != "math":
+            raise ValueError(
+                f"reward_workers={self.reward_workers} would be ignored: only reward math has processes of its own"
+            )
         if not 0 < self.reward_timeout < math.inf:
             raise ValueError(f"reward_timeout must be a positive number of seconds, got {self.reward_timeout}")
         if self.eval_temperature is not None and not 0 <= self.eval_temperature < math.inf:

@@ -1,16 +1,21 @@
 """The data of a run: prompts of a built-in task, or prompts and pairs of any Hugging Face dataset."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list  # pyright: ignore[reportUnknownVariableType]
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 from trl.data_utils import extract_prompt  # pyright: ignore[reportUnknownVariableType]
 
@@ -18,6 +23,7 @@ from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import printable
 from bandpo.toy.tasks import TASKS, make_splits
 from bandpo.train.config import RunConfig
+from bandpo.train.lengths import TokenLimits, first_on_each_machine, long_rows
 from bandpo.train.verification import unreadable
 
 Say = Callable[[str], None]
@@ -26,6 +32,7 @@ _UNREADABLE = cast(
     "tuple[type[Exception], ...]", (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError, StopIteration)
 )
 """What the readers of `datasets` raise on a damaged file; `StopIteration` on an empty one."""
+_UNREADABLE_ANSWER = "is unreadable"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -52,8 +59,31 @@ class _BadRows:
         return data.select([i for i in range(len(data)) if i not in gone])
 
 
-def _column(data: Dataset, name: str) -> Sequence[Any]:
-    return cast("Sequence[Any]", data[name])
+def _values(data: Dataset, name: str) -> Iterator[Any]:
+    """The values of a column, read in batches."""
+    for batch in data.select_columns([name]).iter(1000):
+        yield from cast("dict[str, list[Any]]", batch)[name]
+
+
+def _mapped(data: Dataset, columns: dict[str, Callable[..., Any]], *inputs: str, **options: Any) -> Dataset:
+    """A dataset with new columns, each by a function of the input columns and options; made in batches and cached."""
+
+    def made() -> Dataset:
+        return data.map(
+            _rows_of,
+            batched=True,
+            input_columns=list(inputs),
+            fn_kwargs={"columns": columns, "options": options},
+            remove_columns=list(inputs),
+        )
+
+    return first_on_each_machine(made)
+
+
+def _rows_of(
+    *batch: list[Any], columns: dict[str, Callable[..., Any]], options: dict[str, Any]
+) -> dict[str, list[Any]]:
+    return {name: [f(*row, **options) for row in zip(*batch, strict=True)] for name, f in columns.items()}
 
 
 def load_task(task: str, evaluation: int) -> tuple[Dataset, Dataset]:
@@ -161,15 +191,30 @@ def with_readable_answers(data: Dataset, name: str, *, skip_bad: bool, say: Say)
         ValueError: If rows have answers that cannot be read; the message counts them and shows the first.
     """
     bad: list[list[int] | None] = [None]
-    answers = list(_column(data, "answer"))
     if PartialState().is_main_process:
-        bad = [unreadable(answers)]
+        parts = [data._fingerprint, "answers", *(version(name) for name in ("math-verify", "sympy", "bandpo"))]
+        flags = data.map(
+            _flag_unreadable,
+            batched=True,
+            batch_size=None,
+            input_columns=["answer"],
+            remove_columns=data.column_names,
+            new_fingerprint=Hasher.hash(parts),
+            desc="Reading the answers",
+        )
+        bad = [[i for i, is_bad in enumerate(_values(flags, _UNREADABLE_ANSWER)) if is_bad]]
     broadcast_object_list(bad)
     [rows] = bad
     assert rows is not None
+    answers = {i: cast("dict[str, Any]", data[i])["answer"] for i in rows[:3]}
     shown = ", ".join(dict.fromkeys(printable(repr(answers[i]))[:60] for i in rows[:3]))
     what = f"have an answer that math-verify cannot read as a whole ({shown}{', ...' if len(rows) > 3 else ''})"
     return _BadRows(f"dataset {name!r}", skip_bad, say).removed(data, rows, what)
+
+
+def _flag_unreadable(answers: list[Any]) -> dict[str, list[bool]]:
+    bad = set(unreadable(answers))
+    return {_UNREADABLE_ANSWER: [i in bad for i in range(len(answers))]}
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool, local: bool = False) -> Any:
@@ -282,18 +327,19 @@ def load_prompts(
             )
     bad = _BadRows(f"dataset {name!r}", skip_bad, say)
     for column in (prompt_column, answer_column):
-        empty = [i for i, value in enumerate(_column(data, column)) if _is_missing(value)]
+        empty = [i for i, value in enumerate(_values(data, column)) if _is_missing(value)]
         data = bad.removed(data, empty, f"have no {column!r}")
-    odd = [i for i, value in enumerate(_column(data, prompt_column)) if not _is_prompt(value)]
+    odd = [i for i, value in enumerate(_values(data, prompt_column)) if not _is_prompt(value)]
     data = bad.removed(data, odd, f"have a {prompt_column!r} that is neither text nor messages")
     for old, new in ((prompt_column, "prompt"), (answer_column, "answer")):
         if old != new:
             data = data.rename_column(old, new)
-
-    def in_form(row: dict[str, Any]) -> dict[str, Any]:
-        return {"prompt": _in_form(row["prompt"], chat, system_prompt)}
-
-    return data.map(in_form)
+    is_text = isinstance(data.features["prompt"], datasets.Value)
+    if isinstance(data.features["prompt"], datasets.List) or (is_text and not chat and not system_prompt):
+        return data  # in form already
+    others = [name for name in data.column_names if name != "prompt"]
+    data = _mapped(data, {"prompt": _in_form}, "prompt", chat=chat, system_prompt=system_prompt)
+    return data.select_columns(["prompt", *others])
 
 
 def _in_form(prompt: Any, chat: bool, system_prompt: str | None) -> Any:
@@ -328,16 +374,32 @@ def fit_window(
         raise ValueError(
             f"max_completion_length={completion} leaves no room for a prompt in the model's window of {window}"
         )
-    lengths = [_length(prompt, tokenizer) for prompt in _column(data, "prompt")]
-    long = [i for i, n in enumerate(lengths) if n + completion > window]
-    what = f"are longer than {window - completion} tokens (window {window}, max_completion_length {completion})"
+    limit = window - completion
+    limits = TokenLimits(tokenizer)
+
+    def measure(prompts: list[Any]) -> list[bool]:
+        return _too_long(prompts, tokenizer, limits, limit, add_generation_prompt=True)
+
+    long = long_rows(data, ["prompt"], measure, ["prompts", limit, *limits.key])
+    what = f"are longer than {limit} tokens (window {window}, max_completion_length {completion})"
     return _BadRows("prompts", skip_bad, say).removed(data, long, what)
 
 
-def _length(prompt: Any, tokenizer: Any) -> int:
-    if isinstance(prompt, str):
-        return len(tokenizer(prompt).input_ids)
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+def _too_long(
+    prompts: list[Any], tokenizer: Any, limits: TokenLimits, limit: int, *, add_generation_prompt: bool
+) -> list[bool]:
+    """Whether each prompt, text or messages, has more tokens than the limit, tokenized as TRL does it."""
+    texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
+    chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    rendered: list[str] = []
+    if chats:
+        messages = [prompts[i] for i in chats]
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    found = [False] * len(prompts)
+    for places, strings, special in ((texts, [prompts[i] for i in texts], True), (chats, rendered, False)):
+        for i, is_long in zip(places, limits.exceeded(limit, strings, special=special), strict=True):
+            found[i] = is_long
+    return found
 
 
 def _is_missing(value: Any) -> bool:
@@ -400,20 +462,29 @@ def load_pairs(
             raise ValueError(f"{whose} have no column {column!r}, only {', '.join(data.column_names)}")
     for column in ("prompt", "chosen", "rejected"):
         if column in data.column_names:
-            empty = [i for i, value in enumerate(_column(data, column)) if _is_missing(value)]
+            empty = [i for i, value in enumerate(_values(data, column)) if _is_missing(value)]
             data = bad.removed(data, empty, f"have no {column!r}")
     data = _pairs_in_form_of(held_out, data, whose, tokenizer, system_prompt)
-    measured = {repr(prompt) for prompt in _column(held_out, "prompt")}
-    leaked = [i for i, prompt in enumerate(_column(data, "prompt")) if repr(prompt) in measured]
+    measured = {repr(prompt) for prompt in _values(held_out, "prompt")}
+    leaked = [i for i, prompt in enumerate(_values(data, "prompt")) if repr(prompt) in measured]
     data = bad.removed(data, leaked, "have a held-out prompt, on which the run is evaluated")
-    sides = zip(_column(data, "chosen"), _column(data, "rejected"), strict=True)
+    sides = zip(_values(data, "chosen"), _values(data, "rejected"), strict=True)
     data = bad.removed(
         data, [i for i, (a, b) in enumerate(sides) if a == b], "have the same text as chosen and as rejected"
     )
     if limit is None:
         return data
-    rows = cast("Sequence[dict[str, Any]]", data)
-    long = [i for i, row in enumerate(rows) if _longest(row, tokenizer) > limit]
+    limits = TokenLimits(tokenizer)
+
+    def measure(prompts: list[Any], *sides: list[Any]) -> list[bool]:
+        # A text ends with the token of the end, which is added later.
+        most = limit - 1 if isinstance(prompts[0], str) else limit
+        whole = ([p + a for p, a in zip(prompts, side, strict=True)] for side in sides)
+        found = (_too_long(texts, tokenizer, limits, most, add_generation_prompt=False) for texts in whole)
+        return [any(either) for either in zip(*found, strict=True)]
+
+    columns = ["prompt", "chosen", "rejected"]
+    long = long_rows(data, columns, measure, ["pairs", limit, *limits.key])
     return bad.removed(
         data, long, f"are longer than {limit} tokens (max_length, or the model's window) and would be cut"
     )
@@ -438,13 +509,12 @@ def _pairs_in_form_of(
     mixed = isinstance(data["prompt"][0], str) != texts
     if mixed:
         raise ValueError(f"{whose} mix text and messages in one row: prompt, chosen and rejected must be of one kind")
-    if texts:
-
-        def in_form(row: dict[str, Any]) -> dict[str, Any]:
-            return _pair_in_form(row, chat, system_prompt)
-
-        data = data.map(in_form, remove_columns=["prompt", "chosen", "rejected"])
-    ours, theirs = ({_system(p) for p in _column(rows, "prompt")} for rows in (data, held_out))
+    if texts and chat:
+        data = _mapped(data, {"chosen": _said}, "chosen")
+        data = _mapped(data, {"rejected": _said}, "rejected")
+    if texts and (chat or system_prompt):
+        data = _mapped(data, {"prompt": _in_form}, "prompt", chat=chat, system_prompt=system_prompt)
+    ours, theirs = ({_system(p) for p in _values(rows, "prompt")} for rows in (data, held_out))
     if chat and not ours & theirs:
         raise ValueError(
             f"{whose} have the system prompt {next(iter(ours))!r}, the held-out prompts {next(iter(theirs))!r}: the run would "
@@ -453,11 +523,9 @@ def _pairs_in_form_of(
     return data
 
 
-def _pair_in_form(row: dict[str, Any], chat: bool, system_prompt: str | None) -> dict[str, Any]:
-    answers = {side: row[side] for side in ("chosen", "rejected")}
-    if chat:
-        answers = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
-    return {"prompt": _in_form(row["prompt"], chat, system_prompt), **answers}
+def _said(text: str) -> list[dict[str, str]]:
+    """A completion as messages."""
+    return [{"role": "assistant", "content": text}]
 
 
 def _system(prompt: Any) -> str | None:
@@ -465,16 +533,6 @@ def _system(prompt: Any) -> str | None:
     if isinstance(prompt, str) or not prompt or prompt[0]["role"] != "system":
         return None
     return str(prompt[0]["content"])
-
-
-def _longest(row: dict[str, Any], tokenizer: Any) -> int:
-    """Number of tokens of the prompt and the longer completion, tokenized as TRL does it."""
-    if isinstance(row["prompt"], str):
-        return max(len(tokenizer(row["prompt"] + row[side])["input_ids"]) for side in ("chosen", "rejected")) + 1
-    return max(
-        len(tokenizer.apply_chat_template([*row["prompt"], *row[side]], tokenize=True, return_dict=True)["input_ids"])
-        for side in ("chosen", "rejected")
-    )
 
 
 def is_file(name: str) -> bool:
@@ -516,15 +574,23 @@ def split_prompts(data: Dataset, evaluation: int, seed: int) -> tuple[Dataset, D
     Raises:
         ValueError: If no prompt would be left to train on.
     """
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(_column(data, "prompt")):
-        groups.setdefault(str(prompt), []).append(i)
-    if len(groups) <= evaluation:
-        raise ValueError(
-            f"the dataset has {len(groups)} different prompts; holding out {evaluation} leaves none to train on"
-        )
-    shuffled = Dataset.from_dict({"prompt": list(groups)}).shuffle(seed=seed)
-    order: list[str] = list(_column(shuffled, "prompt"))
-    held_out = [groups[p][0] for p in order[:evaluation]]
-    train = [i for p in order[evaluation:] for i in groups[p]]
-    return data.select(sorted(train)), data.select(held_out)
+    codes = _numbers_of(_values(data, "prompt"), len(data))
+    count = int(codes.max()) + 1
+    if count <= evaluation:
+        raise ValueError(f"the dataset has {count} different prompts; holding out {evaluation} leaves none to train on")
+    shuffled = Dataset.from_dict({"number": np.arange(count)}).shuffle(seed=seed)
+    chosen = np.asarray(shuffled["number"][:evaluation])
+    first = np.unique(codes, return_index=True)[1]
+    return data.select(np.flatnonzero(~np.isin(codes, chosen))), data.select(first[chosen])
+
+
+def _numbers_of(prompts: Iterator[Any], count: int) -> NDArray[np.int64]:
+    """Numbers of prompts, from 0 in the order in which different ones come; equal prompts have one number.
+
+    Prompts are compared by hashes of 16 bytes, of which two of n are equal by chance with a probability below n² / 2^129.
+    """
+    hashes = b"".join(
+        blake2b(str(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest() for prompt in prompts
+    )
+    keys = pa.Array.from_buffers(pa.binary(16), count, [None, pa.py_buffer(hashes)])
+    return cast("Any", keys).dictionary_encode().indices.to_numpy()

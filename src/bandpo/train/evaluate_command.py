@@ -25,7 +25,7 @@ _SETTINGS = "config.resolved.yaml"
 """The file in the folder of a run that holds all of its settings."""
 _ASKED = (
     *("task", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column", "system_prompt"),
-    *("reward", "bad_rows"),
+    *("reward", "reward_workers", "bad_rows"),
 )
 """Options of the command that are fields of `RunConfig`."""
 
@@ -98,7 +98,11 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, float]:
     tokenizer = load_tokenizer(job.model, local=local, trust_remote_code=options.trust_remote_code)
     with exits_are_errors():
         reward = CheckedReward(
-            get_reward(job.reward), job.reward, limit=job.run.reward_timeout, errors="skip", say=progress.say
+            get_reward(job.reward, workers=job.run.reward_workers),
+            job.reward,
+            limit=job.run.reward_timeout,
+            errors="skip",
+            say=progress.say,
         )
         model = _load_model(job.model, local=local, trust_remote_code=options.trust_remote_code)
         rows = _prompts(job, options.prompts, tokenizer, window_of(model.config), progress)
@@ -172,7 +176,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--task {options.task} and --dataset {options.dataset} are both set; choose one")
     if options.task is not None and options.task not in TASKS:
         raise ValueError(f"--task {options.task}: choose one of {', '.join(TASKS)}")
-    for name in ("prompts", "samples", "batch_size", "max_new_tokens"):
+    for name in ("prompts", "samples", "batch_size", "max_new_tokens", "reward_workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
 
@@ -224,7 +228,8 @@ def _on_held_out(model: str, asked: dict[str, Any], run: RunConfig, sampling: _S
             f"because a file names it: repeat it with --dataset {printable(str(data))}"
         )
     kept = {k: v for k, v in asked.items() if k not in ("task", "dataset")}
-    return _Job(model, replace(run, **kept), sampling, folder, reward)
+    # The run's number of processes was for its machine, and for its own reward.
+    return _Job(model, replace(run, **{"reward_workers": None, **kept}), sampling, folder, reward)
 
 
 def _named(model: str, asked: dict[str, Any]) -> _Job:

@@ -275,19 +275,22 @@ def time_limit(seconds: float | None, grace: float = 10.0) -> Generator[None]:
             signal.signal(signal.SIGUSR1, before)
 
 
-def get_reward(name: str) -> RewardFunction:
+def get_reward(name: str, *, workers: int | None = None) -> RewardFunction:
     """The reward function of a name. It has TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
 
     Args:
         name: Name of a task, "math" (math-verify on the column "answer"), or "package.module:NAME", whose module is imported.
+        workers: Number of processes of the reward "math"; None for this process's share of the CPUs.
 
     Raises:
-        ValueError: If there is no reward of that name.
+        ValueError: If there is no reward of that name, or it has no processes to number.
     """
+    if workers is not None and name != "math":
+        raise ValueError(f"reward_workers={workers} would be ignored: reward {name!r} runs in the process of the run")
     if name in TASKS:
         return _task_reward(name)
     if name == "math":
-        return math_reward
+        return math_reward if workers is None else _math_reward_of(workers)
     if ":" not in name:
         raise ValueError(
             f"reward {name!r} is unknown: use 'math', a task ({', '.join(TASKS)}) or 'package.module:NAME'"
@@ -307,7 +310,7 @@ def get_reward(name: str) -> RewardFunction:
 def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
     r"""1 where math-verify finds the completion's last box equal to the answer, else 0; None where it could not tell.
 
-    None means that the answer cannot be read, that math-verify raised, or that it took over ten seconds. It runs in a process
+    None means that the answer cannot be read, that math-verify raised, or that it took over ten seconds. It runs in processes
     of its own, so that the limit holds in every thread. `bandpo.train.answers` says what is read from a completion and from an
     answer.
 
@@ -322,6 +325,14 @@ def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], *
         [1.0, 0.0]
     """
     return verify_all([(text_of(c), a) for c, a in zip(completions, answer, strict=True)])
+
+
+def _math_reward_of(workers: int) -> RewardFunction:
+    def reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+        return verify_all([(text_of(c), a) for c, a in zip(completions, answer, strict=True)], workers=workers)
+
+    reward.__name__ = math_reward.__name__
+    return reward
 
 
 def text_of(completion: Any) -> str:

@@ -4,7 +4,7 @@ import atexit
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any
@@ -16,25 +16,41 @@ from bandpo.train.answers import boxed_answer, is_plain_number, reference, with_
 SECONDS = 10.0
 """Limit for one completion, to read both sides and to compare them. A process that exceeds it is killed."""
 
-_WORKERS = 2
-"""Processes that verify completions."""
+_MOST_WORKERS = 16
+"""Most processes that are started where nobody gave a number: each takes about 150 MB."""
 _MANY = 200
 """From this number of references on, they are read by as many processes as there are CPUs."""
+_BATCH = 32
+"""Most pairs that a process gets at once. One pair takes about 2 ms, and handing it over about a fifth of that."""
 
 
-def verify_all(pairs: Sequence[tuple[str, Any]], *, seconds: float = SECONDS) -> list[float | None]:
+def default_workers() -> int:
+    """The number of processes that verify completions: this process's share of the CPUs, at least 1 and at most 16.
+
+    The CPUs are those that the process may run on; they are shared among the processes of the run on this machine.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, _cpus() // max(1, ranks)))
+
+
+def verify_all(
+    pairs: Sequence[tuple[str, Any]], *, seconds: float = SECONDS, workers: int | None = None
+) -> list[float | None]:
     r"""1 or 0 for each (completion, answer); None where the answer cannot be read, or math-verify raised or took too long.
+
+    The result is in the order of the pairs, and does not depend on the number of processes.
 
     Args:
         pairs: Pairs of a completion and a reference answer.
         seconds: Limit for each pair.
+        workers: Number of processes; None for `default_workers`.
 
     Examples:
         >>> verify_all([(r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{3}", "2"), (r"\boxed{3}", "for all n that 3 divides")])
         [1.0, 0.0, None]
     """
-    futures = [_pool().schedule(verify_one, args=pair, timeout=seconds) for pair in pairs]
-    return [_result(future) for future in futures]
+    count = workers or default_workers()
+    return _in_batches(_pool(count), verify_one, pairs, seconds, count)
 
 
 def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]:
@@ -48,11 +64,65 @@ def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]
         >>> unreadable(["72", r"2\sqrt{3}", "for all n that 3 divides", ["7"]])
         [2, 3]
     """
-    asked = {str(a): a for a in answers if isinstance(a, str | float | bool) and not is_plain_number(a)}
-    with nullcontext(_pool()) if len(asked) < _MANY else _new_pool(os.cpu_count() or 1) as pool:
-        futures = {text: pool.schedule(is_readable, args=(a,), timeout=seconds) for text, a in asked.items()}
-        found = {text: _result(future) for text, future in futures.items()}
+    asked = {str(a): (a,) for a in answers if isinstance(a, str | float | bool) and not is_plain_number(a)}
+    count = default_workers() if len(asked) < _MANY else _cpus()
+    with nullcontext(_pool(count)) if len(asked) < _MANY else _new_pool(count) as pool:
+        values = _in_batches(pool, is_readable, list(asked.values()), seconds, count)
+    found = dict(zip(asked, values, strict=True))
     return [i for i, a in enumerate(answers) if not (is_plain_number(a) or found.get(str(a)))]
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_batches(
+    pool: ProcessPool, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], seconds: float, workers: int
+) -> list[Any]:
+    """The result of each call; None for one that failed or took too long.
+
+    A process gets several calls at once, which together may take a third of the limit of one: that is long for calls of
+    milliseconds. The calls of a batch that takes longer, or whose process dies, are made again, each by itself and with its own
+    limit. So the results are those of single calls.
+    """
+    size = max(1, min(_BATCH, len(calls) // (4 * workers)))  # four batches for each process, to share the work evenly
+    starts = range(0, len(calls), size)
+    limit = seconds if size == 1 else seconds / 3
+    futures = [pool.schedule(_each, args=(function, calls[i : i + size]), timeout=limit) for i in starts]
+    found: list[Any] = [None] * len(calls)
+    alone: dict[int, Any] = {}
+    for start, future in zip(starts, futures, strict=True):
+        values = _unless_killed(future)
+        if values is not None:
+            found[start : start + size] = values
+        elif size > 1:
+            for i, call in enumerate(calls[start : start + size], start):
+                alone[i] = pool.schedule(_each, args=(function, [call]), timeout=seconds)
+    for i, future in alone.items():
+        [found[i]] = _unless_killed(future) or [None]
+    return found
+
+
+def _each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The result of each call, None for one that raises or gives no number."""
+    found: list[Any] = []
+    for call in calls:
+        try:
+            value = function(*call)
+        except BaseException:  # math-verify and sympy may raise anything on LaTeX that a model wrote
+            value = None
+        found.append(value if value is None or math.isfinite(value) else None)
+    return found
+
+
+def _unless_killed(future: Any) -> list[Any] | None:
+    """The result of a batch; None if its process was ended, for its time or its memory."""
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return None
 
 
 def is_readable(answer: Any) -> bool:
@@ -131,19 +201,9 @@ def _parse(text: str, *, anchored: bool) -> list[Any]:
     )
 
 
-def _result(future: Any) -> float | None:
-    try:
-        value = future.result()
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # math-verify and sympy may raise anything on LaTeX that a model wrote
-        return None
-    return value if value is None or math.isfinite(value) else None
-
-
 @functools.cache
-def _pool() -> ProcessPool:
-    pool = _new_pool(_WORKERS)
+def _pool(workers: int) -> ProcessPool:
+    pool = _new_pool(workers)
     atexit.register(_close, pool)
     return pool
 
@@ -160,6 +220,8 @@ def _close(pool: ProcessPool) -> None:
 def _quiet() -> None:
     import logging
     import signal
+
+    import math_verify  # noqa: F401  # takes seconds, which no call should pay for
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

@@ -41,6 +41,7 @@ SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
 
 _PRUNING_OPTIONS = ("prompts", "completions", "mode", "zeros", "until")
 _PACKING_WINDOW = 8
+_PACKING_MASK_GIB = 4.0
 
 
 @dataclass
@@ -117,6 +118,13 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         default=None,
         metadata={"help": "Tokens that a packed row can hold. Default: four times the padded width of the batch."},
     )
+    packing_mask_gib: float = field(
+        default=_PACKING_MASK_GIB,
+        metadata={
+            "help": "Largest attention mask of a packed forward pass in GiB; a larger one is refused. Only eager attention and "
+            "windows of attention need one."
+        },
+    )
     packing_window: int = field(
         default=_PACKING_WINDOW, metadata={"help": "Number of sequences from which the packer chooses the next one."}
     )
@@ -157,6 +165,10 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
                 raise ValueError(f"{name} must be at least 1, got {value}")
             if not self.packing and value not in (None, _PACKING_WINDOW):
                 raise ValueError(f"{name}={value} would be ignored: set packing")
+        if not self.packing_mask_gib > 0:
+            raise ValueError(f"packing_mask_gib must be a positive number of GiB, got {self.packing_mask_gib}")
+        if not self.packing and self.packing_mask_gib != _PACKING_MASK_GIB:
+            raise ValueError(f"packing_mask_gib={self.packing_mask_gib} would be ignored: set packing")
         super().__post_init__()
 
     @property

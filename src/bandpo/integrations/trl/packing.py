@@ -1,13 +1,15 @@
 """Packed forward passes in TRL, for models that are known and measured to keep packed sequences apart."""
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bandpo.integrations.trl.apart import Apart, refuse_mask, sequences_apart
 from bandpo.integrations.trl.host import GRPOHost, split
 from bandpo.selection.packing import PackedBatch, mixes_sequences, pack_rows, packing_error
 
@@ -17,6 +19,7 @@ _APART = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "mo
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _PROBE_WINDOW = 8
 _PROBE_TEXT = "Packed rows hold several texts: 12 + 30 = 42, and none of them may see another one (that is the point)."
+_FLOAT_BYTES = 4  # eager attention adds a mask of numbers
 _REMEDY = "Switch packing off for this model"
 
 
@@ -70,7 +73,8 @@ def probe_packing(model: Any, tokenizer: Any, device: torch.device) -> None:
         return model(input_ids=ids, use_cache=False).logits
 
     def together(packed: PackedBatch) -> Tensor:
-        return _rows(model(**_inputs(packed, config)).logits, packed)
+        layout = Layout(packed, config)
+        return layout.rows(layout.forward(model).logits)
 
     was_training = model.training
     model.eval()
@@ -102,21 +106,73 @@ def _is_flash(config: Any) -> bool:
     return "flash" in name and not name.startswith("paged")
 
 
-def _inputs(packed: PackedBatch, config: Any) -> dict[str, Any]:
-    """Arguments of a packed forward pass. Flash attention takes all rows as one row, with the borders of the sequences."""
-    inputs: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    if _is_flash(config):
-        inputs = {name: packed.flat(x) for name, x in inputs.items()} | packed.varlen()
-    return {**inputs, "attention_mask": None, "use_cache": False}
+class Layout:
+    """How a packed batch is given to a model: as rows, or as one row of all sequences without gaps.
 
+    Flash attention gets one row with the borders of the sequences. SDPA gets one row too, and attends to each sequence by
+    itself (`bandpo.integrations.trl.apart`), so that it needs no mask. Eager attention gets rows and the positions, from which
+    transformers makes a mask of `bins x width x width`.
 
-def _rows(values: Tensor, packed: PackedBatch) -> Tensor:
-    """Values of the model's tokens `(rows, tokens, ...)` in the packed layout, `(bins, width, ...)`."""
-    if values.shape[:2] == packed.input_ids.shape:
-        return values
-    out = values.new_zeros(*packed.input_ids.shape, *values.shape[2:])
-    out[packed.sequence_ids >= 0] = values[0]
-    return out
+    Args:
+        packed: The packed batch.
+        config: Configuration of the model.
+        limit: Largest mask in bytes.
+
+    Raises:
+        ValueError: If the mask would be larger.
+    """
+
+    def __init__(self, packed: PackedBatch, config: Any, limit: float = math.inf) -> None:
+        self.packed = packed
+        self._apart: Apart | None = None
+        self._flash = _is_flash(config)
+        lengths = cast("list[int]", packed.mask.sum(1).tolist())
+        if self._flash:
+            self._places = (packed.sequence_ids >= 0).flatten().nonzero().squeeze(1)
+        elif config._attn_implementation == "sdpa":
+            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+            parts = packed.places.split(lengths)
+            self._places = torch.cat([parts[i] for i in order])
+            self._apart = Apart(tuple(lengths[i] for i in order), limit)
+        else:
+            self._places = None
+            bins, width = packed.input_ids.shape
+            refuse_mask(bins, width, _FLOAT_BYTES, limit, f"{bins} rows of {width} tokens")
+
+    def put(self, values: Tensor) -> Tensor:
+        """Packed values in the layout of the model.
+
+        Args:
+            values: `(bins, width)`.
+        """
+        return values if self._places is None else values.reshape(-1)[self._places].unsqueeze(0)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Values of the model's tokens in the packed layout, `(bins, width, ...)`.
+
+        Args:
+            values: `(rows, tokens, ...)` in the layout of the model.
+        """
+        if self._places is None:
+            return values
+        out = values.new_zeros(self.packed.input_ids.numel(), *values.shape[2:])
+        return out.index_copy(0, self._places, values[0]).view(*self.packed.input_ids.shape, *values.shape[2:])
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the forward pass."""
+        inputs = {"input_ids": self.put(self.packed.input_ids), "position_ids": self.put(self.packed.position_ids)}
+        borders = self.packed.varlen() if self._flash else {}
+        return {**inputs, **borders, "attention_mask": None, "use_cache": False}
+
+    def forward(self, model: Any, **options: Any) -> Any:
+        """The output of the model.
+
+        Args:
+            model: The model.
+            **options: Further arguments of its forward pass.
+        """
+        with sequences_apart(self._apart):
+            return model(**self.inputs(), **options)
 
 
 def packed_scores(
@@ -153,13 +209,13 @@ def packed_scores(
         counted[:, -logits_to_keep:] = attention[:, -logits_to_keep:] != 0
         labels = packed.pack(ids.masked_fill(~counted, -100), -100)
         labels[packed.position_ids == 0] = -100  # the first token of a sequence follows nothing
-        labels = packed.flat(labels) if _is_flash(config) else labels
+        layout = Layout(packed, config, _mask_limit(trainer))
         with trainer.accelerator.autocast():
-            out = model(**_inputs(packed, config), labels=labels, fused_lm_head=True)
+            out = layout.forward(model, labels=layout.put(labels), fused_lm_head=True)
         # The model returns the value of the next token at each place; shifted by one, each token has its own value.
-        logps.append(packed.unpack(_rows(pad(out.log_probs, (1, 0)), packed))[:, -logits_to_keep:])
+        logps.append(packed.unpack(layout.rows(pad(out.log_probs, (1, 0))))[:, -logits_to_keep:])
         if compute_entropy:
-            entropies.append(packed.unpack(_rows(pad(out.entropy, (1, 0)), packed))[:, -logits_to_keep:])
+            entropies.append(packed.unpack(layout.rows(pad(out.entropy, (1, 0))))[:, -logits_to_keep:])
         densities.append(float(attention.sum()) / packed.input_ids.numel())
     _log_density(trainer, densities, attention_mask)
     return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
@@ -184,8 +240,8 @@ def packed_logits(
     config = model.config.get_text_config()
     packed = _pack(trainer, input_ids, attention_mask)
     with trainer.accelerator.autocast():
-        out = model(**_inputs(packed, config))
-    logits = _rows(out.logits, packed).flatten(0, 1)
+        layout = Layout(packed, config, _mask_limit(trainer))
+        logits = layout.rows(layout.forward(model).logits).flatten(0, 1)
     at = torch.zeros_like(input_ids)
     at[packed.mask] = packed.places
     real = attention_mask != 0
@@ -198,6 +254,10 @@ def _pack(trainer: GRPOHost, input_ids: Tensor, attention_mask: Tensor) -> Packe
     capacity = trainer.args.packing_tokens or 4 * input_ids.shape[1]
     longest = int(attention_mask.sum(1).max())
     return pack_rows(input_ids, attention_mask, capacity=max(capacity, longest), window=trainer.args.packing_window)
+
+
+def _mask_limit(trainer: GRPOHost) -> float:
+    return trainer.args.packing_mask_gib * 2**30
 
 
 def _log_density(trainer: GRPOHost, densities: list[float], attention_mask: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bandpo.integrations.trl.host import Batch, GRPOHost, gathered, ints
 from bandpo.integrations.trl.rollout import PREFIX, local_rows, mask_of
-from bandpo.selection.pruning import Pruning, Selection, effective_sample_size
+from bandpo.selection.pruning import PromptScores, Pruning, Selection, effective_sample_size
 
 WEIGHT = f"{PREFIX}weight"
 """Name of the weights of completions in a batch, `(batch,)`."""
@@ -160,10 +160,10 @@ def _put_back(chosen: Selection, drop: list[int], count: int, generator: torch.G
     return (1 / (1 - dropping)).masked_fill(~keep, 0.0)
 
 
-def _key(row: Any) -> str:
-    """The text by which the history knows the prompt of a row."""
+def _key(row: Any) -> bytes:
+    """The key by which the history knows the prompt of a row."""
     prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else repr(prompt)
+    return PromptScores.key(prompt if isinstance(prompt, str) else repr(prompt))
 
 
 def _has_rows(x: Any, rows: int) -> bool:
