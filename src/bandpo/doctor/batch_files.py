@@ -210,8 +210,8 @@ def _read_parquet(file: _File, names: frozenset[str]) -> dict[str, Tensor]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError(f"Parquet files need pyarrow: pip install 'bandpo[trl]' ({error})") from None
-    table = parquet.ParquetFile(io.FileIO(file.raw.fileno(), closefd=False))
-    wanted = [name for name in table.schema_arrow.names if name in names]
+    table: Any = parquet.ParquetFile(io.FileIO(file.raw.fileno(), closefd=False))
+    wanted: list[str] = [name for name in table.schema_arrow.names if name in names]
     allowed, values = max(SMALL, _MOST_COMPRESSED * file.size), 0
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for rows in table.iter_batches(batch_size=_ROWS, columns=wanted):
