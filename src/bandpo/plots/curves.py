@@ -51,7 +51,7 @@ class Curve:
 
         Args:
             x: Where it is.
-            y: Its value.
+            y: The value there.
         """
         self.count += 1
         if self.count > MOST_POINTS:
