@@ -34,6 +34,33 @@ def read_regular(path: Path, limit: int | None = None, *, follow: bool = True) -
         ValueError: If the file is not a regular file, is larger than the limit, or cannot be read.
     """
     try:
+        descriptor = open_regular(path, follow=follow)
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(-1 if limit is None else limit + 1)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    if limit is not None and len(data) > limit:
+        raise ValueError(f"{path} is too large: it has more than {limit:,} bytes")
+    return data
+
+
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """A descriptor to read a regular file, for files that are read in parts; other kinds are refused as in `read_regular`.
+
+    Args:
+        path: The file.
+        follow: Whether the file may be a symbolic link.
+
+    Returns:
+        The descriptor, which the caller closes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a regular file, or cannot be opened.
+    """
+    try:
         mode = (path.stat() if follow else path.lstat()).st_mode
         if not stat.S_ISREG(mode):
             kind = _KINDS.get(stat.S_IFMT(mode), "a device")
@@ -41,17 +68,14 @@ def read_regular(path: Path, limit: int | None = None, *, follow: bool = True) -
             raise ValueError(f"{path} is {kind}, not a regular file{advice}")
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced after the first check
-                raise ValueError(f"{path} is not a regular file")
-            data = file.read(-1 if limit is None else limit + 1)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced after the first check
+            os.close(descriptor)
+            raise ValueError(f"{path} is not a regular file")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    if limit is not None and len(data) > limit:
-        raise ValueError(f"{path} is too large: it has more than {limit:,} bytes")
-    return data
+    return descriptor
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from bandpo._system.bounded import MAX_YAML_BYTES, parse_json, parse_yaml, read_regular
+from bandpo._system.bounded import MAX_YAML_BYTES, parse_yaml, read_regular
+from bandpo._system.jsonl import objects
 from bandpo._system.secrets import hide, hide_in
 
 SEAL = "bandpo_files.json"
@@ -102,14 +103,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If another line is not a JSON object (the message has its number), or the file is not a regular file.
     """
-    data = read_regular(path)
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        row: object = parse_json(line, f"{path}, line {number}")
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a row is an object like {{...}}, got {type(row).__name__}")
-        rows.append(cast("dict[str, Any]", row))
-    return rows
+    return list(objects(path))
 
 
 def read_yaml(path: Path, *, follow: bool = True) -> dict[str, Any]:

@@ -1,24 +1,18 @@
 """Reads a saved batch: how many tokens each region would clip, and the radius for a target.
 
-A saved batch may be a stranger's file: the time and memory to read it depend on its size, not on what its header says.
+Tokens are counted part by part (`_Counts`), and the rules read the counts, so memory does not grow with the batch.
 """
 
-import io
-import math
-import pickletools
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_mask, is_logprob
-from bandpo._system.bounded import parse_json, read_regular
-from bandpo.bounds import Band
-from bandpo.bounds.calibration import outside_fraction, radius_for
+from bandpo._inputs import as_mask, is_logprob, traits_of
+from bandpo.bounds.calibration import Tally
 from bandpo.divergences import CHI2, KL, TV
+from bandpo.doctor.batch_files import SMALL, Stored, read_tensors
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.symptoms import MISMATCH
 from bandpo.integrations.names import TENSORS
@@ -31,50 +25,37 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """Our names, and the hosts' names for the same tensors."""
 
 SHOWN = ("grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2")
-_SUFFIXES = (".safetensors", ".pt", ".npz")
-
-_MAX_BYTES = 1 << 30
-_MAX_HEADER = 1 << 18  # bytes; that of a batch has some hundred
-_SMALL = 1 << 20  # numbers that a tensor may have even if the file contains fewer
-_MOST_COMPRESSED = 50  # times that a file may grow when it is unpacked
+RADII = (KL, TV, CHI2)
+"""The divergences for which a radius is computed."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MASKS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# What torch.save writes for a dict of tensors.
-_GLOBALS = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch Size"})
-_OPCODES_WITHOUT_GLOBALS = frozenset(
-    {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4"}
-)
+_PART = 1 << 18  # tokens that are examined at a time, so that their float64 tensors stay in the processor's caches
 
 
-def load_batch(path: Path) -> dict[str, Tensor]:
+def load_batch(path: Path) -> dict[str, Tensor | Stored]:
     """A saved batch with our names. Nothing in the file is executed: .pt is read with `weights_only`, .npz without pickles.
 
+    The tensors of a .safetensors file stay there until `examine_batch` reads them, a part at a time.
+
     Args:
-        path: A file .safetensors, .pt (a dict of tensors) or .npz.
+        path: A file .safetensors, .pt (a dict of tensors), .npz or .parquet.
 
     Raises:
         ValueError: If it cannot be read, or a tensor that is needed is missing.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: a batch ends in {', '.join(_SUFFIXES)}")
-    data = read_regular(path, _MAX_BYTES, follow=False)
-    try:
-        found = _READERS[path.suffix](data)
-    except (Exception, RecursionError, MemoryError) as error:  # each format has its own
-        message = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a batch: {message}") from None
-    batch: dict[str, Tensor] = {}
+    found = read_tensors(path, frozenset(name for spellings in NAMES.values() for name in spellings))
+    batch: dict[str, Tensor | Stored] = {}
     for ours, spellings in NAMES.items():
         for name in spellings:
             value = found.get(name)
-            if isinstance(value, Tensor):
-                batch[ours] = value.detach()
+            if isinstance(value, Tensor | Stored):
+                batch[ours] = value
                 break
     return check_batch(batch, str(path))
 
 
-def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, Tensor]:
-    """The batch with float log-probs and advantages per token.
+def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> dict[str, Tensor | Stored]:
+    """The batch with old log-probs, and advantages with as many dimensions as the log-probs.
 
     Args:
         batch: Tensors by our names, `(batch, time)` or `(tokens,)`; advantages may have one value for each sequence.
@@ -102,30 +83,34 @@ def check_batch(batch: Mapping[str, Tensor], where: str = "batch") -> dict[str, 
         raise ValueError(f"{where} is empty: logprobs has the shape {tuple(shape)}")
     advantages = batch["advantages"]
     if advantages.ndim == len(shape) - 1 and advantages.shape == shape[:-1]:
-        batch["advantages"] = advantages = advantages.unsqueeze(-1)
+        batch["advantages"] = advantages.unsqueeze(-1)
     for name, value in batch.items():
         broadcasts = name == "advantages" and value.ndim == len(shape) and value.shape == (*shape[:-1], 1)
         if value.shape != shape and not broadcasts:
             raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}, logprobs {tuple(shape)}")
-    return {name: value if name == "mask" else value.expand(shape).double() for name, value in batch.items()}
+    return batch
 
 
-def _check_kind(name: str, value: Tensor, where: str) -> None:
+def _check_kind(name: str, value: Tensor | Stored, where: str) -> None:
     """Require a dense tensor of numbers: not sparse, quantized, nested, without data (meta), or complex."""
-    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta:
+    if isinstance(value, Tensor) and (
+        value.is_nested or value.layout != torch.strided or value.is_quantized or value.is_meta
+    ):
         kind = "without data" if value.is_meta else "quantized" if value.is_quantized else "sparse or nested"
         raise ValueError(f"{where}: {name} must be a dense tensor, got a {kind} one")
     if name == "mask" and value.dtype not in _MASKS:
         raise ValueError(f"{where}: mask must be bool, whole numbers or floating point, got {value.dtype}")
     if name != "mask" and value.dtype not in _FLOATS:
         raise ValueError(f"{where}: {name} must be floating point, got {value.dtype}")
+    if isinstance(value, Stored):  # its size was compared with that of the file
+        return
     held = value.untyped_storage().nbytes() // value.element_size()
-    if value.numel() > max(_SMALL, held):
+    if value.numel() > max(SMALL, held):
         raise ValueError(f"{where}: {name} says it has {value.numel():,} numbers, and holds {held:,}")
 
 
 def examine_batch(
-    batch: Mapping[str, Tensor], *, objectives: Sequence[Objective] = (), target: float = 0.01
+    batch: Mapping[str, Tensor | Stored], *, objectives: Sequence[Objective] = (), target: float = 0.01
 ) -> list[Finding]:
     """Expected clip fractions, a recommended radius for a target, and symptoms.
 
@@ -145,23 +130,16 @@ def examine_batch(
     """
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
-    batch = check_batch(batch)
-    mask = as_mask(batch["mask"]) if "mask" in batch else torch.ones_like(batch["logprobs"], dtype=torch.bool)
-    if not mask.any():
+    tensors = check_batch(batch)
+    counted = _Counts(tensors, objectives, target)
+    for part in _parts(tensors):
+        counted.add(part)
+    if not counted.masked:
         raise ValueError("the batch has no valid token: its mask is 0 everywhere")
-    finite = is_logprob(batch["logprobs"]) & is_logprob(batch["old_logprobs"]) & batch["advantages"].isfinite()
-    found = _broken(batch, mask, finite)
-    mask = mask & finite
-    if not mask.any():
+    found = _broken(counted)
+    if not counted.valid:
         return found
-    tokens = {
-        "log_ratio": (batch["logprobs"] - batch["old_logprobs"]).masked_fill(~mask, 0.0),
-        "old_logprobs": batch["old_logprobs"].masked_fill(~mask, -1.0).clamp(max=0.0),
-        "advantages": batch["advantages"].masked_fill(~mask, 0.0),
-        "mask": mask,
-    }
-    silent = not tokens["advantages"].any()
-    if silent:
+    if counted.silent:
         found.append(
             Finding(
                 "signal",
@@ -171,32 +149,112 @@ def examine_batch(
                 "prompts of medium difficulty, more completions for each prompt; look at the reward function",
             )
         )
-    found += [_ratios(tokens, silent=silent), _clip_fractions(tokens, objectives), _radii(tokens, target)]
-    if "rollout_logprobs" in batch and not torch.equal(batch["rollout_logprobs"], batch["old_logprobs"]):
-        found.append(_sampler(batch, mask))
+    found += [_ratios(counted), _clip_fractions(counted), _radii(counted, target)]
+    if counted.sampler_differs:
+        found.append(_sampler(counted))
     return found
 
 
-def _broken(batch: Mapping[str, Tensor], mask: Tensor, finite: Tensor) -> list[Finding]:
+class _Counts:
+    """What the rules need of a batch, counted part by part. Sums are taken in float64, counts in whole numbers."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | Stored], objectives: Sequence[Objective], target: float) -> None:
+        tokens = tensors["logprobs"].numel()
+        shown = [*objectives, *(OBJECTIVES[name] for name in SHOWN)]
+        shown = [o for i, o in enumerate(shown) if o not in shown[:i]]
+        shown = [o for o in shown if not o.bounds_inputs and o.ratio_level == "token"]
+        whole = tokens <= _PART
+        self.left_out = [o for o in shown if not whole and "of_batch" in traits_of(o.bounds)]
+        self.objectives = [o for o in shown if o not in self.left_out]
+        self.tally = Tally([o.bounds for o in self.objectives], RADII, most=round(target * tokens))
+        self.masked = self.valid = self.broken = self.above = 0
+        self.silent, self.sampler_differs = True, False
+        self.moved = self.furthest = 0.0
+        self.apart = self.furthest_apart = 0.0
+        self.compared = 0
+
+    def add(self, part: Mapping[str, Tensor]) -> None:
+        logp, old, advantages = (part[name] for name in ("logprobs", "old_logprobs", "advantages"))
+        mask = as_mask(part["mask"]) if "mask" in part else torch.ones_like(logp, dtype=torch.bool)
+        finite = is_logprob(logp) & is_logprob(old) & advantages.isfinite()
+        self.masked += int(mask.sum())
+        self.above += int((mask & ((logp > 1e-6) | (old > 1e-6))).sum())
+        valid = mask & finite
+        count = int(valid.sum())
+        self.broken += int(mask.sum()) - count
+        self.valid += count
+        if "rollout_logprobs" in part and not self.sampler_differs:
+            sampled = part["rollout_logprobs"]
+            self.sampler_differs = bool(((sampled != old) & ~(sampled.isnan() & old.isnan())).any())
+        if not count:
+            return
+        log_ratio = (logp - old).masked_fill(~valid, 0.0)
+        advantages = advantages.masked_fill(~valid, 0.0)
+        self.silent = self.silent and not advantages.any()
+        size = log_ratio.abs()
+        self.moved += size.sum().item()
+        self.furthest = max(self.furthest, size.max().item())
+        old = old.masked_fill(~valid, -1.0)
+        self.tally.add(
+            {"log_ratio": log_ratio, "old_logprobs": old.clamp(max=0.0), "advantages": advantages, "mask": valid}
+        )
+        if "rollout_logprobs" in part:
+            apart = (old - part["rollout_logprobs"])[valid]
+            apart = apart[apart.isfinite()].abs()
+            self.apart += apart.sum().item()
+            self.furthest_apart = max(self.furthest_apart, apart.max().item() if len(apart) else 0.0)
+            self.compared += len(apart)
+
+
+def _parts(tensors: Mapping[str, Tensor | Stored]) -> Iterator[dict[str, Tensor]]:
+    """The tokens in parts, flattened unless they are all in one; the advantage of a sequence is given to its tokens."""
+    shape = tensors["logprobs"].shape
+    tokens, length = shape.numel(), shape[-1]
+    for start in range(0, tokens, _PART):
+        stop = min(start + _PART, tokens)
+        part: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            if value.shape == shape:
+                found = _flat(value, start, stop)
+            else:
+                sequences = torch.arange(start, stop) // length
+                first = start // length
+                of_sequences = _flat(value, first, (stop - 1) // length + 1)
+                found = of_sequences[sequences.to(of_sequences.device) - first]
+            found = found.view(shape) if stop - start == tokens else found
+            part[name] = found if name == "mask" else found.double()
+        yield part
+
+
+def _flat(value: Tensor | Stored, start: int, stop: int) -> Tensor:
+    """The numbers from one to another place of the flattened tensor, without a copy of the whole."""
+    if isinstance(value, Stored):
+        return value.flat(start, stop)
+    value = value.detach()
+    width = value.shape[1:].numel()
+    first = start // width
+    rows = value[first : (stop - 1) // width + 1]
+    return rows.reshape(-1)[start - first * width : stop - first * width]
+
+
+def _broken(counted: _Counts) -> list[Finding]:
     found: list[Finding] = []
-    broken = int((mask & ~finite).sum())
-    if broken:
+    if counted.broken:
         found.append(
             Finding(
                 "nonfinite",
                 "problem",
-                f"{broken} of {int(mask.sum())} valid tokens have a log-prob or advantage that is not finite",
+                f"{counted.broken} of {counted.masked} valid tokens have a log-prob or advantage that is not finite",
                 "16-bit overflow, or a token that the sampler could not score",
                 "float32 log-probs; these tokens are left out below",
             )
         )
-    above = int((mask & ((batch["logprobs"] > 1e-6) | (batch["old_logprobs"] > 1e-6))).sum())
-    if above:
+    if counted.above:
         found.append(
             Finding(
                 "positive",
                 "problem",
-                f"{above} valid tokens have a log-prob above 0",
+                f"{counted.above} valid tokens have a log-prob above 0",
                 "these are not log-probabilities: they may be logits, or scaled",
                 "apply log_softmax before the gather",
             )
@@ -204,12 +262,12 @@ def _broken(batch: Mapping[str, Tensor], mask: Tensor, finite: Tensor) -> list[F
     return found
 
 
-def _ratios(tokens: Mapping[str, Tensor], *, silent: bool) -> Finding:
-    moved = tokens["log_ratio"][tokens["mask"]].abs()
-    seen = f"{len(moved)} valid tokens; |log r| is {moved.mean():.4g} on average, {moved.max():.4g} at most"
-    if moved.max() < 1e-6 and silent:
+def _ratios(counted: _Counts) -> Finding:
+    mean, furthest = counted.moved / counted.valid, counted.furthest
+    seen = f"{counted.valid} valid tokens; |log r| is {mean:.4g} on average, {furthest:.4g} at most"
+    if furthest < 1e-6 and counted.silent:
         return Finding("ratios", "note", f"{seen}: every ratio is 1", "with advantages of 0 no weight moves")
-    if moved.max() < 1e-6:
+    if furthest < 1e-6:
         return Finding(
             "ratios",
             "problem",
@@ -220,13 +278,10 @@ def _ratios(tokens: Mapping[str, Tensor], *, silent: bool) -> Finding:
     return Finding("ratios", "ok", seen)
 
 
-def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective]) -> Finding:
-    rows: list[str] = []
-    shown = [*objectives, *(OBJECTIVES[name] for name in SHOWN)]
-    for objective in [o for i, o in enumerate(shown) if o not in shown[:i]]:
-        if objective.bounds_inputs or objective.ratio_level != "token":
-            continue
-        rows.append(f"{objective.name:<14} {outside_fraction(objective.bounds, tokens):.4f}")
+def _clip_fractions(counted: _Counts) -> Finding:
+    outside = zip(counted.objectives, counted.tally.outside, strict=True)
+    rows = [f"{objective.name:<14} {n / max(1, counted.tally.valid):.4f}" for objective, n in outside]
+    rows += [f"{o.name:<14} not counted: its region depends on the whole batch" for o in counted.left_out]
     return Finding(
         "clip fraction",
         "note",
@@ -235,24 +290,27 @@ def _clip_fractions(tokens: Mapping[str, Tensor], objectives: Sequence[Objective
     )
 
 
-def _radii(tokens: Mapping[str, Tensor], target: float) -> Finding:
+def _radii(counted: _Counts, target: float) -> Finding:
+    """Radii by the divergences of the tokens; a token whose divergence is the radius itself, as in a tie, is inside."""
     rows: list[str] = []
-    for divergence in (KL, TV, CHI2):
+    error = 0.0
+    for i, divergence in enumerate(RADII):
         try:
-            radius = radius_for(divergence, target, tokens)
-        except ValueError as error:
+            split = counted.tally.radius_for(i, target)
+        except ValueError as reason:
             return Finding(
-                "radius", "note", f"no radius clips {target:g} of these tokens", str(error).partition(": ")[2]
+                "radius", "note", f"no radius clips {target:g} of these tokens", str(reason).partition(": ")[2]
             )
-        share = outside_fraction(Band(divergence, radius, max_ratio=None), tokens)
-        rows.append(f"bandpo-{divergence.name.lower():<7} radius {radius:.4g}  clips {share:.4f} without a cap")
-    return Finding("radius", "note", f"radius that clips {target:g} of these tokens", details=tuple(rows))
+        share, error = split.outside / counted.tally.valid, max(error, split.error)
+        rows.append(f"bandpo-{divergence.name.lower():<7} radius {split.radius:.4g}  clips {share:.4f} without a cap")
+    seen = f"radius that clips {target:g} of these tokens"
+    if error:
+        seen += f", to {error:.1%}: the batch has more tokens than are sorted"
+    return Finding("radius", "note", seen, details=tuple(rows))
 
 
-def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
-    apart = (batch["old_logprobs"] - batch["rollout_logprobs"])[mask]
-    apart = apart[apart.isfinite()].abs()
-    mean, worst = (apart.mean().item(), apart.max().item()) if len(apart) else (0.0, 0.0)
+def _sampler(counted: _Counts) -> Finding:
+    mean, worst = counted.apart / max(1, counted.compared), counted.furthest_apart
     seen = f"|log-prob| of sampler and trainer differ by {mean:.4f} on average, {worst:.3f} at most"
     if mean > MISMATCH:
         return Finding(
@@ -263,77 +321,3 @@ def _sampler(batch: Mapping[str, Tensor], mask: Tensor) -> Finding:
             "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop)",
         )
     return Finding("mismatch", "ok", seen)
-
-
-def _read_safetensors(data: bytes) -> dict[str, Any]:
-    from safetensors.torch import load
-
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
-        raise ValueError(f"its header has {length:,} bytes")
-    parse_json(data[8 : 8 + length], "its header")
-    return load(data)
-
-
-def _read_pt(data: bytes) -> dict[str, Any]:
-    """A zip file of torch.save with tensors alone; the rest of the format and all older formats are refused."""
-    with _archive(data) as file:
-        for entry in file.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
-        pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > _MAX_HEADER:
-            raise ValueError("it is not a file of torch.save with a dict of tensors")
-        _check_pickle(file.read(pickles[0]))
-    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}, not a dict of tensors")
-    return cast("dict[str, Any]", found)
-
-
-def _check_pickle(data: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
-        name = f"{argument}".replace("\n", " ")
-        if opcode.name in _OPCODES_WITHOUT_GLOBALS:
-            raise ValueError(f"it holds something else than tensors ({opcode.name})")
-        if (
-            opcode.name == "GLOBAL"
-            and name not in _GLOBALS
-            and not (name.startswith("torch ") and name.endswith("Storage"))
-        ):
-            raise ValueError(f"it holds something else than tensors ({name[:80]})")
-
-
-def _read_npz(data: bytes) -> dict[str, Any]:
-    import numpy as np
-
-    with _archive(data) as file:
-        for entry in file.infolist():
-            with file.open(entry) as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(member)
-            if dtype.hasobject:
-                raise ValueError(f"{entry.filename} holds Python objects")
-            if math.prod(shape) * dtype.itemsize > entry.file_size:
-                raise ValueError(f"{entry.filename} says it has the shape {shape}, and holds {entry.file_size:,} bytes")
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
-    return {name: torch.from_numpy(array) for name, array in found.items() if array.dtype.kind in "fiub"}
-
-
-def _archive(data: bytes) -> zipfile.ZipFile:
-    """A zip file, if it has few entries that are not larger than such data can be."""
-    if (
-        data[-22:-18] != b"PK\x05\x06"
-    ):  # the end record without a comment: every reader then finds the same list of files
-        raise ValueError("it is no zip file, or not complete")
-    file = zipfile.ZipFile(io.BytesIO(data))
-    entries = file.infolist()
-    unpacked = sum(entry.file_size for entry in entries)
-    if len(entries) > 1000 or unpacked > max(8 * _SMALL, _MOST_COMPRESSED * len(data)) or unpacked > _MAX_BYTES:
-        raise ValueError(f"it has {len(entries)} entries and {unpacked:,} bytes unpacked")
-    return file
-
-
-_READERS = {".safetensors": _read_safetensors, ".pt": _read_pt, ".npz": _read_npz}

@@ -9,24 +9,24 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from bandpo._system.bounded import parse_json, parse_yaml, read_regular
+from bandpo._system.bounded import parse_yaml
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
+from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
 from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.hosts import host_of_keys, not_readable
-from bandpo.doctor.symptoms import LOOKED_FOR, is_broken
 from bandpo.doctor.verl import is_verl, read_verl
 from bandpo.objective import Objective
 
-_CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz")
-_MAX_LOG_BYTES, _MAX_ROWS = 1 << 25, 100_000
+_CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
+_MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
 _MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
 _MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
 _MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
@@ -120,8 +120,8 @@ def read_config(
     return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
 
 
-def read_log(path: Path) -> list[Mapping[str, Any]]:
-    """The rows of a log: the metrics that the rules look at, and all others that are NaN or infinite.
+def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a log, one at a time; their numbers are texts (`number_texts`), of which the rules read those they need.
 
     A last line without a line break is left out, because it may be incomplete.
 
@@ -131,24 +131,19 @@ def read_log(path: Path) -> list[Mapping[str, Any]]:
     Raises:
         ValueError: If a line is not a JSON object, or the file is larger than a log of metrics.
     """
-    data = read_regular(path, _MAX_LOG_BYTES, follow=False)
-    rows: list[Mapping[str, Any]] = []
-    start = 0
-    while (end := data.find(b"\n", start)) >= 0:
-        where = f"{path}, line {len(rows) + 1}"
-        line = data[start:end]
-        inner = line.count(b"[") + line.count(b"{")
-        if len(line) > _MAX_LINE_BYTES or line.count(b",") > _MAX_VALUES or inner > _MAX_INNER:
-            raise ValueError(f"{where} is no row of metrics: it has {len(line):,} bytes")
-        row = parse_json(line, where)
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a row is an object like {{...}}, got {type(row).__name__}")
-        if len(rows) == _MAX_ROWS:
-            raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 10000")
-        found = cast("dict[str, Any]", row)
-        rows.append({name: value for name, value in found.items() if name in LOOKED_FOR or is_broken(value)})
-        start = end + 1
-    return rows
+    if path.lstat().st_size > _MAX_LOG_BYTES:
+        raise ValueError(f"{path} is too large: it has more than {_MAX_LOG_BYTES:,} bytes")
+    rows = number_texts(path, follow=False, longest=_MAX_LINE_BYTES, is_row=_may_be_metrics)
+    for count, row in enumerate(rows):
+        if count == _MAX_ROWS:
+            raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 1000000")
+        yield row
+
+
+def _may_be_metrics(line: bytes) -> bool:
+    """Whether a line has no more values, and no more lists and objects, than a row of metrics may have."""
+    values = line.count(b",") if len(line) > _MAX_VALUES else 0
+    return values <= _MAX_VALUES and line.count(b"[") + line.count(b"{") <= _MAX_INNER
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:

@@ -2,9 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from bandpo._system.jsonl import as_number
 from bandpo.doctor.findings import Finding
 from bandpo.integrations.names import METRICS, OWN_PREFIX, TRL_NAMES, VERL_NAMES, averaged_name
 
@@ -46,9 +48,11 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "loss": (TRL_NAMES["loss"], VERL_NAMES["loss/policy"]),
 }
 """What the rules look at, and the names of it in logs; the first name that a log has is used."""
-LOOKED_FOR = frozenset(name for names in NAMES.values() for name in names)
+_MOST_BROKEN = 10_000  # different names of metrics that are NaN or infinite somewhere
 
 _OF_THE_UPDATE = re.compile(r"(^|[/_])(kl|loss|grad_norm|entropy|ratio|logps?|log_?probs?)($|[/_])")
+_SEARCHED = 100_000  # rows after which a log without any of the metrics is given up
+_NONE = array("d")
 _SHOWN = 8  # names of metrics in a line
 
 COLLAPSE, EXPLOSION = 0.2, 2.0
@@ -61,37 +65,61 @@ MANY = 0.5  # share of groups without signal, of completions cut off, of edges s
 
 
 class Log:
-    """The series of a log, by their meaning.
+    """The series of a log, by their meaning: 8 bytes for each value that a rule looks at, and nothing else of its rows.
 
     Args:
-        rows: Metrics by name, one row for each logging step.
+        rows: Metrics by name, one row for each logging step; also as `number_texts` reads them.
+
+    Raises:
+        ValueError: If more different metrics than a run has are NaN or infinite.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.rows = rows
-        self.found: dict[str, tuple[str, list[float]]] = {}
-        for what, names in NAMES.items():
-            for name in names:
-                values = [number for row in rows if (number := _number(row.get(name))) is not None]
-                if values:
-                    self.found[what] = (name, values)
-                    break
-        looked_at = {name for name, _ in self.found.values()}
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows = 0
+        """How many rows the log has."""
+        self.found: dict[str, tuple[str, array[float]]] = {}
+        """The name of each metric in the log, and its values."""
         self.broken: dict[str, int] = {}
         """Other metrics that are NaN or infinite, with the number of rows."""
+        wanted = {what: (names, array("d")) for what, names in NAMES.items()}
         for row in rows:
-            for name, value in row.items():
-                if name not in looked_at and is_broken(value):
-                    self.broken[str(name)] = self.broken.get(str(name), 0) + 1
+            self.rows += 1
+            self._add(row, wanted)
+            if self.rows == _SEARCHED and not self.found and not self.broken:
+                break
+        looked_at = {name for name, _ in self.found.values()}
+        self.broken = {name: count for name, count in self.broken.items() if name not in looked_at}
+        self._finite = {what: _finite(values) for what, (_, values) in self.found.items()}
 
-    def series(self, what: str) -> tuple[str, list[float]]:
+    def _add(self, row: Mapping[str, Any], wanted: "dict[str, tuple[tuple[str, ...], array[float]]]") -> None:
+        """Take the numbers of a row; `wanted` loses the names that are less preferred than one that was found."""
+        for what, (names, values) in wanted.items():
+            for name in names:
+                value = row.get(name)
+                if value is None:
+                    continue
+                number = float(value) if value.__class__ is bytes else _number(value)
+                if number is None:
+                    continue
+                if not values or name is not names[-1]:  # the first number under this name
+                    values = array("d")
+                    wanted[what] = (names[: names.index(name) + 1], values)
+                    self.found[what] = (name, values)
+                values.append(number)
+                break
+        for name, value in row.items():
+            if value.__class__ is not bytes and is_broken(value):
+                self.broken[str(name)] = self.broken.get(str(name), 0) + 1
+                if len(self.broken) > _MOST_BROKEN:
+                    raise ValueError(f"more than {_MOST_BROKEN:,} different metrics of the log are NaN or infinite")
+
+    def series(self, what: str) -> tuple[str, Sequence[float]]:
         """The name of a metric in the log, and its finite values.
 
         Args:
             what: A key of `NAMES`.
         """
-        name, values = self.found.get(what, (NAMES[what][0], []))
-        return name, [v for v in values if math.isfinite(v)]
+        return self.found[what][0] if what in self.found else NAMES[what][0], self._finite.get(what, _NONE)
 
     def always(self, what: str, value: float) -> bool:
         """Whether a metric is in some row, and has this value in every row in which it is.
@@ -100,8 +128,8 @@ class Log:
             what: A key of `NAMES`.
             value: The value to compare with.
         """
-        _, values = self.found.get(what, ("", []))
-        return bool(values) and all(v == value for v in values)
+        _, values = self.found.get(what, ("", _NONE))
+        return bool(values) and values.count(value) == len(values)
 
     def no_signal(self) -> str:
         """The evidence that every advantage was 0 in every row, "" if there is none."""
@@ -114,16 +142,16 @@ class Log:
         return ""
 
 
-def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def examine_log(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     """Symptoms of a run, each with the metric, the cause and what to set.
 
     The start and the end of a metric are its means over the first and the last tenth of the log.
 
     Args:
-        rows: The rows of metrics.jsonl, or of another log with the names of TRL or verl.
+        rows: The rows of metrics.jsonl, or of another log with the names of TRL or verl. A metric may be missing in some rows.
 
     Raises:
-        ValueError: If the log has none of the metrics.
+        ValueError: If the log has none of the metrics, or more than 10,000 different ones that are NaN or infinite.
 
     Examples:
         >>> rows = [{"entropy": 1.0 * 0.8**i, "clip_ratio/region_mean": 0.01} for i in range(20)]
@@ -133,7 +161,7 @@ def examine_log(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     log = Log(rows)
     if not log.found and not log.broken:
         raise ValueError(
-            f"the log has {len(rows)} rows and none of the metrics that are looked for: "
+            f"the log has {log.rows}{' or more' * (log.rows == _SEARCHED)} rows and none of the metrics that are looked for: "
             f"{', '.join(name for names in NAMES.values() for name in names)}"
         )
     return [f for rule in RULES if (f := rule(log)) is not None]
@@ -278,7 +306,7 @@ def still(log: Log) -> Finding | None:
             "no advantage, an empty loss mask, or parameters that do not require a gradient",
             "look at rewards and loss mask",
         )
-    if len(series) > 1 and all(len(set(values)) == 1 for values in series):
+    if len(series) > 1 and all(values.count(values[0]) == len(values) for values in series):
         return Finding(
             "still",
             "warning",
@@ -419,11 +447,13 @@ def is_broken(value: Any) -> bool:
 
 def _number(value: Any) -> float | None:
     """A value of a log as a number, None for other values; strict JSON contains NaN and infinities as text."""
+    if value.__class__ is bytes:
+        return float(value)
     if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    return as_number(value)
+
+
+def _finite(values: "array[float]") -> "array[float]":
+    """The finite values; the same object if all are."""
+    return values if math.isfinite(sum(values)) else array("d", filter(math.isfinite, values))

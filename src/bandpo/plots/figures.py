@@ -1,6 +1,6 @@
 """The project's figures: the band, and what a run did. Needs the extra `plot`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from bandpo._inputs import inputs_of
 from bandpo.bounds import DCPO, Bounds, Clip
 from bandpo.metrics import PROB_BINS
+from bandpo.plots.curves import MOST_POINTS, Curves
 
 BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a", "#222222"
 """The palette of Okabe and Ito: colour-blind readers can tell the colours apart, and in grey print their lightness differs."""
@@ -34,8 +35,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "bandpo",
 }
 """Settings of matplotlib for all figures."""
-Log = Sequence[Mapping[str, Any]]
-"""Rows of a metrics.jsonl."""
+Log = Iterable[Mapping[str, Any]] | Curves
+"""Rows of a metrics.jsonl, which are read once, or what was read of them."""
 
 _LOGIT_RANGE = (-11.5, 7.0)
 """Horizontal axis of a band, the logit of p: from p = 1e-5 to p = 0.999."""
@@ -118,6 +119,7 @@ def plot_training(log: Log) -> Figure:
     Args:
         log: Rows of metrics.jsonl.
     """
+    log = _read(log)
     with mpl.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
         _draw_series(left, log, "reward", BLUE, "reward")
@@ -134,6 +136,7 @@ def plot_training(log: Log) -> Figure:
         for axes in (left, middle, right):
             axes.set_xlabel("optimiser step")
             axes.set_ylim(bottom=0)
+        _say_reduced(figure, log)
     return figure
 
 
@@ -146,9 +149,10 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
             are those of the initial policy, is drawn without the two figures about samples; one without a measured distance is
             drawn without that figure.
     """
+    log = _read(log)
     with mpl.rc_context(STYLE):
-        sampled = unit == "round" and len(log) > 1 and all("reward" in row for row in log)
-        distance = sampled and any("concentrability/log_mean" in row for row in log)
+        sampled = unit == "round" and log.rows > 1 and log.curve("reward").count == log.rows
+        distance = sampled and log.curve("concentrability/log_mean").count > 0
         figure = plt.figure(figsize=(11 if distance else 7.6, 3.2), layout="constrained")
         axes = cast("Sequence[Axes]", figure.subplots(1, 3 if distance else 2))
         if sampled:
@@ -167,6 +171,7 @@ def plot_preference(log: Log, unit: str = "round") -> Figure:
         axes[-1].legend(fontsize=8)
         for axis in axes:
             axis.set_xlabel("round" if unit == "round" else "optimiser step")
+        _say_reduced(figure, log)
     return figure
 
 
@@ -176,7 +181,8 @@ def plot_clip_by_probability(log: Log) -> Figure:
     Args:
         log: Rows of metrics.jsonl.
     """
-    low, high, share = ([_weighted(log, key, b) for b in PROB_BINS] for key in ("low", "high", None))
+    log = _read(log)
+    low, high, share = ([log.clipped(side, b) for b in PROB_BINS] for side in ("low", "high", None))
     with mpl.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(7.6, 4.4), sharex=True, layout="constrained", height_ratios=[2, 1]
@@ -227,17 +233,18 @@ def _draw_interval(
     axes.plot(x, lower, color=colour, ls=style, lw=2 if fill else 1.3)
 
 
-def _draw_series(axes: Axes, log: Log, key: str, colour: str, label: str) -> None:
-    points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, lw=1.6, label=label)
+def _draw_series(axes: Axes, log: Curves, key: str, colour: str, label: str) -> None:
+    axes.plot(*log.curve(key).points(), color=colour, lw=1.6, label=label)
 
 
-def _weighted(log: Log, side: str | None, bin_name: str) -> float:
-    """The clip fraction of a bin over the run, its rows weighted by their tokens; the mean share of tokens for side None."""
-    share_key, clip_key = f"token_fraction_by_prob/{bin_name}", f"clip_fraction_by_prob/{side}/{bin_name}"
-    shares = [row[share_key] for row in log if row.get(share_key) is not None]
-    if side is None:
-        return sum(shares) / max(1, len(shares))
-    rows = [(row[share_key], row[clip_key]) for row in log if row.get(share_key) and row.get(clip_key) is not None]
-    weight = sum(w for w, _ in rows)
-    return sum(w * v for w, v in rows) / weight if weight else 0.0
+def _read(log: Log) -> Curves:
+    return log if isinstance(log, Curves) else Curves(log)
+
+
+def _say_reduced(figure: Figure, log: Curves) -> None:
+    """Say under a figure that it does not have all points."""
+    if log.reduced:
+        figure.supxlabel(
+            f"{log.rows:,} rows: of each curve at most {MOST_POINTS:,} points, the lowest and highest of their group",
+            fontsize=8,
+        )

@@ -15,7 +15,8 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._system.errors import exits_are_errors
-from bandpo._system.files import read_jsonl, write_json
+from bandpo._system.files import write_json
+from bandpo._system.jsonl import number_texts
 from bandpo._system.progress import Progress, quiet_hosts
 from bandpo._system.secrets import redact
 from bandpo.integrations.trl import BandGRPOConfig
@@ -239,7 +240,7 @@ def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> Non
     write_json(folder / "evaluation.json", evaluation)
     write_json(folder / "env.json", environment(job.args, time.monotonic() - started))
     title = f"{job.method.name} on {redact(job.run.task or job.run.dataset)}, seed {job.args.seed}"
-    figures = job.method.figures(read_jsonl(folder / "metrics.jsonl"))
+    figures = job.method.figures(number_texts(folder / "metrics.jsonl"))
     unscored = unscored_line(job.reward)
     notes = [*job.method.notes, *([unscored] if unscored else [])]
     report = write_report(folder, title=title, figures=figures, notes=notes)

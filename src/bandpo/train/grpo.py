@@ -1,7 +1,7 @@
 """`bandpo train` with a policy-gradient objective: BandPO and the zoo."""
 
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from trl.models.utils import unwrap_model_for_generation  # pyright: ignore[repo
 from bandpo._system.progress import Progress
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
+from bandpo.plots.curves import Curves
 from bandpo.terms import TokenObjective
 from bandpo.train.folder import HidesSecretsInCard
 from bandpo.train.progress import TrainingProgress
@@ -103,13 +104,13 @@ class GRPORun:
         with unwrap(self.trainer.model_wrapped, self.trainer.accelerator) as model:
             yield model
 
-    def figures(self, log: list[dict[str, Any]]) -> dict[str, Figure]:
+    def figures(self, log: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
         """The figures of the report by their headings.
 
         Args:
-            log: Rows of metrics.jsonl.
+            log: Rows of metrics.jsonl, which are read once.
         """
-        training = [row for row in log if "reward" in row or "entropy" in row]
+        training = Curves(row for row in log if "reward" in row or "entropy" in row)
         return {
             "Training": plot_training(training),
             "Who is clipped": plot_clip_by_probability(training),

@@ -1,6 +1,6 @@
 """`bandpo train` with a method that learns preferences: rounds of sampling and fitting, or a dataset of pairs."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -114,11 +114,11 @@ class PreferenceRun:
         """The model, ready to generate."""
         yield self.model
 
-    def figures(self, log: list[dict[str, Any]]) -> dict[str, Figure]:
+    def figures(self, log: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
         """The figures of the report by their headings.
 
         Args:
-            log: Rows of metrics.jsonl.
+            log: Rows of metrics.jsonl, which are read once.
         """
         title = "Rounds" if self.rounds is not None else "Training"
         return {title: plot_preference(log, "round" if self.rounds is not None else "step")}

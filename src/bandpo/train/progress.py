@@ -1,6 +1,7 @@
 """What a training run records and shows: metrics.jsonl always, a live bar on a terminal, plain lines elsewhere."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from bandpo._system.files import read_jsonl, write_jsonl
+from bandpo._system.jsonl import keep_rows
 from bandpo._system.progress import Progress
 from bandpo._system.secrets import hide
 
@@ -21,6 +22,8 @@ _SHOWN = {
     "band/divergence_mean": "div/radius",
 }
 """The metrics that are shown while a run trains, with their short names."""
+
+_BEGINNING = re.compile(rb'\{"step": (\d{1,15}), ')
 
 
 def is_timing(name: str) -> bool:
@@ -57,8 +60,9 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for path in (self.metrics, self.timings):  # a resumed run repeats the steps after its checkpoint
-            rows = read_jsonl(path) if path.exists() else []
-            write_jsonl(path, [row for row in rows if _is_kept(row, state.global_step)])
+            path.touch()
+            step = state.global_step
+            keep_rows(path, lambda row: _is_kept(row, step), sure=lambda line: _is_surely_kept(line, step))  # noqa: B023
         if self.progress.console.is_terminal:
             self.bar = Bar(
                 TextColumn("training"),
@@ -122,6 +126,23 @@ class TrainingProgress(TrainerCallback):
             mark = {"unfinished": True} if self.unfinished else {}
             with path.open("a") as file:
                 file.write(hide(json.dumps({"step": step, **values, **mark})) + "\n")
+
+
+def _is_surely_kept(line: bytes, step: int) -> bool:
+    """`_is_kept` of a line as `_append` writes it, without parsing it; False where that cannot be told.
+
+    Lines that were torn, or joined with another one, are parsed, and so refused.
+    """
+    found = _BEGINNING.match(line)
+    return (
+        found is not None
+        and int(found[1]) <= step
+        and line.endswith(b"}")
+        and line.count(b"{") == 1
+        and b"\0" not in line
+        and b'"train_runtime"' not in line
+        and b'"unfinished"' not in line
+    )
 
 
 def _is_kept(row: dict[str, Any], step: int) -> bool:

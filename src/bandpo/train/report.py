@@ -1,25 +1,27 @@
 """The results of a run: one self-contained report.html from the files in its folder, and a table for the terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bandpo._system.files import read_jsonl, read_yaml, write_text
+from bandpo._system.files import read_yaml, write_text
+from bandpo._system.jsonl import objects
 from bandpo._system.pages import save_svg, template
 
-_SHOWN_PROMPTS, _SHOWN_COMPLETIONS = 12, 4
-"""Prompts in the report's table of samples, and completions of each before and after training."""
+_SHOWN_PROMPTS, _SHOWN_COMPLETIONS, _SHOWN_CHARACTERS = 12, 4, 4000
+"""Prompts in the report's table of samples, completions of each before and after training, and characters of each text."""
 
 
 def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], notes: Sequence[str] = ()) -> Path:
     """Write report.html and its figures (SVG) into the folder of a run.
 
     The page is made from evaluation.json, samples.jsonl, config.yaml and env.json in that folder. It needs no network, it runs
-    no script, and completions in it are escaped.
+    no script, and completions in it are escaped. Its size does not grow with the run: below 2 MB, and what config.yaml and the
+    notes have.
 
     Args:
         folder: Folder of the run.
@@ -38,7 +40,7 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], not
         evaluation=json.loads((folder / "evaluation.json").read_text()),
         figures=pictures,
         notes=list(notes),
-        samples=_pairs(read_jsonl(folder / "samples.jsonl")),
+        samples=_pairs(objects(folder / "samples.jsonl")),
         config=read_yaml(folder / "config.yaml"),
         environment=json.loads((folder / "env.json").read_text()),
     )
@@ -64,21 +66,30 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
-def _pairs(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first prompts with their completions before and after training."""
-    after = {json.dumps(row["prompt"]): row for row in samples if row.get("stage") == "after"}
-    before = [row for row in samples if row.get("stage") == "before"]
-    pairs = [(b, after[json.dumps(b["prompt"])]) for b in before if json.dumps(b["prompt"]) in after]
-    return [
-        {
-            "prompt": b["prompt"] if isinstance(b["prompt"], str) else b["prompt"][-1]["content"],
-            "before": _scored(b),
-            "after": _scored(a),
-        }
-        for b, a in pairs[:_SHOWN_PROMPTS]
-    ]
+def _pairs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first prompts with their completions before and after training; of each row only what is shown is kept."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.get("stage") in ("before", "after"):
+            kept = found.setdefault(json.dumps(row["prompt"]), {"prompt": row["prompt"]})
+            kept.setdefault("before", None)
+            kept[row["stage"]] = _scored(row)
+    pairs = [kept for kept in found.values() if kept["before"] is not None and "after" in kept]
+    return [{**kept, "prompt": _cut(_last_message(kept["prompt"]))} for kept in pairs[:_SHOWN_PROMPTS]]
+
+
+def _last_message(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _scored(row: dict[str, Any]) -> list[tuple[str, float | None]]:
     """The first completions of a row with their rewards."""
-    return list(zip(row["completions"][:_SHOWN_COMPLETIONS], row["rewards"], strict=False))
+    shown = [_cut(text) for text in row["completions"][:_SHOWN_COMPLETIONS]]
+    return list(zip(shown, row["rewards"], strict=False))
+
+
+def _cut(text: Any) -> Any:
+    """A text with at most `_SHOWN_CHARACTERS` of its characters."""
+    if not isinstance(text, str) or len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_SHOWN_CHARACTERS]}… ({len(text) - _SHOWN_CHARACTERS:,} more characters in samples.jsonl)"

@@ -12,11 +12,16 @@ import numpy as np
 
 from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import RunError
-from bandpo._system.files import read_jsonl, write_json
+from bandpo._system.files import write_json
+from bandpo._system.jsonl import objects
 from bandpo._system.secrets import redact_arguments
 from bandpo.lab.backends import processes
 
 _OPTIONS = "options.json"
+_MEASURED = (
+    *("step", "reward", "completions/mean_length", "packing/density"),
+    *("selection/prompts_kept", "selection/tokens", "selection/effective_sample_size"),
+)  # what `measure` keeps of the rows of a run
 _COMPLETIONS = 256  # of an optimiser step of the main job, before pruning
 _RESULT = "report.html"  # the file that `bandpo train` writes last
 
@@ -141,8 +146,9 @@ def measure(place: Path) -> dict[str, Any]:
     """
     evaluation = parse_json(read_regular(place / "evaluation.json"), str(place / "evaluation.json"))
     score = next(name for name in evaluation["after"] if name.startswith("mean@"))
-    seconds = {row["step"]: row["update_time"] for row in read_jsonl(place / "timings.jsonl") if "update_time" in row}
-    rows = [row for row in read_jsonl(place / "metrics.jsonl") if row["step"] in seconds]
+    seconds = {row["step"]: row["update_time"] for row in objects(place / "timings.jsonl") if "update_time" in row}
+    metrics = objects(place / "metrics.jsonl")
+    rows = [{name: row[name] for name in _MEASURED if name in row} for row in metrics if row["step"] in seconds]
     steps = np.diff([0, *(row["step"] for row in rows)])
     kept = [row.get("selection/prompts_kept", 1.0) * row.get("selection/tokens", 1.0) for row in rows]
     tokens = steps * _COMPLETIONS * np.array(kept) * [row["completions/mean_length"] for row in rows]
