@@ -221,6 +221,7 @@ def declared_by_trl(method: str) -> Declared:
     Args:
         method: A key of `METHODS`.
     """
+    cls = _class_of(method)  # which tells how to install TRL where it is missing
     from trl.scripts.utils import TrlParser
 
     class Parser(TrlParser):
@@ -229,7 +230,6 @@ def declared_by_trl(method: str) -> Declared:
         def error(self, message: str) -> NoReturn:
             super().error(redact_text(message))
 
-    cls = _class_of(method)
     parser = Parser(cast("Any", (RunConfig, cls)), prog="bandpo train", usage=USAGE, allow_abbrev=False)
     return Declared(parser, _floats(cls))
 

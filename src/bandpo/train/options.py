@@ -8,6 +8,7 @@ the dataclasses at hand, which takes some seconds, and is kept in the user's cac
 import argparse
 import ast
 import contextlib
+import inspect
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -86,8 +87,7 @@ def make_table() -> Table:
         for cls in cast("list[type]", cast("Any", declared.parser).dataclass_types):
             for base in (c for c in cls.__mro__ if c.__module__.startswith("bandpo.")):
                 modules.add(base.__module__)
-                names = cast("dict[str, object]", vars(base).get("__annotations__", {}))
-                own |= {name: "run" if name in run_keys() else "method" for name in names}
+                own |= {name: "run" if name in run_keys() else "method" for name in inspect.get_annotations(base)}
         actions = (a for a in declared.parser._actions if a.dest != "help")
         rows[_parser_of(method)] = [
             _row(a, own.get(a.dest, "trl"), is_float=a.dest in declared.floats) for a in actions
