@@ -22,7 +22,23 @@ _ASKED = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """The trainer's settings that an evaluation shares; the names are those of config.resolved.yaml."""
+    """The trainer's settings that an evaluation shares; the names are those of config.resolved.yaml.
+
+    Args:
+        seed: Seed of the run, which chose its held-out prompts.
+        temperature: Sampling temperature, 0 is greedy.
+        top_p: Probability mass that is sampled from.
+        max_completion_length: Tokens of the longest completion; None for `DEFAULT_LENGTH`.
+        per_device_eval_batch_size: Completions sampled at once.
+        top_k: Number of the most likely tokens that are sampled from, 0 for all.
+        min_p: Smallest probability in sampling, relative to the largest one; None for no limit.
+        repetition_penalty: transformers' penalty on tokens that were there before, 1 for none.
+        generation_kwargs: Further options of transformers' `GenerationConfig`.
+        chat_template_kwargs: Further arguments of the chat template.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
 
     seed: int = 0
     temperature: float = 1.0
@@ -53,14 +69,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated on what: the options of the command, and the settings of the run for what they leave open."""
+    """What is evaluated on what: the options of the command, and the settings of the run for what they leave open.
+
+    Args:
+        model: Folder or Hub name of the model.
+        run: bandpo's settings: task or dataset, columns, reward.
+        sampling: How the run sampled in training; for a named task or dataset the defaults.
+        folder: Folder of the run whose held-out prompts are used, None where the prompts were named.
+        reward: Name of the reward.
+    """
 
     model: str
     run: RunConfig
     sampling: Sampling
-    """How the run sampled in training; for a named task or dataset the defaults."""
     folder: Path | None
-    """Folder of the run whose held-out prompts are used, None where the prompts were named."""
     reward: str
 
     @property
