@@ -178,6 +178,9 @@ def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Reques
         arguments: Command line after `bandpo train`.
         declare: Gives the options of a method.
 
+    Returns:
+        The request, whose values are not checked yet.
+
     Raises:
         ValueError: If the file cannot be read, or a key or option is unknown; the message names the nearest one.
     """
