@@ -7,6 +7,8 @@ import json
 import os
 import sys
 
+import reasoning_gym
+
 import bandpo.train.command
 import bandpo.train.evaluate_command
 from bandpo.cli import main
@@ -25,7 +27,7 @@ def become(request):
 
 
 if __name__ == "__main__":
-    assert bandpo.train.command.train and bandpo.train.evaluate_command
+    assert bandpo.train.command.train and bandpo.train.evaluate_command and reasoning_gym
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -50,7 +50,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "train a language model (bandpo train --help)", None, "bandpo.train.command:train"),
+    Command("train", "train a language model (bandpo train --help)", None, "bandpo.train.start:train"),
     Command(
         "evaluate",
         "mean@k and pass@k of a model on held-out prompts",

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import reasoning_gym
+
 import bandpo.train.command
 from bandpo.cli import main
 
@@ -39,7 +41,7 @@ def attempt(arguments: list[str], ready: Callable[[], bool] | None, delay: float
 
 
 def run(kills: int, seed: int, arguments: list[str]) -> int:
-    assert bandpo.train.command.train  # imported before the first fork
+    assert bandpo.train.command.train and reasoning_gym  # imported before the first fork
     folder = Path(arguments[arguments.index("--output_dir") + 1])
     draw = random.Random(seed)
     arguments = [*arguments, "--resume_from_checkpoint", "latest"]

@@ -300,7 +300,7 @@ def any_run_folder(draw: tuple[dict[str, Any], bytes | None, str]) -> str:
     """Whatever stands in a run's configuration: a job whose parts are in range, or a refusal; no module is imported."""
     import sys
 
-    from bandpo.train.evaluate_command import _job
+    from bandpo.train.evaluate_options import _job
 
     settings, raw, which = draw
     folder = PLACE / f"run-{os.getpid()}"

@@ -12,18 +12,20 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bandpo._system.bounded import parse_yaml
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
 from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
-from bandpo.doctor import Finding, Setup, examine_batch, examine_log, examine_setup
-from bandpo.doctor.batch import load_batch
+from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import host_of_keys, not_readable
-from bandpo.doctor.verl import is_verl, read_verl
-from bandpo.objective import Objective
+from bandpo.doctor.symptoms import examine_log
+
+if TYPE_CHECKING:  # a log needs no torch
+    from bandpo.doctor.setup import Setup
+    from bandpo.objective import Objective
 
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
@@ -63,12 +65,16 @@ def _doctor(options: argparse.Namespace) -> int:
     objectives: list[Objective] = []
     for path in _expand(paths):
         if path.suffix in _CONFIGS:
+            from bandpo.doctor.rules import examine_setup
+
             setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
             objectives += [] if setup.objective is None else [setup.objective]
             sections.append((f"{path} ({setup.host})", examine_setup(setup)))
         elif path.suffix == ".jsonl":
             sections.append((str(path), examine_log(read_log(path))))
         else:
+            from bandpo.doctor.batch import examine_batch, load_batch
+
             sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
@@ -86,7 +92,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def read_config(
     path: Path, overrides: Sequence[str] = (), *, processes: int = 1, vocabulary: int | None = None
-) -> Setup:
+) -> "Setup":
     """The settings in a configuration of TRL, verl or `bandpo train`, which are told apart by their keys.
 
     Args:
@@ -98,9 +104,11 @@ def read_config(
     Raises:
         ValueError: If the file is none of these.
     """
-    if path.suffix not in (".yaml", ".yml"):
+    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml") else None
+    from bandpo.doctor.verl import is_verl, read_verl
+
+    if given is None:
         return read_verl(path, overrides, vocabulary=vocabulary)
-    given = read_yaml(path, follow=False)
     if is_verl(given):
         return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
     host = host_of_keys(given)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import reasoning_gym
-from reasoning_gym.dataset import ProceduralDataset
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 Row = dict[str, str]
 
@@ -176,5 +176,7 @@ def _oracle_answer(task: str, metadata: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _generator(task: str, seed: int, size: int) -> ProceduralDataset:
+def _generator(task: str, seed: int, size: int) -> "ProceduralDataset":
+    import reasoning_gym  # two seconds, because it imports matplotlib; the names of the tasks need no generator
+
     return reasoning_gym.create_dataset(task, seed=seed, size=size, **TASKS[task].config)

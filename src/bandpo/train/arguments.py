@@ -55,8 +55,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
     Args:
         options: The options of the command.
     """
+    from bandpo.train.evaluate_options import asked_job
+
+    job, sampling = asked_job(options)  # what follows imports transformers
     from bandpo._system.locks import claim_file, released
     from bandpo.train.evaluate_command import evaluate_model
 
     with nullcontext() if options.output is None else released(claim_file(options.output)):
-        evaluate_model(options)
+        evaluate_model(job, sampling, options)

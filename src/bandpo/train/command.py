@@ -23,9 +23,9 @@ from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl.generate import sampler_of
 from bandpo.toy.models import WarmUp, warmed_up_model
 from bandpo.train.arguments import EVALUATION_SEED
-from bandpo.train.config import RunConfig, TrainerConfig, check_reporters, parse
+from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
 from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
-from bandpo.train.evaluate import DEFAULT_LENGTH, Evaluation, evaluate
+from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end
 from bandpo.train.grpo import GRPORun
 from bandpo.train.preference import PreferenceRun

@@ -1,20 +1,24 @@
-"""Configuration of `bandpo train`: YAML and command line over two dataclasses, ours and TRL's."""
+"""Configuration of `bandpo train`: YAML and command line over two dataclasses, ours and TRL's.
 
+TRL is imported when its dataclass is needed: what a file and a command line name is read and checked without it.
+"""
+
+import argparse
 import difflib
 import importlib.resources
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, cast
-
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl.scripts.utils import TrlParser
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias, cast
 
 from bandpo._system.files import read_yaml
 from bandpo._system.secrets import HIDDEN, redact_text, remember
-from bandpo.integrations.trl import BandGRPOConfig
-from bandpo.integrations.trl.online import OnlinePreferenceConfig
 from bandpo.toy.tasks import TASKS
+
+if TYPE_CHECKING:
+    from bandpo.integrations.trl import BandGRPOConfig
+    from bandpo.integrations.trl.online import OnlinePreferenceConfig
 
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -28,7 +32,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """The methods of `bandpo train`, with the options that each implies: grpo is policy gradient, the others learn preferences."""
 
-TrainerConfig = BandGRPOConfig | OnlinePreferenceConfig
+TrainerConfig: TypeAlias = "BandGRPOConfig | OnlinePreferenceConfig"
+
+DEFAULT_LENGTH = 1024
+"""Number of tokens of the longest completion where nothing else says it."""
+
+USAGE = "bandpo train [--method METHOD] [--config FILE.yaml] [--OPTION VALUE ...]"
 
 _PACKAGE_OF = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 """The package of an integration that has another name."""
@@ -142,17 +151,65 @@ class RunConfig:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
 
 
-class _Parser(TrlParser):
-    """A parser whose errors, which repeat what was typed, show no secrets."""
+class Declared(NamedTuple):
+    """The options of a method: those of TRL's classes, or of a table that was made from them."""
 
-    def error(self, message: str) -> NoReturn:
-        super().error(redact_text(message))
+    parser: argparse.ArgumentParser
+    floats: frozenset[str]
+    """Names of the options that are numbers with a fraction, which YAML reads as text where they have no dot (1e-6)."""
+
+
+class Request(NamedTuple):
+    """What a file and a command line ask for, with known names only; the values are not checked yet."""
+
+    method: str
+    declared: Declared
+    given: dict[str, Any]
+    """The keys and values of the file."""
+    arguments: list[str]
+    """The command line without `--config FILE`."""
+    chosen: set[str]
+    """The names of the options on the command line."""
+
+    def set_defaults(self) -> None:
+        """Give the parser the values of the file, and what the method implies, as defaults."""
+        given = {**self.given, **METHODS[self.method]}
+        for action in self.declared.parser._actions:
+            if action.dest in given:
+                action.default, action.required = given[action.dest], False
+
+
+def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Request:
+    """Read the file of `--config` and the names on the command line, and refuse unknown names.
+
+    Without `--config`, `--model` and `--dataset` the file is the default job of the method.
+
+    Args:
+        arguments: Command line after `bandpo train`.
+        declare: Gives the options of a method.
+
+    Returns:
+        The request, whose values are not checked yet.
+
+    Raises:
+        ValueError: If the file cannot be read, or a key or option is unknown; the message names the nearest one.
+    """
+    arguments = list(arguments)
+    given = _read_yaml(arguments)
+    method = str(_option(arguments, "--method") or given.get("method", "grpo"))
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; choose one of {', '.join(METHODS)}")
+    declared = declare(method)
+    _as_floats(given, declared.floats)
+    chosen = _checked_names(declared.parser, given, arguments)
+    _refuse_implied(method, {*chosen, *given})
+    remember(given)
+    _refuse_hidden({key: value for key, value in given.items() if key not in chosen})
+    return Request(method, declared, given, arguments, chosen)
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any]]:
     """Read the options of `bandpo train` from the file of `--config` and from the command line, which takes precedence.
-
-    Without `--config`, `--model` and `--dataset` the file is the default job of the method.
 
     Args:
         arguments: Command line after `bandpo train`.
@@ -163,37 +220,48 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any
     Raises:
         ValueError: If a key or option is unknown; the message names the nearest one.
     """
-    arguments = list(arguments)
-    given = _read_yaml(arguments)
-    method = str(_option(arguments, "--method") or given.get("method", "grpo"))
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; choose one of {', '.join(METHODS)}")
-    cls = BandGRPOConfig if method == "grpo" else OnlinePreferenceConfig
-    _as_floats(given, cls)
-    parser = _parser(cls)
-    chosen = _checked_names(parser, given, arguments)
-    _refuse_implied(method, {*chosen, *given})
-    remember(given)
-    _refuse_hidden({key: value for key, value in given.items() if key not in chosen})
-    parser.set_defaults_with_config(**given, **METHODS[method])
-    run, trainer = parser.parse_args_into_dataclasses(arguments)
-    values = vars(parser.parse_args(arguments))
-    return run, trainer, {**given, **{name: values[name] for name in sorted(chosen)}}
+    request = read(arguments, declared_by_trl)
+    request.set_defaults()
+    parser = cast("Any", request.declared.parser)
+    run, trainer = parser.parse_args_into_dataclasses(request.arguments)
+    values = cast("dict[str, Any]", vars(parser.parse_args(request.arguments)))
+    return run, trainer, {**request.given, **{name: values[name] for name in sorted(request.chosen)}}
 
 
-def _parser(cls: type[TrainerConfig]) -> _Parser:
-    return _Parser(
-        cast("Any", (RunConfig, cls)),
-        prog="bandpo train",
-        usage="bandpo train [--method METHOD] [--config FILE.yaml] [--OPTION VALUE ...]",
-        description="Without --config, --model and --dataset: the main job, a small model on the CPU. Every option is also a "
-        "key of the YAML file, and the command line wins. The first options are bandpo's; the others are those of TRL's "
-        "GRPOConfig, or with a preference method (--method dpo --help) of its DPOConfig.",
-        allow_abbrev=False,
-    )
+def declared_by_trl(method: str) -> Declared:
+    """The options of a method as TRL's parser makes them from the dataclasses. Imports TRL.
+
+    Args:
+        method: A key of `METHODS`.
+    """
+    cls = _class_of(method)  # which tells how to install TRL where it is missing
+    from trl.scripts.utils import TrlParser
+
+    class Parser(TrlParser):
+        """A parser whose errors, which repeat what was typed, show no secrets."""
+
+        def error(self, message: str) -> NoReturn:
+            super().error(redact_text(message))
+
+    parser = Parser(cast("Any", (RunConfig, cls)), prog="bandpo train", usage=USAGE, allow_abbrev=False)
+    return Declared(parser, _floats(cls))
 
 
-def _checked_names(parser: _Parser, given: dict[str, Any], arguments: list[str]) -> set[str]:
+def _class_of(method: str) -> type[TrainerConfig]:
+    if method == "grpo":
+        from bandpo.integrations.trl import BandGRPOConfig
+
+        return BandGRPOConfig
+    from bandpo.integrations.trl.online import OnlinePreferenceConfig
+
+    return OnlinePreferenceConfig
+
+
+def _floats(cls: type[TrainerConfig]) -> frozenset[str]:
+    return frozenset(f.name for c in (RunConfig, cls) for f in fields(c) if "float" in str(f.type))
+
+
+def _checked_names(parser: argparse.ArgumentParser, given: dict[str, Any], arguments: list[str]) -> set[str]:
     """The names of the options on the command line; an unknown option or key of the file is an error."""
     known = {action.dest for action in parser._actions} - {"help"}
     for key in given:
@@ -229,6 +297,8 @@ def check_reporters(args: TrainerConfig) -> None:
     Raises:
         ValueError: If one is not, or `report_to` has an unknown name.
     """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     names = args.report_to if isinstance(args.report_to, list) else [args.report_to]
     for name in names:
         if name in (None, "none"):
@@ -262,7 +332,7 @@ def check_run(given: dict[str, Any]) -> dict[str, Any]:
         ValueError: If a value is refused, or the method learns preferences.
     """
     given = dict(given)
-    _as_floats(given, BandGRPOConfig)
+    _as_floats(given, _floats(_class_of("grpo")))
     run = RunConfig(**{k: v for k, v in given.items() if k in run_keys()})
     if run.method != "grpo":
         raise ValueError(f"method={run.method!r} has no trust region on ratios; the doctor examines method=grpo")
@@ -283,7 +353,7 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
     """Remove `--config FILE` from the arguments and read the file; without it, read the file of the method's default job."""
     path = _take_config(arguments)
     if path is None:
-        if any(a.split("=")[0] in ("--model", "--dataset", "--help", "-h") for a in arguments):
+        if any(a.split("=")[0] in ("--model", "--dataset", "--help", "--help-all", "-h") for a in arguments):
             return {}
         path = _default_job(_option(arguments, "--method") or "grpo")
     try:
@@ -315,9 +385,8 @@ def _default_job(method: str) -> Path:
     return Path(str(importlib.resources.files("bandpo.configs") / f"{name}.yaml"))
 
 
-def _as_floats(given: dict[str, Any], cls: type) -> None:
+def _as_floats(given: dict[str, Any], floats: frozenset[str]) -> None:
     """Convert numbers such as 1e-6, which YAML reads as text because they have no dot."""
-    floats = {f.name for c in (RunConfig, cls) for f in fields(c) if "float" in str(f.type)}
     for key, value in given.items():
         if key in floats and isinstance(value, str):
             try:
@@ -330,4 +399,4 @@ def _check_known(name: str, known: set[str], what: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {what} {name!r}{hint} (all of them: bandpo train --help)")
+        raise ValueError(f"unknown {what} {name!r}{hint} (all of them: bandpo train --help-all)")

@@ -15,9 +15,6 @@ from bandpo.integrations.trl.generate import as_completion, sample_batches
 from bandpo.metrics import pass_at_powers
 from bandpo.train.rewards import RewardFunction
 
-DEFAULT_LENGTH = 1024
-"""Number of tokens of the longest completion where nothing else says it."""
-
 
 @dataclass(frozen=True)
 class Evaluation:
