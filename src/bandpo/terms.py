@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bandpo._eager import Fill
+from bandpo._eager import Fill, is_plain
 from bandpo._inputs import LOWEST_LOGPROB, as_columns, as_mask, check_shapes, check_tensor, traits_of, widened
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, hold
-from bandpo.surrogates.stops import value_and_stopped
+from bandpo.surrogates.stops import stop_rule_of, value_and_stopped
 
 
 class TokenObjective(NamedTuple):
@@ -121,14 +121,18 @@ def token_objective(
     # At token level a column stays one: a surrogate tells by it that a sequence has one advantage.
     as_column = not per_token and objective.ratio_level == "token"
     advantages = columns.nan_to_num(0.0, 0.0, 0.0) if as_column else fill(columns)
-    log_ratio = hold(_at_level(new - old, usable, objective, per_token=per_token))
+    # In place where nobody asks for the log-probs themselves.
+    reads_new = _reads_logprobs(objective) or not is_plain(new)
+    difference = new - old if reads_new else new.sub_(old)
+    log_ratio = hold(_at_level(difference, usable, objective, per_token=per_token))
     fused = _fused(logprobs, anchor, advantages, usable, objective) if bounds is None else None
     if fused is not None:
         value, bounds, stopped = fused
         terms = TokenObjective(value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective)
         return _filtered(terms, new, rollout_logprobs, fill) if objective.filters else terms
 
-    inputs = {"logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
+    inputs = {"old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
+    inputs |= {"logprobs": new} if reads_new else {}
     inputs |= {name: _fill_any(x, usable) for name, x in own.items()}
     if bounds is None:
         bounds = _bounds(objective, old, inputs, usable)
@@ -171,6 +175,14 @@ def _usable(logprobs: Sequence[Tensor], columns: Tensor) -> Tensor:
     for x in logprobs[1:]:
         largest = torch.maximum(largest, widened(x.detach()).abs())
     return largest + (columns - columns) <= -LOWEST_LOGPROB  # A - A is NaN where A is not finite
+
+
+def _reads_logprobs(objective: Objective) -> bool:
+    """Whether a part of the objective is given the log-probs of the policy in training, beside the log-ratio."""
+    mark, _ = stop_rule_of(objective.surrogate)
+    if mark is None or objective.filters or objective.projection is not None:
+        return True
+    return "logprobs" in (*objective.surrogate_inputs, *objective.bounds_inputs, *mark.inputs)
 
 
 def _needs_rollout(objective: Objective) -> bool:

@@ -216,8 +216,11 @@ class Clip:
     def __call__(self, old_logprobs: Tensor) -> RatioBounds:
         assert self.high is not None
         _check_logprobs(old_logprobs)
-        plain = old_logprobs.detach()
-        return RatioBounds(torch.full_like(plain, 1 - self.low), torch.full_like(plain, 1 + self.high))
+        # One number each, repeated without memory: a pass over the tokens reads nothing for them.
+        edges = (
+            old_logprobs.detach().new_full((), edge).expand_as(old_logprobs) for edge in (1 - self.low, 1 + self.high)
+        )
+        return RatioBounds(*edges)
 
 
 @dataclass(frozen=True)

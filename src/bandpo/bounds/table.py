@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from bandpo._eager import is_plain
 from bandpo.bounds.roots import largest_feasible, log1mexp, log_bounds
 from bandpo.divergences import MAX_LOG, FDivergence, binary_divergence
 
@@ -36,6 +37,7 @@ FRACTION = (1 << SHIFT) - 1
 _SMALLEST = -126  # of float32's normal numbers; a token with -log p below 2^-126 counts as certain, p = 1
 FIRST_OCTAVE = ((127 + _SMALLEST) << 4) - 1  # the bits above SHIFT of 2^-126, less one for the row of x = 0
 _HALF_UNIT = 2.0**-24  # of float32 from 1 on, and a whole unit below
+_BLOCK = 1 << 15  # tokens at once on a CPU, whose temporaries fit its cache
 _BITS_OF_ONE = 0x3F800000  # of the float32 1.0
 _LARGEST_LOG = 3e38  # beyond -log p of any token
 _LARGEST = math.log(torch.finfo(torch.float32).max) - 1e-6
@@ -64,7 +66,18 @@ class Table(NamedTuple):
         Returns:
             Two float32 tensors of the same shape.
         """
-        negated = logp.flatten().neg()
+        flat = logp.flatten()
+        if flat.numel() <= _BLOCK or flat.device.type != "cpu" or not is_plain(flat):
+            lower, upper = self._bounds(flat)
+            return lower.view_as(logp), upper.view_as(logp)
+        bounds = torch.empty_like(flat), torch.empty_like(flat)
+        for part in zip(flat.split(_BLOCK), *(x.split(_BLOCK) for x in bounds), strict=True):
+            for found, place in zip(self._bounds(part[0]), part[1:], strict=True):
+                place.copy_(found)
+        return bounds[0].view_as(logp), bounds[1].view_as(logp)
+
+    def _bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
+        negated = logp.neg()
         t = negated.clamp(0.0, self.end)
         x, first = t, torch.zeros((), dtype=torch.int32, device=t.device)
         for center, left, right in self.centers:
@@ -88,7 +101,7 @@ class Table(NamedTuple):
         impossible = negated.sub_(_LARGEST_LOG).clamp_min_(0.0)  # infinite for p = 0, and 0 for any p that is a number
         lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).sub_(impossible).clamp(0.0, 1.0)
         upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).add_(impossible).clamp_min_(1.0)
-        return lower.view_as(logp), upper.view_as(logp)
+        return lower, upper
 
 
 # torch.where takes ten times as long as an operation on integers, on a CPU without torch.compile.
