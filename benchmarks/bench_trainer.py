@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 from datasets import Dataset
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
@@ -43,6 +44,7 @@ def _trainer(cls, args, tokenizer):
         model=build_model(WarmUp(), tokenizer), reward_funcs=_reward, args=args, train_dataset=prompts,
         processing_class=tokenizer,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer_and_scheduler(1 << 20)
     trainer.model.train()

@@ -442,11 +442,13 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     def _measure(self, sums: dict[str, PooledSum], found: dict[str, float], scored: Scored, inputs: Batch) -> None:
         """Keep what a micro-batch measured, ours as sums and TRL's as numbers, until the next line of the log."""
         count = sums["nonfinite_fraction"].denominator
-        silent = count.new_zeros(()) if scored.silent is None else scored.silent.any().to(count.dtype)
-        sums = sums | {"silenced": PooledSum(silent, count)}
+        if scored.silent is not None or self.accelerator.num_processes > 1:  # on every process, or on none
+            silent = count.new_zeros(()) if scored.silent is None else scored.silent.any().to(count.dtype)
+            sums = sums | {"silenced": PooledSum(silent, count)}
         if self.objective.ratio_level == "sequence":
             mask = mask_of(inputs)
-            sums["sequences"] = PooledSum((mask != 0).any(1).sum(), count.new_full((), float(len(mask))))
+            rows = count.new_full((), float(len(mask)))
+            sums = sums | {"sequences": PooledSum((mask != 0).any(1).sum(), rows)}
         train = self.model.training
         if train and self._radius is not None:
             self.current_log["band/radius"].append(self._radius_in_use)
@@ -457,7 +459,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     def _add(self, mode: Mode, trls: Mapping[str, float], radius: float, found: dict[str, Total]) -> None:
         """Add the totals of a micro-batch, and TRL's numbers for it, to what is pooled for the log."""
         pooled = self._pooled[mode]
-        silenced, sequences = found.pop("silenced"), found.pop("sequences", None)
+        silenced, sequences = found.pop("silenced", None), found.pop("sequences", None)
         for name, total in found.items():
             if name not in _CLIP_NAMES:
                 pooled.put(name, total)
@@ -465,7 +467,9 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         for name in ("kl", "entropy"):
             if name in trls and name not in found:  # with another KL, ours
                 pooled.put(name, Total(trls[name] * tokens, tokens))
-        if self._strategy.replaces_loss or silenced.numerator > 0:  # TRL has counted clips for advantages of 0
+        if self._strategy.replaces_loss or (
+            silenced is not None and silenced.numerator > 0
+        ):  # TRL has counted clips for advantages of 0
             for ours, theirs in _CLIP_NAMES.items():
                 # Without a number of ours it is not known which gradients the surrogate takes away; TRL has extremes too.
                 if ours in found and theirs in trls:

@@ -33,8 +33,8 @@ def without_nonfinite(new: Tensor, batch: Batch, ratio_level: RatioLevel) -> Sco
 
     The rule is that of `token_objective`: such tokens count in the denominators, their advantage is 0, and the ratio of a
     sequence is taken without them. Log-ratios beyond ±40, whose exponentials would overflow, have no gradient. TRL reads the
-    other tensors of the batch after it has called for the log-probs, so they are replaced in `batch` itself. No tensor is read
-    by the host, unless it is on the CPU.
+    other tensors of the batch after it has called for the log-probs, so they are replaced in `batch` itself. Tensors of an
+    accelerator are not read by the host, apart from one flag where the ratio is that of a sequence.
 
     Args:
         new: Log-probs of the policy in training, `(batch, time)`.
@@ -80,11 +80,14 @@ def _replaced(new: Tensor, old: Tensor, batch: Batch, *, by_sequence: bool) -> S
     held = whole.abs() > MAX_LOG_RATIO
     batch["old_per_token_logps"] = torch.where(held, new.detach(), old)
     silent = valid & (strange | held)
-    batch["advantages"] = zero_where(silent, as_columns(batch["advantages"], new).expand(new.shape))
+    # TRL tells by its advantages whether to count clipped sequences or tokens: they stay a column where they can.
+    silenced = not by_sequence or bool(silent.any())
+    if silenced:
+        batch["advantages"] = zero_where(silent, as_columns(batch["advantages"], new).expand(new.shape))
     if ref is not None:  # the KL of equal log-probs is 0 and has no gradient
         off = strange | ~is_logprob(ref) | ((ref - new.detach()).abs() > MAX_LOG_RATIO)
         batch["ref_per_token_logps"] = torch.where(off, new.detach(), ref)
-    return Scored(new, log_ratio, strange, silent)
+    return Scored(new, log_ratio, strange, silent if silenced else None)
 
 
 def zero_where(where: Tensor, x: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class Total(NamedTuple):
     """How several of them become one."""
 
 
+@torch.no_grad()
 def over_processes(accelerator: Gathers, groups: Sequence[Mapping[str, PooledSum]]) -> list[dict[str, Total]]:
     """Add up the sums of all processes, with one collective and one transfer to the host.
 
@@ -59,29 +60,20 @@ def over_processes(accelerator: Gathers, groups: Sequence[Mapping[str, PooledSum
     if not every:
         return [{} for _ in groups]
     wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    mine = _as_vector([x for s in every for x in (s.numerator, s.denominator)], wide)
-    everywhere = accelerator.gather(mine.unsqueeze(0)).cpu().to(torch.float64).view(-1, len(every), 2)
-    numerators, denominators = everywhere.unbind(-1)
-    largest = _floats(numerators.masked_fill(denominators == 0, -math.inf).amax(0))
-    added, counts = _floats(numerators.sum(0)), _floats(denominators.sum(0))
-    found = iter(Total(largest[i] if s.kind == "max" else added[i], counts[i], s.kind) for i, s in enumerate(every))
-    return [{name: next(found) for name in group} for group in groups]
-
-
-def _as_vector(numbers: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """0-d tensors of any dtypes as one vector in their order; those of one dtype are converted together."""
-    places: dict[torch.dtype, list[int]] = {}
+    numbers = [x for s in every for x in (s.numerator, s.denominator)]
+    places: dict[torch.dtype, list[int]] = {}  # numbers of one dtype are converted together
     for i, x in enumerate(numbers):
         places.setdefault(x.dtype, []).append(i)
-    parts = [torch.stack([numbers[i].detach() for i in chosen]).to(dtype) for chosen in places.values()]
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([i for chosen in places.values() for i in chosen], device=parts[0].device)
-    return torch.cat(parts)[order.argsort()]
-
-
-def _floats(x: torch.Tensor) -> list[float]:
-    return cast("list[float]", x.tolist())
+    mine = torch.cat([torch.stack([numbers[i] for i in chosen]).to(wide) for chosen in places.values()])
+    everywhere = accelerator.gather(mine.unsqueeze(0)).cpu().numpy().astype(np.float64)
+    order = np.argsort([i for chosen in places.values() for i in chosen])
+    parts = everywhere[:, order].reshape(len(everywhere), len(every), 2)
+    added = cast("list[list[float]]", parts.sum(0).tolist())
+    largest = cast("list[float]", np.where(parts[..., 1] == 0, -math.inf, parts[..., 0]).max(0).tolist())
+    found = iter(
+        Total(largest[i] if s.kind == "max" else added[i][0], added[i][1], s.kind) for i, s in enumerate(every)
+    )
+    return [{name: next(found) for name in group} for group in groups]
 
 
 class Measured(NamedTuple):

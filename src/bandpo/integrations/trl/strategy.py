@@ -5,6 +5,7 @@ computes it (`HostComputes`). The loss of any other objective is added to what T
 The trainer asks once which of the two it needs (`strategy_for`).
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, cast
@@ -150,15 +151,14 @@ class HostComputes(Strategy):
         old, advantages = batch.get("old_per_token_logps"), batch["advantages"]
         if WEIGHT in batch:  # the clipped objective is linear in the advantage
             advantages = advantages * batch[WEIGHT]
-        bounds = None
+        if isinstance(region, Clip):  # one number for all tokens, which also fits the ratio of a sequence
+            return GivenToTRL(advantages, (region.low, cast("float", region.high)))  # `Clip` fills `high` in
+        if old is None:  # every ratio is 1
+            return GivenToTRL(advantages, _NO_CLIP)
         if _LOWER in batch and self._region_of_rollout is region:
             bounds = RatioBounds(batch[_LOWER], batch[_UPPER])
-        elif old is not None:  # `clip` takes an interval
-            bounds = cast("RatioBounds", region(_usable(old)))
-        if isinstance(region, Clip):  # one number for all tokens, which also fits the ratio of a sequence
-            return GivenToTRL(advantages, (region.low, cast("float", region.high)), bounds)  # `Clip` fills `high` in
-        if bounds is None:  # every ratio is 1
-            return GivenToTRL(advantages, _NO_CLIP)
+        else:
+            bounds = cast("RatioBounds", region(_usable(old)))  # `clip` takes an interval
         return GivenToTRL(advantages, (1 - bounds.lower, bounds.upper - 1), bounds)
 
     def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
@@ -197,18 +197,22 @@ class HostComputes(Strategy):
         if objective.ratio_level == "sequence":
             log_ratio = sequence_log_ratio(log_ratio, used).expand(used.shape)
         log_ratio = log_ratio if scored.strange is None else hold(log_ratio)
-        r = log_ratio.exp()
+        r, zero = log_ratio.exp(), _zero(log_ratio.dtype, log_ratio.device)
         count = used.sum(dtype=r.dtype)
-        total = count if used is valid else valid.sum(dtype=r.dtype)
+        nonfinite = PooledSum(zero, count)
+        if used is not valid:
+            total = valid.sum(dtype=r.dtype)
+            nonfinite = PooledSum(total - count, total)
         sums = {
-            "ratio/mean": PooledSum(torch.where(used, r, 0.0).sum(), count),
-            "kl/old_new": PooledSum(torch.where(used, r - log_ratio - 1, 0.0).sum(), count),
-            "nonfinite_fraction": PooledSum(total - count, total),
+            "ratio/mean": PooledSum(torch.where(used, r, zero).sum(), count),
+            "kl/old_new": PooledSum(torch.where(used, r - log_ratio - 1, zero).sum(), count),
+            "nonfinite_fraction": nonfinite,
         }
         if scored.silent is None and self.trainer.accelerator.num_processes == 1:
-            return sums  # TRL's counts are right; those of ours are for a batch in which any process has silent tokens
-        # Where the bounds are not known, every ratio is 1 and inside.
-        edges = RatioBounds(r, r) if given.bounds is None else given.bounds
+            return sums  # TRL's counts are right; ours are for a batch in which any process has silent tokens
+        edges = RatioBounds(r, r) if given.bounds is None else given.bounds  # every ratio is 1 where they are not known
+        if isinstance(objective.bounds, Clip):
+            edges = objective.bounds(r)
         clipped = outside(log_ratio, as_columns(batch["advantages"], mask), edges, ratio=r) & used
         high = (clipped & (log_ratio > 0)).sum(dtype=r.dtype)
         every = clipped.sum(dtype=r.dtype)
@@ -327,6 +331,12 @@ def _normalizer(trainer: GRPOHost, batch: Batch, accumulation: int) -> Tensor | 
 def strategy_for(objective: Objective) -> type[Strategy]:
     """The strategy that an objective needs."""
     return HostComputes if HostComputes.can_compute(objective) else WeCompute
+
+
+@functools.lru_cache(maxsize=8)
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0 on the device, which is not made anew in each micro-batch."""
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _usable(logprobs: Tensor) -> Tensor:
