@@ -114,13 +114,11 @@ class GRPORun:
             log: Rows of metrics.jsonl.
         """
         training = [row for row in log if "reward" in row or "entropy" in row]
-        return {
-            "Training": plot_training(training),
-            "Who is clipped": plot_clip_by_probability(training),
-            "The band, with tokens of this run": plot_bounds(
-                self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens
-            ),
-        }
+        found = {"Training": plot_training(training)}
+        if any(name.startswith("token_fraction_by_prob/") for row in training for name in row):  # a full_metrics_every
+            found["Who is clipped"] = plot_clip_by_probability(training)
+        band = plot_bounds(self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens)
+        return found | {"The band, with tokens of this run": band}
 
 
 class _Trainer(HidesSecretsInCard, BandGRPOTrainer):
