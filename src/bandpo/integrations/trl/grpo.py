@@ -355,6 +355,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         given = self._strategy.given_to_trl(inputs)
         loss, logprobs, scored = self._loss_of_trl(model, inputs, given)
         found = {name: log[name].pop() for name, count in logged.items() if len(log.get(name, ())) > count}
+        for name in [name for name in found if not log[name]]:
+            del log[name]  # so that there is no name without a number
         detail = self._detail()
         basic = None
         if detail == "basic" and not self._own_kl:
