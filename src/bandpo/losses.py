@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bandpo._deprecations import moved_within
-from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor, fill, is_logprob
+from bandpo._eager import Fill
+from bandpo._inputs import as_mask, check_int, check_shapes, check_tensor, is_logprob, widened
 from bandpo.metrics import Detail, masked_mean, policy_metrics
 from bandpo.objective import Aggregation, Objective
 from bandpo.reference import ReferenceKL, check_kl, check_kl_coef, reference_kl
@@ -125,9 +126,11 @@ def policy_loss(
     if kl_coef and ref_logprobs is not None:
         usable = usable & is_logprob(ref_logprobs)
 
-    def reduce(x: Tensor) -> Tensor:
+    _check_aggregation(objective.aggregation, normalizer, max_length)
+
+    def reduce(x: Tensor) -> Tensor:  # x is 0 where a token is not used
         x = x if weight is None else x * weight
-        return aggregate(x, counted, objective.aggregation, normalizer=normalizer, max_length=max_length)
+        return _reduced(x, counted, objective.aggregation, normalizer, max_length)
 
     terms = token_objective(
         objective,
@@ -138,15 +141,18 @@ def policy_loss(
         rollout_logprobs=rollout_logprobs,
         extras=extras,
     )
-    usable = usable & ~terms.nonfinite
+    value = terms.value
     if terms.counted is not None:
         counted = valid & terms.counted
-    loss = -reduce(terms.value)
-    # The loss leaves out more tokens than the objective does: those without a weight or a reference.
-    report = policy_metrics(terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy, detail=metrics)
+        value = Fill(counted)(value)
+    loss = -reduce(value)
+    if usable is not valid:  # tokens without a weight or a reference are left out as well
+        usable = usable ^ terms.nonfinite
+        terms = terms._replace(mask=valid, nonfinite=valid ^ usable)
+    report = policy_metrics(terms, entropy=entropy, detail=metrics)
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
-        known = usable & is_logprob(ref_logprobs)
+        known = valid & ~terms.nonfinite & is_logprob(ref_logprobs)
         plain = reference_kl(logprobs, ref_logprobs, "k3", mask=known)
         report["kl/ref"] = masked_mean(plain.detach(), known)
         if kl_coef:
@@ -154,7 +160,7 @@ def policy_loss(
             if kl != "k3":
                 old = terms.anchor_logprobs
                 term = reference_kl(logprobs, ref_logprobs, kl, old_logprobs=old, mask=known, weights=terms.weights)
-            loss = loss + kl_coef * reduce(term)
+            loss = loss + kl_coef * reduce(Fill(known & counted)(term))
     return loss, report
 
 
@@ -226,31 +232,30 @@ def aggregate(
         >>> [round(aggregate(x, m, a).item(), 3) for a in ("token-mean", "token-sum", "seq-mean-token-mean")]
         [2.333, 7.0, 2.75]
     """
-    _check_aggregation(aggregation)
-    if (max_length is None) == (aggregation == "seq-mean-token-sum-norm"):
-        raise ValueError(
-            f"max_length={max_length} with aggregation {aggregation!r}: 'seq-mean-token-sum-norm' needs it "
-            "(the maximal completion length of the run), the others do not use it"
-        )
+    _check_aggregation(aggregation, normalizer, max_length)
     check_tensor("values", values)
     check_tensor("mask", mask, floating=False)
-    if max_length is not None:
-        check_int("max_length", max_length)
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
-    if aggregation == "token-sum" and normalizer is not None:
-        raise ValueError("aggregation 'token-sum' divides by nothing: leave normalizer out")
     valid = as_mask(mask)
     # Float16 has no number for the tokens of a batch, and would divide by infinity.
-    values = fill(values.expand(valid.shape), valid)
+    return _reduced(Fill(valid)(widened(values).expand(valid.shape)), valid, aggregation, normalizer, max_length)
+
+
+def _reduced(
+    values: Tensor, valid: Tensor, aggregation: Aggregation, normalizer: Tensor | float | None, max_length: int | None
+) -> Tensor:
+    """`aggregate` of values that are 0 where the mask is off."""
     if aggregation == "token-sum":
         return values.sum()
-    count = loss_normalizer(valid, aggregation)
-    if aggregation == "seq-mean-token-mean":
-        values = values.sum(-1) / valid.sum(-1).clamp_min(1)
+    lengths = None if aggregation == "token-mean" else valid.sum(-1)
+    count = valid.sum() if lengths is None else (lengths > 0).sum()
+    if lengths is not None and aggregation == "seq-mean-token-mean":
+        values = values.sum(-1) / lengths.clamp_min(1)
     # A part without a token adds 0, also where the whole has none: there, and only there, the divisor may be 0.
-    whole = count if normalizer is None else _checked_normalizer(normalizer)
-    total = values.sum() / (whole + (count == 0).to(values.dtype))
+    if normalizer is None:
+        whole = count.clamp_min(1)
+    else:
+        whole = _checked_normalizer(normalizer) + (count == 0).to(values.dtype)
+    total = values.sum() / whole
     return total if max_length is None else total / max_length
 
 
@@ -274,14 +279,28 @@ def loss_normalizer(mask: Tensor, aggregation: Aggregation) -> Tensor:
         >>> loss_normalizer(torch.tensor([[1, 1], [0, 0]]), "seq-mean-token-mean")
         tensor(1)
     """
-    _check_aggregation(aggregation)
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation: got {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
     valid = as_mask(mask)
     return valid.sum() if aggregation.startswith("token") else valid.any(-1).sum()
 
 
-def _check_aggregation(aggregation: str) -> None:
+def _check_aggregation(
+    aggregation: str, normalizer: Tensor | float | None = None, max_length: int | None = None
+) -> None:
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"aggregation: got {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
+    if (max_length is None) == (aggregation == "seq-mean-token-sum-norm"):
+        raise ValueError(
+            f"max_length={max_length} with aggregation {aggregation!r}: 'seq-mean-token-sum-norm' needs it "
+            "(the maximal completion length of the run), the others do not use it"
+        )
+    if max_length is not None:
+        check_int("max_length", max_length)
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if aggregation == "token-sum" and normalizer is not None:
+        raise ValueError("aggregation 'token-sum' divides by nothing: leave normalizer out")
 
 
 def _checked_normalizer(normalizer: Tensor | float) -> Tensor | float:

@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from bandpo._deprecations import moved_within, warn_moved
+from bandpo._eager import Fill
 from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
@@ -124,7 +125,7 @@ def policy_metrics(
         >>> policy_metrics(terms)["clip_fraction/high"]
         tensor(0.5000)
     """
-    found = {name: statistic.value() for name, statistic in policy_sums(terms, entropy=entropy, detail=detail).items()}
+    found = _values(policy_sums(terms, entropy=entropy, detail=detail))
     if "correction/weight_mean" in found:
         found[EFFECTIVE_SAMPLE_SIZE] = effective_size(
             found["correction/weight_mean"], found["correction/weight_square_mean"]
@@ -157,58 +158,91 @@ def policy_sums(
         raise ValueError(f"detail of the metrics: got {detail!r}; choose one of {', '.join(get_args(Detail))}")
     if detail == "none":
         return {}
-    valid, bounds, region = terms.mask, terms.bounds, terms.objective.bounds
-    log_ratio, advantages = terms.log_ratio.detach().expand(valid.shape), terms.advantages.expand(valid.shape)
-    nonfinite = terms.nonfinite
+    valid, bounds = terms.mask, terms.bounds
+    used = valid & ~terms.nonfinite
     if isinstance(bounds, RatioBounds):
-        bounds = RatioBounds(bounds.lower.expand(valid.shape), bounds.upper.expand(valid.shape))
-        nonfinite = nonfinite | bounds.lower.isnan() | bounds.upper.isnan()
-    used = valid & ~nonfinite
-    r, p = log_ratio.exp(), terms.anchor_logprobs.exp()
-    # The bins are those of a token's own p; an edge is set at the level of the ratio.
-    of_region = level_logprobs(terms.objective, terms.anchor_logprobs, valid & ~terms.nonfinite)
-    sums, n = _clip_sums(terms, outside_of=bounds, used=used, r=r, p=p)
-    count = n.sum()
+        used = used & (bounds.lower <= bounds.upper)  # not where one is NaN
+    fill, count, total = Fill(used), _number(used), _number(valid)
 
     def mean(x: Tensor) -> PooledSum:
-        return PooledSum(torch.where(used, x, 0.0).sum(), count)
+        return PooledSum(fill(x).sum(), count)
 
+    log_ratio = terms.log_ratio.detach().expand(valid.shape)
+    r = log_ratio.exp() if terms.ratio is None else terms.ratio.expand(valid.shape)
+    sums = _clips(terms, used, count) if detail == "basic" else _by_probability(terms, used, r)
     sums |= {
         "ratio/mean": mean(r),
-        "kl/old_new": mean(r - log_ratio - 1),
-        "nonfinite_fraction": PooledSum((nonfinite & valid).count_nonzero(), valid.sum().to(torch.float32)),
+        "kl/old_new": mean(r - 1 - log_ratio),
+        "nonfinite_fraction": PooledSum(total - count, total),
     }
-    if isinstance(bounds, RatioBounds):
-        sums |= {"band/lower_mean": mean(bounds.lower), "band/upper_mean": mean(bounds.upper)}
-        pushed = (advantages > 0) & used, (advantages < 0) & used
-        sums |= _what_binds(
-            bounds,
-            p if of_region is terms.anchor_logprobs else of_region.exp(),
-            *pushed,
-            getattr(region, "max_ratio", None),
-        )
-    if isinstance(region, Band):
-        spent = torch.where(used, _divergence_over_radius(region, log_ratio, of_region), 0.0)
-        sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
-        sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
+    if detail == "full":
+        sums |= _of_region(terms, fill, count)
     ball = terms.objective.projection
     if terms.divergence is not None and ball is not None:
         sums["projection/fraction"] = mean((terms.divergence > ball.radius).to(r.dtype))
         sums["projection/kl_mean"] = mean(terms.divergence.clamp(max=ball.radius).to(r.dtype))
     if entropy is not None:
         sums["entropy"] = mean(entropy.detach().to(r.dtype))
+    return sums | _of_weights(terms, fill, count)
+
+
+def _values(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
+    """The value of each statistic, the means by one division."""
+    means = {name: statistic for name, statistic in sums.items() if statistic.kind == "mean"}
+    if not means:
+        return {name: statistic.value() for name, statistic in sums.items()}
+    wide = torch.float64 if any(s.numerator.dtype == torch.float64 for s in means.values()) else torch.float32
+    above, below = (
+        torch.stack([x.to(wide) for x in column]) for column in zip(*[s[:2] for s in means.values()], strict=True)
+    )
+    quotients = dict(zip(means, (above / below).unbind(), strict=True))
+    return {name: quotients[name] if name in quotients else statistic.value() for name, statistic in sums.items()}
+
+
+def _number(flags: Tensor) -> Tensor:
+    """How many are True, 0-d float32."""
+    return flags.count_nonzero().to(torch.float32)
+
+
+def _of_region(terms: TokenObjective, fill: Fill, count: Tensor) -> dict[str, PooledSum]:
+    """Edges, what sets them, and the realised divergence of a band."""
+    sums: dict[str, PooledSum] = {}
+    bounds, region, used = terms.bounds, terms.objective.bounds, fill.mask
+    shape = used.shape
+    # An edge is set at the level of the ratio.
+    of_region = level_logprobs(terms.objective, terms.anchor_logprobs, terms.mask & ~terms.nonfinite)
+    if isinstance(bounds, RatioBounds):
+        bounds = RatioBounds(bounds.lower.expand(shape), bounds.upper.expand(shape))
+        sums |= {
+            f"band/{side}_mean": PooledSum(fill(getattr(bounds, side)).sum(), count) for side in ("lower", "upper")
+        }
+        advantages = terms.advantages.expand(shape)
+        pushed = (advantages > 0) & used, (advantages < 0) & used
+        sums |= _what_binds(bounds, of_region.exp(), *pushed, getattr(region, "max_ratio", None))
+    if isinstance(region, Band):
+        log_ratio = terms.log_ratio.detach().expand(shape)
+        spent = fill(_divergence_over_radius(region, log_ratio, of_region))
+        sums["band/divergence_mean"] = PooledSum(spent.sum(), count)
+        sums["band/divergence_max"] = PooledSum(spent.amax() if spent.numel() else spent.sum(), count, "max")
+    return sums
+
+
+def _of_weights(terms: TokenObjective, fill: Fill, count: Tensor) -> dict[str, PooledSum]:
+    """Weights for the sampler's mismatch, and what the filters keep."""
+    sums: dict[str, PooledSum] = {}
     weights, filters = terms.weights, terms.filter_weights
     if filters is not None:
         weights = filters if weights is None else weights * filters
-        kept = used & (filters > 0)
-        sums["filter/kept_fraction"] = PooledSum(kept.sum().to(count.dtype), count)
-        sums["filter/kept_sequence_fraction"] = PooledSum(
-            kept.any(-1).sum().to(count.dtype), used.any(-1).sum().to(count.dtype)
-        )
+        kept, used = fill.mask & (filters > 0), fill.mask
+        sums["filter/kept_fraction"] = PooledSum(_number(kept), count)
+        sums["filter/kept_sequence_fraction"] = PooledSum(_number(kept.any(-1)), _number(used.any(-1)))
     if weights is not None:
-        sums["correction/weight_mean"] = mean(weights)
-        sums["correction/weight_square_mean"] = mean(weights.square())
-        sums["correction/zero_fraction"] = mean((weights == 0).to(r.dtype))
+        parts = {
+            "weight_mean": weights,
+            "weight_square_mean": weights.square(),
+            "zero_fraction": (weights == 0).to(weights.dtype),
+        }
+        sums |= {f"correction/{name}": PooledSum(fill(x).sum(), count) for name, x in parts.items()}
     return sums
 
 
@@ -320,20 +354,38 @@ def pass_at_powers(right: Tensor, samples: Tensor, largest: int) -> dict[str, fl
     return report
 
 
-def _clip_sums(
-    terms: TokenObjective, *, outside_of: RatioBounds | Tensor, used: Tensor, r: Tensor, p: Tensor
-) -> tuple[dict[str, PooledSum], Tensor]:
-    """Shares of stopped tokens and of tokens outside, and the number of tokens in each bin of p."""
+def _clips(terms: TokenObjective, used: Tensor, count: Tensor) -> dict[str, PooledSum]:
+    """Shares of tokens whose gradient is taken away."""
+    if terms.stopped is None:
+        return {}
+    stopped = terms.stopped & used
+    high, both = _number(stopped & _above(terms)), _number(stopped)
+    return {
+        "clip_fraction/low": PooledSum(both - high, count),
+        "clip_fraction/high": PooledSum(high, count),
+        "clip_fraction/any": PooledSum(both, count),
+    }
+
+
+def _above(terms: TokenObjective) -> Tensor:
+    """Whether a token's ratio counts as above 1."""
+    log_ratio = terms.log_ratio.detach()
+    if stops_outside(terms.objective.surrogate):
+        return log_ratio > 0
+    # What is outside lies on the side that A pushes to; another rule may stop a ratio of exactly 1.
+    return (log_ratio > 0) | ((log_ratio == 0) & (terms.advantages > 0))
+
+
+def _by_probability(terms: TokenObjective, used: Tensor, r: Tensor) -> dict[str, PooledSum]:
+    """Shares of stopped tokens and of tokens outside, and of all tokens in the bins of p."""
     log_ratio, advantages = terms.log_ratio.detach().expand(used.shape), terms.advantages.expand(used.shape)
     stopped = terms.stopped
     # A clip stops exactly what is outside, and that has been computed.
     same = stopped is not None and stops_outside(terms.objective.surrogate)
-    left = stopped if stopped is not None and same else outside(log_ratio, advantages, outside_of, ratio=r)
-    above = log_ratio > 0
-    if not same:  # what is outside lies on the side that A pushes to; another rule may stop a ratio of exactly 1
-        above = above | ((log_ratio == 0) & (advantages > 0))
+    left = stopped if stopped is not None and same else outside(log_ratio, advantages, terms.bounds, ratio=r)
+    above = _above(terms).expand(used.shape)
     counted = (left if stopped is None else stopped) & used
-    n_low, n_high, n = _count_by_probability(counted, counted & above, used, p)
+    n_low, n_high, n = _count_by_probability(counted, counted & above, used, terms.anchor_logprobs.exp())
     count = n.sum()
     sums: dict[str, PooledSum] = {}
     if stopped is not None:
@@ -357,7 +409,7 @@ def _clip_sums(
     sums["outside_fraction/low"] = PooledSum(low, count)
     sums["outside_fraction/high"] = PooledSum(high, count)
     sums["outside_fraction/any"] = PooledSum(low + high, count)
-    return sums, n
+    return sums
 
 
 def _count_by_probability(counted: Tensor, above: Tensor, valid: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_columns, as_mask, check_shapes, check_tensor, fill, is_logprob, traits_of
+from bandpo._eager import Fill
+from bandpo._inputs import LOWEST_LOGPROB, as_columns, as_mask, check_shapes, check_tensor, traits_of, widened
 from bandpo.bounds import Clip, RatioBounds
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, hold
@@ -49,6 +50,8 @@ class TokenObjective(NamedTuple):
     `counts="kept"` has dropped it. None where the objective has no such filter."""
     divergence: Tensor | None = None
     """KL divergence of each position from the anchor, before its projection, `(batch, time)`; None without a projection."""
+    ratio: Tensor | None = None
+    """`exp(log_ratio)` without gradient; None where it was not needed."""
 
 
 def token_objective(
@@ -96,47 +99,50 @@ def token_objective(
         >>> terms.value, terms.stopped
         (tensor([[1.2000, 1.0000]]), tensor([[ True, False]]))
     """
-    anchor = _anchor(objective, old_logprobs, rollout_logprobs)
+    anchor = _anchor(objective, old_logprobs, rollout_logprobs).detach()
     check_shapes(logprobs, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
     check_tensor("advantages", advantages)
-    columns = as_columns(advantages.detach(), logprobs)
+    columns = widened(as_columns(advantages.detach(), logprobs))
     own = _own_inputs(extras, objective, mask)
 
     valid = as_mask(mask)
-    usable = valid & is_logprob(logprobs) & is_logprob(anchor) & columns.isfinite()
+    needed = [logprobs, anchor]
     if _needs_rollout(objective) and rollout_logprobs is not None:
-        usable = usable & is_logprob(rollout_logprobs)
+        needed.append(rollout_logprobs)
+    usable = valid & _usable(needed, columns)
     for x in own.values():
         nan = x.isnan()
         usable = usable & ~(nan if nan.dim() == 2 else nan.flatten(2).any(-1))
-    nonfinite = valid & ~usable
+    nonfinite = valid ^ usable
+    fill = Fill(usable)
 
-    new, old = fill(logprobs, usable), fill(anchor.detach(), usable)
+    new, old = fill(widened(logprobs)), fill(widened(anchor))
     per_token = columns.shape[1] > 1
     # At token level a column stays one: a surrogate tells by it that a sequence has one advantage.
     as_column = not per_token and objective.ratio_level == "token"
-    advantages = fill(columns, columns.isfinite() if as_column else usable)
+    advantages = columns.nan_to_num(0.0, 0.0, 0.0) if as_column else fill(columns)
     log_ratio = hold(_at_level(new - old, usable, objective, per_token=per_token))
     fused = _fused(logprobs, anchor, advantages, usable, objective) if bounds is None else None
     if fused is not None:
         value, bounds, stopped = fused
         terms = TokenObjective(value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective)
-        return _filtered(terms, new, rollout_logprobs, usable) if objective.filters else terms
+        return _filtered(terms, new, rollout_logprobs, fill) if objective.filters else terms
 
     inputs = {"logprobs": new, "old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
     inputs |= {name: _fill_any(x, usable) for name, x in own.items()}
     if bounds is None:
         bounds = _bounds(objective, old, inputs, usable)
     _check_bounds(bounds, objective)
+    ratio = log_ratio.detach().exp()
     value, stopped = value_and_stopped(
-        objective.surrogate, log_ratio, advantages, bounds, inputs=inputs, asked=objective.surrogate_inputs
+        objective.surrogate, log_ratio, advantages, bounds, ratio=ratio, inputs=inputs, asked=objective.surrogate_inputs
     )
     weights = None
     if objective.correction is not None and rollout_logprobs is not None:
-        weights = objective.correction(old - fill(rollout_logprobs.detach(), usable), usable)
+        weights = objective.correction(old - fill(widened(rollout_logprobs.detach())), usable)
         value = value * weights
     # Expanded first: one value of a sequence counts once for each of its tokens, but not for one that is left out.
-    value = torch.where(usable, _per_token(value, objective, usable), 0.0)
+    value = fill(_per_token(value, objective, usable))
     stopped = None if stopped is None else stopped & usable
     divergence = None
     if objective.projection is not None:
@@ -154,8 +160,17 @@ def token_objective(
         valid,
         objective,
         divergence=divergence,
+        ratio=ratio,
     )
-    return _filtered(terms, new, rollout_logprobs, usable) if objective.filters else terms
+    return _filtered(terms, new, rollout_logprobs, fill) if objective.filters else terms
+
+
+def _usable(logprobs: Sequence[Tensor], columns: Tensor) -> Tensor:
+    """Tokens whose log-probs can be used and whose advantage is finite, by one comparison."""
+    largest = widened(logprobs[0].detach()).abs()
+    for x in logprobs[1:]:
+        largest = torch.maximum(largest, widened(x.detach()).abs())
+    return largest + (columns - columns) <= -LOWEST_LOGPROB  # A - A is NaN where A is not finite
 
 
 def _needs_rollout(objective: Objective) -> bool:
@@ -163,7 +178,7 @@ def _needs_rollout(objective: Objective) -> bool:
     return objective.correction is not None or any("rollout" in rule.needs for rule in objective.filters)
 
 
-def _filtered(terms: TokenObjective, new: Tensor, rollout_logprobs: Tensor | None, usable: Tensor) -> TokenObjective:
+def _filtered(terms: TokenObjective, new: Tensor, rollout_logprobs: Tensor | None, fill: Fill) -> TokenObjective:
     """The terms with the weights of the filters, which judge the tokens that are used, and have no gradient.
 
     A weight for the sampler's mismatch, of which an objective has one at most, takes the place of a correction's.
@@ -171,12 +186,12 @@ def _filtered(terms: TokenObjective, new: Tensor, rollout_logprobs: Tensor | Non
     anchor = terms.anchor_logprobs
     logprobs = {"policy": new.detach(), terms.objective.anchor: anchor}
     if rollout_logprobs is not None:
-        logprobs["rollout"] = fill(rollout_logprobs.detach(), usable)
+        logprobs["rollout"] = fill(widened(rollout_logprobs.detach()))
     kept, counted, weights = torch.ones_like(anchor[:, :1]), None, terms.weights
     value = terms.value
     for rule in terms.objective.filters:
         first, second = rule.needs
-        found = rule(logprobs[first] - logprobs[second], terms.advantages, usable)
+        found = rule(logprobs[first] - logprobs[second], terms.advantages, fill.mask)
         value = value * found
         if rule.action == "weight":
             weights = found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("BANDPO_METRICS", "full")
 HERE = Path(__file__).parent
 HOST = os.environ.get("BANDPO_HOST")
 sys.path.insert(0, str(HERE))

@@ -285,7 +285,7 @@ def test_metrics_by_hand():
     a = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0]])
     _, metrics = policy_loss(
         logprobs=(p * r).log(), old_logprobs=p.log(), advantages=a, mask=torch.ones(1, 5),
-        objective=Objective(bounds=Band(KL, 0.05)), entropy=torch.full((1, 5), 0.7),
+        objective=Objective(bounds=Band(KL, 0.05)), entropy=torch.full((1, 5), 0.7), metrics="full",
     )  # fmt: skip
     m = {k: v.item() for k, v in metrics.items()}
     # token 0: cap 10 < 11, A > 0: clipped high. token 1: 0.5 < 0.571, A < 0: clipped low. 2: inside. 3: low, but A > 0.
@@ -318,7 +318,7 @@ def test_saturated_edges_are_counted():
     p = torch.tensor([[0.97, 0.02, 0.5]])
     _, m = policy_loss(
         logprobs=p.log(), old_logprobs=p.log(), advantages=torch.tensor([[1.0, -1.0, 1.0]]), mask=torch.ones(1, 3),
-        objective=Objective(bounds=Band(TV, 0.05, max_ratio=None)),
+        objective=Objective(bounds=Band(TV, 0.05, max_ratio=None)), metrics="full",
     )  # fmt: skip
     assert m["band/saturated_fraction"].item() == pytest.approx(2 / 3)
     assert m["band/region_fraction"].item() == pytest.approx(1 / 3)

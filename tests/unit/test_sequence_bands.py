@@ -91,7 +91,7 @@ def by_numpy(data, divergence, radius, aggregation, level):
 
 def ours(data, objective):
     x = data["logprobs"].clone().requires_grad_()
-    loss, metrics = policy_loss(**{**data, "logprobs": x}, objective=objective)
+    loss, metrics = policy_loss(**{**data, "logprobs": x}, objective=objective, metrics="full")
     (gradient,) = torch.autograd.grad(loss, x)
     return loss.item(), gradient.numpy(), metrics
 

@@ -271,10 +271,15 @@ def _tabulated(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radiu
 def _finish(lower: Tensor, upper: Tensor, dtype: torch.dtype, cap: float | None) -> RatioBounds:
     """Bounds in float64 or float32 as the caller's dtype, rounded inward and capped."""
     lower, upper = round_inward(lower, dtype, up=True), round_inward(upper, dtype, up=False)
-    if cap is not None:
-        limit = torch.full((), cap, dtype=torch.float64, device=upper.device)
-        upper = torch.minimum(upper, round_inward(limit, dtype, up=False))
-    return RatioBounds(lower, upper)
+    return RatioBounds(lower, upper if cap is None else upper.clamp_max(_rounded_down(cap, dtype)))
+
+
+def _rounded_down(number: float, dtype: torch.dtype) -> float:
+    """The largest number of a dtype that is at most this one."""
+    number = float.fromhex(float(number).hex())  # pins a float that torch.compile has made symbolic
+    numbers = torch.finfo(dtype)
+    spacing = max(math.ldexp(numbers.eps / 2, math.frexp(number)[1]), numbers.tiny * numbers.eps)
+    return math.floor(number / spacing) * spacing
 
 
 def round_inward(x: Tensor, dtype: torch.dtype, *, up: bool) -> Tensor:

@@ -34,4 +34,25 @@ def outside(
     if not isinstance(bounds, RatioBounds):
         return (((advantages > 0) & (log_ratio > 0)) | ((advantages < 0) & (log_ratio < 0))) & ~bounds
     r = log_ratio.exp() if ratio is None else ratio
-    return ((advantages > 0) & (r > bounds.upper)) | ((advantages < 0) & (r < bounds.lower))
+    return past_the_edge(r, r.clamp(bounds.lower, bounds.upper), advantages) > 0
+
+
+def past_the_edge(ratio: Tensor, clamped: Tensor, advantages: Tensor) -> Tensor:
+    """How far each ratio is past the edge that its advantage pushes to: positive exactly where it is `outside`.
+
+    One comparison in place of four, and no logic of bools, which torch's CPU kernels do slowly.
+
+    Args:
+        ratio: r, any shape.
+        clamped: r clamped to its interval, the same shape.
+        advantages: A, which broadcasts to it.
+
+    Returns:
+        `(r - clamped)·sign(A)`, in units of the ratio.
+
+    Examples:
+        >>> import torch
+        >>> past_the_edge(torch.tensor([1.5, 1.5]), torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0]))
+        tensor([ 0.5000, -0.5000])
+    """
+    return (ratio - clamped) * advantages.sign()

@@ -15,16 +15,37 @@ from bandpo._inputs import as_mask, fill
 from bandpo.experimental import Balanced, sum_over_ranks
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.options import RegionOptions, parse_options
-from bandpo.metrics import policy_sums
+from bandpo.metrics import Detail, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import token_objective
 from bandpo.zoo import get_objective
+
+METRICS = "BANDPO_METRICS"
+"""Environment variable with the level of detail of the metrics in a host: basic (the default) or full."""
 
 ENVIRONMENT = "BANDPO_LOSS"
 """Environment variable with objective and options as JSON, for hosts whose configuration cannot pass them to the workers."""
 
 Rows = Literal["whole", "one", "packed"]
 """What a row of the host's tensors contains: one sequence, the only sequence of the call, or several (parts of) sequences."""
+
+
+def checked_detail(detail: str, option: str = METRICS) -> Detail:
+    """The level of detail of the metrics, which is the same in every process and step of a run.
+
+    Hosts average metrics over micro-batches and ranks by their names, and several stop where these differ. So there is no
+    choice by step, and the basic ones are always reported.
+
+    Args:
+        detail: What the user chose.
+        option: Where, for the message.
+
+    Raises:
+        ValueError: If it is neither basic nor full.
+    """
+    if detail not in ("basic", "full"):
+        raise ValueError(f"{option}={detail!r}: choose basic, or full for the metrics by probability and of the region")
+    return cast("Detail", detail)
 
 
 def host_objective(
@@ -205,6 +226,7 @@ def evaluate(
     mask: Tensor,
     rollout_logprobs: Tensor | None = None,
     weights: Tensor | None = None,
+    detail: str | None = None,
 ) -> Evaluated:
     """The objective of each token and its metrics.
 
@@ -217,7 +239,9 @@ def evaluate(
         rollout_logprobs: Log-probs `(batch, time)` of the sampler, None where the host has none.
         weights: The host's weights `(batch, time)`, by which the objective of each token is multiplied. A token whose weight
             is NaN or infinite is left out.
+        detail: Level of detail of the metrics; None for that of the environment variable `BANDPO_METRICS`.
     """
+    chosen = checked_detail(os.environ.get(METRICS, "basic") if detail is None else detail)
     valid = as_mask(mask)
     terms = token_objective(
         objective,
@@ -239,7 +263,7 @@ def evaluate(
         terms = terms._replace(value=value, nonfinite=terms.nonfinite | (valid & ~finite))
     log_ratio = fill(terms.log_ratio.detach().expand(valid.shape), valid)
     used = valid & ~terms.nonfinite
-    return Evaluated(terms.value, mean_proof(policy_sums(terms)), log_ratio, stopped & used, used)
+    return Evaluated(terms.value, mean_proof(policy_sums(terms, detail=chosen)), log_ratio, stopped & used, used)
 
 
 @functools.lru_cache(maxsize=64)

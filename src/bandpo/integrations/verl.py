@@ -26,7 +26,7 @@ except ImportError as error:
 
 from bandpo._deprecations import RENAMED_OBJECTIVES
 from bandpo._inputs import as_mask
-from bandpo.integrations._host import Evaluated, attributes, evaluate, over_ranks, refuse_ignored
+from bandpo.integrations._host import Evaluated, attributes, checked_detail, evaluate, over_ranks, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
 from bandpo.integrations.options import RegionOptions
@@ -82,7 +82,17 @@ class BandPolicyLossConfig(RegionOptions, PolicyLossConfig):
         },
     )
 
+    metrics: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metrics of each micro-batch: basic, or full for those by probability and of the region as well. Default: "
+            "that of the environment variable BANDPO_METRICS, else basic."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.metrics is not None:
+            checked_detail(self.metrics, "policy_loss: metrics")
         self.resolve()
 
     def resolve(self) -> Objective:
@@ -140,6 +150,7 @@ def loss(
         advantages=advantages,
         mask=valid,
         weights=rollout_is_weights,
+        detail=getattr(config.policy_loss, "metrics", None),
     )
     total = agg_loss(-found.value, response_mask, loss_agg_mode, **config.global_batch_info)
     return total, _metrics(found, valid, ranks=config.global_batch_info.get("dp_size") or 1)

@@ -18,7 +18,7 @@ from bandpo.zoo import get_objective
 DEFAULT_OBJECTIVE = "bandpo-kl"
 
 REGION = tuple(f.name for f in dataclasses.fields(RegionOptions))
-OPTIONS = ("objective", *REGION, "bypass_mode")
+OPTIONS = ("objective", *REGION, "bypass_mode", "metrics")
 """The options that bandpo adds to `actor_rollout_ref.actor.policy_loss`."""
 
 DUAL_CLIP = 3.0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from bandpo._eager import Slopes, is_plain, with_slope
 from bandpo._inputs import inputs_of
 from bandpo.bounds import RatioBounds, outside
 
@@ -24,9 +25,11 @@ class StopRule(NamedTuple):
     """Names of the keywords of the surrogate, inputs included, that the rule takes as well."""
     inputs: tuple[str, ...]
     """Names of the inputs of the batch that it takes, and `value` for the value of the surrogate."""
+    slopes: Slopes | None = None
+    """The surrogate and its derivative by hand, which takes the keywords of the surrogate."""
 
 
-def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
+def stops(rule: Callable[..., Tensor], *, slopes: Slopes | None = None) -> Callable[[T], T]:
     """Mark a surrogate (a function, or the class of one) with the rule that says which tokens it takes the gradient away from.
 
     The share of these tokens is the metric `clip_fraction`. Without a mark it is found by automatic differentiation, which
@@ -38,6 +41,9 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
             by its own keyword-only parameters without a default any input that a surrogate can have, or `value`, the value
             of the surrogate. Its result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never`
             that of a surrogate that keeps every gradient.
+        slopes: The same surrogate by hand, a function `(ratio, advantages, bounds) -> ByHand` with the keywords of the
+            surrogate, for eager code: it saves the backward pass through the surrogate, and the rule. The ratio is that of
+            `log_ratio` held within ±40. For surrogates that ask for no input; None for automatic differentiation.
 
     Returns:
         A decorator that gives back the surrogate itself.
@@ -52,7 +58,7 @@ def stops(rule: Callable[..., Tensor]) -> Callable[[T], T]:
 
     def mark(surrogate: T) -> T:
         keywords = taken.intersection(inspect.signature(surrogate).parameters)
-        cast("Any", surrogate).stops = StopRule(rule, surrogate, frozenset(keywords), inputs)
+        cast("Any", surrogate).stops = StopRule(rule, surrogate, frozenset(keywords), inputs, slopes)
         return surrogate
 
     return mark
@@ -85,11 +91,10 @@ def stop_rule_of(surrogate: Callable[..., Tensor]) -> tuple[StopRule | None, dic
     Returns:
         None and no keywords where the surrogate carries no rule of its own.
     """
-    keywords: dict[str, Any] = {}
+    keywords = _keywords(surrogate)
     while isinstance(surrogate, partial):
         if surrogate.args:  # positions have moved: nothing is known
             return None, {}
-        keywords = {**surrogate.keywords, **keywords}
         surrogate = surrogate.func
     mark = getattr(surrogate, "stops", None)
     if isinstance(mark, StopRule) and mark.marks is type(surrogate):
@@ -97,6 +102,15 @@ def stop_rule_of(surrogate: Callable[..., Tensor]) -> tuple[StopRule | None, dic
     if not isinstance(mark, StopRule) or mark.marks is not surrogate:
         return None, {}
     return mark, {name: value for name, value in keywords.items() if name in mark.keywords}
+
+
+def _keywords(surrogate: Callable[..., Tensor]) -> dict[str, Any]:
+    """The keywords that `functools.partial` has fixed."""
+    keywords: dict[str, Any] = {}
+    while isinstance(surrogate, partial):
+        keywords = {**surrogate.keywords, **keywords}
+        surrogate = surrogate.func
+    return keywords
 
 
 def stops_outside(surrogate: Callable[..., Tensor]) -> bool:
@@ -111,6 +125,7 @@ def value_and_stopped(
     advantages: Tensor,
     bounds: RatioBounds | Tensor,
     *,
+    ratio: Tensor,
     inputs: Mapping[str, Tensor],
     asked: tuple[str, ...],
 ) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +136,7 @@ def value_and_stopped(
         log_ratio: `log r` at the ratio level of the objective, with gradient.
         advantages: A, `(batch, 1)` or `(batch, time)`.
         bounds: What the surrogate is given.
+        ratio: `exp(log_ratio)` without gradient.
         inputs: What a surrogate can ask for, by name; `logprobs` are those of the tokens, with gradient.
         asked: The names that this surrogate asks for.
 
@@ -131,12 +147,22 @@ def value_and_stopped(
     mark, keywords = stop_rule_of(surrogate)
     if mark is None:
         return _by_autograd(surrogate, log_ratio, advantages, bounds, inputs, asked)
+    if mark.slopes is not None and is_plain(log_ratio):
+        with torch.no_grad():
+            found = mark.slopes(ratio, advantages, bounds, **_keywords(surrogate))
+
+        def plain(x: Tensor) -> Tensor:
+            return surrogate(x, advantages, bounds)
+
+        return with_slope(log_ratio, plain, found.value, found.slope, advantages, found.inside), found.stopped
     value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
     with torch.no_grad():
+        if mark.rule is outside:
+            return value, outside(log_ratio.detach(), advantages, bounds, ratio=ratio)
         asked_by_rule = [name for name in mark.inputs if name not in keywords]  # a fixed input is a keyword
         given = {name: (value if name == "value" else inputs[name]).detach() for name in asked_by_rule}
         stopped = mark.rule(log_ratio.detach(), advantages, bounds, **keywords, **given)
-        return value, stopped if mark.rule is outside else stopped & (advantages != 0)
+        return value, stopped & (advantages != 0)
 
 
 def _by_autograd(

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from bandpo._deprecations import moved_within
+from bandpo._eager import ByHand
 from bandpo._inputs import traits as traits
 from bandpo.bounds import RatioBounds, outside
+from bandpo.bounds.edges import past_the_edge
 from bandpo.surrogates.stops import never, stops
 
 Surrogate = Callable[..., Tensor]
@@ -45,7 +47,7 @@ def hold(log_ratio: Tensor) -> Tensor:
         >>> hold(torch.tensor([-200.0, 0.5, 90.0]))
         tensor([-40.0000,   0.5000,  40.0000])
     """
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.nn.functional.hardtanh(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)  # a clamp with one backward operation
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
@@ -58,7 +60,19 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return hold(log_ratio).exp()
 
 
-@stops(outside)
+def _clip_by_hand(ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> ByHand:
+    clamped = ratio.clamp(bounds.lower, bounds.upper)
+    left = past_the_edge(ratio, clamped, advantages)
+    value = torch.minimum(ratio * advantages, clamped * advantages)
+    return ByHand(value, ratio, _inside(left), left > 0)
+
+
+def _inside(left: Tensor) -> Tensor:
+    """0 where `left` is positive, else 1: a product with such numbers is faster than a choice."""
+    return 1 - left.sign().clamp_min_(0)
+
+
+@stops(outside, slopes=_clip_by_hand)
 def clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     """The pessimistic surrogate of PPO (arXiv:1707.06347, eq. 7): `min(r·A, r̃·A)` with `r̃` the ratio clamped to the bounds.
 
@@ -81,7 +95,16 @@ def _outside_or_below(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds
     return outside(log_ratio, advantages, bounds, ratio=r) | ((advantages < 0) & (r > c))
 
 
-@stops(_outside_or_below)
+def _dual_clip_by_hand(ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> ByHand:
+    clamped = ratio.clamp(bounds.lower, bounds.upper)
+    negative = (-advantages).sign().clamp_min_(0)
+    left = torch.maximum(past_the_edge(ratio, clamped, advantages), (ratio - c) * negative)
+    least = torch.where(advantages < 0, c * advantages, -math.inf)
+    value = torch.minimum(ratio * advantages, clamped * advantages).maximum(least)
+    return ByHand(value, ratio, _inside(left), left > 0)
+
+
+@stops(_outside_or_below, slopes=_dual_clip_by_hand)
 def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> Tensor:
     """As `clip`, and for `A < 0` at least `c·A`: a bad token whose ratio explodes stops weighing (arXiv:1912.09729, eq. 5).
 
@@ -102,8 +125,19 @@ def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: flo
     return torch.where(advantages < 0, torch.maximum(pessimistic, c * advantages), pessimistic)
 
 
+def _mask_by_hand(
+    ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, truncate: float | None = None
+) -> ByHand:
+    if isinstance(bounds, RatioBounds):
+        left = past_the_edge(ratio, ratio.clamp(bounds.lower, bounds.upper), advantages)
+    else:
+        left = outside(ratio - 1, advantages, bounds).to(ratio.dtype)
+    kept, inside = ratio if truncate is None else ratio.clamp(max=truncate), _inside(left)
+    return ByHand(kept * advantages * inside, kept, inside, left > 0)
+
+
 @traits("membership")
-@stops(outside)
+@stops(outside, slopes=_mask_by_hand)
 def mask(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, truncate: float | None = None) -> Tensor:
     """`r·A` inside, 0 where the ratio has left on the side the advantage pushes to (DPPO, arXiv:2602.04879, eq. 12).
 
@@ -138,7 +172,13 @@ def _off_the_interval(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds
     return (r < bounds.lower) | (r > bounds.upper)
 
 
-@stops(_off_the_interval)
+def _two_sided_by_hand(ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> ByHand:
+    clamped = ratio.clamp(bounds.lower, bounds.upper)
+    off = (ratio - clamped).abs()
+    return ByHand(clamped * advantages, ratio, _inside(off), off * advantages.sign().abs() > 0)
+
+
+@stops(_off_the_interval, slopes=_two_sided_by_hand)
 def two_sided(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
     """`r̃·A`, clamped on both sides whatever the sign of A (ABC-GRPO, arXiv:2601.03895), without PPO's minimum.
 
