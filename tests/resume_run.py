@@ -18,7 +18,7 @@ from datasets import Dataset
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
 from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
-from trl_runs import joined, reward, rollout, settings
+from trl_runs import joined, log_of, reward, rollout, settings
 
 TIMES = ("train_runtime", "step_time", "update_time", "train_samples_per_second", "train_steps_per_second", "total_flos",
          "train_loss")  # fmt: skip
@@ -86,18 +86,14 @@ def uneven(folder):
         if rank:
             inputs["completion_mask"] = (torch.arange(6) < 1).expand(8, 6).long()
         kept = []
-        log_band = trainer._log_band
-        trainer._log_band = lambda terms, batch, log_band=log_band, kept=kept: (
-            kept.append(terms),
-            log_band(terms, batch),
-        )
+        trainer._after_loss = lambda logprobs, batch, given, terms, kept=kept: kept.append(terms)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, inputs)
         terms = joined(kept)
         # Plain values, which can be loaded with weights_only.
         mine = terms._asdict() | {"bounds": tuple(terms.bounds), "objective": objective}
-        log = {k: v[-1] for k, v in trainer._metrics["train"].items()}
+        log = {k: v[-1] for k, v in log_of(trainer).items()}
         found[objective] = {"log": log, "parts": gather_object([mine])}
     return found
 

@@ -7,6 +7,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bandpo import RatioBounds
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl.base import BandTrainer
 from bandpo.terms import TokenObjective
 
 
@@ -56,11 +57,19 @@ def loss_and_gradient(trainer, inputs):
     trainer.model.train()
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    trainer._metrics["train"].clear()
+    log_of(trainer).clear()
     loss = trainer._compute_loss(trainer.model, dict(inputs))
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-    return loss.detach(), gradient, {k: v[-1] for k, v in trainer._metrics["train"].items() if v}
+    return loss.detach(), gradient, {k: v[-1] for k, v in log_of(trainer).items() if v}
+
+
+def log_of(trainer):
+    """What a trainer, TRL's or ours, has measured since the last line of its log."""
+    if isinstance(trainer, BandTrainer):
+        trainer.settle()
+        trainer._pooled["train"].forget()
+    return trainer._metrics["train"]
 
 
 def joined(parts):

@@ -23,7 +23,7 @@ from bandpo.integrations.trl.checkpoint import CheckpointError, _delete_oldest
 from bandpo.integrations.trl.precision import lost_updates, moved_share
 from bandpo.integrations.trl.signal import SignalWatch, without_signal
 from bandpo.surrogates import dual_clip
-from trl_runs import joined, loss_and_gradient, reward, rollout, settings, token_logprobs, trl_trainer
+from trl_runs import joined, log_of, loss_and_gradient, reward, rollout, settings, token_logprobs, trl_trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*pin_memory", "ignore:The trust region of",
@@ -96,8 +96,8 @@ def test_micro_batches_of_unequal_size_are_pooled(make, objective):
     trainer = make(objective=objective)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2
-    kept, log_band = [], trainer._log_band
-    trainer._log_band = lambda terms, inputs: (kept.append((terms, inputs)), log_band(terms, inputs))
+    kept = []
+    trainer._after_loss = lambda logprobs, inputs, given, terms: kept.append(terms)
     entropies = []
     scores = trainer._get_per_token_logps_and_entropies
 
@@ -111,8 +111,8 @@ def test_micro_batches_of_unequal_size_are_pooled(make, objective):
         inputs = rollout(None, seed)
         inputs["completion_mask"] = inputs["completion_mask"] * (torch.arange(6) < width)
         trainer._compute_loss(trainer.model, inputs)
-    log = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}  # as TRL makes a line of it
-    whole = joined([terms for terms, _ in kept])
+    log = {k: sum(v) / len(v) for k, v in log_of(trainer).items()}  # as TRL makes a line of it
+    whole = joined(kept)
     want = policy_metrics(whole, entropy=torch.cat(entropies))
     names = {
         "clip_fraction/low": "clip_ratio/low_mean",
@@ -125,7 +125,7 @@ def test_micro_batches_of_unequal_size_are_pooled(make, objective):
             assert names.get(name, name) not in log
         else:
             assert log[names.get(name, name)] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
-    means = sum(policy_metrics(terms)["ratio/mean"] for terms, _ in kept) / 2
+    means = sum(policy_metrics(terms)["ratio/mean"] for terms in kept) / 2
     assert abs(means - want["ratio/mean"]) > 1e-3  # a mean of means is another number here
 
 

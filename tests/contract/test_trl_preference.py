@@ -11,6 +11,7 @@ from bandpo.integrations.trl.dpo import BandDPOConfig, BandDPOTrainer
 from bandpo.integrations.trl.generate import score_completions
 from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer
 from bandpo.preference import LayerProbe
+from trl_runs import log_of
 
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
@@ -48,7 +49,7 @@ def loss_and_gradient(trainer):
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer._compute_loss(trainer.model, batch, False)
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()]), trainer._metrics["train"]
+    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()]), log_of(trainer)
 
 
 EQUAL = [
@@ -133,10 +134,10 @@ def test_pairs_of_unequal_micro_batches_are_pooled(tmp_path, make_model, tokeniz
     trainer.model.train()
     log = trainer._metrics["train"]
     for chosen, strange, count in ((1.0, 0.0, 4), (3.0, 0.5, 2), (float("nan"), 1.0, 1)):
-        trainer._pooled["train"].begin(log)
         log["rewards/chosen"].append(99.0)  # TRL's own, which knows no link
         metrics = {"rewards/chosen": chosen, "clipped": chosen / 4, "nonfinite_fraction": strange}
         trainer._log_pairs({k: torch.tensor(v) for k, v in metrics.items()}, count)
+    trainer.settle()
     assert log["rewards/chosen"] == [pytest.approx((1.0 * 4 + 3.0 * 1) / 5)]
     assert log["pairs/clipped"] == [pytest.approx((0.25 * 4 + 0.75 * 1) / 5)]
     assert log["pairs/nonfinite_fraction"] == [pytest.approx((0.5 * 2 + 1.0) / 7)]

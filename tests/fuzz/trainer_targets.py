@@ -19,7 +19,7 @@ from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, toke
 from bandpo._system.files import SEAL, damage, latest_whole, read_jsonl, seal
 from bandpo.integrations.trl import BandGRPOTrainer
 from bandpo.integrations.trl.checkpoint import _readable, latest_checkpoint
-from bandpo.integrations.trl.pooled import PooledLog, over_processes, without_empty
+from bandpo.integrations.trl.pooled import Measured, PooledLog, without_empty
 from bandpo.integrations.trl.signal import SignalWatch, without_signal
 from bandpo.metrics import policy_sums
 from bandpo.train.progress import Progress, TrainingProgress
@@ -79,11 +79,10 @@ def pooled_is_whole(draw: tuple[Any, ...]) -> str:
     pooled, log = PooledLog(), defaultdict(list)
     for first in range(0, len(parts), ranks):
         here, *others = parts[first : first + ranks]
-        tables = [torch.stack([x.double() for s in o.values() for x in s[:2]]).unsqueeze(0) for o in others]
-        pooled.begin(log)
-        for name, total in over_processes(Processes(tables), here).items():
-            pooled.put(log, name, total)
-        pooled.load(json.loads(json.dumps(pooled.parts)))  # as a checkpoint in between
+        tables = [_table(o) for o in others]
+        pooled.wait(Measured(here, lambda found: [pooled.put(*total) for total in found.items()]))
+        pooled.settle(Processes(tables), log)
+        pooled.load(json.loads(json.dumps(pooled.parts)), of=log)  # as a checkpoint in between
     without_empty(log)
     for name, value in whole.items():
         if math.isnan(value):
@@ -92,6 +91,13 @@ def pooled_is_whole(draw: tuple[Any, ...]) -> str:
             (found,) = log[name]
             assert abs(found - value.item()) <= 1e-5 * abs(value.item()) + 60 * 2**-24 or found == value.item(), name
     return "fine"
+
+
+def _table(sums: Any) -> torch.Tensor:
+    """The row of another process: its numbers by dtype, in the order in which the dtypes are met."""
+    numbers = [x for s in sums.values() for x in s[:2]]
+    kinds = dict.fromkeys(x.dtype for x in numbers)
+    return torch.stack([x.double() for kind in kinds for x in numbers if x.dtype == kind]).unsqueeze(0)
 
 
 REWARDS = st.tuples(
@@ -228,7 +234,7 @@ def any_state(content: bytes) -> str:
         assert "cannot be resumed" in message
         return "refused"
     pooled, log = reader._pooled["train"], reader._metrics["train"]
-    pooled.begin(log)
+    pooled.settle(reader.accelerator, log)
     without_empty(log)
     reader._signal.note(torch.tensor([True]), torch.tensor([0.0]))
     assert reader._signal.verdict() is None or reader._signal.verdict()

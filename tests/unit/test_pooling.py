@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, token_objective
 from bandpo.integrations._host_metrics import mean_proof
-from bandpo.integrations.trl.pooled import PooledLog, Total, over_processes, without_empty
+from bandpo.integrations.trl.pooled import MOST_WAITING, Measured, PooledLog, Total, over_processes, without_empty
 from bandpo.integrations.trl.radius import MovingRadius
-from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PROB_BINS, effective_size, masked_mean, policy_sums
+from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PROB_BINS, PooledSum, effective_size, masked_mean, policy_sums
 from bandpo.schedules import Schedule
 
 
@@ -95,27 +95,32 @@ class Processes:
         return torch.cat([x, *self.others])
 
 
-def table(sums):
-    return torch.stack([x.double() for s in sums.values() for x in s[:2]]).unsqueeze(0)
+def table(*groups):
+    """The row of another process: its numbers by dtype, in the order in which the dtypes are met."""
+    numbers = [x for sums in groups for s in sums.values() for x in s[:2]]
+    kinds = dict.fromkeys(x.dtype for x in numbers)
+    return torch.stack([x.double() for kind in kinds for x in numbers if x.dtype == kind]).unsqueeze(0)
 
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**31), objective=st.sampled_from(["bandpo-kl", "dapo", "dcpo"]),
-       cuts=st.lists(st.integers(0, 6), max_size=4), ranks=st.integers(1, 3))  # fmt: skip
-def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objective, cuts, ranks):
-    """Empty parts, and parts without a valid token, are among them."""
+       cuts=st.lists(st.integers(0, 6), max_size=4), ranks=st.integers(1, 3), settled=st.sets(st.integers(0, 6)))  # fmt: skip
+def test_any_split_into_ranks_and_micro_batches_pools_to_the_whole(seed, objective, cuts, ranks, settled):
+    """Empty parts, and parts without a valid token, are among them; and settling in between changes nothing."""
     data = made(seed, objective=objective)
     whole = metrics_of(data)
     edges = [0, *sorted(cuts), 6]
     parts = parts_of(data, *(slice(a, b) for a, b in itertools.pairwise(edges)))
     (none,) = parts_of(data, slice(0, 0))
     parts += [none] * (-len(parts) % ranks)
-    pooled, log = PooledLog(), {}
+    pooled, log, waiting = PooledLog(), {}, []
     for start in range(0, len(parts), ranks):
         here, *others = parts[start : start + ranks]
-        pooled.begin(log)
-        for name, total in over_processes(Processes([table(o) for o in others]), here).items():
-            pooled.put(log, name, total)
+        waiting.append((here, others))
+        pooled.wait(Measured(here, lambda found: [pooled.put(*part) for part in found.items()]))
+        if start in settled or start + ranks >= len(parts):
+            pooled.settle(Processes([table(*(o[rank] for _, o in waiting)) for rank in range(ranks - 1)]), log)
+            waiting = []
     ess = whole.pop(EFFECTIVE_SAMPLE_SIZE)  # no sum, but made from two means
     if not math.isnan(ess):
         means = (log[f"correction/weight_{name}"][0] for name in ("mean", "square_mean"))
@@ -191,12 +196,9 @@ def test_the_default_dtype_changes_nothing(dtype):
 
 def test_a_mean_of_means_would_be_another_number():
     """The findings' case: 48 tokens on one rank and 8 on the other."""
-    log, pooled = {}, PooledLog()
     first, second = (policy_sums(one_sided(n, clipped)) for n, clipped in ((48, 20), (8, 1)))
-    found = over_processes(Processes([table(second)]), first)
-    pooled.begin(log)
-    pooled.put(log, "clip", found["clip_fraction/any"])
-    assert log["clip"] == [np.float32(21 / 56)]
+    (found,) = over_processes(Processes([table(second)]), [first])
+    assert found["clip_fraction/any"] == Total(21.0, 56.0)
     assert found["band/divergence_max"].numerator == max(s["band/divergence_max"].numerator for s in (first, second))
 
 
@@ -209,27 +211,37 @@ def one_sided(tokens, clipped):
 
 def test_the_pool_begins_anew_with_each_line_and_takes_over_the_host_s_values():
     log, pooled = {}, PooledLog()
+
+    def settle(*parts):
+        one = torch.tensor(1.0)
+        pooled.wait(Measured({"x": PooledSum(one, one)}, lambda _: [pooled.put(*part) for part in parts]))
+        pooled.settle(OneProcess, log)
+
     for value, tokens in ((0.5, 8), (0.25, 24)):
-        pooled.begin(log)
-        log.setdefault("kl", []).append(value)
-        log.setdefault("low", []).append(value)
-        pooled.take(log, "kl", weight=tokens, count=tokens)
-        pooled.take(log, "low", weight=1, count=tokens, kind="min")
-        pooled.take(log, "absent", weight=tokens, count=tokens)
+        settle(("kl", Total(value * tokens, tokens)), ("low", Total(value, tokens, "min")))
     assert log == {"kl": [(0.5 * 8 + 0.25 * 24) / 32], "low": [0.25]}
+    pooled.settle(OneProcess, log)  # nothing waits: nothing happens
+    assert log["kl"] == [0.3125]
     log.clear()  # TRL has written its line
-    pooled.begin(log)
-    log["kl"] = [0.125]
-    pooled.take(log, "kl", weight=4, count=4)
-    assert log["kl"] == [0.125]
-    log["kl"].append(7.0)  # a batch without a valid token: the host's 0 or whatever is no evidence
-    pooled.take(log, "kl", weight=0, count=0)
-    assert log["kl"] == [0.125]
-    pooled.put(log, "nothing", Total(0.0, 0.0))
-    assert "nothing" not in log
+    pooled.forget()
+    settle(("kl", Total(0.5, 4)))
+    assert log == {"kl": [0.125]}  # and no name that was measured for the line before
+    settle(("kl", Total(0.0, 0.0)), ("nothing", Total(0.0, 0.0)), ("strange", Total(math.nan, 1.0)))
+    assert log == {"kl": [0.125]}  # a batch without a valid token is no evidence
     log["none"], log["some"] = [math.nan], [math.nan, 1.0]
     without_empty(log)
     assert set(log) == {"kl", "some"}
+
+
+def test_only_parts_of_the_line_in_progress_are_restored():
+    pooled = PooledLog()
+    pooled.load({"kl": [1.0, 2.0, "mean"], "written": [1.0, 2.0, "mean"]}, of={"kl": [0.5]})
+    assert set(pooled.parts) == {"kl"}
+
+
+def test_waiting_metrics_are_kept_within_bounds():
+    pooled, part = PooledLog(), Measured({}, lambda _: None)
+    assert [pooled.wait(part) for _ in range(MOST_WAITING)].index(True) == MOST_WAITING - 1
 
 
 def test_what_a_host_averages_itself_is_the_whole_where_its_parts_have_one_size():

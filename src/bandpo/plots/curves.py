@@ -118,6 +118,11 @@ class Curves:
         """Whether a curve has more points than are drawn."""
         return any(curve.reduced for curve in self._curves.values())
 
+    @property
+    def by_probability(self) -> bool:
+        """Whether a row has shares by probability, which a run measures with `full_metrics_every`."""
+        return any(weight for _, weight in self._shares.values())
+
     def curve(self, name: str) -> Curve:
         """The curve of a metric over the steps.
 

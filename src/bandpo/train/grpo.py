@@ -1,10 +1,11 @@
 """`bandpo train` with a policy-gradient objective: BandPO and the zoo."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -13,8 +14,11 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from transformers import PrinterCallback
 from trl.models.utils import unwrap_model_for_generation  # pyright: ignore[reportUnknownVariableType]
 
+from bandpo._inputs import as_columns, is_logprob
 from bandpo._system.progress import Progress
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl.rollout import mask_of
+from bandpo.integrations.trl.strategy import GivenToTRL
 from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
 from bandpo.plots.curves import Curves
 from bandpo.terms import TokenObjective
@@ -22,10 +26,10 @@ from bandpo.train.folder import HidesSecretsInCard
 from bandpo.train.progress import TrainingProgress
 from bandpo.train.rewards import RewardFunction
 
-_TOKENS_KEPT = 4000
-"""Tokens of the last rollouts that the figure of the band shows."""
-_TOKENS_PER_BATCH = _TOKENS_KEPT // 40
-"""Tokens that are drawn from one batch, so that those of the last 40 batches are shown."""
+_BATCHES_SHOWN = 4
+"""Micro-batches whose tokens the figure of the band shows, of the last ones that measured the full metrics."""
+_TOKENS_PER_BATCH = 1000
+"""Tokens that it shows of each of them."""
 
 
 class GRPORun:
@@ -94,8 +98,8 @@ class GRPORun:
             folder: Folder of the model.
         """
         self.trainer.save_model(str(folder))
-        if self.trainer.last_batch and self.trainer.is_world_process_zero():
-            save_file(self.trainer.last_batch, folder.parent / "batch.safetensors")
+        if self.trainer.is_world_process_zero() and (batch := self.trainer.last_batch):
+            save_file(batch, folder.parent / "batch.safetensors")
 
     @contextmanager
     def for_sampling(self) -> Generator[Any]:
@@ -111,39 +115,76 @@ class GRPORun:
             log: Rows of metrics.jsonl, which are read once.
         """
         training = Curves(row for row in log if "reward" in row or "entropy" in row)
-        return {
-            "Training": plot_training(training),
-            "Who is clipped": plot_clip_by_probability(training),
-            "The band, with tokens of this run": plot_bounds(
-                self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens
-            ),
-        }
+        found = {"Training": plot_training(training)}
+        if training.by_probability:
+            found["Who is clipped"] = plot_clip_by_probability(training)
+        band = plot_bounds(self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens)
+        return found | {"The band, with tokens of this run": band}
 
 
 class _Trainer(HidesSecretsInCard, BandGRPOTrainer):
-    """Keeps some tokens of the last rollouts, for the figure of the band, and the last batch."""
+    """Keeps references to the tensors of the last micro-batches, for the figure of the band and for the doctor.
+
+    Nothing is copied to the host while the run trains.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tokens: dict[str, list[float]] = {"p": [], "ratio": [], "clipped": []}
-        self.last_batch: dict[str, torch.Tensor] = {}
-        self._draw = random.Random(0)
+        self._last: tuple[torch.Tensor, dict[str, Any], GivenToTRL] | None = None
+        self._drawn_from: deque[_Tokens] = deque(maxlen=_BATCHES_SHOWN)
 
-    def _log_band(self, terms: TokenObjective, inputs: dict[str, Any]) -> None:
-        super()._log_band(terms, inputs)
-        valid = inputs["completion_mask"] != 0
+    def _after_loss(
+        self, logprobs: torch.Tensor, inputs: dict[str, Any], given: GivenToTRL, terms: TokenObjective | None
+    ) -> None:
         if self.model.training:
-            self.last_batch = _as_batch(terms, valid)
-        p = terms.anchor_logprobs.exp()
-        log_ratio = terms.log_ratio.detach().expand(valid.shape)
-        clipped = torch.zeros_like(valid) if terms.stopped is None else terms.stopped
-        chosen = self._draw.sample(range(int(valid.sum())), min(int(valid.sum()), _TOKENS_PER_BATCH))
-        for name, values in (("p", p), ("ratio", log_ratio.exp()), ("clipped", clipped.float())):
-            self.tokens[name] = (self.tokens[name] + values[valid][chosen].tolist())[-_TOKENS_KEPT:]
+            self._last = logprobs.detach(), inputs, given
+            if terms is not None:
+                self._drawn_from.append(_Tokens.of(terms))
+
+    @property
+    def last_batch(self) -> dict[str, torch.Tensor]:
+        """The last micro-batch of training, on the host, with the names that the doctor reads; empty before the first."""
+        if self._last is None:
+            return {}
+        logprobs, inputs, _ = self._last
+        old, valid = inputs.get("old_per_token_logps"), mask_of(inputs) != 0
+        tensors = {"logprobs": logprobs, "old_logprobs": logprobs if old is None else old}
+        known = valid & is_logprob(tensors["logprobs"]) & is_logprob(tensors["old_logprobs"])
+        tensors = {name: torch.where(known, x, 0.0) for name, x in tensors.items()}
+        tensors |= {"advantages": as_columns(inputs["advantages"], logprobs), "mask": valid}
+        return {name: x.detach().expand(valid.shape).contiguous().cpu() for name, x in tensors.items()}
+
+    @property
+    def tokens(self) -> dict[str, list[float]]:
+        """Some tokens of the last micro-batches whose terms were computed: p, ratio, and whether the gradient is taken away."""
+        if not self._drawn_from and self._last is not None:
+            logprobs, inputs, given = self._last
+            with torch.no_grad():
+                self._drawn_from.append(_Tokens.of(self._strategy.terms(self.model, logprobs, inputs, given)))
+        draw, found = random.Random(0), {"p": list[float](), "ratio": list[float](), "clipped": list[float]()}
+        for batch in self._drawn_from:
+            for name, values in batch.some(_TOKENS_PER_BATCH, draw).items():
+                found[name] += values
+        return found
 
 
-def _as_batch(terms: TokenObjective, valid: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch with the names that the doctor reads."""
-    old = terms.anchor_logprobs
-    tensors = {"logprobs": old + terms.log_ratio, "old_logprobs": old, "advantages": terms.advantages, "mask": valid}
-    return {name: x.detach().expand(valid.shape).contiguous().cpu() for name, x in tensors.items()}
+class _Tokens(NamedTuple):
+    """The tokens of a micro-batch, without gradient."""
+
+    anchor_logprobs: torch.Tensor
+    log_ratio: torch.Tensor
+    stopped: torch.Tensor | None
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, terms: TokenObjective) -> "_Tokens":
+        return cls(terms.anchor_logprobs, terms.log_ratio.detach(), terms.stopped, terms.mask)
+
+    def some(self, count: int, draw: random.Random) -> dict[str, list[float]]:
+        """So many of the valid tokens, or all of them if they are fewer."""
+        valid = self.mask.cpu()
+        clipped = torch.zeros_like(self.mask) if self.stopped is None else self.stopped
+        columns = {"p": self.anchor_logprobs.exp(), "ratio": self.log_ratio.exp(), "clipped": clipped.float()}
+        total = int(valid.sum())
+        chosen = draw.sample(range(total), min(total, count))
+        return {name: x.expand(valid.shape).cpu()[valid][chosen].tolist() for name, x in columns.items()}

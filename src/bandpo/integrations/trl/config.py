@@ -10,6 +10,7 @@ try:
 except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
+from bandpo._inputs import check_int
 from bandpo._system.secrets import HidesSecrets
 from bandpo.bounds import Band
 from bandpo.integrations.options import RegionOptions
@@ -128,6 +129,13 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
     packing_window: int = field(
         default=_PACKING_WINDOW, metadata={"help": "Number of sequences from which the packer chooses the next one."}
     )
+    full_metrics_every: int = field(
+        default=10,
+        metadata={
+            "help": "Optimizer steps between two that measure the full metrics (probability bins, outside_fraction, band/*); "
+            "the others measure the basic ones. 1: every step, 0: none. A radius_target follows them: every step measures them."
+        },
+    )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "TRL's normalisation: grpo, dapo, bnpo, dr_grpo or luspo. Default: the objective's."},
@@ -146,6 +154,11 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         self.penalty_rule(objective)
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
+        check_int("full_metrics_every", self.full_metrics_every)
+        if self.full_metrics_every < 0:
+            raise ValueError(
+                f"full_metrics_every must be >= 0 steps (1 for every step, 0 for none), got {self.full_metrics_every}"
+            )
         pruning = self.selector()
         if pruning is not None and pruning.completions:
             _refuse_terms_without_weights(self)

@@ -6,6 +6,7 @@ forward pass.
 
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,10 +25,10 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl.dpo needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo._system.secrets import HidesSecrets
-from bandpo.integrations.trl.base import BandTrainer
+from bandpo.integrations.trl.base import BandTrainer, Mode
 from bandpo.integrations.trl.generate import layer_states
 from bandpo.integrations.trl.host import Accelerator, Batch
-from bandpo.integrations.trl.pooled import over_processes
+from bandpo.integrations.trl.pooled import Measured, Total
 from bandpo.metrics import PooledSum
 from bandpo.preference.links import as_link
 from bandpo.preference.losses import pair_loss, preference_confidence
@@ -219,7 +220,6 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         gap = inputs.pop("reward_gap", None)
         if "ref_chosen_logps" not in inputs:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._reference_logprobs(inputs)
-        self._pooled[self._mode].begin(self.current_log)
         recorded = _Recorder(model)
         with self._given_references(), self._hidden_states() as hidden:
             host = cast("Any", super()._compute_loss(recorded, inputs, return_outputs))
@@ -299,21 +299,25 @@ class BandDPOTrainer(BandTrainer, DPOTrainer):
         return nullcontext([]) if self.probe is None else layer_states(self.accelerator.unwrap_model(self.model))
 
     def _log_pairs(self, metrics: dict[str, Tensor], pairs: int) -> None:
-        """Write our metrics into TRL's log, pooled over processes and micro-batches.
+        """Keep our metrics, which are pooled over processes and micro-batches, for the next line of the log.
 
         Our implicit rewards replace those of TRL, which are computed without the link.
         """
         self.pairs_seen += pairs if self.model.training else 0
-        log, pooled = self.current_log, self._pooled[self._mode]
-        every = metrics["nonfinite_fraction"].new_tensor(float(pairs))
+        every = metrics["nonfinite_fraction"].new_full((), float(pairs))
         used = (every * (1 - metrics["nonfinite_fraction"])).round()
         sums: dict[str, PooledSum] = {}
         for name, value in metrics.items():
             count = every if name == "nonfinite_fraction" or name.startswith("probe/") else used
             total = torch.where(count > 0, value * count, 0.0)
             sums[name if name.startswith("rewards/") else f"pairs/{name}"] = PooledSum(total, count)
-        for name, total in over_processes(self.accelerator, sums).items():
-            pooled.put(log, name, total)
+        self._wait(Measured(sums, functools.partial(self._add_pairs, self._mode)))
+
+    def _add_pairs(self, mode: Mode, found: dict[str, Total]) -> None:
+        """Add the totals of a micro-batch, also where there are none: TRL's number has no place beside ours."""
+        for name, total in found.items():
+            self._metrics[mode].pop(name, None)
+            self._pooled[mode].put(name, total)
 
     def state_to_keep(self) -> dict[str, Any]:
         kept = super().state_to_keep() | {"tokens": self._total_train_tokens}

@@ -4,6 +4,7 @@ How an objective reaches TRL's loss is described in `strategy.py`: TRL computes 
 loss of any other surrogate is added to TRL's. Both are exact (tests/contract/test_trl.py).
 """
 
+import functools
 import math
 import re
 import time
@@ -18,15 +19,15 @@ from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 from bandpo._system import citation
 from bandpo.integrations._host import over_ranks
 from bandpo.integrations.names import metrics_of
-from bandpo.integrations.trl.base import BandTrainer
+from bandpo.integrations.trl.base import BandTrainer, Mode
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations.trl.config import trl_computes_kl
 from bandpo.integrations.trl.generate import end_tokens, sampling_by
 from bandpo.integrations.trl.host import Accelerator, Batch, TrainerState
 from bandpo.integrations.trl.kl import kl_of_batch, kl_of_run
-from bandpo.integrations.trl.nonfinite import without_nonfinite
+from bandpo.integrations.trl.nonfinite import Scored, without_nonfinite
 from bandpo.integrations.trl.packing import packed_scores, probe_packing, refuse_packing
-from bandpo.integrations.trl.pooled import Total, over_processes
+from bandpo.integrations.trl.pooled import Measured, PooledLog, Total
 from bandpo.integrations.trl.radius import MovingPenalty, MovingRadius
 from bandpo.integrations.trl.refusals import (
     refuse_other_fields,
@@ -39,7 +40,7 @@ from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
 from bandpo.integrations.trl.top import learns_from_top, refuse_images, top_scores
-from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, PooledSum, effective_size, policy_sums
+from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, Detail, PooledSum, effective_size, policy_sums
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective
 
@@ -112,16 +113,18 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._strategy.refuse(args)
         in_trl = ("k3-ratio" if args.use_bias_correction_kl else "k3") == args.kl_term
         self._own_kl = bool(args.beta) and not (in_trl and trl_computes_kl(args.kl_term, self.objective))
-        self._kl_to_log: dict[str, PooledSum] = {}  # of the batch whose KL bandpo computes
+        self._from_top = learns_from_top(self.objective)
         self._signal = SignalWatch()
         self.last_rewards = self._rewards_of_functions = torch.empty(0)
         self._groups_without_signal = torch.empty(0, dtype=torch.bool)
         self._scored_batch: Batch | None = None  # the batch in `_compute_loss`, None while a rollout is scored
         self._last_logprobs: Tensor | None = None
+        self._last_scored: Scored | None = None
+        self._radius_in_use = math.nan
         self.last_top: Tensor | None = (
             None  # log-probs of the top-K tokens from the same pass, where they have a gradient
         )
-        self._silenced = self._told_nonfinite = self._packs = False
+        self._told_nonfinite = self._packs = False
         self._sampling_seconds = 0.0
         super().__init__(model, reward_funcs, args, **kwargs)
         self._set_end_tokens()
@@ -187,6 +190,11 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         return self._tokenizer.pad_token_id
 
     @property
+    def radius_moves(self) -> bool:
+        """Whether the radius may change between two steps."""
+        return self._radius is not None
+
+    @property
     def micro_batch(self) -> int:
         """Number of the micro-batch, counted by TRL over the run."""
         return self._step
@@ -206,6 +214,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             rollout = self._pruned.after(inputs, self._generate_with_extras(inputs), weights)
         if self.model.training and self._refill is not None:
             rollout = self._refill(rollout, self._generate_with_extras)
+        if self.model.training and (self._radius is not None or self._penalty is not None):
+            self.settle()  # they follow what was measured
         if self.model.training and self._radius is not None:
             self._radius.after_rollout()
         if self.model.training and self._penalty is not None:
@@ -222,7 +232,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             self.current_log["frac_reward_zero_std"][-1] = self._groups_without_signal.float().mean().item()
         if self.model.training:
             self._tell(self._signal.note(self._groups_without_signal, self.last_rewards))
-        rollout |= group_extras(self, rollout)
+        rollout |= group_extras(self, rollout) | self._strategy.of_rollout(rollout)
         if self.objective.top_k is not None:
             values, ids = top_logprobs(self, self.model, rollout, None, self.objective.top_k)
             rollout |= {f"{PREFIX}top_logprobs": values, f"{PREFIX}top_ids": ids}
@@ -259,7 +269,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     # ---- log-probs
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self._scored_batch is not None and learns_from_top(self.objective):
+        if self._scored_batch is not None and self._from_top:
             out = self._scores_with_top(*args, **kwargs)
         elif self.args.packing:
             out = self._packed_scores(*args, **kwargs)
@@ -268,9 +278,16 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._last_logprobs = out[0]
         if self._scored_batch is None:
             return out
-        found = without_nonfinite(out[0], self._scored_batch, self.objective.ratio_level)
-        self._silenced = found.silenced
-        return found.logprobs, *out[1:]
+        if (
+            self._strategy.replaces_loss and not self.beta
+        ):  # for advantages of 0 its policy loss is 0 with any log-probs
+            zeros = torch.zeros_like(out[0])
+            self._scored_batch["old_per_token_logps"] = zeros
+            scored = Scored(zeros, zeros)
+        else:
+            scored = without_nonfinite(out[0], self._scored_batch, self.objective.ratio_level)
+        self._last_scored = scored
+        return scored.logprobs, *out[1:]
 
     def _scores_with_top(
         self,
@@ -334,44 +351,73 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Batch) -> Tensor:
         self._set_radius()
         log = self.current_log
-        self._pooled[self._mode].begin(log)
-        logged = len(log.get("policy_loss", ()))
+        logged = {name: len(log.get(name, ())) for name in _FROM_TRL}
         given = self._strategy.given_to_trl(inputs)
-        loss, logprobs = self._loss_of_trl(model, inputs, given)
-        terms = self._strategy.terms(model, logprobs, inputs, given)
-        own = self._strategy.own_loss(terms, inputs)
-        if own is not None:
-            loss = loss + own.value
-            if len(log.get("policy_loss", ())) > logged:  # TRL logs it beside an entropy bonus, here of advantages of 0
-                log["policy_loss"][-1] += self.accelerator.gather(own.as_logged).mean().item()
-        if self._own_kl:
-            kl = kl_of_batch(self, terms, logprobs, inputs)
-            self._kl_to_log, loss = {"kl": kl.logged}, loss + self.beta * kl.loss
-        self._log_band(terms, inputs)
+        loss, logprobs, scored = self._loss_of_trl(model, inputs, given)
+        found = {name: log[name].pop() for name, count in logged.items() if len(log.get(name, ())) > count}
+        for name in [name for name in found if not log[name]]:
+            del log[name]  # so that there is no name without a number
+        detail = self._detail()
+        basic = None
+        if detail == "basic" and not self._own_kl:
+            with torch.no_grad():
+                basic = self._strategy.basic_sums(scored, inputs, given)
+        terms = None if basic is not None else self._strategy.terms(model, logprobs, inputs, given)
+        sums: dict[str, PooledSum] = basic or {}
+        if terms is not None:
+            own = self._strategy.own_loss(terms, inputs)
+            if own is not None:
+                loss = loss + own.value
+                if "policy_loss" in found:  # TRL logs it beside an entropy bonus, here of advantages of 0
+                    found["policy_loss"] += self.accelerator.gather(own.as_logged).mean().item()
+            if self._own_kl:
+                kl = kl_of_batch(self, terms, logprobs, inputs)
+                sums, loss = {"kl": kl.logged}, loss + self.beta * kl.loss
+            sums |= policy_sums(terms, detail=detail)
+        if "policy_loss" in found:
+            log["policy_loss"].append(found.pop("policy_loss"))
+        self._after_loss(logprobs, inputs, given, terms)
+        self._measure(sums, found, scored, inputs)
         return loss
 
+    def _detail(self) -> Detail:
+        """The metrics of this micro-batch; all those of an optimizer step have the same ones."""
+        if self._radius is not None and self._radius.measures and self.model.training:
+            return "full"  # it follows one of them
+        every = self.args.full_metrics_every
+        due = every > 0 and (not self.model.training or self.state.global_step % every == 0)
+        return "full" if due else "basic"
+
+    def _after_loss(self, logprobs: Tensor, inputs: Batch, given: GivenToTRL, terms: TokenObjective | None) -> None:
+        """For subclasses, after the loss of a micro-batch. The terms are None where only TRL's loss needed them."""
+
     def _set_radius(self) -> None:
-        if self._radius is not None and self.model.training:
-            radius = self._radius.value(self.state.global_step, self.state.max_steps)
+        if self._radius is None or not self.model.training:
+            return
+        radius = self._radius.value(self.state.global_step, self.state.max_steps)
+        if radius != self._radius_in_use:
             # As a tensor: with a number, a table would be made for each radius, which takes longer than to solve for it.
             self.objective = self.objective.with_radius(torch.tensor(radius, dtype=torch.float64))
+            self._radius_in_use = radius
 
-    def _loss_of_trl(self, model: Any, inputs: Batch, given: GivenToTRL) -> tuple[Tensor, Tensor]:
-        """TRL's loss for other advantages and another interval, and the log-probs that it was computed from."""
-        self._last_logprobs = self.last_top = None
+    def _loss_of_trl(self, model: Any, inputs: Batch, given: GivenToTRL) -> tuple[Tensor, Tensor, Scored]:
+        """TRL's loss for other advantages and another interval, and the log-probs of the model, and those that it was given."""
+        self._last_logprobs = self._last_scored = self.last_top = None
         self._scored_batch = {**inputs, "advantages": given.advantages}
         try:
             with self._clamping_to(given.epsilon), self._without_kl() if self._own_kl else nullcontext():
                 loss = cast("Tensor", super()._compute_loss(model, self._scored_batch))
         finally:
             self._scored_batch = None
-        logprobs = cast("Tensor | None", self._last_logprobs)  # set in `_get_per_token_logps_and_entropies`
-        if logprobs is None:
+        # Set in `_get_per_token_logps_and_entropies`
+        logprobs, scored = cast("tuple[Tensor | None, Scored | None]", (self._last_logprobs, self._last_scored))
+        self._last_logprobs = self._last_scored = None
+        if logprobs is None or scored is None:
             raise RuntimeError(
                 "GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies: this version of TRL is not "
                 "supported (pip install 'bandpo[trl]'), or a patch replaced the loss"
             )
-        return loss, logprobs
+        return loss, logprobs, scored
 
     @contextmanager
     def _clamping_to(self, epsilon: tuple[float | Tensor, float | Tensor]) -> Generator[None, None, None]:
@@ -395,68 +441,56 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     # ---- metrics
 
     @torch.no_grad()
-    def _log_band(self, terms: TokenObjective, inputs: Batch) -> None:
-        """Write our metrics into TRL's log, pooled over processes and micro-batches, with one transfer to the host."""
-        found = over_processes(self.accelerator, self._sums(terms, inputs) | self._kl_to_log)
-        sequences, silenced = found.pop("sequences"), found.pop("silenced")
-        log, pooled = self.current_log, self._pooled[self._mode]
+    def _measure(self, sums: dict[str, PooledSum], found: dict[str, float], scored: Scored, inputs: Batch) -> None:
+        """Keep what a micro-batch measured, ours as sums and TRL's as numbers, until the next line of the log."""
+        count = sums["nonfinite_fraction"].denominator
+        if scored.silent is not None or self.accelerator.num_processes > 1:  # on every process, or on none
+            silent = count.new_zeros(()) if scored.silent is None else scored.silent.any().to(count.dtype)
+            sums = sums | {"silenced": PooledSum(silent, count)}
+        if self.objective.ratio_level == "sequence":
+            mask = mask_of(inputs)
+            rows = count.new_full((), float(len(mask)))
+            sums = sums | {"sequences": PooledSum((mask != 0).any(1).sum(), rows)}
+        train = self.model.training
+        if train and self._radius is not None:
+            self.current_log["band/radius"].append(self._radius_in_use)
+        if train and self._penalty is not None:
+            self.current_log["band/kl_penalty"].append(self._penalty.rule.value)
+        self._wait(Measured(sums, functools.partial(self._add, self._mode, found, self._radius_in_use)))
+
+    def _add(self, mode: Mode, trls: Mapping[str, float], radius: float, found: dict[str, Total]) -> None:
+        """Add the totals of a micro-batch, and TRL's numbers for it, to what is pooled for the log."""
+        pooled = self._pooled[mode]
+        silenced, sequences = found.pop("silenced", None), found.pop("sequences", None)
         for name, total in found.items():
             if name not in _CLIP_NAMES:
-                pooled.put(log, name, total)
-        self._log_effective_size()
+                pooled.put(name, total)
         tokens = found["nonfinite_fraction"].denominator
-        for name in ("entropy",) if self._own_kl else ("kl", "entropy"):
-            pooled.take(log, name, weight=tokens, count=tokens)
-        if self._strategy.replaces_clip_metrics or silenced.numerator > 0:  # TRL has counted clips for advantages of 0
-            self._replace_clip_metrics(found)
+        for name in ("kl", "entropy"):
+            if name in trls and name not in found:  # with another KL, ours
+                pooled.put(name, Total(trls[name] * tokens, tokens))
+        if self._strategy.replaces_loss or (
+            silenced is not None and silenced.numerator > 0
+        ):  # TRL has counted clips for advantages of 0
+            for ours, theirs in _CLIP_NAMES.items():
+                # Without a number of ours it is not known which gradients the surrogate takes away; TRL has extremes too.
+                if ours in found and theirs in trls:
+                    pooled.put(theirs, found[ours])
         else:
-            self._pool_clip_metrics(tokens, sequences)
+            _put_clip_metrics(pooled, trls, tokens, sequences)
         self._tell_nonfinite(found["nonfinite_fraction"])
-        if self._radius is not None and self.model.training:
-            radius = float(self.objective.radius)  # type: ignore[arg-type]
-            log["band/radius"].append(radius)
+        if mode == "train" and self._radius is not None:
             self._radius.measure(found, radius)
-        if self._penalty is not None and self.model.training:
-            log["band/kl_penalty"].append(self._penalty.rule.value)
+        if mode == "train" and self._penalty is not None:
             self._penalty.measure(found)
 
-    def _log_effective_size(self) -> None:
-        """The effective sample size, which is no mean itself, from the two pooled means that it is made from."""
-        log = self.current_log
+    def _settle(self, mode: Mode) -> None:
+        super()._settle(mode)
+        # The effective sample size is no mean itself; it is made from two pooled means.
+        log = self._metrics[mode]
         means = [log.get(f"correction/weight_{name}") for name in ("mean", "square_mean")]
         if all(means):
             log[EFFECTIVE_SAMPLE_SIZE] = [effective_size(*(values[0] for values in means if values))]
-
-    def _sums(self, terms: TokenObjective, inputs: Batch) -> dict[str, PooledSum]:
-        """Our metrics of a micro-batch, its share of sequences with a valid token, and whether advantages were set to 0."""
-        mask = mask_of(inputs)
-        rows = torch.tensor(float(len(mask)), device=mask.device)
-        silenced = torch.tensor(float(self._silenced), device=mask.device)
-        return policy_sums(terms) | {
-            "sequences": PooledSum((mask != 0).any(1).sum(), rows),
-            "silenced": PooledSum(silenced, rows),
-        }
-
-    def _replace_clip_metrics(self, found: Mapping[str, Total]) -> None:
-        """Put our clip fractions where TRL's are, and drop TRL's extremes, which ours do not have."""
-        log, pooled = self.current_log, self._pooled[self._mode]
-        for ours, theirs in _CLIP_NAMES.items():
-            if ours not in found:  # it is not known which gradients the surrogate takes away
-                pooled.drop(log, theirs)
-            elif log.get(theirs):
-                pooled.put(log, theirs, found[ours])
-        for theirs in _CLIP_EXTREMES:
-            pooled.drop(log, theirs)
-
-    def _pool_clip_metrics(self, tokens: float, sequences: Total) -> None:
-        """Pool TRL's clip metrics, which are means over the tokens or the sequences of each micro-batch."""
-        log, pooled = self.current_log, self._pooled[self._mode]
-        by_sequence = self.objective.ratio_level == "sequence"
-        weight, count = (sequences.denominator, sequences.numerator) if by_sequence else (tokens, tokens)
-        for theirs in _CLIP_NAMES.values():
-            pooled.take(log, theirs, weight=weight, count=count)
-        for theirs, kind in _CLIP_EXTREMES.items():
-            pooled.take(log, theirs, weight=1.0, count=tokens, kind=kind)
 
     def _tell_nonfinite(self, share: Total) -> None:
         if share.numerator and not self._told_nonfinite:
@@ -501,6 +535,19 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
 
 _CLIP_NAMES = {ours: theirs for ours, theirs in metrics_of("TRL").items() if theirs.startswith("clip_ratio/")}
 _CLIP_EXTREMES: dict[str, Literal["min", "max"]] = {"clip_ratio/low_min": "min", "clip_ratio/high_max": "max"}
+_FROM_TRL = ("entropy", "kl", "policy_loss", *_CLIP_NAMES.values(), *_CLIP_EXTREMES)
+"""What TRL's loss logs for each micro-batch and the trainer pools or changes."""
+
+
+def _put_clip_metrics(pooled: PooledLog, trls: Mapping[str, float], tokens: float, sequences: Total | None) -> None:
+    """Pool TRL's clip metrics, which are means over the tokens or the sequences of a micro-batch, and their extremes."""
+    weight, count = (tokens, tokens) if sequences is None else (sequences.denominator, sequences.numerator)
+    for theirs in _CLIP_NAMES.values():
+        if theirs in trls:
+            pooled.put(theirs, Total(trls[theirs] * weight, count))
+    for theirs, kind in _CLIP_EXTREMES.items():
+        if theirs in trls:
+            pooled.put(theirs, Total(trls[theirs], tokens, kind))
 
 
 def _is_rollout(value: object) -> bool:

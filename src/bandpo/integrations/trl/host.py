@@ -102,6 +102,11 @@ class GRPOHost(Protocol):
         ...
 
     @property
+    def radius_moves(self) -> bool:
+        """Whether the radius may change between two steps."""
+        ...
+
+    @property
     def micro_batch(self) -> int:
         """Number of the micro-batch, counted by TRL over the run."""
         ...

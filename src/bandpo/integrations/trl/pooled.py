@@ -1,7 +1,7 @@
 """Metrics of a log as sums, added up over processes and over the micro-batches between two lines of the log."""
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, cast, get_args
 
 import numpy as np
@@ -17,6 +17,10 @@ Log = MutableMapping[str, list[float]]
 
 Part = list[Any]
 """Numerator, denominator and kind of a metric; a list, because checkpoints hold plain values."""
+
+
+MOST_WAITING = 256
+"""Micro-batches whose metrics wait as tensors; a run that logs more rarely settles them in between."""
 
 
 class Gathers(Protocol):
@@ -40,47 +44,65 @@ class Total(NamedTuple):
     """How several of them become one."""
 
 
-def over_processes(accelerator: Gathers, sums: Mapping[str, PooledSum]) -> dict[str, Total]:
+@torch.no_grad()
+def over_processes(accelerator: Gathers, groups: Sequence[Mapping[str, PooledSum]]) -> list[dict[str, Total]]:
     """Add up the sums of all processes, with one collective and one transfer to the host.
 
     Args:
         accelerator: The trainer's accelerator.
-        sums: The sums of this process by name, with the same names on every process.
+        groups: The sums of this process by name, for example those of several micro-batches; with the same names on every
+            process.
 
     Returns:
-        The sums of all processes by name, as Python floats.
+        The sums of all processes by name, as Python floats, for each group.
     """
+    every = [s for group in groups for s in group.values()]
+    if not every:
+        return [{} for _ in groups]
     wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    mine = torch.stack([x.detach().to(wide) for s in sums.values() for x in (s.numerator, s.denominator)])
-    everywhere = accelerator.gather(mine.unsqueeze(0)).cpu().to(torch.float64).view(-1, len(sums), 2)
-    numerators, denominators = everywhere.unbind(-1)
-    largest = _floats(numerators.masked_fill(denominators == 0, -math.inf).amax(0))
-    added, counts = _floats(numerators.sum(0)), _floats(denominators.sum(0))
-    return {
-        name: Total(largest[i] if s.kind == "max" else added[i], counts[i], s.kind)
-        for i, (name, s) in enumerate(sums.items())
-    }
+    numbers = [x for s in every for x in (s.numerator, s.denominator)]
+    places: dict[torch.dtype, list[int]] = {}  # numbers of one dtype are converted together
+    for i, x in enumerate(numbers):
+        places.setdefault(x.dtype, []).append(i)
+    mine = torch.cat([torch.stack([numbers[i] for i in chosen]).to(wide) for chosen in places.values()])
+    everywhere = accelerator.gather(mine.unsqueeze(0)).cpu().numpy().astype(np.float64)
+    order = np.argsort([i for chosen in places.values() for i in chosen])
+    parts = everywhere[:, order].reshape(len(everywhere), len(every), 2)
+    added = cast("list[list[float]]", parts.sum(0).tolist())
+    largest = cast("list[float]", np.where(parts[..., 1] == 0, -math.inf, parts[..., 0]).max(0).tolist())
+    found = iter(
+        Total(largest[i] if s.kind == "max" else added[i][0], added[i][1], s.kind) for i, s in enumerate(every)
+    )
+    return [{name: next(found) for name in group} for group in groups]
 
 
-def _floats(x: torch.Tensor) -> list[float]:
-    return cast("list[float]", x.tolist())
+class Measured(NamedTuple):
+    """What a micro-batch measured on this process, which waits for the next line of the log."""
+
+    sums: Mapping[str, PooledSum]
+    """The sums by name, as tensors on the device."""
+    add: Callable[[dict[str, Total]], None]
+    """Adds their totals over all processes to the parts of a `PooledLog`."""
 
 
 class PooledLog:
-    """Writes pooled values into the log that TRL empties after each line: one entry for each name, of all parts so far.
+    """Pools the metrics of micro-batches into the log that TRL empties after each line: one entry for each name.
 
-    A name whose denominator is 0 has no entry: a mean over nothing is no number.
+    Micro-batches wait as tensors, without a transfer to the host, until `settle`. A name whose denominator is 0 has no entry: a
+    mean over nothing is no number. Neither has a name that no micro-batch of a line has measured.
     """
 
     def __init__(self) -> None:
         self.parts: dict[str, Part] = {}
         """Numerator, denominator and kind by name. A checkpoint holds them."""
+        self._waiting: list[Measured] = []
 
-    def load(self, parts: object) -> None:
+    def load(self, parts: object, of: Log) -> None:
         """Restore `parts` from a checkpoint.
 
         Args:
-            parts: What the checkpoint holds.
+            parts: What the checkpoint holds. Those of a line that had been written are left out.
+            of: The log in the same checkpoint.
 
         Raises:
             ValueError: If they are not parts of metrics.
@@ -88,65 +110,58 @@ class PooledLog:
         given = cast("dict[object, object]", parts) if isinstance(parts, dict) else None
         if given is None or not all(_is_part(name, part) for name, part in given.items()):
             raise ValueError("the sums of the metrics are not as they were saved")
-        self.parts = cast("dict[str, Part]", given)
+        self.parts = {name: part for name, part in cast("dict[str, Part]", given).items() if of.get(name)}
 
-    def begin(self, log: Log) -> None:
-        """Forget the parts of a line that has been written; to be called before each micro-batch.
+    def wait(self, measured: Measured) -> bool:
+        """Keep what a micro-batch measured.
 
         Args:
+            measured: The sums of this process.
+
+        Returns:
+            Whether so many micro-batches wait that they should be settled before the next line of the log.
+        """
+        self._waiting.append(measured)
+        return len(self._waiting) >= MOST_WAITING
+
+    def settle(self, accelerator: Gathers, log: Log) -> None:
+        """Add up over processes what has waited, and write the pooled values: one collective and one transfer for all of it.
+
+        Args:
+            accelerator: The trainer's accelerator.
             log: TRL's log.
         """
-        for name in [name for name in self.parts if not log.get(name)]:
-            del self.parts[name]
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        for measured, found in zip(waiting, over_processes(accelerator, [w.sums for w in waiting]), strict=True):
+            measured.add(found)
+        for name, (numerator, denominator, kind) in self.parts.items():
+            # float64 sums, rounded once: what float32 tensors give for a single part
+            log[name] = [float(np.float32(numerator / denominator if kind == "mean" else numerator))]
 
-    def put(self, log: Log, name: str, total: Total) -> None:
-        """Add a part, and write the pooled value as the only entry of its name.
+    def forget(self) -> None:
+        """Begin the next line of the log."""
+        self.parts = {}
+
+    def put(self, name: str, total: Total) -> None:
+        """Add a part.
 
         Args:
-            log: TRL's log.
             name: Name of the metric.
             total: The part, over all processes.
         """
         numerator, denominator, kind = total
-        if denominator > 0 and not math.isnan(numerator):
-            part = self.parts.get(name)
-            if part is None:
-                self.parts[name] = [numerator, denominator, kind]
-            elif kind == "mean":
-                self.parts[name] = [part[0] + numerator, part[1] + denominator, kind]
-            else:
-                choose = max if kind == "max" else min
-                self.parts[name] = [choose(part[0], numerator), part[1] + denominator, kind]
+        if not denominator > 0 or math.isnan(numerator):
+            return
         part = self.parts.get(name)
         if part is None:
-            log.pop(name, None)
-            return
-        # float64 sums, rounded once: what float32 tensors give for a single part
-        log[name] = [float(np.float32(part[0] / part[1] if kind == "mean" else part[0]))]
-
-    def take(self, log: Log, name: str, *, weight: float, count: float, kind: Kind = "mean") -> None:
-        """Pool the value that TRL has appended for this micro-batch, if there is one.
-
-        Args:
-            log: TRL's log.
-            name: Name of the metric.
-            weight: Number of tokens or sequences that TRL's mean was taken over, on all processes.
-            count: How many of them count.
-            kind: How the parts are put together.
-        """
-        fresh = log.get(name, [])[1 if name in self.parts else 0 :]
-        if fresh:
-            self.put(log, name, Total(fresh[-1] * weight if kind == "mean" else fresh[-1], count, kind))
-
-    def drop(self, log: Log, name: str) -> None:
-        """Remove a metric that TRL has computed for other advantages than those of the batch.
-
-        Args:
-            log: TRL's log.
-            name: Name of the metric.
-        """
-        self.parts.pop(name, None)
-        log.pop(name, None)
+            self.parts[name] = [numerator, denominator, kind]
+        elif kind == "mean":
+            self.parts[name] = [part[0] + numerator, part[1] + denominator, kind]
+        else:
+            choose = max if kind == "max" else min
+            self.parts[name] = [choose(part[0], numerator), part[1] + denominator, kind]
 
 
 def checked_metrics(log: object) -> dict[str, list[float]]:

@@ -19,6 +19,11 @@ class MovingRadius:
         self.rule = rule
         self._measured = [0.0, 0.0]  # numerator and denominator
 
+    @property
+    def measures(self) -> bool:
+        """Whether the radius follows a metric of the full set."""
+        return isinstance(self.rule, Adaptive)
+
     def value(self, step: int, steps: int) -> float:
         """The radius at an optimiser step.
 

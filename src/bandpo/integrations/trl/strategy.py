@@ -5,6 +5,7 @@ computes it (`HostComputes`). The loss of any other objective is added to what T
 The trainer asks once which of the two it needs (`strategy_for`).
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, cast
@@ -12,21 +13,23 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bandpo._inputs import is_logprob
-from bandpo.bounds import Clip, RatioBounds
+from bandpo._inputs import as_columns, is_logprob
+from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.integrations._host import refuse_denominators
 from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.integrations.trl.host import Batch, GRPOHost
-from bandpo.integrations.trl.nonfinite import zero_where
+from bandpo.integrations.trl.nonfinite import Scored
 from bandpo.integrations.trl.rollout import PREFIX, mask_of, top_logprobs
 from bandpo.integrations.trl.selection import WEIGHT
 from bandpo.integrations.trl.top import learns_from_top
 from bandpo.losses import aggregate
+from bandpo.metrics import PooledSum
 from bandpo.objective import Objective
-from bandpo.surrogates import clip
-from bandpo.terms import TokenObjective, token_objective
+from bandpo.surrogates import clip, hold
+from bandpo.terms import TokenObjective, sequence_log_ratio, token_objective
 
 _NO_CLIP = (1.0, math.inf)  # the interval [0, inf)
+_LOWER, _UPPER = f"{PREFIX}lower", f"{PREFIX}upper"  # the bounds of a rollout's tokens
 
 
 class GivenToTRL(NamedTuple):
@@ -56,8 +59,8 @@ class Strategy(ABC):
         trainer: The trainer. Its objective may change during training, by its radius.
     """
 
-    replaces_clip_metrics: ClassVar[bool]
-    """Whether TRL counts clipped tokens with advantages that are not those of the batch, so that its counts are wrong."""
+    replaces_loss: ClassVar[bool]
+    """Whether TRL computes its loss for advantages of 0, so that its policy loss is 0 and its counts of clips are wrong."""
 
     def __init__(self, trainer: GRPOHost) -> None:
         self.trainer = trainer
@@ -72,6 +75,15 @@ class Strategy(ABC):
         Raises:
             ValueError: If such an option is set.
         """
+
+    def of_rollout(self, rollout: Batch) -> dict[str, Tensor]:
+        """What can be computed once for a rollout, because no step on it changes it; tensors to add to the rollout.
+
+        Args:
+            rollout: TRL's rollout.
+        """
+        del rollout
+        return {}
 
     @abstractmethod
     def given_to_trl(self, batch: Batch) -> GivenToTRL:
@@ -92,6 +104,17 @@ class Strategy(ABC):
             given: What `given_to_trl` returned for this batch.
         """
 
+    def basic_sums(self, scored: Scored, batch: Batch, given: GivenToTRL) -> dict[str, PooledSum] | None:
+        """The basic metrics of `policy_sums`, where they can be had without the terms; otherwise None.
+
+        Args:
+            scored: The log-probs that TRL's loss was computed from.
+            batch: TRL's inputs.
+            given: What `given_to_trl` returned for this batch.
+        """
+        del scored, batch, given
+        return None
+
     @abstractmethod
     def own_loss(self, terms: TokenObjective, batch: Batch) -> OwnLoss | None:
         """The loss to add to TRL's; None if TRL has computed the whole objective.
@@ -105,7 +128,10 @@ class Strategy(ABC):
 class HostComputes(Strategy):
     """TRL computes the clipped objective; bandpo gives it the bounds as its two epsilons."""
 
-    replaces_clip_metrics = False
+    replaces_loss = False
+    _region_of_rollout: Bounds | None = (
+        None  # whose bounds travel with the rollout in use; a resumed run does not know it
+    )
 
     @staticmethod
     def can_compute(objective: Objective) -> bool:
@@ -125,13 +151,14 @@ class HostComputes(Strategy):
         old, advantages = batch.get("old_per_token_logps"), batch["advantages"]
         if WEIGHT in batch:  # the clipped objective is linear in the advantage
             advantages = advantages * batch[WEIGHT]
-        bounds = None
-        if old is not None:  # `clip` takes an interval
-            bounds = cast("RatioBounds", region(zero_where(~is_logprob(old), old)))
         if isinstance(region, Clip):  # one number for all tokens, which also fits the ratio of a sequence
-            return GivenToTRL(advantages, (region.low, cast("float", region.high)), bounds)  # `Clip` fills `high` in
-        if bounds is None:  # every ratio is 1
+            return GivenToTRL(advantages, (region.low, cast("float", region.high)))  # `Clip` fills `high` in
+        if old is None:  # every ratio is 1
             return GivenToTRL(advantages, _NO_CLIP)
+        if _LOWER in batch and self._region_of_rollout is region:
+            bounds = RatioBounds(batch[_LOWER], batch[_UPPER])
+        else:
+            bounds = cast("RatioBounds", region(_usable(old)))  # `clip` takes an interval
         return GivenToTRL(advantages, (1 - bounds.lower, bounds.upper - 1), bounds)
 
     def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
@@ -149,6 +176,52 @@ class HostComputes(Strategy):
         del terms, batch
         return None
 
+    def of_rollout(self, rollout: Batch) -> dict[str, Tensor]:
+        old, region = rollout.get("old_per_token_logps"), self.trainer.objective.bounds
+        if old is None or self.trainer.radius_moves or not isinstance(region, Band):
+            return {}
+        bounds, self._region_of_rollout = region(_usable(old)), region
+        return {_LOWER: bounds.lower, _UPPER: bounds.upper}
+
+    def basic_sums(self, scored: Scored, batch: Batch, given: GivenToTRL) -> dict[str, PooledSum] | None:
+        objective, mask = self.trainer.objective, mask_of(batch)
+        simple = isinstance(objective.bounds, Clip | Band)  # their interval holds 1, and no edge is NaN
+        if given.bounds is None and not simple:
+            return None
+        used = valid = mask != 0
+        if scored.strange is not None:
+            used = used & ~scored.strange & as_columns(batch["advantages"], mask).isfinite()
+        if given.bounds is not None and not simple:
+            used = used & ~(given.bounds.lower.isnan() | given.bounds.upper.isnan())
+        log_ratio = scored.log_ratio
+        if objective.ratio_level == "sequence":
+            log_ratio = sequence_log_ratio(log_ratio, used).expand(used.shape)
+        log_ratio = log_ratio if scored.strange is None else hold(log_ratio)
+        r, zero = log_ratio.exp(), _zero(log_ratio.dtype, log_ratio.device)
+        count = used.sum(dtype=r.dtype)
+        nonfinite = PooledSum(zero, count)
+        if used is not valid:
+            total = valid.sum(dtype=r.dtype)
+            nonfinite = PooledSum(total - count, total)
+        sums = {
+            "ratio/mean": PooledSum(torch.where(used, r, zero).sum(), count),
+            "kl/old_new": PooledSum(torch.where(used, r - log_ratio - 1, zero).sum(), count),
+            "nonfinite_fraction": nonfinite,
+        }
+        if scored.silent is None and self.trainer.accelerator.num_processes == 1:
+            return sums  # TRL's counts are right; ours are for a batch in which any process has silent tokens
+        edges = RatioBounds(r, r) if given.bounds is None else given.bounds  # every ratio is 1 where they are not known
+        if isinstance(objective.bounds, Clip):
+            edges = objective.bounds(r)
+        clipped = outside(log_ratio, as_columns(batch["advantages"], mask), edges, ratio=r) & used
+        high = (clipped & (log_ratio > 0)).sum(dtype=r.dtype)
+        every = clipped.sum(dtype=r.dtype)
+        return sums | {
+            "clip_fraction/low": PooledSum(every - high, count),
+            "clip_fraction/high": PooledSum(high, count),
+            "clip_fraction/any": PooledSum(every, count),
+        }
+
 
 class WeCompute(Strategy):
     """bandpo computes the objective and adds it to TRL's loss, which TRL computes for advantages of 0.
@@ -158,7 +231,11 @@ class WeCompute(Strategy):
     With advantages of 0, TRL's loss holds its other terms alone: the KL to the reference, the entropy bonus, auxiliary losses.
     """
 
-    replaces_clip_metrics = True
+    replaces_loss = True
+
+    def __init__(self, trainer: GRPOHost) -> None:
+        super().__init__(trainer)
+        self._top_k = trainer.objective.top_k  # a moving radius does not change it, and it takes a while to find
 
     def refuse(self, args: BandGRPOConfig) -> None:
         refuse_denominators("TRL", self.trainer.objective)
@@ -198,12 +275,12 @@ class WeCompute(Strategy):
         """The extras of the objective that travel with the batch, and the policy's log-probs of the sampler's top K."""
         objective = self.trainer.objective
         found = {name: batch[PREFIX + name] for name in objective.extras if PREFIX + name in batch}
-        if objective.top_k is None:
+        if not self._top_k:
             return found
         ids = batch[f"{PREFIX}top_ids"]
         top = self.trainer.last_top if learns_from_top(objective) else None
         if top is None:
-            top = top_logprobs(self.trainer, model, batch, ids, objective.top_k)[0]
+            top = top_logprobs(self.trainer, model, batch, ids, self._top_k)[0]
         return found | {
             "old_topk_logprobs": batch[f"{PREFIX}top_logprobs"],
             "topk_logprobs": top,
@@ -254,6 +331,17 @@ def _normalizer(trainer: GRPOHost, batch: Batch, accumulation: int) -> Tensor | 
 def strategy_for(objective: Objective) -> type[Strategy]:
     """The strategy that an objective needs."""
     return HostComputes if HostComputes.can_compute(objective) else WeCompute
+
+
+@functools.lru_cache(maxsize=8)
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0 on the device, which is not made anew in each micro-batch."""
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _usable(logprobs: Tensor) -> Tensor:
+    """Log-probs with 0 in place of those that are NaN or infinite."""
+    return torch.where(is_logprob(logprobs), logprobs, 0.0)
 
 
 def _old_logprobs(batch: Batch, logprobs: Tensor) -> Tensor:
