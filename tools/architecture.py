@@ -57,6 +57,7 @@ FLOORS: dict[str, dict[str, str]] = {
     },
     "Foundations": {
         "_inputs": "checks of arguments",
+        "_eager": "fast without a compiler",
         "_values": "equality, pickles",
         "_deprecations": "old names",
         "_system": "files, locks, secrets",

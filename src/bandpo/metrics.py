@@ -147,6 +147,9 @@ def policy_sums(
     Returns:
         Numerator and denominator of each statistic, detached, without a host sync.
 
+    Raises:
+        ValueError: If `detail` is none of the three.
+
     Examples:
         >>> from bandpo import OBJECTIVES, token_objective
         >>> x = torch.zeros(1, 2)
