@@ -216,7 +216,7 @@ class PromptScores(Mapping[bytes, float]):
         """The scores that `state_dict` gave.
 
         Args:
-            state: The result of `state_dict`, tensors of the shapes that it has, on any device.
+            state: The result of `state_dict`, on any device: keys `(prompts, 16)` and scores `(prompts,)`.
 
         Returns:
             The scores.

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list  # pyright: ignore[reportUnknownVariableType]
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 from trl.data_utils import extract_prompt  # pyright: ignore[reportUnknownVariableType]
@@ -23,7 +22,7 @@ from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import printable
 from bandpo.toy.tasks import TASKS, make_splits
 from bandpo.train.config import RunConfig
-from bandpo.train.lengths import TokenLimits, first_on_each_machine, long_rows
+from bandpo.train.lengths import TokenLimits, fingerprint, first_on_each_machine, long_rows
 from bandpo.train.verification import unreadable
 
 Say = Callable[[str], None]
@@ -61,8 +60,8 @@ class _BadRows:
 
 def _values(data: Dataset, name: str) -> Iterator[Any]:
     """The values of a column, read in batches."""
-    for batch in data.select_columns([name]).iter(1000):
-        yield from cast("dict[str, list[Any]]", batch)[name]
+    for batch in cast("Iterator[dict[str, list[Any]]]", data.select_columns([name]).iter(1000)):
+        yield from batch[name]
 
 
 def _mapped(data: Dataset, columns: dict[str, Callable[..., Any]], *inputs: str, **options: Any) -> Dataset:
@@ -192,14 +191,14 @@ def with_readable_answers(data: Dataset, name: str, *, skip_bad: bool, say: Say)
     """
     bad: list[list[int] | None] = [None]
     if PartialState().is_main_process:
-        parts = [data._fingerprint, "answers", *(version(name) for name in ("math-verify", "sympy", "bandpo"))]
+        versions = (version(name) for name in ("math-verify", "sympy", "bandpo"))
         flags = data.map(
             _flag_unreadable,
             batched=True,
             batch_size=None,
             input_columns=["answer"],
             remove_columns=data.column_names,
-            new_fingerprint=Hasher.hash(parts),
+            new_fingerprint=fingerprint(data, "answers", *versions),
             desc="Reading the answers",
         )
         bad = [[i for i, is_bad in enumerate(_values(flags, _UNREADABLE_ANSWER)) if is_bad]]
@@ -579,7 +578,7 @@ def split_prompts(data: Dataset, evaluation: int, seed: int) -> tuple[Dataset, D
     if count <= evaluation:
         raise ValueError(f"the dataset has {count} different prompts; holding out {evaluation} leaves none to train on")
     shuffled = Dataset.from_dict({"number": np.arange(count)}).shuffle(seed=seed)
-    chosen = np.asarray(shuffled["number"][:evaluation])
+    chosen = np.array(cast("list[int]", shuffled["number"][:evaluation]), dtype=np.int64)
     first = np.unique(codes, return_index=True)[1]
     return data.select(np.flatnonzero(~np.isin(codes, chosen))), data.select(first[chosen])
 
@@ -592,5 +591,5 @@ def _numbers_of(prompts: Iterator[Any], count: int) -> NDArray[np.int64]:
     hashes = b"".join(
         blake2b(str(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest() for prompt in prompts
     )
-    keys = pa.Array.from_buffers(pa.binary(16), count, [None, pa.py_buffer(hashes)])
-    return cast("Any", keys).dictionary_encode().indices.to_numpy()
+    keys: Any = cast("Any", pa.Array).from_buffers(pa.binary(16), count, [None, pa.py_buffer(hashes)])
+    return keys.dictionary_encode().indices.to_numpy().astype(np.int64)

@@ -1,7 +1,7 @@
 """Which rows of a dataset are longer than a limit in tokens: read in batches, once on each machine, and cached by content."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import transformers
@@ -41,6 +41,16 @@ def first_on_each_machine(work: Callable[[], Result]) -> Result:
     return cast("Result", result)
 
 
+def fingerprint(data: Dataset, *parts: object) -> str:
+    """The name in the cache of what is made from a dataset.
+
+    Args:
+        data: The dataset.
+        *parts: What the result depends on besides the data.
+    """
+    return Hasher.hash([data._fingerprint, *parts])  # pyright: ignore[reportPrivateUsage]
+
+
 def long_rows(data: Dataset, columns: Sequence[str], measure: Measure, key: Sequence[object]) -> list[int]:
     """The rows that a measure finds too long.
 
@@ -53,22 +63,21 @@ def long_rows(data: Dataset, columns: Sequence[str], measure: Measure, key: Sequ
     Returns:
         Numbers of the rows, ascending.
     """
-    fingerprint = Hasher.hash([cast("str", data._fingerprint), list(columns), *key])
 
     def flagged() -> Dataset:
         return data.map(
-            lambda *batch: {_FLAG: measure(*batch)},
+            lambda *batch: {_FLAG: measure(*batch)},  # pyright: ignore[reportUnknownLambdaType]
             batched=True,
             input_columns=list(columns),
             remove_columns=data.column_names,
-            new_fingerprint=fingerprint,
+            new_fingerprint=fingerprint(data, list(columns), *key),
             desc="Looking for rows that are too long",
         )
 
     flags = first_on_each_machine(flagged).with_format("numpy")
     at, found = 0, list[int]()
-    for batch in flags.iter(100_000):
-        part = cast("Any", batch)[_FLAG]
+    for batch in cast("Iterator[dict[str, Any]]", flags.iter(100_000)):
+        part = batch[_FLAG]
         found += (part.nonzero()[0] + at).tolist()
         at += len(part)
     return found
@@ -176,6 +185,6 @@ def _steps(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
 
 def _is_changed(tokenizer: Any) -> bool:
     """Whether the class of a tokenizer is not of transformers, or encodes in a way of its own."""
-    cls, base = type(tokenizer), PreTrainedTokenizerFast
+    cls, base = cast("type[Any]", type(tokenizer)), cast("type[Any]", PreTrainedTokenizerFast)
     own = any(getattr(cls, name, None) is not getattr(base, name, None) for name in ("__call__", "_encode_plus"))
     return own or not cls.__module__.startswith("transformers.")

@@ -218,10 +218,10 @@ def _close(pool: ProcessPool) -> None:
 
 
 def _quiet() -> None:
+    import importlib
     import logging
     import signal
 
-    import math_verify  # noqa: F401  # takes seconds, which no call should pay for
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    importlib.import_module("math_verify")  # takes seconds, which no call should pay for
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

@@ -6,12 +6,12 @@ which the layers then come to the attention. The row is cut into its sequences, 
 the right, so that causal attention never sees it, and needs no mask.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ def refuse_mask(rows: int, width: int, bytes_of_one: int, limit: float, what: st
 @cache
 def _install() -> None:
     """Replace the entries of SDPA once."""
-    make_mask, attend = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    make_mask = cast("Callable[..., Tensor | None]", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    attend = cast("Callable[..., tuple[Tensor, Any]]", ALL_ATTENTION_FUNCTIONS["sdpa"])
 
     def mask(*args: Any, **options: Any) -> Any:
         apart = _APART.get()

@@ -131,7 +131,7 @@ class Layout:
             self._places = (packed.sequence_ids >= 0).flatten().nonzero().squeeze(1)
         elif config._attn_implementation == "sdpa":
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-            parts = packed.places.split(lengths)
+            parts = cast("tuple[Tensor, ...]", packed.places.split(lengths))
             self._places = torch.cat([parts[i] for i in order])
             self._apart = Apart(tuple(lengths[i] for i in order), limit)
         else:
