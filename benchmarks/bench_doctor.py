@@ -70,7 +70,7 @@ def test_doctor_on_a_batch(compare, folder):
 
         return {"ours": lambda: examine_batch(load_batch(path)), "one clip and one quantile": plain}
 
-    compare("doctor on a batch (six regions, three radii)", make, TOKENS, rounds=3, note="tokens; 13 B each")
+    compare("doctor on a batch (six regions, three radii)", make, TOKENS, rounds=2, note="tokens; 13 B each")
 
 
 _BATCH = """
@@ -110,17 +110,17 @@ def test_reading_a_log(compare, folder):
         }
 
     compare(
-        "doctor on metrics.jsonl", cases(lambda p: lambda: examine_log(read_log(p))), ROWS, target="<= 1.3", rounds=3
+        "doctor on metrics.jsonl", cases(lambda p: lambda: examine_log(read_log(p))), ROWS, target="<= 1.3", rounds=2
     )
     compare(
-        "curves of metrics.jsonl", cases(lambda p: lambda: Curves(number_texts(p))), ROWS, target="<= 1.3", rounds=3
+        "curves of metrics.jsonl", cases(lambda p: lambda: Curves(number_texts(p))), ROWS, target="<= 1.3", rounds=2
     )
 
     def resumed(path):
         last = int(path.stem) - 1
         return lambda: keep_rows(path, lambda row: _is_kept(row, last), sure=lambda line: _is_surely_kept(line, last))
 
-    compare("resuming a run with metrics.jsonl", cases(resumed), ROWS, target="<= 1", rounds=3)
+    compare("resuming a run with metrics.jsonl", cases(resumed), ROWS, target="<= 1", rounds=2)
 
 
 _LOG = """
@@ -168,7 +168,7 @@ def test_report_of_a_long_run(compare, report, folder):
 
         return {"ours": ours, "json.loads of each line": plain_reading(path)}
 
-    compare("report of a run", make, ROWS, rounds=3)
+    compare("report of a run", make, ROWS, rounds=2)
     report(
         "size of the report, 100,000 rows", pages[-1] / 1e6, "MB", "<= 2", "figures, samples and settings in one page"
     )
