@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -128,6 +128,16 @@ class Result:
     samples: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
 
 
+class _Batch(NamedTuple):
+    """A run's part of a rollout: `(sequences, time)` log-probs of policy and sampler and mask, advantages, and extras."""
+
+    logprobs: Tensor
+    old: Tensor
+    mask: Tensor
+    advantages: Tensor
+    extras: dict[str, Tensor]
+
+
 class Loop:
     """Trains a stack of runs, one rollout at a time.
 
@@ -222,47 +232,55 @@ class Loop:
     ) -> None:
         s = self.setting
         pick = part.unsqueeze(-1)
-        chosen = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
-        length = int(chosen[3].any(1).any(0).sum())
-        tokens = chosen[1][..., :length]
-        scores = self.stack.distributions(chosen[0], tokens, s.temperature)
-        new = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        old, mask = chosen[2][..., :length], chosen[3][..., :length]
-        ref = None
-        if self._start is not None:
-            with torch.no_grad():
-                ref = self._start.logprobs(chosen[0], chosen[1][..., :length], s.temperature)
-        losses: list[Tensor] = []
-        for i, run in enumerate(self.runs):
-            penalty = self.penalties[i]
-            given = {k: v[part[i]] for k, v in extras[i].items()}
-            if top and i in top:
-                mine = TopTokens(*(x[part[i], :length] for x in top[i]))
-                given |= top_extras(mine, scores[i])
-            terms = token_objective(
-                run.objective if penalty is None else penalty.objective,
-                logprobs=new[i],
-                old_logprobs=old[i],
-                rollout_logprobs=old[i],
-                advantages=advantages[i][part[i]],
-                mask=mask[i],
-                extras=given,
+        prompts, *made = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
+        length = int(made[2].any(1).any(0).sum())
+        chosen = Rollout(*(x[..., :length] for x in made))
+        gradients: list[tuple[Tensor, ...]] = []
+        for which in self.stack.parts(part.shape[1] * (prompts.shape[-1] + length)):
+            stack, tokens = self.stack.part(which), chosen.tokens[which]
+            scores = stack.distributions(prompts[which], tokens, s.temperature)
+            new = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            ref = None
+            if self._start is not None:
+                with torch.no_grad():
+                    ref = self._start.part(which).logprobs(prompts[which], tokens, s.temperature)
+            losses: list[Tensor] = []
+            for j, i in enumerate(range(*which.indices(len(self.runs)))):
+                given = {k: v[part[i]] for k, v in extras[i].items()}
+                if top and i in top:
+                    mine = TopTokens(*(x[part[i], :length] for x in top[i]))
+                    given |= top_extras(mine, scores[j])
+                batch = _Batch(new[j], chosen.logprobs[i], chosen.mask[i], advantages[i][part[i]], given)
+                losses.append(self._loss(i, batch, None if ref is None else ref[j], count=last))
+            gradients.append(torch.autograd.grad(torch.stack(losses).sum(), list(stack.weights.values())))
+        self.optimizer.step([torch.cat(g) if len(g) > 1 else g[0] for g in zip(*gradients, strict=True)])
+
+    def _loss(self, i: int, batch: "_Batch", ref: Tensor | None, *, count: bool) -> Tensor:
+        """The loss of run `i` on its part of a rollout; `ref` is that of the reference, where a run of the stack has one."""
+        run, penalty = self.runs[i], self.penalties[i]
+        terms = token_objective(
+            run.objective if penalty is None else penalty.objective,
+            logprobs=batch.logprobs,
+            old_logprobs=batch.old,
+            rollout_logprobs=batch.old,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            extras=batch.extras,
+        )
+        maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
+        if penalty is not None:
+            penalty.measure(terms)
+        value = terms.value
+        if ref is not None and run.objective.kl_coef:
+            used = batch.mask & ~terms.nonfinite
+            term = reference_kl(
+                batch.logprobs, ref, run.objective.kl, old_logprobs=batch.old, mask=used, weights=terms.weights
             )
-            maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
-            if penalty is not None:
-                penalty.measure(terms)
-            value = terms.value
-            if ref is not None and run.objective.kl_coef:
-                used = mask[i].bool() & ~terms.nonfinite
-                term = reference_kl(
-                    new[i], ref[i], run.objective.kl, old_logprobs=old[i], mask=used, weights=terms.weights
-                )
-                value = value - run.objective.kl_coef * term
-            counted = mask[i] if terms.counted is None else mask[i].bool() & terms.counted
-            losses.append(-aggregate(value, counted, run.objective.aggregation, max_length=maximum))
-            if last:
-                self._count(i, terms)
-        self.optimizer.step(torch.autograd.grad(torch.stack(losses).sum(), list(self.stack.weights.values())))
+            value = value - run.objective.kl_coef * term
+        if count:
+            self._count(i, terms)
+        counted = batch.mask if terms.counted is None else batch.mask & terms.counted
+        return -aggregate(value, counted, run.objective.aggregation, max_length=maximum)
 
     @torch.no_grad()
     def _count(self, run: int, terms: TokenObjective) -> None:
