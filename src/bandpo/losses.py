@@ -143,9 +143,7 @@ def policy_loss(
         counted = valid & terms.counted
     loss = -reduce(terms.value)
     # The loss leaves out more tokens than the objective does: those without a weight or a reference.
-    report = policy_metrics(
-        terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy, detail=metrics
-    )
+    report = policy_metrics(terms._replace(mask=valid, nonfinite=valid & ~usable), entropy=entropy, detail=metrics)
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:
         known = usable & is_logprob(ref_logprobs)

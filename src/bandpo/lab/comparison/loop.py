@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bandpo.groups import group_advantages
+from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.top import TopTokens, has_inputs, top_extras, top_tokens
@@ -151,19 +152,18 @@ class Loop:
     """
 
     def __init__(self, setting: Setting, runs: Sequence[Run]) -> None:
-        self.setting, self.runs = setting, list(runs)
+        self.setting, self.runs, self.clock = setting, list(runs), Clock()
         for run in self.runs:
             if not has_inputs(run.objective):
                 raise ValueError(
                     f"objective {run.objective.name!r} needs extras the lab does not have: {run.objective.extras}"
                 )
-        self.problem: Problem = PROBLEMS[setting.problem]()
-        self.stack = warmed_up(
-            [
-                Checkpoint(setting.problem, r.warm_up, setting.hidden_size, setting.layers, steps=setting.warm_up_steps)
-                for r in self.runs
-            ]
-        )
+        size = (setting.hidden_size, setting.layers)
+        with self.clock.part("warm-up"):
+            self.problem: Problem = PROBLEMS[setting.problem]()
+            self.stack = warmed_up(
+                [Checkpoint(setting.problem, r.warm_up, *size, steps=setting.warm_up_steps) for r in self.runs]
+            )
         self._start: Stack | None = None  # the reference, where an objective has a KL to it
         if any(run.objective.kl_coef for run in self.runs):
             self._start = Stack({name: w.detach().clone() for name, w in self.stack.weights.items()}, self.stack.shape)
@@ -184,10 +184,12 @@ class Loop:
             A `Result` for each run.
         """
         if self.done == 0:
-            self._evaluate("before")
+            with self.clock.part("evaluation"):
+                self._evaluate("before")
         while self.done < self.setting.updates:
             self.update()
-        self._evaluate("after")
+        with self.clock.part("evaluation"):
+            self._evaluate("after")
         for result, (low, high, n) in zip(self.results, self._counts, strict=True):
             result.clip = {"low": _by_bin((low / n).nan_to_num()), "high": _by_bin((high / n).nan_to_num())}
             result.tokens = _by_bin(n / n.sum().clamp_min(1))
@@ -195,10 +197,17 @@ class Loop:
 
     def update(self) -> None:
         """Sample one rollout and train on it for its epochs."""
+        with self.clock.part("rollouts"):
+            prompts = self._prompts()
+            rollout = self._rollout(prompts)
+            rewards = torch.stack([self.problem.rewards(p, c) for p, c in zip(prompts, rollout.tokens, strict=True)])
+        with self.clock.part("updates"):
+            self._learn(prompts, rollout, rewards)
+        self.done += 1
+
+    def _learn(self, prompts: Tensor, rollout: Rollout, rewards: Tensor) -> None:
+        """The epochs of a rollout."""
         s = self.setting
-        prompts = self._prompts()
-        rollout = self._rollout(prompts)
-        rewards = torch.stack([self.problem.rewards(p, c) for p, c in zip(prompts, rollout.tokens, strict=True)])
         for i, result in enumerate(self.results):
             result.reward.append(rewards[i].mean().item())
             result.entropy.append(-(rollout.logprobs[i].sum() / rollout.mask[i].sum()).item())
@@ -217,7 +226,6 @@ class Loop:
                 self._step(prompts, rollout, advantages, extras, part, last=epoch == s.epochs - 1, top=top)
         for penalty in filter(None, self.penalties):
             penalty.after_rollout()
-        self.done += 1
 
     def _step(
         self,
@@ -284,11 +292,10 @@ class Loop:
 
     @torch.no_grad()
     def _count(self, run: int, terms: TokenObjective) -> None:
-        sums = policy_sums(terms)
-        for j, name in enumerate(PROB_BINS):
-            for side, key in enumerate(("low", "high")):
-                self._counts[run, side, j] += sums[f"clip_fraction_by_prob/{key}/{name}"].numerator
-            self._counts[run, 2, j] += sums[f"token_fraction_by_prob/{name}"].numerator
+        sums = policy_sums(terms, detail="full")  # the bins of p
+        names = ("clip_fraction_by_prob/low", "clip_fraction_by_prob/high", "token_fraction_by_prob")
+        counts = [sums[f"{name}/{of}"].numerator for name in names for of in PROB_BINS]
+        self._counts[run] += torch.stack(counts).view(3, -1)
 
     def _prompts(self) -> Tensor:
         picked = [torch.randint(len(self.problem.prompts), (self.setting.prompts,), generator=g) for g in self.draws]
