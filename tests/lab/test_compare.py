@@ -1,5 +1,6 @@
 """`bandpo compare`: the protocol's parts, and the smoke preset end to end."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -14,6 +15,8 @@ import pytest
 from bandpo import DCPO, KL, OBJECTIVES, TV, Band, Clip
 from bandpo.cli import main
 from bandpo.lab.backends import BACKENDS
+from bandpo.lab.comparison import study as study_module
+from bandpo.lab.comparison.clock import REST, Clock
 from bandpo.lab.comparison.plan import (
     ABLATIONS,
     PRESETS,
@@ -28,7 +31,9 @@ from bandpo.lab.comparison.plan import (
     scaled,
     tuning_arms,
 )
+from bandpo.lab.comparison.problems import DESCRIPTIONS, PROBLEMS
 from bandpo.lab.comparison.study import Study, run_stack
+from bandpo.lab.comparison.summary import summarise
 
 
 def test_widths_scale_epsilon_or_delta_and_leave_the_rest():
@@ -124,6 +129,10 @@ def test_smoke_preset_end_to_end_and_again(tmp_path):
     assert "paths, report: 36 runs, 36 to make" in first.stdout
     folder = tmp_path / "out"
     summary = json.loads((folder / "summary.json").read_text())
+    times = json.loads((folder / "time.json").read_text())
+    assert sum(times["seconds"].values()) == pytest.approx(times["total"])
+    assert 0 <= times["seconds"]["rest"] < 0.2 * times["total"]
+    assert set(times["core seconds of the runs"]) == {"warm-up", "evaluation", "rollouts", "updates", "rest"}
     assert summary["failures"] == summary["incomplete"] == []
     found = summary["tasks"]["paths"]
     assert set(found["table"]) == {
@@ -190,3 +199,62 @@ def test_the_keys_of_results_stay_and_earlier_results_are_found():
         "bandpo-kl": "a0d10ce943033f7cc0da",
         "cfpo": "7e1e8f18d7ebe6a36eb2",  # not "275a1b6feff257991d3b", whose clip map counted the tokens outside
     }
+
+
+def test_the_parts_of_a_clock_add_up_to_the_time(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock()
+    for name, seconds in (("a", 1.0), ("b", 2.0), ("a", 4.0)):
+        now[0] += 0.5
+        with clock.part(name):
+            now[0] += seconds
+    with contextlib.suppress(ZeroDivisionError), clock.part("b"):
+        now[0] += 8.0
+        raise ZeroDivisionError
+    assert clock.parts() == {"a": 5.0, "b": 10.0, REST: 1.5}
+
+
+def test_the_parts_of_a_run_add_up_to_its_seconds(tmp_path):
+    plan = dataclasses.replace(PRESETS["smoke"], updates=2)
+    jobs = jobs_of(plan, "paths", [Arm("grpo"), Arm("bandpo-kl")], [0, 1])
+    rows = run_stack(jobs)
+    for row in rows:
+        assert set(row["parts"]) == {"warm-up", "evaluation", "rollouts", "updates", REST}
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
+        assert 0 <= row["parts"][REST] < 0.1 * row["seconds"]
+    study = Study(tmp_path)
+    study._keep(jobs, rows, "")
+    found = study.core_parts([*jobs, jobs[0]])
+    assert sum(found.values()) == pytest.approx(study.core_seconds(jobs)) == pytest.approx(4 * rows[0]["seconds"])
+    path = tmp_path / "runs" / f"{jobs[0].key}.json"
+    path.write_text(json.dumps({"result": rows[0]["result"], "seconds": 3.0}))  # as version 0.2 wrote it, without parts
+    assert study.core_parts(jobs[:1]) == {"not recorded": 3.0}
+
+
+def test_each_result_is_read_a_constant_number_of_times(tmp_path, monkeypatch):
+    """The work after the runs is linear in their number: so many readings a run, whatever the number."""
+    monkeypatch.setattr("bandpo.lab.stats.RESAMPLES", 99)
+    [row] = run_stack(jobs_of(dataclasses.replace(PRESETS["smoke"], updates=1), "paths", [Arm("grpo")], [0]))
+    reads = []
+    inner = study_module.read_checked_json
+    monkeypatch.setattr(study_module, "read_checked_json", lambda path: reads.append(path.name) or inner(path))
+    most = []
+    for seeds in (3, 12):
+        plan = dataclasses.replace(PRESETS["smoke"], seeds=tuple(range(seeds)), tuning_seeds=0)
+        study = Study(tmp_path / str(seeds), say=lambda _: None)
+        jobs = jobs_of(plan, "paths", report_arms(plan), plan.seeds)
+        for job in jobs:
+            study._keep([job], [row], "")
+        reads.clear()
+        study.run(jobs, "report")
+        assert summarise(study, plan)["incomplete"] == []
+        study.core_parts(jobs)
+        assert set(reads) == {f"{job.key}.json" for job in jobs}
+        most.append(max(map(reads.count, set(reads))))
+    assert most == [3, 3]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_descriptions_are_those_of_the_problems(name):
+    assert DESCRIPTIONS[name] == PROBLEMS[name]().description

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bandpo.lab.comparison import stack as module
 from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
@@ -120,3 +121,82 @@ def test_a_run_that_exploded_stands_still_and_spares_the_others():
     ours = Adam(weights, torch.full((2,), 0.1))
     ours.step([torch.tensor([[1.0, 1.0, 1.0], [float("nan"), 1.0, 1.0]])])
     assert (weights["a"][0] < 1).all() and (weights["a"][1] == 1).all()
+
+
+def gradients_by_part(stack, prompts, completions):
+    found = []
+    for which in stack.parts(prompts.shape[1] * (prompts.shape[-1] + completions.shape[-1])):
+        part = stack.part(which)
+        total = part.logprobs(prompts[which], completions[which], 0.7).sum()
+        found.append(torch.autograd.grad(total, list(part.weights.values())))
+    return len(found), [torch.cat(g) for g in zip(*found, strict=True)]
+
+
+def test_parts_of_a_stack_change_no_bit(models, monkeypatch):
+    """With 32 sequences a run; elsewhere the last elements of a tensor, which no vector holds, may differ in the last bit."""
+    prompts, noise = batch(prompts=8, repeats=4)
+    sizes, seen = [], []
+    for elements in (1, 64 * 32 * 2, 1 << 30):  # one run, two runs, all of them
+        monkeypatch.setattr(module, "_PART", elements)
+        stack = Stack.load(models)
+        sizes.append([part.stop - part.start for part in stack.parts(32)])
+        rollout = stack.sample(prompts, noise, end=END, pad=PAD, repeats=4)
+        for w in stack.weights.values():
+            w.requires_grad_()
+        full = prompts.repeat_interleave(4, 1)
+        whole = torch.autograd.grad(stack.logprobs(full, rollout.tokens, 0.7).sum(), list(stack.weights.values()))
+        seen.append([*rollout, *whole])
+        count, parts = gradients_by_part(stack, full, rollout.tokens)
+        assert count == (1 if elements == 1 << 30 else 3)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert sizes == [[1, 1, 1], [2, 1], [3]]
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_both_layouts_of_the_cache_are_plain_attention(repeats, monkeypatch):
+    """The short one bit for bit as one writes it down, time first; the evidence rests on these numbers."""
+    g = torch.Generator().manual_seed(0)
+    runs, prompts, heads, start, size, new = 2, 3, 4, 5, 8, 4
+    k, v = (torch.randn(runs * prompts, heads, start, size, generator=g) for _ in range(2))
+    made = []
+    for long in (False, True):
+        monkeypatch.setattr(module, "_LONG", start + new + (not long))
+        made.append(module._Cache(k, v, (runs, prompts), repeats, new))
+        assert made[-1].long is long
+    keys, values = (x.repeat_interleave(repeats, 0) for x in (k, v))
+    for at in range(start, start + new):
+        q, one_k, one_v = (torch.randn(runs * prompts * repeats, heads, 1, size, generator=g) for _ in range(3))
+        keys, values = torch.cat([keys, one_k], 2), torch.cat([values, one_v], 2)
+        by_time = [x.permute(2, 0, 1, 3).contiguous() for x in (keys, values)]
+        weight = torch.linalg.vecdot(by_time[0], q.squeeze(2) / size**0.5).softmax(0)
+        plain = (weight.unsqueeze(-1) * by_time[1]).sum(0).unsqueeze(2)
+        short, long = (cache.attend(at, q, one_k, one_v) for cache in made)
+        assert torch.equal(short, plain)
+        torch.testing.assert_close(long, plain, rtol=0, atol=1e-6)
+
+
+def test_long_completions_have_the_log_probs_of_transformers(models):
+    prompts, noise = batch(new=70)
+    stack = Stack.load(models)
+    rollout = stack.sample(prompts, noise, end=-1, pad=PAD, repeats=3)
+    full = prompts.repeat_interleave(3, 1)
+    for run, model in enumerate(models):
+        theirs = hf_logprobs(model, full[run], rollout.tokens[run])
+        torch.testing.assert_close(rollout.logprobs[run], theirs.detach(), rtol=0, atol=2e-5)
+
+
+def test_the_rotary_embedding_is_the_usual_formula_bit_for_bit(models):
+    stack = Stack.load(models)
+    x = torch.randn(3, 5, 6, 64, generator=torch.Generator().manual_seed(0))
+    positions, size = torch.arange(2, 8), 16
+    angle = positions.unsqueeze(-1) * stack.shape.theta ** (-torch.arange(0, size, 2) / size)
+    cos, sin = (torch.cat([y, y], -1) for y in (angle.cos(), angle.sin()))
+    fused = stack._fused()
+    found = stack._project(0, x, stack._turn(positions), fused)
+    mixed = module._product(stack._norm("model.layers.0.input_layernorm.weight", x), fused[0][0])
+    plain = [y.reshape(15, 6, 4, size).transpose(1, 2) for y in mixed.chunk(3, -1)]
+    for ours, y in zip(found[:2], plain, strict=False):
+        half = torch.cat([-y[..., size // 2 :], y[..., : size // 2]], -1)
+        assert torch.equal(ours, y * cos + half * sin)
+    assert torch.equal(found[2], plain[2])

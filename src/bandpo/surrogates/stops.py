@@ -41,7 +41,7 @@ def stops(rule: Callable[..., Tensor], *, slopes: Slopes | None = None) -> Calla
             by its own keyword-only parameters without a default any input that a surrogate can have, or `value`, the value
             of the surrogate. Its result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never`
             that of a surrogate that keeps every gradient.
-        slopes: The same surrogate by hand, a function `(ratio, advantages, bounds) -> ByHand` with its keywords; in eager code it saves
+        slopes: The same surrogate by hand, `(ratio, advantages, bounds) -> ByHand` with its keywords, which saves eager code
             the backward pass through the surrogate, and the rule. The ratio is that of `log_ratio` held within ±40. This is
             for surrogates that ask for no input; None for automatic differentiation.
 

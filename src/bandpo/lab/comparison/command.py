@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from bandpo._system.files import read_checked_json, write_checked_json, write_js
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.comparison.claims import claims
+from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.exact import on_bandits
 from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.comparison.problems import PROBLEMS
@@ -45,8 +45,8 @@ class Comparison(NamedTuple):
 def compare(options: argparse.Namespace) -> Comparison:
     """Run a comparison, or make what is missing of one.
 
-    The output folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md and report.html. Only
-    one comparison at a time uses it.
+    The output folder holds plan.json, runs/ (one file for each run), summary.json, table.csv, table.md, report.html and
+    time.json (where the time of this command went, and the core seconds of its runs). Only one comparison at a time uses it.
 
     Args:
         options: The options of `bandpo compare`.
@@ -57,31 +57,37 @@ def compare(options: argparse.Namespace) -> Comparison:
     Raises:
         ValueError: If an option has a value that is not allowed.
     """
-    started = time.monotonic()
+    clock = Clock()
     plan = _plan(options)
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     folder = options.output or Path("runs") / f"compare-{options.preset}"
     with released(claim_output(folder)):
-        return _compare(options, plan, folder, started)
+        return _compare(options, plan, folder, clock)
 
 
-def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: float) -> Comparison:
+def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock) -> Comparison:
     progress = Progress()
     progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
     write_json(folder / "plan.json", describe(plan))
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
-    made = [jobs for task in plan.tasks for jobs in _make_runs(study, plan, task, objectives)]
-    summary = summarise(study, plan)
+    with clock.part("runs"):
+        made = [jobs for task in plan.tasks for jobs in _make_runs(study, plan, task, objectives)]
+    with clock.part("statistics"):
+        summary = summarise(study, plan)
     exact = [o for o in objectives if on_bandits(OBJECTIVES[o])]
-    summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
-    summary["realised"] = realised(plan.exact_seeds) if plan.exact_seeds else {}
-    summary["sweeps"] = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
-    summary["about"] = _about(study, plan, made)
-    summary = write_tables(summary, folder)
-    report = write_report(folder, summary)
+    with clock.part("exact experiments"):
+        summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
+        summary["realised"] = realised(plan.exact_seeds) if plan.exact_seeds else {}
+    with clock.part("sweeps"):
+        sweeps = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
+        summary["sweeps"] = sweeps
+    with clock.part("tables"):
+        summary["about"] = _about(study, plan, made)
+        summary = write_tables(summary, folder)
+    report = write_report(folder, summary, clock)
     progress.say((folder / "table.md").read_text())
     progress.say(claims_table(claims(summary)))
     for kind, lines in (
@@ -93,7 +99,14 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, started: flo
             progress.say(f"{kind}: {line}")
     if options.evidence is not None:
         progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
-    progress.say(f"report: {report}, {(time.monotonic() - started) / 60:.1f} min")
+    seconds = clock.parts()
+    times = {
+        "seconds": seconds,
+        "total": sum(seconds.values()),
+        "core seconds of the runs": summary["about"]["core_seconds"],
+    }
+    write_json(folder / "time.json", times)
+    progress.say(f"report: {report}, {times['total'] / 60:.1f} min")
     if summary["incomplete"]:
         progress.say(f"{len(summary['incomplete'])} parts are missing; the same command makes what is missing")
     return Comparison(report, not summary["incomplete"])
@@ -166,6 +179,7 @@ def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Calla
 
 
 def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
+    seconds = study.core_parts([job for jobs in sets for job in jobs])
     return {
         "command": command_line(),
         "bandpo": bandpo.__version__,
@@ -174,5 +188,6 @@ def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
         "environment": about(),
         "plan": describe(plan),
         "runs": len({job for jobs in sets for job in jobs}),
-        "core_minutes": round(study.core_seconds([job for jobs in sets for job in jobs]) / 60, 1),
+        "core_minutes": round(sum(seconds.values()) / 60, 1),
+        "core_seconds": seconds,
     }

@@ -10,12 +10,13 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from bandpo.groups import group_advantages
+from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.top import TopTokens, has_inputs, top_extras, top_tokens
@@ -128,6 +129,16 @@ class Result:
     samples: list[tuple[str, list[str]]] = field(default_factory=list[tuple[str, list[str]]])
 
 
+class _Batch(NamedTuple):
+    """A run's part of a rollout: `(sequences, time)` log-probs of policy and sampler and mask, advantages, and extras."""
+
+    logprobs: Tensor
+    old: Tensor
+    mask: Tensor
+    advantages: Tensor
+    extras: dict[str, Tensor]
+
+
 class Loop:
     """Trains a stack of runs, one rollout at a time.
 
@@ -141,19 +152,18 @@ class Loop:
     """
 
     def __init__(self, setting: Setting, runs: Sequence[Run]) -> None:
-        self.setting, self.runs = setting, list(runs)
+        self.setting, self.runs, self.clock = setting, list(runs), Clock()
         for run in self.runs:
             if not has_inputs(run.objective):
                 raise ValueError(
                     f"objective {run.objective.name!r} needs extras the lab does not have: {run.objective.extras}"
                 )
-        self.problem: Problem = PROBLEMS[setting.problem]()
-        self.stack = warmed_up(
-            [
-                Checkpoint(setting.problem, r.warm_up, setting.hidden_size, setting.layers, steps=setting.warm_up_steps)
-                for r in self.runs
-            ]
-        )
+        size = (setting.hidden_size, setting.layers)
+        with self.clock.part("warm-up"):
+            self.problem: Problem = PROBLEMS[setting.problem]()
+            self.stack = warmed_up(
+                [Checkpoint(setting.problem, r.warm_up, *size, steps=setting.warm_up_steps) for r in self.runs]
+            )
         self._start: Stack | None = None  # the reference, where an objective has a KL to it
         if any(run.objective.kl_coef for run in self.runs):
             self._start = Stack({name: w.detach().clone() for name, w in self.stack.weights.items()}, self.stack.shape)
@@ -174,10 +184,12 @@ class Loop:
             A `Result` for each run.
         """
         if self.done == 0:
-            self._evaluate("before")
+            with self.clock.part("evaluation"):
+                self._evaluate("before")
         while self.done < self.setting.updates:
             self.update()
-        self._evaluate("after")
+        with self.clock.part("evaluation"):
+            self._evaluate("after")
         for result, (low, high, n) in zip(self.results, self._counts, strict=True):
             result.clip = {"low": _by_bin((low / n).nan_to_num()), "high": _by_bin((high / n).nan_to_num())}
             result.tokens = _by_bin(n / n.sum().clamp_min(1))
@@ -185,10 +197,17 @@ class Loop:
 
     def update(self) -> None:
         """Sample one rollout and train on it for its epochs."""
+        with self.clock.part("rollouts"):
+            prompts = self._prompts()
+            rollout = self._rollout(prompts)
+            rewards = torch.stack([self.problem.rewards(p, c) for p, c in zip(prompts, rollout.tokens, strict=True)])
+        with self.clock.part("updates"):
+            self._learn(prompts, rollout, rewards)
+        self.done += 1
+
+    def _learn(self, prompts: Tensor, rollout: Rollout, rewards: Tensor) -> None:
+        """The epochs of a rollout."""
         s = self.setting
-        prompts = self._prompts()
-        rollout = self._rollout(prompts)
-        rewards = torch.stack([self.problem.rewards(p, c) for p, c in zip(prompts, rollout.tokens, strict=True)])
         for i, result in enumerate(self.results):
             result.reward.append(rewards[i].mean().item())
             result.entropy.append(-(rollout.logprobs[i].sum() / rollout.mask[i].sum()).item())
@@ -207,7 +226,6 @@ class Loop:
                 self._step(prompts, rollout, advantages, extras, part, last=epoch == s.epochs - 1, top=top)
         for penalty in filter(None, self.penalties):
             penalty.after_rollout()
-        self.done += 1
 
     def _step(
         self,
@@ -222,55 +240,62 @@ class Loop:
     ) -> None:
         s = self.setting
         pick = part.unsqueeze(-1)
-        chosen = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
-        length = int(chosen[3].any(1).any(0).sum())
-        tokens = chosen[1][..., :length]
-        scores = self.stack.distributions(chosen[0], tokens, s.temperature)
-        new = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        old, mask = chosen[2][..., :length], chosen[3][..., :length]
-        ref = None
-        if self._start is not None:
-            with torch.no_grad():
-                ref = self._start.logprobs(chosen[0], chosen[1][..., :length], s.temperature)
-        losses: list[Tensor] = []
-        for i, run in enumerate(self.runs):
-            penalty = self.penalties[i]
-            given = {k: v[part[i]] for k, v in extras[i].items()}
-            if top and i in top:
-                mine = TopTokens(*(x[part[i], :length] for x in top[i]))
-                given |= top_extras(mine, scores[i])
-            terms = token_objective(
-                run.objective if penalty is None else penalty.objective,
-                logprobs=new[i],
-                old_logprobs=old[i],
-                rollout_logprobs=old[i],
-                advantages=advantages[i][part[i]],
-                mask=mask[i],
-                extras=given,
+        prompts, *made = [x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (prompts, *rollout)]
+        length = int(made[2].any(1).any(0).sum())
+        chosen = Rollout(*(x[..., :length] for x in made))
+        gradients: list[tuple[Tensor, ...]] = []
+        for which in self.stack.parts(part.shape[1] * (prompts.shape[-1] + length)):
+            stack, tokens = self.stack.part(which), chosen.tokens[which]
+            scores = stack.distributions(prompts[which], tokens, s.temperature)
+            new = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            ref = None
+            if self._start is not None:
+                with torch.no_grad():
+                    ref = self._start.part(which).logprobs(prompts[which], tokens, s.temperature)
+            losses: list[Tensor] = []
+            for j, i in enumerate(range(*which.indices(len(self.runs)))):
+                given = {k: v[part[i]] for k, v in extras[i].items()}
+                if top and i in top:
+                    mine = TopTokens(*(x[part[i], :length] for x in top[i]))
+                    given |= top_extras(mine, scores[j])
+                batch = _Batch(new[j], chosen.logprobs[i], chosen.mask[i], advantages[i][part[i]], given)
+                losses.append(self._loss(i, batch, None if ref is None else ref[j], count=last))
+            gradients.append(torch.autograd.grad(torch.stack(losses).sum(), list(stack.weights.values())))
+        self.optimizer.step([torch.cat(g) if len(g) > 1 else g[0] for g in zip(*gradients, strict=True)])
+
+    def _loss(self, i: int, batch: "_Batch", ref: Tensor | None, *, count: bool) -> Tensor:
+        """The loss of run `i` on its part of a rollout; `ref` is that of the reference, where a run of the stack has one."""
+        run, penalty = self.runs[i], self.penalties[i]
+        terms = token_objective(
+            run.objective if penalty is None else penalty.objective,
+            logprobs=batch.logprobs,
+            old_logprobs=batch.old,
+            rollout_logprobs=batch.old,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            extras=batch.extras,
+        )
+        maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
+        if penalty is not None:
+            penalty.measure(terms)
+        value = terms.value
+        if ref is not None and run.objective.kl_coef:
+            used = batch.mask & ~terms.nonfinite
+            term = reference_kl(
+                batch.logprobs, ref, run.objective.kl, old_logprobs=batch.old, mask=used, weights=terms.weights
             )
-            maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
-            if penalty is not None:
-                penalty.measure(terms)
-            value = terms.value
-            if ref is not None and run.objective.kl_coef:
-                used = mask[i].bool() & ~terms.nonfinite
-                term = reference_kl(
-                    new[i], ref[i], run.objective.kl, old_logprobs=old[i], mask=used, weights=terms.weights
-                )
-                value = value - run.objective.kl_coef * term
-            counted = mask[i] if terms.counted is None else mask[i].bool() & terms.counted
-            losses.append(-aggregate(value, counted, run.objective.aggregation, max_length=maximum))
-            if last:
-                self._count(i, terms)
-        self.optimizer.step(torch.autograd.grad(torch.stack(losses).sum(), list(self.stack.weights.values())))
+            value = value - run.objective.kl_coef * term
+        if count:
+            self._count(i, terms)
+        counted = batch.mask if terms.counted is None else batch.mask & terms.counted
+        return -aggregate(value, counted, run.objective.aggregation, max_length=maximum)
 
     @torch.no_grad()
     def _count(self, run: int, terms: TokenObjective) -> None:
-        sums = policy_sums(terms)
-        for j, name in enumerate(PROB_BINS):
-            for side, key in enumerate(("low", "high")):
-                self._counts[run, side, j] += sums[f"clip_fraction_by_prob/{key}/{name}"].numerator
-            self._counts[run, 2, j] += sums[f"token_fraction_by_prob/{name}"].numerator
+        sums = policy_sums(terms, detail="full")  # the bins of p
+        names = ("clip_fraction_by_prob/low", "clip_fraction_by_prob/high", "token_fraction_by_prob")
+        counts = [sums[f"{name}/{of}"].numerator for name in names for of in PROB_BINS]
+        self._counts[run] += torch.stack(counts).view(3, -1)
 
     def _prompts(self) -> Tensor:
         picked = [torch.randint(len(self.problem.prompts), (self.setting.prompts,), generator=g) for g in self.draws]

@@ -210,6 +210,15 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = MappingProxyType(
 )
 """The learning problems by name; calling one makes it."""
 
+DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "paths": "reach a node of a 64-node graph, edges of heavy-tailed probability",
+        "addition": "three-digit sums, 2% of demonstrations by the strategy that works",
+        **{name: task.description for name, task in TASKS.items()},
+    }
+)
+"""The description of each problem, for pages: making `paths` takes more than a second."""
+
 
 @lru_cache(maxsize=200_000)
 def _countdown(problem: str, answer: str) -> float:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from bandpo._system.files import write_text
 from bandpo._system.pages import save_svg, template
 from bandpo.lab.comparison.claims import Claim, claims, duels
+from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.figures import (
     plot_clip_maps,
     plot_curves,
@@ -21,7 +22,7 @@ from bandpo.lab.comparison.figures import (
     plot_robustness,
     plot_staleness,
 )
-from bandpo.lab.comparison.problems import PROBLEMS
+from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.comparison.summary import ABLATED, runs_of
 from bandpo.lab.stats import number
 
@@ -72,20 +73,22 @@ def pictures(summary: Mapping[str, Any]) -> Iterator[Picture]:
             yield Picture(task, "Robustness", plot_robustness(found["robustness"], rates, reuse))
 
 
-def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
+def write_report(folder: Path, summary: Mapping[str, Any], clock: Clock | None = None) -> Path:
     """Write report.html, and its figures in figures/.
 
     Args:
         folder: Folder of the comparison.
         summary: The summary that `write_tables` returned.
+        clock: Clock of the comparison, for the table of where the time went; without it, the table has the runs alone.
 
     Returns:
         The path of report.html.
     """
-    figures: dict[str, dict[str, str]] = {}
-    for i, picture in enumerate(pictures(summary)):
-        name = f"{picture.section}-{i}.svg"
-        figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, folder / "figures" / name)
+    clock, figures = clock or Clock(), dict[str, dict[str, str]]()
+    with clock.part("figures"):
+        for i, picture in enumerate(pictures(summary)):
+            path = folder / "figures" / f"{picture.section}-{i}.svg"
+            figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, path)
     page = template("bandpo.lab.comparison", "compare.html.j2", _FILTERS).render(
         title="Trust regions compared: " + ", ".join(summary["tasks"]),
         summary=summary,
@@ -94,6 +97,7 @@ def write_report(folder: Path, summary: Mapping[str, Any]) -> Path:
         claims=claims(summary),
         exact_text=_exact_text(summary),
         about=summary["about"],
+        times=_times(summary, clock),
     )
     path = folder / "report.html"
     write_text(path, page)
@@ -152,6 +156,12 @@ def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
     return folder / "evidence.md"
 
 
+def _times(summary: Mapping[str, Any], clock: Clock) -> dict[str, dict[str, float]]:
+    """The seconds of each part of this command, up to the page, and the core seconds of the runs."""
+    found = {"this command, seconds": clock.parts(), "the runs, core seconds": summary["about"].get("core_seconds", {})}
+    return {title: parts for title, parts in found.items() if parts}
+
+
 def claims_table(found: list[Claim]) -> str:
     """The verdicts and claims as lines for the terminal."""
     return "\n".join(f"{c.verdict:>22}  {c.text}" for c in found)
@@ -190,7 +200,7 @@ def _tasks(summary: Mapping[str, Any]) -> dict[str, Any]:
             tasks[task] = {
                 **found,
                 "measures": [m for m, v in table.items() if isinstance(v, dict) and "value" in v],
-                "text": f"{PROBLEMS[task]().description}. Before training: {start}.",
+                "text": f"{DESCRIPTIONS[task]}. Before training: {start}.",
             }
     return tasks
 

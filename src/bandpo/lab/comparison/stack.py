@@ -1,8 +1,9 @@
 """Many small Llama models at once: weights stacked along a first dimension, one forward pass for all of them.
 
 The lab trains dozens of runs (methods x seeds) of a tiny model. For a single run, a step is mostly overhead; for a stack of
-runs, every matrix product is a batched one. Weights and log-probs are those of a transformers `LlamaForCausalLM`
-(tests/lab/test_stack.py).
+runs, every matrix product is a batched one. A large stack is processed in parts whose activations fit the processor's cache.
+With a multiple of 32 sequences a run, as in every preset, that changes no bit, else the last one at most. Weights and log-probs
+are those of a transformers `LlamaForCausalLM` (tests/lab/test_stack.py).
 """
 
 import math
@@ -16,8 +17,11 @@ from torch.nn import functional as F
 Fused = list[tuple[Tensor, Tensor]]
 """For each layer, the joined weights of queries, keys and values, and those of the two projections into the MLP."""
 
-Cache = tuple[Tensor, Tensor]
-"""Keys and values of a layer, `(time, runs * sequences, heads, size)`."""
+_PART = 1 << 17
+"""Elements of one activation, `runs * rows * width`, up to which runs are processed together: half a megabyte."""
+
+_LONG = 64
+"""Tokens of prompt and completion from which the cache is laid out by sequence; the lab's problems have at most 36."""
 
 
 class Shape(NamedTuple):
@@ -93,6 +97,35 @@ class Stack:
         """The number of models."""
         return next(iter(self.weights.values())).shape[0]
 
+    @property
+    def width(self) -> int:
+        """The width of the models."""
+        return self.weights["model.embed_tokens.weight"].shape[-1]
+
+    def parts(self, rows: int) -> list[slice]:
+        """Consecutive runs that are best processed together.
+
+        Args:
+            rows: Tokens of each run that are in one forward pass: sequences, times tokens of a sequence.
+
+        Returns:
+            Slices of the runs, in order.
+        """
+        size = max(1, _PART // max(1, rows * self.width))
+        return [slice(first, min(first + size, self.runs)) for first in range(0, self.runs, size)]
+
+    def part(self, runs: slice) -> "Stack":
+        """A stack of some of the runs, with views of their weights.
+
+        Args:
+            runs: The runs.
+
+        Returns:
+            The stack. Its weights are leaves: where the whole stack's require a gradient, so do they.
+        """
+        views = {name: w.detach()[runs].requires_grad_(w.requires_grad) for name, w in self.weights.items()}
+        return Stack(views, self.shape)
+
     def logits(self, ids: Tensor, keep: int) -> Tensor:
         """Logits after each of the last `keep` positions.
 
@@ -136,7 +169,8 @@ class Stack:
             `(runs, sequences, time, vocabulary)`, with gradient.
         """
         ids = torch.cat([prompts, completions], -1)[..., :-1]
-        return (self.logits(ids, completions.shape[-1]) / temperature).log_softmax(-1)
+        logits = self.logits(ids, completions.shape[-1])
+        return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
     @torch.no_grad()
     def sample(
@@ -155,6 +189,15 @@ class Stack:
         Returns:
             Tokens, log-probs and mask, `(runs, prompts * repeats, new)` each.
         """
+        parts = self.parts(noise.shape[1])
+        if len(parts) > 1:
+            made = [
+                self.part(part).sample(
+                    prompts[part], noise[part], end=end, pad=pad, repeats=repeats, temperature=temperature
+                )
+                for part in parts
+            ]
+            return Rollout(*(torch.cat(x) for x in zip(*made, strict=True)))
         runs, sequences, new = noise.shape
         start, fused = prompts.shape[-1], self._fused()
         scores, caches = self._read_prompts(prompts, repeats, new, fused)
@@ -173,33 +216,24 @@ class Stack:
             scores = self._next_scores(tokens[..., t : t + 1], start + t, caches, fused)
         return Rollout(tokens, logprobs, mask)
 
-    def _read_prompts(self, prompts: Tensor, repeats: int, new: int, fused: Fused) -> tuple[Tensor, list[Cache]]:
+    def _read_prompts(self, prompts: Tensor, repeats: int, new: int, fused: Fused) -> tuple[Tensor, list["_Cache"]]:
         """Logits after the prompts, and each layer's keys and values with room for `new` more tokens."""
-        runs, count, start = prompts.shape
-        caches: list[Cache] = []
+        caches: list[_Cache] = []
         x = self._embed(prompts)
-        turn = self._turn(torch.arange(start))
+        turn = self._turn(torch.arange(prompts.shape[-1]))
         for layer in range(self.shape.layers):
             q, k, v = self._project(layer, x, turn, fused)
             x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
-            # Time first: what a step reads is contiguous.
-            room = [torch.empty(start + new, runs * count * repeats, y.shape[1], y.shape[-1]) for y in (k, v)]
-            for cache, y in zip(room, (k, v), strict=True):
-                cache[:start] = y.permute(2, 0, 1, 3).repeat_interleave(repeats, 1)
-            caches.append((room[0], room[1]))
+            caches.append(_Cache(k, v, x.shape[:2], repeats, new))
         return self._head(x[..., -1, :]).repeat_interleave(repeats, 1), caches
 
-    def _next_scores(self, tokens: Tensor, at: int, caches: list[Cache], fused: Fused) -> Tensor:
+    def _next_scores(self, tokens: Tensor, at: int, caches: list["_Cache"], fused: Fused) -> Tensor:
         """Logits after the tokens `(runs, sequences, 1)` at position `at`, whose keys and values are added to the caches."""
         x = self._embed(tokens)
         turn = self._turn(torch.arange(at, at + 1))
-        for layer, (keys, values) in enumerate(caches):
+        for layer, cache in enumerate(caches):
             q, k, v = self._project(layer, x, turn, fused)
-            keys[at], values[at] = k.squeeze(2), v.squeeze(2)
-            query = q.squeeze(2) / math.sqrt(q.shape[-1])
-            weight = cast(Tensor, torch.linalg.vecdot(keys[: at + 1], query)).softmax(0)
-            mixed = (weight.unsqueeze(-1) * values[: at + 1]).sum(0)
-            x = self._finish_layer(layer, x, mixed.unsqueeze(2), fused)
+            x = self._finish_layer(layer, x, cache.attend(at, q, k, v), fused)
         return self._head(x[..., 0, :])
 
     def _fused(self) -> Fused:
@@ -224,22 +258,22 @@ class Stack:
         return F.rms_norm(x, x.shape[-1:], eps=self.shape.epsilon) * scale.view(len(scale), *([1] * (x.dim() - 2)), -1)
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.weights["model.embed_tokens.weight"].shape[-1] // self.shape.heads
+        """Cosine and signed sine of the rotary embedding, `(time, size)` each."""
+        size = self.width // self.shape.heads
         angle = positions.unsqueeze(-1) * self.shape.theta ** (-torch.arange(0, size, 2) / size)
-        return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+        return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
     def _project(
         self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], fused: Fused
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `(runs * sequences, heads, time, size)`."""
         mixed = _product(self._norm(f"model.layers.{layer}.input_layernorm.weight", x), fused[layer][0])
-        heads = mixed.view(-1, x.shape[2], 3 * self.shape.heads, mixed.shape[-1] // 3 // self.shape.heads).transpose(
-            1, 2
-        )
-        both, v = heads[:, : 2 * self.shape.heads], heads[:, 2 * self.shape.heads :]
+        count = self.shape.heads
+        heads = mixed.view(-1, x.shape[2], 3 * count, mixed.shape[-1] // 3 // count).transpose(1, 2)
+        both, v = heads.split([2 * count, count], 1)  # the gradient of a split is one concatenation
         first, second = both.chunk(2, -1)
-        both = both * turn[0] + torch.cat([-second, first], -1) * turn[1]
-        return both[:, : self.shape.heads], both[:, self.shape.heads :], v
+        q, k = (both * turn[0] + torch.cat([second, first], -1) * turn[1]).chunk(2, 1)
+        return q, k, v
 
     def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, fused: Fused) -> Tensor:
         prefix = f"model.layers.{layer}"
@@ -250,6 +284,52 @@ class Stack:
 
     def _head(self, x: Tensor) -> Tensor:
         return _product(self._norm("model.norm.weight", x), self.weights["lm_head.weight"])
+
+
+class _Cache:
+    """Keys and values of a layer, with room for the tokens to come: nothing is copied when a token is added.
+
+    With few tokens, time is the first dimension and attention is two elementwise products; from `_LONG` tokens on, each
+    sequence has its own block, and attention is two matrix products.
+
+    Args:
+        keys: Keys of the prompts, `(runs * prompts, heads, time, size)`.
+        values: Values of the prompts, of the same shape.
+        shape: Numbers of runs and of prompts.
+        repeats: Completions of each prompt, consecutive.
+        new: Number of tokens to come.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, shape: Sequence[int], repeats: int, new: int) -> None:
+        start = keys.shape[2]
+        self.long = start + new >= _LONG
+        self.keys, self.values = (self._room(x, start + new, shape[0] * shape[1] * repeats) for x in (keys, values))
+        for room, given in ((self.keys, keys), (self.values, values)):
+            if self.long:
+                room.view(-1, repeats, *room.shape[1:])[:, :, :, :start] = given.unsqueeze(1)
+            else:
+                room.view(len(room), -1, repeats, *room.shape[2:])[:start] = given.permute(2, 0, 1, 3).unsqueeze(2)
+
+    def _room(self, given: Tensor, time: int, count: int) -> Tensor:
+        """`(count, heads, time, size)` for long completions, else `(time, count, heads, size)`."""
+        _, heads, _, size = given.shape
+        return given.new_empty(count, heads, time, size) if self.long else given.new_empty(time, count, heads, size)
+
+    def attend(self, at: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Add a token's keys and values at position `at`; the attention of its queries to all tokens so far.
+
+        `q`, `k`, `v` and the result have shape `(runs * sequences, heads, 1, size)`.
+        """
+        query = q / math.sqrt(q.shape[-1])
+        if self.long:
+            self.keys[:, :, at], self.values[:, :, at] = k.squeeze(2), v.squeeze(2)
+            keys, values = (x.flatten(0, 1)[:, : at + 1] for x in (self.keys, self.values))
+            weight = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2)).softmax(-1)
+            return torch.bmm(weight, values).view(q.shape)
+        self.keys[at], self.values[at] = k.squeeze(2), v.squeeze(2)
+        keys, values = self.keys[: at + 1], self.values[: at + 1]
+        weight = cast(Tensor, torch.linalg.vecdot(keys, query.squeeze(2))).softmax(0)
+        return (weight.unsqueeze(-1) * values).sum(0).unsqueeze(2)
 
 
 def _draw(scores: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

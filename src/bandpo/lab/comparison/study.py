@@ -48,9 +48,25 @@ class Study:
         found = self._read(job)
         return found["result"] if found else None
 
+    def core_parts(self, jobs: Iterable[Job]) -> dict[str, float]:
+        """The core seconds of the existing results of these jobs by part, over all sessions in which they were made.
+
+        Args:
+            jobs: The runs.
+
+        Returns:
+            Seconds of the parts of `run_stack`; those of results that an earlier version made are under `not recorded`.
+        """
+        total: dict[str, float] = {}
+        for job in dict.fromkeys(jobs):
+            if (found := self._read(job)) is not None:
+                for name, seconds in (found["parts"] or {"not recorded": found["seconds"]}).items():
+                    total[name] = total.get(name, 0.0) + seconds
+        return total
+
     def core_seconds(self, jobs: Iterable[Job]) -> float:
         """The seconds that the existing results of these jobs took, over all sessions in which they were made."""
-        return sum(found["seconds"] for job in dict.fromkeys(jobs) if (found := self._read(job)))
+        return sum(self.core_parts(jobs).values())
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         path = self.folder / "runs" / f"{job.key}.json"
@@ -58,7 +74,7 @@ class Study:
             return None
         try:
             found = read_checked_json(path)
-            return {"result": found["result"], "seconds": found["seconds"]}
+            return {"result": found["result"], "seconds": found["seconds"], "parts": found.get("parts")}
         except (ValueError, KeyError, TypeError):
             self.say(f"  {path} is damaged: the run is made again")
             path.unlink()
@@ -142,14 +158,15 @@ def run_stack(jobs: list[Job]) -> list[dict[str, Any]]:
         jobs: Runs that share a setting.
 
     Returns:
-        `{"result": ..., "seconds": ...}` for each run, with an equal share of the seconds.
+        `{"result": ..., "seconds": ..., "parts": ...}` for each run, with an equal share of the seconds. The parts, which
+        add up to the seconds, are `warm-up` (with the making of the problem), `evaluation`, `rollouts`, `updates` and the rest.
     """
     torch.set_num_threads(1)
-    started = time.monotonic()
     runs = [Run(_objective(job.arm), job.learning_rate, job.seed, job.warm_up, job.arm.kl_target) for job in jobs]
-    results = Loop(jobs[0].setting, runs).train()
-    seconds = (time.monotonic() - started) / len(jobs)
-    return [{"result": asdict(result), "seconds": seconds} for result in results]
+    loop = Loop(jobs[0].setting, runs)
+    results = [asdict(result) for result in loop.train()]
+    parts = {name: seconds / len(jobs) for name, seconds in loop.clock.parts().items()}
+    return [{"result": result, "seconds": sum(parts.values()), "parts": parts} for result in results]
 
 
 @functools.lru_cache
