@@ -56,7 +56,14 @@ def test_time(name, memory, trained, sizes, target, compare, report):
         f"{what} / {WAYS[0]}", make, sizes, target=target, rounds=3, note="forward and backward, by tokens"
     )
     other = [a / b for a, b in zip(seconds["ours"], seconds[WAYS[1]], strict=True)]
-    report(f"{what} / {WAYS[1]}", other[-1], "x", target, sizes=list(sizes), ratios=[round(x, 3) for x in other])
+    report(
+        f"{what} / {WAYS[1]}",
+        other[-1],
+        "x",
+        target,
+        sizes=list(sizes[: len(other)]),
+        ratios=[round(x, 3) for x in other],
+    )
 
 
 MEMORY = """

@@ -302,7 +302,7 @@ def _details(row: record.Row) -> str:
     parts = []
     if row.get("ratios") and len(row["ratios"]) > 1:
         by_size = ", ".join(f"{ratio:g} at {size:g}" for size, ratio in zip(row["sizes"], row["ratios"], strict=True))
-        parts.append(f"{by_size} (beside {row['equivalent']})")
+        parts.append(f"{by_size}" + (f" (beside {row['equivalent']})" if row.get("equivalent") else ""))
     if row.get("growth") is not None:
         theirs = row.get("equivalent_growth")
         parts.append(f"growth {row['growth']:g}" + (f", of the equivalent {theirs:g}" if theirs is not None else ""))

@@ -79,10 +79,22 @@ def page(text: str, found: dict[str, Any]) -> str:
             f"## {name.removeprefix('bench_').replace('_', ' ').capitalize()}\n\n{_table(mine, files[name])}\n\n"
         )
     text = text.replace("<!-- others -->\n\n", "".join(sections))
-    filled = {"machine": _machine(found), "missed": _missed(lines), "faster": _faster(lines)}
+    filled = {
+        "machine": _machine(found),
+        "missed": _missed(lines),
+        "faster": _faster(lines),
+        "unmeasured": _unmeasured(files),
+    }
     for name, value in filled.items():
         text = text.replace(f"{{{{{name}}}}}", value)
     return "\n".join(_wrapped(line) for line in text.splitlines()) + "\n"
+
+
+def _unmeasured(files: dict[str, list[Row]]) -> str:
+    """The benchmarks that the record has nothing of, as a sentence; "" where it has all."""
+    here = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    names = ", ".join(f"`{name}.py`" for name in here if name not in files)
+    return f"This record has no rows yet of {names}." if names else ""
 
 
 def typed(text: str) -> list[str]:
@@ -146,7 +158,7 @@ def _note(row: Row) -> str:
     parts = list[str]()
     if len(row.get("ratios") or []) > 1:
         sizes = ", ".join(f"{_number(r)} at {_size(n)}" for n, r in zip(row["sizes"], row["ratios"], strict=True))
-        parts.append(f"{sizes}, beside {row['equivalent']}")
+        parts.append(sizes + (f", beside {row['equivalent']}" if row.get("equivalent") else ""))
     elif row.get("sizes"):
         parts.append(f"sizes {', '.join(map(_size, row['sizes']))}")
     return "; ".join(part for part in [*parts, row["note"]] if part)

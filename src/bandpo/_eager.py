@@ -89,8 +89,8 @@ class _Sloped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, slope, *factors = ctx.saved_tensors
-        gradient = grads[0]
+        x, slope, *factors = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        gradient = cast("Tensor", grads[0])
         if torch.is_grad_enabled():  # create_graph=True: the slope is a function of x as well
             (gradient,) = torch.autograd.grad(ctx.plain(x), x, gradient, create_graph=True)
         else:
@@ -130,7 +130,7 @@ class ByHand(NamedTuple):
     value: Tensor
     """The value of each token."""
     slope: Tensor
-    """Its derivative over A where the token has one, in the shape of the ratio."""
+    """The derivative over A where the token has one, in the shape of the ratio."""
     inside: Tensor
     """1 where the token keeps its gradient, and 0 where the surrogate takes it away; a float."""
     stopped: Tensor

@@ -1,6 +1,6 @@
 """Log-probs of the chosen tokens, computed from the last hidden states without the (tokens, vocabulary) matrix."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -168,7 +168,9 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> Any:
         d_logprobs, d_entropy, _, _ = grads
         saved, plan = _Saved(*ctx.saved_tensors), ctx.plan
         if d_logprobs is None:
@@ -183,7 +185,7 @@ class _ChunkedHead(torch.autograd.Function):
 
 class _Block(NamedTuple):
     tokens: slice | Tensor
-    count: int
+    size: int
     kept: slice | Tensor  # those of its tokens, which come first, whose logits were kept
     known: int  # and their number
 
@@ -196,7 +198,7 @@ def _gradients(
     live = d_logprobs != 0 if d_entropy is None else (d_logprobs != 0) | (d_entropy != 0)
     # In a narrow dtype each part of a sum is rounded, so that a tile has the whole vocabulary: one part of a hidden state.
     blocks = _blocks(live, plan.kept, _TOKENS_AT_A_TIME if hidden.dtype == wide else plan.rows)
-    tokens = max((block.count for block in blocks), default=1)
+    tokens = max((block.size for block in blocks), default=1)
     share = 4 if hidden.device.type == "cpu" else 1  # a smaller tile is in a CPU's cache for longer
     width = max(1, plan.rows * len(weight) // share // tokens) if hidden.dtype == wide else len(weight)
     width = min(width, len(weight))
@@ -206,12 +208,12 @@ def _gradients(
     d_weight = torch.zeros_like(weight, dtype=hidden.dtype if len(blocks) == 1 else wide) if needs[1] else None
     d_bias = saved.log_z.new_zeros(len(weight)) if needs[2] else None
     for block in blocks:
-        h, total = hidden[block.tokens], hidden.new_zeros(block.count, hidden.shape[1], dtype=wide)
+        h, total = hidden[block.tokens], hidden.new_zeros(block.size, hidden.shape[1], dtype=wide)
         for columns in _slices(0, len(weight), width):
-            shape = block.count, columns.stop - columns.start
+            shape = block.size, columns.stop - columns.start
             tile, product = (buffers[i][: shape[0] * shape[1]].view(shape) for i in (0, -1))
             product[: block.known] = saved.kept[block.kept, columns]
-            if block.known < block.count:
+            if block.known < block.size:
                 bias = None if saved.bias is None else saved.bias[columns]
                 _product(h[block.known :], weight[columns], bias, out=product[block.known :])
             if product is not tile:
@@ -267,7 +269,7 @@ def _to_gradient(
 def _blocks(live: Tensor, kept: int, size: int) -> list[_Block]:
     """Blocks of the tokens that have a gradient; on a GPU of all tokens, because their number would cost a host sync."""
     if live.device.type == "cpu" and not live.all():
-        parts = live.nonzero().squeeze(-1).split(size)
+        parts = cast("tuple[Tensor, ...]", live.nonzero().squeeze(-1).split(size))  # type: ignore[no-untyped-call]
         counts = [int((part < kept).sum()) for part in parts]
         return [_Block(part, len(part), part[:k], k) for part, k in zip(parts, counts, strict=True) if len(part)]
     whole = _slices(0, len(live), size)

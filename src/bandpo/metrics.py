@@ -175,7 +175,7 @@ def policy_sums(
     sums = _clips(terms, used, count) if detail == "basic" else _by_probability(terms, used, r)
     sums |= {
         "ratio/mean": mean(r),
-        "kl/old_new": mean(r - 1 - log_ratio),
+        "kl/old_new": mean(r - log_ratio - 1),
         "nonfinite_fraction": PooledSum(total - count, total),
     }
     if detail == "full":

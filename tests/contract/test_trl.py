@@ -108,7 +108,7 @@ def test_band_in_trl_equals_policy_loss(name, make_model, tokenizer, prompts, tm
     new = token_logprobs(trainer.model, inputs)
     want, ours = policy_loss(
         logprobs=new, old_logprobs=inputs["old_per_token_logps"], advantages=inputs["advantages"],
-        mask=inputs["completion_mask"], objective=trainer.objective, normalizer=8,
+        mask=inputs["completion_mask"], objective=trainer.objective, normalizer=8, metrics="full",
     )  # fmt: skip
     want.backward()
     want_gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])

@@ -126,7 +126,7 @@ def test_combined_regions_and_sequence_bands_are_policy_loss(name, make_model, t
     trainer.model.zero_grad()
     want, ours = policy_loss(
         logprobs=token_logprobs(trainer.model, inputs), old_logprobs=inputs["old_per_token_logps"],
-        advantages=inputs["advantages"], mask=inputs["completion_mask"], objective=objective,
+        advantages=inputs["advantages"], mask=inputs["completion_mask"], objective=objective, metrics="full",
     )  # fmt: skip
     want.backward()
     want_gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])

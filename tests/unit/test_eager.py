@@ -85,8 +85,16 @@ EDGES = {
 @pytest.mark.parametrize("column", [True, False], ids=["column", "per token"])
 @pytest.mark.parametrize(
     "surrogate",
-    [clip, dual_clip, partial(dual_clip, c=1.5), two_sided, clip_by_mask, partial(clip_by_mask, truncate=1.1)],
-    ids=["clip", "dual_clip", "dual_clip c=1.5", "two_sided", "mask", "mask truncated"],
+    [
+        clip,
+        dual_clip,
+        partial(dual_clip, c=1.5),
+        partial(dual_clip, c=math.inf),
+        two_sided,
+        clip_by_mask,
+        partial(clip_by_mask, truncate=1.1),
+    ],
+    ids=["clip", "dual_clip", "dual_clip c=1.5", "dual_clip c=inf", "two_sided", "mask", "mask truncated"],
 )
 def test_by_hand_is_the_formula_and_its_gradient(surrogate, column, edges):
     """The formula in float64 with automatic differentiation; the ratios 0.8 and 1.2 themselves, and those held at e^40."""

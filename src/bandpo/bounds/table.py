@@ -71,9 +71,10 @@ class Table(NamedTuple):
             lower, upper = self._bounds(flat)
             return lower.view_as(logp), upper.view_as(logp)
         bounds = torch.empty_like(flat), torch.empty_like(flat)
-        for part in zip(flat.split(_BLOCK), *(x.split(_BLOCK) for x in bounds), strict=True):
-            for found, place in zip(self._bounds(part[0]), part[1:], strict=True):
-                place.copy_(found)
+        for start in range(0, flat.numel(), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            for x, found in zip(bounds, self._bounds(flat[block]), strict=True):
+                x[block] = found
         return bounds[0].view_as(logp), bounds[1].view_as(logp)
 
     def _bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:

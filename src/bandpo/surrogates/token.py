@@ -98,7 +98,7 @@ def _outside_or_below(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds
 def _dual_clip_by_hand(ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: float = 3.0) -> ByHand:
     clamped = ratio.clamp(bounds.lower, bounds.upper)
     negative = (-advantages).sign().clamp_min_(0)
-    left = torch.maximum(past_the_edge(ratio, clamped, advantages), (ratio - c) * negative)
+    left = torch.maximum(past_the_edge(ratio, clamped, advantages), (ratio - ratio.clamp(max=c)) * negative)
     least = torch.where(advantages < 0, c * advantages, -math.inf)
     value = torch.minimum(ratio * advantages, clamped * advantages).maximum(least)
     return ByHand(value, ratio, _inside(left), left > 0)

@@ -181,7 +181,7 @@ class _Tokens(NamedTuple):
         return cls(terms.anchor_logprobs, terms.log_ratio.detach(), terms.stopped, terms.mask)
 
     def some(self, count: int, draw: random.Random) -> dict[str, list[float]]:
-        """So many of the valid tokens, or all of them if they are fewer."""
+        """Valid tokens chosen at random: so many, or all of them if they are fewer."""
         valid = self.mask.cpu()
         clipped = torch.zeros_like(self.mask) if self.stopped is None else self.stopped
         columns = {"p": self.anchor_logprobs.exp(), "ratio": self.log_ratio.exp(), "clipped": clipped.float()}

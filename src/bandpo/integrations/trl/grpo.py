@@ -120,7 +120,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         self._scored_batch: Batch | None = None  # the batch in `_compute_loss`, None while a rollout is scored
         self._last_logprobs: Tensor | None = None
         self._last_scored: Scored | None = None
-        self._radius_in_use = math.nan
+        self._radius_in_use: float = math.nan
         self.last_top: Tensor | None = (
             None  # log-probs of the top-K tokens from the same pass, where they have a gradient
         )

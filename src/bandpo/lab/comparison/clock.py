@@ -1,7 +1,7 @@
 """Where the time of a run and of a comparison goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 REST = "rest"
@@ -24,7 +24,7 @@ class Clock:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Generator[None]:
         """Count the time of the block.
 
         Args:

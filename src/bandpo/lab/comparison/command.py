@@ -100,13 +100,14 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
     if options.evidence is not None:
         progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
     seconds = clock.parts()
+    total = sum(seconds.values())
     times = {
         "seconds": seconds,
-        "total": sum(seconds.values()),
+        "total": total,
         "core seconds of the runs": summary["about"]["core_seconds"],
     }
     write_json(folder / "time.json", times)
-    progress.say(f"report: {report}, {times['total'] / 60:.1f} min")
+    progress.say(f"report: {report}, {total / 60:.1f} min")
     if summary["incomplete"]:
         progress.say(f"{len(summary['incomplete'])} parts are missing; the same command makes what is missing")
     return Comparison(report, not summary["incomplete"])

@@ -261,7 +261,7 @@ class Loop:
                 batch = _Batch(new[j], chosen.logprobs[i], chosen.mask[i], advantages[i][part[i]], given)
                 losses.append(self._loss(i, batch, None if ref is None else ref[j], count=last))
             gradients.append(torch.autograd.grad(torch.stack(losses).sum(), list(stack.weights.values())))
-        self.optimizer.step([torch.cat(g) if len(g) > 1 else g[0] for g in zip(*gradients, strict=True)])
+        self.optimizer.step([torch.cat(g) if len(g) > 1 else g[0] for g in zip(*gradients, strict=True)])  # pyright: ignore[reportGeneralTypeIssues]
 
     def _loss(self, i: int, batch: "_Batch", ref: Tensor | None, *, count: bool) -> Tensor:
         """The loss of run `i` on its part of a rollout; `ref` is that of the reference, where a run of the stack has one."""

@@ -270,9 +270,12 @@ class Stack:
         mixed = _product(self._norm(f"model.layers.{layer}.input_layernorm.weight", x), fused[layer][0])
         count = self.shape.heads
         heads = mixed.view(-1, x.shape[2], 3 * count, mixed.shape[-1] // 3 // count).transpose(1, 2)
-        both, v = heads.split([2 * count, count], 1)  # the gradient of a split is one concatenation
-        first, second = both.chunk(2, -1)
-        q, k = (both * turn[0] + torch.cat([second, first], -1) * turn[1]).chunk(2, 1)
+        both, v = cast(
+            "tuple[Tensor, Tensor]", heads.split([2 * count, count], 1)
+        )  # the gradient of a split is one concatenation
+        first, second = cast("tuple[Tensor, Tensor]", both.chunk(2, -1))
+        turned = both * turn[0] + torch.cat([second, first], -1) * turn[1]
+        q, k = cast("tuple[Tensor, Tensor]", turned.chunk(2, 1))
         return q, k, v
 
     def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, fused: Fused) -> Tensor:
