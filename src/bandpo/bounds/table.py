@@ -67,7 +67,7 @@ class Table(NamedTuple):
             Two float32 tensors of the same shape.
         """
         flat = logp.flatten()
-        if flat.numel() <= _BLOCK or flat.device.type != "cpu" or not is_plain(flat):
+        if not is_plain(flat) or flat.device.type != "cpu" or flat.numel() <= _BLOCK:
             lower, upper = self._bounds(flat)
             return lower.view_as(logp), upper.view_as(logp)
         bounds = torch.empty_like(flat), torch.empty_like(flat)

@@ -108,7 +108,9 @@ class Log:
                 values.append(number)
                 break
         for name, value in row.items():
-            if value.__class__ is not bytes and is_broken(value):
+            # A text of a number can only be infinite by its exponent, or by hundreds of digits.
+            finite = value.__class__ is bytes and not (b"e" in value or b"E" in value or len(value) > 300)
+            if not finite and is_broken(float(value) if value.__class__ is bytes else value):
                 self.broken[str(name)] = self.broken.get(str(name), 0) + 1
                 if len(self.broken) > _MOST_BROKEN:
                     raise ValueError(f"more than {_MOST_BROKEN:,} different metrics of the log are NaN or infinite")

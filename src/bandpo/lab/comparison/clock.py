@@ -29,6 +29,9 @@ class Clock:
 
         Args:
             name: Name of the part. Blocks of one name are added up.
+
+        Returns:
+            A context for the block.
         """
         started = time.monotonic()
         try:
