@@ -198,7 +198,8 @@ def _values(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
     above, below = (
         torch.stack([x.to(wide) for x in column]) for column in zip(*[s[:2] for s in means.values()], strict=True)
     )
-    quotients = dict(zip(means, (above / below).unbind(), strict=True))
+    dtypes = [torch.result_type(*statistic[:2]) for statistic in means.values()]
+    quotients = {name: x.to(d) for name, x, d in zip(means, (above / below).unbind(), dtypes, strict=True)}
     return {name: quotients[name] if name in quotients else statistic.value() for name, statistic in sums.items()}
 
 
