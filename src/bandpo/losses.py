@@ -279,17 +279,18 @@ def loss_normalizer(mask: Tensor, aggregation: Aggregation) -> Tensor:
         >>> loss_normalizer(torch.tensor([[1, 1], [0, 0]]), "seq-mean-token-mean")
         tensor(1)
     """
-    if aggregation not in get_args(Aggregation):
-        raise ValueError(f"aggregation: got {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
+    _check_name(aggregation)
     valid = as_mask(mask)
     return valid.sum() if aggregation.startswith("token") else valid.any(-1).sum()
 
 
-def _check_aggregation(
-    aggregation: str, normalizer: Tensor | float | None = None, max_length: int | None = None
-) -> None:
+def _check_name(aggregation: str) -> None:
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"aggregation: got {aggregation!r}; choose one of {', '.join(get_args(Aggregation))}")
+
+
+def _check_aggregation(aggregation: str, normalizer: Tensor | float | None, max_length: int | None) -> None:
+    _check_name(aggregation)
     if (max_length is None) == (aggregation == "seq-mean-token-sum-norm"):
         raise ValueError(
             f"max_length={max_length} with aggregation {aggregation!r}: 'seq-mean-token-sum-norm' needs it "

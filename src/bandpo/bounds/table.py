@@ -87,10 +87,9 @@ class Table(NamedTuple):
             side = _if_negative(shift).mul_(right - left).add_(right)
             first = _choose(_if_negative(distance - x), side, first)
             x = torch.minimum(x, distance)
-        bits = x.abs().view(torch.int32)  # a NaN may have either sign, and none is fine
-        fine = bits.sub(_BITS_OF_ONE).bitwise_right_shift_(
-            31
-        )  # all ones where x < 1: numbers >= 0 are ordered as their bits
+        bits = x.abs().view(torch.int32)  # without the sign, which a NaN may have
+        # All ones where x < 1: numbers that are not negative have the order of their bits.
+        fine = bits.sub(_BITS_OF_ONE).bitwise_right_shift_(31)
         octave = (bits >> SHIFT).sub_(FIRST_OCTAVE).clamp_min_(0).add_(first)
         scaled = t * PIECES
         cell = scaled.to(torch.int32)

@@ -1,7 +1,7 @@
 """Reads the tensors of a saved batch, a part at a time where the format allows it.
 
 A saved batch may be a stranger's file: time and memory to read it depend on its size, not on what its header says. The memory
-for a .safetensors file is the same for any size.
+for a .safetensors file is bounded, whatever the size.
 """
 
 import io
