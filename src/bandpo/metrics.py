@@ -198,7 +198,8 @@ def _values(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:
     above, below = (
         torch.stack([x.to(wide) for x in column]) for column in zip(*[s[:2] for s in means.values()], strict=True)
     )
-    dtypes = [torch.result_type(*statistic[:2]) for statistic in means.values()]
+    # A count over a count is a float32, also beside sums in float64.
+    dtypes = [(s.numerator if s.numerator.is_floating_point() else s.denominator).dtype for s in means.values()]
     quotients = {name: x.to(d) for name, x, d in zip(means, (above / below).unbind(), dtypes, strict=True)}
     return {name: quotients[name] if name in quotients else statistic.value() for name, statistic in sums.items()}
 

@@ -293,6 +293,7 @@ OPTIONS = {
     "system_prompt",
     "reward",
     "bad_rows",
+    "reward_workers",
 }
 
 
