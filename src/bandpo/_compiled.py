@@ -45,9 +45,9 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the call is part of a larger graph
             return self._function(*args, **kwargs)
-        args = tuple(self._radius(a) if i == self._place else self._region(a) for i, a in enumerate(args))
+        args = tuple(self._radius(a) if i == self._place else self._argument(a) for i, a in enumerate(args))
         kwargs = {
-            name: self._radius(a) if name == "radius" and self._place is not None else self._region(a)
+            name: self._radius(a) if name == "radius" and self._place is not None else self._argument(a)
             for name, a in kwargs.items()
         }
         kind = (self._kind(args), self._kind(kwargs), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -69,8 +69,10 @@ class Compiled:
             self._graphs[kind] = self._compiler(_copy(self._function))
             return self._graphs[kind](*args, **kwargs)
 
-    def _region(self, value: Any) -> Any:
-        """An argument; the radius of its ball becomes a tensor once it has changed between calls."""
+    def _argument(self, value: Any) -> Any:
+        """An argument; its β of a KL penalty is a tensor, and so is the radius of its ball once it has changed between calls."""
+        if isinstance(value, Objective) and value.penalty is not None:
+            value = value.with_penalty(_as_input(value.penalty))  # a product, which is as fast with a tensor
         given = value.radius if isinstance(value, Objective) else common_radius(value)
         if given is None:
             return value
@@ -110,6 +112,8 @@ class Compiled:
             return tuple((name, self._kind(item)) for name, item in sorted(items))
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(self._kind(item) for item in cast("Sequence[Any]", value))
+        if isinstance(value, Objective) and value.penalty is not None:
+            value = value.with_penalty(1.0)
         radius = value.radius if isinstance(value, Objective) else common_radius(cast("Any", value))
         if radius is not None and not _is_constant(radius):
             return _at_radius(value, 1.0), self._kind(radius)

@@ -234,21 +234,22 @@ class Objective(ByValue):
         return replace(self, bounds=with_radius(self.bounds, radius, f"objective {self.name!r}"))
 
     @property
-    def penalty(self) -> float | None:
+    def penalty(self) -> float | Tensor | None:
         """β of PPO's KL penalty to π_old (`bandpo.surrogates.kl_penalty`), in objective per nat; None without such a term."""
         surrogate, beta = self.surrogate, 1.0
         if isinstance(surrogate, partial):
             surrogate, beta = surrogate.func, surrogate.keywords.get("beta", beta)
         return beta if surrogate is kl_penalty else None
 
-    def with_penalty(self, beta: float) -> "Objective":
+    def with_penalty(self, beta: float | Tensor) -> "Objective":
         """The same objective with another β of its KL penalty, such as one that `bandpo.schedules.Adaptive` moves.
 
         Args:
-            beta: β >= 0, in objective per nat.
+            beta: β >= 0, in objective per nat: a number, or a 0-d float tensor, whose value is not looked at.
 
         Raises:
-            ValueError: If its surrogate is not `bandpo.surrogates.kl_penalty`, or β is out of range.
+            ValueError: If its surrogate is not `bandpo.surrogates.kl_penalty`, or β is out of range or a tensor of another
+                kind.
 
         Examples:
             >>> from bandpo import OBJECTIVES
@@ -257,7 +258,13 @@ class Objective(ByValue):
         """
         if self.penalty is None:
             raise ValueError(f"objective {self.name!r} has no KL penalty to π_old; ppo-kl has one")
-        if not 0 <= beta < math.inf:
+        if isinstance(beta, Tensor):
+            if beta.dim() or not beta.is_floating_point():
+                raise ValueError(
+                    f"with_penalty: beta must be a number >= 0 or a 0-d float tensor, got a tensor {tuple(beta.shape)} of "
+                    f"{beta.dtype}"
+                )
+        elif not 0 <= beta < math.inf:
             raise ValueError(f"with_penalty: beta must be a number >= 0, got {beta}")
         return replace(self, surrogate=partial(kl_penalty, beta=beta))
 

@@ -12,6 +12,7 @@ import bandpo
 from bandpo import KL, OBJECTIVES, TV, Band, alpha, in_band, policy_loss, ratio_bounds, token_logprobs
 from bandpo import losses as library
 from bandpo.bounds.roots import log_bounds
+from batches import complete, deterministic, max_length
 
 G = torch.Generator().manual_seed(0)
 
@@ -194,3 +195,108 @@ def test_compiled_policy_loss_with_a_schedule():
                 results.append((loss.detach(), *torch.autograd.grad(loss, x)))
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def counting():
+    """A backend of `torch.compile` that runs the graphs as they are, and the list of those it was given."""
+    graphs = []
+    return graphs, lambda graph, _: (graphs.append(graph), graph.forward)[1]
+
+
+def rows_of(rows):
+    """A batch of float32 with `rows` sequences of 9 tokens."""
+    g = torch.Generator().manual_seed(rows)
+    old = -torch.rand(rows, 9, generator=g) * 4 - 1e-2
+    new = torch.minimum(old + 0.5 * torch.randn(rows, 9, generator=g), torch.tensor(-1e-3))
+    mask = torch.arange(9) < torch.randint(1, 10, (rows, 1), generator=g)
+    return {"logprobs": new, "old_logprobs": old, "advantages": torch.randn(rows, generator=g), "mask": mask}
+
+
+def check_compiled(fast, objective, rows, **options):
+    data = complete(objective, rows_of(rows)) | {"max_length": max_length(objective.aggregation), **options}
+    x = data.pop("logprobs")
+    results = []
+    for loss_of in (fast, policy_loss):
+        leaf = x.clone().requires_grad_()
+        loss, metrics = loss_of(logprobs=leaf, objective=objective, **data)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf), *metrics.values()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [0, 1])
+def test_one_compiled_loss_takes_every_objective_and_batches_of_any_shape(half):
+    graphs, backend = counting()
+    fast = library.compiled(backend=backend)
+    chosen = [deterministic(name) for name in list(OBJECTIVES)[half::2]]
+    with pytest.warns(UserWarning, match="graph no. 9") as said:
+        for objective in chosen:
+            check_compiled(fast, objective, 6, kl_coef=0.0)
+    assert len(said) == 1
+    assert len(graphs) == len(chosen)
+    for objective in chosen:
+        check_compiled(fast, objective, 7, kl_coef=0.0)
+    assert len(graphs) == len(chosen)
+
+
+@pytest.mark.slow
+def test_one_compiled_loss_takes_a_schedule_of_a_thousand_radii():
+    graphs, backend = counting()
+    fast = library.compiled(backend=backend)
+    with pytest.warns(UserWarning, match="changing radius") as said:
+        for k in range(1000):
+            objective = OBJECTIVES["bandpo-kl"].with_radius(1e-3 * (1 + k))
+            if k % 100:
+                fast(**rows_of(4), objective=objective)
+            else:
+                check_compiled(fast, objective, 4)
+    assert len(said) == 1
+    assert len(graphs) <= 5  # two constants and an input; PyTorch's own second look at a number that changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["penalty", "kl_coef", "normalizer", "pair"])
+def test_a_number_that_changes_makes_no_graph_of_its_own(number):
+    graphs, backend = counting()
+    fast = library.compiled(backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*changing radius")
+        for k in range(20):
+            value, objective, options = 0.01 + 0.01 * k, OBJECTIVES["grpo"], {}
+            if number == "penalty":
+                objective = OBJECTIVES["ppo-kl"].with_penalty(value)
+            elif number == "pair":
+                objective = OBJECTIVES["bandpo-kl"].with_radius((value, 2 * value))
+            elif number == "kl_coef":
+                options = {"kl_coef": value, "ref_logprobs": rows_of(5)["old_logprobs"] - 0.1}
+            else:
+                options = {"normalizer": value}
+            check_compiled(fast, objective, 5, **options)
+    assert len(graphs) == (3 if number == "pair" else 1)
+
+
+@pytest.mark.slow
+def test_dtypes_and_gradient_modes_take_turns_without_another_graph():
+    graphs, backend = counting()
+    fast = library.compiled(backend=backend)
+    for _ in range(3):
+        for dtype in (torch.float32, torch.bfloat16):
+            data = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rows_of(5).items()}
+            fast(**data)
+            with torch.no_grad():
+                torch.testing.assert_close(fast(**data)[0], policy_loss(**data)[0], rtol=1e-5, atol=1e-6)
+            fast(**{**data, "logprobs": data["logprobs"].clone().requires_grad_()})[0].backward()
+    assert len(graphs) == 6
+
+
+def test_a_penalty_is_a_number_or_a_tensor_of_one():
+    data, beta = rows_of(4), torch.tensor(0.3, dtype=torch.float64)
+    objective = OBJECTIVES["ppo-kl"].with_penalty(beta)
+    assert objective.penalty is beta
+    assert policy_loss(**data, objective=objective)[0].dtype == torch.float32
+    want = policy_loss(**data, objective=OBJECTIVES["ppo-kl"].with_penalty(0.3))[0]
+    assert torch.equal(policy_loss(**data, objective=objective)[0], want)
+    for wrong in (torch.tensor([0.3]), torch.tensor(1), -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="with_penalty: beta must be a number >= 0"):
+            OBJECTIVES["ppo-kl"].with_penalty(wrong)

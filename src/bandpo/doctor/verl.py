@@ -707,6 +707,7 @@ def _known(s: Settings, prefix: str, names: Iterable[str]) -> dict[str, float | 
 
 def _some(names: Iterable[str]) -> str:
     """The first eight of the names, for a message."""
-    names = [redact_text(name) for name in names]
-    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    names = list(names)
+    shown = [redact_text(name) for name in names[:8]]
+    shown = [name if len(name) <= 80 else name[:77] + "..." for name in shown]
+    return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

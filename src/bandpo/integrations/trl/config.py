@@ -277,7 +277,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
                 f"objective {self.objective!r} has {what}; "
                 "use objective='ppo-kl' (TRL's beta is that of a KL to the reference model)"
             )
-        return Adaptive(objective.penalty, self.kl_penalty_target, rises=False)
+        return Adaptive(float(objective.penalty), self.kl_penalty_target, rises=False)
 
     def _adopt(self, objective: Objective) -> None:
         """Fill TRL's fields from the objective where the user left them, and check those that were set."""

@@ -421,7 +421,7 @@ class _Penalty:
                 f"objective {run.objective.name!r} has no KL penalty for kl_target={run.kl_target} to move"
             )
         self._base = run.objective
-        self.rule = Adaptive(run.objective.penalty, cast("float", run.kl_target), rises=False)
+        self.rule = Adaptive(float(run.objective.penalty), cast("float", run.kl_target), rises=False)
         self._kl = self._tokens = 0.0
 
     @property
