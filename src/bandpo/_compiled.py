@@ -70,16 +70,15 @@ class Compiled:
             return self._graphs[kind](*args, **kwargs)
 
     def _argument(self, value: Any) -> Any:
-        """An argument; its β of a KL penalty is a tensor, and so is the radius of its ball once it has changed between calls."""
+        """An argument; the β of its KL penalty is a tensor, and so is the radius of its ball once that has changed."""
         if isinstance(value, Objective) and value.penalty is not None:
             value = value.with_penalty(_as_input(value.penalty))  # a product, which is as fast with a tensor
         given = value.radius if isinstance(value, Objective) else common_radius(value)
         if given is None:
             return value
         if isinstance(value, Objective) and value.projection is not None:
-            return value.with_radius(
-                _as_input(value.projection.radius)
-            )  # it reads no table, so that a constant radius is no faster
+            # It reads no table, so that a constant radius is no faster.
+            return value.with_radius(_as_input(value.projection.radius))
         radius = self._radius(given, _at_radius(value, 1.0))
         if radius is given:
             return value
