@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -18,11 +19,17 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def is_plain(x: Tensor) -> bool:
     """Whether nothing traces or transforms this tensor, so that an operation is done now and by hand.
 
+    Not so under `torch.compile`, `torch.func`, forward-mode differentiation, or in a backward pass for several gradients at
+    once (`is_grads_batched`).
+
     Args:
         x: Any tensor.
     """
-    functorch = cast("Any", torch._C)._functorch  # type: ignore[attr-defined]
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not functorch.is_functorch_wrapped_tensor(x)
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    torch_c = cast("Any", torch._C)
+    transformed = torch_c._are_functorch_transforms_active() or torch_c._functorch.is_legacy_batchedtensor(x)
+    return not transformed and forward_ad._current_level < 0
 
 
 class Fill:
@@ -75,7 +82,12 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (bits,) = ctx.saved_tensors
-        return _Kept.apply(grads[0], bits).sum_to_size(ctx.shape), None  # type: ignore[no-untyped-call]
+        gradient = cast("Tensor", grads[0])
+        if is_plain(gradient):
+            gradient = cast("Tensor", _Kept.apply(gradient, bits))  # type: ignore[no-untyped-call]
+        else:
+            gradient = torch.where(bits != 0, gradient, 0.0)
+        return gradient.sum_to_size(ctx.shape), None
 
 
 class _Sloped(torch.autograd.Function):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bandpo import OBJECTIVES, Objective, RatioBounds, policy_loss, token_objective
@@ -144,6 +145,39 @@ def test_membership_goes_by_the_log_ratio_and_not_by_a_ratio_that_was_rounded_to
     assert ((x.detach() - old).exp() == 1).sum() == 2
     assert (x.grad != 0).tolist() == [[False, False, False, True]]
     assert report["clip_fraction/any"] == 0.75
+
+
+def forward_mode(loss, x, direction):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["no gradient", "with gradient"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "bandpo-kl"])
+def test_forward_mode_and_batches_of_gradients(name, leaf):
+    data = {k: v.detach().double() if v.is_floating_point() else v for k, v in batch(2, 3).items()}
+    x = data.pop("logprobs")
+
+    def loss(x):
+        return policy_loss(logprobs=x, **data, objective=name)[0]
+
+    want = torch.func.grad(loss)(x)
+    direction = torch.arange(6.0).view(2, 3).double()
+    found = forward_mode(loss, x.clone().requires_grad_(leaf), direction)
+    torch.testing.assert_close(found.detach(), (want * direction).sum())
+    jacobian = torch.autograd.functional.jacobian(loss, x, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(jacobian, want)
+    several = torch.autograd.functional.jacobian(lambda x: torch.stack([loss(x), 3 * loss(x)]), x, vectorize=True)
+    torch.testing.assert_close(several, torch.stack([want, 3 * want]))
+
+
+def test_vmap_of_the_entropy_beside_log_probs_with_a_gradient():
+    data = batch(2, 3)
+    x = data["logprobs"]
+    loss = torch.func.vmap(lambda e: policy_loss(**data, objective="grpo", entropy=e)[0])(torch.zeros(2, 2, 3))
+    (found,) = torch.autograd.grad(loss[0], x)
+    (want,) = torch.autograd.grad(policy_loss(**data, objective="grpo")[0], x)
+    torch.testing.assert_close(found, want)
 
 
 def test_bounds_with_a_gradient_keep_it():
