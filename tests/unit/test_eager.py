@@ -1,6 +1,8 @@
 """Masks by bits, and surrogates by hand, against the plain forms; what a call of the loss costs in operations and memory."""
 
+import gc
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -178,6 +180,23 @@ def test_vmap_of_the_entropy_beside_log_probs_with_a_gradient():
     (found,) = torch.autograd.grad(loss[0], x)
     (want,) = torch.autograd.grad(policy_loss(**data, objective="grpo")[0], x)
     torch.testing.assert_close(found, want)
+
+
+def test_bounds_are_let_go_after_the_backward_pass_while_the_loss_is_kept():
+    made = []
+
+    class Region:
+        def __call__(self, old_logprobs):
+            bounds = RatioBounds(torch.full_like(old_logprobs, 0.8), torch.full_like(old_logprobs, 1.2))
+            made.extend(weakref.ref(edge) for edge in bounds)
+            return bounds
+
+    loss, _ = policy_loss(**batch(), objective=Objective(bounds=Region()))
+    assert all(edge() is not None for edge in made)
+    loss.backward()
+    gc.collect()
+    assert [edge() for edge in made] == [None, None]
+    assert loss.grad_fn is not None
 
 
 def test_bounds_with_a_gradient_keep_it():

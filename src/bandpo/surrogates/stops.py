@@ -152,10 +152,12 @@ def value_and_stopped(
         with torch.no_grad():
             found = mark.slopes(ratio, advantages, bounds, **_keywords(surrogate))
 
-        def plain(x: Tensor) -> Tensor:
-            return surrogate(x, advantages, bounds)
+        def plain(x: Tensor, advantages: Tensor, *edges: Tensor) -> Tensor:
+            return surrogate(x, advantages, RatioBounds(*edges))
 
-        return with_slope(log_ratio, plain, found.value, found.slope, advantages, found.inside), found.stopped
+        of = advantages, *bounds
+        value = with_slope(log_ratio, plain, found.value, found.slope, advantages, found.inside, of=of)
+        return value, found.stopped
     value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
     with torch.no_grad():
         if mark.rule is outside:
