@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -18,11 +19,17 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def is_plain(x: Tensor) -> bool:
     """Whether nothing traces or transforms this tensor, so that an operation is done now and by hand.
 
+    Not so under `torch.compile`, `torch.func`, forward-mode differentiation, or in a backward pass for several gradients at
+    once (`is_grads_batched`).
+
     Args:
         x: Any tensor.
     """
-    functorch = cast("Any", torch._C)._functorch  # type: ignore[attr-defined]
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not functorch.is_functorch_wrapped_tensor(x)
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    torch_c = cast("Any", torch._C)
+    transformed = torch_c._are_functorch_transforms_active() or torch_c._functorch.is_legacy_batchedtensor(x)
+    return not transformed and forward_ad._current_level < 0
 
 
 class Fill:
@@ -75,40 +82,55 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (bits,) = ctx.saved_tensors
-        return _Kept.apply(grads[0], bits).sum_to_size(ctx.shape), None  # type: ignore[no-untyped-call]
+        gradient = cast("Tensor", grads[0])
+        if is_plain(gradient):
+            gradient = cast("Tensor", _Kept.apply(gradient, bits))  # type: ignore[no-untyped-call]
+        else:
+            gradient = torch.where(bits != 0, gradient, 0.0)
+        return gradient.sum_to_size(ctx.shape), None
 
 
 class _Sloped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Callable[[Tensor], Tensor], value: Tensor, slope: Tensor, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        plain: Callable[..., Tensor],
+        of: tuple[Tensor, ...],
+        value: Tensor,
+        slope: Tensor,
+        *factors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, slope, *factors)
-        ctx.plain = plain
+        ctx.save_for_backward(x, slope, *of, *factors)  # which are let go after the backward pass, unlike a closure
+        ctx.plain, ctx.inputs = plain, len(of)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, slope, *factors = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        x, slope, *others = cast("tuple[Tensor, ...]", ctx.saved_tensors)
+        of, factors = others[: ctx.inputs], others[ctx.inputs :]
         gradient = cast("Tensor", grads[0])
         if torch.is_grad_enabled():  # create_graph=True: the slope is a function of x as well
-            (gradient,) = torch.autograd.grad(ctx.plain(x), x, gradient, create_graph=True)
+            (gradient,) = torch.autograd.grad(ctx.plain(x, *of), x, gradient, create_graph=True)
         else:
             for factor in factors:
                 gradient = gradient * factor
             gradient = gradient.sum_to_size(slope.shape) * slope
-        return gradient, *(None,) * (3 + len(factors))
+        return gradient, *(None,) * (4 + len(factors))
 
 
-def with_slope(x: Tensor, plain: Callable[[Tensor], Tensor], value: Tensor, slope: Tensor, *factors: Tensor) -> Tensor:
+def with_slope(
+    x: Tensor, plain: Callable[..., Tensor], value: Tensor, slope: Tensor, *factors: Tensor, of: tuple[Tensor, ...] = ()
+) -> Tensor:
     """The value as a function of `x` whose derivative is known: the slope times the factors.
 
     Args:
         x: The variable, with gradient; for `is_plain` tensors only.
-        plain: The function itself, of `x`, for second derivatives.
+        plain: The function itself, of `x` and of the tensors in `of`, for second derivatives.
         value: The value at `x`, without gradient, in the shape that all arguments broadcast to.
         slope: The part of the derivative that belongs to `x`, of its shape.
         factors: The parts that may differ along a dimension in which `x` is repeated.
+        of: What `plain` takes beside `x`, without gradient.
 
     Returns:
         A tensor equal to `value`.
@@ -121,7 +143,7 @@ def with_slope(x: Tensor, plain: Callable[[Tensor], Tensor], value: Tensor, slop
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return value
-    return cast("Tensor", _Sloped.apply(x, plain, value, slope, *factors))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _Sloped.apply(x, plain, of, value, slope, *factors))  # type: ignore[no-untyped-call]
 
 
 class ByHand(NamedTuple):

@@ -141,10 +141,23 @@ def test_the_sketch_is_within_its_bound_and_its_count_exact(rank, seed, constant
     for part in values.split(3_001):
         largest.add(part)
     split = largest.split(rank)
-    exact = values.sort(descending=True).values[rank - 1].item()
+    exact = values.sort(descending=True).values[rank - 1 : rank + 1].mean().item()  # also where these are far apart
     assert split.error == 2**-10
     assert abs(split.radius - exact) <= split.error * exact
     assert split.outside == int((values > split.radius).sum())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_sketch_takes_the_middle_of_a_gap_as_the_exact_radius_does(rank):
+    values = torch.cat([torch.tensor([-0.0, 64.0, 8.0, 1.0]).double(), torch.full((5_000,), 1e-3).double()])
+    largest = Largest(4_000)
+    largest.KEPT = 5_000
+    largest.add(values)
+    exact = values.sort(descending=True).values[rank - 1 : rank + 1].mean().item()
+    split = largest.split(rank)
+    assert split.error == 2**-10
+    assert split.outside == rank == int((values > split.radius).sum())
+    assert abs(split.radius - exact) <= split.error * exact
 
 
 def saved(n=6_000, width=30, seed=3, **changes):

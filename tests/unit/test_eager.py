@@ -1,15 +1,18 @@
 """Masks by bits, and surrogates by hand, against the plain forms; what a call of the loss costs in operations and memory."""
 
+import gc
 import math
+import weakref
 from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bandpo import OBJECTIVES, Objective, RatioBounds, policy_loss
+from bandpo import OBJECTIVES, Objective, RatioBounds, policy_loss, token_objective
 from bandpo._eager import Fill
-from bandpo.bounds import Clip, outside
+from bandpo.bounds import Clip
 from bandpo.surrogates import clip, dual_clip, two_sided
 from bandpo.surrogates.stops import stop_rule_of
 from bandpo.surrogates.token import mask as clip_by_mask
@@ -124,12 +127,90 @@ def test_by_hand_is_the_formula_and_its_gradient(surrogate, column, edges):
     assert torch.equal((found.inside == 0) & (a != 0), found.stopped)
 
 
-def test_membership_by_hand():
-    x, a = torch.tensor([[0.3, -0.3, 0.3, 0.0]]), torch.tensor([[1.0, -1.0, -1.0, 1.0]])
-    inside = torch.tensor([[False, False, False, False]])
-    found = stop_rule_of(clip_by_mask)[0].slopes(x.exp(), a, inside)
-    assert found.stopped.tolist() == outside(x, a, inside).tolist() == [[True, True, False, False]]
-    torch.testing.assert_close(found.value, clip_by_mask(x, a, inside))
+class Nobody:
+    """A region that no token is inside of, known by membership alone."""
+
+    traits = ("membership",)
+
+    def __call__(self, old_logprobs):
+        return torch.zeros_like(old_logprobs, dtype=torch.bool)
+
+
+def test_membership_goes_by_the_log_ratio_and_not_by_a_ratio_that_was_rounded_to_1():
+    old = torch.tensor([[-3e-9, -1e-9, -1.0, -1.0]])
+    x = torch.tensor([[-1e-9, -2e-8, -0.9, -0.9]], requires_grad=True)
+    a = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    objective = Objective(bounds=Nobody(), surrogate=clip_by_mask)
+    loss, report = policy_loss(logprobs=x, old_logprobs=old, advantages=a, mask=mask, objective=objective)
+    loss.backward()
+    assert ((x.detach() - old).exp() == 1).sum() == 2
+    assert (x.grad != 0).tolist() == [[False, False, False, True]]
+    assert report["clip_fraction/any"] == 0.75
+
+
+def forward_mode(loss, x, direction):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["no gradient", "with gradient"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "bandpo-kl"])
+def test_forward_mode_and_batches_of_gradients(name, leaf):
+    data = {k: v.detach().double() if v.is_floating_point() else v for k, v in batch(2, 3).items()}
+    x = data.pop("logprobs")
+
+    def loss(x):
+        return policy_loss(logprobs=x, **data, objective=name)[0]
+
+    want = torch.func.grad(loss)(x)
+    direction = torch.arange(6.0).view(2, 3).double()
+    found = forward_mode(loss, x.clone().requires_grad_(leaf), direction)
+    torch.testing.assert_close(found.detach(), (want * direction).sum())
+    jacobian = torch.autograd.functional.jacobian(loss, x, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(jacobian, want)
+    several = torch.autograd.functional.jacobian(lambda x: torch.stack([loss(x), 3 * loss(x)]), x, vectorize=True)
+    torch.testing.assert_close(several, torch.stack([want, 3 * want]))
+
+
+def test_vmap_of_the_entropy_beside_log_probs_with_a_gradient():
+    data = batch(2, 3)
+    x = data["logprobs"]
+    loss = torch.func.vmap(lambda e: policy_loss(**data, objective="grpo", entropy=e)[0])(torch.zeros(2, 2, 3))
+    (found,) = torch.autograd.grad(loss[0], x)
+    (want,) = torch.autograd.grad(policy_loss(**data, objective="grpo")[0], x)
+    torch.testing.assert_close(found, want)
+
+
+def test_bounds_are_let_go_after_the_backward_pass_while_the_loss_is_kept():
+    made = []
+
+    class Region:
+        def __call__(self, old_logprobs):
+            bounds = RatioBounds(torch.full_like(old_logprobs, 0.8), torch.full_like(old_logprobs, 1.2))
+            made.extend(weakref.ref(edge) for edge in bounds)
+            return bounds
+
+    loss, _ = policy_loss(**batch(), objective=Objective(bounds=Region()))
+    assert all(edge() is not None for edge in made)
+    loss.backward()
+    gc.collect()
+    assert [edge() for edge in made] == [None, None]
+    assert loss.grad_fn is not None
+
+
+def test_bounds_with_a_gradient_keep_it():
+    upper = torch.tensor(1.2, requires_grad=True)
+    terms = token_objective(
+        Objective(bounds=Clip()),
+        logprobs=torch.tensor([[-1.0, -0.5]], requires_grad=True),
+        old_logprobs=torch.full((1, 2), -1.0),
+        advantages=torch.ones(1),
+        mask=torch.ones(1, 2),
+        bounds=RatioBounds(torch.tensor(0.8), upper),
+    )
+    terms.value.sum().backward()
+    assert upper.grad == 1
 
 
 @pytest.mark.parametrize("name", ["grpo", "dual-clip", "gspo"])
@@ -174,12 +255,15 @@ def test_fill_of_odd_layouts():
     assert Fill(mask[:0])(x[:0]).shape == (0, 2)
 
 
-def test_an_advantage_that_overflows_the_product_leaves_the_gradient_of_a_stopped_token_zero():
+@pytest.mark.parametrize("surrogate", [clip, clip_by_mask, two_sided], ids=["clip", "mask", "two_sided"])
+def test_an_advantage_that_overflows_the_product_leaves_loss_and_gradient_of_a_stopped_token_finite(surrogate):
     data = batch(1, 2)
     data |= {
         "logprobs": torch.tensor([[-1.0, -1.0]], requires_grad=True),
         "old_logprobs": torch.tensor([[-41.0, -1.0]]),
     }
     data |= {"advantages": torch.tensor([1e25]), "mask": torch.ones(1, 2, dtype=torch.bool)}
-    policy_loss(**data, objective=Objective(bounds=Clip()))[0].backward()
+    loss, _ = policy_loss(**data, objective=Objective(bounds=Clip(), surrogate=surrogate))
+    loss.backward()
+    assert loss.isfinite()
     assert data["logprobs"].grad[0, 0] == 0 and data["logprobs"].grad.isfinite().all()

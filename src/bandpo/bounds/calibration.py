@@ -303,8 +303,8 @@ class Largest:
     """The largest numbers of a stream, to find the one of a given rank.
 
     Up to 2²² numbers are kept, and the answer is exact, where the stream has no more, or where `most` is at most half of that:
-    smaller ones are then dropped. For other streams they are counted in bins of relative width 2⁻¹⁰, and the answer is the
-    edge of a bin, less than that away from the exact one; the count beyond it is exact.
+    smaller ones are then dropped. For other streams they are counted in bins of relative width 2⁻¹⁰, and the answer is less
+    than that away from the exact one; the count beyond it is exact.
 
     Args:
         most: Largest rank that will be asked for; None keeps all numbers.
@@ -363,7 +363,8 @@ class Largest:
 
     def _count(self, values: Tensor) -> None:
         assert self._bins is not None
-        places = values.clamp(min=0.0).view(torch.int64) >> self._BITS  # the bits of positive floats are in their order
+        # The bits of positive floats are in their order; -0.0, which a clamp leaves, would be a negative number.
+        places = values.clamp(min=0.0).abs().view(torch.int64) >> self._BITS
         self._bins += places.bincount(minlength=len(self._bins))
 
     def _split_bins(self, rank: int) -> Split:
@@ -374,8 +375,15 @@ class Largest:
         above = int(beyond[place + 1]) if place + 1 < len(beyond) else 0
         if rank - above < int(beyond[place]) - rank and above > 0:
             place += 1
-        edge = torch.tensor(place << self._BITS, dtype=torch.int64).view(torch.float64).item()
-        return Split(math.nextafter(edge, 0.0), int(beyond[place]), 2.0 ** (self._BITS - 52))
+        radius = math.nextafter(self._edge(place), 0.0)
+        if int(beyond[place]) == rank and place > 0:  # nothing between it and the next bin with numbers: their middle
+            below = int((beyond > rank).sum()) - 1
+            radius = min((self._edge(place) + self._edge(below + 1)) / 2, radius)
+        return Split(radius, int(beyond[place]), 2.0 ** (self._BITS - 52))
+
+    def _edge(self, place: int) -> float:
+        """The smallest number of a bin."""
+        return torch.tensor(place << self._BITS, dtype=torch.int64).view(torch.float64).item()
 
 
 def _match_outside_fraction(divergence: FDivergence, like: Bounds, batch: Mapping[str, Tensor]) -> float:

@@ -42,8 +42,9 @@ def stops(rule: Callable[..., Tensor], *, slopes: Slopes | None = None) -> Calla
             of the surrogate. Its result does not matter where `A = 0`. `bandpo.bounds.outside` is the rule of a clip, `never`
             that of a surrogate that keeps every gradient.
         slopes: The same surrogate by hand, `(ratio, advantages, bounds) -> ByHand` with its keywords, which saves eager code
-            the backward pass through the surrogate, and the rule. The ratio is that of `log_ratio` held within ±40. This is
-            for surrogates that ask for no input; None for automatic differentiation.
+            the backward pass through the surrogate, and the rule. The ratio is that of `log_ratio` held within ±40, and the
+            bounds are an interval without gradient; for others the surrogate itself is called. This is for surrogates that
+            ask for no input; None for automatic differentiation.
 
     Returns:
         A decorator that gives back the surrogate itself.
@@ -147,14 +148,16 @@ def value_and_stopped(
     mark, keywords = stop_rule_of(surrogate)
     if mark is None:
         return _by_autograd(surrogate, log_ratio, advantages, bounds, inputs, asked)
-    if mark.slopes is not None and is_plain(log_ratio):
+    if mark.slopes is not None and isinstance(bounds, RatioBounds) and _without_gradient(log_ratio, bounds):
         with torch.no_grad():
             found = mark.slopes(ratio, advantages, bounds, **_keywords(surrogate))
 
-        def plain(x: Tensor) -> Tensor:
-            return surrogate(x, advantages, bounds)
+        def plain(x: Tensor, advantages: Tensor, *edges: Tensor) -> Tensor:
+            return surrogate(x, advantages, RatioBounds(*edges))
 
-        return with_slope(log_ratio, plain, found.value, found.slope, advantages, found.inside), found.stopped
+        of = advantages, *bounds
+        value = with_slope(log_ratio, plain, found.value, found.slope, advantages, found.inside, of=of)
+        return value, found.stopped
     value = surrogate(log_ratio, advantages, bounds, **{name: inputs[name] for name in asked})
     with torch.no_grad():
         if mark.rule is outside:
@@ -163,6 +166,11 @@ def value_and_stopped(
         given = {name: (value if name == "value" else inputs[name]).detach() for name in asked_by_rule}
         stopped = mark.rule(log_ratio.detach(), advantages, bounds, **keywords, **given)
         return value, stopped & (advantages != 0)
+
+
+def _without_gradient(log_ratio: Tensor, bounds: RatioBounds) -> bool:
+    """Whether a derivative by the log-ratio is all that can be asked for, and nothing transforms the tensors."""
+    return is_plain(log_ratio) and not (bounds.lower.requires_grad or bounds.upper.requires_grad)
 
 
 def _by_autograd(

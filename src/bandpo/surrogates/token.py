@@ -125,15 +125,11 @@ def dual_clip(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, c: flo
     return torch.where(advantages < 0, torch.maximum(pessimistic, c * advantages), pessimistic)
 
 
-def _mask_by_hand(
-    ratio: Tensor, advantages: Tensor, bounds: RatioBounds | Tensor, truncate: float | None = None
-) -> ByHand:
-    if isinstance(bounds, RatioBounds):
-        left = past_the_edge(ratio, ratio.clamp(bounds.lower, bounds.upper), advantages)
-    else:
-        left = outside(ratio - 1, advantages, bounds).to(ratio.dtype)
+def _mask_by_hand(ratio: Tensor, advantages: Tensor, bounds: RatioBounds, truncate: float | None = None) -> ByHand:
+    left = past_the_edge(ratio, ratio.clamp(bounds.lower, bounds.upper), advantages)
     kept, inside = ratio if truncate is None else ratio.clamp(max=truncate), _inside(left)
-    return ByHand(kept * advantages * inside, kept, inside, left > 0)
+    # In this order 0 stays 0, where the product of ratio and advantage would be infinite.
+    return ByHand(kept * inside * advantages, kept, inside, left > 0)
 
 
 @traits("membership")
