@@ -164,7 +164,9 @@ def policy_sums(
     valid, bounds = terms.mask, terms.bounds
     used = valid & ~terms.nonfinite
     if isinstance(bounds, RatioBounds):
-        used = used & (bounds.lower <= bounds.upper)  # not where one is NaN
+        used = used & (
+            bounds.lower + bounds.upper >= -torch.inf
+        )  # not where one is NaN; crossed ones are an empty interval
     fill, count, total = Fill(used), _number(used), _number(valid)
 
     def mean(x: Tensor) -> PooledSum:

@@ -309,14 +309,14 @@ def quadratic_tv(
 
 @traits("without_advantage")
 @stops(never)
-def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta: float = 1.0) -> Tensor:
+def kl_penalty(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds, beta: float | Tensor = 1.0) -> Tensor:
     """`r·A - β(r - 1 - log r)`: PPO's KL penalty in place of a clip (arXiv:1707.06347, eq. 8).
 
     The second term is an unbiased, non-negative estimate of KL(π_old ‖ π) from samples of π_old. `w = 1 - β(1 - 1/r)/A`. The
     bounds are not used. `Objective.with_penalty` changes β; `bandpo.schedules.Adaptive` says how, by the paper's rule.
 
     Args:
-        beta: β >= 0, in objective per nat.
+        beta: β >= 0, in objective per nat, a number or a 0-d tensor.
 
     Returns:
         The value of each token, in the shape of `log_ratio`.
