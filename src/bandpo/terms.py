@@ -72,8 +72,8 @@ class TokenObjective(NamedTuple):
     ratio: Tensor | None = None
     """`exp(log_ratio)` without gradient; None where it was not needed."""
     sums: TokenSums | None = None
-    """Sums of the fused kernel on CUDA, which metrics use while `mask` and `nonfinite` are the tensors that they belong to; None
-    where the terms come from the plain path."""
+    """Sums of the fused kernel on CUDA, which metrics use while `mask` and `nonfinite` are the tensors that they belong to;
+    None where the terms come from the plain path."""
 
 
 def token_objective(
@@ -434,9 +434,10 @@ def _per_token(value: Tensor, objective: Objective, usable: Tensor) -> Tensor:
 def _fused(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
 ) -> tuple[Tensor, RatioBounds, Tensor, Tensor | None] | None:
-    """Objective, bounds, which tokens are outside, and sums, from one Triton kernel, on CUDA; None where it cannot be used."""
+    """Objective, bounds, which tokens are outside, and sums, by one Triton kernel on CUDA; None where it cannot be used."""
     fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
-    if not fits or not _runs_triton(logprobs.device.type) or not (is_plain(logprobs) and is_plain(old_logprobs)):
+    plain = is_plain(logprobs) and is_plain(old_logprobs)  # first: torch.compile does not look into a cached function
+    if not fits or not plain or not _runs_triton(logprobs.device.type):
         return None
     from bandpo.surrogates.kernel import clipped_objective
 

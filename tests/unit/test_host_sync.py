@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bandpo import OBJECTIVES, policy_loss, terms, token_logprobs
 from bandpo.reference import ReferenceKL
 from bandpo.surrogates import clip
-from batches import B, DEVICE, K, T, max_length
+from batches import DEVICE, B, K, T, max_length
 
 WHERE = "cuda" if DEVICE == "cuda" else "meta"
 WAITS = {

@@ -283,8 +283,8 @@ floats = {"fixed_lower", "cap", "end", "center0", "center1"}
 for tabulated, centers in ((True, 0), (True, 2), (False, 0)):
     constants = {**settings, "TABULATED": tabulated, "CENTERS": centers, "SUMS": True, "INTERPRETED": False}
     signature = {
-        name: "constexpr" if name in constants else "*u8" if name in ("mask_ptr", "outside_ptr") else "*fp32" if name.endswith("_ptr")
-        else "fp32" if name in floats else "i32"
+        name: "constexpr" if name in constants else "*u8" if name in ("mask_ptr", "outside_ptr")
+        else "*fp32" if name.endswith("_ptr") else "fp32" if name in floats else "i32"
         for name in k._kernel.arg_names
     }
     for capability in (80, 90):

@@ -118,18 +118,19 @@ class _ClippedObjective(torch.autograd.Function):
         outside = torch.empty(logprobs.shape, dtype=torch.uint8, device=logprobs.device)
         centers = (*table.centers, (0.0, 0, 0), (0.0, 0, 0))[:2] if table else ((0.0, 0, 0),) * 2
         n = logprobs.numel()
+        tensors = (x.contiguous() for x in (logprobs, old_logprobs, advantages, mask.view(torch.uint8)))
         programs = triton.cdiv(n, BLOCK)
         parts = torch.empty((5 if sums else 0, programs), dtype=torch.float32, device=logprobs.device)
         if n:
             with torch.cuda.device_of(logprobs):  # Triton launches on the current device, whatever the tensors are on
                 _kernel[(programs,)](
-                    logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(), mask.contiguous().view(torch.uint8),
-                    value, gradient, lower, upper, outside, parts, table.coefficients if table else value,
+                    *tensors, value, gradient, lower, upper, outside, parts, table.coefficients if table else value,
                     n, logprobs.shape[-1] if advantages.numel() < n else 1, fixed_lower, cap,
                     table.last + 1 if table else 0, table.uniform if table else 0, table.end if table else 0.0,
                     *centers[0], *centers[1],
-                    TABULATED=table is not None, CENTERS=len(table.centers) if table else 0, SUMS=sums, INTERPRETED=_INTERPRETED,
-                    BLOCK=BLOCK, FIRST=FIRST_OCTAVE, BITS=SHIFT, FRACTION_BITS=FRACTION, PER_UNIT=PIECES, HOLD=MAX_LOG_RATIO,
+                    TABULATED=table is not None, CENTERS=len(table.centers) if table else 0,
+                    SUMS=sums, INTERPRETED=_INTERPRETED, BLOCK=BLOCK,
+                    FIRST=FIRST_OCTAVE, BITS=SHIFT, FRACTION_BITS=FRACTION, PER_UNIT=PIECES, HOLD=MAX_LOG_RATIO,
                     num_warps=WARPS, enable_fp_fusion=False,  # each operation rounds by itself, as in the plain path
                 )  # fmt: skip
         ctx.save_for_backward(gradient)
@@ -229,6 +230,7 @@ def _kernel(
 def _sum(x, INTERPRETED: tl.constexpr):
     # The interpreter cannot call tl.sum where Triton was imported before interpretation was chosen.
     if INTERPRETED:
-        return tl.reduce(x, 0, tl.standard._sum_combine)
+        total = tl.reduce(x, 0, tl.standard._sum_combine)
     else:
-        return tl.sum(x, 0)
+        total = tl.sum(x, 0)
+    return total
