@@ -105,8 +105,8 @@ def cuda(path: Path = GPU) -> str:
     if about["tiny"] or about["device"] != "cuda":
         raise ValueError(f"{path} is the record of a run at a tiny size or on a CPU; run make gpu on a GPU")
     text = [
-        f"Measured by `make gpu` on one {about['card']} (driver {about['driver']}, CUDA {about['cuda']}, torch {about['torch']}, "
-        f"Triton {about['triton']}), commit {about['commit'][:12]}, on {about['date']}."
+        f"Measured by `make gpu` on one {about['card']} (driver {about['driver']}, CUDA {about['cuda']}, "
+        f"torch {about['torch']}, Triton {about['triton']}), commit {about['commit'][:12]}, on {about['date']}."
     ]
     for part in found["parts"]:
         rows = [row for row in found["rows"] if row["part"] == part["part"] and "what" in row]

@@ -202,7 +202,7 @@ def _belong(sums: TokenSums, terms: TokenObjective) -> bool:
 
 def _of_kernel(sums: TokenSums, terms: TokenObjective, entropy: Tensor | None) -> dict[str, PooledSum]:
     """The basic statistics from what the kernel has added up; a clip has neither a projection nor a correction."""
-    count, total = sums.count, _number(terms.mask)
+    count, total = sums.tokens, _number(terms.mask)
     found = {
         "clip_fraction/low": PooledSum(sums.stopped - sums.stopped_above, count),
         "clip_fraction/high": PooledSum(sums.stopped_above, count),

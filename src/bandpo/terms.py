@@ -19,7 +19,7 @@ from bandpo.surrogates.stops import stop_rule_of, value_and_stopped
 class TokenSums(NamedTuple):
     """What the fused kernel has added up over the tokens that are used, for the default metrics; float32, 0-d."""
 
-    count: Tensor
+    tokens: Tensor
     """Number of tokens."""
     stopped: Tensor
     """Number of those whose gradient the surrogate takes away."""

@@ -82,7 +82,7 @@ def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path):
     assert done.returncode == 1
     assert [(part["part"], part["outcome"]) for part in found["parts"]] == [("head", "done"), ("train", "failed")]
     (error,) = [row for row in found["rows"] if "error" in row]
-    assert error["part"] == "train" and "no such model" in error["error"] and "Traceback" in error["where"]
+    assert error["part"] == "train" and "Error: " in error["error"] and "Traceback" in error["where"]
 
 
 def test_a_part_that_hangs_is_ended(modules, tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def test_counted_sums_are_not_used_for_other_tokens(kernel, monkeypatch):
     monkeypatch.setattr(tokens, "_runs_triton", lambda device: True)
     given = {"logprobs": new, "old_logprobs": old, "advantages": advantages, "mask": mask}
     terms = tokens.token_objective(OBJECTIVES["bandpo-kl"], **given)
-    assert terms.sums is not None and terms.sums.count == mask.sum()
+    assert terms.sums is not None and terms.sums.tokens == mask.sum()
     fewer = terms.nonfinite.clone()
     fewer[0] = True
     for changed in (terms._replace(nonfinite=fewer), terms._replace(mask=mask & ~fewer)):
