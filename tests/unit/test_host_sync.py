@@ -13,14 +13,16 @@ import contextlib
 import importlib
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bandpo import OBJECTIVES, policy_loss, terms, token_logprobs
+from bandpo import OBJECTIVES, Band, Clip, policy_loss, terms, token_logprobs
 from bandpo.reference import ReferenceKL
-from bandpo.surrogates import clip
+from bandpo.surrogates import IcePop, clip
+from bandpo.surrogates.filters import rollout_rs, seq_mis, vaco
 from batches import DEVICE, B, K, T, max_length
 
 WHERE = "cuda" if DEVICE == "cuda" else "meta"
@@ -130,6 +132,29 @@ def test_the_host_never_waits_for_the_loss(name, route):
         with nothing_waits():
             gradient = step(objective, detail, dtype, mask_dtype)
         assert gradient.shape == (B, T) and gradient.dtype == dtype
+
+
+MORE = {
+    "budget of the batch": {"filter": vaco(0.5, over="batch")},
+    "rejection by verl's names": {"filter": rollout_rs("token_k1,seq_mean_k3,seq_sum_k2", "0.5_2,0.1,0.1")},
+    "sequence weights": {"filter": seq_mis(0.1, 3.0)},
+    "sequence correction": {"correction": IcePop(0.5, 5.0, level="sequence")},
+    "relaxed band": {"bounds": Band("kl", 0.05, relax=Clip(0.2, 0.28))},
+    "solved bounds": {"bounds": Band("hellinger", torch.full((), 0.05, device=WHERE))},
+    "sequence band": {"bounds": Band("kl", 0.001), "ratio_level": "sequence"},
+    "own surrogate": {"surrogate": lambda log_ratio, advantages, bounds: log_ratio.exp().clamp(*bounds) * advantages},
+}
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", MORE)
+def test_the_host_never_waits_for_other_components(name, monkeypatch):
+    monkeypatch.setattr(terms, "_runs_triton", lambda device: False)
+    objective = replace(OBJECTIVES["grpo"], **MORE[name])
+    step(objective, "none", torch.float32, torch.bool)
+    for detail in ("basic", "full"):
+        with nothing_waits():
+            step(objective, detail, torch.float32, torch.bool)
 
 
 @pytest.mark.device

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bandpo import CHI2, HELLINGER, JS, KL, OBJECTIVES, REVERSE_KL, TV, Band, Clip, FDivergence, policy_loss
+from bandpo import metrics as library
 from bandpo import terms as tokens
 from bandpo.bounds import outside
 from bandpo.metrics import policy_metrics
@@ -212,6 +213,8 @@ def test_counted_metrics_beside_entropy_weights_and_filters(kernel, monkeypatch)
     filtered = dataclasses.replace(OBJECTIVES["grpo"], filter=vaco(0.5, policies="policy/rollout"))
     weight = torch.linspace(0.5, 2.0, B, device=DEVICE)
     weight[1] = math.nan  # the tokens of a sequence are left out
+    counted_by_kernel = []
+    monkeypatch.setattr(library, "_of_kernel", spy(library._of_kernel, counted_by_kernel))
     for objective, more in (
         ("bandpo-kl", {"entropy": new.abs()}),
         ("bandpo-kl", {"sample_weight": weight, "ref_logprobs": old - 0.1, "normalizer": 5.0}),
@@ -223,6 +226,7 @@ def test_counted_metrics_beside_entropy_weights_and_filters(kernel, monkeypatch)
         assert list(plain) == list(counted)
         for key, want in plain.items():
             torch.testing.assert_close(counted[key], want, rtol=2e-6, atol=2e-7, equal_nan=True)
+    assert len(counted_by_kernel) == 3
 
 
 def test_counted_sums_are_not_used_for_other_tokens(kernel, monkeypatch):
