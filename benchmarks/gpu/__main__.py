@@ -43,6 +43,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="folder of a Llama with its tokenizer (with --tiny a random one)")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--total", type=float, default=515.0, help="seconds of all parts together")
+    parser.add_argument("--commit", default="", help="the commit, where the copy of the sources has no git history")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     found = parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> int:
     o = options()
     if o.part:
         return run_part(o)
-    machine = about()
+    machine = about(o.commit)
     if not o.tiny and machine["device"] == "cpu":
         print("no CUDA device is found: --tiny runs everything at a small size on the CPU", file=sys.stderr)
         return 2
@@ -144,7 +145,7 @@ def one(o: argparse.Namespace, name: str, seconds: float, device: str) -> dict[s
     }
 
 
-def about() -> dict[str, Any]:
+def about(commit: str) -> dict[str, Any]:
     """Card, driver, versions and commit."""
     import torch
 
@@ -163,9 +164,8 @@ def about() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     changed = bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--", "src", "benchmarks"))
-    found["commit"] = (_output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown") + (
-        " with changes" if changed else ""
-    )
+    here = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    found["commit"] = here + (" with changes" if changed else "") if here else commit or "unknown"
     return found
 
 

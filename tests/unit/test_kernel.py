@@ -165,6 +165,9 @@ def test_ratios_are_held_on_both_sides_by_the_kernel_too(kernel):
     want = -torch.tensor([-40.0, -39.0, 39.0, 40.0], device=DEVICE).exp()
     torch.testing.assert_close(value[0], want, rtol=1e-5, atol=0)
     assert (x.grad[0] != 0).tolist() == [False, True, True, False]
+    below = torch.full((1, 2), -95.0, device=DEVICE)
+    found = kernel.clipped_objective(below, torch.zeros_like(below), below[:, :1], ones[:, :2], Clip(0.2))
+    assert found.sums.tolist() == pytest.approx([2, 2, 0, 2 * math.exp(-40), 2 * 39])
 
 
 COUNTS = ("clip_fraction/low", "clip_fraction/high", "clip_fraction/any", "nonfinite_fraction")
