@@ -16,7 +16,7 @@ LOWEST := $(addprefix tests/,property selection preference contract/test_trl.py 
 	$(addprefix unit/test_run.py::test_,datasets_and_rewards_are_checked report_escapes_what_models_write \
 	progress_is_a_bar_on_a_terminal tasks_split_without_leakage_and_score_their_answers))
 
-.PHONY: train test test-lowest test-verl test-hosts test-hosts-and-verl test-browser bench fuzz evidence lint types docs notebook format clean
+.PHONY: train test test-lowest test-verl test-hosts test-hosts-and-verl test-browser bench gpu fuzz evidence lint types docs notebook format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
@@ -50,6 +50,10 @@ bench: $(VENV)/.installed  ## everything beside its simplest equivalent and besi
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(FILES),benchmarks) -q -s -p no:xdist \
 		-o python_files='bench_*.py' -o pythonpath=benchmarks -o filterwarnings= $(if $(QUICK),--quick) $(ARGS)
 	$(if $(findstring --update,$(ARGS)),$(BIN)/python tools/performance.py)
+
+# Needs torch, Triton and transformers alone, so a GPU machine without a registry runs `python3 benchmarks/gpu` (see its README).
+gpu: $(VENV)/.installed  ## on a GPU, under nine minutes: tests, kernel, loss, head, training; benchmarks/gpu.json (CPU: ARGS=--tiny)
+	$(BIN)/python benchmarks/gpu $(ARGS)
 
 evidence: $(VENV)/.installed  ## an hour or more: the full comparison, and the evidence page made from it
 	$(BIN)/bandpo compare --preset full --evidence docs $(ARGS)

@@ -1,6 +1,7 @@
 """Random batches, completed with what an objective asks for, and one call that gives loss, gradient and metrics."""
 
 import dataclasses
+import os
 from functools import partial
 
 import torch
@@ -10,6 +11,8 @@ from bandpo.experimental import clip_cov
 from bandpo.zoo import get_objective
 
 B, T, K = 6, 9, 4
+DEVICE = os.environ.get("BANDPO_DEVICE", "cpu")
+"""Where the tests that are marked with `device` make their tensors; `benchmarks/gpu` sets it to "cuda"."""
 
 
 def max_length(aggregation):
@@ -46,17 +49,17 @@ def complete(objective, data, seed=0):
     if objective.anchor == "rollout":
         data["rollout_logprobs"] = data["old_logprobs"]
     elif objective.correction is not None:
-        noise = 0.9 * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
+        noise = 0.9 * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x)
         data["rollout_logprobs"] = data["old_logprobs"] + noise
-    rewards = torch.rand(len(x), generator=g, dtype=torch.float64).to(x.dtype)
+    rewards = torch.rand(len(x), generator=g, dtype=torch.float64).to(x)
     extras = objective.group_inputs(rewards, data["advantages"].reshape(len(x), -1)[:, 0], len(x))
     if "topk_logprobs" in objective.extras:
         logits = torch.randn(2, *x.shape, 50, generator=g, dtype=torch.float64)
         old, new = logits[0].log_softmax(-1), (logits[0] + 0.3 * logits[1]).log_softmax(-1)
         top, ids = (old - 3).topk(K)
         extras |= {
-            "old_topk_logprobs": top.to(x.dtype), "topk_logprobs": (new - 3).gather(-1, ids).to(x.dtype),
-            "sampled_in_topk": torch.zeros(x.shape, dtype=torch.bool),
+            "old_topk_logprobs": top.to(x), "topk_logprobs": (new - 3).gather(-1, ids).to(x),
+            "sampled_in_topk": torch.zeros(x.shape, dtype=torch.bool, device=x.device),
         }  # fmt: skip
     return {**data, "extras": extras} if extras else data
 

@@ -9,6 +9,7 @@ rows. `<!-- others -->` becomes sections for the files that no table names, so t
 
 import argparse
 import importlib.util
+import json
 import re
 import sys
 import textwrap
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGE, TEXT, BASELINES = (
+PAGE, TEXT, BASELINES, GPU = (
     ROOT / "docs" / "performance.md",
     ROOT / "tools" / "performance.md",
     ROOT / "benchmarks" / "baselines",
+    ROOT / "benchmarks" / "gpu.json",
 )
 WIDTH = 120
 FASTER = 0.15  # beyond linear, and beyond the growth of the equivalent; the noise of three sizes is half of it
@@ -84,10 +86,49 @@ def page(text: str, found: dict[str, Any]) -> str:
         "missed": _missed(lines),
         "faster": _faster(lines),
         "unmeasured": _unmeasured(files),
+        "cuda": cuda(),
     }
     for name, value in filled.items():
         text = text.replace(f"{{{{{name}}}}}", value)
     return "\n".join(_wrapped(line) for line in text.splitlines()) + "\n"
+
+
+def cuda(path: Path = GPU) -> str:
+    """The tables of `make gpu`, or that there is no record of a GPU yet."""
+    if not path.exists():
+        return (
+            "**Not measured yet: nothing of this has run on a GPU.** `make gpu` measures it on one in under nine minutes "
+            "(`benchmarks/gpu/README.md`); CI runs all of it on a CPU at sizes that say nothing about speed."
+        )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    about = found["machine"]
+    if about["tiny"] or about["device"] != "cuda":
+        raise ValueError(f"{path} is the record of a run at a tiny size or on a CPU; run make gpu on a GPU")
+    text = [
+        f"Measured by `make gpu` on one {about['card']} (driver {about['driver']}, CUDA {about['cuda']}, "
+        f"torch {about['torch']}, Triton {about['triton']}), commit {about['commit'][:12]}, on {about['date']}."
+    ]
+    for part in found["parts"]:
+        rows = [row for row in found["rows"] if row["part"] == part["part"] and "what" in row]
+        text.append(f"### {part['part'].capitalize()}")
+        if part["outcome"] != "done":
+            text.append(f"**This part did not end by itself ({part['outcome']}: {part['reason']}).**")
+        body = [f"| {_cell(row['what'])} | {_cuda_value(row)} | {_cuda_aim(row)} |" for row in rows]
+        text.append("\n".join(["| | measured | aim |", "|---|---|---|", *body]) if body else "No rows.")
+    return "\n\n".join(text)
+
+
+def _cuda_value(row: Row) -> str:
+    if row["value"] is None:
+        return _cell(row["note"] or "not a number")
+    unit = {"x": " times"}.get(row["unit"], f" {row['unit']}" if row["unit"] else "")
+    spread = row.get("quartiles")
+    return f"{_number(row['value'])}{unit}" + (f" ({_number(spread[0])} to {_number(spread[1])})" if spread else "")
+
+
+def _cuda_aim(row: Row) -> str:
+    aim = row["aim"].replace("<=", "at most").replace(">=", "at least")
+    return f"{aim}: **missed**" if row["met"] == "no" else aim
 
 
 def _unmeasured(files: dict[str, list[Row]]) -> str:

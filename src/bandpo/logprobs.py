@@ -1,5 +1,6 @@
 """Log-probs of the chosen tokens, computed from the last hidden states without the (tokens, vocabulary) matrix."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -76,7 +77,7 @@ def token_logprobs(
     _check(hidden, weight, targets, bias, temperature, top_k, chunk_size, memory)
     flat = hidden.reshape(-1, hidden.shape[-1])
     plan = _plan(flat, weight, bias, 1.0 / temperature, entropy, top_k, chunk_size, memory)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden.device.type):
         logprobs, entropies, top, ids = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
             flat, weight, bias, targets.reshape(-1), plan
         )
@@ -306,6 +307,11 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
         return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(narrow)
 
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -148,7 +148,11 @@ def policy_loss(
     loss = -reduce(value)
     if usable is not valid:  # tokens without a weight or a reference are left out as well
         usable = usable ^ terms.nonfinite
-        terms = terms._replace(mask=valid, nonfinite=valid ^ usable)
+        nonfinite = valid ^ usable
+        sums = (
+            None if terms.sums is None else terms.sums._replace(mask=valid, nonfinite=nonfinite)
+        )  # of the same tokens
+        terms = terms._replace(mask=valid, nonfinite=nonfinite, sums=sums)
     report = policy_metrics(terms, entropy=entropy, detail=metrics)
     report["loss/policy"] = loss.detach()
     if ref_logprobs is not None:

@@ -18,7 +18,7 @@ from bandpo.objective import Objective
 from bandpo.reference import k3
 from bandpo.surrogates.stops import stops_outside
 from bandpo.surrogates.token import mask as clip_by_mask
-from bandpo.terms import TokenObjective, level_logprobs
+from bandpo.terms import TokenObjective, TokenSums, level_logprobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -161,12 +161,10 @@ def policy_sums(
         raise ValueError(f"detail of the metrics: got {detail!r}; choose one of {', '.join(get_args(Detail))}")
     if detail == "none":
         return {}
-    valid, bounds = terms.mask, terms.bounds
-    used = valid & ~terms.nonfinite
-    if isinstance(bounds, RatioBounds):
-        used = used & (
-            bounds.lower + bounds.upper >= -torch.inf
-        )  # not where one is NaN; crossed ones are an empty interval
+    if detail == "basic" and terms.sums is not None and _belong(terms.sums, terms):
+        return _of_kernel(terms.sums, terms, entropy)
+    valid = terms.mask
+    used = _used(terms)
     fill, count, total = Fill(used), _number(used), _number(valid)
 
     def mean(x: Tensor) -> PooledSum:
@@ -189,6 +187,39 @@ def policy_sums(
     if entropy is not None:
         sums["entropy"] = mean(entropy.detach().to(r.dtype))
     return sums | _of_weights(terms, fill, count)
+
+
+def _used(terms: TokenObjective) -> Tensor:
+    """The tokens that are in the statistics."""
+    used, bounds = terms.mask & ~terms.nonfinite, terms.bounds
+    if not isinstance(bounds, RatioBounds):
+        return used
+    # Not where an edge is NaN. Edges that are crossed are an empty interval, outside of which each token is.
+    return used & (bounds.lower + bounds.upper >= -torch.inf)
+
+
+def _belong(sums: TokenSums, terms: TokenObjective) -> bool:
+    """Whether sums of the kernel are those of these terms: an adapter may have left out more tokens since."""
+    return sums.mask is terms.mask and sums.nonfinite is terms.nonfinite
+
+
+def _of_kernel(sums: TokenSums, terms: TokenObjective, entropy: Tensor | None) -> dict[str, PooledSum]:
+    """The basic statistics from what the kernel has added up; a clip has neither a projection nor a correction."""
+    count, total = sums.tokens, _number(terms.mask)
+    found = {
+        "clip_fraction/low": PooledSum(sums.stopped - sums.stopped_above, count),
+        "clip_fraction/high": PooledSum(sums.stopped_above, count),
+        "clip_fraction/any": PooledSum(sums.stopped, count),
+        "ratio/mean": PooledSum(sums.ratio, count),
+        "kl/old_new": PooledSum(sums.k3, count),
+        "nonfinite_fraction": PooledSum(total - count, total),
+    }
+    if entropy is None and terms.weights is None and terms.filter_weights is None:
+        return found
+    fill = Fill(_used(terms))
+    if entropy is not None:
+        found["entropy"] = PooledSum(fill(entropy.detach().to(sums.ratio.dtype)).sum(), count)
+    return found | _of_weights(terms, fill, count)
 
 
 def _values(sums: Mapping[str, PooledSum]) -> dict[str, Tensor]:

@@ -16,6 +16,25 @@ from bandpo.surrogates import clip, hold
 from bandpo.surrogates.stops import stop_rule_of, value_and_stopped
 
 
+class TokenSums(NamedTuple):
+    """What the fused kernel has added up over the tokens that are used, for the default metrics; float32, 0-d."""
+
+    tokens: Tensor
+    """Number of tokens."""
+    stopped: Tensor
+    """Number of those whose gradient the surrogate takes away."""
+    stopped_above: Tensor
+    """Number of those with a ratio above 1."""
+    ratio: Tensor
+    """Sum of r."""
+    k3: Tensor
+    """Sum of `r - log r - 1`."""
+    mask: Tensor
+    """The mask that the sums belong to, the same object as that of the terms."""
+    nonfinite: Tensor
+    """The tokens that were left out, the same object as that of the terms."""
+
+
 class TokenObjective(NamedTuple):
     """What one evaluation of an objective produced for each token; the result of `token_objective`."""
 
@@ -52,6 +71,9 @@ class TokenObjective(NamedTuple):
     """KL divergence of each position from the anchor, before its projection, `(batch, time)`; None without a projection."""
     ratio: Tensor | None = None
     """`exp(log_ratio)` without gradient; None where it was not needed."""
+    sums: TokenSums | None = None
+    """Sums of the fused kernel on CUDA, which metrics use while `mask` and `nonfinite` are the tensors that they belong to;
+    None where the terms come from the plain path."""
 
 
 def token_objective(
@@ -127,8 +149,11 @@ def token_objective(
     log_ratio = hold(_at_level(difference, usable, objective, per_token=per_token))
     fused = _fused(logprobs, anchor, advantages, usable, objective) if bounds is None else None
     if fused is not None:
-        value, bounds, stopped = fused
-        terms = TokenObjective(value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective)
+        value, bounds, stopped, sums = fused
+        sums = None if sums is None else TokenSums(*sums.unbind(), mask=valid, nonfinite=nonfinite)
+        terms = TokenObjective(
+            value, log_ratio, bounds, old, advantages, None, nonfinite, stopped, valid, objective, sums=sums
+        )
         return _filtered(terms, new, rollout_logprobs, fill) if objective.filters else terms
 
     inputs = {"old_logprobs": old, "log_ratio": log_ratio, "advantages": advantages, "mask": usable}
@@ -408,10 +433,11 @@ def _per_token(value: Tensor, objective: Objective, usable: Tensor) -> Tensor:
 
 def _fused(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
-) -> tuple[Tensor, RatioBounds, Tensor] | None:
-    """Objective, bounds and which tokens are outside, from one Triton kernel, on CUDA; None where it cannot be used."""
+) -> tuple[Tensor, RatioBounds, Tensor, Tensor | None] | None:
+    """Objective, bounds, which tokens are outside, and sums, by one Triton kernel on CUDA; None where it cannot be used."""
     fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
-    if not fits or torch.compiler.is_compiling() or not _runs_triton(logprobs.device.type):
+    plain = is_plain(logprobs) and is_plain(old_logprobs)  # first: torch.compile does not look into a cached function
+    if not fits or not plain or not _runs_triton(logprobs.device.type):
         return None
     from bandpo.surrogates.kernel import clipped_objective
 

@@ -175,7 +175,7 @@ def test_wrong_extras_are_told_before_the_fused_kernel_could_run(objective, extr
 
     def fused(logprobs, old, advantages, valid, objective):
         ran.append(objective)
-        return logprobs * 0, RatioBounds(old, old), valid
+        return logprobs * 0, RatioBounds(old, old), valid, None
 
     monkeypatch.setattr(terms, "_fused", fused)
     x = torch.full((2, 3), -1.0)
