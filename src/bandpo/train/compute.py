@@ -1,4 +1,4 @@
-"""The device and the precision of a run: chosen by the machine where the user has left them open, refused where they cannot be."""
+"""Device and precision of a run: chosen by the machine where the user has left them open, refused where they cannot be."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -10,15 +10,14 @@ import torch
 SMALLEST_IN_BF16 = 4_000_000
 """Parameters from which bfloat16 is faster on a CPU that has instructions for it: below, casting takes longer than it saves.
 
-Measured by the processor time of one thread with AVX-512 BF16: a training step of 4.2M parameters takes 0.66 times as long as in
-float32 and sampling 0.9 times; with 0.9M it is 0.8 and 1.4 times.
+Measured by the processor time of one thread with AVX-512 BF16, against float32: a training step takes 0.66 times as long with
+4.2M parameters and sampling 0.9 times; with 0.9M it is 0.8 and 1.4 times.
 """
 
 _CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}
 _CPU_FILE = Path("/proc/cpuinfo")
 _FIRST_CUDA = (8, 0)
 """The lowest compute capability of NVIDIA GPUs with bfloat16 in hardware."""
-_OVERRIDE = "Override: --use_cpu, --bf16, --fp16 true|false"
 
 
 class Machine(NamedTuple):
@@ -48,6 +47,14 @@ class Compute(NamedTuple):
         """The options of transformers' `TrainingArguments` that say it."""
         return {"use_cpu": self.use_cpu, "bf16": self.bf16, "fp16": self.fp16}
 
+    @property
+    def device(self) -> torch.device:
+        """The device for torch."""
+        if self.use_cpu:
+            return torch.device("cpu")
+        other = None if torch.cuda.is_available() else torch.accelerator.current_accelerator()
+        return torch.device("cuda") if other is None else other
+
 
 def this_machine() -> Machine:
     """What the machine of this process can compute with."""
@@ -65,13 +72,22 @@ def this_machine() -> Machine:
     return Machine(cpu_bf16=cpu)
 
 
-def choose(asked: Mapping[str, bool | None], size: Callable[[], int | None], machine: Machine) -> Compute:
+def choose(
+    asked: Mapping[str, bool | None],
+    size: Callable[[], int | None],
+    machine: Machine,
+    *,
+    as_set: str = "as set",
+    override: str = "--use_cpu, --bf16, --fp16",
+) -> Compute:
     """Choose what the user has left open, and refuse what the machine cannot do.
 
     Args:
         asked: `use_cpu`, `bf16` and `fp16` as the user gave them; absent or None where not.
         size: Gives the number of parameters of the model, None where it is not known. Called only if the choice depends on it.
         machine: The machine.
+        as_set: Why the precision is the one that was asked for, for the line.
+        override: The options that override the choice, for the line.
 
     Returns:
         Device and precision. A GPU with bfloat16 computes in it, and a CPU does if that is faster. Weights stay in float32.
@@ -104,7 +120,7 @@ def choose(asked: Mapping[str, bool | None], size: Callable[[], int | None], mac
             "or bf16: false for float32"
         )
     if bf16 is not None or fp16:
-        chosen, why = bool(bf16), "as set"
+        chosen, why = bool(bf16), as_set
         if bf16 and not has_bf16:
             why += "; this CPU has no instructions for it, float32 is faster"
     elif not has_bf16:
@@ -114,7 +130,8 @@ def choose(asked: Mapping[str, bool | None], size: Callable[[], int | None], mac
     else:
         chosen, why = True, "it has bfloat16"
     precision = "float16" if fp16 else "bfloat16, with weights in float32" if chosen else "float32"
-    line = f"computing on {where}{f' ({why_there})' if why_there else ''} in {precision} ({why}). {_OVERRIDE}"
+    place = f"{where} ({why_there})" if why_there else where
+    line = f"computing on {place} in {precision} ({why}). Override: {override} true|false"
     is_set = use_cpu is not None and (bf16 is not None or bool(fp16))
     return Compute(on_cpu, chosen, bool(fp16), None if is_set else line)
 
@@ -155,7 +172,7 @@ def _pays(size: int | None, instructions: str) -> tuple[bool, str]:
     if size is None:
         return (
             False,
-            f"the CPU has {instructions}, and the size of the model is not known; --bf16 true is faster for large ones",
+            f"the CPU has {instructions}, but the size of the model is not known; a large one is faster with bf16",
         )
     threshold = millions(SMALLEST_IN_BF16)
     if size < SMALLEST_IN_BF16:

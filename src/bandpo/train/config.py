@@ -113,7 +113,9 @@ class RunConfig:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
     warm_up_steps: int = field(default=250, metadata={"help": "Supervised training steps of the built-in small model."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: chosen by torch."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the configuration and stop."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check the configuration, print it with what it needs, and stop."}
+    )
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
