@@ -74,6 +74,16 @@ def test_they_are_those_of_transformers_own_logits(precision, temperature, use_c
     assert sampler.of(completions[:-1]).isnan().all()
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "drafts"])
+def test_another_way_of_sampling_has_none(options, make_model, tokenizer):
+    model, sampler = make_model().eval(), SamplerLogprobs(1.0)
+    given = tokenizer(["7=7=7=7=7="], return_tensors="pt")
+    with torch.no_grad(), sampler.listening(model):
+        config = GenerationConfig(max_new_tokens=8, pad_token_id=tokenizer.pad_token_id, eos_token_id=None, **options)
+        out = model.generate(**given, generation_config=config)
+    assert sampler.of(out[:, given["input_ids"].shape[1] :]).isnan().all()
+
+
 def test_before_any_pass_nothing_is_known():
     assert SamplerLogprobs(1.0).of(torch.zeros(2, 3, dtype=torch.long)).isnan().all()
 

@@ -49,7 +49,7 @@ def sampler_line(args: TrainerConfig, machine: Machine) -> str | None:
     """
     if machine.accelerator != "cuda" or getattr(args, "use_vllm", True) or args.use_cpu:
         return None
-    installed = importlib.util.find_spec("vllm") is not None
+    installed = _installed("vllm")
     how = (
         "is installed: --use_vllm true uses it"
         if installed
@@ -58,16 +58,20 @@ def sampler_line(args: TrainerConfig, machine: Machine) -> str | None:
     return f"sampling with transformers. vLLM, which is faster for long completions, {how}"
 
 
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _needs(run: RunConfig, args: TrainerConfig, machine: Machine) -> Generator[str]:
     if getattr(args, "use_vllm", False):
-        if not importlib.util.find_spec("vllm"):
+        if not _installed("vllm"):
             yield (
                 "use_vllm=True needs vLLM: pip install 'trl[vllm]', or set use_vllm: false to sample with transformers, "
                 "which is slower"
             )
         if machine.accelerator is None and getattr(args, "vllm_mode", "") == "colocate":
             yield "use_vllm=True with vllm_mode=colocate needs a GPU, and there is none: set use_vllm: false"
-    if run.lora_rank and not importlib.util.find_spec("peft"):
+    if run.lora_rank and not _installed("peft"):
         yield f"lora_rank={run.lora_rank} needs peft: pip install peft"
 
 

@@ -84,7 +84,6 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         current_gradient_accumulation_steps: int
         aux_loss_enabled: bool
         temperature: float
-        tools: list[Any] | None
         epsilon_low: float | Tensor
         epsilon_high: float | Tensor
         beta: float
@@ -247,7 +246,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's sampling; transformers' own sampler is listened to for the log-probs that it draws from."""
-        if self.use_vllm or self.tools or getattr(self.args, "use_transformers_continuous_batching", False):
+        batched = getattr(self.args, "use_transformers_continuous_batching", False)
+        if self.use_vllm or batched or getattr(self, "tools", None):
             return super()._generate_single_turn(*args, **kwargs)
         self._sampler = SamplerLogprobs(self.temperature)
         with self._sampler.listening(self.model), cast_once(self.accelerator):

@@ -47,6 +47,8 @@ class SamplerLogprobs:
         self._tokens: list[Tensor] = []
         self._logprobs: list[Tensor] = []
         self._next: tuple[Tensor, Tensor] | None = None
+        self._width: int | None = None
+        self._lost = False
 
     @contextmanager
     def listening(self, model: nn.Module) -> Generator[None]:
@@ -70,14 +72,14 @@ class SamplerLogprobs:
 
         Returns:
             Log-probs, `(completions, time)`, float32. NaN where the sampler did not draw that token at that place, as in the
-            padding.
+            padding, and everywhere if it did not sample one token after the other (beams, drafts of several tokens).
         """
         rows, width = completions.shape
         if self._next is not None and len(self._tokens) < width and len(self._next[0]) == rows:
             self._note(completions[:, len(self._tokens)])
         found = completions.new_full((rows, width), torch.nan, dtype=torch.float32)
         count = min(len(self._tokens), width)
-        if not count or len(self._tokens[0]) != rows:
+        if not count or self._lost or len(self._tokens[0]) != rows:
             return found
         tokens, logprobs = (torch.stack(x[:count], 1) for x in (self._tokens, self._logprobs))
         found[:, :count] = torch.where(tokens == completions[:, :count], logprobs, torch.nan)
@@ -85,9 +87,15 @@ class SamplerLogprobs:
 
     def _after_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: _Output) -> None:
         del module
-        ids = cast("Tensor", kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        ids = cast("Tensor | None", kwargs.get("input_ids", args[0] if args else None))
+        # With a cache a pass reads the last token, without one everything again.
+        if ids is None or (self._width is not None and ids.shape[1] not in (1, self._width + 1)):
+            self._lost = True
+        if ids is None or self._lost:
+            return
         if self._next is not None:
             self._note(ids[:, -1])
+        self._width = ids.shape[1]
         # A copy, where a view would keep the logits of a whole prompt.
         logits = out.logits[:, -1].to(torch.float32, copy=out.logits.shape[1] > 1)
         logits = logits if self.temperature == 1 else logits / self.temperature
