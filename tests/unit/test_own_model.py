@@ -61,7 +61,7 @@ def test_a_small_one_trains_in_float32_and_its_adapter_has_the_card_of_the_run(t
     resolved = yaml.safe_load((tmp_path / "out" / "config.resolved.yaml").read_text())
     assert (resolved["use_cpu"], resolved["bf16"], resolved["fp16"]) == (True, False, False)
     assert "bf16" not in (tmp_path / "out" / "config.yaml").read_text()  # another machine chooses for itself
-    assert log(tmp_path / "out")[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert log(tmp_path / "out")[0]["sampling/sampling_logp_difference/max"] < 1e-5
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     _, head, body = card.split("---\n", 2)
     head = yaml.safe_load(head)
@@ -69,7 +69,7 @@ def test_a_small_one_trains_in_float32_and_its_adapter_has_the_card_of_the_run(t
     for line in (
         "# Model Card for out", "| model | model |", "| adapter | LoRA of rank 2 |", "| data | data.jsonl |",
         "| optimiser steps | 2 |", "| computed in | float32 |", "| 6 held-out prompts | before | after |",
-        "trained with BandPO, a method introduced in", "fine-tuned version of `model`", "- PEFT ",
+        "trained with BandPO, a method introduced in", "fine-tuned version of `model`", "- PEFT ", 'model="out/model"',
     ):  # fmt: skip
         assert line in body, line
     assert "[More Information Needed]" not in card and "None" not in body
@@ -84,7 +84,7 @@ def test_a_larger_one_in_bfloat16_and_the_scores_of_the_run_are_repeated(tmp_pat
         "in bfloat16, with weights in float32 (the CPU has AVX-512 BF16, which is faster from 0.001M parameters on"
         in said
     )
-    assert log(tmp_path / "out")[0]["sampling/sampling_logp_difference/mean"] > 1e-4
+    assert log(tmp_path / "out")[0]["sampling/sampling_logp_difference/mean"] > 1e-5
     assert "| computed in | bfloat16, weights in float32 |" in (tmp_path / "out" / "model" / "README.md").read_text()
     after = json.loads((tmp_path / "out" / "evaluation.json").read_text())["after"]
     assert main(["evaluate", "out", "--reward", "my_rewards:short", "--output", "e.json"]) == 0

@@ -12,7 +12,9 @@ _OWN = "---\nlibrary_name: transformers\ntags:\n- bandpo\n---\n\n# Model Card fo
 """The card of a run for which TRL writes none."""
 _BEFORE = "### Framework versions"
 _BASELESS = "[None](https://huggingface.co/None)"
-"""What TRL writes for a model that is no repository of the Hub."""
+"""What TRL writes as the base of a model that is no repository of the Hub."""
+_NAMELESS = 'model="None"'
+"""What TRL writes as the name of a model that is not pushed to the Hub."""
 
 
 def write_card(
@@ -39,6 +41,7 @@ def write_card(
     else:
         trainer.create_model_card(model_name=folder.name)
         text = card.read_text(encoding="utf-8").replace(_BASELESS, f"`{printable(str(facts['model']))}`")
+        text = text.replace(_NAMELESS, f'model="{folder / "model"}"')
     mark = _BEFORE if _BEFORE in text else "## Citations"
     text = text.replace(mark, f"{redact_text(_section(facts, evaluation, lines))}\n{mark}", 1)
     write_text(card, text)

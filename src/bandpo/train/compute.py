@@ -67,8 +67,8 @@ def this_machine() -> Machine:
     if torch.accelerator.is_available():
         from transformers.utils import is_torch_bf16_gpu_available
 
-        kind = torch.accelerator.current_accelerator()
-        return Machine(str(kind), f"the device {kind}", is_torch_bf16_gpu_available(), cpu)
+        kind = str(torch.accelerator.current_accelerator()).partition(":")[0]
+        return Machine(kind, f"the {kind} device", is_torch_bf16_gpu_available(), cpu)
     return Machine(cpu_bf16=cpu)
 
 
@@ -104,21 +104,10 @@ def choose(
     use_cpu, bf16, fp16 = (asked.get(name) for name in ("use_cpu", "bf16", "fp16"))
     if use_cpu is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         use_cpu = True  # the configuration of `accelerate launch` says so
-    if use_cpu is False and machine.accelerator is None:
-        raise ValueError(
-            "use_cpu=False: there is no accelerator that torch can use (torch.cuda.is_available() is false; a CPU build of "
-            "torch sees none); leave use_cpu out, or set it to true"
-        )
     on_cpu = bool(use_cpu) or machine.accelerator is None
     where, why_there = ("the CPU", "there is no GPU" if use_cpu is None else "as set") if on_cpu else (machine.name, "")
     has_bf16 = machine.cpu_bf16 is not None if on_cpu else machine.bf16
-    if fp16 and on_cpu:
-        raise ValueError("fp16=True: a CPU cannot train in float16; set bf16: true, or leave fp16 out")
-    if bf16 and not on_cpu and not machine.bf16:
-        raise ValueError(
-            f"bf16=True: {machine.name} has no bfloat16 (NVIDIA GPUs have it from compute capability 8.0 on); set fp16: true, "
-            "or bf16: false for float32"
-        )
+    _refuse(use_cpu, bf16, fp16, machine)
     if bf16 is not None or fp16:
         chosen, why = bool(bf16), as_set
         if bf16 and not has_bf16:
@@ -165,6 +154,22 @@ def millions(count: int) -> str:
         ('135M', '3.1B')
     """
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+
+
+def _refuse(use_cpu: bool | None, bf16: bool | None, fp16: bool | None, machine: Machine) -> None:
+    on_cpu = bool(use_cpu) or machine.accelerator is None
+    if use_cpu is False and on_cpu:
+        raise ValueError(
+            "use_cpu=False: there is no accelerator that torch can use (torch.cuda.is_available() is false; a CPU build of "
+            "torch sees none); leave use_cpu out, or set it to true"
+        )
+    if fp16 and on_cpu:
+        raise ValueError("fp16=True: a CPU cannot train in float16; set bf16: true, or leave fp16 out")
+    if bf16 and not on_cpu and not machine.bf16:
+        raise ValueError(
+            f"bf16=True: {machine.name} has no bfloat16 (NVIDIA GPUs have it from compute capability 8.0 on); set fp16: true, "
+            "or bf16: false for float32"
+        )
 
 
 def _pays(size: int | None, instructions: str) -> tuple[bool, str]:

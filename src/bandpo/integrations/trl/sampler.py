@@ -47,7 +47,7 @@ class SamplerLogprobs:
         self._tokens: list[Tensor] = []
         self._logprobs: list[Tensor] = []
         self._next: tuple[Tensor, Tensor] | None = None
-        self._width: int | None = None
+        self._widths: list[int] = []
         self._lost = False
 
     @contextmanager
@@ -88,14 +88,16 @@ class SamplerLogprobs:
     def _after_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: _Output) -> None:
         del module
         ids = cast("Tensor | None", kwargs.get("input_ids", args[0] if args else None))
-        # With a cache a pass reads the last token, without one everything again.
-        if ids is None or (self._width is not None and ids.shape[1] not in (1, self._width + 1)):
-            self._lost = True
         if ids is None or self._lost:
+            self._lost = True
             return
+        # With a cache each pass after the first reads one token, and without one everything again.
+        self._widths.append(ids.shape[1])
+        first, count = self._widths[0], len(self._widths) - 1
+        with_cache, without = count == 0 or self._widths[1] == 1, first + count
+        self._lost = count > 0 and ids.shape[1] != (1 if with_cache else without)
         if self._next is not None:
             self._note(ids[:, -1])
-        self._width = ids.shape[1]
         # A copy, where a view would keep the logits of a whole prompt.
         logits = out.logits[:, -1].to(torch.float32, copy=out.logits.shape[1] > 1)
         logits = logits if self.temperature == 1 else logits / self.temperature
