@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -65,7 +65,7 @@ def this_machine() -> Machine:
             "cuda", torch.cuda.get_device_name(), amd or torch.cuda.get_device_capability() >= _FIRST_CUDA, cpu
         )
     if torch.accelerator.is_available():
-        from transformers.utils import is_torch_bf16_gpu_available
+        from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
         kind = str(torch.accelerator.current_accelerator()).partition(":")[0]
         return Machine(kind, f"the {kind} device", is_torch_bf16_gpu_available(), cpu)
@@ -138,9 +138,10 @@ def count_parameters(name: str, *, local: bool) -> int | None:
     if path.is_file():
         return path.stat().st_size // 4  # at most 32 bits each
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+        read, build = cast("Any", AutoConfig).from_pretrained, cast("Any", AutoModelForCausalLM).from_config
+        config = read(name, trust_remote_code=False, local_files_only=local)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model = cast("torch.nn.Module", build(config))
     except (OSError, ValueError, ImportError):  # what is wrong with it is said where it is loaded
         return None
     return sum(p.numel() for p in model.parameters())

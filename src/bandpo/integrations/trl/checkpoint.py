@@ -234,7 +234,7 @@ def _set_hyperparameters(optimizer: Any, scheduler: Any, asked: list[dict[str, A
             group["lr"] = now if old == rates[i] else now * (rates[i] / old) if old else rates[i]
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = rates
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        cast("Any", scheduler)._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 @contextmanager

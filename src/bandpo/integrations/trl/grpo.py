@@ -248,10 +248,10 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         """TRL's sampling; transformers' own sampler is listened to for the log-probs that it draws from."""
         batched = getattr(self.args, "use_transformers_continuous_batching", False)
         if self.use_vllm or batched or getattr(self, "tools", None):
-            return super()._generate_single_turn(*args, **kwargs)
+            return cast("Any", super()._generate_single_turn(*args, **kwargs))
         self._sampler = SamplerLogprobs(self.temperature)
         with self._sampler.listening(self.model), cast_once(self.accelerator):
-            return super()._generate_single_turn(*args, **kwargs)
+            return cast("Any", super()._generate_single_turn(*args, **kwargs))
 
     def _exact_advantages(self, advantages: Tensor) -> Tensor:
         """TRL's advantages without the rounding of a group's mean.
