@@ -1,21 +1,29 @@
-"""recipes/trl: accelerate reads its files, `bandpo train` the others, and the numbers are the paper's."""
+"""Every file in recipes/trl and src/bandpo/configs: read as it is meant to be, with the paper's numbers, and dry-run."""
 
+import importlib.resources
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from bandpo import KL, Band
-from bandpo.train.config import parse
+from bandpo.cli import main
+from bandpo.train import needs
+from bandpo.train.compute import Machine
+from bandpo.train.config import METHODS, parse
+from bandpo.train.needs import described, missing, sampler_line
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "trl"
+GPU = Machine("cuda", "NVIDIA H100", bf16=True)
+FOR_ACCELERATE = {"fsdp2": ("FSDP", 8), "deepspeed_zero3": ("DEEPSPEED", 8), "two_cpus": ("MULTI_GPU", 2)}
+JOBS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in FOR_ACCELERATE)
+CONFIGS = sorted(str(p) for p in importlib.resources.files("bandpo.configs").iterdir() if p.name.endswith(".yaml"))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "processes"),
-    [("fsdp2", "FSDP", 8), ("deepspeed_zero3", "DEEPSPEED", 8), ("two_cpus", "MULTI_GPU", 2)],
-)
-def test_accelerate_reads_it(name, kind, processes):
+@pytest.mark.parametrize("name", FOR_ACCELERATE)
+def test_accelerate_reads_it(name):
+    kind, processes = FOR_ACCELERATE[name]
     config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
     assert config.distributed_type.value.upper() == kind
     assert config.num_processes == processes
@@ -29,8 +37,9 @@ def test_the_paper_s_setting(name, model, monkeypatch):
     # transformers refuses bf16 on a machine that cannot compute in it; these files are for GPUs
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    run, args, _ = parse(["--config", str(RECIPES / f"{name}.yaml"), "--model", model])
+    run, args, _, compute = parse(["--config", str(RECIPES / f"{name}.yaml"), "--model", model], GPU)
     assert run.model == model
+    assert not compute.use_cpu and not args.use_cpu and args.bf16
     assert args.resolve().bounds == Band(KL, 0.05, max_ratio=10.0)
     assert (args.delta, args.beta, args.learning_rate, args.weight_decay) == (10.0, 0.001, 1e-6, 0.01)
     assert (args.loss_type, args.scale_rewards, args.num_iterations) == ("grpo", "group", 1)
@@ -38,3 +47,88 @@ def test_the_paper_s_setting(name, model, monkeypatch):
     assert step == 64 * args.num_generations
     assert args.steps_per_generation == 4 * args.gradient_accumulation_steps
     assert args.use_vllm and args.vllm_mode == ("colocate" if name == "paper" else "server")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("bandpo.train.compute.this_machine", lambda: Machine(cpu_bf16="AMX"))
+    monkeypatch.setattr("bandpo.train.command.this_machine", lambda: Machine(cpu_bf16="AMX"))
+    monkeypatch.setattr(needs, "_installed", lambda package: package != "vllm")
+    monkeypatch.chdir(tmp_path)
+
+
+def dry_run(path, capsys, *more):
+    assert main(["train", "--config", str(path), "--dry_run", "true", *more]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("name", JOBS)
+def test_a_recipe_is_checked_on_a_cpu(name, capsys, tmp_path):
+    """Valid or refused as on a GPU, with what it needs and what is other here; the output is a file for --config."""
+    path = RECIPES / f"{name}.yaml"
+    out = dry_run(path, capsys)
+    assert out.startswith(
+        "# the configuration is valid; nothing was loaded, fetched or written\n# computing on the CPU"
+    )
+    assert "whose configuration is not on this machine: it would be fetched" in out
+    assert "# this machine differs: use_vllm=True needs vLLM: pip install 'trl[vllm]', or set use_vllm: false" in out
+    assert ("vllm_mode=colocate needs a GPU, and there is none" in out) == (name == "paper")
+    assert yaml.safe_load(out) == yaml.safe_load(path.read_text()) | {"dry_run": True}
+    assert not list(tmp_path.iterdir())
+    assert main(["train", "--config", str(path), "--dry_run", "true", "--delta", "-1", "--radius", "-1"]) == 2
+    # The run itself ends there, before anything is made.
+    assert main(["train", "--config", str(path), "--output_dir", "out"]) == 2
+    assert "bandpo: use_vllm=True needs vLLM: pip install 'trl[vllm]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: Path(path).stem)
+def test_a_default_job_is_checked(path, capsys):
+    method = {"main_job": "grpo", "preference_job": "online-dpo", "offline_preference_job": "dpo"}[Path(path).stem]
+    assert method in METHODS
+    out = dry_run(path, capsys, "--method", method)
+    assert "# computing on the CPU, in the precision that is set\n# model: the built-in one" in out
+    assert "differs" not in out
+    assert (
+        "# a rollout with this number of processes: 128 prompts x 8 completions of up to 10 tokens, for 4 " in out
+    ) == (method == "grpo")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_a_run_needs(tmp_path, capsys, monkeypatch):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000
+    )
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    text = (
+        "model: model\ndataset: data.jsonl\nreward: math\nbeta: 0.1\nper_device_train_batch_size: 8\nreport_to: none\n"
+    )
+    Path("run.yaml").write_text(text)
+    count = 2 * 1000 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    out = dry_run("run.yaml", capsys)
+    assert f"# model: model, {count / 1e6:.3g}M parameters; all of them are trained" in out
+    assert f"# memory: {20 * count / 2**30:.1f} GiB for weights, gradients and Adam and the reference in float32" in out
+    assert "in float32 (the CPU has AMX, which is slower below 4M parameters" in out
+    assert "# dataset: the file data.jsonl" in out
+    assert "an adapter of it is trained" in dry_run("run.yaml", capsys, "--lora_rank", "4")
+    assert main(["train", "--config", "run.yaml", "--dry_run", "true", "--dataset", "none.jsonl"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    monkeypatch.setattr(needs, "_installed", lambda package: False)
+    run, args, _, compute = parse(["--config", "run.yaml", "--lora_rank", "4"])
+    assert missing(run, args, GPU) == "lora_rank=4 needs peft: pip install peft"
+    args.use_cpu = False
+    assert sampler_line(args, GPU).endswith("is not installed: pip install 'trl[vllm]', --use_vllm true")
+    assert sampler_line(args, Machine()) is None
+    monkeypatch.setattr(needs, "_installed", lambda package: True)
+    assert sampler_line(args, GPU).endswith("is installed: --use_vllm true uses it")
+    assert sampler_line(args, GPU) in described(run, args, compute, GPU)
+    args.use_vllm = True
+    assert sampler_line(args, GPU) is None and missing(run, args, GPU) is None
+    args.vllm_mode = "colocate"
+    assert "needs a GPU" in missing(run, args, Machine())

@@ -372,7 +372,7 @@ def test_weights_are_not_said_to_be_1_where_the_sampler_is_the_user_s(make):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         make(objective="tis", rollout_func=lambda prompts, trainer: {})
-    assert not [w for w in seen if "weights will be 1" in str(w.message)]
+    assert not [w for w in seen if "all weights are 1" in str(w.message)]
     with pytest.raises(ValueError, match="does not take from a rollout_func"):
         make(objective="dppo-topk-kl", rollout_func=lambda prompts, trainer: {})
     # against π_old, the trainer itself scores the top-K tokens, whoever samples

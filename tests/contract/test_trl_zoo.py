@@ -468,7 +468,7 @@ def test_trainer_refuses_to_count_the_sampler_twice(make_model, tokenizer, promp
             tmp_path, make_model, tokenizer, prompts, "dppo-topk-kl", use_vllm=True,
             vllm_importance_sampling_correction=False,
         )  # fmt: skip
-    with pytest.warns(UserWarning, match="all its weights will be 1"):
+    with pytest.warns(UserWarning, match="all weights are 1, and the difference that rounding makes"):
         named(tmp_path, make_model, tokenizer, prompts, "tis")
     uneven = band_trainer(tmp_path, make_model, tokenizer, prompts, dynamic_sampling=1)
     with pytest.raises(ValueError, match="6 completions are no multiple"):

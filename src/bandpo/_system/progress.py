@@ -1,5 +1,6 @@
 """Messages of a command on the terminal: one place that makes them printable and hides secrets in them."""
 
+import sys
 import warnings
 
 from rich.console import Console, RenderableType
@@ -9,11 +10,13 @@ from bandpo._system.secrets import redact_text
 
 
 def quiet_hosts() -> None:
-    """Silence the log messages of transformers and TRL; bandpo's own messages and all other warnings stay."""
+    """Silence the log messages and bars of transformers, TRL and datasets; bandpo's own and all other warnings stay."""
     import transformers  # some commands print messages and need no transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if (datasets := sys.modules.get("datasets")) is not None:  # a command that needs none does not import it here
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 

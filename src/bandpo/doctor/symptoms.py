@@ -273,8 +273,8 @@ def mismatch(log: Log) -> Finding | None:
             seen,
             "the sampler gives tokens other probabilities than the trainer: precision, kernels, stale weights or truncated "
             "sampling",
-            "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop), the same dtype on both sides, "
-            "top_p=1 and top_k off",
+            "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop), in TRL with use_vllm; the same "
+            "dtype on both sides, in TRL without use_vllm bf16=False; top_p=1 and top_k off",
         )
     return Finding("mismatch", "ok", seen)
 

@@ -45,8 +45,21 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with rows that cannot be used or scored: end with an error, or leave them out and count them "
         "(default: the run's, or error)",
     )
+    add("--use-cpu", type=_truth, metavar="true|false", help="compute on the CPU (default: where there is no GPU)")
+    add(
+        "--bf16",
+        type=_truth,
+        metavar="true|false",
+        help="compute in bfloat16 (default: as the run did if the machine can, else where the machine is faster in it)",
+    )
     add("--trust-remote-code", action="store_true", help="allow running code that the folder of the model contains")
     add("--output", type=Path, help="JSON file to write the summary to")
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

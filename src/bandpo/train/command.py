@@ -14,20 +14,23 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bandpo._system.errors import exits_are_errors
+from bandpo._system.errors import exits_are_errors, printable
 from bandpo._system.files import write_json
 from bandpo._system.jsonl import number_texts
 from bandpo._system.progress import Progress, quiet_hosts
-from bandpo._system.secrets import redact
+from bandpo._system.secrets import redact, redact_text
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl.generate import sampler_of
 from bandpo.toy.models import WarmUp, warmed_up_model
 from bandpo.train.arguments import EVALUATION_SEED
+from bandpo.train.card import write_card
+from bandpo.train.compute import this_machine
 from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
 from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
-from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end
+from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
 from bandpo.train.grpo import GRPORun
+from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.report import evaluation_table, write_report
 from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
@@ -69,26 +72,34 @@ def train(arguments: list[str]) -> Path:
     """
     started = time.monotonic()
     quiet_hosts()
-    run, args, given = parse(arguments)
+    run, args, given, compute = parse(arguments)
+    machine = this_machine()
     if run.dry_run:
+        for line in described(run, args, compute, machine):
+            print(f"# {printable(redact_text(line))}")
         print(yaml.safe_dump(redact(given), sort_keys=False), end="")
         return Path(args.output_dir or ".")
+    if (lack := missing(run, args, machine)) is not None:
+        raise ValueError(lack)
     with exits_are_errors():
-        return _train(run, args, given, started)
+        said = [line for line in (compute.line, sampler_line(args, machine)) if line is not None]
+        return _train(run, args, given, said, started)
 
 
-def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: float) -> Path:
+def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: list[str], started: float) -> Path:
     check_reporters(args)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     progress = Progress(main=PartialState().is_main_process)
     resume = choose_folder(run, args, given, progress.say)
     folder = Path(args.output_dir or ".")
-    if args.resume_from_checkpoint == "latest" and is_finished(folder, given):
+    if args.resume_from_checkpoint == "latest" and is_finished(folder, run, args, given):
         progress.say(f"the run in {folder} is finished: {folder / 'report.html'}")
         return folder
     progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
-    job = _make_job(run, args, given, folder, progress, resumed=resume is not None)
+    for line in said:
+        progress.say(line)
+    job = _make_job(run, args, given, folder, progress, checkpoint=resume)
 
     before = _evaluate_before(job)
     progress.say(f"before training: {_line(before)}")
@@ -96,6 +107,9 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: 
     after = _evaluate(job)
     evaluation = _results(job, before, after.summary())
 
+    if PartialState().is_main_process:
+        write_card(folder, job.method.trainer, _facts(job), evaluation, resume_lines(folder))
+    PartialState().wait_for_everyone()
     job.method.save(folder / "model")
     if PartialState().is_main_process:
         after.write(folder / "samples.jsonl", "after")
@@ -104,7 +118,13 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], started: 
 
 
 def _make_job(
-    run: RunConfig, args: TrainerConfig, given: dict[str, Any], folder: Path, progress: Progress, *, resumed: bool
+    run: RunConfig,
+    args: TrainerConfig,
+    given: dict[str, Any],
+    folder: Path,
+    progress: Progress,
+    *,
+    checkpoint: str | None,
 ) -> _Job:
     """Read and check all parts of a run, make its folder, and build its trainer: a bad input leaves no folder behind."""
     model_name = run.model or str(_small_model(run, progress))
@@ -122,7 +142,7 @@ def _make_job(
     model: Any = model_name  # TRL loads it, with model_init_kwargs
     if run.model is None:
         model = AutoModelForCausalLM.from_pretrained(model_name, trust_remote_code=False)
-    make_folder(folder, run, args, given, resumed=resumed)
+    make_folder(folder, run, args, given, checkpoint=checkpoint)
     args.disable_tqdm = True
     if isinstance(args, BandGRPOConfig):
         method = GRPORun(args, model, tokenizer, prompts, reward, _lora(run), progress)
@@ -214,6 +234,8 @@ def _evaluate(job: _Job) -> Evaluation:
             seed=EVALUATION_SEED,
             batch_size=job.args.per_device_eval_batch_size,
             sampler=sampler_of(job.args),
+            # An accelerator has its own context around each pass. On a CPU one around all of them rounds each weight once.
+            autocast=torch.bfloat16 if job.args.bf16 and model.device.type == "cpu" else None,
         )
 
 
@@ -233,6 +255,22 @@ def _results(job: _Job, before: dict[str, float], after: dict[str, float]) -> di
     }
 
 
+def _facts(job: _Job) -> dict[str, Any]:
+    """What the run was, for the card of its model."""
+    run, args = job.run, job.args
+    adapter = {"adapter": f"LoRA of rank {run.lora_rank}"} if run.lora_rank else {}
+    return {
+        "model": redact(run.model) or "a small model that starts from scratch, warmed up on the task",
+        **adapter,
+        "data": redact(run.task or run.pairs or run.dataset),
+        "method": job.method.name,
+        **job.method.length,
+        "learning rate": args.learning_rate,
+        "computed in": "float16" if args.fp16 else "bfloat16, weights in float32" if args.bf16 else "float32",
+        "seed": args.seed,
+    }
+
+
 def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> None:
     """Write the results of a run that has trained to its end, and print them."""
     folder, progress = job.folder, job.progress
@@ -242,7 +280,7 @@ def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> Non
     title = f"{job.method.name} on {redact(job.run.task or job.run.dataset)}, seed {job.args.seed}"
     figures = job.method.figures(number_texts(folder / "metrics.jsonl"))
     unscored = unscored_line(job.reward)
-    notes = [*job.method.notes, *([unscored] if unscored else [])]
+    notes = [*job.method.notes, *resume_lines(folder), *([unscored] if unscored else [])]
     report = write_report(folder, title=title, figures=figures, notes=notes)
     progress.show(evaluation_table(title, evaluation))
     if unscored:

@@ -19,6 +19,7 @@ from bandpo.toy.tasks import TASKS
 if TYPE_CHECKING:
     from bandpo.integrations.trl import BandGRPOConfig
     from bandpo.integrations.trl.online import OnlinePreferenceConfig
+    from bandpo.train.compute import Compute, Machine
 
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -112,7 +113,9 @@ class RunConfig:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
     warm_up_steps: int = field(default=250, metadata={"help": "Supervised training steps of the built-in small model."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: chosen by torch."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the configuration and stop."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check the configuration, print it with what it needs, and stop."}
+    )
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -208,24 +211,54 @@ def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Reques
     return Request(method, declared, given, arguments, chosen)
 
 
-def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any]]:
+class Parsed(NamedTuple):
+    """What a file and a command line ask for, checked and completed."""
+
+    run: RunConfig
+    args: TrainerConfig
+    given: dict[str, Any]
+    """The settings as they were given, which repeat the run."""
+    compute: "Compute"
+    """Device and precision, which the machine decided about where the user had not."""
+
+
+def parse(arguments: list[str], machine: "Machine | None" = None) -> Parsed:
     """Read the options of `bandpo train` from the file of `--config` and from the command line, which takes precedence.
 
     Args:
         arguments: Command line after `bandpo train`.
+        machine: The machine that device and precision are chosen for. Default: this one.
 
     Returns:
-        bandpo's part of the configuration, TRL's part, and the settings as they were given, which repeat the run.
+        bandpo's part of the configuration, TRL's part, the settings as they were given, and device and precision.
 
     Raises:
-        ValueError: If a key or option is unknown; the message names the nearest one.
+        ValueError: If a key or option is unknown; the message names the nearest one. If the machine cannot do what is asked.
     """
     request = read(arguments, declared_by_trl)
     request.set_defaults()
     parser = cast("Any", request.declared.parser)
-    run, trainer = parser.parse_args_into_dataclasses(request.arguments)
     values = cast("dict[str, Any]", vars(parser.parse_args(request.arguments)))
-    return run, trainer, {**request.given, **{name: values[name] for name in sorted(request.chosen)}}
+    named = {*request.chosen, *request.given}
+    compute = _compute(RunConfig(**{name: values[name] for name in run_keys()}), values, named, machine)
+    for action in parser._actions:
+        if action.dest in compute.options:
+            action.default = compute.options[action.dest]
+    run, trainer = parser.parse_args_into_dataclasses(request.arguments)
+    given = {**request.given, **{name: values[name] for name in sorted(request.chosen)}}
+    return Parsed(run, trainer, given, compute)
+
+
+def _compute(run: RunConfig, values: dict[str, Any], named: set[str], machine: "Machine | None") -> "Compute":
+    """Device and precision of a run."""
+    from bandpo.train.compute import choose, count_parameters, this_machine
+
+    def size() -> int | None:
+        # The built-in model has a fifth of a million.
+        return 0 if run.model is None else count_parameters(run.model, local=run.dry_run)
+
+    asked = {name: values[name] for name in ("use_cpu", "bf16", "fp16") if name in named}
+    return choose(asked, size, this_machine() if machine is None else machine)
 
 
 def declared_by_trl(method: str) -> Declared:

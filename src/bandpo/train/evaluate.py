@@ -104,6 +104,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     sampler: dict[str, Any] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Evaluation:
     """Sample completions of every row and score them; the rows are divided among the processes.
 
@@ -120,6 +121,7 @@ def evaluate(
         seed: Seed of the sampling; the state of the random generators is restored afterwards.
         sampler: Further options of the sampler, from `sampler_of` the trainer's config; the generation config that a model
             brings is not used.
+        autocast: Dtype of the forward passes; None for that of the model.
 
     Returns:
         The samples of all processes, in the order of the rows.
@@ -134,6 +136,7 @@ def evaluate(
         top_p=top_p,
         batch_size=batch_size,
         seed=seed,
+        autocast=autocast,
         **(sampler or {}),
     )
     found: list[_Scored] = []

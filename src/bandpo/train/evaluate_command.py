@@ -13,6 +13,7 @@ from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import write_json
 from bandpo._system.progress import Progress, quiet_hosts
 from bandpo.integrations.trl.generate import sampler_of
+from bandpo.train.compute import Compute, choose, count_parameters, this_machine
 from bandpo.train.data import checked_prompts, held_out_prompts, load_task, load_tokenizer, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.evaluate_options import Job, Sampling
@@ -42,7 +43,10 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
             errors="skip",
             say=progress.say,
         )
-        model = _load_model(job.model, local=local, trust_remote_code=options.trust_remote_code)
+        compute = _compute(job, options, local=local)
+        if compute.line is not None:
+            progress.say(compute.line)
+        model = _load_model(job.model, compute, local=local, trust_remote_code=options.trust_remote_code)
         rows = _prompts(job, options.prompts, tokenizer, window_of(model.config), progress)
         result = evaluate(
             model,
@@ -56,6 +60,7 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
             seed=options.seed,
             batch_size=sampling.per_device_eval_batch_size,
             sampler=sampler_of(sampling),
+            autocast=torch.bfloat16 if compute.bf16 else None,
         )
     summary = result.summary()
     _print(job, sampling, result, progress)
@@ -66,14 +71,34 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
     return summary
 
 
-def _load_model(name: str, *, local: bool, trust_remote_code: bool) -> Any:
+def _compute(job: Job, options: argparse.Namespace, *, local: bool) -> Compute:
+    """Device and precision: as the options say, else the precision of the run where the machine has it, else chosen."""
+    machine = this_machine()
+    on_cpu = bool(options.use_cpu) or machine.accelerator is None
+    has_bf16 = machine.cpu_bf16 is not None if on_cpu else machine.bf16
+    ran = job.sampling.bf16 if job.folder is not None else None
+    bf16 = options.bf16 if options.bf16 is not None or ran is None or (ran and not has_bf16) else ran
+    return choose(
+        {"use_cpu": options.use_cpu, "bf16": bf16},
+        lambda: count_parameters(job.model, local=local),
+        machine,
+        as_set="as set" if options.bf16 is not None else "as the run",
+        override="--use-cpu, --bf16",
+    )
+
+
+def _load_model(name: str, compute: Compute, *, local: bool, trust_remote_code: bool) -> Any:
+    """A model on its device; its weights are in float32 unless it computes in bfloat16 and was saved so."""
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            name, local_files_only=local, trust_remote_code=trust_remote_code
+            name,
+            local_files_only=local,
+            trust_remote_code=trust_remote_code,
+            dtype="auto" if compute.bf16 else torch.float32,
         )
     except OSError as error:
         raise ValueError(f"cannot load {name}: {error}") from error
-    return model.to("cuda") if torch.cuda.is_available() else model
+    return model.to(compute.device)
 
 
 def _print(job: Job, sampling: Sampling, result: Evaluation, progress: Progress) -> None:

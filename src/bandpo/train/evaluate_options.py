@@ -35,6 +35,7 @@ class Sampling:
         repetition_penalty: transformers' penalty on tokens that were there before, 1 for none.
         generation_kwargs: Further options of transformers' `GenerationConfig`.
         chat_template_kwargs: Further arguments of the chat template.
+        bf16: Whether the run computed in bfloat16; None where there is no run.
 
     Raises:
         ValueError: If a value is out of range.
@@ -50,6 +51,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    bf16: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -12,7 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list  # pyright: ignore[reportUnknownVariableType]
 
 from bandpo._system.about import about, plain
-from bandpo._system.files import read_yaml, write_json, write_text
+from bandpo._system.errors import printable
+from bandpo._system.files import read_jsonl, read_yaml, write_json, write_jsonl, write_text
 from bandpo._system.locks import Claim, InUseError, claim_output
 from bandpo._system.secrets import redact, redact_text
 from bandpo.integrations.trl.checkpoint import latest_checkpoint
@@ -20,6 +21,31 @@ from bandpo.train.config import RunConfig, TrainerConfig
 
 _NOT_SAVED = ("output_dir", "resume_from_checkpoint", "dry_run")
 """Settings of one session, which config.yaml leaves out: the file repeats the run, not the session."""
+
+_FIXED = (
+    *(
+        "method",
+        "model",
+        "task",
+        "dataset",
+        "dataset_config",
+        "dataset_split",
+        "pairs",
+        "prompt_column",
+        "answer_column",
+    ),
+    *("system_prompt", "reward", "seed", "eval_dataset", "eval_dataset_split", "eval_prompts", "eval_samples"),
+    *("eval_temperature", "lora_rank", "lora_alpha", "warm_up_steps", "max_completion_length", "temperature", "top_p"),
+    *("top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs"),
+)
+"""Settings that a resumed run must have as it began: its model, its prompts, and what its first evaluation has measured."""
+_COMPUTE = ("use_cpu", "bf16", "fp16")
+"""Settings that the machine may have chosen, so that they can differ where the user has set nothing."""
+_RESUMES = "resumes.jsonl"
+"""The file that holds the settings that were changed at a resume, a row for each such resume."""
+
+Changes = dict[str, tuple[Any, Any]]
+"""Settings by name: the value before, and the value now."""
 
 _claims: ContextVar[list[Claim] | None] = ContextVar("claims", default=None)
 
@@ -66,10 +92,24 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
             )
         return None
     if resume == "latest":
-        return _latest(folder, run, given, say)
-    if not Path(resume).is_dir():
+        found = _latest(folder, run, say)
+    elif not Path(resume).is_dir():
         raise ValueError(f"resume_from_checkpoint: {resume} is no folder")
-    return resume
+    else:
+        found = resume
+    if changed := _changes(folder, run, args, given):
+        _refuse_changes(folder, changed)
+        say(f"this run began with other settings: {told(changed)}. It continues with the new ones")
+    return found
+
+
+def _refuse_changes(folder: Path, changed: Changes) -> None:
+    fixed = {name: values for name, values in changed.items() if name in _FIXED}
+    if fixed:
+        raise ValueError(
+            f"the run in {folder} began with other settings: {told(fixed)}. Its first evaluation and its prompts depend on "
+            "them: set them as they were, or start a new run from its weights (--model CHECKPOINT)"
+        )
 
 
 def _wanted(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> Path:
@@ -84,10 +124,8 @@ def _may_be_numbered(args: TrainerConfig, given: dict[str, Any]) -> bool:
     return "output_dir" not in given and args.resume_from_checkpoint is None
 
 
-def _latest(folder: Path, run: RunConfig, given: dict[str, Any], say: Callable[[str], None]) -> str | None:
+def _latest(folder: Path, run: RunConfig, say: Callable[[str], None]) -> str | None:
     """Where a killed run continues; None for its beginning."""
-    if changed := _changes(folder, given):
-        say(f"this run began with other settings: {changed}. It continues with the new ones")
     found = latest_checkpoint(folder, say)
     if found is not None:
         return str(found)
@@ -139,28 +177,96 @@ def _claim_free(wanted: Path) -> Path:
         folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
 
 
-def make_folder(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any], *, resumed: bool) -> None:
+def make_folder(
+    folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any], *, checkpoint: str | None
+) -> None:
     """Make the folder with the configuration and the environment of the run; training starts after they are written.
+
+    A resumed run keeps the files about its beginning. Where its settings have changed, its configuration is written anew, what
+    was changed at which step is added to resumes.jsonl, and the report of an earlier end gets another name.
 
     Args:
         folder: Folder to make.
         run: bandpo's part of the configuration.
         args: TRL's part of the configuration.
         given: The settings that the user gave.
-        resumed: Whether the run continues from a checkpoint; then the files about its beginning are kept.
+        checkpoint: The folder that the run continues from, None for a new run.
     """
     PartialState().wait_for_everyone()  # every process has looked at the folder before it changes
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "failed_reward.jsonl"):
+        if checkpoint is None:
+            for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "failed_reward.jsonl", _RESUMES):
                 (folder / name).unlink(missing_ok=True)
-            write_text(folder / "config.yaml", yaml.safe_dump(_saved(given), sort_keys=False, allow_unicode=True))
-            resolved = redact({**asdict(run), **args.to_dict()})
-            write_text(folder / "config.resolved.yaml", yaml.safe_dump(plain(resolved), allow_unicode=True))
+            _write_settings(folder, run, args, given)
             write_json(folder / "env.json", environment(args))
             (folder / "metrics.jsonl").touch()
+        else:
+            _note_changes(folder, run, args, given, Path(checkpoint))
     PartialState().wait_for_everyone()
+
+
+def _note_changes(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any], checkpoint: Path) -> None:
+    """Write the settings of a resumed run, where they have changed or where the folder is a new one."""
+    changed = _changes(folder, run, args, given)
+    if changed is None:  # it continues a run of another folder
+        _write_settings(folder, run, args, given)
+        write_json(folder / "env.json", environment(args))
+        return
+    step = int(number) if (number := checkpoint.name.rpartition("-")[2]).isdecimal() else None
+    rows = _with_resume(resumes(folder), step, changed)
+    if not changed and rows == resumes(folder):
+        return
+    report = folder / "report.html"
+    if report.exists():
+        report.rename(folder / f"report-before-{'resume' if step is None else f'step-{step}'}.html")
+    write_jsonl(folder / _RESUMES, rows)
+    _write_settings(folder, run, args, given)
+
+
+def _with_resume(rows: list[dict[str, Any]], step: int | None, changed: Changes) -> list[dict[str, Any]]:
+    """The rows of resumes.jsonl with what is changed at a step. Later steps are made again: theirs become part of it."""
+    again = [] if step is None else [row for row in rows if row["step"] is not None and row["step"] >= step]
+    before: dict[str, Any] = {name: old for name, (old, _) in changed.items()}
+    for row in reversed(again):
+        before |= {name: old for name, (old, _) in row["changed"].items()}
+    last = {name: new for row in again for name, (_, new) in row["changed"].items()}
+    last |= {name: new for name, (_, new) in changed.items()}
+    found = {name: [before[name], last[name]] for name in last if before[name] != last[name]}
+    kept = [row for row in rows if row not in again]
+    return [*kept, *([{"step": step, "changed": found}] if found else [])]
+
+
+def resumes(folder: Path) -> list[dict[str, Any]]:
+    """What was changed at which step of a run: rows with `step` (None for a run in rounds) and `changed`.
+
+    Args:
+        folder: Folder of the run.
+    """
+    path = folder / _RESUMES
+    return list(read_jsonl(path)) if path.exists() else []
+
+
+def resume_lines(folder: Path) -> list[str]:
+    """What was changed when a run was resumed, for its report, its configuration and the card of its model.
+
+    Args:
+        folder: Folder of the run.
+    """
+    lines: list[str] = []
+    for row in resumes(folder):
+        when = "After a resume" if row["step"] is None else f"From step {row['step']} on"
+        changed = {name: (old, new) for name, (old, new) in row["changed"].items()}
+        lines.append(f"{when} the run had other settings: {told(changed)}")
+    return lines
+
+
+def _write_settings(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> None:
+    """Write config.yaml, with what was changed as comments, and config.resolved.yaml."""
+    comments = "".join(f"# {printable(line)}\n" for line in resume_lines(folder))
+    text = yaml.safe_dump(_saved(given), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", comments + text)
+    write_text(folder / "config.resolved.yaml", yaml.safe_dump(_resolved(run, args), allow_unicode=True))
 
 
 def environment(args: TrainerConfig, seconds: float | None = None) -> dict[str, Any]:
@@ -178,15 +284,17 @@ def environment(args: TrainerConfig, seconds: float | None = None) -> dict[str, 
     )
 
 
-def is_finished(folder: Path, given: dict[str, Any]) -> bool:
+def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> bool:
     """Whether a run with exactly these settings has left its model and its report, which is written last.
 
     Args:
         folder: Folder of the run.
+        run: bandpo's part of the configuration.
+        args: TRL's part of the configuration.
         given: The settings that the user gave.
     """
     left = (folder / "model").is_dir() and (folder / "report.html").exists()
-    return left and _changes(folder, given) == ""
+    return left and _changes(folder, run, args, given) == {}
 
 
 class HidesSecretsInCard:
@@ -201,15 +309,33 @@ class HidesSecretsInCard:
             write_text(card, redact_text(card.read_text(encoding="utf-8")))
 
 
-def _changes(folder: Path, given: dict[str, Any]) -> str | None:
-    """How the settings differ from those that the run in the folder began with; None where there is no run."""
+def _changes(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> Changes | None:
+    """The settings that differ from those of the run in the folder, with defaults filled in; None where there is no run."""
     try:
-        began = read_yaml(folder / "config.yaml")
+        began, before = (read_yaml(folder / name) for name in ("config.yaml", "config.resolved.yaml"))
     except (OSError, ValueError):
         return None
-    now = _saved(given)
-    changed = [k for k in {**began, **now} if began.get(k) != now.get(k)]
-    return ", ".join(f"{k} {began.get(k)!r} -> {now.get(k)!r}" for k in changed)
+    now, saved = _resolved(run, args), _saved(given)
+    pairs = {k: (before.get(k), now.get(k)) for k in {**began, **saved, **dict.fromkeys(_COMPUTE)}}
+    return {k: (old, new) for k, (old, new) in pairs.items() if old != new}
+
+
+def told(changed: Changes) -> str:
+    """Changed settings for a message.
+
+    Args:
+        changed: The settings.
+
+    Examples:
+        >>> told({"max_steps": (4, 8)})
+        'max_steps 4 -> 8'
+    """
+    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+
+
+def _resolved(run: RunConfig, args: TrainerConfig) -> dict[str, Any]:
+    """Every setting, in values that YAML can hold, without secrets."""
+    return plain(redact({**asdict(run), **args.to_dict()}))
 
 
 def _saved(given: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class GRPORun:
         """The name of the objective."""
         return self.trainer.objective.name
 
+    @property
+    def length(self) -> dict[str, int]:
+        """How long the run was, for the card of its model."""
+        return {"optimiser steps": self.trainer.state.global_step}
+
     def train(self, resume: str | None) -> None:
         """Train to the end.
 
@@ -86,7 +91,9 @@ class GRPORun:
             resume: Folder of the checkpoint to continue from, None for a new run.
         """
         try:
-            self.trainer.train(resume_from_checkpoint=resume)
+            trained = self.trainer.train(resume_from_checkpoint=resume)
+            if trained is None and self.trainer.is_world_process_zero():
+                self.log.forget_after(self.trainer.state.global_step)
         except BaseException:
             self.log.log_unfinished(self.trainer)
             raise

@@ -81,6 +81,18 @@ class PreferenceRun:
             return self.rounds.model
         return cast("Any", self.pairs.accelerator.unwrap_model(self.pairs.model))
 
+    @property
+    def trainer(self) -> Any:
+        """The trainer of TRL; None for a run in rounds, which makes one for each round."""
+        return None if self.rounds is not None else self.pairs
+
+    @property
+    def length(self) -> dict[str, int]:
+        """How long the run was, for the card of its model."""
+        if self.rounds is not None:
+            return {"rounds": self.args.rounds}
+        return {"optimiser steps": self.pairs.state.global_step}
+
     def train(self, resume: str | None) -> None:
         """Train to the end.
 
@@ -92,7 +104,9 @@ class PreferenceRun:
             self.rounds.train(resume=resume is not None)
             return
         try:
-            self.pairs.train(resume_from_checkpoint=resume)
+            trained = self.pairs.train(resume_from_checkpoint=resume)
+            if trained is None and self.pairs.is_world_process_zero():
+                self.log.forget_after(self.pairs.state.global_step)
         except BaseException:
             self.log.log_unfinished(self.pairs)
             raise

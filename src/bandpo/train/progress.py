@@ -100,6 +100,15 @@ class TrainingProgress(TrainerCallback):
         elif note:
             self.progress.say(f"step {state.global_step:>4}/{state.max_steps}  {note}")
 
+    def forget_after(self, step: int) -> None:
+        """Remove the rows of later steps from the files, for a run that ends at an earlier checkpoint than it had reached.
+
+        Args:
+            step: The step of the checkpoint.
+        """
+        for path in (self.metrics, self.timings):
+            keep_rows(path, lambda row: row.get("step", 0) <= step, sure=lambda _: False)
+
     def log_unfinished(self, trainer: Any) -> None:
         """Write what a trainer has measured since its last log, when it was interrupted or failed and logs no more.
 

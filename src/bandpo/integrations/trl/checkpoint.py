@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate.utils import send_to_device  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
 from bandpo._system.errors import RunError
@@ -161,8 +162,11 @@ class WholeCheckpoints(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
+        asked = None if self.is_deepspeed_enabled else _hyperparameters(self.optimizer)
         with _readable(folder):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if asked is not None:
+            _set_hyperparameters(self.optimizer, self.lr_scheduler, asked)
         state = cast("dict[str, Any]", send_to_device(self._state_in(folder), self.accelerator.device))
         with _readable(folder):
             self._carried = (state["loss"], state["logged"])
@@ -206,6 +210,31 @@ class WholeCheckpoints(Trainer):
                 "them, so set them as they were",
             )
         return state
+
+
+def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+    """The options of each group of parameters, as this run has made its optimiser."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _set_hyperparameters(optimizer: Any, scheduler: Any, asked: list[dict[str, Any]]) -> None:
+    """Give an optimiser the options of this run: its state in a checkpoint brings those of the run that wrote it.
+
+    Otherwise torch would use the old learning rate, weight decay, betas, ... whatever the run asks for, and the first step the
+    rate of the old schedule. Nothing changes where the run asks for what the checkpoint has.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate may have wrapped it
+    rates = [wanted.get("initial_lr", wanted["lr"]) for wanted in asked]
+    for i, (group, wanted) in enumerate(zip(optimizer.param_groups, asked, strict=True)):
+        now, old = group["lr"], group.get("initial_lr", group["lr"])
+        group.update(wanted)
+        if isinstance(scheduler, LambdaLR):
+            group["lr"] = rates[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        else:
+            group["lr"] = now if old == rates[i] else now * (rates[i] / old) if old else rates[i]
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = rates
+        cast("Any", scheduler)._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ only its end tokens are used.
 """
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,7 @@ def sample_batches(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[list[int], list[list[int]], list[list[int]]]]:
     """Sample completions for the prompts of this process, batch by batch.
 
@@ -54,6 +55,7 @@ def sample_batches(
         chat_template_kwargs: Options of the tokenizer's chat template.
         batch_size: Completions generated at once.
         seed: Seed of sampling; the state of the random generators is restored afterwards.
+        autocast: Dtype of the forward passes; None for that of the model.
 
     Yields:
         The numbers of some prompts, the token ids of each of them, and the token ids of their completions, `samples` for each
@@ -82,10 +84,21 @@ def sample_batches(
                 chosen = mine[first : first + at_once]
                 asked = tokenize(tokenizer, [prompts[i] for i in chosen], chat_template_kwargs)
                 ids, mask = (x.to(model.device).repeat_interleave(samples, 0) for x in _pad_left(asked, pad))
-                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+                with mixed(model, autocast):
+                    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
                 yield chosen, asked, [_until_end(row.tolist(), ends) for row in output[:, ids.shape[1] :]]
     finally:
         model.train(was_training)
+
+
+def mixed(model: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A context for forward passes in mixed precision.
+
+    Args:
+        model: The model.
+        dtype: bfloat16 or float16; None for the dtype of the model.
+    """
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
 
 
 def sampler_of(args: Any) -> dict[str, Any]:
@@ -267,8 +280,7 @@ def score_completions(
             attention[row, : len(p) + len(c)] = 1
             counted[row, len(p) : len(p) + len(c)] = 1
         ids, attention, counted = (x.to(model.device) for x in (ids, attention, counted))
-        cast = nullcontext() if autocast is None else torch.autocast(model.device.type, dtype=autocast)
-        with cast, layer_states(model) if hidden else nullcontext([]) as layers:
+        with mixed(model, autocast), layer_states(model) if hidden else nullcontext([]) as layers:
             out = model(input_ids=ids, attention_mask=attention, use_cache=False)
         each = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         sums.append((each * counted[:, 1:]).sum(1).cpu())

@@ -36,6 +36,7 @@ from bandpo.integrations.trl.refusals import (
     warn_if_never_binding,
 )
 from bandpo.integrations.trl.rollout import PREFIX, Refill, group_extras, local_rows, mask_of, top_logprobs
+from bandpo.integrations.trl.sampler import SAMPLED, SamplerLogprobs, cast_once, mismatch
 from bandpo.integrations.trl.selection import PrunedRollouts
 from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, total_rewards, without_signal
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
@@ -82,6 +83,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         vllm_importance_sampling_correction: bool
         current_gradient_accumulation_steps: int
         aux_loss_enabled: bool
+        temperature: float
         epsilon_low: float | Tensor
         epsilon_high: float | Tensor
         beta: float
@@ -126,6 +128,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         )
         self._told_nonfinite = self._packs = False
         self._sampling_seconds = 0.0
+        self._sampler: SamplerLogprobs | None = None
         super().__init__(model, reward_funcs, args, **kwargs)
         self._set_end_tokens()
         self._refill = Refill(self) if args.dynamic_sampling else None
@@ -225,8 +228,11 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
     def _generate_with_extras(self, inputs: Any) -> Batch:
         """TRL's rollout, sampled by TRL's options alone and not by the model's file, with the extras of the objective."""
         own = getattr(self, "generation_config", None)  # there is none with vLLM
+        self._sampler = None
         with nullcontext() if own is None else sampling_by(self.model, own):
             rollout = cast("Batch", super()._generate_and_score_completions(inputs))
+        if self._sampler is not None:
+            rollout[SAMPLED], self._sampler = self._sampler.of(rollout["completion_ids"]), None
         rollout["advantages"] = self._exact_advantages(rollout["advantages"])
         if self.current_log.get("frac_reward_zero_std"):
             self.current_log["frac_reward_zero_std"][-1] = self._groups_without_signal.float().mean().item()
@@ -237,6 +243,15 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             values, ids = top_logprobs(self, self.model, rollout, None, self.objective.top_k)
             rollout |= {f"{PREFIX}top_logprobs": values, f"{PREFIX}top_ids": ids}
         return rollout
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's sampling; transformers' own sampler is listened to for the log-probs that it draws from."""
+        batched = getattr(self.args, "use_transformers_continuous_batching", False)
+        if self.use_vllm or batched or getattr(self, "tools", None):
+            return cast("Any", super()._generate_single_turn(*args, **kwargs))
+        self._sampler = SamplerLogprobs(self.temperature)
+        with self._sampler.listening(self.model), cast_once(self.accelerator):
+            return cast("Any", super()._generate_single_turn(*args, **kwargs))
 
     def _exact_advantages(self, advantages: Tensor) -> Tensor:
         """TRL's advantages without the rounding of a group's mean.
@@ -374,6 +389,8 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
                 kl = kl_of_batch(self, terms, logprobs, inputs)
                 sums, loss = {"kl": kl.logged}, loss + self.beta * kl.loss
             sums |= policy_sums(terms, detail=detail)
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):  # then TRL logs it
+            sums |= mismatch(inputs, logprobs)
         if "policy_loss" in found:
             log["policy_loss"].append(found.pop("policy_loss"))
         self._after_loss(logprobs, inputs, given, terms)

@@ -393,6 +393,7 @@ class OnlinePreferenceTrainer:
             top_p=self.args.top_p,
             batch_size=self.args.generation_batch_size,
             seed=self._seed(k),
+            autocast=self._autocast,
         ):
             parts = {i: completions[j * size : (j + 1) * size] for j, i in enumerate(numbers)}
             rewards = self._rewards({i: part for i, part in parts.items() if asked_for[i]}, rows)
@@ -459,8 +460,13 @@ class OnlinePreferenceTrainer:
             pad=pad_token(self.tokenizer),
             hidden=hidden,
             batch_size=self.args.generation_batch_size,
-            autocast=torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None,
+            autocast=self._autocast,
         )
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        """The dtype of forward passes between the rounds, which no accelerator prepares."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def _teach_probe(self, hidden: Tensor, rewards: Tensor) -> LayerProbe:
         """Fit a probe on the best and worst completions of the prompts whose rewards are known."""

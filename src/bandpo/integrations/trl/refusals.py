@@ -8,6 +8,7 @@ from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 from bandpo.integrations._host import weighs_sampler
 from bandpo.integrations.options import RegionOptions
 from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF, BandGRPOConfig
+from bandpo.integrations.trl.sampler import MEAN
 from bandpo.integrations.trl.top import learns_from_top
 from bandpo.objective import Objective
 
@@ -46,16 +47,17 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
         )
     if corrects and not args.use_vllm and not own_sampler:
         warnings.warn(
-            f"Objective {objective.name!r} corrects for a sampler that differs from the trainer, and without use_vllm the "
-            "trainer samples itself: all its weights will be 1.",
+            f"Objective {objective.name!r} corrects for a sampler that differs from the trainer. Without use_vllm the trainer "
+            "samples itself, and its recomputed log-probs are taken for those of the sampler: all weights are 1, and the "
+            f"difference that rounding makes in 16 bits ({MEAN} in the log) is not corrected.",
             stacklevel=3,
         )
     idle = [rule for rule in objective.filters if rule.action == "drop" and rule.policies == "old/rollout"]
     if idle and not args.use_vllm and not own_sampler:
         warnings.warn(
             f"Objective {objective.name!r} has a filter for a sampler that differs from the trainer "
-            "(policies='old/rollout'), and without use_vllm the trainer samples itself: every log-ratio will be 0. Set "
-            "policies='policy/rollout' to filter by the drift of the policy.",
+            "(policies='old/rollout'). Without use_vllm the trainer samples itself, and its recomputed log-probs are taken for "
+            "those of the sampler: every log-ratio is 0. Set policies='policy/rollout' to filter by the drift of the policy.",
             stacklevel=3,
         )
     # Against π_old, the trainer makes the top-K log-probs itself: it has the weights of π_old at the time of the rollout.

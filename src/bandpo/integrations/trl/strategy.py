@@ -257,8 +257,9 @@ class WeCompute(Strategy):
     def terms(self, model: nn.Module, logprobs: Tensor, batch: Batch, given: GivenToTRL) -> TokenObjective:
         del given
         objective, old = self.trainer.objective, _old_logprobs(batch, logprobs)
-        # Without an inference engine this model samples, with the weights of π_old: the log-probs are the same. vLLM sends NaN
-        # for a token that it could not score.
+        # Without an inference engine this model samples, with the weights of π_old: the recomputed log-probs are taken for the
+        # sampler's, which differ by rounding alone (`sampler.mismatch` measures it). vLLM sends NaN for a token that it could
+        # not score.
         sampled = batch.get("sampling_per_token_logps")
         sampled = old if sampled is None else torch.where(sampled.isnan(), old, sampled)
         return token_objective(
