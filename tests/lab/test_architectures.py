@@ -258,7 +258,7 @@ def test_half_precision_is_near_transformers_and_not_updated():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: [], "at least one model"),
+        (list, "at least one model"),
         (lambda: [build("mistral", 1), build("qwen2", 1)], "one architecture"),
         (lambda: [build("qwen2", 1), build("qwen2", 1, rms_norm_eps=1e-3)], "one architecture"),
         (lambda: [build("qwen2", 1), build("qwen2", 1, vocab_size=62)], "same weights"),
@@ -300,7 +300,7 @@ def test_prompts_are_padded_on_the_left_by_a_bool_mask():
     prompts, completions, mask = batch(runs=1)
     with pytest.raises(ValueError, match="pad prompts on the left"):
         stack.sample(prompts, torch.rand(1, 6, 2), end=END, pad=PAD, prompt_mask=mask.flip(-1))
-    with pytest.raises(ValueError, match="bool tensor is required, got torch.int64"):
+    with pytest.raises(ValueError, match=r"bool tensor is required, got torch\.int64"):
         stack.logprobs(prompts, completions, prompt_mask=mask.long())
 
 

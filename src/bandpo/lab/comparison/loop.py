@@ -336,8 +336,9 @@ class Loop:
         asking = [i for i, run in enumerate(self.runs) if run.objective.top_k is not None]
         if not asking:
             return {}
-        sampler = Stack({name: w[asking] for name, w in self._sampler_weights().items()}, self.stack.shape)
-        scores = sampler.distributions(prompts[asking], rollout.tokens[asking], self.setting.temperature)
+        sampler = Stack(self._sampler_weights(), self.stack.shape).select(asking)
+        given, drawn = (torch.stack([x[i] for i in asking]) for x in (prompts, rollout.tokens))
+        scores = sampler.distributions(given, drawn, self.setting.temperature)
         return {
             i: top_tokens(x, rollout.tokens[i], cast("int", self.runs[i].objective.top_k))
             for i, x in zip(asking, scores, strict=True)
@@ -351,8 +352,7 @@ class Loop:
         # Before training, all runs that start from one checkpoint are one model: it is evaluated once.
         same = [r.warm_up for r in self.runs] if stage == "before" else list(range(len(self.runs)))
         which = list(dict.fromkeys(same))
-        stack = Stack({n: w[[same.index(x) for x in which]] for n, w in self.stack.weights.items()}, self.stack.shape)
-        rollout = stack.sample(
+        rollout = self.stack.select([same.index(x) for x in which]).sample(
             held_out.expand(len(which), -1, -1),
             noise.expand(len(which), -1, -1),
             end=END,

@@ -139,6 +139,14 @@ class Stack:
         views = {name: w.detach()[runs].requires_grad_(w.requires_grad) for name, w in self.weights.items()}
         return Stack(views, self.shape)
 
+    def select(self, runs: Sequence[int]) -> "Stack":
+        """A stack with copies of some of the runs' weights, without gradient.
+
+        Args:
+            runs: Numbers of the runs; one may come twice.
+        """
+        return Stack({name: torch.stack([w.detach()[i] for i in runs]) for name, w in self.weights.items()}, self.shape)
+
     def logits(self, ids: Tensor, keep: int, mask: Tensor | None = None) -> Tensor:
         """Logits after each of the last `keep` positions.
 
