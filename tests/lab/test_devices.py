@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bandpo import OBJECTIVES
 from bandpo.cli import main
-from bandpo.lab.comparison import exact, loop, warmup
+from bandpo.lab.comparison import command, exact, loop, study, warmup
 from bandpo.lab.comparison.devices import device_kind, find_device
 from bandpo.lab.comparison.exact import Tree, on_bandits, run_tree
 from bandpo.lab.comparison.loop import Loop, Run, Setting
@@ -22,7 +22,16 @@ from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from pretend_device import AWAY, Away, pretend_device
 
 NAMES = [name for name, objective in OBJECTIVES.items() if has_inputs(objective)]
-SIZE = {"updates": 2, "prompts": 4, "group": 4, "minibatches": 2, "hidden_size": 16, "layers": 1, "eval_samples": 2}
+SIZE = {
+    "updates": 2,
+    "prompts": 4,
+    "group": 4,
+    "epochs": 1,
+    "minibatches": 2,
+    "hidden_size": 16,
+    "layers": 1,
+    "eval_samples": 2,
+}
 
 
 def tiny():
@@ -92,7 +101,7 @@ def test_every_objective_trains_there_as_here(lag, monkeypatch):
     runs = [
         Run(OBJECTIVES[name], 3e-3, seed, warm_up=seed, kl_target=0.01 if name == "ppo-kl" else None)
         for name in (NAMES if lag else ["grpo", "bandpo-kl"])
-        for seed in (0, 1)
+        for seed in ((0,) if lag else (0, 1))
     ]
     here = Loop(setting, runs)
     wanted = here.train()
@@ -168,13 +177,13 @@ def test_a_state_is_resumed_on_its_kind_of_device(monkeypatch):
 @pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if on_bandits(objective)])
 def test_the_bandit_is_there_as_here(name, monkeypatch):
     torch.manual_seed(0)  # clip-cov draws from PyTorch's own generator
-    options = {"batches": 3, "noise": 0.2, "lag": 1, "seeds": 6}
+    options = {"batches": 2, "queries": 2, "minibatches": 1, "noise": 0.2, "lag": 1, "seeds": 3}
     here = run_tree(Tree(depth=2), OBJECTIVES[name], **options)
     torch.manual_seed(0)
     with pretend_device(monkeypatch) as device:
         away = run_tree(Tree(depth=2), OBJECTIVES[name], **options, device="cuda")
         with device.here():
-            one = bandit(OBJECTIVES[name], 3, batches=1, device="cuda")
+            one = bandit(OBJECTIVES[name], 2, batches=1, epochs=1, minibatches=1, device="cuda")
     assert {x.device.type for x in away} == {AWAY} and {x.device.type for x in one} == {"cpu"}
     assert all(torch.equal(a, b.inner) for a, b in zip(here, away, strict=True))
 
@@ -192,15 +201,15 @@ def planned(device):
 
 def test_a_device_that_is_not_there_is_refused_by_the_command(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "out"
-    command = ["compare", "--preset", "smoke", "--output", str(folder)]
+    typed = ["compare", "--preset", "smoke", "--output", str(folder)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([*command, "--device", "cuda"]) != 0
+    assert main([*typed, "--device", "cuda"]) != 0
     assert "finds no CUDA card on this machine; choose --device cpu" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert main([*command, "--device", "cuda:1"]) != 0
+    assert main([*typed, "--device", "cuda:1"]) != 0
     assert "device cuda:1: this machine has 1 CUDA card(s), numbered from cuda:0" in capsys.readouterr().err
-    assert main([*command, "--sampler", "graph"]) != 0
+    assert main([*typed, "--sampler", "graph"]) != 0
     assert "it needs --device cuda, not cpu; choose --sampler eager" in capsys.readouterr().err
     assert not folder.exists()
     assert find_device("cuda").type == "cuda" and find_device("cuda:0").index == 0
@@ -228,3 +237,45 @@ def test_a_graph_is_asked_for_in_rollouts_and_evaluation(monkeypatch):
                 made = Loop(Setting("tiny", device="cuda", sampler=sampler, **SIZE), runs)
             found = made.train()
         assert asked == [wanted] * 4 and found[0].after["entropy"] > 0
+
+
+def test_the_topics_of_the_lab_have_a_cpu_only_and_say_so(capsys, tmp_path):
+    for topic, words in (("preference", "small tables in float64"), ("selection", "the main job")):
+        assert main(["lab", topic, "--device", "cuda", "--output", str(tmp_path / "out")]) != 0
+        assert words in (said := capsys.readouterr().err) and "`bandpo compare` for a GPU" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", None), ("cuda", 0.25), ("cuda:1", 0.25)])
+def test_ray_is_asked_for_gpus_where_the_runs_need_one(device, share, monkeypatch, tmp_path):
+    asked = []
+
+    def cluster(stacks, make, workers, say, **options):
+        asked.append(options)
+        return iter(())
+
+    monkeypatch.setattr(study, "ray_cluster", cluster)
+    monkeypatch.setattr(study, "BACKENDS", {"ray": cluster})
+    plan = dataclasses.replace(PRESETS["smoke"], device=device)
+    made = study.Study(tmp_path, 4, lambda _: None, "ray")
+    made.run(jobs_of(plan, "paths", [Arm("grpo")], [0]), "one")
+    assert asked == [{} if share is None else {"gpus": share}]
+
+
+def test_a_report_names_the_card(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    plan = dataclasses.replace(PRESETS["smoke"], device="cuda:1")
+    found = command._about(study.Study(tmp_path, say=lambda _: None), plan, [])
+    assert found["device"] == "Card 1" and found["plan"]["device"] == "cuda:1"
+    assert command._about(study.Study(tmp_path, say=lambda _: None), PRESETS["smoke"], [])["device"] == "CPU"
+
+
+def test_sweeps_of_another_kind_of_device_are_kept_apart(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        command, "sweep", lambda names, seeds, workers, device: asked.append(device) or {"seeds": seeds}
+    )
+    for device in ("cpu", "cuda", "cuda:1", "cpu"):
+        plan = dataclasses.replace(PRESETS["paper"], device=device)
+        command._sweeps(["grpo"], plan, tmp_path, 1, print)
+    assert asked == ["cpu", "cuda"]

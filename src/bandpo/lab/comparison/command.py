@@ -17,7 +17,7 @@ from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.comparison.claims import claims
 from bandpo.lab.comparison.clock import Clock
-from bandpo.lab.comparison.devices import device_kind, find_device
+from bandpo.lab.comparison.devices import device_kind, device_title, find_device
 from bandpo.lab.comparison.exact import on_bandits
 from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.comparison.problems import PROBLEMS
@@ -191,6 +191,7 @@ def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
         "command": command_line(),
         "bandpo": bandpo.__version__,
         "torch": torch.__version__,
+        "device": device_title(plan.device),
         "git": git_revision() or "",
         "environment": about(),
         "plan": describe(plan),

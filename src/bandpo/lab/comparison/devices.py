@@ -55,6 +55,19 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_title(name: str) -> str:
+    """A device's name for reports, for a card that of its model.
+
+    Args:
+        name: `cpu`, `cuda` or `cuda:N`.
+
+    Examples:
+        >>> device_title("cpu")
+        'CPU'
+    """
+    return "CPU" if device_kind(name) == "cpu" else torch.cuda.get_device_name(torch.device(name))
+
+
 def seeded(device: torch.device, seed: int) -> torch.Generator:
     """A generator of random numbers on a device. The same seed gives other numbers on another kind of device.
 
