@@ -194,7 +194,7 @@ def test_the_rotary_embedding_is_the_usual_formula_bit_for_bit(models):
     angle = positions.unsqueeze(-1) * stack.shape.theta ** (-torch.arange(0, size, 2) / size)
     cos, sin = (torch.cat([y, y], -1) for y in (angle.cos(), angle.sin()))
     joined = stack._joined()
-    found = stack._project(0, x, stack._turn(positions, x.dtype), joined)
+    found = stack._project(0, x, module._turn(stack._speed(x.device), positions, x.dtype), joined)
     mixed = module._product(stack._norm("model.layers.0.input_layernorm.weight", x), joined[0].attention)
     plain = [y.reshape(15, 6, 4, size).transpose(1, 2) for y in mixed.chunk(3, -1)]
     for ours, y in zip(found[:2], plain, strict=False):

@@ -49,8 +49,8 @@ def find_device(name: str) -> torch.device:
                 f"device {name}: PyTorch {torch.__version__} finds no CUDA card on this machine; choose --device cpu, or "
                 "install a CUDA build of PyTorch on a machine with such a card"
             )
-        count, number = torch.cuda.device_count(), torch.device(name).index
-        if number is not None and number >= count:
+        count, (_, _, number) = torch.cuda.device_count(), name.partition(":")
+        if number and int(number) >= count:
             raise RunError(f"device {name}: this machine has {count} CUDA card(s), numbered from cuda:0")
     return torch.device(name)
 

@@ -127,7 +127,7 @@ class Plan:
             task: Name of the task.
             **changes: Fields of `Setting` that differ from the plan's.
         """
-        own = {"updates": self.updates, "device": self.device, "sampler": self.sampler}
+        own: dict[str, Any] = {"updates": self.updates, "device": self.device, "sampler": self.sampler}
         return Setting(task, **{**own, **self.setting, **self.sizes.get(task, {}), **changes})
 
 

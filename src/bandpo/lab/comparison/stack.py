@@ -161,7 +161,7 @@ class Stack:
         """
         x, joined = self._embed(ids), self._joined()
         positions, attends = _places(ids, mask)
-        turn = self._turn(positions, x.dtype)
+        turn = _turn(self._speed(ids.device), positions, x.dtype)
         for layer in range(self.shape.layers):
             q, k, v = self._project(layer, x, turn, joined)
             x = self._finish_layer(layer, x, self._attend(q, k, v, attends), joined)
@@ -278,7 +278,8 @@ class Stack:
         caches: list[Cache] = []
         x, joined = self._embed(prompts), self._joined()
         positions, attends = _places(prompts, mask)
-        turn = self._turn(positions, x.dtype)
+        speed = self._speed(prompts.device)
+        turn = _turn(speed, positions, x.dtype)
         hidden = None if mask is None else ~mask.flatten(0, 1)
         groups = self.shape.heads // self._key_heads
         for layer in range(self.shape.layers):
@@ -287,7 +288,7 @@ class Stack:
             caches.append(Cache(k, v, x.shape[:2], repeats, new, groups=groups, hidden=hidden, fixed=fixed))
 
         def forward(tokens: Tensor, positions: Tensor, at: Place) -> Tensor:
-            return self._next_scores(tokens, positions, at, caches, joined)
+            return self._next_scores(tokens, _turn(speed, positions, x.dtype), at, caches, joined)
 
         start = prompts.shape[-1]
         after = positions[..., -1:] + 1 if mask is None else positions[..., -1:].repeat_interleave(repeats, 1) + 1
@@ -296,11 +297,10 @@ class Stack:
         return self._head(x[..., -1, :]).repeat_interleave(repeats, 1), step
 
     def _next_scores(
-        self, tokens: Tensor, positions: Tensor, at: Place, caches: list[Cache], joined: list[Joined]
+        self, tokens: Tensor, turn: tuple[Tensor, Tensor], at: Place, caches: list[Cache], joined: list[Joined]
     ) -> Tensor:
         """Logits after the tokens `(runs, sequences, 1)`, whose keys and values are added to the caches at a place."""
         x = self._embed(tokens)
-        turn = self._turn(positions, x.dtype)
         for layer, cache in enumerate(caches):
             q, k, v = self._project(layer, x, turn, joined)
             x = self._finish_layer(layer, x, cache.attend(at, q, k, v), joined)
@@ -321,10 +321,8 @@ class Stack:
 
     def _join(self, attention: str, mlp: str) -> Joined:
         w = self.weights
-        joined = [
-            torch.cat([w[f"{attention}.{n}_proj.weight"] for n in "qkv"], 1),
-            torch.cat([w[f"{mlp}.{n}_proj.weight"] for n in ("gate", "up")], 1),
-        ]
+        queries = torch.cat([w[f"{attention}.{n}_proj.weight"] for n in "qkv"], 1)
+        inner = torch.cat([w[f"{mlp}.{n}_proj.weight"] for n in ("gate", "up")], 1)
         attention_bias = mlp_bias = scale = None
         if f"{attention}.q_proj.bias" in w:
             attention_bias = torch.cat([w[f"{attention}.{n}_proj.bias"] for n in "qkv"], 1)
@@ -335,33 +333,23 @@ class Stack:
             scale = torch.cat(
                 [w[f"{attention}.{n}_norm.weight"].unsqueeze(1).expand(-1, count, -1) for n, count in counts.items()], 1
             )
-        return Joined(*joined, attention_bias, mlp_bias, scale)
+        return Joined(queries, inner, attention_bias, mlp_bias, scale)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        runs, rows, width = self._table.shape
+        table = self._table
+        runs, rows, width = table.shape
         offset = (torch.arange(runs, device=ids.device) * rows).view(-1, *([1] * (ids.dim() - 1)))
-        return F.embedding(ids + offset, self._table.reshape(runs * rows, width))
+        return F.embedding(ids + offset, table.reshape(runs * rows, width))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         scale = self.weights[name]
         return F.rms_norm(x, x.shape[-1:], eps=self.shape.epsilon) * _per_run(scale, x)
 
-    def _turn(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine of the rotary embedding, computed in float32 as transformers does.
-
-        They have shape `(time, size)` for positions `(time,)`, and `(runs * sequences, 1, time, size)` for positions
-        `(runs, sequences, time)`.
-        """
-        size = self._size
-        if self.shape.frequencies is None:
-            speed = self.shape.theta ** (-torch.arange(0, size, 2, device=positions.device) / size)
-        else:
-            speed = torch.tensor(self.shape.frequencies, device=positions.device)
-        angle = positions.unsqueeze(-1) * speed
-        if angle.dim() > 2:
-            angle = angle.flatten(0, 1).unsqueeze(1)
-        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        return torch.cat([cos] * 2, -1), torch.cat([-sin, sin], -1)
+    def _speed(self, device: torch.device) -> Tensor:
+        """The angle of each pair of channels from one position to the next, `(size / 2,)` float32."""
+        if self.shape.frequencies is not None:
+            return torch.tensor(self.shape.frequencies, device=device)
+        return self.shape.theta ** (-torch.arange(0, self._size, 2, device=device) / self._size)
 
     def _project(
         self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], joined: list[Joined]
@@ -437,6 +425,19 @@ def _places(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     causal = torch.ones(time, time, dtype=torch.bool, device=ids.device).tril()
     itself = torch.eye(time, dtype=torch.bool, device=ids.device)
     return (mask.cumsum(-1) - 1).clamp_min(0), (causal & mask.flatten(0, 1).unsqueeze(1) | itself).unsqueeze(1)
+
+
+def _turn(speed: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of the rotary embedding, computed in float32 as transformers does.
+
+    They have shape `(time, size)` for positions `(time,)`, and `(runs * sequences, 1, time, size)` for positions
+    `(runs, sequences, time)`.
+    """
+    angle = positions.unsqueeze(-1) * speed
+    if angle.dim() > 2:
+        angle = angle.flatten(0, 1).unsqueeze(1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos] * 2, -1), torch.cat([-sin, sin], -1)
 
 
 def _check_prompt_mask(mask: Tensor) -> None:
