@@ -97,6 +97,26 @@ def test_nobody_is_left_when_the_parent_ends(tmp_path, ending):
         time.sleep(0.05)
 
 
+def reserved(item):
+    """The GPUs that Ray gives to a task."""
+    import ray
+
+    return item, len(ray.get_gpu_ids()), ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+
+
+def test_ray_reserves_a_share_of_a_gpu_and_refuses_where_there_is_none():
+    """A resource is a number to Ray, so that a cluster can claim a GPU on a machine without one."""
+    ray = pytest.importorskip("ray")
+    with pytest.raises(RunError, match=r"asks for 0\.5 of a GPU, and Ray's cluster has none.*--device cpu"):
+        next(ray_cluster([1], reserved, 1, gpus=0.5))
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        found = [made for _, made in ray_cluster([1, 2], reserved, 2, gpus=0.5)]
+        assert sorted(found) == [(1, 1, 0.5), (2, 1, 0.5)]
+    finally:
+        ray.shutdown()
+
+
 def test_ray_that_does_not_start_is_one_clear_error(monkeypatch):
     ray = pytest.importorskip("ray")
 

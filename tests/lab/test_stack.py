@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bandpo.lab.comparison import decoding
 from bandpo.lab.comparison import stack as module
 from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
@@ -161,8 +162,8 @@ def test_both_layouts_of_the_cache_are_plain_attention(repeats, monkeypatch):
     k, v = (torch.randn(runs * prompts, heads, start, size, generator=g) for _ in range(2))
     made = []
     for long in (False, True):
-        monkeypatch.setattr(module, "_LONG", start + new + (not long))
-        made.append(module._Cache(k, v, (runs, prompts), repeats, new))
+        monkeypatch.setattr(decoding, "LONG", start + new + (not long))
+        made.append(decoding.Cache(k, v, (runs, prompts), repeats, new))
         assert made[-1].long is long
     keys, values = (x.repeat_interleave(repeats, 0) for x in (k, v))
     for at in range(start, start + new):
@@ -192,9 +193,9 @@ def test_the_rotary_embedding_is_the_usual_formula_bit_for_bit(models):
     positions, size = torch.arange(2, 8), 16
     angle = positions.unsqueeze(-1) * stack.shape.theta ** (-torch.arange(0, size, 2) / size)
     cos, sin = (torch.cat([y, y], -1) for y in (angle.cos(), angle.sin()))
-    fused = stack._fused()
-    found = stack._project(0, x, stack._turn(positions), fused)
-    mixed = module._product(stack._norm("model.layers.0.input_layernorm.weight", x), fused[0][0])
+    joined = stack._joined()
+    found = stack._project(0, x, module._turn(stack._speed(x.device), positions, x.dtype), joined)
+    mixed = module._product(stack._norm("model.layers.0.input_layernorm.weight", x), joined[0].attention)
     plain = [y.reshape(15, 6, 4, size).transpose(1, 2) for y in mixed.chunk(3, -1)]
     for ours, y in zip(found[:2], plain, strict=False):
         half = torch.cat([-y[..., size // 2 :], y[..., : size // 2]], -1)

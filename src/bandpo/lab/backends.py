@@ -187,7 +187,7 @@ def _end_with_the_parent() -> None:
 
 
 def ray_cluster(
-    work: Sequence[Work], make: Callable[[Work], Made], workers: int, say: Say = print
+    work: Sequence[Work], make: Callable[[Work], Made], workers: int, say: Say = print, *, gpus: float = 0.0
 ) -> Outcomes[Work, Made]:
     """Spread work over tasks of one CPU on the cluster of `RAY_ADDRESS`, or on a local one with as many CPUs as workers.
 
@@ -198,13 +198,14 @@ def ray_cluster(
         make: Function that makes one item; bandpo must be installed on every node.
         workers: Number of CPUs of a local cluster; the size of a real one is its own.
         say: Function that is called with a message for each task that Ray gives up.
+        gpus: Share of a GPU that each task reserves; Ray hides all GPUs from a task that reserves none.
 
     Yields:
         Each item with its outcome, or with the error that it met.
 
     Raises:
         ImportError: If Ray is not installed.
-        RunError: If Ray cannot be started or reached.
+        RunError: If Ray cannot be started or reached, or has no GPU to reserve.
     """
     try:
         ray = cast(Any, import_module("ray"))
@@ -223,7 +224,12 @@ def ray_cluster(
                 "--backend processes"
             ) from error
     try:
-        task = ray.remote(num_cpus=1, max_retries=3)(make)
+        if gpus > ray.cluster_resources().get("GPU", 0):  # the tasks would wait for ever
+            raise RunError(
+                f"each task asks for {gpus:g} of a GPU, and Ray's cluster has none; start it on nodes with a GPU, or use "
+                "--device cpu"
+            )
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(make)
         waiting = {task.remote(item): item for item in work}
         while waiting:
             [ready], _ = ray.wait(list(waiting))

@@ -34,6 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the runs are made: in local processes, or in Ray's cluster at RAY_ADDRESS or a local one "
         "(default: processes)",
     )
+    add(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, or one card as cuda:0; the processes of --jobs share it. Another kind of device draws other random "
+        "numbers (default: cpu)",
+    )
+    add(
+        "--sampler",
+        default="eager",
+        choices=("eager", "graph"),
+        help="how a new token is computed: operation by operation, or by a CUDA graph (default: eager)",
+    )
     add("--output", type=Path, help="folder of the results (default: runs/compare-PRESET)")
     add(
         "--evidence",

@@ -17,6 +17,7 @@ from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.comparison.claims import claims
 from bandpo.lab.comparison.clock import Clock
+from bandpo.lab.comparison.devices import device_kind, device_title, find_device
 from bandpo.lab.comparison.exact import on_bandits
 from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
 from bandpo.lab.comparison.problems import PROBLEMS
@@ -56,11 +57,13 @@ def compare(options: argparse.Namespace) -> Comparison:
 
     Raises:
         ValueError: If an option has a value that is not allowed.
+        RunError: If this machine does not have the device.
     """
     clock = Clock()
     plan = _plan(options)
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    find_device(plan.device)
     folder = options.output or Path("runs") / f"compare-{options.preset}"
     with released(claim_output(folder)):
         return _compare(options, plan, folder, clock)
@@ -68,7 +71,8 @@ def compare(options: argparse.Namespace) -> Comparison:
 
 def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock) -> Comparison:
     progress = Progress()
-    progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)} -> {folder}")
+    where = "" if plan.device == "cpu" else f" ({plan.device})"
+    progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)}{where} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
     write_json(folder / "plan.json", describe(plan))
     torch.set_num_threads(1)
@@ -79,11 +83,10 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
         summary = summarise(study, plan)
     exact = [o for o in objectives if on_bandits(OBJECTIVES[o])]
     with clock.part("exact experiments"):
-        summary["exact"] = _exact(exact, plan.exact_seeds) if plan.exact_seeds else {}
-        summary["realised"] = realised(plan.exact_seeds) if plan.exact_seeds else {}
+        summary["exact"] = _exact(exact, plan) if plan.exact_seeds else {}
+        summary["realised"] = realised(plan.exact_seeds, plan.device) if plan.exact_seeds else {}
     with clock.part("sweeps"):
-        sweeps = _sweeps(exact, plan.sweep_seeds, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
-        summary["sweeps"] = sweeps
+        summary["sweeps"] = _sweeps(exact, plan, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
     with clock.part("tables"):
         summary["about"] = _about(study, plan, made)
         summary = write_tables(summary, folder)
@@ -138,7 +141,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         changes["seeds"] = _seeds(options.seeds)
     if options.updates is not None:
         changes["updates"] = options.updates
-    return dataclasses.replace(PRESETS[options.preset], **changes)
+    return dataclasses.replace(PRESETS[options.preset], **changes, device=options.device, sampler=options.sampler)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -150,11 +153,12 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise ValueError(f"--seeds {text}: write 0-9, or 0,3,5") from None
 
 
-def _exact(names: list[str], seeds: int) -> dict[str, Any]:
+def _exact(names: list[str], plan: Plan) -> dict[str, Any]:
     """The results of the bandit, with each objective's default width."""
     found: dict[str, Any] = {}
+    seeds = plan.exact_seeds
     for name in names:
-        outcome = bandit(OBJECTIVES[name], seeds)
+        outcome = bandit(OBJECTIVES[name], seeds, device=plan.device)
         commits = int(outcome.commits.sum())
         found[name] = {
             "commit": [commits / seeds, *wilson(commits, seeds)],
@@ -166,16 +170,18 @@ def _exact(names: list[str], seeds: int) -> dict[str, Any]:
     return found
 
 
-def _sweeps(names: list[str], seeds: int, folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _sweeps(names: list[str], plan: Plan, folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The results of the sweeps, kept in a file of the folder."""
-    key = hashlib.sha256(json.dumps([_FORMAT, names, seeds]).encode()).hexdigest()[:20]
+    seeds, kind = plan.sweep_seeds, device_kind(plan.device)
+    decides = [_FORMAT, names, seeds] if kind == "cpu" else [_FORMAT, names, seeds, kind]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
     path = folder / f"sweeps-{key}.json"
     if path.exists():
         try:
             return read_checked_json(path)
         except ValueError as error:
             say(f"  {error}; it is made again")
-    write_checked_json(path, json.loads(json.dumps(sweep(names, seeds, workers))))
+    write_checked_json(path, json.loads(json.dumps(sweep(names, seeds, workers, plan.device))))
     return read_checked_json(path)
 
 
@@ -185,6 +191,7 @@ def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
         "command": command_line(),
         "bandpo": bandpo.__version__,
         "torch": torch.__version__,
+        "device": device_title(plan.device),
         "git": git_revision() or "",
         "environment": about(),
         "plan": describe(plan),

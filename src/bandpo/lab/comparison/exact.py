@@ -15,6 +15,7 @@ from torch import Tensor
 from bandpo._deprecations import warn_moved
 from bandpo.bounds import Bounds, RatioBounds
 from bandpo.groups import group_advantages
+from bandpo.lab.comparison.devices import find_device, seeded
 from bandpo.lab.comparison.top import top_extras, top_tokens
 from bandpo.objective import Objective
 from bandpo.reference import reference_kl
@@ -62,10 +63,14 @@ class Tree:
         """The number of the policy's tables, one for each prefix of a way."""
         return sum(self.arms**d for d in range(self.depth))
 
-    def start(self) -> Tensor:
-        """The initial logits, `(prefixes, arms)`."""
+    def start(self, device: torch.device | None = None) -> Tensor:
+        """The initial logits, `(prefixes, arms)`.
+
+        Args:
+            device: Their device; None is PyTorch's default.
+        """
         rest = (1 - self.rare - self.common) / (self.arms - 2)
-        p = torch.tensor([self.rare, self.common] + [rest] * (self.arms - 2))
+        p = torch.tensor([self.rare, self.common] + [rest] * (self.arms - 2), device=device)
         return p.log().expand(self.prefixes, -1).clone()
 
     def rewards(self, ways: Tensor) -> Tensor:
@@ -116,6 +121,7 @@ def run_tree(
     seed: int = 0,
     optimizer: str = "adam",
     noise: float = 0.0,
+    device: str = "cpu",
 ) -> Outcome:
     """Policy gradients on a tree, thousands of seeds at once; the same seeds see the same noise under every objective.
 
@@ -133,35 +139,39 @@ def run_tree(
         seed: Seed of the one generator that all of them share.
         optimizer: `adam` or `sgd`.
         noise: Chance that a reward is exchanged for 1 - reward.
+        device: `cpu`, `cuda` or `cuda:0`. Another kind of device draws other random numbers.
 
     Returns:
-        The outcome of every seed.
+        The outcome of every seed, on the device.
 
     Raises:
-        ValueError: If the lag is negative, or the optimiser is unknown.
+        ValueError: If the lag is negative, or the optimiser or the device is unknown.
+        RunError: If this machine does not have the device.
     """
     if lag < 0:
         raise ValueError(f"lag must be at least 0, got {lag}")
-    g = torch.Generator().manual_seed(seed)
-    theta = tree.start().expand(seeds, -1, -1).clone().requires_grad_()
+    place = find_device(device)
+    g = seeded(place, seed)
+    theta = tree.start(place).expand(seeds, -1, -1).clone().requires_grad_()
     optimiser = _optimizer(optimizer, theta, learning_rate)
     start = theta.detach().log_softmax(-1) if objective.kl_coef else None  # the reference
     rows = queries * group
-    total, discovery = torch.zeros(seeds), torch.full((seeds,), batches)
+    total, discovery = torch.zeros(seeds, device=place), torch.full((seeds,), batches, device=place)
     curve: list[Tensor] = []
     past: deque[Tensor] = deque(maxlen=lag + 1)
     for batch in range(batches):
         past.append(theta.detach().log_softmax(-1))
-        ways, tables = _draw(tree, past[0].exp(), torch.rand(seeds, rows, tree.depth, generator=g))
+        ways, tables = _draw(tree, past[0].exp(), torch.rand(seeds, rows, tree.depth, generator=g, device=place))
         old = _scores(past[0], tables, ways)
         rewards = tree.rewards(ways)
         total += rewards.mean(1)
         drawn = (ways == 0).all(-1).any(1)
         discovery = torch.where(drawn & (discovery == batches), batch, discovery)
         if noise:
-            rewards = torch.where(torch.rand(rewards.shape, generator=g) < noise, 1 - rewards, rewards)
+            flipped = torch.rand(rewards.shape, generator=g, device=place) < noise
+            rewards = torch.where(flipped, 1 - rewards, rewards)
         advantages = group_advantages(rewards.flatten(), group, kind=objective.advantage).view(seeds, rows)
-        order = torch.rand(seeds, epochs, rows, generator=g).argsort(-1)
+        order = torch.rand(seeds, epochs, rows, generator=g, device=place).argsort(-1)
         for epoch in range(epochs):
             for part in order[:, epoch].chunk(minibatches, 1):
                 chosen = part.unsqueeze(-1).expand(-1, -1, tree.depth)
@@ -197,7 +207,7 @@ def _top(k: int | None, new: Tensor, old: Tensor, tables: Tensor, ways: Tensor) 
     """
     if k is None:
         return {}
-    seed = torch.arange(len(ways)).view(-1, 1, 1)
+    seed = torch.arange(len(ways), device=ways.device).view(-1, 1, 1)
     top = top_tokens(old[seed, tables].flatten(0, 1), ways.flatten(0, 1), k)
     return top_extras(top, new[seed, tables].flatten(0, 1))
 
@@ -217,7 +227,7 @@ def _loss(
         old_logprobs=before,
         rollout_logprobs=before,
         advantages=advantages.flatten(),
-        mask=torch.ones(new.shape[0] * new.shape[1], new.shape[2]),
+        mask=torch.ones(new.shape[0] * new.shape[1], new.shape[2], device=new.device),
         extras=extras,
     ).value
     if ref is not None:
@@ -284,9 +294,9 @@ def updates_to_common(bounds: Bounds, rare: float, common: float = 0.5, limit: i
 def _draw(tree: Tree, policy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Ways `(seeds, rows, depth)`, and the number of the table from which each choice is drawn."""
     seeds, rows, depth = noise.shape
-    ways = torch.zeros(seeds, rows, depth, dtype=torch.int64)
+    ways = torch.zeros(seeds, rows, depth, dtype=torch.int64, device=noise.device)
     tables = torch.zeros_like(ways)
-    prefix, first = torch.zeros(seeds, rows, dtype=torch.int64), 0
+    prefix, first = torch.zeros_like(ways[..., 0]), 0
     for d in range(depth):
         tables[..., d] = first + prefix
         table = policy.gather(1, tables[..., d].unsqueeze(-1).expand(-1, -1, tree.arms))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bandpo.groups import group_advantages
 from bandpo.lab.comparison.clock import Clock
+from bandpo.lab.comparison.devices import check_sampler, device_kind, find_device, seeded
 from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.top import TopTokens, has_inputs, top_extras, top_tokens
@@ -50,9 +51,12 @@ class Setting:
         layers: Number of layers of the model.
         eval_samples: k of mean@k and pass@k, on the held-out prompts.
         warm_up_steps: Supervised steps before the first rollout; None takes the problem's number.
+        device: `cpu`, `cuda`, or one card as `cuda:0`. Another kind of device draws other random numbers.
+        sampler: `eager`, or `graph`: each new token by a CUDA graph.
 
     Raises:
-        ValueError: If the problem is unknown, a number is out of range, or a rollout does not split into the mini-batches.
+        ValueError: If the problem, the device or the sampler is unknown, a number is out of range, or a rollout does not split
+            into the mini-batches.
     """
 
     problem: str
@@ -67,10 +71,14 @@ class Setting:
     layers: int = 2
     eval_samples: int = 16
     warm_up_steps: int | None = None
+    device: str = "cpu"
+    sampler: str = "eager"
 
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS:
             raise ValueError(f"problem: got {self.problem!r}; choose one of {', '.join(PROBLEMS)}")
+        device_kind(self.device)
+        check_sampler(self.sampler, self.device)
         for name in ("updates", "prompts", "epochs", "minibatches", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -149,6 +157,7 @@ class Loop:
     Raises:
         ValueError: If an objective needs extra inputs that are neither of groups nor top-K tokens, or has no KL
             penalty to adapt.
+        RunError: If this machine does not have the device.
     """
 
     def __init__(self, setting: Setting, runs: Sequence[Run]) -> None:
@@ -158,24 +167,24 @@ class Loop:
                 raise ValueError(
                     f"objective {run.objective.name!r} needs extras the lab does not have: {run.objective.extras}"
                 )
-        size = (setting.hidden_size, setting.layers)
+        self.device = find_device(setting.device)
         with self.clock.part("warm-up"):
-            self.problem: Problem = PROBLEMS[setting.problem]()
-            self.stack = warmed_up(
-                [Checkpoint(setting.problem, r.warm_up, *size, steps=setting.warm_up_steps) for r in self.runs]
-            )
+            self.problem: Problem = PROBLEMS[setting.problem]().to(self.device)
+            self.stack = warmed_up([_checkpoint(setting, r.warm_up) for r in self.runs])
         self._start: Stack | None = None  # the reference, where an objective has a KL to it
         if any(run.objective.kl_coef for run in self.runs):
             self._start = Stack({name: w.detach().clone() for name, w in self.stack.weights.items()}, self.stack.shape)
         for w in self.stack.weights.values():
             w.requires_grad_()
-        self.optimizer = Adam(self.stack.weights, torch.tensor([r.learning_rate for r in self.runs]))
-        self.draws = [torch.Generator().manual_seed(_SEED_STRIDE * r.seed + r.warm_up) for r in self.runs]
+        self.optimizer = Adam(
+            self.stack.weights, torch.tensor([r.learning_rate for r in self.runs], device=self.device)
+        )
+        self.draws = [seeded(self.device, _SEED_STRIDE * r.seed + r.warm_up) for r in self.runs]
         self.results = [Result() for _ in self.runs]
         self.done = 0
         self.penalties = [_Penalty(r) if r.kl_target is not None else None for r in self.runs]
         self._past: deque[dict[str, Tensor]] = deque(maxlen=setting.lag + 1)
-        self._counts = torch.zeros(len(self.runs), 3, len(PROB_BINS))
+        self._counts = torch.zeros(len(self.runs), 3, len(PROB_BINS), device=self.device)
 
     def train(self) -> list[Result]:
         """Make the rollouts that are left, and evaluate before the first and after the last.
@@ -221,7 +230,7 @@ class Loop:
         top = self._top_tokens(prompts, rollout)
         rows = s.prompts * s.group
         for epoch in range(s.epochs):
-            order = torch.stack([torch.randperm(rows, generator=g) for g in self.draws])
+            order = torch.stack([torch.randperm(rows, generator=g, device=self.device) for g in self.draws])
             for part in order.chunk(s.minibatches, 1):
                 self._step(prompts, rollout, advantages, extras, part, last=epoch == s.epochs - 1, top=top)
         for penalty in filter(None, self.penalties):
@@ -298,14 +307,16 @@ class Loop:
         self._counts[run] += torch.stack(counts).view(3, -1)
 
     def _prompts(self) -> Tensor:
-        picked = [torch.randint(len(self.problem.prompts), (self.setting.prompts,), generator=g) for g in self.draws]
-        return torch.stack([self.problem.prompts[i].repeat_interleave(self.setting.group, 0) for i in picked])
+        known, count = self.problem.prompts, (self.setting.prompts,)
+        picked = [torch.randint(len(known), count, generator=g, device=self.device) for g in self.draws]
+        return torch.stack([known[i].repeat_interleave(self.setting.group, 0) for i in picked])
 
     def _rollout(self, prompts: Tensor) -> Rollout:
         if self.setting.lag:
             self._past.append({name: w.detach().clone() for name, w in self.stack.weights.items()})
         sampler = Stack(self._sampler_weights(), self.stack.shape)
-        noise = torch.stack([torch.rand(prompts.shape[1], self.problem.length, generator=g) for g in self.draws])
+        size = (prompts.shape[1], self.problem.length)
+        noise = torch.stack([torch.rand(size, generator=g, device=self.device) for g in self.draws])
         return sampler.sample(
             prompts[:, :: self.setting.group],
             noise,
@@ -313,6 +324,7 @@ class Loop:
             pad=PAD,
             repeats=self.setting.group,
             temperature=self.setting.temperature,
+            fixed=self.setting.sampler == "graph",
         )
 
     def _sampler_weights(self) -> dict[str, Tensor]:
@@ -324,8 +336,9 @@ class Loop:
         asking = [i for i, run in enumerate(self.runs) if run.objective.top_k is not None]
         if not asking:
             return {}
-        sampler = Stack({name: w[asking] for name, w in self._sampler_weights().items()}, self.stack.shape)
-        scores = sampler.distributions(prompts[asking], rollout.tokens[asking], self.setting.temperature)
+        sampler = Stack(self._sampler_weights(), self.stack.shape).select(asking)
+        given, drawn = (torch.stack([x[i] for i in asking]) for x in (prompts, rollout.tokens))
+        scores = sampler.distributions(given, drawn, self.setting.temperature)
         return {
             i: top_tokens(x, rollout.tokens[i], cast("int", self.runs[i].objective.top_k))
             for i, x in zip(asking, scores, strict=True)
@@ -334,18 +347,19 @@ class Loop:
     def _evaluate(self, stage: Literal["before", "after"]) -> None:
         k, held_out = self.setting.eval_samples, self.problem.held_out
         prompts = held_out.repeat_interleave(k, 0)
-        noise = torch.rand(len(prompts), self.problem.length, generator=torch.Generator().manual_seed(_EVALUATION_SEED))
+        draw = seeded(self.device, _EVALUATION_SEED)
+        noise = torch.rand(len(prompts), self.problem.length, generator=draw, device=self.device)
         # Before training, all runs that start from one checkpoint are one model: it is evaluated once.
         same = [r.warm_up for r in self.runs] if stage == "before" else list(range(len(self.runs)))
         which = list(dict.fromkeys(same))
-        stack = Stack({n: w[[same.index(x) for x in which]] for n, w in self.stack.weights.items()}, self.stack.shape)
-        rollout = stack.sample(
+        rollout = self.stack.select([same.index(x) for x in which]).sample(
             held_out.expand(len(which), -1, -1),
             noise.expand(len(which), -1, -1),
             end=END,
             pad=PAD,
             repeats=k,
             temperature=self.setting.temperature,
+            fixed=self.setting.sampler == "graph",
         )
         for result, i in zip(self.results, (which.index(x) for x in same), strict=True):
             rewards = self.problem.rewards(prompts, rollout.tokens[i]).view(-1, k)
@@ -376,6 +390,7 @@ class Loop:
             "weights": {name: w.detach().clone() for name, w in self.stack.weights.items()},
             "moments": [(m.clone(), v.clone()) for m, v in self.optimizer.moments],
             "steps": self.optimizer.steps,
+            "device": self.device.type,
             "draws": [g.get_state() for g in self.draws],
             "done": self.done,
             "past": [{k: w.clone() for k, w in past.items()} for past in self._past],
@@ -389,7 +404,16 @@ class Loop:
 
         Args:
             state: A state that `state_dict` returned.
+
+        Raises:
+            ValueError: If the state is that of another kind of device, whose generators have no state for this one.
         """
+        before = state.get("device", "cpu")
+        if before != self.device.type:
+            raise ValueError(
+                f"the state was saved on {before}, and its random numbers cannot be continued on {self.device.type}: resume on "
+                f"{before}, or start anew"
+            )
         with torch.no_grad():
             for name, w in self.stack.weights.items():
                 w.copy_(state["weights"][name])
@@ -399,8 +423,9 @@ class Loop:
         self.optimizer.steps, self.done = state["steps"], state["done"]
         for g, saved in zip(self.draws, state["draws"], strict=True):
             g.set_state(saved)
-        self._past = deque(state["past"], maxlen=self.setting.lag + 1)
-        self._counts = state["counts"].clone()
+        past = [{name: w.to(self.device) for name, w in weights.items()} for weights in state["past"]]
+        self._past = deque(past, maxlen=self.setting.lag + 1)
+        self._counts = state["counts"].to(self.device, copy=True)
         for penalty, value in zip(self.penalties, state["penalties"], strict=True):
             if penalty is not None:
                 penalty.rule.value = value
@@ -444,6 +469,18 @@ class _Penalty:
         if self._tokens:
             self.rule.update(self._kl / self._tokens)
         self._kl = self._tokens = 0.0
+
+
+def _checkpoint(setting: Setting, number: int) -> Checkpoint:
+    """The checkpoint of a number that runs of the setting start from."""
+    return Checkpoint(
+        setting.problem,
+        number,
+        setting.hidden_size,
+        setting.layers,
+        steps=setting.warm_up_steps,
+        device=setting.device,
+    )
 
 
 def _by_bin(values: Tensor) -> dict[str, float]:

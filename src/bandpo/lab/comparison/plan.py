@@ -15,6 +15,7 @@ from bandpo.bounds import DCPO, Band, Bounds, Clip
 from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.combined import change_leaves
 from bandpo.bounds.regions import TopK
+from bandpo.lab.comparison.devices import device_kind
 from bandpo.lab.comparison.loop import Setting
 from bandpo.lab.comparison.top import has_inputs
 from bandpo.objective import Objective
@@ -28,6 +29,7 @@ TUNING_SEEDS = 1000
 KL_TARGET = 0.01
 """The target of an arm whose KL penalty adapts, in nats for a token; PPO's paper uses 0.003, 0.01 and 0.03 (its table 1)."""
 
+_USUAL = MappingProxyType({"device": "cpu", "sampler": "eager"})
 _ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
     {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "letter_counting": 3e-4}
@@ -61,6 +63,8 @@ class Plan:
         sweep_seeds: Number of seeds of each cell of the bandit's sweeps; 0 leaves them out.
         setting: Other fields of `Setting`, for all tasks.
         sizes: Fields of `Setting` for single tasks.
+        device: Device of the runs and of the bandit: `cpu`, `cuda`, or one card as `cuda:0`.
+        sampler: `eager`, or `graph` for a CUDA graph of each new token.
 
     Raises:
         ValueError: If an objective or a task is unknown or cannot be compared, or a seed is out of range.
@@ -95,6 +99,8 @@ class Plan:
     sweep_seeds: int = 0
     setting: Mapping[str, Any] = field(default_factory=lambda: _SETTING)
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _SIZES)
+    device: str = "cpu"
+    sampler: str = "eager"
 
     def __post_init__(self) -> None:
         for name in self.objectives:
@@ -121,7 +127,8 @@ class Plan:
             task: Name of the task.
             **changes: Fields of `Setting` that differ from the plan's.
         """
-        return Setting(task, **{"updates": self.updates, **self.setting, **self.sizes.get(task, {}), **changes})
+        own: dict[str, Any] = {"updates": self.updates, "device": self.device, "sampler": self.sampler}
+        return Setting(task, **{**own, **self.setting, **self.sizes.get(task, {}), **changes})
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -253,10 +260,15 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The name of the file of its result, a hash of its configuration."""
+        """The name of the file of its result, a hash of its configuration; the cards of a machine are one device."""
         # For a surrogate that is no clip, `clip_fraction_by_prob` once counted the tokens outside of the interval instead.
         version = _FORMAT if stops_outside(OBJECTIVES[self.arm.objective].surrogate) else _FORMAT + 1
-        decides = json.dumps([version, asdict(self)], sort_keys=True)
+        config = asdict(self)
+        setting = config["setting"] = {**config["setting"], "device": device_kind(self.setting.device)}
+        for name, usual in _USUAL.items():  # the name of a result of the CPU is as it was before there was a choice
+            if setting[name] == usual:
+                del setting[name]
+        decides = json.dumps([version, config], sort_keys=True)
         return hashlib.sha256(decides.encode()).hexdigest()[:20]
 
 

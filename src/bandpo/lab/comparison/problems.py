@@ -7,7 +7,7 @@ and held-out prompts never share a problem.
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import cast
@@ -64,14 +64,25 @@ class Problem:
             completions: `(count, length)` tokens.
 
         Returns:
-            `(count,)`, float32.
+            `(count,)`, float32, on the device of the completions. The rewards are computed by the host.
         """
         asked, answers = (cast("list[list[int]]", x.tolist()) for x in (prompts, completions))
         found = [
             self.reward(tuple(p), tuple(c[: c.index(END)])) if END in c else 0.0
             for p, c in zip(asked, answers, strict=True)
         ]
-        return torch.tensor(found)
+        return torch.tensor(found, device=completions.device)
+
+    def to(self, device: torch.device) -> "Problem":
+        """The problem with its tensors on a device.
+
+        Args:
+            device: The device.
+        """
+        if self.prompts.device == device:
+            return self
+        tensors = {name: getattr(self, name).to(device) for name in ("prompts", "held_out", "demonstrations")}
+        return replace(self, **tensors)
 
 
 @lru_cache

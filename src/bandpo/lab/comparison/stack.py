@@ -1,9 +1,10 @@
-"""Many small Llama models at once: weights stacked along a first dimension, one forward pass for all of them.
+"""Many models at once: weights stacked along a first dimension, one forward pass for all of them.
 
 The lab trains dozens of runs (methods x seeds) of a tiny model. For a single run, a step is mostly overhead; for a stack of
-runs, every matrix product is a batched one. A large stack is processed in parts whose activations fit the processor's cache.
+runs, every matrix product is a batched one. On the CPU, a large stack is processed in parts whose activations fit its cache.
 With a multiple of 32 sequences a run, as in every preset, that changes no bit, else the last one at most. Weights and log-probs
-are those of a transformers `LlamaForCausalLM` (tests/lab/test_stack.py).
+are those of transformers' Llama, Mistral, Qwen2 and Qwen3, also with grouped heads, a tied LM head, biases and prompts that are
+padded (tests/lab/test_stack.py and test_architectures.py).
 """
 
 import math
@@ -14,30 +15,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Fused = list[tuple[Tensor, Tensor]]
-"""For each layer, the joined weights of queries, keys and values, and those of the two projections into the MLP."""
+from bandpo.lab.comparison.architecture import Shape, model_state, shape_of, weights_of
+from bandpo.lab.comparison.decoding import Cache, FixedStep, GrowingStep, Place
 
 _PART = 1 << 17
 """Elements of one activation, `runs * rows * width`, up to which runs are processed together: half a megabyte."""
 
-_LONG = 64
-"""Tokens of prompt and completion from which the cache is laid out by sequence; the lab's problems have at most 36."""
+_LARGE_PART = 1 << 28
+"""The same on other devices than the CPU, with the width or the vocabulary, whichever is larger: a gigabyte."""
+
+_CHECK_EVERY = 8
+"""Tokens after which the host asks another device whether all completions have ended, and waits for the answer."""
 
 
-class Shape(NamedTuple):
-    """The constants of the architecture that the weights alone do not give.
+class Joined(NamedTuple):
+    """The weights of a layer that read the same input, joined into one matrix.
 
     Args:
-        layers: Number of layers.
-        heads: Number of attention heads.
-        epsilon: Constant of the RMS norms.
-        theta: Base of the rotary position embedding.
+        attention: `(runs, (heads + 2 key heads) * size, width)`, projections to queries, keys and values.
+        mlp: `(runs, 2 * inner width, width)`, the two projections into the MLP.
+        attention_bias: `(runs, (heads + 2 key heads) * size)`, or None.
+        mlp_bias: `(runs, 2 * inner width)`, or None.
+        scale: `(runs, heads + key heads, size)`, scales of the norms of queries and keys, or None.
     """
 
-    layers: int
-    heads: int
-    epsilon: float
-    theta: float
+    attention: Tensor
+    mlp: Tensor
+    attention_bias: Tensor | None = None
+    mlp_bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class Rollout(NamedTuple):
@@ -66,31 +72,27 @@ class Stack:
         self.weights, self.shape = weights, shape
 
     @classmethod
-    def load(cls, models: Sequence[Any]) -> "Stack":
+    def load(cls, models: Sequence[Any], device: torch.device | None = None) -> "Stack":
         """A stack with one run for each model.
 
         Args:
-            models: Models of type `LlamaForCausalLM` and of one architecture; the same one may come twice.
+            models: Causal models of transformers of one architecture, of a type in `FAMILIES`; the same one may come twice.
+            device: Device of the stack; None keeps that of the models.
 
         Raises:
-            ValueError: If the architecture shares attention heads or ties the LM head to the embedding.
+            ValueError: If the stack does not have the architecture, or the models do not share it.
         """
-        config = models[0].config
-        states = [m.state_dict() for m in models]
-        weights = {name: torch.stack([s[name].detach() for s in states]) for name in states[0]}
-        if config.num_attention_heads != config.num_key_value_heads or config.tie_word_embeddings:
-            raise ValueError("the lab's stack takes Llama models with full attention heads and an LM head of their own")
-        theta = config.rope_parameters["rope_theta"]
-        return cls(weights, Shape(config.num_hidden_layers, config.num_attention_heads, config.rms_norm_eps, theta))
+        shape = shape_of(models)
+        return cls(weights_of(models, device), shape)
 
     def write(self, run: int, model: Any) -> None:
         """Copy one run's weights into a model.
 
         Args:
             run: Number of the run.
-            model: A `LlamaForCausalLM` of the stack's architecture.
+            model: A model of the stack's architecture, on any device.
         """
-        model.load_state_dict({name: w[run].detach() for name, w in self.weights.items()})
+        model.load_state_dict(model_state(self.weights, run, model))
 
     @property
     def runs(self) -> int:
@@ -100,7 +102,17 @@ class Stack:
     @property
     def width(self) -> int:
         """The width of the models."""
-        return self.weights["model.embed_tokens.weight"].shape[-1]
+        return self._table.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self._table.device
+
+    @property
+    def _table(self) -> Tensor:
+        """The embedding, `(runs, vocabulary, width)`."""
+        return self.weights["model.embed_tokens.weight"]
 
     def parts(self, rows: int) -> list[slice]:
         """Consecutive runs that are best processed together.
@@ -111,7 +123,8 @@ class Stack:
         Returns:
             Slices of the runs, in order.
         """
-        size = max(1, _PART // max(1, rows * self.width))
+        room, each = (_PART, self.width) if self.device.type == "cpu" else (_LARGE_PART, max(self._table.shape[1:]))
+        size = max(1, room // max(1, rows * each))
         return [slice(first, min(first + size, self.runs)) for first in range(0, self.runs, size)]
 
     def part(self, runs: slice) -> "Stack":
@@ -126,65 +139,98 @@ class Stack:
         views = {name: w.detach()[runs].requires_grad_(w.requires_grad) for name, w in self.weights.items()}
         return Stack(views, self.shape)
 
-    def logits(self, ids: Tensor, keep: int) -> Tensor:
+    def select(self, runs: Sequence[int]) -> "Stack":
+        """A stack with copies of some of the runs' weights, without gradient.
+
+        Args:
+            runs: Numbers of the runs; one may come twice.
+        """
+        return Stack({name: torch.stack([w.detach()[i] for i in runs]) for name, w in self.weights.items()}, self.shape)
+
+    def logits(self, ids: Tensor, keep: int, mask: Tensor | None = None) -> Tensor:
         """Logits after each of the last `keep` positions.
 
         Args:
-            ids: `(runs, sequences, time)` tokens without padding.
+            ids: `(runs, sequences, time)` tokens.
             keep: Number of positions.
+            mask: `(runs, sequences, time)`, bool: False at padding, to which nothing attends and which has no position; the
+                logits after it mean nothing. None without padding.
 
         Returns:
             `(runs, sequences, keep, vocabulary)`, with gradient.
         """
-        x, fused = self._embed(ids), self._fused()
-        turn = self._turn(torch.arange(ids.shape[-1]))
+        x, joined = self._embed(ids), self._joined()
+        positions, attends = _places(ids, mask)
+        turn = _turn(self._speed(ids.device), positions, x.dtype)
         for layer in range(self.shape.layers):
-            q, k, v = self._project(layer, x, turn, fused)
-            x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
+            q, k, v = self._project(layer, x, turn, joined)
+            x = self._finish_layer(layer, x, self._attend(q, k, v, attends), joined)
         return self._head(x[..., -keep:, :])
 
-    def logprobs(self, prompts: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(
+        self, prompts: Tensor, completions: Tensor, temperature: float = 1.0, prompt_mask: Tensor | None = None
+    ) -> Tensor:
         """Log-probs of completions.
 
         Args:
-            prompts: `(runs, sequences, prompt time)` tokens without padding.
+            prompts: `(runs, sequences, prompt time)` tokens.
             completions: `(runs, sequences, time)` tokens.
             temperature: Temperature of the policy.
+            prompt_mask: `(runs, sequences, prompt time)`, bool: False at padding; None without.
 
         Returns:
             `(runs, sequences, time)`, with gradient.
         """
-        scores = self.distributions(prompts, completions, temperature)
+        scores = self.distributions(prompts, completions, temperature, prompt_mask)
         return scores.gather(-1, completions.unsqueeze(-1)).squeeze(-1)
 
-    def distributions(self, prompts: Tensor, completions: Tensor, temperature: float = 1.0) -> Tensor:
+    def distributions(
+        self, prompts: Tensor, completions: Tensor, temperature: float = 1.0, prompt_mask: Tensor | None = None
+    ) -> Tensor:
         """Log-probs of every token of the vocabulary at each place of completions.
 
         Args:
-            prompts: `(runs, sequences, prompt time)` tokens without padding.
+            prompts: `(runs, sequences, prompt time)` tokens.
             completions: `(runs, sequences, time)` tokens.
             temperature: Temperature of the policy.
+            prompt_mask: `(runs, sequences, prompt time)`, bool: False at padding; None without.
 
         Returns:
             `(runs, sequences, time, vocabulary)`, with gradient.
         """
         ids = torch.cat([prompts, completions], -1)[..., :-1]
-        logits = self.logits(ids, completions.shape[-1])
+        mask = None
+        if prompt_mask is not None:
+            _check_prompt_mask(prompt_mask)
+            mask = torch.cat([prompt_mask, torch.ones_like(completions, dtype=torch.bool)], -1)[..., :-1]
+        logits = self.logits(ids, completions.shape[-1], mask)
         return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
     @torch.no_grad()
     def sample(
-        self, prompts: Tensor, noise: Tensor, *, end: int, pad: int, repeats: int = 1, temperature: float = 1.0
+        self,
+        prompts: Tensor,
+        noise: Tensor,
+        *,
+        end: int,
+        pad: int,
+        repeats: int = 1,
+        temperature: float = 1.0,
+        prompt_mask: Tensor | None = None,
+        fixed: bool = False,
     ) -> Rollout:
         """Completions drawn by inverting the distribution function at `noise`.
 
         Args:
-            prompts: `(runs, prompts, time)`, all of one length; each is read once, whatever `repeats`.
+            prompts: `(runs, prompts, time)`; each is read once, whatever `repeats`.
             noise: `(runs, prompts * repeats, new)`, uniform in [0, 1): the same noise gives the same completions.
             end: Token that ends a completion.
             pad: Token that fills the places after the end.
             repeats: Completions of each prompt, consecutive.
             temperature: Sampling temperature; the log-probs are those at this temperature.
+            prompt_mask: `(runs, prompts, time)`, bool: False at padding, which is on the left; None without.
+            fixed: Whether every new token is computed with the same shapes and addresses, on a CUDA card by a CUDA graph. The
+                log-probs differ by rounding.
 
         Returns:
             Tokens, log-probs and mask, `(runs, prompts * repeats, new)` each.
@@ -193,146 +239,164 @@ class Stack:
         if len(parts) > 1:
             made = [
                 self.part(part).sample(
-                    prompts[part], noise[part], end=end, pad=pad, repeats=repeats, temperature=temperature
+                    prompts[part],
+                    noise[part],
+                    end=end,
+                    pad=pad,
+                    repeats=repeats,
+                    temperature=temperature,
+                    prompt_mask=None if prompt_mask is None else prompt_mask[part],
+                    fixed=fixed,
                 )
                 for part in parts
             ]
             return Rollout(*(torch.cat(x) for x in zip(*made, strict=True)))
-        runs, sequences, new = noise.shape
-        start, fused = prompts.shape[-1], self._fused()
-        scores, caches = self._read_prompts(prompts, repeats, new, fused)
-        tokens = torch.full((runs, sequences, new), pad)
-        logprobs = torch.zeros(runs, sequences, new)
-        mask = torch.zeros(runs, sequences, new, dtype=torch.bool)
-        going = torch.ones(runs, sequences, dtype=torch.bool)
+        if prompt_mask is not None:
+            _check_prompt_mask(prompt_mask)
+        every = 1 if self.device.type == "cpu" else _CHECK_EVERY
+        new = noise.shape[2]
+        scores, step = self._read_prompts(prompts, repeats, new, prompt_mask, fixed)
+        tokens = torch.full(noise.shape, pad, device=noise.device)
+        logprobs = torch.zeros(noise.shape, dtype=scores.dtype, device=noise.device)
+        mask = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device)
+        going = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
         for t in range(new):
             drawn, chosen = _draw(scores, noise[..., t : t + 1], temperature)
             tokens[..., t] = torch.where(going, drawn, pad)
             logprobs[..., t] = torch.where(going, chosen, 0.0)
             mask[..., t] = going
             going = going & (drawn != end)
-            if t + 1 == new or not going.any():
+            if t + 1 == new or (t % every == every - 1 and not going.any()):
                 break
-            scores = self._next_scores(tokens[..., t : t + 1], start + t, caches, fused)
+            scores = step(tokens[..., t : t + 1])
         return Rollout(tokens, logprobs, mask)
 
-    def _read_prompts(self, prompts: Tensor, repeats: int, new: int, fused: Fused) -> tuple[Tensor, list["_Cache"]]:
-        """Logits after the prompts, and each layer's keys and values with room for `new` more tokens."""
-        caches: list[_Cache] = []
-        x = self._embed(prompts)
-        turn = self._turn(torch.arange(prompts.shape[-1]))
+    def _read_prompts(
+        self, prompts: Tensor, repeats: int, new: int, mask: Tensor | None, fixed: bool
+    ) -> tuple[Tensor, GrowingStep | FixedStep]:
+        """Logits after the prompts, and the step that computes those after each of `new` more tokens."""
+        caches: list[Cache] = []
+        x, joined = self._embed(prompts), self._joined()
+        positions, attends = _places(prompts, mask)
+        speed = self._speed(prompts.device)
+        turn = _turn(speed, positions, x.dtype)
+        hidden = None if mask is None else ~mask.flatten(0, 1)
+        groups = self.shape.heads // self._key_heads
         for layer in range(self.shape.layers):
-            q, k, v = self._project(layer, x, turn, fused)
-            x = self._finish_layer(layer, x, F.scaled_dot_product_attention(q, k, v, is_causal=True), fused)
-            caches.append(_Cache(k, v, x.shape[:2], repeats, new))
-        return self._head(x[..., -1, :]).repeat_interleave(repeats, 1), caches
+            q, k, v = self._project(layer, x, turn, joined)
+            x = self._finish_layer(layer, x, self._attend(q, k, v, attends), joined)
+            caches.append(Cache(k, v, x.shape[:2], repeats, new, groups=groups, hidden=hidden, fixed=fixed))
 
-    def _next_scores(self, tokens: Tensor, at: int, caches: list["_Cache"], fused: Fused) -> Tensor:
-        """Logits after the tokens `(runs, sequences, 1)` at position `at`, whose keys and values are added to the caches."""
+        def forward(tokens: Tensor, positions: Tensor, at: Place) -> Tensor:
+            return self._next_scores(tokens, _turn(speed, positions, x.dtype), at, caches, joined)
+
+        start = prompts.shape[-1]
+        after = positions[..., -1:] + 1 if mask is None else positions[..., -1:].repeat_interleave(repeats, 1) + 1
+        first = prompts[..., -1:].repeat_interleave(repeats, 1)
+        step = FixedStep(forward, start, after, first) if fixed else GrowingStep(forward, start, after)
+        return self._head(x[..., -1, :]).repeat_interleave(repeats, 1), step
+
+    def _next_scores(
+        self, tokens: Tensor, turn: tuple[Tensor, Tensor], at: Place, caches: list[Cache], joined: list[Joined]
+    ) -> Tensor:
+        """Logits after the tokens `(runs, sequences, 1)`, whose keys and values are added to the caches at a place."""
         x = self._embed(tokens)
-        turn = self._turn(torch.arange(at, at + 1))
         for layer, cache in enumerate(caches):
-            q, k, v = self._project(layer, x, turn, fused)
-            x = self._finish_layer(layer, x, cache.attend(at, q, k, v), fused)
+            q, k, v = self._project(layer, x, turn, joined)
+            x = self._finish_layer(layer, x, cache.attend(at, q, k, v), joined)
         return self._head(x[..., 0, :])
 
-    def _fused(self) -> Fused:
+    @property
+    def _key_heads(self) -> int:
+        return self.shape.key_heads or self.shape.heads
+
+    @property
+    def _size(self) -> int:
+        """The size of a head."""
+        return self.shape.size or self.width // self.shape.heads
+
+    def _joined(self) -> list[Joined]:
         """The weights that read the same input, joined into one matrix, for each layer."""
+        return [self._join(f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp") for i in range(self.shape.layers)]
+
+    def _join(self, attention: str, mlp: str) -> Joined:
         w = self.weights
-        return [
-            (
-                torch.cat([w[f"model.layers.{i}.self_attn.{n}_proj.weight"] for n in "qkv"], 1),
-                torch.cat([w[f"model.layers.{i}.mlp.{n}_proj.weight"] for n in ("gate", "up")], 1),
+        queries = torch.cat([w[f"{attention}.{n}_proj.weight"] for n in "qkv"], 1)
+        inner = torch.cat([w[f"{mlp}.{n}_proj.weight"] for n in ("gate", "up")], 1)
+        attention_bias = mlp_bias = scale = None
+        if f"{attention}.q_proj.bias" in w:
+            attention_bias = torch.cat([w[f"{attention}.{n}_proj.bias"] for n in "qkv"], 1)
+        if f"{mlp}.gate_proj.bias" in w:
+            mlp_bias = torch.cat([w[f"{mlp}.{n}_proj.bias"] for n in ("gate", "up")], 1)
+        if f"{attention}.q_norm.weight" in w:
+            counts = {"q": self.shape.heads, "k": self._key_heads}
+            scale = torch.cat(
+                [w[f"{attention}.{n}_norm.weight"].unsqueeze(1).expand(-1, count, -1) for n, count in counts.items()], 1
             )
-            for i in range(self.shape.layers)
-        ]
+        return Joined(queries, inner, attention_bias, mlp_bias, scale)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        table = self.weights["model.embed_tokens.weight"]
+        table = self._table
         runs, rows, width = table.shape
-        offset = (torch.arange(runs) * rows).view(-1, *([1] * (ids.dim() - 1)))
+        offset = (torch.arange(runs, device=ids.device) * rows).view(-1, *([1] * (ids.dim() - 1)))
         return F.embedding(ids + offset, table.reshape(runs * rows, width))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         scale = self.weights[name]
-        return F.rms_norm(x, x.shape[-1:], eps=self.shape.epsilon) * scale.view(len(scale), *([1] * (x.dim() - 2)), -1)
+        return F.rms_norm(x, x.shape[-1:], eps=self.shape.epsilon) * _per_run(scale, x)
 
-    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine of the rotary embedding, `(time, size)` each."""
-        size = self.width // self.shape.heads
-        angle = positions.unsqueeze(-1) * self.shape.theta ** (-torch.arange(0, size, 2) / size)
-        return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    def _speed(self, device: torch.device) -> Tensor:
+        """The angle of each pair of channels from one position to the next, `(size / 2,)` float32."""
+        if self.shape.frequencies is not None:
+            return torch.tensor(self.shape.frequencies, device=device)
+        return self.shape.theta ** (-torch.arange(0, self._size, 2, device=device) / self._size)
 
     def _project(
-        self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], fused: Fused
+        self, layer: int, x: Tensor, turn: tuple[Tensor, Tensor], joined: list[Joined]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, `(runs * sequences, heads, time, size)`."""
-        mixed = _product(self._norm(f"model.layers.{layer}.input_layernorm.weight", x), fused[layer][0])
-        count = self.shape.heads
-        heads = mixed.view(-1, x.shape[2], 3 * count, mixed.shape[-1] // 3 // count).transpose(1, 2)
+        """Queries `(runs * sequences, heads, time, size)`, and keys and values, which may have fewer heads."""
+        given, count, keys = joined[layer], self.shape.heads, self._key_heads
+        mixed = _product(self._norm(f"model.layers.{layer}.input_layernorm.weight", x), given.attention)
+        if given.attention_bias is not None:
+            mixed = mixed + _per_run(given.attention_bias, mixed)
+        heads = mixed.view(-1, x.shape[2], count + 2 * keys, self._size).transpose(1, 2)
         both, v = cast(
-            "tuple[Tensor, Tensor]", heads.split([2 * count, count], 1)
+            "tuple[Tensor, Tensor]", heads.split([count + keys, keys], 1)
         )  # the gradient of a split is one concatenation
+        if given.scale is not None:
+            normal = F.rms_norm(both, both.shape[-1:], eps=self.shape.epsilon)
+            by_run = normal.reshape(len(given.scale), -1, *both.shape[1:])
+            both = (by_run * given.scale.unsqueeze(1).unsqueeze(3)).view(both.shape)
         first, second = cast("tuple[Tensor, Tensor]", both.chunk(2, -1))
         turned = both * turn[0] + torch.cat([second, first], -1) * turn[1]
-        q, k = cast("tuple[Tensor, Tensor]", turned.chunk(2, 1))
+        q, k = cast("tuple[Tensor, Tensor]", turned.split([count, keys], 1))
         return q, k, v
 
-    def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, fused: Fused) -> Tensor:
-        prefix = f"model.layers.{layer}"
-        x = x + _product(mixed.transpose(1, 2).reshape(x.shape), self.weights[f"{prefix}.self_attn.o_proj.weight"])
-        h = _product(self._norm(f"{prefix}.post_attention_layernorm.weight", x), fused[layer][1])
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attends: Tensor | None) -> Tensor:
+        """Causal attention of whole sequences; `attends` says which tokens may see which, where some are padding."""
+        grouped = q.shape[1] != k.shape[1]
+        if attends is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attends, enable_gqa=grouped)
+
+    def _finish_layer(self, layer: int, x: Tensor, mixed: Tensor, joined: list[Joined]) -> Tensor:
+        prefix, given = f"model.layers.{layer}", joined[layer]
+        x = x + self._linear(f"{prefix}.self_attn.o_proj", mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))
+        h = _product(self._norm(f"{prefix}.post_attention_layernorm.weight", x), given.mlp)
+        if given.mlp_bias is not None:
+            h = h + _per_run(given.mlp_bias, h)
         gate, up = h.chunk(2, -1)
-        return x + _product(F.silu(gate) * up, self.weights[f"{prefix}.mlp.down_proj.weight"])
+        return x + self._linear(f"{prefix}.mlp.down_proj", F.silu(gate) * up)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        made, bias = _product(x, self.weights[f"{name}.weight"]), self.weights.get(f"{name}.bias")
+        return made if bias is None else made + _per_run(bias, made)
 
     def _head(self, x: Tensor) -> Tensor:
-        return _product(self._norm("model.norm.weight", x), self.weights["lm_head.weight"])
-
-
-class _Cache:
-    """Keys and values of a layer, with room for the tokens to come: nothing is copied when a token is added.
-
-    With few tokens, time is the first dimension and attention is two elementwise products; from `_LONG` tokens on, each
-    sequence has its own block, and attention is two matrix products.
-
-    Args:
-        keys: Keys of the prompts, `(runs * prompts, heads, time, size)`.
-        values: Values of the prompts, of the same shape.
-        shape: Numbers of runs and of prompts.
-        repeats: Completions of each prompt, consecutive.
-        new: Number of tokens to come.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, shape: Sequence[int], repeats: int, new: int) -> None:
-        start = keys.shape[2]
-        self.long = start + new >= _LONG
-        self.keys, self.values = (self._room(x, start + new, shape[0] * shape[1] * repeats) for x in (keys, values))
-        for room, given in ((self.keys, keys), (self.values, values)):
-            if self.long:
-                room.view(-1, repeats, *room.shape[1:])[:, :, :, :start] = given.unsqueeze(1)
-            else:
-                room.view(len(room), -1, repeats, *room.shape[2:])[:start] = given.permute(2, 0, 1, 3).unsqueeze(2)
-
-    def _room(self, given: Tensor, time: int, count: int) -> Tensor:
-        """`(count, heads, time, size)` for long completions, else `(time, count, heads, size)`."""
-        _, heads, _, size = given.shape
-        return given.new_empty(count, heads, time, size) if self.long else given.new_empty(time, count, heads, size)
-
-    def attend(self, at: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Add a token's keys and values at position `at`; the attention of its queries to all tokens so far.
-
-        `q`, `k`, `v` and the result have shape `(runs * sequences, heads, 1, size)`.
-        """
-        query = q / math.sqrt(q.shape[-1])
-        if self.long:
-            self.keys[:, :, at], self.values[:, :, at] = k.squeeze(2), v.squeeze(2)
-            keys, values = (x.flatten(0, 1)[:, : at + 1] for x in (self.keys, self.values))
-            weight = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2)).softmax(-1)
-            return torch.bmm(weight, values).view(q.shape)
-        self.keys[at], self.values[at] = k.squeeze(2), v.squeeze(2)
-        keys, values = self.keys[: at + 1], self.values[: at + 1]
-        weight = cast(Tensor, torch.linalg.vecdot(keys, query.squeeze(2))).softmax(0)
-        return (weight.unsqueeze(-1) * values).sum(0).unsqueeze(2)
+        """Logits, in float32 where the weights have less."""
+        head = self.weights.get("lm_head.weight", self._table)
+        logits = _product(self._norm("model.norm.weight", x), head)
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _draw(scores: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -343,6 +407,44 @@ def _draw(scores: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Te
     total = sums[..., -1:]
     drawn = (sums <= noise * total).sum(-1).clamp_max(scores.shape[-1] - 1)
     return drawn, (scores.gather(-1, drawn.unsqueeze(-1)) - total.log()).squeeze(-1)
+
+
+def _per_run(vector: Tensor, x: Tensor) -> Tensor:
+    """Vectors `(runs, width)` in the shape that multiplies or adds to `(runs, ..., width)`."""
+    return vector.view(len(vector), *([1] * (x.dim() - 2)), -1)
+
+
+def _places(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Positions of tokens `(runs, sequences, time)`, and which tokens may attend to which; None stands for causal attention.
+
+    With a mask, padding has no position. It attends to itself alone: a softmax over nothing would be NaN.
+    """
+    time = ids.shape[-1]
+    if mask is None:
+        return torch.arange(time, device=ids.device), None
+    causal = torch.ones(time, time, dtype=torch.bool, device=ids.device).tril()
+    itself = torch.eye(time, dtype=torch.bool, device=ids.device)
+    return (mask.cumsum(-1) - 1).clamp_min(0), (causal & mask.flatten(0, 1).unsqueeze(1) | itself).unsqueeze(1)
+
+
+def _turn(speed: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of the rotary embedding, computed in float32 as transformers does.
+
+    They have shape `(time, size)` for positions `(time,)`, and `(runs * sequences, 1, time, size)` for positions
+    `(runs, sequences, time)`.
+    """
+    angle = positions.unsqueeze(-1) * speed
+    if angle.dim() > 2:
+        angle = angle.flatten(0, 1).unsqueeze(1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos] * 2, -1), torch.cat([-sin, sin], -1)
+
+
+def _check_prompt_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"prompt_mask: a bool tensor is required, got {mask.dtype}")
+    if not mask[..., -1].all():
+        raise ValueError("prompt_mask: the last token of every prompt must be a real one; pad prompts on the left")
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -359,11 +461,19 @@ class Adam:
         rates: `(runs,)`, learning rates.
         betas: Decay rates of the first and the second moment.
         max_norm: Largest gradient norm of a run; a larger gradient is scaled down to it.
+
+    Raises:
+        ValueError: If a weight has less than float32, in which a small update would be rounded away.
     """
 
     def __init__(
         self, weights: dict[str, Tensor], rates: Tensor, betas: tuple[float, float] = (0.9, 0.95), max_norm: float = 1.0
     ) -> None:
+        for name, w in weights.items():
+            if w.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"Adam updates weights of float32 or float64 in place, but {name} is {w.dtype}; use .float()"
+                )
         self.weights, self.rates, self.betas, self.max_norm = list(weights.values()), rates, betas, max_norm
         self.steps = 0
         self.moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in self.weights]

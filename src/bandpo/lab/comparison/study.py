@@ -18,7 +18,8 @@ import torch
 
 from bandpo._system.files import read_checked_json, write_checked_json, write_text
 from bandpo._system.secrets import redact_text
-from bandpo.lab.backends import BACKENDS, full_traceback
+from bandpo.lab.backends import BACKENDS, full_traceback, ray_cluster
+from bandpo.lab.comparison.devices import device_kind
 from bandpo.lab.comparison.loop import Loop, Run, Setting
 from bandpo.lab.comparison.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
 from bandpo.objective import Objective
@@ -101,7 +102,10 @@ class Study:
         if not stacks:
             return
         started, done = time.monotonic(), 0
-        for stack, made in self.backend(stacks, run_stack, self.workers, self.say):
+        backend = self.backend
+        if backend is ray_cluster and any(device_kind(job.setting.device) == "cuda" for job in missing):
+            backend = functools.partial(ray_cluster, gpus=1 / self.workers)  # processes of this machine share its cards
+        for stack, made in backend(stacks, run_stack, self.workers, self.say):
             self._keep(stack, made, what)
             done += len(stack)
             left = (time.monotonic() - started) * (len(missing) - done) / done

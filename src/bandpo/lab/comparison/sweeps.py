@@ -47,20 +47,22 @@ def bandit(objective: Objective, seeds: int, *, rare: float = 0.01, **changes: A
         **changes: Other arguments of `run_tree`.
 
     Returns:
-        The outcome of every seed.
+        The outcome of every seed, on the CPU.
     """
     common = min(0.4, 0.8 - rare)
-    return run_tree(
+    outcome = run_tree(
         Tree(rare=rare, common=common), dataclasses.replace(objective, advantage="std"), seeds=seeds, **changes
     )
+    return Outcome(*(x.cpu() for x in outcome))
 
 
-def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
+def regimes(names: Sequence[str], seeds: int, device: str = "cpu") -> dict[str, Any]:
     """Share of seeds that commit to the best arm, over its rarity and the reuse of a batch; balls are matched to ε = 0.2.
 
     Args:
         names: Names of objectives; the first is the baseline.
         seeds: Number of seeds of a cell.
+        device: Device of the bandit.
 
     Returns:
         The axes, the share of each cell under `commit`, and under `against` the paired difference of each objective with the
@@ -72,7 +74,10 @@ def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
         objective = matched(objective) if isinstance(objective.bounds, Band) else objective
         commits[name] = np.array(
             [
-                [bandit(objective, seeds, rare=rare, epochs=k, minibatches=m).commits.numpy() for rare in RARITIES]
+                [
+                    bandit(objective, seeds, rare=rare, epochs=k, minibatches=m, device=device).commits.numpy()
+                    for rare in RARITIES
+                ]
                 for k, m in REUSE
             ],
             dtype=float,
@@ -87,12 +92,13 @@ def regimes(names: Sequence[str], seeds: int) -> dict[str, Any]:
     }
 
 
-def planes(names: Sequence[str], seeds: int) -> dict[str, Any]:
+def planes(names: Sequence[str], seeds: int, device: str = "cpu") -> dict[str, Any]:
     """Mean reward of the batches, over learning rate and multiples of ε or δ, with 2 epochs of 4 mini-batches.
 
     Args:
         names: Names of objectives.
         seeds: Number of seeds of a cell.
+        device: Device of the bandit.
 
     Returns:
         The axes, and the mean reward of each cell.
@@ -102,41 +108,47 @@ def planes(names: Sequence[str], seeds: int) -> dict[str, Any]:
         objective = OBJECTIVES[name]
         widths = WIDTHS if scaled(objective, 2.0) != objective else (1.0,)
         found["value"][name] = [
-            [bandit(scaled(objective, w), seeds, learning_rate=lr).value.mean().item() for w in widths] for lr in RATES
+            [bandit(scaled(objective, w), seeds, learning_rate=lr, device=device).value.mean().item() for w in widths]
+            for lr in RATES
         ]
     return found
 
 
-def staleness(names: Sequence[str], seeds: int) -> dict[str, Any]:
+def staleness(names: Sequence[str], seeds: int, device: str = "cpu") -> dict[str, Any]:
     """Commitment and reward with a sampler that is some batches behind the policy.
 
     Args:
         names: Names of objectives.
         seeds: Number of seeds of a cell.
+        device: Device of the bandit.
 
     Returns:
         The lags, and for each objective the share of seeds that commit and the mean reward at each lag.
     """
     found: dict[str, Any] = {"lags": LAGS, "commit": {}, "value": {}}
     for name in names:
-        outcomes = [bandit(OBJECTIVES[name], seeds, lag=lag) for lag in LAGS]
+        outcomes = [bandit(OBJECTIVES[name], seeds, lag=lag, device=device) for lag in LAGS]
         found["commit"][name] = [o.commits.double().mean().item() for o in outcomes]
         found["value"][name] = [o.value.mean().item() for o in outcomes]
     return found
 
 
-def radius_and_cap(seeds: int) -> dict[str, Any]:
+def radius_and_cap(seeds: int, device: str = "cpu") -> dict[str, Any]:
     """Commitment and reward over the KL band's δ and cap.
 
     Args:
         seeds: Number of seeds of a cell.
+        device: Device of the bandit.
 
     Returns:
         The axes, and the share of seeds that commit and the mean reward of each cell.
     """
     base = OBJECTIVES["bandpo-kl"]
     cells = [
-        [bandit(dataclasses.replace(base, bounds=Band(KL, radius, max_ratio=cap)), seeds) for radius in RADII]
+        [
+            bandit(dataclasses.replace(base, bounds=Band(KL, radius, max_ratio=cap)), seeds, device=device)
+            for radius in RADII
+        ]
         for cap in CAPS
     ]
     return {
@@ -147,13 +159,14 @@ def radius_and_cap(seeds: int) -> dict[str, Any]:
     }
 
 
-def ease_of_tuning(seeds: int) -> dict[str, Any]:
+def ease_of_tuning(seeds: int, device: str = "cpu") -> dict[str, Any]:
     """Expected reward of the best of n random settings: one δ of `RADII` against ε low and ε high of `EPSILONS`.
 
     The interval of the difference is a percentile bootstrap over seeds, which are paired.
 
     Args:
         seeds: Number of seeds of a setting.
+        device: Device of the bandit.
 
     Returns:
         The numbers n, the expected rewards of both families, and their difference with its interval.
@@ -164,7 +177,9 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
         "ε low, ε high": [Clip(low, high) for low in EPSILONS for high in EPSILONS],
     }
     values = {
-        name: np.array([bandit(dataclasses.replace(base, bounds=b), seeds).value.numpy() for b in bounds], float)
+        name: np.array(
+            [bandit(dataclasses.replace(base, bounds=b), seeds, device=device).value.numpy() for b in bounds], float
+        )
         for name, bounds in families.items()
     }
     draw = np.random.default_rng(0)
@@ -182,7 +197,7 @@ def ease_of_tuning(seeds: int) -> dict[str, Any]:
     return found
 
 
-def realised(seeds: int) -> dict[str, Any]:
+def realised(seeds: int, device: str = "cpu") -> dict[str, Any]:
     """How far the steps on one rollout move a rare arm of the best reward, where the rollout has drawn it.
 
     The ratio is that of the probability after all steps on the first rollout to the one before. A clip stops the gradient of a
@@ -190,6 +205,7 @@ def realised(seeds: int) -> dict[str, Any]:
 
     Args:
         seeds: Number of seeds of a setting; those that do not draw the arm are left out.
+        device: Device of the bandit.
 
     Returns:
         The axes (`rarities`, `rates`, `reuse`), the number of seeds that drew the arm, the `edge` of each objective at each
@@ -197,11 +213,13 @@ def realised(seeds: int) -> dict[str, Any]:
         ratios beyond the fixed clip's edge. `against` has the mean difference of the log-ratio from the clip's on the same
         seeds, with a normal 95% interval. A rarity that fewer than five seeds drew is left out; empty if none is left.
     """
-    first = {rare: bandit(OBJECTIVES["grpo"], seeds, rare=rare, batches=1) for rare in _REALISED_RARITIES}
+    first = {
+        rare: bandit(OBJECTIVES["grpo"], seeds, rare=rare, batches=1, device=device) for rare in _REALISED_RARITIES
+    }
     rarities = [rare for rare, outcome in first.items() if (outcome.discovery == 0).sum() >= _FEWEST_DRAWN]
     if not rarities:
         return {}
-    ratios = {name: [_ratios_of(OBJECTIVES[name], seeds, rare) for rare in rarities] for name in REALISED}
+    ratios = {name: [_ratios_of(OBJECTIVES[name], seeds, rare, device) for rare in rarities] for name in REALISED}
     clip = OBJECTIVES["grpo"].bounds
     assert isinstance(clip, Clip) and clip.high is not None
     limit = 1 + clip.high + 1e-6  # the rounding of a softmax in float32
@@ -224,12 +242,12 @@ def realised(seeds: int) -> dict[str, Any]:
     }
 
 
-def _ratios_of(objective: Objective, seeds: int, rare: float) -> Floats:
+def _ratios_of(objective: Objective, seeds: int, rare: float, device: str) -> Floats:
     """The realised ratio of the rare arm, `(rates, reuse, seeds that drew it)`."""
     cells: list[list[Floats]] = []
     for rate in _REALISED_RATES:
         outcomes = [
-            bandit(objective, seeds, rare=rare, batches=1, learning_rate=rate, epochs=k, minibatches=m)
+            bandit(objective, seeds, rare=rare, batches=1, learning_rate=rate, epochs=k, minibatches=m, device=device)
             for k, m in REUSE
         ]
         cells.append([(o.curve[0].double() / rare)[o.discovery == 0].numpy() for o in outcomes])
@@ -270,13 +288,14 @@ def best_of(values: Floats) -> list[float]:
     return [float((ordered * np.diff(share**n)).sum()) for n in TRIALS]
 
 
-def sweep(names: Sequence[str], seeds: int, workers: int = 1) -> dict[str, Any]:
+def sweep(names: Sequence[str], seeds: int, workers: int = 1, device: str = "cpu") -> dict[str, Any]:
     """Run all five sweeps, in parallel.
 
     Args:
         names: Names of objectives with a token ratio and without extra inputs; the first is the baseline.
         seeds: Number of seeds of a cell.
         workers: Number of processes.
+        device: Device of the bandit.
 
     Returns:
         The result of each sweep by its name.
@@ -285,11 +304,11 @@ def sweep(names: Sequence[str], seeds: int, workers: int = 1) -> dict[str, Any]:
         RunError: If a sweep failed.
     """
     parts: list[tuple[str, tuple[Any, ...]]] = [  # the longest first, so that no worker waits at the end
-        ("regimes", (names, seeds)),
-        ("planes", (names, seeds)),
-        ("staleness", (names, seeds)),
-        ("tuning", (seeds,)),
-        ("radius and cap", (seeds,)),
+        ("regimes", (names, seeds, device)),
+        ("planes", (names, seeds, device)),
+        ("staleness", (names, seeds, device)),
+        ("tuning", (seeds, device)),
+        ("radius and cap", (seeds, device)),
     ]
     found: dict[str, Any] = {}
     for (name, _), made in processes(parts, _part, workers):

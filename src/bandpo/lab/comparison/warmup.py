@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from bandpo._system.cache import cache_root, is_usable, sole_maker, store
+from bandpo.lab.comparison.architecture import shape_of
+from bandpo.lab.comparison.devices import device_kind, find_device, seeded
 from bandpo.lab.comparison.problems import PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
@@ -33,6 +35,8 @@ class Checkpoint:
         batch_size: Demonstrations of a step.
         learning_rate: Peak of the cosine schedule.
         steps: Supervised steps; None takes the problem's number.
+        device: Name of the device on which it is made and used. Another kind of device has other random numbers, and so a
+            checkpoint of its own; the cards of a machine share theirs.
     """
 
     problem: str
@@ -42,6 +46,7 @@ class Checkpoint:
     batch_size: int = 128
     learning_rate: float = 4e-3
     steps: int | None = None
+    device: str = "cpu"
 
     @property
     def path(self) -> Path:
@@ -49,7 +54,11 @@ class Checkpoint:
         problem = PROBLEMS[self.problem]()
         data = hashlib.sha256(problem.demonstrations.numpy().tobytes()).hexdigest()
         steps = problem.warm_up_steps if self.steps is None else self.steps
-        decides = json.dumps([_FORMAT, asdict(self), steps, data], sort_keys=True)
+        settings = {name: value for name, value in asdict(self).items() if name != "device"}
+        kind = device_kind(self.device)
+        if kind != "cpu":  # the name of a checkpoint of the CPU is as it was before there was a choice
+            settings["device"] = kind
+        decides = json.dumps([_FORMAT, settings, steps, data], sort_keys=True)
         return cache_root() / "lab" / f"{self.problem}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
 
 
@@ -57,7 +66,7 @@ def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = prin
     """A stack with one run for each checkpoint; the checkpoints that are not in the cache are made together.
 
     Args:
-        checkpoints: One checkpoint for each run, all of one problem and size.
+        checkpoints: One checkpoint for each run, all of one problem, size and device.
         say: Function that is called with a message for each damaged checkpoint that is made again, and before a wait.
 
     Raises:
@@ -68,18 +77,20 @@ def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = prin
     if not all(usable):
         with sole_maker(wanted[0].path.with_name(wanted[0].problem), say):  # one process at a time for each problem
             _make([c for c in wanted if not is_usable(c.path, lambda _: None)])
-    loaded = {c: torch.load(c.path / _WEIGHTS, weights_only=True) for c in wanted}
-    shape = Stack.load([_fresh(checkpoints[0])]).shape
-    return Stack({name: torch.stack([loaded[c][name] for c in checkpoints]) for name in loaded[wanted[0]]}, shape)
+    loaded = {c: torch.load(c.path / _WEIGHTS, weights_only=True, map_location="cpu") for c in wanted}
+    shape, device = shape_of([_fresh(checkpoints[0])]), find_device(checkpoints[0].device)
+    weights = {name: torch.stack([loaded[c][name] for c in checkpoints]) for name in loaded[wanted[0]]}
+    return Stack({name: w.to(device) for name, w in weights.items()}, shape)
 
 
 def _make(missing: list[Checkpoint]) -> None:
     if not missing:  # another process has just made them
         return
-    stack = Stack.load([_fresh(c) for c in missing])
-    _learn(stack, missing, PROBLEMS[missing[0].problem]())
+    device = find_device(missing[0].device)
+    stack = Stack.load([_fresh(c) for c in missing], device)
+    _learn(stack, missing, PROBLEMS[missing[0].problem]().to(device))
     for run, checkpoint in enumerate(missing):
-        weights = {name: w[run].clone() for name, w in stack.weights.items()}
+        weights = {name: w[run].cpu().clone() for name, w in stack.weights.items()}
         store(checkpoint.path, lambda folder, weights=weights: torch.save(weights, folder / _WEIGHTS))
 
 
@@ -92,12 +103,13 @@ def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> Non
     rows, width = problem.demonstrations, problem.prompts.shape[1]
     for w in stack.weights.values():
         w.requires_grad_()
-    rates = torch.full((stack.runs,), first.learning_rate)
+    rates = torch.full((stack.runs,), first.learning_rate, device=stack.device)
     optimizer = Adam(stack.weights, rates)
-    draws = [torch.Generator().manual_seed(c.seed) for c in checkpoints]
+    draws = [seeded(stack.device, c.seed) for c in checkpoints]
     steps = problem.warm_up_steps if first.steps is None else first.steps
     for step in range(steps):
-        x = torch.stack([rows[torch.randint(len(rows), (first.batch_size,), generator=g)] for g in draws])
+        picks = [torch.randint(len(rows), (first.batch_size,), generator=g, device=stack.device) for g in draws]
+        x = torch.stack([rows[pick] for pick in picks])
         done = step / steps
         optimizer.rates = rates * min(1.0, step / _RISE) * (1 + math.cos(math.pi * done)) / 2
         logits = stack.logits(x[..., :-1], x.shape[-1] - width)

@@ -31,6 +31,9 @@ def lab_selection(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If an option has a value that is not allowed.
     """
+    _check_device(
+        options.device, "selection trains the main job, which is one for the CPU; `bandpo train` has GPU recipes"
+    )
     arms = list(ARMS) if options.only is None else [name.strip() for name in options.only.split(";")]
     unknown = [a for a in arms if a not in ARMS]
     if unknown:
@@ -71,6 +74,9 @@ def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If an option has a value that is not allowed.
     """
+    _check_device(
+        options.device, "preference solves small tables in float64 and trains tiny models, for which a CPU is enough"
+    )
     names = [*EXPERIMENTS, "reranking"] if options.only is None else options.only.split(",")
     unknown = [n for n in names if n not in FIGURES]
     if unknown:
@@ -83,6 +89,11 @@ def lab_preference(options: argparse.Namespace) -> dict[str, Any]:
     folder: Path = options.output
     with released(claim_output(folder)):
         return {name: _experiment(name, folder, options.seeds, progress) for name in names}
+
+
+def _check_device(device: str, why: str) -> None:
+    if device != "cpu":
+        raise ValueError(f"--device {device}: bandpo lab {why}; choose --device cpu, or `bandpo compare` for a GPU")
 
 
 def _experiment(name: str, folder: Path, seeds: int, progress: Progress) -> dict[str, Any]:
