@@ -70,7 +70,7 @@ class Compiled:
             return self._graphs[kind](*args, **kwargs)
 
     def _argument(self, value: Any) -> Any:
-        """An argument; its β of a KL penalty is a tensor, and so is the radius of its ball once it has changed between calls."""
+        """An argument, with its β of a KL penalty, and a radius that has changed between calls, as tensors."""
         if isinstance(value, Objective) and value.penalty is not None:
             value = value.with_penalty(_as_input(value.penalty))  # a product, which is as fast with a tensor
         given = value.radius if isinstance(value, Objective) else common_radius(value)
