@@ -19,9 +19,10 @@ from bandpo.doctor.shell_syntax import Part, Source, Statement
 _MAX_TEXT, _MAX_STEPS = 1 << 21, 100_000  # characters that expansions may make, and statements that may run
 _MAX_CALLS, _MAX_ROUNDS = 12, 32  # functions within each other, and rounds of a loop over words
 _PARAMETER = re.compile(
-    r"\$\{(#?)([A-Za-z_]\w*|[0-9]+|[@*#])(?:\[([@*]|[0-9]+)\])?(?:(:?[-+=?]|##?|%%?|//?)(.*))?\}", re.DOTALL
+    r"\$\{(#?)([A-Za-z_]\w*|[0-9]+|[@*#])(?:\[([@*]|[0-9]+)\])?(?:(:?[-+=?]|##?|%%?|//?|:)(.*))?\}", re.DOTALL
 )
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_SEVERAL = re.compile(r"\$\{?@|\$\{[A-Za-z_]\w*\[@\]")  # a word for each value, also in quotes
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)")
 _ARITHMETIC = re.compile(r"[0-9\s+\-*/%()<>=!&|]*")
 _SETTING = re.compile(r"\$\{([A-Za-z_]\w*):?=")
@@ -48,6 +49,8 @@ _ALWAYS_SET = frozenset(
 )
 _READING = frozenset({"read", "mapfile", "readarray", "getopts", "let", "printf"})
 _DECLARING = frozenset({"export", "declare", "local", "readonly", "typeset"})
+# What starts an environment sets PATH and its own variables, none of a run's.
+_HARMLESS = re.compile(r"(?:.*/)?(?:activate|conda\.sh)(?: [\w.-]+)?|\$\(conda shell\.\w+ hook\)")
 _OPTIONS = frozenset(
     {"pipefail", "errexit", "nounset", "xtrace", "noglob", "allexport", "errtrace", "posix", "verbose"}
 )
@@ -87,6 +90,7 @@ class Script:
         here: Delimiters of the here-documents; their text is not read.
         assumed: What was taken as unset: names of variables, and "@" for the arguments of the script.
         opened: Statements that may change any variable, such as `source FILE`, each with its line.
+        uncertain: Whether some of the commands run only on a condition that is not known.
     """
 
     commands: list[list[Word]] = field(default_factory=list[list[Word]])
@@ -94,6 +98,7 @@ class Script:
     here: list[str] = field(default_factory=list[str])
     assumed: dict[str, None] = field(default_factory=dict[str, None])
     opened: list[str] = field(default_factory=list[str])
+    uncertain: bool = False
 
 
 def read_script(text: str) -> Script:
@@ -148,14 +153,17 @@ class _Shell:
     def __init__(self, arguments: Values | None, depth: int = 0) -> None:
         self.script = Script()
         self.values = dict[str, Value]()
-        self.functions = dict[str, list[Statement] | None]()  # None for one that may be defined
+        self.functions = dict[str, list[Statement]]()
+        self.unsure_functions = set[str]()  # defined by statements that may not run
         self.exported = set[str]()
         self.arguments, self.depth = arguments, depth
         self.scopes = list[dict[str, tuple[bool, Value]]]()  # what statements that may not run have changed
         self.locals = list[dict[str, tuple[bool, Value]]]()  # what the functions that run have hidden
         self.any_changed = False  # a sourced file may have set any variable
         self.testing = False  # words of a condition are expanded
-        self.calls = self.steps = self.length = 0
+        self.unsure = 0  # how many statements around may not run
+        self.may_leave = False  # a statement that may not run leaves a loop or a function
+        self.calls = self.loops = self.steps = self.length = 0
         self.ended = False
 
     def run_script(self, statements: list[Statement]) -> None:
@@ -195,7 +203,8 @@ class _Shell:
             case syntax.Group():
                 return self._apart(statement.body) if statement.subshell else self.run(statement.body)
             case syntax.Function():
-                self.functions[statement.name] = None if self.scopes else statement.body
+                self.functions[statement.name] = statement.body
+                (self.unsure_functions.add if self.unsure else self.unsure_functions.discard)(statement.name)
                 return True
             case syntax.Opaque():
                 for name in statement.names:
@@ -204,14 +213,14 @@ class _Shell:
 
     # ---- what may or may not run ----
 
-    def _scoped(self, statements: Sequence[Statement]) -> tuple[bool | None, set[str]]:
+    def _scoped(self, statements: Sequence[Statement], *, apart: bool = False) -> tuple[bool | None, set[str]]:
         """Run statements that may not run, take their changes back, and give the names that they change."""
         self.scopes.append({})
         opened, status = self.any_changed, None
         try:
             status = self.run(statements)
-        except _End:
-            pass
+        except _End as end:
+            self.may_leave |= end.what != "exit" and not apart
         finally:
             before = self.scopes.pop()
             self._restore(before)
@@ -227,12 +236,19 @@ class _Shell:
 
     def _maybe(self, *branches: Sequence[Statement]) -> None:
         """Run branches of which one, or none, runs: what they change is not known afterwards."""
-        for name in sorted(set[str]().union(*[self._scoped(branch)[1] for branch in branches])):
+        self.script.uncertain = True
+        self.unsure += 1
+        changed = set[str]().union(*[self._scoped(branch)[1] for branch in branches])
+        self.unsure -= 1
+        for name in sorted(changed):
             self._set(name, _NOT_KNOWN)
 
     def _apart(self, statements: Sequence[Statement]) -> bool | None:
         """Run in a shell of its own: changes end with it."""
-        return self._scoped(statements)[0]
+        functions, arguments = dict(self.functions), self.arguments
+        status, _ = self._scoped(statements, apart=True)
+        self.functions, self.arguments = functions, arguments
+        return status
 
     def _chain(self, chain: syntax.Chain) -> bool | None:
         left = self.step(chain.left)
@@ -273,12 +289,11 @@ class _Shell:
     def _loop(self, loop: syntax.Loop) -> bool | None:
         if loop.words is not None and loop.variable is not None:
             words = [w for source in loop.words for w in self.expand(source)]
-            leaves = any(_name_of(s) in ("break", "continue") for s in syntax.walk(loop.body))
+            leaves = any(
+                _name_of(s) in ("break", "continue") and _written(s) for s in syntax.walk(loop.body)
+            )  # of two loops
             if all(word.literal for word in words) and len(words) <= _MAX_ROUNDS and not leaves:
-                for word in words:
-                    self._set(loop.variable, (word,))
-                    self.run(loop.body)
-                return None if words else True
+                return self._rounds(loop.variable, words, loop.body)
         changed = self._changed_in([*loop.condition, *loop.body])
         if loop.variable is None:
             holds = self.run(loop.condition)
@@ -288,10 +303,37 @@ class _Shell:
             changed.add(loop.variable)
         for name in sorted(changed):
             self._set(name, _NOT_KNOWN)
+        self.loops += 1
         self._maybe(loop.body)
+        self.loops -= 1
+        self.may_leave = False  # all that it sets is unknown
         for name in sorted(changed):
             self._set(name, _NOT_KNOWN)
         return None
+
+    def _rounds(self, variable: str, words: Sequence[Word], body: Sequence[Statement]) -> bool | None:
+        """The rounds of a loop over known words."""
+        for word in words:
+            self._set(variable, (word,))
+            self.loops += 1
+            try:
+                self.run(body)
+            except _End as end:
+                if end.what == "break":
+                    break
+                if end.what != "continue":
+                    raise
+            finally:
+                self.loops -= 1
+                self._after_leaving(body)
+        return None if words else True
+
+    def _after_leaving(self, body: Sequence[Statement]) -> None:
+        """Where a body may have been left early, what it sets is not known afterwards."""
+        if self.may_leave:
+            self.may_leave = False
+            for name in sorted(self._changed_in(body)):
+                self._set(name, _NOT_KNOWN)
 
     def _changed_in(self, statements: Sequence[Statement]) -> set[str]:
         """The variables that statements may change; all are opened where they run what is not read."""
@@ -309,7 +351,7 @@ class _Shell:
             found |= {m for word in statement.words for p in word.parts for m in _SETTING.findall(p.text)}
             if name in _READING or name in _DECLARING or name == "unset":
                 found |= {m for word in statement.words for p in word.parts for m in _NAME.findall(p.text)}
-            if name in ("source", ".", "eval"):
+            if name in ("source", ".", "eval") and not any(map(_HARMLESS.fullmatch, _written(statement))):
                 self._open([Word(name, len(name), statement.words[0].line)])
             body = self.functions.get(name or "")
             if body and name and name not in seen:
@@ -335,14 +377,16 @@ class _Shell:
         if not words[0].literal:
             self.script.commands.append(words)
             return None
-        return self._call(words, {a.name: v for a, v in values})
+        return self._call(words, {a.name: v for a, v in values}, command)
 
-    def _call(self, words: list[Word], given: Mapping[str, Value]) -> bool | None:
+    def _call(self, words: list[Word], given: Mapping[str, Value], statement: syntax.Command) -> bool | None:
         name, arguments = words[0].text, words[1:]
         if name in self.functions:
-            return self._function(words)
-        if name in ("exit", "return", "break", "continue"):
+            return self._function(words, statement)
+        if name == "exit" or (name == "return" and self.calls) or (name in ("break", "continue") and self.loops):
             raise _End(name)
+        if name in ("return", "break", "continue"):
+            return None  # out of place: the shell complains, and continues
         if name in (":", "true", "false"):
             return name != "false"
         if name in ("[", "test"):
@@ -351,7 +395,8 @@ class _Shell:
         if name in _DECLARING:
             return self._declare(arguments, name)
         if name in ("source", ".", "eval"):
-            self._open(words)
+            if not _HARMLESS.fullmatch(" ".join(word.text for word in arguments)):
+                self._open(words)
             return None
         if name == "unset":
             for word in arguments:
@@ -369,9 +414,13 @@ class _Shell:
         self._inner_shell(words, given)
         return None
 
-    def _function(self, words: Sequence[Word]) -> bool | None:
-        body = self.functions[words[0].text]
-        if body is None or self.calls >= _MAX_CALLS:
+    def _function(self, words: Sequence[Word], statement: syntax.Command) -> bool | None:
+        name, body = words[0].text, self.functions[words[0].text]
+        if self.calls >= _MAX_CALLS or name in self.unsure_functions:
+            if self.calls < _MAX_CALLS:
+                self.unsure_functions.discard(name)
+                self._maybe([statement])
+                self.unsure_functions.add(name)
             self._open(words)
             return None
         outer, self.arguments = self.arguments, tuple(words[1:])
@@ -386,6 +435,7 @@ class _Shell:
         finally:
             self.calls -= 1
             self.arguments = outer
+            self._after_leaving(body)
             for name, (_, value) in self.locals.pop().items():
                 self._set(name, value)
 
@@ -414,12 +464,12 @@ class _Shell:
         if name == "set":
             texts = [word.text for word in arguments]
             if "--" in texts:
-                self.arguments = None if self.scopes else tuple(arguments[texts.index("--") + 1 :])
+                self.arguments = None if self.unsure else tuple(arguments[texts.index("--") + 1 :])
             elif any(not text.startswith(("-", "+")) for text in texts) and texts[:1] not in (["-o"], ["+o"]):
                 options = all(text.startswith(("-", "+")) or text in _OPTIONS for text in texts)
                 self.arguments = self.arguments if options else None
         elif self.arguments is not None:
-            self.arguments = self.arguments[1:] if not self.scopes else None
+            self.arguments = None if self.unsure else self.arguments[1:]
 
     def _open(self, words: Sequence[Word]) -> None:
         """A statement that may set any variable."""
@@ -449,6 +499,7 @@ class _Shell:
                 self.script.commands += found
                 self.script.assumed |= inner.script.assumed
                 self.script.opened += inner.script.opened
+                self.script.uncertain |= inner.script.uncertain
                 return
 
     # ---- variables ----
@@ -579,6 +630,10 @@ class _Shell:
             return _length(value, counts=index in ("@", "*"))
         if operator is None:
             return value
+        if operator == ":":
+            return _sliced(
+                value, argument, counts=name in ("@", "*") or index in ("@", "*"), arguments=name in ("@", "*")
+            )
         return self._trimmed(value, operator, argument)
 
     def _unset(self, name: str) -> Value:
@@ -636,9 +691,11 @@ class _Shell:
 
         def number(match: re.Match[str]) -> str:
             known, value = self._value(match[0])
-            if not known or value is None or len(value) != 1 or not _NUMBER.fullmatch(value[0].text):
+            if not known or value is None or len(value) != 1 or not value[0].literal:
                 return "?"
-            return value[0].text if value[0].literal else "?"
+            if value[0].text.strip() == "":
+                return "0"
+            return value[0].text if re.fullmatch(r"[+-]?[0-9]+", value[0].text) else "?"
 
         return _calculated(re.sub(r"(?<![\w$])[A-Za-z_]\w*", number, expanded.text))
 
@@ -665,7 +722,7 @@ class _Pieces:
         if value is None:
             self.add(part.text, known=False)
             return
-        several = part.text in ("$@", "${@}") or part.text.endswith("[@]}")
+        several = _SEVERAL.match(part.text) is not None
         if part.quoted and not several:
             self.exists = True
             value = (_glued(list(value), " "),)
@@ -802,6 +859,12 @@ def _is_quoted(source: Source) -> bool:
     return any(part.quoted for part in source.parts)
 
 
+def _written(statement: Statement) -> list[str]:
+    """The arguments of a command as they are written."""
+    words = statement.words[1:] if isinstance(statement, syntax.Command) else []
+    return ["".join(part.text for part in word.parts) for word in words]
+
+
 def _name_of(statement: Statement) -> str | None:
     """The first word of a command, if it is written without quotes."""
     return statement.words[0].plain if isinstance(statement, syntax.Command) and statement.words else None
@@ -836,6 +899,19 @@ def _length(value: Values, *, counts: bool) -> Value:
     return (_as_word(str(len(word.text))),) if word.literal and word.text.isascii() else None
 
 
+def _sliced(value: Values, argument: str, *, counts: bool, arguments: bool) -> Value:
+    """`${NAME:start}` and `${NAME:start:length}`: of the words of an array or the arguments, else of the characters."""
+    match = re.compile(r"[ ]*([0-9]{1,6})[ ]*(?::[ ]*([0-9]{1,6})[ ]*)?").fullmatch(argument)
+    if match is None or (arguments and match[1] == "0"):  # ${@:0} begins with the name of the script
+        return None
+    start = int(match[1]) - arguments
+    end = None if match[2] is None else start + int(match[2])
+    if counts:
+        return value[start:end]
+    word = value[0] if value else Word("", 0)
+    return (_as_word(word.text[start:end]),) if word.literal else None
+
+
 def _cut(text: str, literal: str, operator: str, *, star: bool) -> str:
     """The text without the end (`%`) or the beginning (`#`) that a pattern matches; the longest one for `%%` and `##`."""
     if not star:
@@ -850,9 +926,8 @@ def _calculated(text: str) -> int | None:
     """A formula of numbers in the shell's whole-number arithmetic; None for what is not a plain operator."""
     if not _ARITHMETIC.fullmatch(text) or any(c in text for c in ("++", "--", "//")):
         return None
-    if any(len(number) > 1 and number[0] == "0" for number in re.findall(r"[0-9]+", text)):
-        return None  # octal
     try:
+        text = re.sub(r"\b0[0-9]+", lambda match: str(int(match[0], 8)), text)
         tree = ast.parse(text.replace("&&", " and ").replace("||", " or ").strip(), mode="eval")
         return _number(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError):
