@@ -157,6 +157,7 @@ class _Shell:
         self.unsure_functions = set[str]()  # defined by statements that may not run
         self.exported = set[str]()
         self.arguments, self.depth = arguments, depth
+        self.without_arguments = not arguments  # those of the script, which it is taken to be run without
         self.scopes = list[dict[str, tuple[bool, Value]]]()  # what statements that may not run have changed
         self.locals = list[dict[str, tuple[bool, Value]]]()  # what the functions that run have hidden
         self.any_changed = False  # a sourced file may have set any variable
@@ -394,6 +395,14 @@ class _Shell:
             return _tested([_Operand(w.text if w.literal else None, quoted=True) for w in operands])
         if name in _DECLARING:
             return self._declare(arguments, name)
+        if name == "eval" and all(word.literal for word in arguments) and self.calls < _MAX_CALLS:
+            self.calls += 1
+            try:
+                text = " ".join(word.text for word in arguments)
+                self._count(len(text))
+                return self.run(syntax.parse(text).statements)
+            finally:
+                self.calls -= 1
         if name in ("source", ".", "eval"):
             if not _HARMLESS.fullmatch(" ".join(word.text for word in arguments)):
                 self._open(words)
@@ -423,7 +432,8 @@ class _Shell:
                 self.unsure_functions.add(name)
             self._open(words)
             return None
-        outer, self.arguments = self.arguments, tuple(words[1:])
+        outer, self.arguments = (self.arguments, self.without_arguments), tuple(words[1:])
+        self.without_arguments = False
         self.calls += 1
         self.locals.append({})
         try:
@@ -434,7 +444,7 @@ class _Shell:
             return None
         finally:
             self.calls -= 1
-            self.arguments = outer
+            self.arguments, self.without_arguments = outer
             self._after_leaving(body)
             for name, (_, value) in self.locals.pop().items():
                 self._set(name, value)
@@ -464,6 +474,7 @@ class _Shell:
         if name == "set":
             texts = [word.text for word in arguments]
             if "--" in texts:
+                self.without_arguments = False
                 self.arguments = None if self.unsure else tuple(arguments[texts.index("--") + 1 :])
             elif any(not text.startswith(("-", "+")) for text in texts) and texts[:1] not in (["-o"], ["+o"]):
                 options = all(text.startswith(("-", "+")) or text in _OPTIONS for text in texts)
@@ -608,7 +619,7 @@ class _Shell:
             known, value = self._value(name)
             if name in ("?", "$", "!", "-") or not known:
                 return None
-            if value == () and name not in ("@", "*") and not name.isdigit():
+            if value == () and name not in ("@", "*") and (not name.isdigit() or self.without_arguments):
                 return self._unset(name)
             return value
         match = _PARAMETER.fullmatch(text)
@@ -620,7 +631,8 @@ class _Shell:
             return self._defaulted(part, name, (known, value), operator, argument)
         if not known or value is None:
             return None
-        if value == () and name not in ("@", "*") and not name.isdigit() and name not in self.values:
+        is_open = name not in self.values and (not name.isdigit() or self.without_arguments)
+        if value == () and name not in ("@", "*") and is_open:
             return self._unset(name) if operator is None and not length else None
         if index is not None and index.isdigit():
             value = value[int(index) : int(index) + 1] if len(index) < 6 else ()
@@ -640,7 +652,7 @@ class _Shell:
         """A variable that the script does not set: empty in a condition, and otherwise what the environment has."""
         if not self.testing:
             return None
-        self.script.assumed[name] = None
+        self.script.assumed["@" if name.isdigit() else name] = None
         return ()
 
     def _defaulted(self, part: Part, name: str, found: tuple[bool, Value], operator: str, argument: str) -> Value:
