@@ -107,24 +107,22 @@ VERL = "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo actor_roll
     ("script", "rule", "unread"),
     [
         (VERL + "actor_rollout_ref.rollout.n=$N", "group", "not resolved: actor_rollout_ref.rollout.n=$N"),
-        (VERL + "actor_rollout_ref.rollout.n=${N:-1}", "group", "actor_rollout_ref.rollout.n=${N:-1}"),
         (VERL + 'actor_rollout_ref.rollout.n="$1"', "group", "actor_rollout_ref.rollout.n=$1"),
-        (VERL + "actor_rollout_ref.rollout.n=$((2*4))", "group", "$((2*4))"),
         (VERL + "algorithm.rollout_correction.bypass_mode=$bypass", "anchor", "bypass_mode=$bypass"),
         (VERL + "algorithm.rollout_correction.rollout_is=$is", "anchor", "rollout_is=$is"),
         (VERL + "data.train_batch_size=$B actor_rollout_ref.actor.ppo_mini_batch_size=64", "inert", "train_batch_size=$B"),
         (VERL + "actor_rollout_ref.rollout.temperature=${T}", "sampling", "temperature=${T}"),
         (VERL + "actor_rollout_ref.actor.policy_loss.loss_mode=$loss", "bypass", "loss_mode=$loss"),
         (VERL + "actor_rollout_ref.actor.clip_ratio_high=$high", "interval", "clip_ratio_high=$high"),
-        ("A=(actor_rollout_ref.rollout.n=1)\n" + VERL + '"${A[@]}"', "group", "A sets actor_rollout_ref.rollout.n"),
-        ('A="actor_rollout_ref.rollout.n=1 trainer.x=2"\n' + VERL + "$A", "group", "A sets actor_rollout_ref.rollout.n, tr"),
-        ("A=(\n  actor_rollout_ref.rollout.n=1  # one\n)\nB=(${A[@]})\n" + VERL + "${B[@]}", "group", "A sets"),
-        ("source env.sh\n" + VERL + "$EXTRA", "group", "$EXTRA is not resolved and may set anything"),
-        (VERL + "${ARGS[@]}", "inert", "${ARGS[@]} is not resolved"),
+        ("source env.sh\n" + VERL + "$EXTRA", "group", "$EXTRA (line 2) is not resolved and may set anything"),
+        ("A=actor_rollout_ref.rollout.n=1\n" + VERL + "${!A}", "group", "A sets actor_rollout_ref.rollout.n"),
+        (f'ssh host "{VERL} actor_rollout_ref.rollout.n=1"', "group", "a quoted text sets"),
+        ("source env.sh\n" + VERL + "actor_rollout_ref.rollout.n=${N:-8}", "group", "line 1: source env.sh' may set"),
+        ("[ -f x ] && N=1\n" + VERL + "actor_rollout_ref.rollout.n=${N:-8}", "group", "rollout.n=${N:-8} (line 2)"),
+        (VERL + "actor_rollout_ref.rollout.n={1,2}", "group", "rollout.n={1,2} (line 1)"),
+        (VERL + "${ARGS[@]}", "inert", "${ARGS[@]} (line 1) is not resolved"),
         (VERL + "--config-name=mine", "group", "--config-name mine: that configuration is not read"),
         (VERL + "--config-path /x --config-name ppo_trainer", "inert", "--config-path /x"),
-        (f'bash -c "{VERL} actor_rollout_ref.rollout.n=1"', "group", "a quoted text sets"),
-        (f'CMD="{VERL} actor_rollout_ref.rollout.n=1"\neval $CMD', "group", "CMD sets"),
         (VERL + "\\\n  # a comment ends the command\n  actor_rollout_ref.rollout.n=1", "group", "outside of the command sets"),
         (VERL + "actor_rollout_ref.rollout.n=1\n" + VERL + "actor_rollout_ref.rollout.n=8", "group", "2 commands run verl, a"),
         ("python -m recipe.dapo.main_dapo actor_rollout_ref.actor.ppo_epochs=1", "group", "is not verl's main_ppo"),
@@ -138,6 +136,36 @@ def test_what_a_script_leaves_open_is_unread_and_no_rule_judges_by_it(script, ru
     if rule:
         assert found[rule]["level"] == "note"
         assert found[rule]["seen"].startswith("not known") or "is not known" in found[rule]["seen"]
+
+
+@pytest.mark.parametrize(
+    ("script", "note"),
+    [
+        (VERL + "actor_rollout_ref.rollout.n=${N:-1}", "taken as not set in the environment: N"),
+        (VERL + "actor_rollout_ref.rollout.n=${1:-1}", "$@ (the arguments of the script) is taken as empty"),
+        (VERL + "actor_rollout_ref.rollout.n=$((8 / (2 * 4)))", ""),
+        ("N=2\nM=$((N - 1))\n" + VERL + "actor_rollout_ref.rollout.n=$M", ""),
+        ("A=(actor_rollout_ref.rollout.n=1)\n" + VERL + '"${A[@]}"', ""),
+        ('A="actor_rollout_ref.rollout.n=1 trainer.x=2"\n' + VERL + "$A", ""),
+        ("A=(\n  actor_rollout_ref.rollout.n=1  # one\n)\nB=(${A[@]})\n" + VERL + "${B[@]}", ""),
+        ("A=(a.b=1)\nA+=(actor_rollout_ref.rollout.n=1)\n" + VERL + '"${A[@]}"', ""),
+        ('A="\n  data.train_files=$HOME/x \\\n  actor_rollout_ref.rollout.n=1"\n' + VERL + "$A", "train_files=$HOME/x"),
+        ("if [ -z $N ]; then N=1; fi\n" + VERL + "actor_rollout_ref.rollout.n=$N", "not set in the environment: N"),
+        ("case big in big) N=1;; *) N=8;; esac\n" + VERL + "actor_rollout_ref.rollout.n=$N", ""),
+        ("run() { " + VERL + "actor_rollout_ref.rollout.n=$1; }\nrun 1", ""),
+        ("while [ $# -gt 0 ]; do N=$1; shift; done\n" + VERL + "actor_rollout_ref.rollout.n=${N:-1}", "environment: N"),
+        ('eval "$(conda shell.bash hook)"\nsource venv/bin/activate\n' + VERL + "actor_rollout_ref.rollout.n=${N:-1}", ": N"),
+        ("A=a-1-x\nB=${A#*-}\n" + VERL + "actor_rollout_ref.rollout.n=${B%%-*}", ""),
+        (f'bash -c "{VERL} actor_rollout_ref.rollout.n=1"', ""),
+        (f'export N=1\nbash -c \'{VERL} actor_rollout_ref.rollout.n=$N\'', ""),
+        (f'CMD="{VERL} actor_rollout_ref.rollout.n=1"\neval $CMD', ""),
+    ],
+)  # fmt: skip
+def test_what_a_shell_would_expand_is_read(script, note, capsys):
+    _, found = examined(write("run.sh", script + "\n"), capsys)
+    assert found["group"]["level"] == "problem"
+    assert found["group"]["seen"] == "one completion for each prompt"
+    assert any(note in line for line in found["unread"]) if note else not found["unread"], found["unread"]
 
 
 def test_what_a_script_says_is_read(capsys):
@@ -415,7 +443,7 @@ def test_a_log_of_nan_is_a_problem(value, capsys):
 def test_words_of_scripts():
     script = read_script('x=1 y=\'a b\' run "$x"\'$x\'\\$x "a\\"b" ${y:-"("}z $(echo "a)" \')\') >out # c\n')
     assert [(w.text, w.known) for w in script.commands[0]] == [
-        ("run", 3), ("$x$x$x", 0), ('a"b', 3), ('${y:-"("}z', 0), ("$(echo \"a)\" ')')", 0), ("out", 3),
+        ("run", 3), ("$x$x$x", 0), ('a"b', 3), ("(z", 2), ("$(echo \"a)\" ')')", 0),
     ]  # fmt: skip
     assert [w.text for w in script.variables["y"]] == ["a b"]
 

@@ -179,8 +179,9 @@ _NUMBERS = {
 verl_values = st.one_of(
     st.integers(1, 99).map(lambda x: (str(x), x)),
     st.integers(1, 99).map(lambda x: (f"'{x}'", x)),
+    st.sampled_from([("${N:-3}", 3), ("$((1+1))", 2), ("${N:-$((2 * 2))}", 4)]),
     st.sampled_from(
-        ["$N", "${N}", "${N:-3}", '"$1"', "$((1+1))", "`nproc`", "$(nproc)", "'${oc.env:N}'", "1$N", "'???'"]
+        ["$N", "${N}", "${N:+3}$N", '"$1"', "$((N+1))", "`nproc`", "$(nproc)", "'${oc.env:N}'", "1$N", "'???'"]
     ).map(lambda x: (x, None)),
 )
 verl_settings = st.lists(

@@ -89,8 +89,7 @@ _DTYPES = {
 }
 _KEY = re.compile(r"[+~]{0,2}([A-Za-z_][\w-]*(?:[./@][\w-]+)*)=")
 _NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
-_VARIABLES = re.compile(r"\$\{?([A-Za-z_]\w*)")
-_OWN_ARGUMENTS = ("$@", "$*", "${@}", "${*}", '"$@"')
+_PRINTING = ("echo", "printf", "cat")
 _VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
 
 # The advantage of a prompt's only completion (verl 0.9.1, core_algos.py); other estimators compare no completions.
@@ -337,40 +336,69 @@ def _leave_out(settings: Settings, what: str) -> None:
 
 def _from_script(path: Path) -> Settings:
     text = read_regular(path, MAX_SCRIPT_BYTES, follow=False).decode("utf-8", errors="replace")
-    script = read_script(text.replace("\x00", "�"))
+    try:
+        script = read_script(text.replace("\x00", "\ufffd"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     runs = [command for command in script.commands if _runs_verl(command)]
     bare = [command for command in script.commands if all(_key(word) is not None for word in command)]
     listed = bool(bare) and len(bare) == len(script.commands)
     if listed:  # a list of overrides, without a command that takes them
         runs, bare = [[word for command in bare for word in command]], []
-    spoken = [w for command in script.commands for w in command if _key(w) is None and len(w.text.split()) > 1]
-    elsewhere = {
-        **{name: _held(words) for name, words in script.variables.items()},
-        "a quoted text": _held(spoken),
-        "a line outside of the command": _held([word for command in bare for word in command]),
-    }
-    elsewhere = {name: keys for name, keys in elsewhere.items() if keys}
+    elsewhere = _elsewhere(script, runs, bare)
     keys = {_key(word) for command in runs for word in command}.union(*elsewhere.values())
     if not any(_is_main_ppo(w) for c in runs for w in c) and not any(k and k.startswith(_OWN) for k in keys):
         host = host_of_script(script)
         if host or any(_key(word) for command in script.commands for word in command):
             raise not_readable(path, host)
         raise ValueError(f"{path}: no override of the form key=value in it")
-    plain = _plain_variables(script)
-    settings = _merged([_from_command(command, plain, listed=listed) for command in runs])
+    settings = _merged([_from_command(command, listed=listed) for command in runs])
     for name, keys in elsewhere.items():
         settings.unread.append(f"{name} sets {_some(keys)}, which is not resolved")
         settings.given |= dict.fromkeys(keys, UNKNOWN)
+    settings.unread += [f"{short(what)} may set any variable" for what in script.opened]
     settings.unread += [f"the here-document that ends with {name} is not read" for name in script.here]
+    if "@" in script.assumed:
+        settings.unread.append("$@ (the arguments of the script) is taken as empty")
+    unset = [name for name in script.assumed if name != "@"]
+    if unset:
+        settings.unread.append(f"taken as not set in the environment: {_some(unset)}")
     return settings
 
 
-def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: bool) -> Settings:
-    """The settings of one command."""
+def _elsewhere(
+    script: Script, runs: Sequence[Sequence[Word]], bare: Sequence[Sequence[Word]]
+) -> dict[str, tuple[str, ...]]:
+    """Keys of settings that are not words of a command which runs verl, by where they are."""
+    spoken = [
+        w
+        for command in script.commands
+        if command[0].text not in _PRINTING
+        for w in command
+        if _key(w) is None and len(w.text.split()) > 1
+    ]
+    found = {
+        "a quoted text": _held(spoken),
+        "a line outside of the command": _held([word for command in bare for word in command]),
+    }
+    # A word that is not resolved may be the value of any variable.
+    if not runs or any(not word.literal and _key(word) is None for command in runs for word in _arguments(command)):
+        found = {name: _held(words) for name, words in script.variables.items()} | found
+    return {name: keys for name, keys in found.items() if keys}
+
+
+def _arguments(command: Sequence[Word]) -> list[Word]:
+    """The words after the program."""
     at = next((i for i, word in enumerate(command) if _is_main_ppo(word)), None)
-    settings = Settings(defaults=listed or at is not None)
+    return list(command[0 if at is None else at + 1 :])
+
+
+def _from_command(command: Sequence[Word], *, listed: bool) -> Settings:
+    """The settings of one command."""
+    runs_verl = any(_is_main_ppo(word) for word in command)
+    settings = Settings(defaults=listed or runs_verl)
     unresolved: list[str] = []
-    words = list(command[0 if at is None else at + 1 :])
+    words = _arguments(command)
     shown = redact_arguments([word.text for word in words])
     for i, word in enumerate(words):
         key = _key(word)
@@ -378,23 +406,25 @@ def _from_command(command: Sequence[Word], plain: frozenset[str], *, listed: boo
             known = word.literal
             settings.given[key] = Text(word.text.partition("=")[2]) if known else UNKNOWN
             if not known:
-                unresolved.append(shown[i].lstrip("+~"))
+                unresolved.append(shown[i].lstrip("+~") + _on(word))
         elif word.text.startswith(("--config", "-cn", "-cp", "-cd")):
             option, equals, value = word.text.partition("=")
             value = value if equals else words[i + 1].text if i + 1 < len(words) else ""
             if option not in ("--config-name", "-cn") or value.removesuffix(".yaml") not in _VERL_DEFAULTS:
                 settings.unread.append(f"{option} {value}: that configuration is not read; examine it as a YAML file")
                 settings.defaults = False
-        elif word.text in _OWN_ARGUMENTS:
-            settings.unread.append(f"{word.text} (the arguments of the script) is taken as empty")
-        elif not word.literal and not (at is not None and _are_plain(word, plain)):
-            settings.unread.append(f"{shown[i]} is not resolved and may set anything")
+        elif not word.literal:
+            settings.unread.append(f"{shown[i]}{_on(word)} is not resolved and may set anything")
             settings.defaults = False
     if unresolved:
         settings.unread.append(f"not resolved: {_some(unresolved)}")
-    if not settings.defaults and at is None and not listed:
+    if not settings.defaults and not runs_verl and not listed:
         settings.unread.append("the program that this runs is not verl's main_ppo: its defaults are not known")
     return settings
+
+
+def _on(word: Word) -> str:
+    return f" (line {word.line})" if word.line else ""
 
 
 def _merged(parts: Sequence[Settings]) -> Settings:
@@ -426,34 +456,6 @@ def _runs_verl(command: Sequence[Word]) -> bool:
 
 def _is_main_ppo(word: Word) -> bool:
     return word.literal and len(word.text) < _MAX_KEY and bool(re.fullmatch(r"(.*[./])?main_ppo(\.py)?", word.text))
-
-
-def _plain_variables(script: Script) -> frozenset[str]:
-    """The variables whose values are all written in the script, except for values of settings: their keys are known."""
-    users: dict[str, list[str]] = {}
-    pending: list[str] = []
-    for name, words in script.variables.items():
-        for part in (part for word in words for part in word.text.split()):
-            match, at = _KEY.match(part), min(part.find("$") % (len(part) + 1), part.find("`") % (len(part) + 1))
-            if at == len(part) or (match is not None and match.end() <= at):
-                continue
-            used = _VARIABLES.findall(part)
-            if not used or any(other not in script.variables for other in used):
-                pending.append(name)
-            for other in used:
-                users.setdefault(other, []).append(name)
-    opened = set[str]()
-    while pending:
-        name = pending.pop()
-        if name not in opened:
-            opened.add(name)
-            pending += users.get(name, [])
-    return frozenset(script.variables) - opened
-
-
-def _are_plain(word: Word, plain: frozenset[str]) -> bool:
-    names = _VARIABLES.findall(word.text)
-    return bool(names) and plain.issuperset(names)
 
 
 def _held(words: Iterable[Word]) -> tuple[str, ...]:
