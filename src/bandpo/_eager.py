@@ -27,9 +27,9 @@ def is_plain(x: Tensor) -> bool:
     """
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
-    torch_c = cast("Any", torch._C)
+    torch_c = cast("Any", torch._C)  # type: ignore[attr-defined]
     transformed = torch_c._are_functorch_transforms_active() or torch_c._functorch.is_legacy_batchedtensor(x)
-    return not transformed and forward_ad._current_level < 0
+    return not transformed and cast("Any", forward_ad)._current_level < 0
 
 
 class Fill:

@@ -197,7 +197,7 @@ def parse_word(text: str) -> Source:
     Args:
         text: The text, such as that after `:-`.
     """
-    return _Reader(text)._word(ends="")
+    return _Reader(text).word(ends="")
 
 
 def walk(statements: list[Statement]) -> Iterator[Statement]:
@@ -324,7 +324,7 @@ class _Reader:
         if word == "function":
             self.at += len(word)
             self._skip_spaces()
-            name = self._word().plain or ""
+            name = self.word().plain or ""
             return self._function(name)
         if word in RESERVED and word != "!":
             self.at += len(word or "")  # out of place
@@ -363,7 +363,7 @@ class _Reader:
                 self._skip_spaces()
                 if self.at >= len(self.text) or self.text[self.at] in "\n;&|()<>":
                     break
-                words.append(self._word())
+                words.append(self.word())
         self._skip_blank()
         if self.text.startswith(";", self.at):
             self.at += 1
@@ -381,7 +381,7 @@ class _Reader:
 
     def _case(self) -> Statement:
         self._skip_spaces()
-        found = Case(self._word(), [])
+        found = Case(self.word(), [])
         self._skip_blank()
         self._take("in")
         while True:
@@ -393,7 +393,7 @@ class _Reader:
             patterns: list[Source] = []
             while self.at < len(self.text) and self.text[self.at] not in ")\n;":
                 self._skip_spaces()
-                patterns.append(self._word())
+                patterns.append(self.word())
                 self._skip_spaces()
                 if not self.text.startswith("|", self.at):
                     break
@@ -429,7 +429,7 @@ class _Reader:
                 self.at = operator.end()
                 tokens.append(operator[0])
             elif self.at < len(self.text):
-                tokens.append(self._word())
+                tokens.append(self.word())
         return Test(tokens)
 
     def _simple(self) -> Statement:
@@ -446,7 +446,7 @@ class _Reader:
             if match is not None:
                 found.assignments.append(self._assignment(match))
                 continue
-            word = self._word()
+            word = self.word()
             if self.text[self.at : self.at + 1] in ("<", ">") and (word.plain or "").isdigit():
                 continue  # the number of a redirected stream
             found.words.append(word)
@@ -470,7 +470,7 @@ class _Reader:
             self.at += 1
             value = tuple(self._array())
         else:
-            value = self._word()
+            value = self.word()
         return Assignment(match[1], value, adds=bool(match[3]), element=match[2] is not None)
 
     def _array(self) -> list[Source]:
@@ -485,7 +485,7 @@ class _Reader:
             elif c == "#":
                 self._skip_comment()
             else:
-                words.append(self._word())
+                words.append(self.word())
         return words
 
     def _redirected(self, statement: Statement) -> Statement:
@@ -507,7 +507,7 @@ class _Reader:
         match = _REDIRECT.match(self.text, self.at)
         self.at = self.at + 1 if match is None else match.end()
         if self.text[self.at : self.at + 1] not in ("", *_ENDS):
-            self._word()
+            self.word()
         elif self.text.startswith("(", self.at):  # <( ... ), the output of commands as a file
             self._skip_nested("(")
 
@@ -584,7 +584,7 @@ class _Reader:
 
     # ---- words ----
 
-    def _word(self, ends: str = _ENDS) -> Source:
+    def word(self, ends: str = _ENDS) -> Source:
         text, parts, line = self.text, list[Part](), self.line
         while self.at < len(text) and text[self.at] not in ends:
             c = text[self.at]
