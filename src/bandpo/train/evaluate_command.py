@@ -13,9 +13,10 @@ from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import write_json
 from bandpo._system.progress import Progress, quiet_hosts
 from bandpo.integrations.trl.generate import sampler_of
-from bandpo.train.data import checked_prompts, held_out_prompts, load_task, load_tokenizer, window_of
+from bandpo.train.data import checked_prompts, checked_shots, held_out_prompts, load_task, load_tokenizer, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.evaluate_options import Job, Sampling
+from bandpo.train.models import loadable
 from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
 
 
@@ -32,8 +33,10 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
     """
     quiet_hosts()
     progress = Progress()
-    local = Path(job.model).is_dir()  # its files may name others, which are not downloaded for it
-    tokenizer = load_tokenizer(job.model, local=local, trust_remote_code=options.trust_remote_code)
+    with exits_are_errors():
+        model_name = loadable(job.model, progress.say)
+    local = Path(model_name).is_dir()  # its files may name others, which are not downloaded for it
+    tokenizer = load_tokenizer(model_name, local=local, trust_remote_code=options.trust_remote_code)
     with exits_are_errors():
         reward = CheckedReward(
             get_reward(job.reward, workers=job.run.reward_workers),
@@ -42,7 +45,7 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
             errors="skip",
             say=progress.say,
         )
-        model = _load_model(job.model, local=local, trust_remote_code=options.trust_remote_code)
+        model = _load_model(model_name, local=local, trust_remote_code=options.trust_remote_code)
         rows = _prompts(job, options.prompts, tokenizer, window_of(model.config), progress)
         result = evaluate(
             model,
@@ -119,6 +122,6 @@ def _prompts(job: Job, asked: int | None, tokenizer: Any, window: int | None, pr
         return rows.select(range(min(asked or len(rows), len(rows))))
     count = asked or run.eval_prompts
     if run.task is not None:
-        return load_task(run.task, count)[1]
+        return load_task(run.task, count, checked_shots(run, tokenizer))[1]
     assert run.dataset is not None
     return checked_prompts(run, run.dataset, run.dataset_split, tokenizer, say=progress.say, first=count)
