@@ -36,10 +36,9 @@ def weights(seed=0):
             f"blk.{i}.ffn_gate": (INNER, WIDTH), f"blk.{i}.ffn_up": (INNER, WIDTH), f"blk.{i}.ffn_down": (WIDTH, INNER),
             f"blk.{i}.attn_norm": (WIDTH,), f"blk.{i}.ffn_norm": (WIDTH,),
         }  # fmt: skip
-    return {
-        f"{name}.weight": (1 + 0.1 * draw.standard_normal(shape) if len(shape) == 1 else draw.standard_normal(shape) / 8).astype(np.float32)
-        for name, shape in shapes.items()
-    }  # fmt: skip
+    # Scales of the norms lie around 1.
+    drawn = {name: draw.standard_normal(shape) for name, shape in shapes.items()}
+    return {f"{name}.weight": (1 + x / 10 if x.ndim == 1 else x / 8).astype(np.float32) for name, x in drawn.items()}
 
 
 def write(path, kind="Q4_1", *, architecture="llama", embedding="Q8_0", seed=0):

@@ -230,7 +230,7 @@ def test_one_compiled_loss_takes_every_objective_and_batches_of_any_shape(half):
     graphs, backend = counting()
     fast = library.compiled(backend=backend)
     chosen = [deterministic(name) for name in list(OBJECTIVES)[half::2]]
-    with pytest.warns(UserWarning, match="graph no. 9") as said:
+    with pytest.warns(UserWarning, match="graph no. 9") as said:  # noqa: PT031
         for objective in chosen:
             check_compiled(fast, objective, 6, kl_coef=0.0)
     assert len(said) == 1
@@ -244,7 +244,7 @@ def test_one_compiled_loss_takes_every_objective_and_batches_of_any_shape(half):
 def test_one_compiled_loss_takes_a_schedule_of_a_thousand_radii():
     graphs, backend = counting()
     fast = library.compiled(backend=backend)
-    with pytest.warns(UserWarning, match="changing radius") as said:
+    with pytest.warns(UserWarning, match="changing radius") as said:  # noqa: PT031
         for k in range(1000):
             objective = OBJECTIVES["bandpo-kl"].with_radius(1e-3 * (1 + k))
             if k % 100:

@@ -206,8 +206,8 @@ def score(task: str, completion: str, metadata: str) -> float:
     """1.0 if the completion is right according to reasoning-gym's own scorer, else 0.0.
 
     The scorers give small scores (0.01, 0.05) for wrong answers, raise errors for some, and evaluate expressions with sympy.
-    Only a full score counts here, and only short arithmetic without powers reaches the scorer of countdown. A sum may be written
-    as an equation whose left side is the question's expression, as in solved examples.
+    Only a full score counts here, and only short arithmetic without powers reaches the scorer of countdown. A sum may be
+    written as an equation whose left side is the question's expression, as in solved examples.
 
     Args:
         task: A name in `TASKS`.

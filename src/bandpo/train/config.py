@@ -232,7 +232,7 @@ def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Reques
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, TrainerConfig, dict[str, Any]]:
-    """Read the options of `bandpo train` from the file of `--config` or `--preset` and from the command line, which takes precedence.
+    """Read the options of `bandpo train` from the file of `--config` and from the command line, which takes precedence.
 
     Args:
         arguments: Command line after `bandpo train`.

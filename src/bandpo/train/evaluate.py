@@ -66,8 +66,8 @@ class Evaluation:
     def change_to(self, other: "Evaluation") -> Interval:
         """The mean change of a prompt's mean reward to another evaluation, with its 95% interval over the prompts.
 
-        The prompts are resampled (BCa bootstrap of `bandpo.lab.stats`), so the interval has the noise of prompts and samples, and
-        not that of other seeds of training. Prompts without a scored sample in either evaluation are left out.
+        The prompts are resampled (BCa bootstrap of `bandpo.lab.stats`), so the interval has the noise of prompts and samples,
+        and not that of other seeds of training. Prompts without a scored sample in either evaluation are left out.
 
         Args:
             other: An evaluation of the same prompts in the same order.

@@ -49,8 +49,8 @@ MOST_USED = (
 _SOURCES = Path(__file__).parents[1]
 _GROUPS = {"run": "model, data, reward, evaluation", "method": "objective and training"}
 _DESCRIPTION = (
-    "Without --config, --preset, --model and --dataset: the main job, a small model on the CPU. Every option is also a key of the YAML "
-    "file, and the command line wins."
+    "Without --config, --preset, --model and --dataset: the main job, a small model on the CPU. Every option is also a key of "
+    "the YAML file, and the command line wins."
 )
 _PARTS = ("nargs", "const", "default", "choices", "help", "required")
 
