@@ -29,7 +29,7 @@ class Task:
     """A reasoning-gym generator with a compact prompt.
 
     Args:
-        name: Name of the task.
+        name: Name of the generator in reasoning-gym.
         description: Description in one line, for tables.
         config: Options of the generator.
         prompt: Function that makes the compact prompt of the built-in small model from an item's metadata.
@@ -40,7 +40,6 @@ class Task:
         key: Function of the metadata that is equal for two items of the same problem; the splits share no key.
         train_size: Number of training prompts: enough for the task, or as many as the generator has.
         max_completion_length: Tokens (characters) that hold every answer and the end token.
-        generator: Name of the generator in reasoning-gym; empty if it is the name of the task.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Task:
     key: Callable[[dict[str, Any]], str]
     train_size: int
     max_completion_length: int
-    generator: str = ""
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -94,20 +92,6 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 key=lambda m: m["expression"],
                 train_size=2500,
                 max_completion_length=4,
-            ),
-            Task(
-                name="sums",
-                description="add or subtract two numbers of one or two digits",
-                config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-                prompt=lambda m: f"{m['expression'].replace(' ', '')}:",
-                question=lambda m: f"What is {m['expression']}?",
-                instruction="Add.",
-                solution=lambda m, a: f"{m['expression']} = {a}",
-                answer=lambda a: a,
-                key=lambda m: " ".join(sorted(_terms(m))),
-                train_size=4000,
-                max_completion_length=4,
-                generator="chain_sum",
             ),
             Task(
                 name="letter_counting",
@@ -234,18 +218,12 @@ def _oracle_answer(task: str, metadata: dict[str, Any]) -> str:
     """The right answer of a task with a single one, from the item's definition."""
     if task == "letter_counting":
         return str(" ".join(metadata["span"]).lower().count(metadata["target_letter"]))
-    return str(sum(map(int, _terms(metadata))))
-
-
-def _terms(metadata: dict[str, Any]) -> list[str]:
-    """The terms of a sum with their signs."""
     terms = re.findall(r"[+-]?\d+", metadata["expression"].replace(" ", ""))
-    return [terms[0] if terms[0][0] in "+-" else f"+{terms[0]}", *terms[1:]]
+    return str(sum(map(int, terms)))
 
 
 @lru_cache(maxsize=8)
 def _generator(task: str, seed: int, size: int) -> "ProceduralDataset":
     import reasoning_gym  # two seconds, because it imports matplotlib; the names of the tasks need no generator
 
-    chosen = TASKS[task]
-    return reasoning_gym.create_dataset(chosen.generator or chosen.name, seed=seed, size=size, **chosen.config)
+    return reasoning_gym.create_dataset(task, seed=seed, size=size, **TASKS[task].config)

@@ -84,7 +84,7 @@ class Evaluation:
             return Interval(math.nan, math.nan, math.nan)
         own, theirs = (torch.tensor(e.rewards, dtype=torch.float64).nanmean(1) for e in (self, other))
         changes = theirs - own
-        kept = changes[~changes.isnan()].tolist()
+        kept = cast("list[float]", changes[~changes.isnan()].tolist())
         return interval(kept, np.mean) if kept else Interval(math.nan, math.nan, math.nan)
 
     def write(self, path: Path, stage: str) -> None:

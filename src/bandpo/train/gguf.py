@@ -183,7 +183,7 @@ def _load(file: Path) -> tuple[Any, Any]:
 
 def _clean(loaded: Any) -> Any:
     """The same weights in a model that transformers saves: it refuses to save what it loaded from a quantised file."""
-    config = type(loaded.config).from_dict(
+    config: Any = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )
     with torch.device("meta"):  # the weights are assigned, so that none is made twice
