@@ -276,5 +276,6 @@ def test_smollm2_trains_for_two_steps(tmp_path, monkeypatch):
     done = warm_bandpo("train", "--preset", "smollm2", *few, "--output_dir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+    assert [row["step"] for row in rows if "grad_norm" in row] == [1, 2]  # of one rollout, which is used twice
+    assert rows[0]["kl/old_new"] == 0 or rows[0]["kl/old_new"] < rows[1]["kl/old_new"]
     assert "how many" in (tmp_path / "run" / "report.html").read_text()
