@@ -16,10 +16,13 @@ LOWEST := $(addprefix tests/,property selection preference contract/test_trl.py 
 	$(addprefix unit/test_run.py::test_,datasets_and_rewards_are_checked report_escapes_what_models_write \
 	progress_is_a_bar_on_a_terminal tasks_split_without_leakage_and_score_their_answers))
 
-.PHONY: train test test-lowest test-verl test-hosts test-hosts-and-verl test-browser bench gpu fuzz evidence lint types docs notebook format clean
+.PHONY: train smol test test-lowest test-verl test-hosts test-hosts-and-verl test-browser bench gpu fuzz evidence lint types docs notebook format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
+
+smol: $(VENV)/.installed  ## BandPO training of SmolLM2-135M, a pre-trained language model, on 2 CPU cores; its weights come from the package registry
+	$(BIN)/bandpo train --preset smollm2 $(ARGS)
 
 test: $(VENV)/.installed test-hosts-and-verl  ## all tests; those in other hosts' code run first, in processes of their own
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -32,7 +32,10 @@ class Task:
         name: Name of the generator in reasoning-gym.
         description: Description in one line, for tables.
         config: Options of the generator.
-        prompt: Function that makes the prompt from an item's metadata.
+        prompt: Function that makes the compact prompt of the built-in small model from an item's metadata.
+        question: Function that makes the question for a language model from an item's metadata.
+        instruction: What a language model is told before the questions.
+        solution: Function that makes the answer of a solved example for a language model, from an item's metadata and answer.
         answer: Function that makes the answer for the warm-up from the item's answer.
         key: Function of the metadata that is equal for two items of the same problem; the splits share no key.
         train_size: Number of training prompts: enough for the task, or as many as the generator has.
@@ -43,6 +46,9 @@ class Task:
     description: str
     config: Mapping[str, Any]
     prompt: Callable[[dict[str, Any]], str]
+    question: Callable[[dict[str, Any]], str]
+    instruction: str
+    solution: Callable[[dict[str, Any], str], str]
     answer: Callable[[str], str]
     key: Callable[[dict[str, Any]], str]
     train_size: int
@@ -66,6 +72,9 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                     "operators": ("+", "-"),
                 },
                 prompt=lambda m: f"{','.join(map(str, m['numbers']))}={m['target']}:",
+                question=lambda m: f"Make {m['target']} from {', '.join(map(str, m['numbers']))}.",
+                instruction="Use each number once, with + and -.",
+                solution=lambda _, a: a,
                 answer=lambda a: a.replace(" ", ""),
                 key=lambda m: f"{sorted(m['numbers'])}={m['target']}",
                 train_size=4000,
@@ -76,6 +85,9 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 description="add and subtract three one-digit numbers",
                 config={"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1},
                 prompt=lambda m: f"{m['expression'].replace(' ', '')}:",
+                question=lambda m: f"What is {m['expression']}?",
+                instruction="Add.",
+                solution=lambda m, a: f"{m['expression']} = {a}",
                 answer=lambda a: a,
                 key=lambda m: m["expression"],
                 train_size=2500,
@@ -86,6 +98,9 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 description="count a letter in two or three words",
                 config={"min_words": 2, "max_words": 3},
                 prompt=lambda m: f"{m['target_letter']} {' '.join(m['span'])}:".lower(),
+                question=lambda m: f"How many {m['target_letter']} are in {' '.join(m['span'])}?".lower(),
+                instruction="Count.",
+                solution=lambda _, a: a,
                 answer=lambda a: a,
                 key=lambda m: f"{m['target_letter']} {' '.join(m['span'])}".lower(),
                 train_size=6000,
@@ -125,6 +140,30 @@ def make_splits(
     return _draw(task, "train", train, seed, unique=task.prompt, excluded=keys), held_out[:evaluation]
 
 
+def in_chat(rows: list[Row], task: Task, examples: list[Row]) -> list[dict[str, Any]]:
+    """Rows whose prompt is a chat: the task's instruction, solved examples, and the question of the row.
+
+    Args:
+        rows: Rows of `make_splits`.
+        task: Their task.
+        examples: Rows whose questions and answers come before each question; none for a chat without examples.
+
+    Returns:
+        The rows with messages as their prompts, in the same order.
+    """
+
+    def asked(row: Row) -> dict[str, str]:
+        return {"role": "user", "content": task.question(json.loads(row["metadata"]))}
+
+    before = [{"role": "system", "content": task.instruction}]
+    for row in examples:
+        before += [
+            asked(row),
+            {"role": "assistant", "content": task.solution(json.loads(row["metadata"]), row["answer"])},
+        ]
+    return [{**row, "prompt": [*before, asked(row)]} for row in rows]
+
+
 def _draw(
     task: Task, split: str, size: int, seed: int, *, unique: Callable[[dict[str, Any]], str], excluded: frozenset[str]
 ) -> list[Row]:
@@ -151,20 +190,28 @@ def score(task: str, completion: str, metadata: str) -> float:
     """1.0 if the completion is right according to reasoning-gym's own scorer, else 0.0.
 
     The scorers give small scores (0.01, 0.05) for wrong answers, raise errors for some, and evaluate expressions with sympy.
-    Only a full score counts here, and only short arithmetic without powers reaches the scorer of countdown.
+    Only a full score counts here, and only short arithmetic without powers reaches the scorer of countdown. A sum may be
+    written as an equation whose left side is the question's expression, as in solved examples.
 
     Args:
         task: A name in `TASKS`.
         completion: The completion as text.
         metadata: Metadata of the row, as JSON.
     """
-    answer = completion.strip()
+    answer, parts = completion.strip(), json.loads(metadata)
     if task == "countdown" and (not _SAFE_EXPRESSION.fullmatch(answer) or "**" in answer or "//" in answer):
         return 0.0
-    item = {"metadata": json.loads(metadata)}
+    item = {"metadata": parts}
     if task != "countdown":
-        item["answer"] = _oracle_answer(task, item["metadata"])
+        item["answer"] = _oracle_answer(task, parts)
+        answer = _right_side(answer, parts.get("expression", ""))
     return float(_generator(task, 0, 1).score_answer(answer, item) >= _FULL_SCORE)
+
+
+def _right_side(completion: str, expression: str) -> str:
+    """What a completion says the expression is equal to; the whole completion if it is no such equation."""
+    left, _, right = completion.rpartition("=")
+    return right.strip() if left and left.replace(" ", "") == expression.replace(" ", "") else completion
 
 
 def _oracle_answer(task: str, metadata: dict[str, Any]) -> str:

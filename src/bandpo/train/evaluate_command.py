@@ -14,9 +14,10 @@ from bandpo._system.files import write_json
 from bandpo._system.progress import Progress, quiet_hosts
 from bandpo.integrations.trl.generate import sampler_of
 from bandpo.train.compute import Compute, choose, count_parameters, this_machine
-from bandpo.train.data import checked_prompts, held_out_prompts, load_task, load_tokenizer, window_of
+from bandpo.train.data import checked_prompts, checked_shots, held_out_prompts, load_task, load_tokenizer, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.evaluate_options import Job, Sampling
+from bandpo.train.models import loadable
 from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
 
 
@@ -33,8 +34,10 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
     """
     quiet_hosts()
     progress = Progress()
-    local = Path(job.model).is_dir()  # its files may name others, which are not downloaded for it
-    tokenizer = load_tokenizer(job.model, local=local, trust_remote_code=options.trust_remote_code)
+    with exits_are_errors():
+        model_name = loadable(job.model, progress.say)
+    local = Path(model_name).is_dir()  # its files may name others, which are not downloaded for it
+    tokenizer = load_tokenizer(model_name, local=local, trust_remote_code=options.trust_remote_code)
     with exits_are_errors():
         reward = CheckedReward(
             get_reward(job.reward, workers=job.run.reward_workers),
@@ -43,10 +46,10 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
             errors="skip",
             say=progress.say,
         )
-        compute = _compute(job, options, local=local)
+        compute = _compute(job, model_name, options, local=local)
         if compute.line is not None:
             progress.say(compute.line)
-        model = _load_model(job.model, compute, local=local, trust_remote_code=options.trust_remote_code)
+        model = _load_model(model_name, compute, local=local, trust_remote_code=options.trust_remote_code)
         rows = _prompts(job, options.prompts, tokenizer, window_of(model.config), progress)
         result = evaluate(
             model,
@@ -71,7 +74,7 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
     return summary
 
 
-def _compute(job: Job, options: argparse.Namespace, *, local: bool) -> Compute:
+def _compute(job: Job, model_name: str, options: argparse.Namespace, *, local: bool) -> Compute:
     """Device and precision: as the options say, else the precision of the run where the machine has it, else chosen."""
     machine = this_machine()
     on_cpu = bool(options.use_cpu) or machine.accelerator is None
@@ -80,7 +83,7 @@ def _compute(job: Job, options: argparse.Namespace, *, local: bool) -> Compute:
     bf16 = options.bf16 if options.bf16 is not None or ran is None or (ran and not has_bf16) else ran
     return choose(
         {"use_cpu": options.use_cpu, "bf16": bf16},
-        lambda: count_parameters(job.model, local=local),
+        lambda: count_parameters(model_name, local=local),
         machine,
         as_set="as set" if options.bf16 is not None else "as the run",
         override="--use-cpu, --bf16",
@@ -144,6 +147,6 @@ def _prompts(job: Job, asked: int | None, tokenizer: Any, window: int | None, pr
         return rows.select(range(min(asked or len(rows), len(rows))))
     count = asked or run.eval_prompts
     if run.task is not None:
-        return load_task(run.task, count)[1]
+        return load_task(run.task, count, checked_shots(run, tokenizer))[1]
     assert run.dataset is not None
     return checked_prompts(run, run.dataset, run.dataset_split, tokenizer, say=progress.say, first=count)

@@ -14,7 +14,7 @@ from bandpo.train.config import DEFAULT_LENGTH, RunConfig
 _SETTINGS = "config.resolved.yaml"
 """The file in the folder of a run that holds all of its settings."""
 _ASKED = (
-    *("task", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column", "system_prompt"),
+    *("task", "shots", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column", "system_prompt"),
     *("reward", "reward_workers", "bad_rows"),
 )
 """Options of the command that are fields of `RunConfig`."""

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, cast
 
 from bandpo._system.files import read_checked_json, write_checked_json
 from bandpo._system.secrets import redact_text
-from bandpo.train.config import METHODS, USAGE, Declared, declared_by_trl, run_keys
+from bandpo.train.config import METHODS, PRESETS, USAGE, Declared, declared_by_trl, run_keys
 
 Row = dict[str, Any]
 """One option: what argparse is given for it, its group, and the name of its type."""
@@ -49,8 +49,8 @@ MOST_USED = (
 _SOURCES = Path(__file__).parents[1]
 _GROUPS = {"run": "model, data, reward, evaluation", "method": "objective and training"}
 _DESCRIPTION = (
-    "Without --config, --model and --dataset: the main job, a small model on the CPU. Every option is also a key of the YAML "
-    "file, and the command line wins."
+    "Without --config, --preset, --model and --dataset: the main job, a small model on the CPU. Every option is also a key of "
+    "the YAML file, and the command line wins."
 )
 _PARTS = ("nargs", "const", "default", "choices", "help", "required")
 
@@ -137,6 +137,7 @@ def help_text(rows: list[Row], method: str, *, every: bool) -> str:
     )
     add_helps(parser, None)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with options")
+    parser.add_argument("--preset", metavar="NAME", help=f"a job of bandpo instead of a file: {', '.join(PRESETS)}")
     for name, title in _GROUPS.items():
         own = (row for row in rows if row["group"] == name)
         _add_group(parser, title, sorted(own, key=lambda row: row["name"] != "objective"), every=every)

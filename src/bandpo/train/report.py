@@ -1,6 +1,7 @@
 """The results of a run: one self-contained report.html from the files in its folder, and a table for the terminal."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ def write_report(folder: Path, *, title: str, figures: Mapping[str, Figure], not
     pictures = {
         name: save_svg(figure, folder / "figures" / f"{i}.svg") for i, (name, figure) in enumerate(figures.items(), 1)
     }
+    evaluation = json.loads((folder / "evaluation.json").read_text())
     page = template("bandpo.train", "report.html.j2").render(
         title=title,
-        evaluation=json.loads((folder / "evaluation.json").read_text()),
+        evaluation=evaluation,
+        change=change_line(evaluation),
         figures=pictures,
         notes=list(notes),
         samples=_pairs(objects(folder / "samples.jsonl")),
@@ -64,6 +67,22 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
         after = evaluation["after"][name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     return table
+
+
+def change_line(evaluation: Mapping[str, Any]) -> str | None:
+    """The change of the mean reward with its interval; None if there are no ends of one, or the run is of an older version.
+
+    Args:
+        evaluation: Content of evaluation.json.
+    """
+    change: Mapping[str, float | None] = evaluation.get("change", {})
+    value, low, high = (change.get(name) for name in ("value", "low", "high"))
+    if value is None or low is None or high is None or math.isnan(low) or math.isnan(high):
+        return None
+    return (
+        f"mean@{evaluation['samples']} changed by {value:+.3f}, 95% interval [{low:+.3f}, {high:+.3f}] over the "
+        f"{evaluation['prompts']} prompts (BCa bootstrap of the paired changes; one run, so without the noise of other seeds)"
+    )
 
 
 def _pairs(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
