@@ -1,4 +1,4 @@
-"""Reasoning tasks, from reasoning-gym but for one: short prompts with a verifiable answer, split into training and held-out problems."""
+"""Reasoning tasks, most of them from reasoning-gym: short prompts with a verifiable answer, split into two parts."""
 
 import json
 import random
