@@ -33,15 +33,31 @@ def test_solved_examples_are_right_and_not_trained_on(task):
     assert len(in_chat(whole[:3], TASKS[task], [])[0]["prompt"]) == 2
 
 
-def test_a_sum_is_scored_alone_or_in_its_own_equation():
-    _, [row] = make_splits(TASKS["chain_sum"], 1, 1)
+@pytest.mark.parametrize("task", ["sums", "chain_sum"])
+def test_a_sum_is_scored_alone_or_in_its_own_equation(task):
+    _, [row] = make_splits(TASKS[task], 1, 1)
     expression, right = json.loads(row["metadata"])["expression"], row["answer"]
     for text in (right, f" {right}\n", f"{expression} = {right}", f"{expression.replace(' ', '')}={right} "):
-        assert score("chain_sum", text, row["metadata"]) == 1, text
+        assert score(task, text, row["metadata"]) == 1, text
     wrong = (f"{right}1", f"1 + 1 = {right}", f"= {right}", f"{expression} = {right} = {right}", f"{expression} = 7{right}",
              f"the answer is {right}", expression, "")  # fmt: skip
     for text in wrong:
-        assert score("chain_sum", text, row["metadata"]) == 0, text
+        assert score(task, text, row["metadata"]) == 0, text
+
+
+def test_sums_are_right_and_of_one_difficulty_in_both_splits():
+    """No sum is in both splits with its terms exchanged, and both splits draw from the same numbers."""
+    splits = make_splits(TASKS["sums"], evaluation=512)
+    terms = []
+    for rows in splits:
+        parts = [json.loads(row["metadata"])["expression"].split() for row in rows]
+        values = np.array([int(f"{sign}{second}") + int(first) for first, sign, second in parts])
+        assert (values == [int(row["answer"]) for row in rows]).all() and values.min() >= 0
+        assert max(int(first) for first, _, _ in parts) == 60
+        terms.append({(sign, frozenset((first, second))) for first, sign, second in parts})
+        shares = np.mean([[sign == "+", int(first) < 10 and int(second) < 10] for first, sign, second in parts], axis=0)
+        assert shares == pytest.approx([0.5, 0.07], abs=0.06)
+    assert not terms[0] & terms[1]
 
 
 def test_shots_are_refused_where_they_would_be_ignored():

@@ -241,7 +241,7 @@ SMALL = [
 
 def test_train_and_evaluate_take_the_file(tmp_path):
     tiny_gguf.write(tmp_path / "tiny.gguf")
-    train = ["train", "--model", "tiny.gguf", "--task", "chain_sum", "--shots", "1", *SMALL, "--output_dir", "run"]
+    train = ["train", "--model", "tiny.gguf", "--task", "sums", "--shots", "1", *SMALL, "--output_dir", "run"]
     done = warm_bandpo(*train, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "are dequantised to float32" in done.stdout and str(tmp_path / "cache") in done.stdout
@@ -250,7 +250,7 @@ def test_train_and_evaluate_take_the_file(tmp_path):
     roles = ["system", "user", "assistant", "user"]
     assert [m["role"] for m in samples[0]["prompt"]] == roles
     for model, options in (
-        ("tiny.gguf", ["--task", "chain_sum", "--shots", "1", "--prompts", "3", "--samples", "2"]),
+        ("tiny.gguf", ["--task", "sums", "--shots", "1", "--prompts", "3", "--samples", "2"]),
         ("run", []),
     ):
         done = warm_bandpo("evaluate", model, *options, "--output", "found.json", cwd=tmp_path)
@@ -278,4 +278,4 @@ def test_smollm2_trains_for_two_steps(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "grad_norm" in row] == [1, 2]  # of one rollout, which is used twice
     assert rows[0]["kl/old_new"] == 0 or rows[0]["kl/old_new"] < rows[1]["kl/old_new"]
-    assert "how many" in (tmp_path / "run" / "report.html").read_text()
+    assert "What is" in (tmp_path / "run" / "report.html").read_text()

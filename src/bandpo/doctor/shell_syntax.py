@@ -47,7 +47,7 @@ class Source:
     """A word as it is written.
 
     Args:
-        parts: Its pieces, in order.
+        parts: The pieces, in order.
         line: The line on which it begins, from 1.
     """
 
@@ -194,7 +194,7 @@ class Function:
     """The definition of a function.
 
     Args:
-        name: Its name.
+        name: What it is called by.
         body: What a call runs.
     """
 
@@ -223,7 +223,7 @@ class Parsed:
     """A script.
 
     Args:
-        statements: Its statements, in order.
+        statements: What it runs, in order.
         here: The delimiters of its here-documents, whose text is not read.
     """
 

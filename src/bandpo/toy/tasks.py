@@ -1,8 +1,9 @@
-"""Reasoning tasks from reasoning-gym: short prompts with a verifiable answer, split into training and held-out problems."""
+"""Reasoning tasks, most of them from reasoning-gym: short prompts with a verifiable answer, split into two parts."""
 
 import json
+import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -29,7 +30,7 @@ class Task:
     """A reasoning-gym generator with a compact prompt.
 
     Args:
-        name: Name of the generator in reasoning-gym.
+        name: Name of the generator in reasoning-gym, or sums, which is made here.
         description: Description in one line, for tables.
         config: Options of the generator.
         prompt: Function that makes the compact prompt of the built-in small model from an item's metadata.
@@ -91,6 +92,19 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 answer=lambda a: a,
                 key=lambda m: m["expression"],
                 train_size=2500,
+                max_completion_length=4,
+            ),
+            Task(
+                name="sums",
+                description="add or subtract two small numbers",
+                config={"largest": (60, 20)},
+                prompt=lambda m: f"{m['expression'].replace(' ', '')}:",
+                question=lambda m: f"What is {m['expression']}?",
+                instruction="Add.",
+                solution=lambda m, a: f"{m['expression']} = {a}",
+                answer=lambda a: a,
+                key=lambda m: " ".join(sorted(m["expression"].split())),
+                train_size=1200,
                 max_completion_length=4,
             ),
             Task(
@@ -222,8 +236,36 @@ def _oracle_answer(task: str, metadata: dict[str, Any]) -> str:
     return str(sum(map(int, terms)))
 
 
+class _Sums:
+    """Problems `a + b` and `a - b` with positive numbers up to a largest one for each, and results of at least 0.
+
+    The digits of both numbers are drawn together in reasoning-gym's sums: those of one digit, which are few, would all be held
+    out, and none would be left to train on.
+    """
+
+    def __init__(self, seed: int, size: int, largest: tuple[int, int]) -> None:
+        self._seed, self._size, self._largest = seed, size, largest
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i in range(self._seed, self._seed + self._size):
+            draw = random.Random(i)
+            first, second = (draw.randint(1, n) for n in self._largest)
+            if draw.random() < 0.5:
+                expression, answer = f"{first} + {second}", first + second
+            else:
+                first, second = max(first, second), min(first, second)
+                expression, answer = f"{first} - {second}", first - second
+            yield {"answer": str(answer), "metadata": {"expression": expression}}
+
+    def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
+        """1.0 for the right number, else 0.0."""
+        return float(answer == entry["answer"])
+
+
 @lru_cache(maxsize=8)
-def _generator(task: str, seed: int, size: int) -> "ProceduralDataset":
+def _generator(task: str, seed: int, size: int) -> "ProceduralDataset | _Sums":
+    if task == "sums":
+        return _Sums(seed, size, **TASKS[task].config)
     import reasoning_gym  # two seconds, because it imports matplotlib; the names of the tasks need no generator
 
     return reasoning_gym.create_dataset(task, seed=seed, size=size, **TASKS[task].config)

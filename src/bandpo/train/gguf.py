@@ -183,8 +183,8 @@ def _load(file: Path) -> tuple[Any, Any]:
 
 def _clean(loaded: Any) -> Any:
     """The same weights in a model that transformers saves: it refuses to save what it loaded from a quantised file."""
-    kept = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-    config = cast("Any", type(loaded.config)).from_dict(kept)
+    settings = {k: v for k, v in cast("dict[str, Any]", loaded.config.to_dict()).items() if k != "quantization_config"}
+    config = cast("Any", type(loaded.config)).from_dict(settings)
     with torch.device("meta"):  # the weights are assigned, so that none is made twice
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)

@@ -32,7 +32,7 @@ KL_TARGET = 0.01
 _USUAL = MappingProxyType({"device": "cpu", "sampler": "eager"})
 _ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
-    {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "letter_counting": 3e-4}
+    {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "sums": 3e-4, "letter_counting": 3e-4}
 )
 _SETTING = MappingProxyType({"prompts": 64, "group": 8, "epochs": 2, "minibatches": 2})
 _SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
