@@ -1,7 +1,9 @@
 """A tiny llama in a GGUF file, written by gguf's own writer: 2 layers, grouped heads, tied embeddings, a chat template."""
 
-import gguf
 import numpy as np
+import pytest
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 HEADS, GROUPS, WIDTH, INNER, LAYERS = 4, 2, 64, 96, 2
 CHAT = (

@@ -87,7 +87,10 @@ def test_a_recipe_is_checked_on_a_cpu(name, capsys, tmp_path):
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: Path(path).stem)
 def test_a_default_job_is_checked(path, capsys):
-    method = {"main_job": "grpo", "preference_job": "online-dpo", "offline_preference_job": "dpo"}[Path(path).stem]
+    method = {"main_job": "grpo", "preference_job": "online-dpo", "offline_preference_job": "dpo"}.get(Path(path).stem)
+    if method is None:
+        assert Path(path).stem == "smollm2"  # a preset, which the next test checks
+        return
     assert method in METHODS
     out = dry_run(path, capsys, "--method", method)
     assert "# computing on the CPU, in the precision that is set\n# model: the built-in one" in out
@@ -95,6 +98,17 @@ def test_a_default_job_is_checked(path, capsys):
     assert (
         "# a rollout with this number of processes: 128 prompts x 8 completions of up to 10 tokens, for 4 " in out
     ) == (method == "grpo")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_preset_is_checked(capsys):
+    assert main(["train", "--preset", "smollm2", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "# the configuration is valid; nothing was loaded, fetched or written\n# computing on the CPU"
+    )
+    assert "# model: wheel:smollm2, 135M parameters" in out
+    assert "128 prompts x 8 completions" not in out and "differs" not in out
 
 
 @pytest.mark.usefixtures("no_gpu")
