@@ -1,6 +1,7 @@
 """What a resume may change is what the run then does, and its folder says so."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 
 from bandpo.cli import main
 from bandpo.integrations.trl.checkpoint import _hyperparameters, _set_hyperparameters
-from bandpo.train.folder import _with_resume
+from bandpo.train.folder import _refuse_changes, _with_resume
 
 SMALL = [
     "--per_device_train_batch_size", "16", "--num_generations", "4", "--warm_up_steps", "5", "--eval_prompts", "4",
@@ -80,6 +81,11 @@ def test_rows_of_steps_that_are_made_again_become_part_of_the_new_one():
     assert _with_resume(second, 6, {"radius": (2, 1), "max_steps": (9, 4)}) == []
     assert _with_resume(first, 8, {}) == first
     assert _with_resume(first, None, {"rounds": (1, 2)}) == [*first, {"step": None, "changed": {"rounds": [1, 2]}}]
+
+
+def test_examples_before_a_question_cannot_change():
+    with pytest.raises(ValueError, match="began with other settings: shots 1 -> 2"):
+        _refuse_changes(Path("run"), {"shots": (1, 2), "max_steps": (4, 8)})
 
 
 class Counting(torch.optim.SGD):
