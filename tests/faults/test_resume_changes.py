@@ -1,12 +1,15 @@
 """What a resume may change is what the run then does, and its folder says so."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from bandpo.cli import main
-from bandpo.train.folder import _with_resume
+from bandpo.integrations.trl.checkpoint import _hyperparameters, _set_hyperparameters
+from bandpo.train.folder import _refuse_changes, _with_resume
 
 SMALL = [
     "--per_device_train_batch_size", "16", "--num_generations", "4", "--warm_up_steps", "5", "--eval_prompts", "4",
@@ -78,3 +81,40 @@ def test_rows_of_steps_that_are_made_again_become_part_of_the_new_one():
     assert _with_resume(second, 6, {"radius": (2, 1), "max_steps": (9, 4)}) == []
     assert _with_resume(first, 8, {}) == first
     assert _with_resume(first, None, {"rounds": (1, 2)}) == [*first, {"step": None, "changed": {"rounds": [1, 2]}}]
+
+
+def test_examples_before_a_question_cannot_change():
+    with pytest.raises(ValueError, match="began with other settings: shots 1 -> 2"):
+        _refuse_changes(Path("run"), {"shots": (1, 2), "max_steps": (4, 8)})
+
+
+class Counting(torch.optim.SGD):
+    """Keeps its state in its groups, as schedule-free optimisers do."""
+
+    def __init__(self, params, lr=1.0, **options):
+        super().__init__(params, lr, **options)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["k"] += 1
+
+
+def test_the_state_that_an_optimiser_keeps_in_its_groups_is_that_of_the_checkpoint():
+    def made(**options):
+        optimiser = Counting([torch.nn.Parameter(torch.ones(1))], **options)
+        return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step))
+
+    first, schedule = made(lr=0.5)
+    for _ in range(3):
+        first.step()
+        schedule.step()
+    second, again = made(lr=0.25, weight_decay=0.1)
+    asked = _hyperparameters(second)
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    _set_hyperparameters(second, again, asked)
+    [group] = second.param_groups
+    assert (group["k"], group["weight_decay"], group["lr"], group["initial_lr"]) == (3, 0.1, 0.25 / 4, 0.25)

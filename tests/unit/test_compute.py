@@ -35,8 +35,8 @@ def never():
         (CPU, {}, lambda: SMALLEST_IN_BF16 - 1000, True, False, "in float32 (the CPU has AMX, which is slower below 4M"),
         (CPU, {}, lambda: None, True, False, "the size of the model is not known"),
         (CPU, {"fp16": False}, lambda: 10**9, True, True, "in bfloat16"),
-        (PLAIN, {}, never, True, False, "in float32 (it has no instructions for bfloat16)"),
-        (PLAIN, {"bf16": True}, never, True, True, "as set; this CPU has no instructions for it, float32 is faster"),
+        (PLAIN, {}, never, True, False, "in float32 (no instructions for bfloat16 were found that torch uses)"),
+        (PLAIN, {"bf16": True}, never, True, True, "as set; no instructions for it were found on this CPU"),
         (PLAIN, {"bf16": None, "use_cpu": None}, never, True, False, "in float32"),
     ],
 )  # fmt: skip

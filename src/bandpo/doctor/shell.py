@@ -7,6 +7,7 @@ sourced) is not known, and neither is what follows from it: the literal beginnin
 """
 
 import ast
+import glob
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,11 @@ _SEVERAL = re.compile(r"\$\{?@|\$\{[A-Za-z_]\w*\[@\]")  # a word for each value,
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)")
 _ARITHMETIC = re.compile(r"[0-9\s+\-*/%()<>=!&|]*")
 _SETTING = re.compile(r"\$\{([A-Za-z_]\w*):?=")
+_COUNTING = re.compile(  # N=..., N+=..., N++ and --N within arithmetic
+    r"([A-Za-z_]\w*)\s*(?:(?:[-+*/%&|^]|<<|>>)?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
+)
+_OUTPUT = re.compile(r"`|\$\((?!\()")  # the output of a command
+_SUBSCRIPT = re.compile(r"\[[^\]]*\]\+?=")
 _MAX_FORMULA, _LARGEST = 1000, 2**63 - 1
 # Set by every shell, so that a default for them never counts.
 _ALWAYS_SET = frozenset(
@@ -156,6 +162,8 @@ class _Shell:
         self.functions = dict[str, list[Statement]]()
         self.unsure_functions = set[str]()  # defined by statements that may not run
         self.exported = set[str]()
+        self.exports_all = False  # set -a
+        self.typed = set[str]()  # declare -i, -l, -u: what is assigned to them is changed
         self.arguments, self.depth = arguments, depth
         self.without_arguments = not arguments  # those of the script, which it is taken to be run without
         self.scopes = list[dict[str, tuple[bool, Value]]]()  # what statements that may not run have changed
@@ -278,10 +286,10 @@ class _Shell:
         rest = list(statement.branches)
         while rest:
             patterns, body = rest[0]
-            matches = [_matches(_text(word), _text(self._joined(p)), quoted=_is_quoted(p)) for p in patterns]
-            if True in matches and None not in matches[: matches.index(True)]:
+            matches = [_matches(_text(word), self._pattern(p)) for p in patterns]
+            if True in matches and None not in matches[: matches.index(True)] and not statement.falls:
                 return self.run(body)
-            if None in matches:
+            if None in matches or True in matches:
                 self._maybe(*[body for _, body in rest])
                 return None
             rest.pop(0)
@@ -349,7 +357,9 @@ class _Shell:
                 continue
             name = _name_of(statement)
             found |= {a.name for a in statement.assignments}
-            found |= {m for word in statement.words for p in word.parts for m in _SETTING.findall(p.text)}
+            given = [w for a in statement.assignments for w in (a.value if isinstance(a.value, tuple) else (a.value,))]
+            for part in (p for word in (*statement.words, *given) for p in word.parts):
+                found |= {*_SETTING.findall(part.text), *_counted(part)}
             if name in _READING or name in _DECLARING or name == "unset":
                 found |= {m for word in statement.words for p in word.parts for m in _NAME.findall(p.text)}
             if name in ("source", ".", "eval") and not any(map(_HARMLESS.fullmatch, _written(statement))):
@@ -369,12 +379,15 @@ class _Shell:
         self.testing = False
         declares = bool(words) and words[0].literal and words[0].text in _DECLARING
         if not words or declares:
+            local = declares and _is_local(words[0].text, _flags(words[1:]))
             for assignment, value in values:
+                if local:
+                    self._hide(assignment.name)
                 self._set(assignment.name, value)
         for assignment, value in values:
             self._record(assignment.name, value)
         if not words:
-            return True if not command.words else None
+            return True if not command.words and not any(map(_has_output, command.assignments)) else None
         if not words[0].literal:
             self.script.commands.append(words)
             return None
@@ -383,7 +396,7 @@ class _Shell:
     def _call(self, words: list[Word], given: Mapping[str, Value], statement: syntax.Command) -> bool | None:
         name, arguments = words[0].text, words[1:]
         if name in self.functions:
-            return self._function(words, statement)
+            return self._function(words, given, statement)
         if name == "exit" or (name == "return" and self.calls) or (name in ("break", "continue") and self.loops):
             raise _End(name)
         if name in ("return", "break", "continue"):
@@ -392,10 +405,10 @@ class _Shell:
             return name != "false"
         if name in ("[", "test"):
             operands = arguments[:-1] if name == "[" else arguments
-            return _tested([_Operand(w.text if w.literal else None, quoted=True) for w in operands])
+            return _tested([_Operand(_text(w), glob.escape(w.text) if w.literal else None) for w in operands])
         if name in _DECLARING:
             return self._declare(arguments, name)
-        if name == "eval" and all(word.literal for word in arguments) and self.calls < _MAX_CALLS:
+        if name == "eval" and not given and all(w.literal for w in arguments) and self.calls < _MAX_CALLS:
             self.calls += 1
             try:
                 text = " ".join(word.text for word in arguments)
@@ -409,7 +422,11 @@ class _Shell:
             return None
         if name == "unset":
             for word in arguments:
-                self._set(word.text, _NOT_KNOWN)
+                found = _NAME.match(word.text)
+                if found is not None and found.end() <= word.known:  # also of an element, NAME[0]
+                    self._set(found[0], _NOT_KNOWN)
+                elif not word.literal:
+                    self._open(words)
             return True
         if name in ("set", "shift"):
             self._set_arguments(name, arguments)
@@ -423,7 +440,7 @@ class _Shell:
         self._inner_shell(words, given)
         return None
 
-    def _function(self, words: Sequence[Word], statement: syntax.Command) -> bool | None:
+    def _function(self, words: Sequence[Word], given: Mapping[str, Value], statement: syntax.Command) -> bool | None:
         name, body = words[0].text, self.functions[words[0].text]
         if self.calls >= _MAX_CALLS or name in self.unsure_functions:
             if self.calls < _MAX_CALLS:
@@ -436,6 +453,9 @@ class _Shell:
         self.without_arguments = False
         self.calls += 1
         self.locals.append({})
+        for variable, value in given.items():
+            self._hide(variable)
+            self._set(variable, value)
         try:
             return self.run(body)
         except _End as end:
@@ -450,20 +470,29 @@ class _Shell:
                 self._set(name, value)
 
     def _declare(self, arguments: Sequence[Word], name: str) -> bool:
+        flags = _flags(arguments)
+        exports, local = (name == "export" and "n" not in flags) or "x" in flags, _is_local(name, flags)
+        if "n" in flags and name != "export":  # another name for a variable
+            self._open([Word(name, len(name), arguments[0].line), *arguments])
         for word in arguments:
+            found = _NAME.match(word.text)
+            if found is not None and flags & set("ilu"):
+                self.typed.add(found[0])
+            if found is not None and name == "export" and "n" in flags:
+                self.exported.discard(found[0])
             match = re.compile(r"([A-Za-z_]\w*)(\+?)=").match(word.text)
             if match is not None and match.end() <= word.known:
                 value = _NOT_KNOWN if match[2] else (_after(word, match.end()),)
-                if name != "export":
+                if local:
                     self._hide(match[1])
                 self._set(match[1], value)
                 self._record(match[1], value)
-                if name == "export":
+                if exports:
                     self.exported.add(match[1])
             elif word.literal and _NAME.fullmatch(word.text):
-                if name == "export":
+                if exports:
                     self.exported.add(word.text)
-                elif self.locals:
+                elif self.locals and local:
                     self._hide(word.text)
                     self._set(word.text, _NOT_KNOWN)
             elif not word.literal and word.known == 0:
@@ -473,12 +502,16 @@ class _Shell:
     def _set_arguments(self, name: str, arguments: Sequence[Word]) -> None:
         if name == "set":
             texts = [word.text for word in arguments]
+            options = texts[: texts.index("--")] if "--" in texts else texts
+            for sign, follower in zip(options, [*options[1:], ""], strict=False):
+                if re.fullmatch(r"[-+](?:\w*a\w*|o)", sign) and (sign[1:] != "o" or follower == "allexport"):
+                    self.exports_all = sign[0] == "-"
             if "--" in texts:
                 self.without_arguments = False
                 self.arguments = None if self.unsure else tuple(arguments[texts.index("--") + 1 :])
             elif any(not text.startswith(("-", "+")) for text in texts) and texts[:1] not in (["-o"], ["+o"]):
-                options = all(text.startswith(("-", "+")) or text in _OPTIONS for text in texts)
-                self.arguments = self.arguments if options else None
+                known = all(text.startswith(("-", "+")) or text in _OPTIONS for text in texts)
+                self.arguments = self.arguments if known else None
         elif self.arguments is not None:
             self.arguments = None if self.unsure else self.arguments[1:]
 
@@ -499,6 +532,12 @@ class _Shell:
                     return
                 inner = _Shell(tuple(words[i + 4 :]), self.depth + 1)
                 inner.values = {name: self.values[name] for name in self.exported if name in self.values} | dict(given)
+                for word in words[:i]:  # env NAME=value, --export=NAME=value
+                    match = re.compile(r"([A-Za-z_]\w*)=").match(word.text)
+                    if match is not None and match.end() <= word.known:
+                        inner.values[match[1]] = (_after(word, match.end()),)
+                    else:
+                        inner.values |= dict.fromkeys(re.findall(r"([A-Za-z_]\w*)=", word.text), _NOT_KNOWN)
                 inner.any_changed = self.any_changed
                 try:
                     inner.run_script(syntax.parse(texts[i + 2]).statements)
@@ -524,6 +563,10 @@ class _Shell:
     def _set(self, name: str, value: Value) -> None:
         if self.scopes and name not in self.scopes[-1]:
             self.scopes[-1][name] = (name in self.values, self.values.get(name))
+        if name in self.typed and not (value and all(_NUMBER.fullmatch(word.text) for word in value)):
+            value = _NOT_KNOWN
+        if self.exports_all:
+            self.exported.add(name)
         self.values[name] = value
 
     def _record(self, name: str, value: Value) -> None:
@@ -532,15 +575,17 @@ class _Shell:
     def _assigned(self, assignment: syntax.Assignment) -> Value:
         if assignment.element:
             return _NOT_KNOWN
+        before = self.values.get(assignment.name)
         if isinstance(assignment.value, tuple):
+            if any(_SUBSCRIPT.match("".join(p.text for p in source.parts)) for source in assignment.value):
+                return _NOT_KNOWN
             value: Value = tuple(w for source in assignment.value for w in self.expand(source))
             if any(not word.known and not word.literal for word in value):
                 return _NOT_KNOWN  # one that may be several, or none
         else:
             value = (self._joined(assignment.value, assigned=True),)
-        if not assignment.adds:
-            return value
-        before = self.values.get(assignment.name)
+        if not assignment.adds:  # of an array, a single word sets the first element
+            return value if isinstance(assignment.value, tuple) else (*value, *(before or ())[1:])
         if before is None:
             return _NOT_KNOWN
         if isinstance(assignment.value, tuple):
@@ -554,6 +599,8 @@ class _Shell:
                 self.script.assumed["@"] = None
             return self.arguments is not None, self.arguments
         if name == "#":
+            if self.arguments == () and self.without_arguments:
+                self.script.assumed["@"] = None
             count = None if self.arguments is None else str(len(self.arguments))
             return count is not None, None if count is None else (Word(count, len(count)),)
         if name.isdigit():
@@ -573,7 +620,7 @@ class _Shell:
 
     def expand(self, source: Source) -> list[Word]:
         """The words that a word of a command becomes."""
-        pieces = _Pieces(source.line, self._count)
+        pieces = _Pieces(source.line, self._count, splits="IFS" not in self.values)
         unknown = syntax.may_be_braces(source) or (
             bool(source.parts) and not source.parts[0].quoted and source.parts[0].text.startswith("~")
         )
@@ -585,6 +632,8 @@ class _Shell:
                 pieces.exists |= part.quoted or bool(part.text)
             elif part.kind == "arithmetic":
                 number = self._arithmetic(part.text[3:-2])
+                for name in sorted(_counted(part)):
+                    self._set(name, _NOT_KNOWN)
                 pieces.add(part.text if number is None else str(number), known=number is not None)
                 pieces.exists = True
             else:
@@ -604,12 +653,21 @@ class _Shell:
         found: list[_Operand] = []
         for token in tokens:
             if isinstance(token, str) or token.plain in _OPERATORS:
-                found.append(_Operand(token if isinstance(token, str) else token.plain, quoted=False, operator=True))
+                found.append(_Operand(token if isinstance(token, str) else token.plain, None, operator=True))
             else:
-                word = self._joined(token)
-                found.append(_Operand(word.text if word.literal else None, quoted=_is_quoted(token)))
+                found.append(_Operand(_text(self._joined(token)), self._pattern(token)))
         self.testing = False
         return found
+
+    def _pattern(self, source: Source) -> str | None:
+        """A pattern as `fnmatch` has them, in which quoted text stands for itself; None where it is not known."""
+        found = list[str]()
+        for part in source.parts:
+            text = _text(self._joined(Source((part,), source.line)))
+            if text is None or (not part.quoted and any(c in text for c in "[]\\")):
+                return None
+            found.append(glob.escape(text) if part.quoted else text)
+        return "".join(found)
 
     def _parameter(self, part: Part) -> Value:
         """The value of `$NAME` or `${NAME...}`; None where it is not known."""
@@ -621,7 +679,7 @@ class _Shell:
                 return None
             if value == () and name not in ("@", "*") and (not name.isdigit() or self.without_arguments):
                 return self._unset(name)
-            return value
+            return value if name in ("@", "*") else value and value[:1]
         match = _PARAMETER.fullmatch(text)
         if match is None:
             return None
@@ -720,8 +778,9 @@ class _Shell:
 class _Pieces:
     """The pieces of a word, which becomes several where an expansion without quotes has blanks in it."""
 
-    def __init__(self, line: int, count: Callable[[int], None]) -> None:
+    def __init__(self, line: int, count: Callable[[int], None], *, splits: bool) -> None:
         self.line, self.count = line, count
+        self.splits = splits  # whether at blanks, as without a value of IFS
         self.found = list[Word]()
         self.pieces, self.exists = list[tuple[str, bool]](), False
 
@@ -735,6 +794,9 @@ class _Pieces:
             self.add(part.text, known=False)
             return
         several = _SEVERAL.match(part.text) is not None
+        if not self.splits and not (several if part.quoted else not value) and (not part.quoted or len(value) > 1):
+            self.add(part.text, known=False)
+            return
         if part.quoted and not several:
             self.exists = True
             value = (_glued(list(value), " "),)
@@ -797,10 +859,10 @@ def _pieces_of(word: Word) -> list[tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class _Operand:
-    """A word of a condition; its text is None where it is not known."""
+    """A word of a condition, and what it is as a pattern; None where it is not known."""
 
     text: str | None
-    quoted: bool
+    pattern: str | None
     operator: bool = False
 
 
@@ -839,7 +901,7 @@ def _tested(operands: Sequence[_Operand]) -> bool | None:
         case [sign, word] if sign.text in ("-n", "-z"):
             return None if word.text is None else (word.text == "") == (sign.text == "-z")
         case [left, sign, right] if sign.text in ("=", "==", "!="):
-            same = _matches(left.text, right.text, quoted=right.quoted)
+            same = _matches(left.text, right.pattern)
             return None if same is None else same == (sign.text != "!=")
         case [_, sign, _] if sign.text in _COMPARED and all(_NUMBER.fullmatch(texts[i] or "?") for i in (0, 2)):
             return _COMPARED[sign.text](int(texts[0] or 0), int(texts[2] or 0))
@@ -857,18 +919,33 @@ _COMPARED: Mapping[str | None, Callable[[int, int], bool]] = {
 }
 
 
-def _matches(text: str | None, pattern: str | None, *, quoted: bool) -> bool | None:
-    if text is None or pattern is None:
-        return None
-    if quoted or not any(c in pattern for c in "*?[]\\"):
-        return text == pattern
-    if any(c in pattern for c in "[]\\") or len(pattern) * len(text) > _MAX_FORMULA**2:
+def _matches(text: str | None, pattern: str | None) -> bool | None:
+    if text is None or pattern is None or len(pattern) * len(text) > _MAX_FORMULA**2:
         return None
     return fnmatchcase(text, pattern)
 
 
-def _is_quoted(source: Source) -> bool:
-    return any(part.quoted for part in source.parts)
+def _counted(part: Part) -> set[str]:
+    """The variables that arithmetic in an expansion changes."""
+    if "((" not in part.text or part.kind == "text":
+        return set()
+    return {name for pair in _COUNTING.findall(part.text) for name in pair if name}
+
+
+def _has_output(assignment: syntax.Assignment) -> bool:
+    """Whether a value has the output of a command in it, whose status is that of the assignment."""
+    values = assignment.value if isinstance(assignment.value, tuple) else (assignment.value,)
+    return any(p.kind != "text" and _OUTPUT.search(p.text) is not None for value in values for p in value.parts)
+
+
+def _flags(arguments: Sequence[Word]) -> set[str]:
+    """The letters of the options of `declare` and its like."""
+    return {letter for word in arguments if word.text.startswith("-") for letter in word.text[1:]}
+
+
+def _is_local(name: str, flags: set[str]) -> bool:
+    """Whether `declare` and its like make a variable of the function."""
+    return name in ("declare", "local", "typeset") and "g" not in flags
 
 
 def _written(statement: Statement) -> list[str]:

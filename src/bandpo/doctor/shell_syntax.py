@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|[0-9@*#?!$-])")
 _HYDRA = re.compile(r"\$\{[A-Za-z_]\w*(?:\.\w+)+\}")  # ${a.b}: a dot cannot be in the name of a shell's variable
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[([^\]\n=]*)\])?(\+?)=")
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_HERE = re.compile(r"<<-?[ \t]*(['\"]?)([A-Za-z_]\w*)\1")
+_HERE = re.compile(r"""<<-?[ \t]*(?:\\?([\w.!+%@^~-]+)|'([^'\n]+)'|"([^"\n]+)")""")
 _REDIRECT = re.compile(r"&?(?:<<<|[<>]{1,2}[&|]?)[ \t]*")
 _BRACES = re.compile(r"\{[^{}\s]*(?:,|\.\.)[^{}\s]*\}")
 _CLOSING = {"(": ")", "{": "}"}
@@ -170,10 +170,12 @@ class Case:
     Args:
         word: What is compared.
         branches: Pairs of patterns and what runs for the first one that matches.
+        falls: Whether some branch ends with `;&` or `;;&`, after which others may run as well.
     """
 
     word: Source
     branches: "list[tuple[list[Source], list[Statement]]]"
+    falls: bool = False
 
 
 @dataclass
@@ -319,10 +321,10 @@ class _Reader:
         while True:
             self._skip_blank()
             while self.at < len(self.text) and self.text[self.at] in ";&|":  # separators
+                if self.text.startswith((";;", ";&"), self.at) and "esac" in ends:
+                    return found
                 if self.text[self.at] == "&" and found:
                     found[-1] = Pipeline([found[-1]])
-                if self.text.startswith(";;", self.at) and "esac" in ends:
-                    return found
                 self.at += 1
                 self._skip_blank()
             if self.at >= len(self.text) or self.text[self.at] == ")" or self._reserved() in ends:
@@ -459,6 +461,7 @@ class _Reader:
             self._closing_parenthesis()
             found.branches.append((patterns, self.statements(frozenset({"esac"}))))
             while self.text.startswith((";", "&"), self.at):
+                found.falls |= self.text[self.at] == "&"
                 self.at += 1
 
     def _braces(self) -> Statement:
@@ -558,8 +561,9 @@ class _Reader:
     def _redirect(self) -> None:
         match = _HERE.match(self.text, self.at)
         if match is not None:
-            self.pending.append(match[2])
-            self.here.append(match[2])
+            delimiter = match[match.lastindex or 0]
+            self.pending.append(delimiter)
+            self.here.append(delimiter)
             self.at = match.end()
             return
         match = _REDIRECT.match(self.text, self.at)
@@ -719,6 +723,9 @@ class _Reader:
                 kind = "arithmetic"
             elif text.startswith("${", start) and text[self.at - 1] == "}":
                 kind = "variable"
+        elif text.startswith("$[", start):  # arithmetic of old
+            end = text.find("]", start)
+            self.at = len(text) if end < 0 else end + 1
         else:
             self.at += 1
             return Part("text", "$", quoted=quoted)  # a dollar sign that begins no expansion

@@ -117,9 +117,10 @@ def choose(
     if bf16 is not None or fp16:
         chosen, why = bool(bf16), as_set
         if bf16 and not has_bf16:
-            why += "; this CPU has no instructions for it, float32 is faster"
+            why += "; no instructions for it were found on this CPU, and then float32 is faster"
     elif not has_bf16:
-        chosen, why = False, "it has no instructions for bfloat16"
+        found_none = "no instructions for bfloat16 were found that torch uses"
+        chosen, why = False, found_none if on_cpu else "it has no instructions for bfloat16"
     elif on_cpu:
         chosen, why = _pays(size(), str(machine.cpu_bf16))
     else:

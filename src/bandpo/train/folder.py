@@ -27,6 +27,7 @@ _FIXED = (
         "method",
         "model",
         "task",
+        "shots",
         "dataset",
         "dataset_config",
         "dataset_split",

@@ -109,9 +109,18 @@ def fetched(wheel: Wheel, place: Path) -> Path:
     """
     asked = place / "wheel.txt"
     asked.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
-    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--disable-pip-version-check", "--quiet"]
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--no-input",
+    ]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(place), "--requirement", str(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    # A question for a password would not be seen.
+    nothing = subprocess.DEVNULL
+    done = subprocess.run(command, stdin=nothing, capture_output=True, text=True, errors="replace", check=False)
     if "No module named pip" in done.stderr:
         raise ImportError(f"fetching {wheel.project} needs pip: python -m ensurepip. {_elsewhere(wheel)}")
     found = sorted(place.glob("*.whl"))

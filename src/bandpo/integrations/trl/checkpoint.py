@@ -1,6 +1,7 @@
 """Checkpoints that are complete or refused, and from which a run continues as if it had never stopped."""
 
 import errno
+import inspect
 import shutil
 import warnings
 from collections.abc import Callable, Generator
@@ -213,8 +214,15 @@ class WholeCheckpoints(Trainer):
 
 
 def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
-    """The options of each group of parameters, as this run has made its optimiser."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """The options of each group of parameters, as this run has made its optimiser.
+
+    They are what its constructors take: some optimisers keep their state in the groups as well, such as the count of steps of
+    schedule-free ones, which is the checkpoint's.
+    """
+    made = type(getattr(optimizer, "optimizer", optimizer))  # accelerate may have wrapped it
+    taken = {name for c in made.__mro__[:-1] for name in inspect.signature(c.__init__).parameters} - {"params"}
+    kept = taken | {"lr", "initial_lr"}
+    return [{name: value for name, value in group.items() if name in kept} for group in optimizer.param_groups]
 
 
 def _set_hyperparameters(optimizer: Any, scheduler: Any, asked: list[dict[str, Any]]) -> None:
