@@ -122,7 +122,7 @@ def check(script: str, folder) -> None:
     found = read_script(script)
     ours = [command[1:] for command in found.commands if command[0].text == "run"]
     if found.uncertain or not all(word.literal for command in ours for word in command):
-        unset = re.search(r"\$[A-Z]\w|unset", script)  # the environment may have another name
+        unset = re.search(r"\$[A-Z]\w|\$1|unset", script)  # the environment or the arguments may have it
         assert UNKNOWN in script or unset, script
         assert all(any(fits(command, line) for command in ours) for line in theirs), (script, ours, theirs)
     else:

@@ -708,7 +708,8 @@ class _Reader:
                 self.at = end
 
     def _expansion(self, *, quoted: bool) -> Part:
-        text, start = self.text, self.at
+        text: str = self.text
+        start: int = self.at
         hydra = _HYDRA.match(text, start)
         if hydra is not None:
             self.at = hydra.end()

@@ -219,7 +219,8 @@ def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
     They are what its constructors take: some optimisers keep their state in the groups as well, such as the count of steps of
     schedule-free ones, which is the checkpoint's.
     """
-    made = type(getattr(optimizer, "optimizer", optimizer))  # accelerate may have wrapped it
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate may have wrapped it
+    made = cast("type[Any]", type(inner))
     taken = {name for c in made.__mro__[:-1] for name in inspect.signature(c.__init__).parameters} - {"params"}
     kept = taken | {"lr", "initial_lr"}
     return [{name: value for name, value in group.items() if name in kept} for group in optimizer.param_groups]
