@@ -285,6 +285,7 @@ _KEYS = [
 SETTINGS = st.dictionaries(st.sampled_from(_KEYS), odd, max_size=2).map(lambda changed: {**_GOOD, **changed})
 OPTIONS = {
     "task",
+    "shots",
     "dataset",
     "dataset_config",
     "dataset_split",

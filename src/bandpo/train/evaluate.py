@@ -66,7 +66,7 @@ class Evaluation:
     def change_to(self, other: "Evaluation") -> Interval:
         """The mean change of a prompt's mean reward to another evaluation, with its 95% interval over the prompts.
 
-        The prompts are resampled (BCa bootstrap of `bandpo.lab.stats`), so the interval has the noise of prompts and samples,
+        The prompts are resampled (BCa bootstrap), so the interval has the noise of prompts and samples,
         and not that of other seeds of training. Prompts without a scored sample in either evaluation are left out.
 
         Args:
