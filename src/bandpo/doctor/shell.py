@@ -31,6 +31,7 @@ _COUNTING = re.compile(  # N=..., N+=..., N++ and --N within arithmetic
     r"([A-Za-z_]\w*)\s*(?:(?:[-+*/%&|^]|<<|>>)?=(?!=)|\+\+|--)|(?:\+\+|--)\s*([A-Za-z_]\w*)"
 )
 _OUTPUT = re.compile(r"`|\$\((?!\()")  # the output of a command
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?:\[[^\]]*\])?\+?=")
 _SUBSCRIPT = re.compile(r"\[[^\]]*\]\+?=")
 _MAX_FORMULA, _LARGEST = 1000, 2**63 - 1
 # Set by every shell, so that a default for them never counts.
@@ -375,7 +376,7 @@ class _Shell:
     def _command(self, command: syntax.Command) -> bool | None:
         values = [(a, self._assigned(a)) for a in command.assignments]
         self.testing = _name_of(command) in ("[", "test")
-        words = [w for source in command.words for w in self.expand(source)]
+        words = self._words(command.words)
         self.testing = False
         declares = bool(words) and words[0].literal and words[0].text in _DECLARING
         if not words or declares:
@@ -451,7 +452,7 @@ class _Shell:
             return None
         outer, self.arguments = (self.arguments, self.without_arguments), tuple(words[1:])
         self.without_arguments = False
-        self.calls += 1
+        self.calls, loops, self.loops = self.calls + 1, self.loops, 0  # a loop around it is not the function's to leave
         self.locals.append({})
         for variable, value in given.items():
             self._hide(variable)
@@ -463,7 +464,7 @@ class _Shell:
                 raise
             return None
         finally:
-            self.calls -= 1
+            self.calls, self.loops = self.calls - 1, loops
             self.arguments, self.without_arguments = outer
             self._after_leaving(body)
             for name, (_, value) in self.locals.pop().items():
@@ -618,12 +619,26 @@ class _Shell:
 
     # ---- expansions ----
 
+    def _words(self, sources: Sequence[Source]) -> list[Word]:
+        """The words of a command; what `export` and its like assign is not split, if they are written without quotes."""
+        declares = bool(sources) and sources[0].plain in _DECLARING
+        found = list[Word]()
+        for source in sources:
+            head = _ASSIGNMENT.match(_first_text(source)) if declares else None
+            if head is not None:
+                first = replace(source.parts[0], text=source.parts[0].text[head.end() :])
+                rest = Source((first, *source.parts[1:]), source.line)
+                braces = syntax.may_be_braces(source)
+                value = _word_of([("".join(p.text for p in rest.parts), False)], 0) if braces else self._joined(rest, assigned=True)
+                found.append(_glued([_as_word(head[0]), value], line=source.line))
+            else:
+                found += self.expand(source)
+        return found
+
     def expand(self, source: Source) -> list[Word]:
         """The words that a word of a command becomes."""
         pieces = _Pieces(source.line, self._count, splits="IFS" not in self.values)
-        unknown = syntax.may_be_braces(source) or (
-            bool(source.parts) and not source.parts[0].quoted and source.parts[0].text.startswith("~")
-        )
+        unknown = syntax.may_be_braces(source) or _has_home(source)
         for part in source.parts:
             if unknown or part.kind == "unknown":
                 pieces.add(part.text, known=False)
@@ -643,7 +658,7 @@ class _Shell:
     def _joined(self, source: Source, *, assigned: bool = False) -> Word:
         """The value of a word that is not split, as in an assignment."""
         quoted = Source(tuple(Part(p.kind, p.text, quoted=True) for p in source.parts), source.line)
-        if assigned and any(not p.quoted and p.kind == "text" and re.search(r"(?:^|:)~", p.text) for p in source.parts):
+        if assigned and _has_home(source, assigned=True):
             return _word_of([("".join(p.text for p in source.parts), False)], source.line)
         words = self.expand(quoted)
         return _glued(words, " ", source.line)
@@ -936,6 +951,20 @@ def _has_output(assignment: syntax.Assignment) -> bool:
     """Whether a value has the output of a command in it, whose status is that of the assignment."""
     values = assignment.value if isinstance(assignment.value, tuple) else (assignment.value,)
     return any(p.kind != "text" and _OUTPUT.search(p.text) is not None for value in values for p in value.parts)
+
+
+def _first_text(source: Source) -> str:
+    """The unquoted text that a word begins with."""
+    first = source.parts[0] if source.parts else Part("text", "", quoted=True)
+    return first.text if first.kind == "text" and not first.quoted else ""
+
+
+def _has_home(source: Source, *, assigned: bool = False) -> bool:
+    """Whether a word has a `~` for which the shell may put a folder: its first character, and more in an assignment."""
+    if _first_text(source).startswith("~"):
+        return True
+    begins = "^|[:=]" if assigned or _ASSIGNMENT.match(_first_text(source)) else "(?!)"
+    return any(not p.quoted and p.kind == "text" and re.search(f"(?:{begins})~", p.text) for p in source.parts)
 
 
 def _flags(arguments: Sequence[Word]) -> set[str]:
