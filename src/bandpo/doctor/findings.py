@@ -1,6 +1,7 @@
 """The result of a rule of the doctor."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -18,6 +19,7 @@ class Finding:
         cause: Why this is so.
         knob: What to set, in the names of the host.
         details: Lines of a table, where there is one.
+        numbers: What was measured, for programs.
 
     Raises:
         ValueError: If the level is none of these.
@@ -33,6 +35,7 @@ class Finding:
     cause: str = ""
     knob: str = ""
     details: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         if self.level not in get_args(Level):
