@@ -122,8 +122,9 @@ def check(script: str, folder) -> None:
     found = read_script(script)
     ours = [command[1:] for command in found.commands if command[0].text == "run"]
     if found.uncertain or not all(word.literal for command in ours for word in command):
-        unset = re.search(r"\$[A-Z]\w|\$1|unset", script)  # the environment or the arguments may have it
-        assert UNKNOWN in script or unset, script
+        unset = re.search(r"\$[A-Z]\w|\$\{?[1@*#]|unset", script)  # the environment or the arguments may have it
+        formula = "&& E))" in script and re.search(r"\bE\+?=.", script.removeprefix(FIRST))  # a name for another formula
+        assert UNKNOWN in script or unset or formula, script
         assert all(any(fits(command, line) for command in ours) for line in theirs), (script, ours, theirs)
     else:
         assert [[word.text for word in command] for command in ours] == theirs, script
@@ -179,6 +180,10 @@ ONCE_MISREAD = [
     "f() { readonly X=1; }\nX=0\nf\nrun $X",
     "N=1\nN=2 eval 'run $N'\nrun $N",
     "N=1\nset -- -a\nrun $# $1",
+    "B='x y'\nexport A=$B\nrun $A\ndeclare C=$B D=\"$B\"z\nrun $C $D\n\"export\" E=$B\nrun $E",
+    "export A={a,b} B=~ C=x:~\nrun $A\nrun $B\nrun $C\nrun a=~ a.b=~ a=b:~",
+    "f() { continue; X=2; }\nfor i in 1 2; do f; break; done\nrun $X",
+    'E=\nrun "$E""$@"\nrun "$E$@"\nrun """$@"\nrun "$@"""\nrun "$@$E"\nrun "x$@" "$@y"\nrun "$E""$E$@"',
 ]
 
 

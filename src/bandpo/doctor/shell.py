@@ -643,8 +643,7 @@ class _Shell:
             if unknown or part.kind == "unknown":
                 pieces.add(part.text, known=False)
             elif part.kind == "text":
-                pieces.add(part.text, known=True)
-                pieces.exists |= part.quoted or bool(part.text)
+                pieces.add_text(part)
             elif part.kind == "arithmetic":
                 number = self._arithmetic(part.text[3:-2])
                 for name in sorted(_counted(part)):
@@ -798,11 +797,20 @@ class _Pieces:
         self.splits = splits  # whether at blanks, as without a value of IFS
         self.found = list[Word]()
         self.pieces, self.exists = list[tuple[str, bool]](), False
+        self.existed = False  # before the text in quotes that is being read
+        self.nothing = False  # this text has a "$@" of nothing, and makes no word unless it has characters
 
     def add(self, text: str, *, known: bool) -> None:
         self.count(len(text))
         self.pieces.append((text, known))
         self.exists |= not known
+
+    def add_text(self, part: Part) -> None:
+        """Literal text; an empty one in quotes is their beginning."""
+        if part.quoted and not part.text:
+            self.existed, self.nothing = self.exists, False
+        self.add(part.text, known=True)
+        self.exists |= (part.quoted and not self.nothing) or bool(part.text)
 
     def add_value(self, part: Part, value: Value) -> None:
         if value is None:
@@ -813,10 +821,9 @@ class _Pieces:
             self.add(part.text, known=False)
             return
         if part.quoted and not several:
-            self.exists = True
             value = (_glued(list(value), " "),)
         elif part.quoted and not value and not any(text for text, _ in self.pieces):
-            self.exists = False  # "$@" of nothing is no word
+            self.exists, self.nothing = self.existed, True
         for i, word in enumerate(value):
             if i:
                 self._break()
@@ -824,7 +831,7 @@ class _Pieces:
                 if known and not part.quoted:
                     self._add_split(text)
                 else:
-                    self.exists = True
+                    self.exists |= not self.nothing or several or bool(text)
                     self.add(text, known=known)
 
     def _add_split(self, text: str) -> None:
@@ -844,7 +851,7 @@ class _Pieces:
         """The word ends here, and another one begins."""
         if self.exists:
             self.found.append(_word_of(self.pieces, self.line))
-        self.pieces, self.exists = [], False
+        self.pieces, self.exists, self.existed = [], False, False
 
     def words(self) -> list[Word]:
         self._break()
