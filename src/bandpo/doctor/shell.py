@@ -625,15 +625,18 @@ class _Shell:
         found = list[Word]()
         for source in sources:
             head = _ASSIGNMENT.match(_first_text(source)) if declares else None
-            if head is not None:
-                first = replace(source.parts[0], text=source.parts[0].text[head.end() :])
-                rest = Source((first, *source.parts[1:]), source.line)
-                braces = syntax.may_be_braces(source)
-                value = _word_of([("".join(p.text for p in rest.parts), False)], 0) if braces else self._joined(rest, assigned=True)
-                found.append(_glued([_as_word(head[0]), value], line=source.line))
-            else:
-                found += self.expand(source)
+            found += self.expand(source) if head is None else [self._declared(source, head[0])]
         return found
+
+    def _declared(self, source: Source, head: str) -> Word:
+        """`NAME=value` as an argument of `export` and its like."""
+        first = replace(source.parts[0], text=source.parts[0].text[len(head) :])
+        value = Source((first, *source.parts[1:]), source.line)
+        if syntax.may_be_braces(source):  # they are expanded here, unlike those of an assignment
+            after = _word_of([("".join(part.text for part in value.parts), False)], source.line)
+        else:
+            after = self._joined(value, assigned=True)
+        return _glued([_as_word(head), after], line=source.line)
 
     def expand(self, source: Source) -> list[Word]:
         """The words that a word of a command becomes."""
