@@ -64,6 +64,7 @@ ONCE_MISREAD = [
     'B=\'x y\'\nexport A=$B\nrun $A\ndeclare C=$B D="$B"z\nrun $C $D\n"export" E=$B\nrun $E',
     "export A={a,b} B=~ C=x:~\nrun $A\nrun $B\nrun $C\nrun a=~ a.b=~ a=b:~",
     "f() { continue; X=2; }\nfor i in 1 2; do f; break; done\nrun $X",
+    "for V in 0 1; do\n( continue; run in )\nrun after\ndone",
     'E=\nrun "$E""$@"\nrun "$E$@"\nrun """$@"\nrun "$@"""\nrun "$@$E"\nrun "x$@" "$@y"\nrun "$E""$E$@"',
 ]
 

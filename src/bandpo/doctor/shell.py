@@ -255,9 +255,10 @@ class _Shell:
 
     def _apart(self, statements: Sequence[Statement]) -> bool | None:
         """Run in a shell of its own: changes end with it."""
-        functions, arguments = dict(self.functions), self.arguments
+        functions, arguments, loops = dict(self.functions), self.arguments, self.loops
+        self.loops = 0  # a loop around it is not its own to leave
         status, _ = self._scoped(statements, apart=True)
-        self.functions, self.arguments = functions, arguments
+        self.functions, self.arguments, self.loops = functions, arguments, loops
         return status
 
     def _chain(self, chain: syntax.Chain) -> bool | None:
