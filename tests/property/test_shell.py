@@ -94,6 +94,21 @@ def test_an_inner_shell_has_the_variables_of_bash(before, given):
     assert [word.text for word in words if word.literal] == done.stdout.decode().split()
 
 
+def test_a_script_that_stops_without_the_environment_is_read_as_if_it_had_one():
+    found = read_script('if [ -z "$HERE" ]; then\n  echo "set HERE"\n  exit 1\nfi\npython a.py --n 3 --save $HERE/x')
+    [run] = [c for c in found.commands if c[0].text == "python"]
+    assert [(w.text, w.literal) for w in run[2:4]] == [("--n", True), ("3", True)] and not run[5].literal
+    assert "HERE" not in found.assumed and found.uncertain
+
+
+def test_an_array_with_an_element_that_is_not_known():
+    found = read_script('A=(--a $HERE/x --n 8)\nA+=(--m 9)\nrun "${A[@]}" --z\nrun ${A[1]} ${#A[@]} "${A[@]:2}"')
+    assert [w.text for w in found.commands[0][1:]] == ["--a", "$HERE/x", "--n", "8", "--m", "9", "--z"]
+    assert not any(w.literal for w in found.commands[1][1:])
+    for script in ("A=($HERE)\nrun ${A[1]} ${#A[@]}", "A=()\nA+=($HERE)\nrun ${A[1]} ${#A[@]}"):
+        assert not any(w.literal for w in read_script(script).commands[0][1:])
+
+
 def test_a_count_of_arguments_is_listed():
     assert "@" in read_script("B=1\nif [ $# -gt 0 ]; then B=2; fi\nrun $B").assumed
     assert "@" not in read_script("f() { run $#; }\nf").assumed

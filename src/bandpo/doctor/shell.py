@@ -131,15 +131,22 @@ def read_script(text: str) -> Script:
     shell = _Shell(arguments=())
     shell.run_script(parsed.statements)
     if shell.ended and not any(_is_run(command) for command in shell.script.commands):
-        # Without arguments it stops early, with a message about its usage: they are needed, and not known.
+        # It stops early, with a message about its usage: arguments or the environment are needed, and not known.
         shell = _Shell(arguments=None)
+        shell.needs_environment = True
         shell.run_script(parsed.statements)
     shell.script.here = parsed.here
     return shell.script
 
 
 def _is_run(command: Sequence[Word]) -> bool:
-    return any("=" in word.text and "." in word.text.partition("=")[0] for word in command)
+    """Whether a command has settings, as `NAME.NAME=value` or as options."""
+    if command[0].text in ("echo", "printf"):
+        return False
+    settings = (
+        word.text.startswith("--") or "." in word.text.partition("=")[0] for word in command if "=" in word.text
+    )
+    return any(settings) or any(re.match("--[a-z]", word.text) for word in command)
 
 
 # ---- values ----
@@ -175,6 +182,7 @@ class _Shell:
         self.may_leave = False  # a statement that may not run leaves a loop or a function
         self.calls = self.loops = self.steps = self.length = 0
         self.ended = False
+        self.needs_environment = False  # conditions on variables that the script does not set are not known
 
     def run_script(self, statements: list[Statement]) -> None:
         """Run all; `ended` tells whether the script ended before its last statement."""
@@ -582,10 +590,12 @@ class _Shell:
             if any(_SUBSCRIPT.match("".join(p.text for p in source.parts)) for source in assignment.value):
                 return _NOT_KNOWN
             value: Value = tuple(w for source in assignment.value for w in self.expand(source))
-            if any(not word.known and not word.literal for word in value):
-                return _NOT_KNOWN  # one that may be several, or none
         else:
             value = (self._joined(assignment.value, assigned=True),)
+        if isinstance(assignment.value, tuple):
+            whole = (before or ()) + value if assignment.adds else value
+            if len(whole) == 1 and _may_be_several(whole):
+                return _NOT_KNOWN
         if not assignment.adds:  # of an array, a single word sets the first element
             return value if isinstance(assignment.value, tuple) else (*value, *(before or ())[1:])
         if before is None:
@@ -710,6 +720,9 @@ class _Shell:
         is_open = name not in self.values and (not name.isdigit() or self.without_arguments)
         if value == () and name not in ("@", "*") and is_open:
             return self._unset(name) if operator is None and not length else None
+        positions = bool(length or operator) or index not in ("@", "*")
+        if len(value) > 1 and name not in ("@", "*") and positions and _may_be_several(value):
+            return None
         if index is not None and index.isdigit():
             value = value[int(index) : int(index) + 1] if len(index) < 6 else ()
         elif index is None and name not in ("@", "*"):
@@ -726,7 +739,7 @@ class _Shell:
 
     def _unset(self, name: str) -> Value:
         """A variable that the script does not set: empty in a condition, and otherwise what the environment has."""
-        if not self.testing:
+        if not self.testing or self.needs_environment:
             return None
         self.script.assumed["@" if name.isdigit() else name] = None
         return ()
@@ -1019,6 +1032,11 @@ def _after(word: Word, begin: int) -> Word:
 
 def _as_word(text: str) -> Word:
     return Word(text, len(text))
+
+
+def _may_be_several(words: Sequence[Word]) -> bool:
+    """Whether one of the words of an array is wholly unknown, and so may be several words, or none."""
+    return any(not word.known and not word.literal for word in words)
 
 
 def _length(value: Values, *, counts: bool) -> Value:
