@@ -9,7 +9,7 @@ from bandpo.doctor.findings import Level
 from bandpo.objective import Objective
 from bandpo.zoo import get_objective
 
-Host = Literal["bandpo train", "TRL", "verl"]
+Host = Literal["bandpo train", "TRL", "verl", "OpenRLHF", "SkyRL", "slime", "NeMo-RL", "prime-rl", "rLLM"]
 
 
 @dataclass(frozen=True)
