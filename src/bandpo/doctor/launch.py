@@ -21,6 +21,7 @@ from bandpo.doctor.shell import Script, Word, read_script
 MAX_SCRIPT_BYTES = 1 << 18
 _SETTING = re.compile(r"[+~]{0,2}([A-Za-z_][\w-]*(?:[./@][\w-]+)*)=")
 _OPTION = re.compile(r"--([A-Za-z][\w.-]*)(?:=|\Z)")
+_LONGEST, _MOST_COMPARED = 80, 500  # characters of a key, and keys, that are compared with those that are known
 _PRINTING = ("echo", "printf", "cat")
 _SEVERAL = re.compile(r"\[[@*]\]|\$[@*]|ARGS?\b|OPT(?:ION)?S\b|FLAGS\b|EXTRA", re.IGNORECASE)
 _CONFIG = ("--config", "-cn", "-cp", "-cd")  # beginnings of Hydra's options that name a configuration
@@ -36,6 +37,7 @@ class Dialect:
         defaults: Its defaults, by key.
         program: Matches the word of a command that is the host's program; the settings come after it.
         called: What that program is called, for messages.
+        likely: Matches other programs of the host's public source that keep its defaults; None for none.
         own: Beginnings of keys that only this host has.
         options: Whether settings are `--option value`; else they are `key=value`.
         names: Other spellings of keys.
@@ -60,6 +62,7 @@ class Dialect:
     watched: tuple[str, ...] = ()
     known: frozenset[str] = frozenset()
     needs_own: bool = False
+    likely: re.Pattern[str] | None = None
 
     def key(self, word: Word) -> str | None:
         """The key that a word sets, None if it sets none.
@@ -81,7 +84,9 @@ class Dialect:
         Args:
             word: A word of a command.
         """
-        return word.literal and len(word.text) < MAX_KEY and self.program.fullmatch(word.text) is not None
+        if not word.literal or len(word.text) >= MAX_KEY:
+            return False
+        return any(p is not None and p.fullmatch(word.text) for p in (self.program, self.likely))
 
     def is_own(self, key: str | None) -> bool:
         """Whether a key is one that only this host has.
@@ -134,13 +139,14 @@ def is_of(script: Script, dialect: Dialect) -> bool:
     return any(dialect.is_own(key) for key in keys) or (programs and not dialect.needs_own)
 
 
-def settings_of(path: Path, script: Script, dialect: Dialect) -> Settings:
+def settings_of(path: Path, script: Script, dialect: Dialect, overrides: Sequence[str] = ()) -> Settings:
     """The settings in a script.
 
     Args:
         path: The file, for messages.
         script: The commands of the script.
         dialect: The dialect of the host that it belongs to.
+        overrides: Settings `key=value`, which replace those of the script.
 
     Raises:
         ValueError: If it belongs to another host, or has no settings.
@@ -163,29 +169,47 @@ def settings_of(path: Path, script: Script, dialect: Dialect) -> Settings:
     unset = [name for name in script.assumed if name != "@"]
     if unset:
         settings.unread.append(f"taken as not set in the environment: {some(unset)}")
+    settings.given |= given_by(overrides, dialect)
     return settings
+
+
+def given_by(overrides: Sequence[str], dialect: Dialect) -> dict[str, Any]:
+    """The settings in overrides of the doctor's own command line.
+
+    Args:
+        overrides: Texts `key=value`; for a flag the value is true or false.
+        dialect: The dialect of the host.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        name, _, value = override.partition("=")
+        name = name.lstrip("+~-")
+        flag = dialect.flags.get(name)
+        given[flag[0] if flag else dialect.names.get(name, name)] = Text(value)
+    return given
 
 
 def note_unknown(settings: Settings, dialect: Dialect) -> None:
     """List the keys that may matter for the trust region and that the reader does not know.
+
+    The value of a key that one of them resembles is not known, because it may have been meant.
 
     Args:
         settings: The settings of the file.
         dialect: The dialect of the host.
     """
     known = {*dialect.defaults, *dialect.known}
-    # One that is written with a letter more or less may be meant for one of those that are looked at.
-    strange = [key for key in settings.given if key.startswith(dialect.watched) and key not in known]
-    if strange and dialect.watched:
-        settings.unread.append(f"not known to this reader, and not looked at: {some(strange)}")
-    for key in settings.given:
-        if key in known or len(key) > 80:
-            continue
-        for near in difflib.get_close_matches(key, dialect.defaults, n=1, cutoff=0.93):
-            if near not in settings.given:
-                settings.unread.append(f"{short(key)} is not {near}, which may have been meant")
-                settings.given[near] = UNKNOWN
-                break
+    strange = [key for key in settings.given if key not in known and len(key) <= _LONGEST]
+    missing = [key for key in dialect.defaults if key not in settings.given]
+    for key in strange[:_MOST_COMPARED]:
+        near = [name for name in missing if name.replace("-", "_") == key.replace("-", "_")]
+        near = near or difflib.get_close_matches(key, missing, n=1, cutoff=0.93)
+        if near:
+            settings.unread.append(f"{short(key)} is not {near[0]}, which may have been meant")
+            settings.given[near[0]] = UNKNOWN
+    watched = [key for key in strange if dialect.watched and key.startswith(dialect.watched)]
+    if watched:
+        settings.unread.append(f"not known to this reader, and not looked at: {some(watched)}")
 
 
 def _runs(script: Script, dialect: Dialect) -> tuple[list[list[Word]], list[list[Word]], bool]:
@@ -243,8 +267,7 @@ def _is_open(command: Sequence[Word], i: int, dialect: Dialect) -> bool:
 
 def _flag(option: str, dialect: Dialect) -> tuple[str, Any] | None:
     """The key and the value that an option without a value sets, None for an option that takes one."""
-    name = option[2:].partition("=")[0]
-    return dialect.flags.get(name) or dialect.flags.get(name.replace("_", "-"))
+    return dialect.flags.get(option[2:].partition("=")[0])
 
 
 def _arguments(command: Sequence[Word], dialect: Dialect) -> list[Word]:
@@ -255,8 +278,8 @@ def _arguments(command: Sequence[Word], dialect: Dialect) -> list[Word]:
 
 def _from_command(command: Sequence[Word], dialect: Dialect, *, listed: bool) -> Settings:
     """The settings of one command."""
-    program = any(dialect.is_program(word) for word in command)
-    settings = Settings(dialect.defaults, defaults=listed or program)
+    program = next((word.text for word in command if dialect.is_program(word)), "")
+    settings = Settings(dialect.defaults, defaults=listed or bool(program))
     words = _arguments(command, dialect)
     shown = redact_arguments([word.text for word in words])
     unresolved = (_read_options if dialect.options else _read_overrides)(words, shown, dialect, settings)
@@ -266,6 +289,8 @@ def _from_command(command: Sequence[Word], dialect: Dialect, *, listed: bool) ->
         settings.unread.append(
             f"the program that this runs is not {dialect.host}'s {dialect.called}: its defaults are not known"
         )
+    if program and not dialect.program.fullmatch(program):
+        settings.unread.append(f"{short(program)} is taken to have the defaults of {dialect.host}'s {dialect.called}")
     return settings
 
 

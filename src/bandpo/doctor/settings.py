@@ -147,11 +147,27 @@ class Settings:
         value = self.get(key)
         return None if value is UNKNOWN else "" if value is None else str(value)[:MAX_KEY]
 
-    def label(self, key: str) -> str:
-        """The number at `key` as `name=value`, for a finding."""
+    def positive(self, key: str) -> float | None:
+        """The value of `key` as a number above 0, None if it is not known.
+
+        Raises:
+            ValueError: If the value is something else.
+        """
+        value = self.number(key)
+        if value is not None and value <= 0:
+            raise ValueError(f"{key}={value:g} must be positive")
+        return value
+
+    def label(self, key: str, *, whole: bool = False) -> str:
+        """The number at `key` as `name=value`, for a finding.
+
+        Args:
+            key: A dotted key.
+            whole: Whether the name is the whole key, and not only what is after its last dot.
+        """
         value = self.number(key)
         shown = "not known" if value is None else f"{value:g} (assumed)" if key in self.assumed else f"{value:g}"
-        return f"{key.rpartition('.')[2]}={shown}"
+        return f"{key if whole else key.rpartition('.')[2]}={shown}"
 
     def dtype(self, key: str) -> str | None:
         """The number format that the file names at `key`, None where it names none that is known."""

@@ -101,6 +101,35 @@ VERL_KNOBS: dict[str, str] = {
     "kl": "actor_rollout_ref.actor.kl_loss_type=low_var_kl+ (verl has no form that is right for older tokens)",
     "use": "actor_rollout_ref.actor.policy_loss.loss_mode=bandpo",
 }
+OPENRLHF_KNOBS: dict[str, str] = {
+    "more steps": "--rollout.batch_size x --rollout.n_samples_per_prompt a multiple of --train.batch_size, "
+    "or --train.max_epochs 2",
+    "no truncation": "--rollout.top_p 1.0",
+    "correction": "--algo.advantage.is_correction_enable, or an objective with the rollout anchor (dppo-kl)",
+    "group": "--rollout.n_samples_per_prompt 8, for example",
+    "kl": "--algo.kl.use_loss --algo.kl.estimator k2 (right for new tokens; OpenRLHF has no form that is right for older ones)",
+    "use": "python -m bandpo.integrations.openrlhf --objective ... -- and the options of train_ppo_ray",
+}
+SKYRL_KNOBS: dict[str, str] = {
+    "more steps": "trainer.train_batch_size a multiple of trainer.policy_mini_batch_size, "
+    "or trainer.update_epochs_per_batch=2",
+    "no truncation": "generator.sampling_params.top_p=1.0, top_k=-1 and min_p=0.0",
+    "correction": "trainer.algorithm.off_policy_correction.tis_ratio_type=token, "
+    "or policy_loss_type=dppo, which takes its ratio against the sampler",
+    "group": "generator.n_samples_per_prompt=8, for example",
+    "kl": "trainer.algorithm.kl_estimator_type=k2 (right for new tokens; SkyRL has no form that is right for older ones)",
+    "use": "bandpo.integrations.skyrl.register(...) in the entry point, and trainer.algorithm.policy_loss_type",
+    "fused head": "trainer.fused_lm_head_logprob=true (Megatron)",
+}
+SLIME_KNOBS: dict[str, str] = {
+    "more steps": "--num-steps-per-rollout 2 or more, "
+    "or --rollout-batch-size x --n-samples-per-prompt a multiple of --global-batch-size",
+    "no truncation": "--rollout-top-k -1",
+    "correction": "--use-tis, or --use-rollout-logprobs, which takes the ratio against the sampler",
+    "group": "--n-samples-per-prompt 8, for example",
+    "kl": "--use-unbiased-kl --kl-loss-type low_var_kl",
+    "use": "--loss-type custom_loss --custom-loss-function-path bandpo.integrations.slime.policy_loss",
+}
 
 
 def named_objective(name: str, unread: list[str]) -> Objective | None:
