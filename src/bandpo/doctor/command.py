@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
     from bandpo.objective import Objective
 
-_CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
+_CONFIGS, _BATCHES = (".yaml", ".yml", ".toml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
 _MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
 _MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row

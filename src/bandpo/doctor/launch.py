@@ -84,9 +84,12 @@ class Dialect:
         Args:
             word: A word of a command.
         """
-        if not word.literal or len(word.text) >= MAX_KEY:
+        text = word.text
+        if not word.literal:  # what is after the last unknown part, such as /train.py in $ROOT/train.py
+            text = text[max((end for _, end in word.unknown), default=len(text)) :]
+        if not text or len(text) >= MAX_KEY or not (word.literal or text.startswith("/")):
             return False
-        return any(p is not None and p.fullmatch(word.text) for p in (self.program, self.likely))
+        return any(p is not None and p.fullmatch(text) for p in (self.program, self.likely))
 
     def is_own(self, key: str | None) -> bool:
         """Whether a key is one that only this host has.
@@ -202,11 +205,12 @@ def note_unknown(settings: Settings, dialect: Dialect) -> None:
     strange = [key for key in settings.given if key not in known and len(key) <= _LONGEST]
     missing = [key for key in dialect.defaults if key not in settings.given]
     for key in strange[:_MOST_COMPARED]:
-        near = [name for name in missing if name.replace("-", "_") == key.replace("-", "_")]
-        near = near or difflib.get_close_matches(key, missing, n=1, cutoff=0.93)
-        if near:
-            settings.unread.append(f"{short(key)} is not {near[0]}, which may have been meant")
-            settings.given[near[0]] = UNKNOWN
+        group, _, last = key.rpartition(".")
+        names = {name.rpartition(".")[2]: name for name in missing if name.rpartition(".")[0] == group}
+        near = [name for name in names if name.replace("-", "_") == last.replace("-", "_")]
+        for name in near or difflib.get_close_matches(last, names, n=1, cutoff=0.88):
+            settings.unread.append(f"{short(key)} is not {names[name]}, which may have been meant")
+            settings.given[names[name]] = UNKNOWN
     watched = [key for key in strange if dialect.watched and key.startswith(dialect.watched)]
     if watched:
         settings.unread.append(f"not known to this reader, and not looked at: {some(watched)}")
@@ -279,7 +283,7 @@ def _arguments(command: Sequence[Word], dialect: Dialect) -> list[Word]:
 def _from_command(command: Sequence[Word], dialect: Dialect, *, listed: bool) -> Settings:
     """The settings of one command."""
     program = next((word.text for word in command if dialect.is_program(word)), "")
-    settings = Settings(dialect.defaults, defaults=listed or bool(program))
+    settings = Settings(dialect.defaults, defaults=listed or bool(program), program=program)
     words = _arguments(command, dialect)
     shown = redact_arguments([word.text for word in words])
     unresolved = (_read_options if dialect.options else _read_overrides)(words, shown, dialect, settings)
@@ -392,7 +396,7 @@ def _merged(parts: Sequence[Settings], dialect: Dialect) -> Settings:
         + (f", and differ in {some(differing)}: examine them one by one" if differing else "")
     )
     given = {k: same.get(k, UNKNOWN) for k in keys}
-    return Settings(dialect.defaults, given, all(p.defaults for p in parts), unread)
+    return Settings(dialect.defaults, given, all(p.defaults for p in parts), unread, program=first.program)
 
 
 def _held(words: Iterable[Word], dialect: Dialect) -> tuple[str, ...]:

@@ -143,6 +143,7 @@ def read_openrlhf(
         ours=False,
         steps=steps,
         steps_from=steps_from,
+        lag=None if s.given.get("train.async_enable", s.given.get("async_train")) else 0.0,
         engine="vLLM",
         corrected=s.flag("algo.advantage.is_correction_enable"),
         old_is_rollout=False,
@@ -231,4 +232,6 @@ def _tokens(s: Settings) -> int:
         return 0
     if dynamic:
         return s.whole("train.max_tokens_per_gpu") or 0
+    if s.has("generate_max_len") or s.has("prompt_max_len"):  # of older versions
+        return 0
     return (s.whole("train.micro_batch_size") or 0) * (s.whole("data.max_len") or 0)

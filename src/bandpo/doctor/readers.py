@@ -4,23 +4,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bandpo.doctor import openrlhf, skyrl, slime, verl
+from bandpo.doctor import nemo_rl, openrlhf, prime_rl, rllm, skyrl, slime, verl
 from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
 from bandpo.doctor.launch import Dialect, is_of, parse_script
 from bandpo.doctor.setup import Setup
 
 # The first one that a script belongs to reads it.
 _OF_SCRIPTS: tuple[tuple[Dialect, Callable[..., Setup]], ...] = (
+    (rllm.DIALECT, rllm.read_rllm),  # it has verl's settings too
     (verl.DIALECT, verl.read_verl),
     (openrlhf.DIALECT, openrlhf.read_openrlhf),
     (skyrl.DIALECT, skyrl.read_skyrl),
+    (nemo_rl.DIALECT, nemo_rl.read_nemo_rl),
     (slime.DIALECT, slime.read_slime),
 )
-_OF_TREES: Mapping[str, Callable[..., Setup]] = {"SkyRL": skyrl.read_skyrl}
+_OF_TREES: Mapping[str, Callable[..., Setup]] = {"SkyRL": skyrl.read_skyrl, "NeMo-RL": nemo_rl.read_nemo_rl}
 
 
 def read_launch(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | None = None) -> Setup:
-    """The settings in a launch script, or in a list of overrides.
+    """The settings in a launch script, in a list of overrides, or in TOML.
 
     Args:
         path: The file.
@@ -30,6 +32,8 @@ def read_launch(path: Path, overrides: Sequence[str] = (), *, vocabulary: int | 
     Raises:
         ValueError: If it belongs to no host with a reader, cannot be read, or has a value that is not valid.
     """
+    if path.suffix == ".toml":
+        return prime_rl.read_prime_rl(path, overrides, vocabulary=vocabulary)
     script = parse_script(path)
     for dialect, read in _OF_SCRIPTS:
         if is_of(script, dialect):

@@ -59,6 +59,7 @@ class Settings:
         defaults: Whether the host's defaults hold for all other keys; if not, their values are not known.
         unread: Lines about what could not be read.
         assumed: Keys whose default was used.
+        program: The program that a script runs, "" if there is none.
     """
 
     table: Mapping[str, Any]
@@ -66,6 +67,7 @@ class Settings:
     defaults: bool = True
     unread: list[str] = field(default_factory=list[str])
     assumed: dict[str, Any] = field(default_factory=dict[str, Any])
+    program: str = ""
 
     def get(self, key: str) -> Any:
         """The value of a key with references resolved, or the host's default for it; `UNKNOWN` if neither is known.

@@ -22,6 +22,7 @@ class Setup:
         ours: Whether bandpo computes the loss; false for the host's own loss.
         steps: Optimiser steps for each rollout.
         steps_from: How that number was computed, in the names of the host; or why it is not known.
+        lag: Optimiser steps by which the sampler may be older than the policy whose update begins; None if it is not known.
         engine: The sampler if it is not the trainer itself ("vllm", "sglang"), "" if it is.
         corrected: Whether the host applies weights for the difference between sampler and trainer.
         old_is_rollout: Whether the host uses the sampler's log-probs as the old ones.
@@ -51,6 +52,7 @@ class Setup:
     ours: bool = True
     steps: float | None = 1.0
     steps_from: str = ""
+    lag: float | None = 0.0
     engine: str | None = ""
     corrected: bool | None = False
     old_is_rollout: bool | None = False
@@ -129,6 +131,35 @@ SLIME_KNOBS: dict[str, str] = {
     "group": "--n-samples-per-prompt 8, for example",
     "kl": "--use-unbiased-kl --kl-loss-type low_var_kl",
     "use": "--loss-type custom_loss --custom-loss-function-path bandpo.integrations.slime.policy_loss",
+}
+NEMO_RL_KNOBS: dict[str, str] = {
+    "more steps": "grpo.num_prompts_per_step x grpo.num_generations_per_prompt a multiple of policy.train_global_batch_size",
+    "no truncation": "policy.generation.top_p=1.0 and top_k=null",
+    "correction": "loss_fn.use_importance_sampling_correction=true, "
+    "with truncated_importance_sampling_type=tis and truncated_importance_sampling_ratio=2",
+    "group": "grpo.num_generations_per_prompt=8, for example",
+    "kl": "loss_fn.reference_policy_kl_type=k3 and loss_fn.use_on_policy_kl_approximation=true",
+    "use": "bandpo.integrations.nemo_rl.BandLoss(loss_fn, objective=...) between setup and grpo_train",
+    "fused head": "policy.megatron_cfg.use_fused_linear_logprobs=true (Megatron)",
+}
+PRIME_RL_KNOBS: dict[str, str] = {
+    "more steps": "prime-rl uses each batch once; larger batches in several steps are not offered",
+    "no truncation": "no top_k or min_p in orchestrator.train.sampling.extra_body",
+    "group": "orchestrator.group_size = 8, for example",
+    "precision": 'trainer.model.optimization_dtype = "float32"',
+    "use": 'trainer.loss: type = "custom", import_path = "bandpo.integrations.prime_rl.policy_loss"',
+    "fused head": "trainer.model.fused_lm_head_token_chunk_size = 8192",
+}
+RLLM_KNOBS: dict[str, str] = {
+    "more steps": "rllm.data.train_batch_size a multiple of actor_rollout_ref.actor.ppo_mini_batch_size, or ppo_epochs=2",
+    "no truncation": "rllm.rollout.train.top_p=1.0 and actor_rollout_ref.rollout.top_k=-1",
+    "correction": "rllm.algorithm.rollout_correction.tis_mode=token, "
+    "or rollout_correction.bypass_mode=true, which takes the ratio against the sampler",
+    "group": "rllm.rollout.n=8, for example",
+    "precision": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+    "kl": "actor_rollout_ref.actor.kl_loss_type=low_var_kl+ (verl has no form that is right for older tokens)",
+    "use": "rllm.algorithm.loss_fn=bandpo, and VERL_USE_EXTERNAL_MODULES=bandpo.integrations.rllm on every node",
+    "fused head": "actor_rollout_ref.model.use_fused_kernels=True",
 }
 
 

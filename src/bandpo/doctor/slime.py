@@ -96,7 +96,7 @@ DIALECT = Dialect(
         "rollout-temperature",
     ),
     known=frozenset(
-        "kl-coef custom-rm-path custom-generate-function-path custom-eval-rollout-log-function-path opsm-delta "
+        "kl-coef custom-config-path loss-mask-type custom-advantage-function-path custom-rm-path custom-generate-function-path custom-eval-rollout-log-function-path opsm-delta "
         "custom-reward-post-process-path custom-rollout-log-function-path custom-model-provider-path".split()
     ),
     needs_own=True,
@@ -145,6 +145,7 @@ def read_slime(
         ours=ours,
         steps=steps,
         steps_from=steps_from,
+        lag=None if "async" in s.program else 0.0,
         engine="SGLang",
         corrected=_corrected(s),
         old_is_rollout=s.flag("use-rollout-logprobs"),

@@ -138,7 +138,7 @@ def read_verl(
     else:
         settings = _from_yaml(path, tree, chosen)
     settings.given |= {k: v for k, v in chosen.items() if "." in k}
-    return _setup(settings, vocabulary)
+    return setup_of(settings, vocabulary)
 
 
 def is_verl(given: Mapping[Any, Any]) -> bool:
@@ -211,7 +211,13 @@ def _leave_out(settings: Settings, what: str) -> None:
     settings.defaults = False
 
 
-def _setup(s: Settings, vocabulary: int | None) -> Setup:
+def setup_of(s: Settings, vocabulary: int | None) -> Setup:
+    """The settings that the rules look at.
+
+    Args:
+        s: The settings of verl in a file.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+    """
     loss = _loss(s)
     steps, steps_from = _steps(s)
     top_k = s.whole(f"{_ROLLOUT}.top_k")
