@@ -54,7 +54,7 @@ _BY_WORD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LLaMA-Factory", ("llamafactory",)),
     ("Axolotl", ("axolotl",)),
     ("verl's SFT trainer", ("sft_trainer", "model.partial_pretrain=")),
-    ("miles", ("/miles/",)),
+    ("miles", ("/miles",)),
     ("slime", ("slime", "--rollout-batch-size", "--num-rollout")),
 )
 _BY_PROGRAM = {

@@ -108,8 +108,16 @@ class Dialect:
         keys = [self.key(word) for word in command]
         own = any(self.is_own(key) for key in keys)
         if any(self.is_program(word) for word in command):
-            return own or not self.needs_own
+            return own or self.is_named(command)
         return own and None in keys
+
+    def is_named(self, command: Sequence[Word]) -> bool:
+        """Whether a command has a program that only this host has.
+
+        Args:
+            command: The words of a command.
+        """
+        return not self.needs_own and any(w.literal and self.program.fullmatch(w.text) for w in command)
 
 
 def parse_script(path: Path) -> Script:
@@ -138,8 +146,7 @@ def is_of(script: Script, dialect: Dialect) -> bool:
     runs, bare, _ = _runs(script, dialect)
     keys = {dialect.key(word) for command in runs for word in command}
     keys = keys.union(*_elsewhere(script, runs, bare, dialect).values())
-    programs = any(dialect.is_program(w) for c in runs for w in c)
-    return any(dialect.is_own(key) for key in keys) or (programs and not dialect.needs_own)
+    return any(dialect.is_own(key) for key in keys) or any(dialect.is_named(command) for command in runs)
 
 
 def settings_of(path: Path, script: Script, dialect: Dialect, overrides: Sequence[str] = ()) -> Settings:
@@ -359,7 +366,7 @@ def _read_options(words: Sequence[Word], shown: Sequence[str], dialect: Dialect,
             continue
         option, equals, value = words[i].text.partition("=")
         end = i + 1
-        while not (equals or end == len(words) or words[end].text.startswith("--") or _is_open(words, end, dialect)):
+        while not (equals or end == len(words) or _ends_values(words, end, dialect)):
             end += 1
         values = words[i : i + 1] if equals else words[i + 1 : end]
         flag = _flag(option, dialect)
@@ -372,6 +379,12 @@ def _read_options(words: Sequence[Word], shown: Sequence[str], dialect: Dialect,
             unresolved.append(" ".join([*shown[i:end]]) + _on(words[i]))
         i = end
     return unresolved
+
+
+def _ends_values(words: Sequence[Word], i: int, dialect: Dialect) -> bool:
+    """Whether a word is no value of the option before it."""
+    text = words[i].text
+    return text.startswith("--") or _SHAPE_OF_MODEL.fullmatch(text) is not None or _is_open(words, i, dialect)
 
 
 def _on(word: Word) -> str:

@@ -134,10 +134,11 @@ def read_nemo_rl(
     else:
         s = Settings(_LOSS_DEFAULTS)
         s.given = _extended(path, tree, s, 0)
-        if not any(key.startswith(("grpo.", "loss_fn.")) for key in s.given):
-            raise ValueError(
-                f"{path}: this is NeMo-RL, and the doctor reads its configurations of GRPO (grpo, loss_fn)"
-            )
+        if any(key in tree for key in ("ppo", "distillation")) or any(key.startswith("ppo.") for key in s.given):
+            raise not_readable(path, "NeMo-RL, but not its GRPO")
+        if not any(key.startswith("grpo.") for key in s.given):
+            missing = "; what it extends is not in its folder, and is not read" if not s.defaults else ""
+            raise not_readable(path, f"NeMo-RL, and has no setting of GRPO{missing}")
         s.given |= given_by(overrides, DIALECT)
     note_unknown(s, DIALECT)
     steps, steps_from = _steps(s)

@@ -1,8 +1,8 @@
 """Reads prime-rl's settings from the TOML of its `rl` command. Needs no prime-rl.
 
-Facts are from prime-rl's public source at commit 559b44772e471d1538537b8805cc77f3824a5e64 of 2026-08-21: the classes in
-`packages/prime-rl-configs`, the losses in `src/prime_rl/trainer/rl/loss.py`, the algorithms in `src/prime_rl/orchestrator/algo`.
-Its losses take the ratio against the sampler, and each batch is used for one optimiser step.
+Facts are from prime-rl's public source at commit 559b44772e471d1538537b8805cc77f3824a5e64 of 2026-08-21: the classes of
+`packages/prime-rl-configs`, the losses in `src/prime_rl/trainer/rl/loss.py` and the algorithms in
+`src/prime_rl/orchestrator/algo`. Its losses take the ratio against the sampler, and each batch is used for one optimiser step.
 """
 
 import re

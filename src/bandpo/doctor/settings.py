@@ -115,7 +115,8 @@ class Settings:
         value = self.get(key)
         if value is UNKNOWN:
             return None
-        parts: list[Any] = value.split() if isinstance(value, str) else list(cast("Iterable[Any]", value))
+        several = isinstance(value, list | tuple)
+        parts = list(cast("Iterable[Any]", value)) if several else value.split() if isinstance(value, str) else [value]
         if len(parts) != count:
             raise ValueError(f"{key}: {short(value)} is not {count} numbers")
         return [_number(key, part) for part in parts]

@@ -91,7 +91,6 @@ DIALECT = Dialect(
     names={"generator.backend": f"{_ENGINE}.backend"},
     watched=(f"{_A}.",),
     known=frozenset(f"{_A}.{name}" for name in _OF_NO_WEIGHT.split()),
-    needs_own=True,
 )
 """How SkyRL's trainers are started."""
 
@@ -299,8 +298,8 @@ def _temperature(s: Settings) -> float | None:
     found, loss = s.number(f"{_SAMPLING}.temperature"), s.optional(f"{_A}.temperature")
     if loss is not None and found is not None and loss == loss and loss != found:
         s.unread.append(
-            f"trainer.algorithm.temperature={loss:g} and sampling_params.temperature={found:g}: the loss takes probabilities at "
-            "another temperature than the sampler, and no rule looks at that"
+            f"trainer.algorithm.temperature={loss:g} and sampling_params.temperature={found:g}: the loss takes "
+            "probabilities at another temperature than the sampler, and no rule looks at that"
         )
     return found
 

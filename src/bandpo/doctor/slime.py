@@ -1,8 +1,8 @@
 """Reads slime's settings from a script that starts its train.py. Needs no slime.
 
 Facts are from slime's public source at commit 624b824a898ab0ec1fcb4d373004c7f3852bf515 of 2026-08-21: the options of
-`slime/utils/arguments.py`, the loss and the estimators of `slime/backends/megatron_utils/loss.py`, and the rewards of a group in
-`slime/ray/rollout.py`.
+`slime/utils/arguments.py`, the loss and the estimators of `slime/backends/megatron_utils/loss.py`, and the rewards of a
+group in `slime/ray/rollout.py`.
 """
 
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bandpo.doctor.findings import Level
+from bandpo.doctor.hosts import host_of_script, not_readable
 from bandpo.doctor.launch import Dialect, note_unknown, parse_script, settings_of
 from bandpo.doctor.settings import Settings, clip_of
 from bandpo.doctor.setup import SLIME_KNOBS, Setup, short
@@ -68,13 +69,27 @@ _PLAIN_FLAGS = (
     # Megatron's
     "sequence-parallel accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 no-load-optim no-load-rng finetune bf16 "
     "fp16 swiglu disable-bias-linear group-query-attention untie-embeddings-and-output-weights qk-layernorm "
-    "optimizer-cpu-offload overlap-cpu-optimizer-d2h-h2d use-precision-aware-optimizer use-distributed-optimizer no-check-for-nan"
+    "optimizer-cpu-offload overlap-cpu-optimizer-d2h-h2d use-precision-aware-optimizer use-distributed-optimizer "
+    "no-check-for-nan"
 )
 _FLAGS: dict[str, tuple[str, Any]] = {
     **{name: (name, True) for name in _PLAIN_FLAGS.split()},
     **{name: (name, True) for name, value in DEFAULTS.items() if value is False},
     "disable-rewards-normalization": ("rewards-normalization", False),
 }
+_NOT_OF_THE_REGION = (
+    "kl-coef",
+    "loss-mask-type",
+    "opsm-delta",
+    "custom-config-path",
+    "custom-advantage-function-path",
+    "custom-rm-path",
+    "custom-generate-function-path",
+    "custom-eval-rollout-log-function-path",
+    "custom-reward-post-process-path",
+    "custom-rollout-log-function-path",
+    "custom-model-provider-path",
+)
 DIALECT = Dialect(
     host="slime",
     defaults=DEFAULTS,
@@ -95,10 +110,7 @@ DIALECT = Dialect(
         "rollout-top",
         "rollout-temperature",
     ),
-    known=frozenset(
-        "kl-coef custom-config-path loss-mask-type custom-advantage-function-path custom-rm-path custom-generate-function-path custom-eval-rollout-log-function-path opsm-delta "
-        "custom-reward-post-process-path custom-rollout-log-function-path custom-model-provider-path".split()
-    ),
+    known=frozenset(_NOT_OF_THE_REGION),
     needs_own=True,
 )
 """How slime's train.py is started."""
@@ -127,7 +139,10 @@ def read_slime(
     Raises:
         ValueError: If it belongs to another host, cannot be read, has a value that is not valid, or is no RL run.
     """
-    s = settings_of(path, script or parse_script(path), DIALECT, overrides)
+    script = script or parse_script(path)
+    if host_of_script(script) == "miles":  # a fork of slime, whose options and defaults are not checked here
+        raise not_readable(path, "miles")
+    s = settings_of(path, script, DIALECT, overrides)
     if s.get("loss-type") == "sft_loss":
         raise ValueError(f"{path}: this is slime with loss-type sft_loss, which has no trust region")
     note_unknown(s, DIALECT)
