@@ -20,14 +20,14 @@ from bandpo._system.files import read_yaml
 from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
-from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
     from bandpo.objective import Objective
 
-_CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
+_CONFIGS, _BATCHES = (".yaml", ".yml", ".toml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
 _MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
 _MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
@@ -93,7 +93,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def read_config(
     path: Path, overrides: Sequence[str] = (), *, processes: int = 1, vocabulary: int | None = None
 ) -> "Setup":
-    """The settings in a configuration of TRL, verl or `bandpo train`, which are told apart by their keys.
+    """The settings in a configuration of a host or of `bandpo train`, which are told apart by their keys.
 
     Args:
         path: The file.
@@ -105,15 +105,13 @@ def read_config(
         ValueError: If the file is none of these.
     """
     given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml") else None
-    from bandpo.doctor.verl import is_verl, read_verl
+    from bandpo.doctor.readers import read_launch, read_tree
 
     if given is None:
-        return read_verl(path, overrides, vocabulary=vocabulary)
-    if is_verl(given):
-        return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
-    host = host_of_keys(given)
-    if host:
-        raise not_readable(path, host)
+        return read_launch(path, overrides, vocabulary=vocabulary)
+    found = read_tree(path, given, overrides, vocabulary=vocabulary)
+    if found is not None:
+        return found
     from bandpo.doctor.trl import is_run, is_trl, read_trl
 
     if not is_trl(given):
