@@ -9,7 +9,7 @@ from bandpo.doctor.findings import Level
 from bandpo.objective import Objective
 from bandpo.zoo import get_objective
 
-Host = Literal["bandpo train", "TRL", "verl"]
+Host = Literal["bandpo train", "TRL", "unsloth", "ms-swift", "verl"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Setup:
         knobs: The host's names for what the rules advise.
         assumed: Settings that are not in the file, as `name=value`, with the host's defaults.
         unread: What in the configuration could not be read.
+        defaults_of: Whose defaults these are ("TRL 1.16.0's"); "" for the host's.
     """
 
     host: Host
@@ -73,6 +74,7 @@ class Setup:
     knobs: Mapping[str, str] = field(default_factory=dict[str, str])
     assumed: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    defaults_of: str = ""
 
     def knob(self, name: str) -> str:
         """The host's spelling of a piece of advice.
