@@ -14,20 +14,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._system.bounded import parse_yaml
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
 from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.launch import read_program, with_overrides
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
     from bandpo.objective import Objective
 
-_CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
+_CONFIGS = (".yaml", ".yml", ".json", ".txt", ".sh", ".cfg", ".py", ".ipynb")
+_BATCHES = (".safetensors", ".pt", ".npz", ".parquet")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
 _MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
 _MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
@@ -104,11 +105,15 @@ def read_config(
     Raises:
         ValueError: If the file is none of these.
     """
-    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml") else None
+    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml", ".json") else None
+    from bandpo.doctor.swift import is_swift, read_swift
     from bandpo.doctor.verl import is_verl, read_verl
 
     if given is None:
-        return read_verl(path, overrides, vocabulary=vocabulary)
+        found = read_program(path, overrides, processes=processes, vocabulary=vocabulary)
+        return found or read_verl(path, overrides, vocabulary=vocabulary)
+    if is_swift(given):
+        return read_swift(with_overrides(given, overrides), vocabulary=vocabulary)
     if is_verl(given):
         return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
     host = host_of_keys(given)
@@ -118,9 +123,7 @@ def read_config(
 
     if not is_trl(given):
         raise not_readable(path, "")
-    for override in overrides:
-        key, _, value = override.partition("=")
-        given[key] = parse_yaml(value, override)
+    given = with_overrides(given, overrides)
     if not is_run(given):
         return read_trl(given, processes=processes, vocabulary=vocabulary)
     from bandpo.train.config import check_run, run_keys

@@ -94,6 +94,16 @@ TRL_KNOBS: dict[str, str] = {
     "kl": "kl=k3-ratio (in a plain GRPOConfig use_bias_correction_kl=True, with importance_sampling_level=token)",
     "use": "BandGRPOTrainer and BandGRPOConfig in place of GRPOTrainer and GRPOConfig, objective=...",
 }
+SWIFT_KNOBS: dict[str, str] = {
+    "more steps": "--steps_per_generation a multiple of --gradient_accumulation_steps, or --num_iterations 2",
+    "no truncation": "--top_p 1.0 --top_k -1 --min_p 0",
+    "correction": "--rollout_importance_sampling_mode token_truncate",
+    "group": "--num_generations 8, for example",
+    "precision": "--torch_dtype float32 --bf16 true",
+    "kl": "--beta 0 (ms-swift has no form that is right for older tokens)",
+    "fused head": "--use_liger_kernel true",
+    "use": "bandpo has no adapter for ms-swift: train with TRL (BandGRPOTrainer) or with verl",
+}
 VERL_KNOBS: dict[str, str] = {
     "more steps": "data.train_batch_size a multiple of actor_rollout_ref.actor.ppo_mini_batch_size, or ppo_epochs=2",
     "no truncation": "actor_rollout_ref.rollout.top_p=1.0 and top_k=-1",

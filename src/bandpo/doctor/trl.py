@@ -27,7 +27,7 @@ from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
-_FLAGS = frozenset(
+FLAGS = frozenset(
     {
         "use_vllm",
         "vllm_importance_sampling_correction",
@@ -90,7 +90,7 @@ _NAMES = frozenset(
         "kl",
     }
 )
-_READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
+_READ = FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
 """The keys that are given to the configuration. None of them makes it open a file, load a module or start anything."""
 
 _ASSUMED = (
@@ -104,7 +104,7 @@ _ASSUMED = (
     "top_k",
     "max_completion_length",
 )
-_COUNTED = frozenset(
+COUNTED = frozenset(
     {
         "steps_per_generation",
         "num_iterations",
@@ -484,7 +484,7 @@ def _plain(key: str, value: Any) -> Any:
         isinstance(value, str) or (key == "scale_rewards" and isinstance(value, bool))
     ):
         return value
-    if key in _FLAGS and isinstance(value, bool):
+    if key in FLAGS and isinstance(value, bool):
         return value
     if key == "pruning" and (isinstance(value, Mapping) or (isinstance(value, str) and len(value) < 1000)):
         return parse_json(value, "pruning") if isinstance(value, str) else cast("Mapping[str, Any]", value)
@@ -502,7 +502,7 @@ def _plain(key: str, value: Any) -> Any:
         if number != number // 1:
             raise ValueError(f"{key}: {short(value)} is not a whole number")
         return int(number)
-    kind = "true or false" if key in _FLAGS else "a number" if key in _WHOLE | _NUMBERS else "a name"
+    kind = "true or false" if key in FLAGS else "a number" if key in _WHOLE | _NUMBERS else "a name"
     raise ValueError(f"{key}: {short(value)} is not {kind}")
 
 
@@ -512,7 +512,7 @@ def _setup(
     """The settings of a configuration, without those that are not known."""
     version = _version()
     steps, steps_from = _steps(args)
-    uncounted = sorted(doubtful & _COUNTED)
+    uncounted = sorted(doubtful & COUNTED)
 
     def sure(name: str, value: Any) -> Any:
         return None if name in doubtful else value
