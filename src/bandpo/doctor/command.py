@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._system.bounded import parse_yaml
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
 from bandpo._system.jsonl import number_texts
@@ -22,12 +21,14 @@ from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.symptoms import examine_log
+from bandpo.doctor.trl_launch import read_program, with_overrides
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
     from bandpo.objective import Objective
 
-_CONFIGS, _BATCHES = (".yaml", ".yml", ".toml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
+_CONFIGS = (".yaml", ".yml", ".toml", ".json", ".txt", ".sh", ".cfg", ".py", ".ipynb")
+_BATCHES = (".safetensors", ".pt", ".npz", ".parquet")
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
 _MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
 _MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
@@ -104,11 +105,12 @@ def read_config(
     Raises:
         ValueError: If the file is none of these.
     """
-    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml") else None
+    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml", ".json") else None
     from bandpo.doctor.readers import read_launch, read_tree
 
     if given is None:
-        return read_launch(path, overrides, vocabulary=vocabulary)
+        found = read_program(path, overrides, processes=processes, vocabulary=vocabulary)
+        return found or read_launch(path, overrides, vocabulary=vocabulary)
     found = read_tree(path, given, overrides, vocabulary=vocabulary)
     if found is not None:
         return found
@@ -116,9 +118,7 @@ def read_config(
 
     if not is_trl(given):
         raise not_readable(path, "")
-    for override in overrides:
-        key, _, value = override.partition("=")
-        given[key] = parse_yaml(value, override)
+    given = with_overrides(given, overrides)
     if not is_run(given):
         return read_trl(given, processes=processes, vocabulary=vocabulary)
     from bandpo.train.config import check_run, run_keys

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bandpo.doctor import nemo_rl, openrlhf, prime_rl, rllm, skyrl, slime, verl
+from bandpo.doctor import nemo_rl, openrlhf, prime_rl, rllm, skyrl, slime, swift, verl
 from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
 from bandpo.doctor.launch import Dialect, is_of, parse_script
 from bandpo.doctor.setup import Setup
+from bandpo.doctor.trl_launch import with_overrides
 
 # The first one that a script belongs to reads it.
 _OF_SCRIPTS: tuple[tuple[Dialect, Callable[..., Setup]], ...] = (
@@ -58,6 +59,8 @@ def read_tree(
     Raises:
         ValueError: If its host has no reader, it cannot be read, or has a value that is not valid.
     """
+    if swift.is_swift(tree):
+        return swift.read_swift(with_overrides(tree, overrides), vocabulary=vocabulary)
     if verl.is_verl(tree):
         return verl.read_verl(path, overrides, tree=tree, vocabulary=vocabulary)
     host = host_of_keys(tree)

@@ -35,13 +35,9 @@ def examine_setup(setup: Setup) -> list[Finding]:
     """
     found = [rule(setup) for rule in RULES]
     if setup.assumed:
-        found.append(
-            Finding(
-                "assumed",
-                "note",
-                f"not in the file, so {setup.host}'s defaults are assumed: {', '.join(setup.assumed)}",
-            )
-        )
+        whose = setup.defaults_of or f"{setup.host}'s"
+        values = ", ".join(setup.assumed)
+        found.append(Finding("assumed", "note", f"not in the file, so {whose} defaults are assumed: {values}"))
     unread = [Finding("unread", "note", what) for what in setup.unread]
     return [f for f in found if f is not None] + unread
 

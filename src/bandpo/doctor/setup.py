@@ -9,7 +9,9 @@ from bandpo.doctor.findings import Level
 from bandpo.objective import Objective
 from bandpo.zoo import get_objective
 
-Host = Literal["bandpo train", "TRL", "verl", "OpenRLHF", "SkyRL", "slime", "NeMo-RL", "prime-rl", "rLLM"]
+Host = Literal[
+    "bandpo train", "TRL", "unsloth", "ms-swift", "verl", "OpenRLHF", "SkyRL", "slime", "NeMo-RL", "prime-rl", "rLLM"
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Setup:
         knobs: The host's names for what the rules advise.
         assumed: Settings that are not in the file, as `name=value`, with the host's defaults.
         unread: What in the configuration could not be read.
+        defaults_of: Whose defaults these are ("TRL 1.16.0's"); "" for the host's.
     """
 
     host: Host
@@ -75,6 +78,7 @@ class Setup:
     knobs: Mapping[str, str] = field(default_factory=dict[str, str])
     assumed: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    defaults_of: str = ""
 
     def knob(self, name: str) -> str:
         """The host's spelling of a piece of advice.
@@ -93,6 +97,16 @@ TRL_KNOBS: dict[str, str] = {
     "precision": "dtype float32 (bf16: true computes in bfloat16 and keeps the weights in float32)",
     "kl": "kl=k3-ratio (in a plain GRPOConfig use_bias_correction_kl=True, with importance_sampling_level=token)",
     "use": "BandGRPOTrainer and BandGRPOConfig in place of GRPOTrainer and GRPOConfig, objective=...",
+}
+SWIFT_KNOBS: dict[str, str] = {
+    "more steps": "--steps_per_generation a multiple of --gradient_accumulation_steps, or --num_iterations 2",
+    "no truncation": "--top_p 1.0 --top_k -1 --min_p 0",
+    "correction": "--rollout_importance_sampling_mode token_truncate",
+    "group": "--num_generations 8, for example",
+    "precision": "--torch_dtype float32 --bf16 true",
+    "kl": "--beta 0 (ms-swift has no form that is right for older tokens)",
+    "fused head": "--use_liger_kernel true",
+    "use": "bandpo has no adapter for ms-swift: train with TRL (BandGRPOTrainer) or with verl",
 }
 VERL_KNOBS: dict[str, str] = {
     "more steps": "data.train_batch_size a multiple of actor_rollout_ref.actor.ppo_mini_batch_size, or ppo_epochs=2",

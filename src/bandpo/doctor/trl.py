@@ -10,8 +10,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from bandpo.integrations.trl.config import AGGREGATION_OF, BandGRPOConfig
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 
-_FLAGS = frozenset(
+FLAGS = frozenset(
     {
         "use_vllm",
         "vllm_importance_sampling_correction",
@@ -90,7 +90,7 @@ _NAMES = frozenset(
         "kl",
     }
 )
-_READ = _FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
+_READ = FLAGS | _WHOLE | _NUMBERS | _NAMES | {"objective", "pruning"}
 """The keys that are given to the configuration. None of them makes it open a file, load a module or start anything."""
 
 _ASSUMED = (
@@ -104,7 +104,7 @@ _ASSUMED = (
     "top_k",
     "max_completion_length",
 )
-_COUNTED = frozenset(
+COUNTED = frozenset(
     {
         "steps_per_generation",
         "num_iterations",
@@ -152,7 +152,46 @@ _REGION = frozenset({"epsilon", "epsilon_high", "loss_type", "scale_rewards", "i
 _ZOO = {"cispo": "cispo", "sapo": "sapo", "gmpo": "gmpo", "vespo": "vespo"}
 _LARGEST = 10**12
 _LISTED, _MOST_UNKNOWN = 12, 100  # unknown keys that are named, and that a file may have
+_MOST_PROCESSES = 4096
 _MAX_CONFIG_BYTES = 1 << 20
+_NOTHING: Mapping[str, str] = {}
+_BESIDE = frozenset({"learning_rate", "dtype", "torch_dtype", "model_init_kwargs", "generation_kwargs"})
+"""Keys that rules look at, although the configuration is not given them."""
+_BATCHES = frozenset(
+    {
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "generation_batch_size",
+        "num_generations",
+        "num_generations_eval",
+    }
+)
+"""The keys that TRL checks against each other and against the number of processes."""
+
+CHANGED_DEFAULTS: Mapping[str, tuple[str, object]] = {
+    "beta": ("0.19", 0.04),
+    "loss_type": ("0.22", "bnpo"),
+    "temperature": ("0.18", 0.9),
+    "top_k": ("0.18", 50),
+    "vllm_importance_sampling_correction": ("0.23", False),
+    "use_bias_correction_kl": ("1.10", False),
+}
+"""Defaults of older versions of TRL (its repository, tags 0.14 to 1.9), with the version until which they held."""
+_REMOVED: Mapping[str, str] = {"max_prompt_length": "0.28", "vllm_device": "0.18"}
+
+UNSLOTH_READ = "015bdef0, 2026-08-22"
+UNSLOTH_DEFAULTS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 8,
+    "loss_type": "bnpo",
+    "beta": 0.001,
+    "vllm_importance_sampling_correction": False,
+}
+"""Defaults that unsloth puts in place of TRL's (its repository at the commit and date of `UNSLOTH_READ`)."""
+_UNSLOTH_DAPO_HIGH = 0.28
 _RUN_ONLY = frozenset({"task", "dataset"})
 
 
@@ -182,6 +221,10 @@ def read_trl(
     run_keys: frozenset[str] = frozenset(),
     processes: int = 1,
     vocabulary: int | None = None,
+    unknown: Mapping[str, str] = _NOTHING,
+    opened: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    unsloth: bool = False,
 ) -> Setup:
     """The settings in a TRL configuration. With an `objective` or another option of bandpo it is a `BandGRPOConfig`.
 
@@ -190,29 +233,189 @@ def read_trl(
         run_keys: For a file of `bandpo train`, the keys of that command.
         processes: Number of processes that will train.
         vocabulary: Number of tokens in the model's vocabulary; None reads it from config.json in the model's folder.
+        unknown: Keys that the file sets to what cannot be determined, with a text that says so.
+        opened: What may set any key, as texts; then only the keys in `given` are known.
+        notes: More lines about what is not read.
+        unsloth: Whether unsloth is loaded, which has its own defaults and its own loss.
 
     Raises:
         ValueError: If a key of a `bandpo train` file is unknown, or TRL or bandpo refuses a value.
     """
     own = {f.name for f in fields(BandGRPOConfig)} - {f.name for f in fields(GRPOConfig)}
-    ours = bool(run_keys) or not own.isdisjoint(given)
+    ours = bool(run_keys) or not own.isdisjoint([*given, *unknown])
     known = {f.name for f in fields(BandGRPOConfig if ours else GRPOConfig)} | run_keys | _script_keys()
-    unread, doubtful = _unknown_keys(given, known, own if ours else set(), bool(run_keys))
+    unread, doubtful = _unknown_keys([*given, *unknown], known, own if ours else set(), bool(run_keys))
+    unread += [*notes, *_not_resolved(unknown, known, opened)]
+    doubtful |= (_READ if opened else frozenset(unknown)) & known - set(given)
     kept = {key: _plain(key, value) for key, value in given.items() if key in _READ & known}
     kept |= _generation(given, unread, doubtful)
+    assumed = _assumed_by_unsloth(kept, doubtful, ours, processes) if unsloth else []
     objective: Objective | None = None
     imported = ours and isinstance(kept.get("objective"), str) and ":" in kept["objective"]
     if imported:
         named_objective(kept["objective"], unread)
         kept = {key: value for key, value in kept.items() if key not in own and key not in _REGION}
-    args = _build(BandGRPOConfig if ours and not imported else GRPOConfig, kept, processes)
-    if not imported:
+    args = _accepted(BandGRPOConfig if ours and not imported else GRPOConfig, kept, processes, doubtful, assumed)
+    if not (imported or doubtful & (_REGION | own) - {"scale_rewards"}):
         objective = args.resolve() if ours else _objective(args, unread)
     if vocabulary is None:
         vocabulary, missing = _vocabulary(given)
         unread += missing
-    return _setup(
-        args, given, objective, ours, "bandpo train" if run_keys else "TRL", vocabulary, tuple(unread), doubtful
+    unread += _older(given, unknown)
+    if not unsloth:
+        assumed = [f"{k}={getattr(args, k)}" for k in _ASSUMED if k not in given and k not in doubtful] + assumed
+    host: Host = "bandpo train" if run_keys else "unsloth" if unsloth and not ours else "TRL"
+    setup = _setup(args, given, host=host, objective=objective, ours=ours, doubtful=doubtful)
+    if unsloth:
+        setup = _with_unsloth(setup)
+    return replace(setup, vocabulary=vocabulary, assumed=tuple(assumed), unread=tuple(unread))
+
+
+def setup_of(config: object, *, vocabulary: int | None = None) -> Setup:
+    """The settings in a `GRPOConfig` or `BandGRPOConfig` that exists as an object.
+
+    Args:
+        config: The object; it is not changed.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+
+    Raises:
+        TypeError: If it is another object.
+
+    Examples:
+        >>> from bandpo.integrations.trl import BandGRPOConfig
+        >>> config = BandGRPOConfig(objective="bandpo-kl", num_generations=4, per_device_train_batch_size=8, use_cpu=True)
+        >>> setup = setup_of(config)
+        >>> setup.ours, setup.steps, setup.group
+        (True, 1.0, 4)
+    """
+    if not isinstance(config, GRPOConfig):
+        raise TypeError(
+            f"the doctor reads objects of TRL's GRPOConfig and of BandGRPOConfig, got {type(config).__name__}"
+        )
+    ours = isinstance(config, BandGRPOConfig)
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    unread: list[str] = []
+    doubtful: set[str] = set()
+    sampling = _generation(given, unread, doubtful)
+    objective = config.resolve() if ours else _objective(config, unread)
+    unsloth = "unsloth" in type(config).__module__.lower() or type(config).__name__.startswith("Unsloth")
+    host: Host = "unsloth" if unsloth else "TRL"
+    setup = _setup(config, given, host=host, objective=objective, ours=ours, doubtful=doubtful)
+    setup = _with_unsloth(setup) if unsloth else setup
+    if "top_k" in sampling:
+        sampling["top_k"] = sampling["top_k"] or 0
+    return replace(setup, **sampling, vocabulary=vocabulary, unread=tuple(unread))
+
+
+def _not_resolved(unknown: Mapping[str, str], known: set[str], opened: Sequence[str]) -> list[str]:
+    """Lines about keys whose value cannot be determined, and about what may set any key."""
+    looked_at = [key for key in unknown if key in known and (key in _READ or key in _BESIDE)]
+    lines = [f"{key}={unknown[key]} is not resolved" for key in looked_at[:_LISTED]]
+    if len(looked_at) > _LISTED:
+        lines.append(f"{len(looked_at) - _LISTED} more values are not resolved")
+    return lines + [f"{what} may set anything" for what in list(dict.fromkeys(opened))[:_LISTED]]
+
+
+def _older(given: Mapping[Any, Any], unknown: Mapping[str, str]) -> list[str]:
+    """A line about older defaults, where the file has keys that only older versions of TRL have."""
+    old = [key for key in _REMOVED if key in given or key in unknown]
+    changed = [
+        f"{key}={value} (before {version})"
+        for key, (version, value) in CHANGED_DEFAULTS.items()
+        if key not in given and key not in unknown
+    ]
+    if not old or not changed:
+        return []
+    return [
+        f"{old[0]} is a key of TRL before {_REMOVED[old[0]]}; if the run uses such a version, "
+        f"the defaults of older ones may hold: {', '.join(changed)}"
+    ]
+
+
+def _accepted(cls: type, kept: Mapping[str, Any], processes: int, doubtful: set[str], assumed: list[str]) -> Any:
+    """The configuration with these values; where TRL needs more processes for them, with the fewest that it takes."""
+    if doubtful & _BATCHES:
+        return _without_batches(cls, kept, processes)
+    try:
+        return _build(cls, kept, processes)
+    except ValueError as error:
+        if "divisible" not in str(error) or processes > 1:
+            raise
+        needed = _processes(cls, kept)
+        if needed < 2:
+            raise
+        args = _build(cls, kept, needed)
+        assumed.append(f"processes={needed} (TRL refuses fewer with these batches; --processes N)")
+        return args
+
+
+def _processes(cls: type, kept: Mapping[str, Any]) -> int:
+    """The fewest processes for which the groups fill the batches; 0 if that is not a reasonable number."""
+    default = {f.name: f.default for f in fields(cls)}
+    values = {name: kept.get(name) or default[name] or 0 for name in _BATCHES if name in default}
+    group, micro = values["num_generations"], values["per_device_train_batch_size"]
+    batch = values["generation_batch_size"] or micro * (
+        values["steps_per_generation"] or values["gradient_accumulation_steps"]
+    )
+    if min(group, micro, batch) < 1:
+        return 0
+    needed = 1 if values["generation_batch_size"] else group // math.gcd(group, batch)
+    if kept.get("eval_strategy", "no") != "no":
+        evaluated, size = values["num_generations_eval"] or group, values["per_device_eval_batch_size"]
+        needed = math.lcm(needed, evaluated // math.gcd(evaluated, size)) if size > 0 else 0
+    return needed if needed <= _MOST_PROCESSES else 0
+
+
+def _without_batches(cls: type, kept: Mapping[str, Any], processes: int) -> Any:
+    """A configuration in which the sizes of batches are set afterwards, because TRL cannot check what is not known."""
+    left = {key: value for key, value in kept.items() if key not in _BATCHES and key != "eval_strategy"}
+    args = _build(cls, left | {"num_generations": 2, "per_device_train_batch_size": 2}, processes)
+    default = {f.name: f.default for f in fields(cls)}
+    for name in sorted(_BATCHES & default.keys()):
+        setattr(args, name, kept.get(name, default[name]))
+    if args.steps_per_generation is None:
+        size = args.per_device_train_batch_size * processes
+        whole = args.generation_batch_size
+        args.steps_per_generation = args.gradient_accumulation_steps if not whole else max(1, whole // max(1, size))
+    return args
+
+
+def _assumed_by_unsloth(kept: dict[str, Any], doubtful: set[str], ours: bool, processes: int) -> list[str]:
+    """Set unsloth's defaults, and what it changes when it creates its configuration; the texts of both."""
+    if ours:
+        return []
+    defaults = {key: value for key, value in UNSLOTH_DEFAULTS.items() if key not in kept and key not in doubtful}
+    kept.update(defaults)
+    texts = [f"{key}={value}" for key, value in defaults.items()]
+    if kept.get("loss_type") == "dapo" and kept.get("epsilon_high") != _UNSLOTH_DAPO_HIGH:
+        kept["epsilon_high"] = _UNSLOTH_DAPO_HIGH
+        doubtful.discard("epsilon_high")
+        texts.append(f"epsilon_high={_UNSLOTH_DAPO_HIGH} (unsloth sets it for loss_type=dapo)")
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    free = kept.get("steps_per_generation") is None and kept.get("generation_batch_size") is None
+    if free and not doubtful & _BATCHES and all(kept[name] for name in sizes):
+        micro, steps, group = (kept[name] for name in sizes)
+        if micro * steps * processes % group:
+            kept["per_device_train_batch_size"] = group
+            texts.append(f"per_device_train_batch_size={group} (unsloth changes {micro}, which does not fill a group)")
+    return texts
+
+
+def _with_unsloth(setup: Setup) -> Setup:
+    """The settings as unsloth's own trainer uses them."""
+    if setup.ours:
+        return replace(
+            setup,
+            bypassed=setup.bypassed or "unsloth is loaded: it puts its own GRPOTrainer and loss in place of TRL's",
+        )
+    return replace(
+        setup,
+        bypassed="",
+        kl="k3",
+        kl_from=f"{setup.kl_from.partition(',')[0]}, in unsloth's loss",
+        fused_head=True,
+        knobs=setup.knobs | {"use": "BandGRPOTrainer and BandGRPOConfig, without importing unsloth"},
+        defaults_of=f"unsloth's ({UNSLOTH_READ}) and then TRL's",
     )
 
 
@@ -252,9 +455,7 @@ def _generation(given: Mapping[Any, Any], unread: list[str], doubtful: set[str])
     return {name: _plain(name, named[name]) for name in _SAMPLING if name in named}
 
 
-def _unknown_keys(
-    given: Mapping[Any, Any], known: set[str], own: set[str], refused: bool
-) -> tuple[list[str], set[str]]:
+def _unknown_keys(given: Sequence[Any], known: set[str], own: set[str], refused: bool) -> tuple[list[str], set[str]]:
     """Lines about unknown keys, and the settings that may have been meant."""
     unread: list[str] = []
     doubtful: set[str] = set()
@@ -283,7 +484,7 @@ def _plain(key: str, value: Any) -> Any:
         isinstance(value, str) or (key == "scale_rewards" and isinstance(value, bool))
     ):
         return value
-    if key in _FLAGS and isinstance(value, bool):
+    if key in FLAGS and isinstance(value, bool):
         return value
     if key == "pruning" and (isinstance(value, Mapping) or (isinstance(value, str) and len(value) < 1000)):
         return parse_json(value, "pruning") if isinstance(value, str) else cast("Mapping[str, Any]", value)
@@ -301,27 +502,22 @@ def _plain(key: str, value: Any) -> Any:
         if number != number // 1:
             raise ValueError(f"{key}: {short(value)} is not a whole number")
         return int(number)
-    kind = "true or false" if key in _FLAGS else "a number" if key in _WHOLE | _NUMBERS else "a name"
+    kind = "true or false" if key in FLAGS else "a number" if key in _WHOLE | _NUMBERS else "a name"
     raise ValueError(f"{key}: {short(value)} is not {kind}")
 
 
 def _setup(
-    args: Any,
-    given: Mapping[Any, Any],
-    objective: Objective | None,
-    ours: bool,
-    host: Host,
-    vocabulary: int | None,
-    unread: tuple[str, ...],
-    doubtful: set[str],
+    args: Any, given: Mapping[Any, Any], *, host: Host, objective: Objective | None, ours: bool, doubtful: set[str]
 ) -> Setup:
-    """The settings of a configuration, without those that an unknown key may have been meant for."""
+    """The settings of a configuration, without those that are not known."""
     version = _version()
     steps, steps_from = _steps(args)
+    uncounted = sorted(doubtful & COUNTED)
 
     def sure(name: str, value: Any) -> Any:
         return None if name in doubtful else value
 
+    corrected = args.use_vllm and args.vllm_importance_sampling_correction
     return Setup(
         host=host,
         objective=objective,
@@ -330,23 +526,23 @@ def _setup(
         kl=None if doubtful & {"use_bias_correction_kl", "kl"} else _kl(args)[0],
         kl_from=f"beta={args.beta:g}, {_kl(args)[1]}",
         bypassed=_bypassed(args, version),
-        steps=None if doubtful & _COUNTED else steps,
-        steps_from=steps_from,
+        steps=None if uncounted else steps,
+        steps_from=f"{', '.join(uncounted)} not known" if uncounted else steps_from,
         engine=sure("use_vllm", "vLLM" if args.use_vllm else ""),
-        corrected=args.use_vllm and args.vllm_importance_sampling_correction,
+        corrected=None if doubtful & {"use_vllm", "vllm_importance_sampling_correction"} else corrected,
         temperature=sure("temperature", args.temperature),
         top_p=sure("top_p", args.top_p),
         top_k=sure("top_k", args.top_k or 0),
         min_p=sure("min_p", args.min_p or 0.0),
         group=sure("num_generations", args.num_generations),
-        tokens=args.per_device_train_batch_size * args.max_completion_length,
-        vocabulary=vocabulary,
+        tokens=0
+        if doubtful & {"per_device_train_batch_size", "max_completion_length"}
+        else args.per_device_train_batch_size * args.max_completion_length,
         fused_head=version >= (1, 16),
         weights=_weights(given),
         learning_rate=_rate(given),
         knobs=TRL_KNOBS | {"fused head": "TRL 1.16 or newer"},
-        assumed=tuple(f"{name}={getattr(args, name)}" for name in _ASSUMED if name not in given),
-        unread=unread,
+        defaults_of=f"TRL {importlib.metadata.version('trl')}'s",
     )
 
 
