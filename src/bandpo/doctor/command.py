@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from bandpo._system.bounded import parse_yaml
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
-from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.logs import read_log
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
@@ -28,9 +28,6 @@ if TYPE_CHECKING:  # a log needs no torch
     from bandpo.objective import Objective
 
 _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", ".pt", ".npz", ".parquet")
-_MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
-_MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
-_MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
 _MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
 _COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
@@ -126,32 +123,6 @@ def read_config(
     from bandpo.train.config import check_run, run_keys
 
     return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
-
-
-def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a log, one at a time; their numbers are texts (`number_texts`), of which the rules read those they need.
-
-    A last line without a line break is left out, because it may be incomplete.
-
-    Args:
-        path: A JSONL file.
-
-    Raises:
-        ValueError: If a line is not a JSON object, or the file is larger than a log of metrics.
-    """
-    if path.lstat().st_size > _MAX_LOG_BYTES:
-        raise ValueError(f"{path} is too large: it has more than {_MAX_LOG_BYTES:,} bytes")
-    rows = number_texts(path, follow=False, longest=_MAX_LINE_BYTES, is_row=_may_be_metrics)
-    for count, row in enumerate(rows):
-        if count == _MAX_ROWS:
-            raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 1000000")
-        yield row
-
-
-def _may_be_metrics(line: bytes) -> bool:
-    """Whether a line has no more values, and no more lists and objects, than a row of metrics may have."""
-    values = line.count(b",") if len(line) > _MAX_VALUES else 0
-    return values <= _MAX_VALUES and line.count(b"[") + line.count(b"{") <= _MAX_INNER
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:
