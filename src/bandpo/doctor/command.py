@@ -20,7 +20,7 @@ from bandpo._system.files import read_yaml
 from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import host_of_keys, not_readable
-from bandpo.doctor.logs import read_log
+from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
@@ -60,15 +60,20 @@ def _doctor(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     sections: list[tuple[str, list[Finding]]] = []
     objectives: list[Objective] = []
-    for path in _expand(paths):
-        if path.suffix in _CONFIGS:
+    expanded = _expand(paths)
+    logs = [path for path in expanded if is_log(path)]
+    if options.one_run and len(logs) > 1:
+        sections.append((" + ".join(map(str, logs)), examine_log(read_logs(logs, run=options.run))))
+        expanded = [path for path in expanded if path not in logs]
+    for path in expanded:
+        if path in logs:
+            sections.append((str(path), examine_log(read_log(path, run=options.run))))
+        elif path.suffix in _CONFIGS:
             from bandpo.doctor.rules import examine_setup
 
             setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
             objectives += [] if setup.objective is None else [setup.objective]
             sections.append((f"{path} ({setup.host})", examine_setup(setup)))
-        elif path.suffix == ".jsonl":
-            sections.append((str(path), examine_log(read_log(path))))
         else:
             from bandpo.doctor.batch import examine_batch, load_batch
 
@@ -137,16 +142,19 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
             inside = [
                 path / name for name in ("config.yaml", "metrics.jsonl", "batch.safetensors") if (path / name).exists()
             ]
+            if path / "metrics.jsonl" not in inside and log_files(path):
+                inside.append(path)  # read_log finds its logs
             if not inside:
                 raise ValueError(
-                    f"{path} has no config.yaml, metrics.jsonl or batch.safetensors: it is no run's folder"
+                    f"{path} has no config.yaml, metrics.jsonl, trainer_state.json, checkpoint, event file of TensorBoard or "
+                    "batch.safetensors: it is no run's folder"
                 )
             found += [p for p in inside if p.stat().st_size]
         elif not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
-        elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl"):
+        elif path.suffix not in (*_CONFIGS, *_BATCHES) and not is_log(path):
             raise ValueError(
-                f"{path}: use {', '.join(_CONFIGS)} (configuration), .jsonl (log) or {', '.join(_BATCHES)} (batch)"
+                f"{path}: use {', '.join(_CONFIGS)} (configuration), {KINDS} (log) or {', '.join(_BATCHES)} (batch)"
             )
         else:
             found.append(path)
