@@ -3,6 +3,7 @@
 import math
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,9 @@ MEANINGS: Mapping[str, str] = {
 _RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
 _MOST_BROKEN = 10_000  # different names of metrics that are NaN or infinite somewhere
 _MOST_NAMES = 10_000  # different names that are counted
+_MOST_PLANS = 64
+_LARGE = re.compile(rb"[eE]\+?[0-9]{3}")  # the exponent of a number that may be too large for a float
+_LONG = 300  # digits of one that may be
 
 _OF_THE_UPDATE = re.compile(r"(^|[/_])(kl|loss|grad_norm|entropy|ratio|logps?|log_?probs?)($|[/_])")
 _SEARCHED = 100_000  # rows after which a log without any of the metrics is given up
@@ -77,53 +81,26 @@ MANY = 0.5  # share of groups without signal, of completions cut off, of edges s
 
 
 class _Series:
-    """The numbers of a metric with their steps, under the most preferred of its names that the log has.
+    """The numbers of a metric with the rows that they are from, under the most preferred of its names that the log has.
 
     Args:
         name: The name in the log.
         rank: Place of the name in `NAMES`.
     """
 
-    __slots__ = ("goes_back", "name", "part", "rank", "starts", "steps", "values")
+    __slots__ = ("name", "places", "rank", "values")
 
     def __init__(self, name: str, rank: int) -> None:
         self.name, self.rank = name, rank
-        self.values, self.steps = array("d"), array("d")
-        self.starts: set[int] = set()  # where another file begins
-        self.goes_back, self.part = False, 0
-
-    def add(self, number: float, step: float, part: int) -> None:
-        if part != self.part:
-            self.part = part
-            self.starts.add(len(self.values))
-        if self.steps and step <= self.steps[-1] and (step < self.steps[-1] or len(self.values) in self.starts):
-            self.goes_back = True
-        self.values.append(number)
-        self.steps.append(step)
-
-    def in_order(self) -> "tuple[array[float], int]":
-        """The values by step, and how many were replaced: by values of the same step that a later part of the log has.
-
-        A part ends where the steps go back, and with a file. Values of the same step within a part are all kept.
-        """
-        if not self.goes_back:
-            return self.values, 0
-        steps, part = self.steps, array("q", [0])
-        for i in range(1, len(steps)):
-            part.append(part[-1] + (steps[i] < steps[i - 1] or i in self.starts))
-        kept: list[int] = []
-        order = sorted(range(len(steps)), key=steps.__getitem__)  # stable: of a step, the latest part last
-        for i in reversed(order):
-            if not kept or steps[kept[-1]] != steps[i] or part[kept[-1]] == part[i]:
-                kept.append(i)
-        return array("d", (self.values[i] for i in reversed(kept))), len(steps) - len(kept)
+        self.values, self.places = array("d"), array("i")
 
 
 class Log:
-    """The series of a log, by their meaning: 16 bytes for each value that a rule looks at, and nothing else of its rows.
+    """The series of a log, by their meaning: 12 bytes for each value that a rule looks at, and 8 for each row.
 
     Where steps go back, because a run was resumed or its rows were shuffled, the series are by step, and of two values for
-    the same step the later one counts.
+    the same step the one of the later part of the log counts. A part ends where the steps of the metric go back, and with a
+    file. Values of the same step within a part are all kept.
 
     Args:
         rows: Metrics by name, one row for each logging step; also as `number_texts` or `read_log` read them.
@@ -145,61 +122,97 @@ class Log:
         """How many values of a metric were replaced by later ones of the same step, at most."""
         self.back: list[tuple[float, float]] = []
         """The first steps that are smaller than the step before, with that step."""
-        self._file = rows if isinstance(rows, LogRows) else None
-        self.kind = self._file.kind if self._file else ""
-        """What the log is, where it was read from a file."""
         self.reordered = False
         """Whether the steps of a metric go back."""
-        self._step = -math.inf
+        file = rows if isinstance(rows, LogRows) else None
+        self.kind = file.kind if file else ""
+        """What the log is, where it was read from a file."""
+        self._steps, self._files = array("d"), [0]  # the step of each row; the first row of each file
+        self._plans: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
         series: dict[str, _Series] = {}
         for row in rows:
-            self.rows += 1
+            if file and file.part == len(self._files):
+                self._files.append(self.rows)
             self._add(row, series)
+            self.rows += 1
             if self.rows == _SEARCHED and not series and not self.broken:
                 break
         for what in NAMES:
             if what in series:
-                values, replaced = series[what].in_order()
-                self.found[what], self.replaced = (series[what].name, values), max(self.replaced, replaced)
-                self.reordered |= series[what].goes_back
+                self.found[what] = (series[what].name, self._in_order(series[what]))
         looked_at = {name for name, _ in self.found.values()}
         self.broken = {name: count for name, count in self.broken.items() if name not in looked_at}
         self._finite = {what: _finite(values) for what, (_, values) in self.found.items()}
-        self.said = tuple(self._file.said) if self._file else ()
+        self.said = tuple(file.said) if file else ()
         """What the reader of the file noticed."""
 
     def _add(self, row: Mapping[str, Any], series: dict[str, _Series]) -> None:
         """Take the numbers of a row, of each metric under its most preferred name."""
-        step, part = self._step_of(row), self._file.part if self._file else 0
+        place, keys = self.rows, tuple(row)
+        self._steps.append(self._step_of(row))
+        plan = self._plans.get(keys)
+        if plan is None:
+            plan = self._plan(keys)
+        for name, what, rank in plan:
+            value = row[name]
+            number = float(value) if value.__class__ is bytes else _number(value)
+            if number is None:
+                continue
+            one = series.get(what)
+            if one is None or rank < one.rank:
+                one = series[what] = _Series(name, rank)
+            elif rank > one.rank:
+                continue
+            one.values.append(number)
+            one.places.append(place)
+        if _may_be_broken(row):
+            for name, value in row.items():
+                if is_broken(value):
+                    self.broken[str(name)] = self.broken.get(str(name), 0) + 1
+                    if len(self.broken) > _MOST_BROKEN:
+                        raise ValueError(f"more than {_MOST_BROKEN:,} different metrics of the log are NaN or infinite")
+
+    def _plan(self, keys: tuple[str, ...]) -> list[tuple[str, str, int]]:
+        """The names in a row that rules look at, with their meaning and rank. Most rows have the same names as another."""
+        if len(self._plans) == _MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[keys] = [(name, *_RANKS[name]) for name in keys if name in _RANKS]
         if len(self.columns) < _MOST_NAMES:
-            self.columns.update(row)
-        for name, value in row.items():
-            # A text of a number can only be infinite by its exponent, or by hundreds of digits.
-            finite = value.__class__ is bytes and not (b"e" in value or b"E" in value or len(value) > 300)
-            if name in _RANKS:
-                what, rank = _RANKS[name]
-                number = float(value) if finite else _number(value)
-                if number is not None and (what not in series or rank <= series[what].rank):
-                    if what not in series or rank < series[what].rank:
-                        series[what] = _Series(name, rank)
-                    series[what].add(number, step, part)
-            if not finite and is_broken(value):
-                self.broken[str(name)] = self.broken.get(str(name), 0) + 1
-                if len(self.broken) > _MOST_BROKEN:
-                    raise ValueError(f"more than {_MOST_BROKEN:,} different metrics of the log are NaN or infinite")
+            self.columns.update(keys)
+        return plan
 
     def _step_of(self, row: Mapping[str, Any]) -> float:
         """The step of a row; that of the row before it where it has none."""
+        last = self._steps[-1] if self._steps else -math.inf
         for name in STEPS:
             if name in row:
                 value = row[name]
                 number = float(value) if value.__class__ is bytes else _number(value)
                 if number is not None and math.isfinite(number):
-                    if number < self._step and len(self.back) < _SHOWN:
-                        self.back.append((number, self._step))
-                    self._step = number
-                    break
-        return self._step
+                    if number < last and len(self.back) < _SHOWN:
+                        self.back.append((number, last))
+                    return number
+        return last
+
+    def _in_order(self, series: _Series) -> "array[float]":
+        """The values of a series by step, without those that later ones replace."""
+        if not self.back and len(self._files) == 1:
+            return series.values
+        steps = array("d", (self._steps[place] for place in series.places))
+        firsts = {bisect_left(series.places, first) for first in self._files}
+        part = array("i", [0])
+        for i in range(1, len(steps)):
+            part.append(part[-1] + (steps[i] < steps[i - 1] or i in firsts))
+        if all(steps[i] > steps[i - 1] for i in range(1, len(steps)) if part[i] > part[i - 1]):
+            return series.values
+        self.reordered = True
+        kept: list[int] = []
+        order = sorted(range(len(steps)), key=steps.__getitem__)  # stable: of a step, the latest part last
+        for i in reversed(order):
+            if not kept or steps[kept[-1]] != steps[i] or part[kept[-1]] == part[i]:
+                kept.append(i)
+        self.replaced = max(self.replaced, len(steps) - len(kept))
+        return array("d", (series.values[i] for i in reversed(kept)))
 
     def series(self, what: str) -> tuple[str, Sequence[float]]:
         """The name of a metric in the log, and its finite values.
@@ -567,6 +580,15 @@ def is_broken(value: Any) -> bool:
     """
     number = _number(value)
     return number is not None and not math.isfinite(number)
+
+
+def _may_be_broken(row: Mapping[str, Any]) -> bool:
+    """Whether a value of a row may be NaN or infinite; in JSON's texts of numbers, only by an exponent or by many digits."""
+    try:
+        text = b" ".join(row.values())
+    except TypeError:
+        return True
+    return bool(text) and (_LARGE.search(text) is not None or len(max(row.values(), key=len)) > _LONG)
 
 
 def _number(value: Any) -> float | None:
