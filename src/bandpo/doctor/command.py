@@ -75,9 +75,12 @@ def _doctor(options: argparse.Namespace) -> int:
             objectives += [] if setup.objective is None else [setup.objective]
             sections.append((f"{path} ({setup.host})", examine_setup(setup)))
         else:
-            from bandpo.doctor.batch import examine_batch, load_batch
+            from bandpo.doctor.batch import NAMES, examine_batch, load_batch
+            from bandpo.doctor.batch_files import columns_of
 
-            sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
+            found = examine_batch(load_batch(path), objectives=objectives, target=options.target)
+            looked_at = {name for spellings in NAMES.values() for name in spellings}
+            sections.append((str(path), [*found, columns_of(path, looked_at)]))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:
@@ -152,9 +155,10 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
             found += [p for p in inside if p.stat().st_size]
         elif not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
-        elif path.suffix not in (*_CONFIGS, *_BATCHES) and not is_log(path):
+        elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl") and not is_log(path):
             raise ValueError(
                 f"{path}: use {', '.join(_CONFIGS)} (configuration), {KINDS} (log) or {', '.join(_BATCHES)} (batch)"
+                + ("; a pickle runs code when it is read, and is not" if path.suffix in (".pkl", ".pickle") else "")
             )
         else:
             found.append(path)

@@ -20,7 +20,7 @@ from bandpo.integrations.names import TENSORS
 KINDS = ".jsonl, .json, .csv, .parquet, .log, .out, trackio's .db, TensorBoard's events.out.tfevents.*"
 """The files that are read as logs, for messages."""
 _MAX_LOG_BYTES = 1 << 33
-_HEAD = 1 << 18  # bytes by which two kinds of file with the same ending are told apart
+_HEAD = 1 << 22  # bytes by which two kinds of file with the same ending are told apart
 _MOST_ENTRIES = 10_000  # of a folder
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 _OF_A_BATCH = re.compile(

@@ -143,17 +143,40 @@ OWN_PREFIX: Mapping[str, str] = {
 
 TENSORS: Mapping[str, Mapping[str, str]] = {
     "logprobs": {"TRL": "per_token_logps", "verl": "log_prob", "OpenRLHF": "log_probs", "prime-rl": "trainer_logprobs"},
-    "old_logprobs": {"TRL": "old_per_token_logps", "verl": "old_log_prob", "OpenRLHF": "old_log_probs"},
+    "old_logprobs": {
+        "TRL": "old_per_token_logps",
+        "verl": "old_log_prob",
+        "OpenRLHF": "old_log_probs",
+        "verl's DataProto": "old_log_probs",
+        "OpenRLHF's Experience": "action_log_probs",
+        "SkyRL": "action_log_probs",
+    },
     "rollout_logprobs": {
         "TRL": "sampling_per_token_logps",
         "verl": "rollout_log_probs",
+        "OpenRLHF": "rollout_log_probs",
         "prime-rl": "inference_logprobs",
     },
-    "ref_logprobs": {"TRL": "ref_per_token_logps", "verl": "ref_log_prob"},
+    "ref_logprobs": {
+        "TRL": "ref_per_token_logps",
+        "verl": "ref_log_prob",
+        "OpenRLHF's Experience": "base_action_log_probs",
+        "SkyRL": "base_action_log_probs",
+    },
     "advantages": {},
-    "mask": {"TRL": "completion_mask", "verl": "response_mask", "prime-rl": "loss_mask", "OpenRLHF": "action_mask"},
+    "mask": {
+        "TRL": "completion_mask",
+        "verl": "response_mask",
+        "prime-rl": "loss_mask",
+        "SkyRL": "loss_mask",
+        "OpenRLHF": "action_mask",
+    },
 }
-"""Our name of a tensor, and each host's name for it, where the host has another one."""
+"""Our name of a tensor, and each host's name for it, where the host has another one.
+
+`verl's DataProto` and `OpenRLHF's Experience` are what these hosts pass to an update; their losses have names of their own.
+slime is not among them: its `log_probs` are those of the old policy, OpenRLHF's those of the policy in training.
+"""
 
 
 def metrics_of(host: str) -> dict[str, str]:
