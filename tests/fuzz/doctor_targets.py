@@ -28,7 +28,8 @@ from bandpo._system.bounded import MAX_DEPTH, parse_yaml
 from bandpo._system.errors import printable
 from bandpo.doctor import examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
-from bandpo.doctor.command import read_config, read_log
+from bandpo.doctor.command import read_config
+from bandpo.doctor.logs import read_log
 from bandpo.doctor.setup import Setup
 from bandpo.doctor.shell import read_script
 from bandpo.doctor.verl import read_verl

@@ -10,7 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the command.
     """
     parser.description = (
-        "Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a log (metrics.jsonl), "
+        "Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a log (metrics.jsonl, "
+        "trainer_state.json, verl's console, TensorBoard, trackio, a table of W&B), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
         "The exit status is 1 if there is a problem (!!), else 0."
     )
@@ -28,4 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="vocabulary size of the model, for the memory of its logits (default: from the model's folder)",
     )
+    add("--run", default="", metavar="NAME", help="run to read, from a log with several (W&B's CSV, trackio)")
+    add("--one-run", action="store_true", help="the logs are parts of one run, in this order, and are read as one")
     add("--json", action="store_true", help="print JSON")

@@ -57,6 +57,8 @@ def load_batch(path: Path) -> dict[str, Tensor | Stored]:
 def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> dict[str, Tensor | Stored]:
     """The batch with old log-probs, and advantages with as many dimensions as the log-probs.
 
+    A batch that was saved before the first step on it has no log-probs of the policy in training.
+
     Args:
         batch: Tensors by our names, `(batch, time)` or `(tokens,)`; advantages may have one value for each sequence.
         where: Name of the batch, for error messages.
@@ -65,6 +67,9 @@ def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> d
         ValueError: If a tensor is missing or has another shape or dtype.
     """
     batch = dict(batch)
+    before_training = "logprobs" not in batch and "old_logprobs" in batch
+    if before_training:
+        batch["logprobs"] = batch["old_logprobs"]
     for name in ("logprobs", "advantages"):
         if name not in batch:
             raise ValueError(f"{where} lacks {name} (or {', '.join(NAMES[name][1:]) or 'another name for it'})")
@@ -88,7 +93,7 @@ def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> d
         broadcasts = name == "advantages" and value.ndim == len(shape) and value.shape == (*shape[:-1], 1)
         if value.shape != shape and not broadcasts:
             raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}, logprobs {tuple(shape)}")
-    return batch
+    return {name: value for name, value in batch.items() if name != "logprobs"} if before_training else batch
 
 
 def _check_kind(name: str, value: Tensor | Stored, where: str) -> None:
@@ -130,6 +135,9 @@ def examine_batch(
     """
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
+    if "logprobs" not in batch and "old_logprobs" in batch:
+        found = examine_batch({**batch, "logprobs": batch["old_logprobs"]}, objectives=objectives, target=target)
+        return [_before_training(), *(f for f in found if f.rule not in _OF_A_MOVE)]
     tensors = check_batch(batch)
     counted = _Counts(tensors, objectives, target)
     for part in _parts(tensors):
@@ -153,6 +161,20 @@ def examine_batch(
     if counted.sampler_differs:
         found.append(_sampler(counted))
     return found
+
+
+_OF_A_MOVE = ("ratios", "clip fraction", "clipping", "radius", "gradient")
+"""The rules that need the log-probs of the policy in training."""
+
+
+def _before_training() -> Finding:
+    return Finding(
+        "ratios",
+        "note",
+        "not known: the batch has no log-probs of the policy in training, so no token can be outside of a region",
+        "it was saved before the first step on it, as the rollouts of TRL and the DataProto of verl are",
+        "save the log-probs of a late step on the rollout beside it, as logprobs",
+    )
 
 
 class _Counts:
