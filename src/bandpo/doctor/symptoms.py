@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bandpo._system.jsonl import as_number
+from bandpo.doctor import trends
 from bandpo.doctor.findings import Finding
 from bandpo.integrations.names import METRICS, OWN_PREFIX, TRL_NAMES, VERL_NAMES, averaged_name
 
@@ -45,6 +46,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "cut off": _hosts("length/cut_off"),
     "unscored": ("reward/unscored",),
     "gradient": _hosts("grad_norm"),
+    "clip low": _own("clip_fraction/low"),
+    "clip high": _own("clip_fraction/high"),
+    "effective size": _own("correction/effective_sample_size"),
+    "age": ("async/staleness_mean", "off_policy_level/all/mean", "batch/off_policy_level/mean", "staleness/mean"),
     "loss": (TRL_NAMES["loss"], VERL_NAMES["loss/policy"]),
 }
 """What the rules look at, and the names of it in logs; the first name that a log has is used."""
@@ -419,6 +424,9 @@ RULES: tuple[Callable[[Log], Finding | None], ...] = (
     unscored,
     still,
     reward,
+    trends.entropy_cause,
+    trends.effective_size,
+    trends.age,
 )
 
 
