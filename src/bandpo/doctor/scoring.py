@@ -62,7 +62,7 @@ def score(
     tokens = as_mask(attention_mask)
     words = int(model.get_input_embeddings().weight.shape[0])
     used = input_ids[tokens]
-    if len(used) and not (0 <= int(used.min()) and int(used.max()) < words):
+    if len(used) and not (int(used.min()) >= 0 and int(used.max()) < words):
         raise ValueError(
             f"token ids must be from 0 to {words - 1}, got {int(used.min())} to {int(used.max())}: another model's?"
         )

@@ -629,11 +629,7 @@ class _Shell:
                 first = replace(source.parts[0], text=source.parts[0].text[head.end() :])
                 rest = Source((first, *source.parts[1:]), source.line)
                 braces = syntax.may_be_braces(source)
-                value = (
-                    _word_of([("".join(p.text for p in rest.parts), False)], 0)
-                    if braces
-                    else self._joined(rest, assigned=True)
-                )
+                value = _word_of([("".join(p.text for p in rest.parts), False)], 0) if braces else self._joined(rest, assigned=True)
                 found.append(_glued([_as_word(head[0]), value], line=source.line))
             else:
                 found += self.expand(source)
