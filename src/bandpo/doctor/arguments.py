@@ -1,6 +1,7 @@
 """Options of `bandpo doctor`."""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocabulary",
         type=int,
         help="vocabulary size of the model, for the memory of its logits (default: from the model's folder)",
+    )
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="local folder of a model (config.json, .safetensors), which scores the tokens of a batch again: the noise of its "
+        "log-probs, and what truncated sampling removes",
     )
     add("--json", action="store_true", help="print JSON")

@@ -39,7 +39,8 @@ RADII = (KL, TV, CHI2)
 """The divergences for which a radius is computed."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MASKS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_PAYERS = ("grpo", "bandpo-kl")  # whose gradient is measured where the run's own objective is not known
+PAYERS = ("grpo", "bandpo-kl")
+"""The objectives that are measured where the run's own is not known."""
 _PART = PART
 
 
@@ -198,7 +199,7 @@ class _Measures:
     """The measures that look at a batch part by part, in the order of their findings."""
 
     def __init__(self, tensors: Mapping[str, Tensor | Stored], objectives: Sequence[Objective]) -> None:
-        chosen = list(objectives) or [OBJECTIVES[name] for name in _PAYERS]
+        chosen = list(objectives) or [OBJECTIVES[name] for name in PAYERS]
         tokens = tensors["logprobs"].numel()
         self._again = Noise(chosen)
         self._payers = Payers(chosen, tokens, _PART)

@@ -16,7 +16,7 @@ RULES = (
         knobs={
             "TRL": "log-probs in float32 (cast_lm_head_to_fp32=True), a larger radius or epsilon",
             "bandpo train": "bf16: false, or a larger radius",
-            "verl": "actor_rollout_ref.actor.fsdp_config.mixed_precision with fp32 buffers, a larger radius",
+            "verl": "actor_rollout_ref.actor.fsdp_config.dtype=float16 and rollout.dtype=float16, or a larger radius",
         },
     ),
     Rule(

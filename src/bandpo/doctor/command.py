@@ -63,6 +63,7 @@ def _doctor(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     sections: list[tuple[str, list[Finding]]] = []
     objectives: list[Objective] = []
+    setup: Setup | None = None
     for path in _expand(paths):
         if path.suffix in _CONFIGS:
             from bandpo.doctor.rules import examine_setup
@@ -73,9 +74,17 @@ def _doctor(options: argparse.Namespace) -> int:
         elif path.suffix == ".jsonl":
             sections.append((str(path), examine_log(read_log(path))))
         else:
-            from bandpo.doctor.batch import examine_batch, load_batch
+            from bandpo.doctor.scoring import examine_saved
 
-            sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
+            found = examine_saved(
+                path,
+                objectives=objectives,
+                target=options.target,
+                vocabulary=options.vocabulary,
+                setup=setup,
+                model=options.model,
+            )
+            sections.append((str(path), found))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:

@@ -104,6 +104,15 @@ class Noise:
                 found[at] = width / noise if noise > 0 else math.inf
         return found
 
+    def narrowest(self) -> list[tuple[float, str, float]]:
+        """For each region its least width as a multiple of the noise, its name, and p there; only where that is finite."""
+        found: list[tuple[float, str, float]] = []
+        for objective in self.regions:
+            width, at = min(((w, at) for at, w in self.widths(objective).items()), default=(math.inf, ""))
+            if math.isfinite(width):
+                found.append((width, objective.name, math.exp(self._mean_logp(PROB_BINS.index(at)))))
+        return found
+
     def numbers(self) -> dict[str, float]:
         """What was measured, by name: quantiles in nats, widths as multiples of the noise."""
         found: dict[str, float] = {"tokens": self.tokens}
@@ -141,12 +150,9 @@ class Noise:
         seen += f"{self.total.largest:.2g} at most"
         error = max(q.error for q in (self.total, *self._bins))
         seen += f" (quantiles to {error:.1%})" if error else ""
-        tightest = {o.name: min((w, at, i) for i, (at, w) in enumerate(self.widths(o).items())) for o in self.regions}
-        for name, (width, at, _) in tightest.items():
-            if math.isfinite(width):
-                p = math.exp(self._mean_logp(PROB_BINS.index(at)))
-                seen += f"; {name} at p = {p:.2g} is {_times(width)} the noise"
-        least = min((width for width, *_ in tightest.values()), default=math.inf)
+        narrowest = self.narrowest()
+        seen += "".join(f"; half of {name} at p = {p:.2g} is {_times(width)} that" for width, name, p in narrowest)
+        least = min(narrowest)[0] if narrowest else math.inf
         level = "problem" if least < 1 else "warning" if least < NARROW else "ok"
         if level == "ok":
             return Finding("noise", "ok", seen, details=tuple(self.table()), numbers=self.numbers())

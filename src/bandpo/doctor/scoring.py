@@ -15,12 +15,15 @@ from torch import Tensor
 
 from bandpo._inputs import as_mask
 from bandpo._system.bounded import parse_json, read_regular
+from bandpo.doctor.batch import PAYERS, examine_batch, load_batch
 from bandpo.doctor.batch_files import Stored
 from bandpo.doctor.columns import flat
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.noise import NARROW, Noise
+from bandpo.doctor.setup import Setup
 from bandpo.doctor.truncation import KeptMass, Truncation
 from bandpo.objective import Objective
+from bandpo.zoo import OBJECTIVES
 
 Padding = Literal["right", "left"]
 
@@ -218,30 +221,71 @@ def examine_model(
 
 def _summary(found: Mapping[str, Noise], sequences: int) -> Finding:
     """One finding for all comparisons; the level is that of the comparisons within one dtype, of which training makes two."""
-    rows = [f"{'':<38} {'median':>8} {'.99':>8} {'most':>8}  narrowest region over the noise"]
+    rows = [f"{'':<38} {'median':>8} {'.99':>8} {'most':>8}  half of each region where it is narrowest"]
     numbers: dict[str, float] = {}
-    worst: tuple[float, str] = (math.inf, "")
+    worst: tuple[float, str, float, str] | None = None
+    shown = ""
     for what, noise in found.items():
         if not noise.tokens:
             continue
-        widths = {o.name: min(noise.widths(o).values()) for o in noise.regions}
-        least = ", ".join(f"{name} {w:.3g}x" for name, w in widths.items() if math.isfinite(w)) or "-"
+        narrowest = noise.narrowest()
+        multiples = ", ".join(f"{name} {width:.3g}x" for width, name, _ in narrowest) or "-"
         total = noise.total
-        rows.append(f"{what:<38} {total.at(0.5):>8.2g} {total.at(0.99):>8.2g} {total.largest:>8.2g}  {least}")
+        rows.append(f"{what:<38} {total.at(0.5):>8.2g} {total.at(0.99):>8.2g} {total.largest:>8.2g}  {multiples}")
         numbers |= {f"{what}/{name}": value for name, value in noise.numbers().items()}
-        if " against " not in what:
-            worst = min(worst, (min(widths.values(), default=math.inf), what))
+        shown = shown or what
+        if narrowest and " against " not in what:
+            worst = min((*min(narrowest), what), worst or (math.inf, "", 1.0, ""))
     if not numbers:
         return Finding("noise", "note", "not known: no token of the batch has a context")
-    shown = found[worst[1]] if worst[1] else next(n for n in found.values() if n.tokens)
-    rows += ["", f"{worst[1] or 'first comparison'}:", *shown.table()]
+    shown = worst[3] if worst else shown
+    rows += [f"{shown}:", *found[shown].table()]
     seen = f"{sequences} sequences scored again by the model"
-    if math.isfinite(worst[0]):
-        seen += f": half the narrowest region is {worst[0]:.3g} times the noise ({worst[1]})"
-    if worst[0] < NARROW:
-        single = shown.finding(worst[1])
+    if worst:
+        seen += f": half of {worst[1]} at p = {worst[2]:.2g} is {worst[0]:.3g} times the noise ({shown})"
+    single = found[shown].finding(shown)
+    if worst and worst[0] < NARROW:
         return Finding("noise", single.level, seen, single.cause, single.knob, tuple(rows), numbers)
     return Finding("noise", "ok", seen, details=tuple(rows), numbers=numbers)
+
+
+def examine_saved(
+    path: Path,
+    *,
+    objectives: Sequence[Objective] = (),
+    target: float = 0.01,
+    vocabulary: int | None = None,
+    setup: Setup | None = None,
+    model: Path | None = None,
+) -> list[Finding]:
+    """The findings about a saved batch, and about a model on its tokens.
+
+    Args:
+        path: The file.
+        objectives: The run's own objectives.
+        target: Share of tokens that the recommended radius clips.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+        setup: Settings of the run, of which those of the sampler are used.
+        model: Folder of the model that scores the tokens; None for none.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    truncation = temperature = None
+    if setup is not None and None not in (setup.top_p, setup.top_k, setup.min_p):
+        truncation = Truncation(setup.top_p or 1.0, max(0, setup.top_k or 0), setup.min_p or 0.0)
+        temperature = setup.temperature
+    batch = load_batch(path)
+    found = examine_batch(batch, objectives=objectives, target=target, vocabulary=vocabulary, truncation=truncation)
+    if model is not None:
+        found += examine_model(
+            load_model(model),
+            batch,
+            objectives=list(objectives) or [OBJECTIVES[name] for name in PAYERS],
+            truncation=truncation,
+            temperature=temperature if temperature and temperature > 0 else 1.0,
+        )
+    return found
 
 
 def _tokens_of(tensors: Mapping[str, Tensor | Stored]) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -305,6 +349,6 @@ def load_model(folder: Path) -> Any:
             dtype=torch.float32,
             attn_implementation="sdpa",
         )
-    except (OSError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # what transformers and safetensors raise has no common class
         message = " ".join(str(error).split())[:200]
         raise ValueError(f"--model {folder} cannot be loaded: {message}") from None

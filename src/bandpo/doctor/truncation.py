@@ -189,6 +189,7 @@ class KeptMass:
         numbers: dict[str, float] = {"tokens": self.tokens}
         for i, cut in enumerate(self.settings):
             kept, (bias, spread) = self._kept[i], self._bias[i]
+            numbers[f"{cut}/not_known"] = self._open[i]
             if not kept.count:
                 rows.append(f"{cut!s:<20} not known: the stored tokens do not reach so far")
                 continue
@@ -200,7 +201,7 @@ class KeptMass:
             )
             numbers |= {f"{cut}/kept": kept.mean, f"{cut}/bias": bias.mean, f"{cut}/sampled_cut": share}
             numbers |= {f"{cut}/bias/q{q}": spread.at(q) for q in (0.5, 0.9, 0.99)}
-            numbers |= {f"{cut}/bias/max": spread.largest, f"{cut}/not_known": self._open[i]}
+            numbers[f"{cut}/bias/max"] = spread.largest
         if self.broken:
             rows.append(f"{self.broken} tokens are left out: their numbers are NaN, or no log-probs")
         if all(not m.count for m in self._kept):
