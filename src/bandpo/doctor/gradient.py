@@ -11,10 +11,13 @@ from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import rounded
 from bandpo.metrics import PROB_BINS, PROB_EDGES
 from bandpo.objective import Objective
+from bandpo.surrogates import MAX_LOG_RATIO
+from bandpo.terms import TokenObjective
 from bandpo.zoo import OBJECTIVES
 
 MUCH = 0.5
 """Share of the gradient of one half that a region takes away, above which it is told as tight."""
+_EDGES = torch.tensor(PROB_EDGES, dtype=torch.float64)
 _RARE = 4  # bins of tokens that count as rare: p < 0.1
 
 
@@ -40,7 +43,7 @@ class Payers:
                 self._left_out[objective.name] = reason
             else:
                 self._objectives.append(objective)
-        self._free = [_without_region(objective) for objective in self._objectives]
+        self._unbounded = [_without_region(objective) for objective in self._objectives]
         shape = (len(self._objectives), 2, 2, len(PROB_BINS))  # of an objective: kept or taken; A > 0 or < 0; bin of p
         self._mass = torch.zeros(shape, dtype=torch.float64)
         self._by_token = False
@@ -52,6 +55,7 @@ class Payers:
             part: The part.
         """
         self._by_token |= not part.by_sequence
+        cells: dict[str, Tensor] = {}
         for i, objective in enumerate(self._objectives):
             if needs_sampler(objective) and not part.has("rollout_logprobs"):
                 self._left_out[objective.name] = "it needs the sampler's log-probs"
@@ -59,16 +63,30 @@ class Payers:
             if not part.by_sequence and objective.ratio_level != "token":
                 self._left_out[objective.name] = "it needs whole sequences"
                 continue
-            kept, terms_mask, anchor, advantages = gradient_mass(part, objective)
-            free = gradient_mass(part, self._free[i])[0]
-            taken = (free - kept).clamp_min(0.0)
-            edges = torch.tensor(PROB_EDGES, dtype=torch.float64)
-            bins = torch.bucketize(anchor.double().exp(), edges, right=True)
-            cells = bins + len(PROB_BINS) * (advantages < 0)
+            terms, new = part.terms(objective)
+            if objective.anchor not in cells:
+                bins = torch.bucketize(terms.anchor_logprobs.exp(), _EDGES.to(terms.anchor_logprobs), right=True)
+                cells[objective.anchor] = (bins + len(PROB_BINS) * (terms.advantages < 0)).flatten()
+            weights = _weights(terms, part)
+            (slope,) = torch.autograd.grad(terms.value.sum(), new, retain_graph=True)
+            kept = slope.abs() * weights
+            taken = (self._free(i, part) * weights - kept).clamp_min(0.0)
             for side, mass in enumerate((kept, taken)):
-                flat = torch.zeros(2 * len(PROB_BINS), dtype=torch.float64)
-                flat.index_add_(0, cells[terms_mask].cpu(), mass[terms_mask].double().cpu())
-                self._mass[i, side] += flat.view(2, -1)
+                self._mass[i, side] += (
+                    cells[objective.anchor].bincount(mass.flatten().double(), 2 * len(PROB_BINS)).view(2, -1).cpu()
+                )
+
+    def _free(self, i: int, part: Part) -> Tensor:
+        """The gradient of r·A at the level of an objective, without the weight of its aggregation."""
+        objective = self._objectives[i]
+        if objective.ratio_level == "token" and objective.correction is None:
+            terms, _ = part.terms(objective)
+            x = terms.log_ratio.detach()
+            # Beyond the limit of the log-ratio there is no gradient.
+            return terms.advantages.abs() * torch.where(x.abs() < MAX_LOG_RATIO, x.exp(), 0.0)
+        terms, new = part.terms(self._unbounded[i])
+        (slope,) = torch.autograd.grad(terms.value.sum(), new, retain_graph=True)
+        return slope.abs()
 
     def findings(self) -> list[Finding]:
         """The finding, if an objective could be evaluated and some token has a gradient."""
@@ -112,22 +130,13 @@ class Payers:
         return [Finding("gradient", "ok", seen, details=tuple(rows), numbers=numbers)]
 
 
-def gradient_mass(part: Part, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`|dJ/dlog π|` of each token up to one factor for the batch, and the tokens, anchor log-probs and advantages it is of.
-
-    Args:
-        part: The tokens.
-        objective: An objective without extras.
-    """
-    terms, new = part.terms(objective)
-    (slope,) = torch.autograd.grad(terms.value.sum(), new, retain_graph=True)
-    mass = slope.abs()
+def _weights(terms: TokenObjective, part: Part) -> Tensor:
+    """The weight of a token in the loss, up to one factor for the batch; 0 where its advantage is 0 or it counts nowhere."""
     counted = terms.mask if terms.counted is None else terms.mask & terms.counted
-    if objective.aggregation == "seq-mean-token-mean" and part.by_sequence:
-        mass = mass / counted.sum(-1, keepdim=True).clamp_min(1)
-    mass = mass * counted
-    used = terms.mask & ~terms.nonfinite & (terms.advantages != 0)
-    return mass, used, terms.anchor_logprobs, terms.advantages.expand(used.shape)
+    weights = (counted & ~terms.nonfinite & (terms.advantages != 0)).to(terms.value.dtype)
+    if terms.objective.aggregation == "seq-mean-token-mean" and part.by_sequence:
+        weights = weights / counted.sum(-1, keepdim=True).clamp_min(1)
+    return weights
 
 
 def _without_region(objective: Objective) -> Objective:
