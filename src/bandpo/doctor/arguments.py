@@ -1,6 +1,7 @@
 """Options of `bandpo doctor`."""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,4 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--run", default="", metavar="NAME", help="run to read, from a log with several (W&B's CSV, trackio)")
     add("--one-run", action="store_true", help="the logs are parts of one run, in this order, and are read as one")
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="local folder of a model (config.json, .safetensors), which scores the tokens of a batch again: the noise of its "
+        "log-probs, and what truncated sampling removes",
+    )
     add("--json", action="store_true", help="print JSON")

@@ -61,6 +61,7 @@ def _doctor(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     sections: list[tuple[str, list[Finding]]] = []
     objectives: list[Objective] = []
+    setup: Setup | None = None
     expanded = _expand(paths)
     logs = [path for path in expanded if is_log(path)]
     if options.one_run and len(logs) > 1:
@@ -76,12 +77,19 @@ def _doctor(options: argparse.Namespace) -> int:
             objectives += [] if setup.objective is None else [setup.objective]
             sections.append((f"{path} ({setup.host})", examine_setup(setup)))
         else:
-            from bandpo.doctor.batch import NAMES, examine_batch, load_batch
+            from bandpo.doctor.batch import column_names
             from bandpo.doctor.batch_files import columns_of
+            from bandpo.doctor.scoring import examine_saved
 
-            found = examine_batch(load_batch(path), objectives=objectives, target=options.target)
-            looked_at = {name for spellings in NAMES.values() for name in spellings}
-            sections.append((str(path), [*found, columns_of(path, looked_at)]))
+            found = examine_saved(
+                path,
+                objectives=objectives,
+                target=options.target,
+                vocabulary=options.vocabulary,
+                setup=setup,
+                model=options.model,
+            )
+            sections.append((str(path), [*found, columns_of(path, column_names())]))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:

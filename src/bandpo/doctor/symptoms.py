@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bandpo._system.jsonl import as_number
+from bandpo.doctor import trends
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.log_rows import LogRows, number_in
 from bandpo.integrations.names import STEPS, logged_names, own_names
@@ -36,6 +37,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "unscored": ("reward/unscored", "train/reward/unscored"),
     "gradient": _hosts("grad_norm"),
     "loss": _hosts("loss", "loss/policy"),
+    "clip low": own_names("clip_fraction/low"),
+    "clip high": own_names("clip_fraction/high"),
+    "effective size": own_names("correction/effective_sample_size"),
+    "age": ("async/staleness_mean", "off_policy_level/all/mean", "batch/off_policy_level/mean", "staleness/mean"),
 }
 """What the rules look at, and the names of it in logs; the first name that a log has is used."""
 
@@ -57,6 +62,10 @@ MEANINGS: Mapping[str, str] = {
     "unscored": "share of samples without a reward",
     "gradient": "norm of the gradient",
     "loss": "loss",
+    "clip low": "share of tokens clipped below",
+    "clip high": "share of tokens clipped above",
+    "effective size": "effective sample size",
+    "age": "age of the samples",
 }
 """What each series of `NAMES` means."""
 _RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
@@ -548,6 +557,9 @@ RULES: tuple[Callable[[Log], Finding | None], ...] = (
     reward,
     reading,
     columns,
+    trends.entropy_cause,
+    trends.effective_size,
+    trends.age,
 )
 
 
