@@ -110,7 +110,7 @@ def batch(n=4000, scale=0.3, seed=0):
 def test_expected_clip_fraction_is_what_the_loss_then_counts(name):
     b = batch()
     _, metrics = policy_loss(**b, objective=name)
-    row = next(r for r in named(examine_batch(b), "clip fraction").details if r.startswith(f"{name} "))
+    row = next(r for r in named(examine_batch(b), "clipping").details if r.startswith(f"{name} "))
     assert float(row.split()[-1]) == pytest.approx(metrics["clip_fraction/any"].item(), abs=5e-5)
 
 

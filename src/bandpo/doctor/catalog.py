@@ -1,4 +1,4 @@
-"""What the doctor knows about each of its rules: what is seen, why it matters, the healthy range and what to set in each host."""
+"""What the doctor knows about each of its rules: what is seen, why it matters, the healthy range, what to set in each host."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,5 +30,351 @@ class Rule:
     knobs: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-RULES: Mapping[str, Rule] = {rule.name: rule for rule in ()}
+_CONFIGURATION = (
+    Rule(
+        name="bypass",
+        reads=("configuration",),
+        sees="Whose loss runs: bandpo's, the host's own, or a patch (unsloth, an early Liger) in its place.",
+        why="A loss that is replaced without a word makes every other setting of the trust region void.",
+        healthy="The loss that the configuration names is the one that runs.",
+        source="by definition",
+        knobs={
+            "TRL": "BandGRPOTrainer and BandGRPOConfig with objective=...; no patch of GRPOTrainer, and TRL 1.16 or later "
+            "with use_liger_kernel",
+            "verl": "actor_rollout_ref.actor.policy_loss.loss_mode=bandpo",
+        },
+    ),
+    Rule(
+        name="refused",
+        reads=("configuration",),
+        sees="Settings for which bandpo's adapter would raise an error in the host's workers.",
+        why="The error would otherwise come after the models are loaded and the first rollout is made.",
+        healthy="None.",
+        source="by definition: the rule runs the adapter's own check",
+        knobs={"verl": "what the error says; the options of docs/verl.md"},
+    ),
+    Rule(
+        name="inert",
+        reads=("configuration",),
+        sees="How many optimiser steps each rollout is used for.",
+        why="At the first step on a rollout every ratio is 1, so a trust region can act only from the second step on. With one "
+        "step for each rollout all objectives that differ only in their region are the same.",
+        healthy="2 or more; or ratios that are taken against a sampler that differs from the trainer.",
+        source="by definition of the ratio (PPO, arXiv:1707.06347, eq. 7)",
+        knobs={
+            "TRL": "num_iterations=2 or more, or steps_per_generation a multiple of gradient_accumulation_steps",
+            "bandpo train": "steps_per_generation=4, for example; or num_iterations=2",
+            "verl": "data.train_batch_size a multiple of actor_rollout_ref.actor.ppo_mini_batch_size, or ppo_epochs=2",
+        },
+    ),
+    Rule(
+        name="anchor",
+        reads=("configuration",),
+        sees="The policy against which the ratio is taken, and whether the host provides it.",
+        why="An engine for sampling gives the same token another probability than the trainer. A ratio against recomputed "
+        "log-probs leaves that difference out, which makes the gradient biased.",
+        healthy="Ratios against the sampler (the rollout anchor), or a weight for the difference between it and the trainer.",
+        source="DPPO, arXiv:2602.04879, for the rollout anchor; IcePop, arXiv:2510.18855, for a correction",
+        knobs={
+            "TRL": "vllm_importance_sampling_correction=True, or an objective with the rollout anchor (dppo-kl)",
+            "verl": "algorithm.rollout_correction.rollout_is=token; or bypass_mode=True with the rollout anchor (dppo-kl)",
+        },
+    ),
+    Rule(
+        name="kl",
+        reads=("configuration",),
+        sees="The KL to the reference in the loss, and what its gradient descends.",
+        why="Some estimators have the right value and the wrong gradient: a plain k1 does not pull to the reference at all, "
+        "and the plain k3 descends the other direction of the KL.",
+        healthy="k1-ratio or k3-ratio: their expected gradient is that of KL(π ‖ π_ref), on older tokens too.",
+        source="derived in docs/kl.md and measured there on an exact policy",
+        knobs={
+            "TRL": "kl=k3-ratio; in a plain GRPOConfig use_bias_correction_kl=True with importance_sampling_level=token",
+            "bandpo train": "kl=k3-ratio",
+            "verl": "actor_rollout_ref.actor.kl_loss_type=low_var_kl+ (verl has no form that is right for older tokens)",
+        },
+    ),
+    Rule(
+        name="sampling",
+        reads=("configuration",),
+        sees="Temperature, top-p, top-k and min-p of sampling.",
+        why="A truncated sampler draws from another distribution than the one whose log-probs the loss uses. A token that is "
+        "cut is never sampled and can only lose probability, and the ratio is biased.",
+        healthy="temperature 1, top-p 1, top-k and min-p off; another temperature is correct where log-probs are taken at it.",
+        source="by definition of importance sampling",
+        knobs={
+            "TRL": "temperature=1.0, top_p=1.0, top_k=0, min_p unset",
+            "bandpo train": "temperature=1.0, top_p=1.0, top_k=0, min_p unset",
+            "verl": "actor_rollout_ref.rollout.temperature=1.0, top_p=1.0 and top_k=-1",
+        },
+    ),
+    Rule(
+        name="group",
+        reads=("configuration",),
+        sees="Completions of a prompt, where the advantages compare them.",
+        why="Of a group of one, the reward equals its mean: every advantage is 0.",
+        healthy="2 or more; 8 to 64 are common.",
+        source="by definition of group advantages (GRPO, arXiv:2402.03300)",
+        knobs={
+            "TRL": "num_generations=8, for example",
+            "bandpo train": "num_generations=8, for example",
+            "verl": "actor_rollout_ref.rollout.n=8, for example",
+        },
+    ),
+    Rule(
+        name="precision",
+        reads=("configuration",),
+        sees="Whether 16-bit weights can move at the learning rate, where the file has both.",
+        why="An update smaller than half the spacing of the numbers near a weight is rounded away. bfloat16 has 8 bits of "
+        "precision, so a weight of 0.02 does not move by less than 6e-5.",
+        healthy="Weights in float32; or a learning rate at which weights of 0.02 still move.",
+        source="spacing of floating-point numbers; 0.02 is the usual standard deviation of initial weights",
+        knobs={
+            "TRL": "dtype float32 with bf16=True, which computes in bfloat16 and keeps the weights in float32",
+            "bandpo train": "dtype float32",
+            "verl": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+        },
+    ),
+    Rule(
+        name="interval",
+        reads=("configuration",),
+        sees="The interval of the ratio at p from 1e-4 to 0.99, and the fixed clip that is equal to it there.",
+        why="A radius says little to who thinks in ε. The table shows how the region treats rare and common tokens.",
+        healthy="None: it is for information.",
+        source="computed from the region (docs/theory.md)",
+        knobs={
+            "TRL": "radius, max_ratio (or epsilon, epsilon_high)",
+            "bandpo train": "radius, max_ratio (or epsilon, epsilon_high)",
+            "verl": "+actor_rollout_ref.actor.policy_loss.radius, max_ratio (or actor.clip_ratio_low, clip_ratio_high)",
+        },
+    ),
+    Rule(
+        name="cap",
+        reads=("configuration", "log"),
+        sees="Where the cap max_ratio, and not the radius, sets the upper edge: below which p (configuration), and for what "
+        "share of the tokens (log).",
+        why="Where the cap decides, the radius has no effect on the upper edge, and changing it changes nothing.",
+        healthy="Less than half of the tokens in a log.",
+        source="our judgement; the cap of 10 is that of BandPO's runs, arXiv:2603.04918",
+        knobs={
+            "TRL": "max_ratio=inf for no cap, or a larger one",
+            "bandpo train": "max_ratio=inf for no cap, or a larger one",
+            "verl": "+actor_rollout_ref.actor.policy_loss.max_ratio",
+        },
+    ),
+    Rule(
+        name="memory",
+        reads=("configuration",),
+        sees="The logits of a micro-batch, and what a fused head or token_logprobs saves.",
+        why="The logits of long completions and large vocabularies need more memory than the model.",
+        healthy="Below 1 GiB, or a fused head.",
+        source="our judgement; the multiples are measured (docs/performance.md)",
+        knobs={
+            "TRL": "use_liger_kernel=True, or a smaller per_device_train_batch_size",
+            "verl": "actor_rollout_ref.model.use_fused_kernels=True, or a smaller ppo_max_token_len_per_gpu",
+            "your own loop": "bandpo.token_logprobs",
+        },
+    ),
+    Rule(
+        name="assumed",
+        reads=("configuration",),
+        sees="Settings that the file does not have, with the host's defaults.",
+        why="The other findings rest on them; a launch script may still change them.",
+        healthy="None: it is for information.",
+        source="the host's own configuration, which a test compares",
+    ),
+    Rule(
+        name="unread",
+        reads=("configuration",),
+        sees="What in the configuration could not be read.",
+        why="The doctor runs, imports and downloads nothing, so some values are not known. Rules that need them say so.",
+        healthy="None: it is for information.",
+        source="by definition",
+    ),
+)
+
+_LOG = (
+    Rule(
+        name="nonfinite",
+        reads=("log", "batch"),
+        sees="NaN or infinity among log-probs or advantages, or as the value of a metric.",
+        why="One NaN in the loss makes all weights NaN at the next step, from which a run does not recover.",
+        healthy="None among log-probs, advantages and the metrics of the update.",
+        source="by definition",
+        knobs={
+            "TRL": "float32 log-probs (dtype float32), a smaller learning_rate, an earlier checkpoint",
+            "bandpo train": "dtype float32, a smaller learning_rate, an earlier checkpoint",
+            "verl": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32, a smaller actor.optim.lr, an earlier checkpoint",
+        },
+    ),
+    Rule(
+        name="signal",
+        reads=("log", "batch"),
+        sees="Whether any group ever had rewards that differ.",
+        why="Where all completions of each prompt have the same reward, every advantage is 0, no weight moves and every ratio "
+        "stays 1.",
+        healthy="Some advantage differs from 0.",
+        source="by definition of group advantages (GRPO, arXiv:2402.03300)",
+        knobs={
+            "TRL": "the reward function; prompts of medium difficulty; num_generations",
+            "bandpo train": "the reward function; prompts of medium difficulty; num_generations",
+            "verl": "the reward function; prompts of medium difficulty; actor_rollout_ref.rollout.n",
+        },
+    ),
+    Rule(
+        name="clipping",
+        reads=("log", "batch"),
+        sees="The share of the tokens whose gradient the region takes away (log), or that would be outside of each of several "
+        "regions (batch).",
+        why="A share of 0 throughout means that the region never acts; a large one, that much of the rollout teaches nothing.",
+        healthy="Above 0 in some row, and at most 0.2 on average.",
+        source="our judgement",
+        knobs={
+            "TRL": "0 throughout: num_iterations=2 or more; too many: a larger radius (epsilon), a smaller learning_rate",
+            "bandpo train": "0 throughout: steps_per_generation=4; too many: a larger radius, a smaller learning_rate",
+            "verl": "0 throughout: actor.ppo_epochs=2; too many: a larger radius (clip_ratio_high), a smaller optim.lr",
+        },
+    ),
+    Rule(
+        name="entropy",
+        reads=("log",),
+        sees="The entropy of the policy at the start and at the end.",
+        why="After a collapse, rare tokens that led to rewards can no longer be sampled, and pass@k stays where it is. An "
+        "explosion is a policy that forgets how to write. An upper edge holds rare tokens down; a lower edge holds them up.",
+        healthy="Between a fifth and twice its start, or above 0.05 nats.",
+        source="the range is our judgement; the advice: DAPO, arXiv:2503.14476, for Clip-Higher; arXiv:2509.26114, for the "
+        "lower side; docs/evidence.md, where a whole band did not keep the entropy higher",
+        knobs={
+            "TRL": "collapse: objective=bandpo-kl-upper, or epsilon_high=0.28, or a smaller epsilon (the lower side); "
+            "explosion: a smaller epsilon_high or radius, a smaller learning_rate, top_p=1.0",
+            "bandpo train": "collapse: objective=bandpo-kl-upper or dapo; explosion: a smaller radius or learning_rate",
+            "verl": "collapse: policy_loss.loss_mode=bandpo:bandpo-kl-upper, or actor.clip_ratio_high=0.28, or a smaller "
+            "clip_ratio_low; explosion: a smaller clip_ratio_high or optim.lr, rollout.top_p=1.0",
+        },
+    ),
+    Rule(
+        name="overshoot",
+        reads=("log",),
+        sees="How far outside of its region the furthest token of a step is, in radii.",
+        why="A clip stops the gradient of a token outside, and does not bring it back. A step that is large enough moves "
+        "tokens far outside.",
+        healthy="At most 10 on average.",
+        source="our judgement",
+        knobs={
+            "TRL": "a smaller learning_rate or max_grad_norm, more samples in a step; a surrogate that pulls back (spo, cfpo)",
+            "bandpo train": "a smaller learning_rate or max_grad_norm, a larger per_device_train_batch_size",
+            "verl": "a smaller actor.optim.lr or actor.grad_clip, a larger actor.ppo_mini_batch_size",
+        },
+    ),
+    Rule(
+        name="mismatch",
+        reads=("log", "batch"),
+        sees="The mean difference between the sampler's and the trainer's log-probs of the same tokens.",
+        why="The sampler gives tokens other probabilities than the trainer: precision, kernels, stale weights, truncated "
+        "sampling. Ratios then measure that difference and not the update.",
+        healthy="At most 0.02 nats.",
+        source="our judgement",
+        knobs={
+            "TRL": "objective=dppo-kl or tis or icepop with use_vllm; without vLLM bf16=False; top_p=1.0, top_k=0",
+            "bandpo train": "objective=dppo-kl with use_vllm; without it bf16=false; top_p=1.0, top_k=0",
+            "verl": "algorithm.rollout_correction.rollout_is=token; the same dtype in rollout and actor; rollout.top_p=1.0",
+        },
+    ),
+    Rule(
+        name="groups",
+        reads=("log",),
+        sees="The share of the groups in which all completions have the same reward, at the end.",
+        why="Their advantages are 0, so nothing is learned from them, and the batch is smaller than it seems.",
+        healthy="At most half.",
+        source="our judgement; DAPO, arXiv:2503.14476, samples again instead",
+        knobs={
+            "TRL": "prompts of medium difficulty, more num_generations; dynamic_sampling=2 or pruning (BandGRPOConfig)",
+            "bandpo train": "prompts of medium difficulty, more num_generations, dynamic_sampling=2",
+            "verl": "prompts of medium difficulty, a larger rollout.n; algorithm.filter_groups.enable=True (DAPO's trainer)",
+        },
+    ),
+    Rule(
+        name="length",
+        reads=("log",),
+        sees="The share of the completions that end at the maximal length, at the end.",
+        why="They are cut off before they are done, and then scored as wrong.",
+        healthy="At most half.",
+        source="our judgement",
+        knobs={
+            "TRL": "a larger max_completion_length; mask_truncated_completions=True",
+            "bandpo train": "a larger max_completion_length",
+            "verl": "a larger data.max_response_length",
+        },
+    ),
+    Rule(
+        name="unscored",
+        reads=("log",),
+        sees="The share of the samples without a reward.",
+        why="The reward function failed, took too long or could not read the reference answer; what is learnt is biased to the "
+        "samples that it can score.",
+        healthy="At most 0.01 on average.",
+        source="our judgement",
+        knobs={
+            "bandpo train": "failed_reward.jsonl in the run's folder has samples; reward_timeout, or mend the function"
+        },
+    ),
+    Rule(
+        name="still",
+        reads=("log",),
+        sees="Whether any metric changes from row to row, and whether the gradient is ever more than 0.",
+        why="A run whose metrics do not move learns nothing, whatever its settings are.",
+        healthy="The gradient is more than 0 in some row, and some metric has more than one value.",
+        source="by definition",
+        knobs={
+            "TRL": "the reward function, learning_rate, parameters that require a gradient (an adapter that is frozen)",
+            "bandpo train": "the reward function, learning_rate",
+            "verl": "the reward function, actor.optim.lr, the loss mask",
+        },
+    ),
+    Rule(
+        name="reward",
+        reads=("log",),
+        sees="The reward at the start and at the end.",
+        why="It is what the run is for.",
+        healthy="None: it is for information.",
+        source="by definition",
+    ),
+)
+
+_BATCH = (
+    Rule(
+        name="positive",
+        reads=("batch",),
+        sees="Tokens with a log-prob above 0.",
+        why="These are not log-probabilities: they may be logits, or scaled.",
+        healthy="None above 1e-6.",
+        source="by definition",
+        knobs={"your own loop": "log_softmax before the gather; bandpo.token_logprobs"},
+    ),
+    Rule(
+        name="ratios",
+        reads=("batch",),
+        sees="How far the ratios of the tokens are from 1.",
+        why="Where every ratio is 1, the batch was saved before the first step on it, or each rollout is used once: no region "
+        "can act.",
+        healthy="Some |log r| above 1e-6.",
+        source="float32 log-probs of the same weights agree within 1e-6",
+        knobs={"your own loop": "save the batch of a later step on the same rollout"},
+    ),
+    Rule(
+        name="radius",
+        reads=("batch",),
+        sees="The radius of each divergence that would clip the target share (--target) of the tokens.",
+        why="A radius means little by itself; the share of tokens that it clips can be compared with what is known to work.",
+        healthy="None: it is for information.",
+        source="computed from the batch",
+        knobs={
+            "TRL": "radius=...",
+            "bandpo train": "radius=...",
+            "verl": "+actor_rollout_ref.actor.policy_loss.radius=...",
+        },
+    ),
+)
+
+RULES: Mapping[str, Rule] = {rule.name: rule for rule in (*_CONFIGURATION, *_LOG, *_BATCH)}
 """All rules by name."""
