@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bandpo.doctor.batch import examine_batch
     from bandpo.doctor.findings import Finding
+    from bandpo.doctor.live import Doctor, Told
     from bandpo.doctor.rules import examine_setup
     from bandpo.doctor.setup import Setup
     from bandpo.doctor.symptoms import examine_log
 
-__all__ = ["Finding", "Setup", "examine_batch", "examine_log", "examine_setup"]
+__all__ = ["Doctor", "Finding", "Setup", "Told", "examine_batch", "examine_log", "examine_setup"]
 
 _MODULES = {
+    "Doctor": "live",
     "Finding": "findings",
     "Setup": "setup",
+    "Told": "live",
     "examine_batch": "batch",
     "examine_log": "symptoms",
     "examine_setup": "rules",
