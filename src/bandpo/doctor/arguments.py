@@ -1,6 +1,7 @@
 """Options of `bandpo doctor`."""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,10 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a log (metrics.jsonl), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
-        "The exit status is 1 if there is a problem (!!), else 0."
+        "The worst is printed first. The exit status is 2 if a file could not be examined, else 1 if there is a problem (!!), else "
+        "0."
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="FILE", help="file or folder; or key=value, which overrides the configuration")
+    add("paths", nargs="*", metavar="FILE", help="file or folder; or key=value, which overrides the configuration")
     add(
         "--target",
         type=float,
@@ -28,4 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="vocabulary size of the model, for the memory of its logits (default: from the model's folder)",
     )
-    add("--json", action="store_true", help="print JSON")
+    add("--json", action="store_true", help="print JSON; its schema is bandpo/doctor/findings.schema.json")
+    add("--html", type=Path, metavar="FILE", help="also write the findings as a page, which needs nothing but itself")
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="RULE",
+        help="print what a rule looks at, why, its healthy range and what to set in each host; without RULE the rules",
+    )

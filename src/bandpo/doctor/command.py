@@ -5,22 +5,21 @@ downloads nothing that they name; and it prints none of their characters that a 
 """
 
 import argparse
-import json
 import os
+import shutil
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bandpo._system.bounded import parse_yaml
 from bandpo._system.errors import printable
-from bandpo._system.files import read_yaml
+from bandpo._system.files import read_yaml, write_text
 from bandpo._system.jsonl import number_texts
-from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.output import Examined, as_json, as_page, as_text, exit_status, explained
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
@@ -31,12 +30,12 @@ _CONFIGS, _BATCHES = (".yaml", ".yml", ".txt", ".sh", ".cfg"), (".safetensors", 
 _MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
 _MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
 _MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
-_MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
-_COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
 
 def doctor(options: argparse.Namespace) -> int:
     """Examine configurations, logs, batches and run folders.
+
+    A file that cannot be examined does not keep the others from it: their findings are printed, and the status is 2.
 
     Args:
         options: The options of `bandpo doctor`.
@@ -54,6 +53,9 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.explain is not None:
+        print(explained(options.explain, width=min(shutil.get_terminal_size((90, 24)).columns, 120)))
+        return 0
     overrides = [str(p) for p in options.paths if "=" in str(p)]
     paths = [Path(p) for p in options.paths if "=" not in str(p)]
     if not paths:
@@ -61,33 +63,75 @@ def _doctor(options: argparse.Namespace) -> int:
     for name, value in (("processes", options.processes), ("vocabulary", options.vocabulary)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    sections: list[tuple[str, list[Finding]]] = []
+    if overrides and not any(path.suffix in _CONFIGS for path in paths):
+        raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
+    if options.html is not None and options.html.is_dir():
+        raise ValueError(f"--html: {options.html} is a folder; name a file")
+    examined = examine_files(
+        paths, overrides, processes=options.processes, vocabulary=options.vocabulary, target=options.target
+    )
+    if options.html is not None:
+        write_text(options.html, as_page(examined))
+    if options.json:
+        print(as_json(examined))
+    elif text := as_text(examined, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+        print(text)
+    if errors := [one.error for one in examined if one.error]:
+        sys.stdout.flush()
+        raise ValueError("; ".join(errors))
+    return exit_status(examined)
+
+
+def examine_files(
+    paths: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    vocabulary: int | None = None,
+    target: float = 0.01,
+) -> list[Examined]:
+    """The findings for each file, or why it cannot be examined. The tokens of a batch are counted for the configurations too.
+
+    Args:
+        paths: Configurations, logs, batches, and folders of runs.
+        overrides: Settings `key=value`, which replace those of the configurations.
+        processes: Number of processes that will train.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+        target: Share of tokens that the radius recommended for a batch clips.
+    """
+    examined: list[Examined] = []
     objectives: list[Objective] = []
-    for path in _expand(paths):
+
+    def attempt(path: Path, run: Callable[[], Iterable[Examined]]) -> None:
+        try:
+            examined.extend(run())
+        except (ValueError, TypeError, OSError) as error:
+            examined.append(Examined(str(path), error=str(error)))
+
+    def examine_one(path: Path) -> Iterable[Examined]:
+        name, findings = str(path), list[Finding]()
         if path.suffix in _CONFIGS:
             from bandpo.doctor.rules import examine_setup
 
-            setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
-            objectives += [] if setup.objective is None else [setup.objective]
-            sections.append((f"{path} ({setup.host})", examine_setup(setup)))
+            setup = read_config(path, overrides, processes=processes, vocabulary=vocabulary)
+            objectives.extend([] if setup.objective is None else [setup.objective])
+            name, findings = f"{path} ({setup.host})", examine_setup(setup)
         elif path.suffix == ".jsonl":
-            sections.append((str(path), examine_log(read_log(path))))
+            findings = examine_log(read_log(path))
         else:
             from bandpo.doctor.batch import examine_batch, load_batch
 
-            sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
-    if overrides and not any(path.suffix in _CONFIGS for path in paths):
-        raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
-    if options.json:
-        print(
-            json.dumps(
-                [{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections], indent=1
-            )
-        )
-    else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print("\n\n".join(_section(name, found, colour=colour) for name, found in sections))
-    return int(any(f.level == "problem" for _, found in sections for f in found))
+            findings = examine_batch(load_batch(path), objectives=objectives, target=target)
+        yield Examined(name, tuple(findings))
+
+    def examine_path(path: Path) -> Iterable[Examined]:
+        for file in _expand([path]):
+            attempt(file, partial(examine_one, file))
+        return ()
+
+    for path in paths:
+        attempt(path, partial(examine_path, path))
+    return examined
 
 
 def read_config(
@@ -180,44 +224,3 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
         else:
             found.append(path)
     return found
-
-
-def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
-    lines = [_shown(name)]
-    for f in findings:
-        mark = f"\x1b[{_COLOURS[f.level]}m{_MARKS[f.level]}\x1b[0m" if colour else _MARKS[f.level]
-        lines.append(f" {mark} {_wrap(f'{f.rule}: {f.seen}')}")
-        if f.cause:
-            lines.append(f"      {_wrap(f'why: {f.cause}')}")
-        if f.knob:
-            lines.append(f"      {_wrap(f'set: {f.knob}')}")
-        lines += [f"      {_shown(row)}" for row in f.details]
-    counts = [
-        f"{n} {level}{'s' if n > 1 else ''}" for level in ("problem", "warning") if (n := _count(findings, level))
-    ]
-    open_questions = sum(f.seen.startswith("not known") for f in findings)
-    if open_questions:
-        counts.append(f"{open_questions} {'rule' if open_questions == 1 else 'rules'} without an answer")
-    return "\n".join([*lines, f"    {', '.join(counts) or 'nothing wrong found'}"])
-
-
-def _plain(finding: Finding) -> dict[str, Any]:
-    """A finding for JSON, with the same texts as on a terminal."""
-    return {
-        name: [_shown(row) for row in finding.details] if name == "details" else _shown(str(value))
-        for name, value in asdict(finding).items()
-    }
-
-
-def _shown(text: str) -> str:
-    """A text from a file, without secrets and without characters that a terminal would act on."""
-    return printable(redact_text(text))
-
-
-def _count(findings: Sequence[Finding], level: str) -> int:
-    return sum(f.level == level for f in findings)
-
-
-def _wrap(text: str) -> str:
-    text = _shown(text)
-    return textwrap.fill(text, 84, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
