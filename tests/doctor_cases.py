@@ -127,7 +127,7 @@ def _changed(name, change):
 
 
 BATCHES = [
-    ("nonfinite", True, "log-probs of NaN", lambda: _changed("logprobs", lambda b: b["logprobs"].masked_fill(b["mask"], math.nan))),
+    ("nonfinite", True, "NaN", lambda: _changed("logprobs", lambda b: b["logprobs"].masked_fill(b["mask"], math.nan))),
     ("nonfinite", False, "finite log-probs", batch),
     ("positive", True, "log-probs above 0", lambda: _changed("logprobs", lambda b: b["logprobs"] + 5)),
     ("positive", False, "log-probs below 0", batch),
@@ -166,7 +166,7 @@ class Case:
 def _of_setup(rule, changes, *, fires):
     what = ", ".join(f"{name}={getattr(value, 'name', value)!r}" for name, value in changes.items())
     run = lambda: examine_setup(dataclasses.replace(GOOD, **changes))  # noqa: E731
-    return Case(rule, fires, "configuration", what or "a configuration without faults", run)
+    return Case(rule, fires, "configuration", what or "bandpo-kl, 4 steps a rollout", run)
 
 
 def _of_log(rule, series, *, fires):

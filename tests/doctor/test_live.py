@@ -37,7 +37,8 @@ def test_random_logs_with_holes_and_two_names_of_a_metric():
         for _ in range(r.randint(1, 80)):
             row = {"entropy": r.random(), "actor/entropy": r.random(), "critic/rewards/mean": r.choice([1.0, math.nan]),
                    "critic/score/mean": r.random(), "clip_ratio/region_mean": r.choice([0.0, 0.3]),
-                   "kl": r.choice([0.1, math.inf]), "frac_reward_zero_std": r.choice([0.0, 1.0]), "grad_norm": r.choice([0.0, 1.0]), "note": "text"}  # fmt: skip
+                   "kl": r.choice([0.1, math.inf]), "frac_reward_zero_std": r.choice([0.0, 1.0]),
+                   "grad_norm": r.choice([0.0, 1.0]), "note": "text"}  # fmt: skip
             rows.append({k: v for k, v in row.items() if r.random() < 0.6})
         if any(row.keys() - {"note", "kl"} for row in rows):
             assert seen(observed(rows).findings()) == seen(examine_log(rows))
@@ -114,7 +115,7 @@ def test_stop_and_what_is_refused():
     assert not observed(flat).should_stop
     assert not observed(flat, stop=["clipping"]).should_stop
     assert observed(flat, stop="still").should_stop
-    with pytest.raises(ValueError, match="stop: 'inert' is no rule of a log; choose True, or of .*nonfinite, signal"):
+    with pytest.raises(ValueError, match=r"stop: 'inert' is no rule of a log; choose True, or of .*nonfinite, signal"):
         Doctor(stop=["inert"])
     with pytest.raises(ValueError, match="patience must be at least 1 row, got 0"):
         Doctor(patience=0)

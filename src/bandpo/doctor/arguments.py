@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a log (metrics.jsonl), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
-        "The worst is printed first. The exit status is 2 if a file could not be examined, else 1 if there is a problem (!!), else "
-        "0."
+        "The worst is printed first. The exit status is 2 if a file could not be examined, else 1 if there is a problem (!!), "
+        "else 0."
     )
     add = parser.add_argument
     add("paths", nargs="*", metavar="FILE", help="file or folder; or key=value, which overrides the configuration")

@@ -148,11 +148,35 @@ def read_config(
     Raises:
         ValueError: If the file is none of these.
     """
-    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml") else None
+    if path.suffix in (".yaml", ".yml"):
+        return setup_in(read_yaml(path, follow=False), path, overrides, processes=processes, vocabulary=vocabulary)
+    from bandpo.doctor.verl import read_verl
+
+    return read_verl(path, overrides, vocabulary=vocabulary)
+
+
+def setup_in(
+    given: Mapping[Any, Any],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    vocabulary: int | None = None,
+) -> "Setup":
+    """The settings in the keys and values of a configuration.
+
+    Args:
+        given: The keys and values.
+        path: Where they are from, for messages and for files that they name.
+        overrides: Settings `key=value`, which replace those given.
+        processes: Number of processes that will train (TRL).
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+
+    Raises:
+        ValueError: If they belong to no host that the doctor can read.
+    """
     from bandpo.doctor.verl import is_verl, read_verl
 
-    if given is None:
-        return read_verl(path, overrides, vocabulary=vocabulary)
     if is_verl(given):
         return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
     host = host_of_keys(given)
@@ -162,14 +186,15 @@ def read_config(
 
     if not is_trl(given):
         raise not_readable(path, "")
+    changed = dict(given)
     for override in overrides:
         key, _, value = override.partition("=")
-        given[key] = parse_yaml(value, override)
-    if not is_run(given):
-        return read_trl(given, processes=processes, vocabulary=vocabulary)
+        changed[key] = parse_yaml(value, override)
+    if not is_run(changed):
+        return read_trl(changed, processes=processes, vocabulary=vocabulary)
     from bandpo.train.config import check_run, run_keys
 
-    return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
+    return read_trl(check_run(changed), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
 
 
 def read_log(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -459,3 +459,23 @@ def _config_of(name: str) -> Path:
 
 def _script_keys() -> frozenset[str]:
     return frozenset(f.name for cls in (ScriptArguments, ModelConfig) for f in fields(cls))
+
+
+def setup_of(config: object, *, vocabulary: int | None = None) -> Setup:
+    """The settings in a `GRPOConfig` or `BandGRPOConfig` that exists as an object.
+
+    Args:
+        config: The configuration.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+
+    Raises:
+        TypeError: If it is another object.
+    """
+    if not isinstance(config, GRPOConfig):
+        raise TypeError(
+            f"the doctor reads objects of TRL's GRPOConfig and of BandGRPOConfig, got {type(config).__name__}"
+        )
+    ours, unread = isinstance(config, BandGRPOConfig), list[str]()
+    given = {f.name: getattr(config, f.name) for f in fields(type(config))}
+    objective = config.resolve() if isinstance(config, BandGRPOConfig) else _objective(config, unread)
+    return _setup(config, given, objective, ours, "TRL", vocabulary, tuple(unread), set())
