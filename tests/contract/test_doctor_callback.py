@@ -9,13 +9,17 @@ from bandpo.doctor import examine_log
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer, DoctorCallback
 from trl_runs import reward, settings
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The trust region of .* can never bind"),
+    pytest.mark.filterwarnings("ignore:no group of this run ever had rewards that differ"),
+]
+
 
 def run(trainer, config, folder, make_model, tokenizer, prompts, callback, *, rewards=reward, **changes):
-    made = trainer(
+    return trainer(
         model=make_model(), reward_funcs=rewards, args=config(**settings(folder, **changes)), train_dataset=prompts,
         processing_class=tokenizer, callbacks=[callback],
     )  # fmt: skip
-    return made
 
 
 BOTH = [(GRPOTrainer, GRPOConfig), (BandGRPOTrainer, BandGRPOConfig)]

@@ -258,8 +258,8 @@ _LOG = (
         sees="How far the tokens of a row are from the old policy, in radii of the band: the mean over all tokens.",
         why="A clip stops the gradient of a token outside, and does not bring it back. A step that is large enough moves "
         "tokens far outside.",
-        healthy="At most 1 in every row: the average token stays inside. The furthest token has no threshold: it is 30 "
-        "to 50 radii out in runs that learn, and no further in runs that broke.",
+        healthy="At most 1 in every row: the average token stays inside. The furthest token has no threshold; it is "
+        "30 to 50 radii out in runs that learn, and no further in runs that broke.",
         source="our judgement: the worst row of the main job of bandpo train has 0.3 to 0.8 (three seeds), and 2.0 and 1.1 at 4 "
         "and 16 times its learning rate, where it forgets what it could",
         knobs={
