@@ -260,8 +260,8 @@ _LOG = (
         "tokens far outside.",
         healthy="At most 1 in every row: the average token stays inside. The furthest token has no threshold; it is "
         "30 to 50 radii out in runs that learn, and no further in runs that broke.",
-        source="our judgement: the worst row of the main job of bandpo train has 0.3 to 0.8 (three seeds), and 2.0 and 1.1 at 4 "
-        "and 16 times its learning rate, where it forgets what it could",
+        source="our judgement: the worst row of the main job of bandpo train has 0.3 to 0.8 (three seeds), and 2.0 and 1.1 at "
+        "4 and 16 times its learning rate, where it forgets what it could",
         knobs={
             "TRL": "a smaller learning_rate or max_grad_norm, more samples in a step; a surrogate that pulls back (spo, cfpo)",
             "bandpo train": "a smaller learning_rate or max_grad_norm, a larger per_device_train_batch_size",
