@@ -83,7 +83,8 @@ def train(folder, *options, workers=2, steps=3):
     ]  # fmt: skip
     environment = {
         **os.environ, "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))), "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
+        "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HYDRA_FULL_ERROR": "1", "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1",
         "RAY_DEDUP_LOGS": "0",
     }  # fmt: skip

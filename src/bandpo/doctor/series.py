@@ -44,7 +44,7 @@ class Stats:
         return self.count > 0
 
 
-NOTHING = Stats(0, *5 * (math.nan,))
+NOTHING = Stats(0, math.nan, math.nan, math.nan, math.nan, math.nan)
 """A series without values."""
 
 
@@ -97,8 +97,9 @@ class Running:
     def __init__(self) -> None:
         self.count = self.lost = self.zeros = 0
         self.total, self.largest, self.smallest = 0.0, -math.inf, math.inf
-        self._size, self._blocks = 1, list[float]()  # values in a block, and the sums of the whole blocks
-        self._last, self._held = 0.0, 0  # the block that is not whole
+        self._size = 1  # values in a whole block
+        self._blocks: list[float] = []  # their sums
+        self._last, self._held = 0.0, 0  # sum and values of the block that is not whole
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
     def add(self, value: float) -> None:
