@@ -173,7 +173,7 @@ def examine_batch(
         >>> x = torch.linspace(-0.5, 0.5, 1000).view(10, 100)
         >>> batch = {"logprobs": x - 0.7, "old_logprobs": torch.full_like(x, -0.7), "advantages": x.sign()}
         >>> [f.rule for f in examine_batch(batch)]
-        ['ratios', 'clip fraction', 'radius', 'effective size', 'gradient', 'length bias']
+        ['ratios', 'clipping', 'radius', 'effective size', 'gradient', 'length bias']
     """
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
@@ -243,7 +243,7 @@ class _Measures:
         return noise + [finding for measure in self._measures for finding in measure.findings()]
 
 
-_OF_A_MOVE = ("ratios", "clip fraction", "clipping", "radius", "gradient")
+_OF_A_MOVE = ("ratios", "clipping", "radius", "gradient")
 """The rules that need the log-probs of the policy in training."""
 
 
@@ -365,7 +365,7 @@ def _clip_fractions(counted: _Counts) -> Finding:
     rows = [f"{objective.name:<14} {n / max(1, counted.tally.valid):.4f}" for objective, n in outside]
     rows += [f"{o.name:<14} not counted: its region depends on the whole batch" for o in counted.left_out]
     return Finding(
-        "clip fraction",
+        "clipping",
         "note",
         "share of the tokens outside of each region, where a clip takes the gradient away",
         details=tuple(rows),

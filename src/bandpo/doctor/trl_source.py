@@ -389,7 +389,8 @@ class _Script:
             for node, _ in self.source.classes.get(trainer.name, [])[-1:]:
                 own = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name in _LOSSES]
                 if own:
-                    self.bypassed = f"{short(node.name)}.{own[0].name} ({self.source.line(own[0])}) takes the place of GRPOTrainer's"
+                    where = f"{short(node.name)}.{own[0].name} ({self.source.line(own[0])})"
+                    self.bypassed = f"{where} takes the place of GRPOTrainer's"
 
     def _model(self, given: Given, model: ast.expr | None, trainer: Call) -> None:
         """The name of the model and the dtype of its weights, where the script loads it with literal arguments."""
