@@ -99,8 +99,8 @@ def policy_metrics(
       `bandpo.bounds.outside`. It is the clip fraction of a clip, and another number for surrogates that keep a gradient there.
     * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
-    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`. Probabilities that
-      float32 cannot tell from 1 count as 1 - 2^-25, so that the divergence is finite (`bandpo.divergences.measured_divergence`).
+    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`. It is finite:
+      probabilities that float32 cannot tell from 1 count as 1 - 2^-25 (`bandpo.divergences.measured_divergence`).
     * `band/lower_mean`, `band/upper_mean`.
 
     A statistic over no token at all is NaN. Where the region only says who is inside (`TopK`), there is no edge, and the
