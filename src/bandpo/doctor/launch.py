@@ -34,7 +34,7 @@ class Dialect:
 
     Args:
         host: The host.
-        defaults: Its defaults, by key.
+        defaults: The host's defaults, by key.
         program: Matches the word of a command that is the host's program; the settings come after it.
         called: What that program is called, for messages.
         likely: Matches other programs of the host's public source that keep its defaults; None for none.
@@ -327,7 +327,7 @@ def _read_overrides(words: Sequence[Word], shown: Sequence[str], dialect: Dialec
 
 
 def _is_value_of_config(words: Sequence[Word], i: int) -> bool:
-    """Whether a word is the value of an option which names a configuration, and so is named with it."""
+    """Whether a word is the value of an option which names a configuration: it is named with that option."""
     return i > 0 and words[i - 1].text.startswith(_CONFIG) and "=" not in words[i - 1].text
 
 

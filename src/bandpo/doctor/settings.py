@@ -109,14 +109,21 @@ class Settings:
     def numbers(self, key: str, count: int) -> list[float] | None:
         """The value of `key` as finite numbers, None if they are not known.
 
+        Args:
+            key: A dotted key.
+            count: How many numbers it must have.
+
         Raises:
             ValueError: If the value is something else, or another number of them.
         """
         value = self.get(key)
         if value is UNKNOWN:
             return None
-        several = isinstance(value, list | tuple)
-        parts = list(cast("Iterable[Any]", value)) if several else value.split() if isinstance(value, str) else [value]
+        parts: list[Any] = [value]
+        if isinstance(value, str):
+            parts = [*value.split()]
+        elif type(value) in (list, tuple):
+            parts = [*cast("Iterable[Any]", value)]
         if len(parts) != count:
             raise ValueError(f"{key}: {short(value)} is not {count} numbers")
         return [_number(key, part) for part in parts]
