@@ -49,10 +49,9 @@ def json_rows(path: Path, said: list[str]) -> Iterator[Row]:
 
 def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:
     """A row of verl's file logger with the metrics outside of `data`; it writes NaN and infinities as null."""
-    data = row.pop("data", None)
-    if not isinstance(data, dict):
+    if not isinstance(row.get("data"), dict):
         return row
-    metrics = cast("dict[str, Any]", data)
+    metrics = cast("dict[str, Any]", row.pop("data"))
     return {**row, **{name: "NaN" if value is None else value for name, value in metrics.items()}}
 
 
