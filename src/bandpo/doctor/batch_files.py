@@ -154,7 +154,7 @@ def columns_of(path: Path, looked_at: Collection[str]) -> Finding:
     return Finding(
         "columns",
         "note",
-        f"of {len(names)} columns {len(known)} are looked at: {', '.join(known)}"
+        f"{len(known)} of {len(names)} columns looked at: {', '.join(known)}"
         + (f"; not {', '.join(name[:80] for name in others[:_SHOWN])}{more}" if others else ""),
         numbers={"understood": len(known), "others": len(others)},
     )

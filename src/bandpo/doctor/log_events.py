@@ -115,7 +115,7 @@ def _of_tensor(data: bytes) -> float | None:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Of each field of a message its number and kind, and its value: a whole number, or bytes."""
+    """The fields of a message: number, kind, and the value as a whole number or as bytes."""
     place, end = 0, len(data)
     while place < end:
         key, place = _varint(data, place)

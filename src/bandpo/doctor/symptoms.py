@@ -263,10 +263,11 @@ def examine_log(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     if not log.found and not log.broken:
         raise ValueError(
             f"the log has {log.rows}{' or more' * (log.rows == _SEARCHED)} rows and none of the metrics that are looked for: "
-            f"{', '.join(names[0] for names in NAMES.values())}, or another host's names for these"
+            f"{_listed([names[0] for names in NAMES.values()])}, or another host's names for these"
             + (f"; it has {_listed(sorted(map(str, log.columns)))}" if log.columns else "")
         )
-    return [f for rule in RULES if (f := rule(log)) is not None]
+    found = [f for rule in RULES if (f := rule(log)) is not None]
+    return [*found, *(note for note in (reading(log), columns(log)) if note is not None)]
 
 
 def entropy(log: Log) -> Finding | None:
@@ -518,7 +519,7 @@ def reading(log: Log) -> Finding | None:
     return Finding("log", "note", "; ".join(seen), numbers={"replaced": log.replaced}) if seen else None
 
 
-def columns(log: Log) -> Finding | None:
+def columns(log: Log) -> Finding:
     """Which columns were understood, and as what."""
     known = {name: MEANINGS[what] for what, (name, _) in log.found.items()}
     others = len(log.columns.difference(known, STEPS))
@@ -527,7 +528,7 @@ def columns(log: Log) -> Finding | None:
     return Finding(
         "columns",
         "note",
-        f"of {len(known) + others}{more} columns{kind} {len(known)} are looked at: "
+        f"{len(known)} of {len(known) + others}{more} columns{kind} looked at: "
         + (", ".join(f"{name} = {meaning}" for name, meaning in known.items()) or "none"),
         numbers={"understood": len(known), "others": others},
     )
@@ -546,8 +547,6 @@ RULES: tuple[Callable[[Log], Finding | None], ...] = (
     unscored,
     still,
     reward,
-    reading,
-    columns,
 )
 
 
