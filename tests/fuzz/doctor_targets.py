@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
@@ -342,6 +343,55 @@ def any_log_file(data: bytes) -> str:
     return outcome
 
 
+def _other_logs() -> dict[str, bytes]:
+    """A good file of each kind of log that is no JSON lines, of which the fuzzer changes bytes."""
+    rows = [{"step": i, "entropy": 1.0 / (i + 1), "actor/grad_norm": 0.5 + i} for i in range(6)]
+    table = "".join(f"{row['step']},{row['entropy']},{row['actor/grad_norm']}\n" for row in rows)
+    console = "".join(
+        f"step:{r['step']} - entropy:{r['entropy']} - actor/grad_norm:{r['actor/grad_norm']}\n" for r in rows
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.db"
+        database = sqlite3.connect(path)
+        database.execute("CREATE TABLE metrics (id INTEGER PRIMARY KEY, run_name TEXT, step INTEGER, metrics TEXT)")
+        put = "INSERT INTO metrics (run_name, step, metrics) VALUES ('r', ?, ?)"
+        database.executemany(put, [(row["step"], json.dumps(row)) for row in rows])
+        database.commit()
+        database.close()
+        stored = path.read_bytes()
+    events = Path(__file__).parents[1] / "doctor" / "data" / "events.out.tfevents.torch-2.13"
+    return {
+        ".csv": f"step,entropy,actor/grad_norm\n{table}".encode(),
+        ".json": json.dumps({"log_history": rows}).encode(),
+        ".log": console.encode(),
+        ".db": stored,
+        ".tfevents": events.read_bytes(),
+    }
+
+
+_GOOD_LOGS = _other_logs()
+other_logs = st.tuples(
+    st.sampled_from(list(_GOOD_LOGS)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=4),
+    st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+
+
+def any_other_log(draw: tuple[str, list[tuple[float, bytes]], float]) -> str:
+    """A log in which bytes were changed, or that was cut: read or refused, and where it was only cut, without a row that was not written."""
+    suffix, changes, kept = draw
+    data = bytearray(_GOOD_LOGS[suffix])
+    for place, change in changes:
+        at = int(place * len(data))
+        data[at : at + len(change)] = change
+    path = written(bytes(data[: math.ceil(kept * len(data))]), suffix)
+    found: list[Any] = []
+    outcome = quick(lambda: found.append([dataclasses.asdict(f) for f in examine_log(read_log(path))]))
+    if found and not changes:  # cut only
+        assert sum(1 for _ in read_log(path)) <= 6
+    return outcome
+
+
 def _saved() -> dict[str, bytes]:
     x = torch.linspace(-3, -1, 12).view(3, 4)
     good = {
@@ -399,5 +449,6 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], bool, boo
     "TOML": (toml_files, any_toml, False, False),
     "configurations of TRL": (trl_files, any_trl, False, True),
     "lines of logs": (log_lines, any_log_file, False, False),
+    "bytes of other logs": (other_logs, any_other_log, False, False),
     "bytes of batches": (batch_files, any_batch_file, False, False),
 }

@@ -265,7 +265,7 @@ def examine_log(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     if not log.found and not log.broken:
         raise ValueError(
             f"the log has {log.rows}{' or more' * (log.rows == _SEARCHED)} rows and none of the metrics that are looked for: "
-            f"{', '.join(names[0] for names in NAMES.values())}, or another host's names for these"
+            f"{_listed([names[0] for names in NAMES.values()])}, or another host's names for these"
             + (f"; it has {_listed(sorted(map(str, log.columns)))}" if log.columns else "")
         )
     found = [f for rule in RULES if (f := rule(log)) is not None]
@@ -544,7 +544,7 @@ def columns(log: Log) -> Finding:
     return Finding(
         "columns",
         "note",
-        f"of {len(known) + others}{more} columns{kind} {len(known)} are looked at: "
+        f"{len(known)} of {len(known) + others}{more} columns{kind} looked at: "
         + (", ".join(f"{name} = {meaning}" for name, meaning in known.items()) or "none"),
         numbers={"understood": len(known), "others": others},
     )
