@@ -20,7 +20,6 @@ from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.hosts import host_of_keys, not_readable
-from bandpo.doctor.launch import read_program, with_overrides
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
@@ -106,6 +105,8 @@ def read_config(
         ValueError: If the file is none of these.
     """
     given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml", ".json") else None
+    from bandpo.doctor.launch import with_overrides
+    from bandpo.doctor.programs import read_program
     from bandpo.doctor.swift import is_swift, read_swift
     from bandpo.doctor.verl import is_verl, read_verl
 
