@@ -177,6 +177,11 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
             found += [p for p in inside if p.stat().st_size]
         elif not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
+        elif path.name == "training_args.bin":
+            raise ValueError(
+                f"{path} is a pickle, which could run code, and is not read; give the script or YAML of the run, or its "
+                "GRPOConfig object in Python: bandpo.doctor.trl.setup_of(args)"
+            )
         elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl"):
             raise ValueError(
                 f"{path}: use {', '.join(_CONFIGS)} (configuration), .jsonl (log) or {', '.join(_BATCHES)} (batch)"

@@ -27,17 +27,20 @@ _MAX_SHOWN = 60  # characters of an expression in a message
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
+_untyped: Any = operator
+
+
 def _raised(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+    ast.Add: _untyped.add,
+    ast.Sub: _untyped.sub,
+    ast.Mult: _untyped.mul,
+    ast.Div: _untyped.truediv,
+    ast.FloorDiv: _untyped.floordiv,
+    ast.Mod: _untyped.mod,
     ast.Pow: _raised,
 }
 _UNARY: Mapping[type[ast.unaryop], Callable[[Any], Any]] = {
