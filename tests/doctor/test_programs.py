@@ -117,7 +117,8 @@ def test_where_a_script_sets_an_option(text, beta):
 @pytest.mark.parametrize(
     ("text", "line"),
     [("GRPOConfig(beta=args.beta)", "beta=args.beta (line 2) is not resolved"),
-     ("def f(b=0.1):\n    GRPOConfig(beta=b)", "beta=b (line 3)"), ("GRPOConfig(**options)", "options (line 2) may set anything"),
+     ("def f(b=0.1):\n    GRPOConfig(beta=b)", "beta=b (line 3)"),
+     ("GRPOConfig(**options)", "options (line 2) may set anything"),
      ("a = GRPOConfig(beta=0.1)\nif x:\n    a.beta = 0.2\nGRPOTrainer(args=a)", "beta=0.2 (line 4), if it runs,"),
      ("def f(a):\n    a.beta = 1\nx = GRPOConfig(beta=0.1)\nf(x)\nGRPOTrainer(args=x)", "beta=what f sets (line 3)"),
      ("GRPOConfig(beta=0.1)\nGRPOConfig(beta=0.2)", "2 configurations of GRPO are in the file (line 2, line 3)"),
@@ -179,7 +180,7 @@ def test_the_model_of_a_script():
      (HEAD + "GRPOConfig(num_iterations=0)", "must be at least 1"), ("a\n" * MAX_SOURCE_BYTES, "too large")],
 )  # fmt: skip
 def test_other_scripts_are_named_and_refused(text, message):
-    with pytest.raises(ValueError, match="train.py") as error:
+    with pytest.raises(ValueError, match=r"train\.py") as error:
         read(text)
     assert message in str(error.value)
 
@@ -195,7 +196,8 @@ def test_overrides_change_a_script():
 
 def test_a_notebook_is_its_cells():
     text = notebook(
-        "%%capture\n!pip install trl \\\n    vllm\nBETA = 0.1", "?GRPOConfig\nfiles = !ls", "%%bash\necho x", "%%writefile a.py\nx",
+        "%%capture\n!pip install trl \\\n    vllm\nBETA = 0.1",
+        "?GRPOConfig\nfiles = !ls", "%%bash\necho x", "%%writefile a.py\nx",
         HEAD + "a = GRPOConfig(beta=BETA, num_iterations=K)",
     )  # fmt: skip
     setup = read(text, "n.ipynb")
@@ -208,7 +210,8 @@ def test_a_notebook_is_its_cells():
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [("{}", "it has no list of cells"), ("[" * 100_000, "is not JSON"), (notebook("x", language="julia"), "notebook of 'julia'"),
+    [("{}", "it has no list of cells"), ("[" * 100_000, "is not JSON"),
+     (notebook("x", language="julia"), "notebook of 'julia'"),
      (notebook(*["a = 1"] * 2001), "more than 2,000 cells"), ('{"cells": [' + "1," * 1_000_001 + "1]}", "clear its outputs"),
      (" " * ((1 << 24) + 1), "too large"), (notebook("print(1)"), "there is no call of GRPOConfig")],
 )  # fmt: skip
@@ -277,7 +280,8 @@ def test_what_a_launch_line_names_is_not_opened():
 
 @pytest.mark.parametrize(
     "text",
-    ["python generate.py --num_generations 4 --model x\n", "accelerate launch train.py --learning_rate 1e-6\n", "trl sft --x 1\n",
+    ["python generate.py --num_generations 4 --model x\n", "accelerate launch train.py --learning_rate 1e-6\n",
+     "trl sft --x 1\n",
      "accelerate launch rloo.py --num_generations 4 --learning_rate 1e-6\n", "swift sft --model x\n"],
 )  # fmt: skip
 def test_other_launch_lines_are_refused(text):
@@ -421,7 +425,8 @@ HOSTILE = {
     "chain": "a0 = 1\n" + "".join(f"a{i} = a{i - 1}\n" for i in range(1, N // 16)) + "GRPOConfig(beta=a9999)",
     "doubling": "a0 = [1, 1]\n" + "".join(f"a{i} = [a{i - 1}, a{i - 1}]\n" for i in range(1, 39)) + "GRPOConfig(beta=a38)",
     "bases": "".join(f"class C{i}({', '.join(f'C{j}' for j in range(40))}): pass\nC{i}()\n" for i in range(40)),
-    "dots": "a" + ".b" * (N // 2), "list": "x = [" + "1," * (N // 2 - 10) + "]", "unary": "-" * N + "1", "plus": "1" + "+1" * (N // 2),
+    "dots": "a" + ".b" * (N // 2), "list": "x = [" + "1," * (N // 2 - 10) + "]", "unary": "-" * N + "1",
+    "plus": "1" + "+1" * (N // 2),
     "calls of calls": "a" + "()" * (N // 2), "elif": "if a: pass\n" + "elif a: pass\n" * (N // 14), "brackets": "(" * N,
 }  # fmt: skip
 

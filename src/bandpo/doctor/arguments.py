@@ -10,7 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the command.
     """
     parser.description = (
-        "Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a log (metrics.jsonl), "
+        "Examines a configuration (TRL's or bandpo's YAML; a Python script or notebook with GRPOConfig(...); verl's YAML, or a "
+        "file of overrides; a script that starts verl, TRL or ms-swift), a log (metrics.jsonl), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
         "The exit status is 1 if there is a problem (!!), else 0."
     )

@@ -6,7 +6,10 @@ from typing import Any
 
 from bandpo.doctor.shell import Script, Word
 
-READABLE = "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...) and of bandpo train"
+READABLE = (
+    "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...), of ms-swift's rlhf_type grpo "
+    "and of bandpo train"
+)
 
 # In YAML: keys that must all be on the top level.
 _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
