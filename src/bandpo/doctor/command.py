@@ -105,7 +105,7 @@ def read_config(
         ValueError: If the file is none of these.
     """
     given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml", ".json") else None
-    from bandpo.doctor.launch import with_overrides
+    from bandpo.doctor.trl_launch import with_overrides
     from bandpo.doctor.programs import read_program
     from bandpo.doctor.swift import is_swift, read_swift
     from bandpo.doctor.verl import is_verl, read_verl

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bandpo._system.bounded import parse_json, read_regular
-from bandpo.doctor.launch import read_launch, with_overrides
+from bandpo.doctor.trl_launch import read_launch, with_overrides
 from bandpo.doctor.python_source import MAX_SOURCE_BYTES, UNKNOWN, Call, Given, Scope, Source
 from bandpo.doctor.setup import Setup, short
 
