@@ -18,7 +18,7 @@ from bandpo.terms import token_objective
 ALL = [*DIVERGENCES.values(), *(alpha(a) for a in (3.0, 1.5, 0.5, 1e-9, -1.5))]
 NAMED = pytest.mark.parametrize("divergence", ALL, ids=lambda d: d.name)
 EPSILON = {torch.float32: 2.0**-25, torch.float64: 2.0**-54}
-SURE = (0.0, -1e-42, -1e-12, -2.0**-26, -2.0**-25, -2.0**-24, -3e-7, -1e-5)
+SURE = (0.0, -1e-42, -1e-12, -(2.0**-26), -(2.0**-25), -(2.0**-24), -3e-7, -1e-5)
 """Log-probs of tokens that are certain or nearly so; the second is a subnormal float32 number."""
 OTHERS = (*SURE, -0.1, -3.0)
 

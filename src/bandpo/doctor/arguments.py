@@ -11,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the command.
     """
     parser.description = (
-        "Examines a configuration (TRL's or bandpo's YAML; verl's YAML, or a file of overrides), a log (metrics.jsonl, "
+        "Examines a configuration (TRL's or bandpo's YAML; a Python script or notebook with GRPOConfig(...); YAML, TOML or a "
+        "launch script of verl, ms-swift, OpenRLHF, SkyRL, slime, NeMo-RL, prime-rl or rLLM), a log (metrics.jsonl, "
         "trainer_state.json, verl's console, TensorBoard, trackio, a table of W&B), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
         "The worst is printed first. The exit status is 2 if a file could not be examined, else 1 if there is a problem (!!), "

@@ -19,7 +19,7 @@ from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
 from bandpo.doctor.output import Examined, as_json, as_page, as_text, exit_status, explained
 from bandpo.doctor.symptoms import examine_log
-from bandpo.doctor.trl_launch import read_program, with_overrides
+from bandpo.doctor.trl_launch import with_overrides
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
@@ -176,6 +176,7 @@ def read_config(
     """
     if path.suffix in (".yaml", ".yml", ".json"):
         return setup_in(read_yaml(path, follow=False), path, overrides, processes=processes, vocabulary=vocabulary)
+    from bandpo.doctor.programs import read_program
     from bandpo.doctor.readers import read_launch
 
     found = read_program(path, overrides, processes=processes, vocabulary=vocabulary)
@@ -239,6 +240,11 @@ def _expand(path: Path) -> list[Path]:
         return [p for p in inside if p.stat().st_size]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if path.name == "training_args.bin":
+        raise ValueError(
+            f"{path} is a pickle, which could run code, and is not read; give the script or YAML of the run, or its "
+            "GRPOConfig object in Python: bandpo.doctor.examine(args)"
+        )
     if path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl") and not is_log(path):
         raise ValueError(
             f"{path}: use {', '.join(_CONFIGS)} (configuration), {KINDS} (log) or {', '.join(_BATCHES)} (batch)"

@@ -12,24 +12,36 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, TypeAlias, cast
 
 MAX_SOURCE_BYTES = 1 << 18
 _MAX_STEPS = 20_000  # names, operators and values that are followed for one file
 _MAX_DEPTH = 40  # names and operators within each other
 _MAX_BINDINGS = 200  # places that bind one name
-_LARGEST = 10**15  # of numbers that arithmetic works with
+_LARGEST, _LARGEST_POWER = 10**15, 64  # of numbers that arithmetic works with, and of exponents
+_MAX_NODES = 200  # of an expression in a message
 _MAX_SHOWN = 60  # characters of an expression in a message
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+_untyped: Any = operator
+
+
+def _raised(base: Any, exponent: Any) -> Any:
+    return base**exponent
+
+
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+    ast.Add: _untyped.add,
+    ast.Sub: _untyped.sub,
+    ast.Mult: _untyped.mul,
+    ast.Div: _untyped.truediv,
+    ast.FloorDiv: _untyped.floordiv,
+    ast.Mod: _untyped.mod,
+    ast.Pow: _raised,
 }
 _UNARY: Mapping[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.UAdd: operator.pos,
@@ -41,7 +53,7 @@ _CHANGING = frozenset({"update", "pop", "popitem", "clear", "setdefault", "appen
 _BINDS_ANY = frozenset({"exec", "globals", "locals", "vars", "eval"})
 
 
-_TryStar: type = getattr(ast, "TryStar", ast.Try)  # Python 3.11
+_TRY = (ast.Try, getattr(ast, "TryStar", ast.Try))  # Python 3.11
 
 
 class _Unknown:
@@ -89,7 +101,7 @@ class Change:
     line: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Scope:
     """The names of a module, a function or a class.
 
@@ -110,7 +122,7 @@ class Scope:
     shared: dict[str, "Scope"] = field(default_factory=dict[str, "Scope"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """A call in the source.
 
@@ -143,18 +155,18 @@ class Given:
     unread: dict[str, str] = field(default_factory=dict[str, str])
     opened: list[str] = field(default_factory=list[str])
 
-    def set(self, key: str, value: Any, text: str) -> None:
+    def set(self, key: str, value: Any, text: str | Callable[[], str] = "") -> None:
         """Set a key to a literal, or to the text of an expression that is `UNKNOWN`.
 
         Args:
             key: The key.
             value: The value.
-            text: The expression with its line.
+            text: The expression with its line, or a function that gives it.
         """
         self.values.pop(key, None)
         self.unread.pop(key, None)
         if value is UNKNOWN:
-            self.unread[key] = text
+            self.unread[key] = text if isinstance(text, str) else text()
         else:
             self.values[key] = value
 
@@ -165,9 +177,9 @@ class Given:
             other: The later one.
         """
         if other.opened:  # what was set before may be replaced
-            self.unread |= {key: f"{self.values.pop(key)!r}, or another value" for key in [*self.values]}
+            self.unread |= {key: f"{self.values.pop(key)!r} (or what replaces it)" for key in [*self.values]}
         for key, value in other.values.items():
-            self.set(key, value, "")
+            self.set(key, value)
         for key, text in other.unread.items():
             self.set(key, UNKNOWN, text)
         self.opened += other.opened
@@ -199,7 +211,8 @@ class Source:
             body: list[ast.stmt] = []
             try:
                 tree = parse(text)
-                ast.increment_lineno(tree, self._starts[-1] - 1)
+                if len(self._starts) > 1:
+                    ast.increment_lineno(tree, self._starts[-1] - 1)
                 body = tree.body
             except ValueError as error:
                 if skipped is None:
@@ -231,7 +244,8 @@ class Source:
             node: The expression.
         """
         try:
-            shown = " ".join(ast.unparse(node).split())
+            is_long = sum(1 for _ in islice(ast.walk(node), _MAX_NODES)) == _MAX_NODES
+            shown = "an expression" if is_long else " ".join(ast.unparse(node).split())
         except (RecursionError, ValueError):
             shown = "an expression"
         shown = shown if len(shown) <= _MAX_SHOWN else shown[: _MAX_SHOWN - 3] + "..."
@@ -273,14 +287,6 @@ class Source:
                 for item in node.items:
                     self._targets(item.optional_vars, None, scope, direct=direct)
                 self._statements(node.body, scope, direct=direct)
-            case ast.Try() | _TryStar():
-                self._statements(node.body, scope, direct=direct and not node.handlers)
-                for handler in node.handlers:
-                    if handler.name:
-                        self._bind(handler.name, None, scope, direct=False)
-                    self._statements(handler.body, scope, direct=False)
-                self._statements(node.orelse, scope, direct=False)
-                self._statements(node.finalbody, scope, direct=direct)
             case ast.For() | ast.AsyncFor():
                 self._expressions([node.iter], scope, direct=direct)
                 self._targets(node.target, None, scope, direct=False)
@@ -296,8 +302,19 @@ class Source:
                         if isinstance(name, str):
                             self._bind(name, None, scope, direct=False)
                     self._statements(case.body, scope, direct=False)
+            case _ if isinstance(node, _TRY):
+                self._try(cast("ast.Try", node), scope, direct=direct)
             case _:
                 self._expressions([node], scope, direct=direct)
+
+    def _try(self, node: ast.Try, scope: Scope, *, direct: bool) -> None:
+        self._statements(node.body, scope, direct=direct and not node.handlers)
+        for handler in node.handlers:
+            if handler.name:
+                self._bind(handler.name, None, scope, direct=False)
+            self._statements(handler.body, scope, direct=False)
+        self._statements(node.orelse, scope, direct=False)
+        self._statements(node.finalbody, scope, direct=direct)
 
     def _function(self, node: Function, scope: Scope) -> Scope:
         inner = Scope(node, scope)
@@ -377,6 +394,8 @@ class Source:
         while pending:
             node, place = pending.pop()
             match node:
+                case ast.Name() | ast.Constant():
+                    continue
                 case ast.Lambda():
                     place = self._function(node, place)
                 case ast.NamedExpr():
@@ -406,7 +425,7 @@ class Source:
     # ---- what a name stands for ----
 
     def dotted(self, node: ast.AST) -> str:
-        """The dotted name of an expression with imported names resolved, "" if it is none.
+        """The dotted name of an expression with imported names resolved, "" for another expression.
 
         Args:
             node: An expression.
@@ -513,8 +532,9 @@ class Source:
             return UNKNOWN
         if any(value != found[0] for value in found[1:]):
             return UNKNOWN
-        is_changed = isinstance(found[0], dict | list) and self.changes(name, home, min(b.time for b in bindings))
-        return UNKNOWN if is_changed else found[0]
+        first: object = found[0]
+        is_changed = isinstance(first, dict | list) and self.changes(name, home, min(b.time for b in bindings))
+        return UNKNOWN if is_changed else cast("Any", first)
 
     def _attribute(self, node: ast.Attribute, scope: Scope, time: int, depth: int) -> Any:
         """A dtype of torch, or an attribute of a class of this file that has plain values."""
@@ -586,7 +606,7 @@ class Source:
                 found.add(self._mapping(keyword.value, scope, time, depth + 1))
             else:
                 value = self._value(keyword.value, scope, time, depth + 1)
-                found.set(keyword.arg, value, self.text(keyword.value))
+                found.set(keyword.arg, value, partial(self.text, keyword.value))
         return found
 
     def _mapping(self, node: ast.AST | None, scope: Scope, time: int, depth: int) -> Given:
@@ -603,8 +623,8 @@ class Source:
                     if key is None:
                         found.add(self._mapping(value, scope, time, depth + 1))
                     elif isinstance(name, str):
-                        found.set(name, self._value(value, scope, time, depth + 1), self.text(value))
-                    else:
+                        found.set(name, self._value(value, scope, time, depth + 1), partial(self.text, value))
+                    elif not found.opened:
                         found.add(Given(opened=[self.text(node)]))
                 return found
             case ast.Call() if self.dotted(node.func) == "dict" and len(node.args) <= 1:
@@ -639,6 +659,10 @@ class Source:
         """
         scope, time = until
         for change in self.changes(name, home, since):
+            self._steps += 1
+            if self._steps > _MAX_STEPS:
+                given.add(Given(opened=[f"what changes {name}"]))
+                return
             in_order = change.direct and change.scope is home is scope
             if in_order and change.time >= time:
                 continue
@@ -646,10 +670,11 @@ class Source:
             if change.key is None:
                 given.add(Given(opened=[f"a change of {name}{place}"]))
             elif change.value is None or not in_order:
-                given.set(change.key, UNKNOWN, f"a change of {name}{place}")
+                what = f"a change of {name}{place}" if change.value is None else self.text(change.value)
+                given.set(change.key, UNKNOWN, f"{what}, if it runs,")
             else:
                 value = self._value(change.value, change.scope, change.time, 0)
-                given.set(change.key, value, self.text(change.value))
+                given.set(change.key, value, partial(self.text, change.value))
 
 
 def parse(text: str) -> ast.Module:
@@ -668,7 +693,7 @@ def parse(text: str) -> ast.Module:
             warnings.simplefilter("ignore")
             return ast.parse(text)
     except SyntaxError as error:
-        raise ValueError(f"it is not Python: {error.msg} (line {error.lineno})") from None
+        raise ValueError(f"it is not Python: {error.msg} (line {error.lineno or 1})") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"it is not Python that can be read: {error or 'nested too deeply'}") from None
 
@@ -677,7 +702,9 @@ def _computed(function: Callable[..., Any] | None, *values: Any) -> Any:
     if function is None or any(not isinstance(value, int | float) for value in values):
         is_not = function is operator.not_ and values[0] is None
         return True if is_not else UNKNOWN
-    if any(abs(value) > _LARGEST for value in values) or (function is operator.pow and abs(values[1]) > 64):
+    if any(abs(value) > _LARGEST for value in values) or (
+        len(values) == 2 and function is _BINARY[ast.Pow] and abs(values[1]) > 64
+    ):
         return UNKNOWN
     try:
         found = function(*values)
@@ -694,6 +721,6 @@ def _item(value: Any, index: Any) -> Any:
     if index is UNKNOWN or value is UNKNOWN:
         return UNKNOWN
     try:
-        return value[index] if isinstance(value, dict | list) else UNKNOWN
+        return cast("Any", value)[index] if isinstance(value, dict | list) else UNKNOWN
     except (KeyError, IndexError, TypeError):
         return UNKNOWN

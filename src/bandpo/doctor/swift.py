@@ -96,6 +96,7 @@ _LIKE = frozenset(
     {"num_generations_eval", "per_device_eval_batch_size", "max_length", "loss_scale", "vllm_mode", "model_type"}
 )
 _LARGEST = 10**12
+_TEACHERS = ("teacher_model", "teacher_model_server")
 _SECTIONS = ("train", "rollout")  # of the YAML for Ray
 _ALONE: tuple[Level, str] = (
     "problem",
@@ -181,12 +182,11 @@ class _Options:
         Raises:
             ValueError: If it is something else.
         """
-        value = self.get(name)
-        if isinstance(value, list) and len(cast("list[Any]", value)) == 1:
-            value = cast("list[Any]", value)[0]
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name}: {short(value)} is not a name")
-        return value
+        given: object = self.get(name)
+        several = cast("list[object]", given) if isinstance(given, list) else [given]
+        if given is None or (len(several) == 1 and isinstance(several[0], str)):
+            return cast("str | None", several[0])
+        raise ValueError(f"{name}: {short(several[0])} is not a name")
 
 
 def read_swift(
@@ -215,6 +215,9 @@ def read_swift(
     values = _flat(given)
     megatron = megatron or any(name in values for name in ("micro_batch_size", "global_batch_size"))
     kind = values.get("rlhf_type")
+    named = values.get("config") or unknown.get("config")
+    if kind is None and named:
+        raise ValueError(f"a launch line of ms-swift; examine {short(named)[1:-1]}, which it names")
     if kind != "grpo" and "rlhf_type" not in unknown:
         raise ValueError(f"ms-swift with rlhf_type={short(kind)}; the doctor reads rlhf_type grpo")
     config = [str(values.get("config"))] if "config" in values else []
@@ -237,7 +240,7 @@ def _flat(given: Mapping[Any, Any]) -> dict[str, Any]:
     places = [given, *(given[name] for name in _SECTIONS if isinstance(given.get(name), Mapping))]
     for place in places:
         for key, value in cast("Mapping[Any, Any]", place).items():
-            if value is not None and not isinstance(value, Mapping):
+            if value is not None and not isinstance(value, dict):
                 found[_ALIASES.get(str(key), str(key))[:100]] = value
     return found
 
@@ -275,7 +278,7 @@ def _setup(s: _Options, *, megatron: bool, vocabulary: int | None) -> Setup:
         top_k=None if top_k is None else max(0, top_k),
         min_p=s.number("min_p"),
         group=s.whole("num_generations", 1),
-        alone=_ALONE,
+        alone=None if any(s.values.get(name) or name in s.unknown for name in _TEACHERS) else _ALONE,
         kl_coef=kl_coef,
         kl=kl,
         kl_from=kl_from,
@@ -338,7 +341,7 @@ def _objective(s: _Options) -> Objective | None:
     kind, level = s.name("loss_type"), s.name("importance_sampling_level")
     if kind in _ZOO and level == "token":
         return OBJECTIVES[_ZOO[kind]]
-    if kind not in _AGGREGATION or level not in ("token", "sequence", "sequence_token"):
+    if kind is None or kind not in _AGGREGATION or level not in ("token", "sequence", "sequence_token"):
         s.unread.append(f"loss_type {short(kind)} with importance_sampling_level {short(level)} is not known here")
         return None
     low, high = s.number("epsilon"), s.number("epsilon_high")

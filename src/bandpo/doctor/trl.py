@@ -180,6 +180,11 @@ CHANGED_DEFAULTS: Mapping[str, tuple[str, object]] = {
 }
 """Defaults of older versions of TRL (its repository, tags 0.14 to 1.9), with the version until which they held."""
 _REMOVED: Mapping[str, str] = {"max_prompt_length": "0.28", "vllm_device": "0.18"}
+_FORMER: Mapping[str, str] = {
+    **{key: f" (it was before TRL {version})" for key, version in _REMOVED.items()},
+    "torch_dtype": "; it is named dtype now",
+    "warmup_ratio": "; transformers 5 has warmup_steps in its place",
+}
 
 UNSLOTH_READ = "015bdef0, 2026-08-22"
 UNSLOTH_DEFAULTS: Mapping[str, Any] = {
@@ -261,9 +266,9 @@ def read_trl(
     if vocabulary is None:
         vocabulary, missing = _vocabulary(given)
         unread += missing
-    unread += _older(given, unknown)
-    if not unsloth:
-        assumed = [f"{k}={getattr(args, k)}" for k in _ASSUMED if k not in given and k not in doubtful] + assumed
+    unread += [] if unsloth else _older(given, unknown)
+    set_already = {*given, *doubtful, *(UNSLOTH_DEFAULTS if unsloth else ())}
+    assumed = [f"{k}={getattr(args, k)}" for k in _ASSUMED if k not in set_already] + assumed
     host: Host = "bandpo train" if run_keys else "unsloth" if unsloth and not ours else "TRL"
     setup = _setup(args, given, host=host, objective=objective, ours=ours, doubtful=doubtful)
     if unsloth:
@@ -351,8 +356,8 @@ def _accepted(cls: type, kept: Mapping[str, Any], processes: int, doubtful: set[
 
 def _processes(cls: type, kept: Mapping[str, Any]) -> int:
     """The fewest processes for which the groups fill the batches; 0 if that is not a reasonable number."""
-    default = {f.name: f.default for f in fields(cls)}
-    values = {name: kept.get(name) or default[name] or 0 for name in _BATCHES if name in default}
+    default = {f.name: cast("int", f.default) for f in fields(cls)}
+    values = {name: int(kept.get(name) or default.get(name) or 0) for name in _BATCHES}
     group, micro = values["num_generations"], values["per_device_train_batch_size"]
     batch = values["generation_batch_size"] or micro * (
         values["steps_per_generation"] or values["gradient_accumulation_steps"]
@@ -414,7 +419,7 @@ def _with_unsloth(setup: Setup) -> Setup:
         kl="k3",
         kl_from=f"{setup.kl_from.partition(',')[0]}, in unsloth's loss",
         fused_head=True,
-        knobs=setup.knobs | {"use": "BandGRPOTrainer and BandGRPOConfig, without importing unsloth"},
+        knobs={**setup.knobs, "use": "BandGRPOTrainer and BandGRPOConfig, without importing unsloth"},
         defaults_of=f"unsloth's ({UNSLOTH_READ}) and then TRL's",
     )
 
@@ -464,8 +469,8 @@ def _unknown_keys(given: Sequence[Any], known: set[str], own: set[str], refused:
         raise ValueError(f"{len(unknown)} keys are none of TRL's GRPOConfig, {short(str(unknown[0]))} for example")
     for key in unknown:
         word = str(key)[:80]
-        near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.7)
+        hint = _FORMER.get(word) or (f"; did you mean {near[0]!r}?" if near else "")
         if refused or difflib.get_close_matches(word, own, n=1, cutoff=0.8):
             raise ValueError(f"unknown key {word!r}{hint}")
         doubtful.update(difflib.get_close_matches(word, _READ & known, n=1, cutoff=0.8))
@@ -654,4 +659,5 @@ def _config_of(name: str) -> Path:
 
 
 def _script_keys() -> frozenset[str]:
-    return frozenset(f.name for cls in (ScriptArguments, ModelConfig) for f in fields(cls))
+    found = {f.name for cls in (ScriptArguments, ModelConfig) for f in fields(cls)}
+    return frozenset(found | {"reward_funcs", "reward_model_name_or_path"})

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bandpo._system.bounded import parse_yaml, read_regular
+from bandpo._system.bounded import parse_yaml
 from bandpo.doctor.setup import Setup, short
 from bandpo.doctor.shell import Script, Word, read_script
 
-MAX_SCRIPT_BYTES = 1 << 18
 _OPTION = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
+_MANY = re.compile(r"\[[@*]\]|\$\{?[@*]|ARGS|OPTS|OPTIONS|EXTRA|FLAGS", re.IGNORECASE)  # expansions into several words
 _NUMBER = re.compile(r"-?[.\d]")
 _PROCESSES = ("num_processes", "nproc_per_node", "num_gpus")
 _LAUNCHERS = frozenset({"accelerate", "torchrun", "deepspeed", "python", "python3", "uv", "accelerate-launch", "srun"})
 _MAX_UNREAD = 12
-# Options that TRL's trainers with groups of completions have, and that no other framework's scripts use.
-_OWN = frozenset(
+OWN = frozenset(
     {
         "num_generations",
         "steps_per_generation",
@@ -31,7 +30,17 @@ _OWN = frozenset(
         "importance_sampling_level",
     }
 )
-_MARKS = (b"rlhf", *(name.encode() for name in _OWN), *(name.replace("_", "-").encode() for name in _OWN))
+"""Options that TRL's trainers with groups of completions have, and that no other framework's scripts use."""
+
+_TRAINING = frozenset(
+    {
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "max_completion_length",
+        "max_steps",
+    }
+)
 
 
 @dataclass
@@ -59,34 +68,6 @@ class Options:
         """The configuration that the command names; "" for none."""
         value = self.values.get("config", "")
         return value if isinstance(value, str) else "a configuration" if "config" in self.unknown else ""
-
-
-def read_program(
-    path: Path, overrides: Sequence[str] = (), *, processes: int = 1, vocabulary: int | None = None
-) -> Setup | None:
-    """The settings of a script or notebook in Python, or of the commands of a shell script; None where it has none of these.
-
-    Args:
-        path: The file.
-        overrides: Settings `key=value`, which replace those of the file.
-        processes: Number of processes that will train, where the file does not tell.
-        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
-
-    Raises:
-        ValueError: If it cannot be read, or trains with another trainer.
-    """
-    if path.suffix in (".py", ".ipynb"):
-        from bandpo.doctor.trl_source import read_source
-
-        return read_source(path, overrides, processes=processes, vocabulary=vocabulary)
-    data = read_regular(path, MAX_SCRIPT_BYTES, follow=False)
-    if not any(mark in data for mark in _MARKS) and not (b"trl" in data and b"grpo" in data):
-        return None
-    try:
-        text = data.decode("utf-8", errors="replace").replace("\x00", "\ufffd")
-        return read_launch(text, overrides, processes=processes, vocabulary=vocabulary)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def with_overrides(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -201,7 +182,10 @@ def _swift(command: Sequence[Word]) -> Options | None:
     names = [Path(word.text[:300]).name for word in command]
     for program in ("swift", "megatron"):
         if program in names and names[names.index(program) + 1 : names.index(program) + 2] == ["rlhf"]:
-            options = _options(command[names.index(program) + 2 :])
+            words = command[names.index(program) + 2 :]
+            options = _options(words)
+            if words and words[0].text.endswith((".yaml", ".yml", ".json")):
+                options.values["config"] = words[0].text
             return replace(options, line=command[0].line, program=program)
     if names and any(name in ("rlhf.py",) and "swift" in word.text for name, word in zip(names, command, strict=True)):
         return replace(_options(command[names.index("rlhf.py") + 1 :]), line=command[0].line, program="swift")
@@ -221,7 +205,8 @@ def _trl(command: Sequence[Word]) -> Options | None:
     if at < 0 or not _LAUNCHERS & set(names[: at + 1]):
         return None
     options = _options(command[at + 1 :])
-    if _OWN.isdisjoint([*options.values, *options.unknown]) or "rloo" in names[at]:
+    given = {*options.values, *options.unknown}
+    if not given & OWN or "rloo" in names[at] or not (given & _TRAINING or "grpo" in names[at]):
         return None
     processes = _processes(_options(command[:at]).values)
     return replace(options, line=command[0].line, program=names[at], processes=processes)
@@ -254,7 +239,7 @@ def _options(words: Sequence[Word]) -> Options:
             text = word.text
         if not word.literal:
             place = f" (line {word.line})" if word.line else ""
-            if name and not texts[name]:
+            if name and not texts[name] and not _MANY.search(text):
                 found.unknown[name] = f"{short(text)[1:-1]}{place}"
             else:
                 found.opened.append(f"{short(word.text)[1:-1]}{place}")

@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from bandpo.doctor.trl_launch import read_launch, with_overrides
 
 MAX_NOTEBOOK_BYTES = 1 << 24
 _MAX_VALUES, _MAX_CELLS = 1_000_000, 2000
+_MAX_CALLS = 50  # configurations, trainers, and loaded models of one file
 _CONFIGS = ("GRPOConfig", "BandGRPOConfig")
 _TRAINERS = ("GRPOTrainer", "BandGRPOTrainer")
 # Configurations of TRL's other trainers that learn from a policy's own completions.
@@ -82,12 +84,13 @@ def read_notebook(path: Path) -> Notebook:
             f"{path}: a notebook of {short(_language(cast('dict[str, Any]', tree)))}; the doctor reads Python"
         )
     found = Notebook()
-    codes = [c for c in cast("list[Any]", cells) if isinstance(c, dict) and c.get("cell_type") == "code"]
+    every = [cast("dict[str, Any]", cell) for cell in cast("list[Any]", cells) if isinstance(cell, dict)]
+    codes = [cell for cell in every if cell.get("cell_type") == "code"]
     if len(codes) > _MAX_CELLS:
         raise ValueError(f"{path} has more than {_MAX_CELLS:,} cells of code")
     for number, cell in enumerate(codes, 1):
-        lines: Any = cell.get("source")
-        text = "".join(str(x) for x in cast("list[Any]", lines)) if isinstance(lines, list) else lines
+        lines: object = cell.get("source")
+        text = "".join(str(x) for x in cast("list[object]", lines)) if isinstance(lines, list) else lines
         if isinstance(text, str):
             _add_cell(found, f"code cell {number}", text.replace("\x00", "\ufffd"))
     return found
@@ -115,7 +118,13 @@ def _add_cell(found: Notebook, name: str, text: str) -> None:
     try:
         ast.parse(text) if len(text) <= MAX_SOURCE_BYTES else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        text = "\n".join(_plain_line(line, found) for line in text.split("\n"))
+        lines: list[str] = []
+        within = False  # the line before, which is no Python, ends with a backslash
+        for line in text.split("\n"):
+            plain = "" if within else _plain_line(line, found)
+            lines.append(plain)
+            within = line.rstrip().endswith("\\") and (within or plain != line)
+        text = "\n".join(lines)
     found.cells.append((name, text))
 
 
@@ -180,8 +189,12 @@ class _Script:
         self.source = source
         self.notes = notes
         self.bypassed = ""
+        self._kinds: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._looked_at: set[int] = set()
         self.configs = [call for call in source.calls if self._kind(call.name, _CONFIGS)]
         self.trainers = [call for call in source.calls if self._kind(call.name, _TRAINERS)]
+        if len(self.configs) > _MAX_CALLS or len(self.trainers) > _MAX_CALLS:
+            raise ValueError(f"it creates more than {_MAX_CALLS} configurations or trainers")
 
     def setup(self, overrides: Sequence[str], processes: int, vocabulary: int | None) -> Setup:
         """The settings of the configuration that the trainer gets.
@@ -201,7 +214,7 @@ class _Script:
         self._from_trainers(given)
         unsloth = self._unsloth(given)
         for key, value in with_overrides({}, overrides).items():
-            given.set(key, value, "")
+            given.set(key, value)
         setup = read_trl(
             given.values,
             processes=processes,
@@ -215,8 +228,15 @@ class _Script:
 
     # ---- which configuration ----
 
-    def _kind(self, name: str, wanted: Sequence[str], depth: int = 0) -> str:
+    def _kind(self, name: str, wanted: tuple[str, ...], depth: int = 0) -> str:
         """The class of `wanted` that a name is, or that a class of this file derives from; "" for none."""
+        key = (name, wanted)
+        if key not in self._kinds:
+            self._kinds[key] = ""  # also where a class derives from itself
+            self._kinds[key] = self._kind_of(name, wanted, depth)
+        return self._kinds[key]
+
+    def _kind_of(self, name: str, wanted: tuple[str, ...], depth: int) -> str:
         last = name.rpartition(".")[2]
         if last.startswith("Unsloth") and last.removeprefix("Unsloth") in wanted:
             return last.removeprefix("Unsloth")
@@ -292,7 +312,7 @@ class _Script:
 
     def _config(self, call: Call, trainer: Call | None) -> Given:
         """The options of one configuration, with what is changed after it was created."""
-        found = self._of_class(call.name)
+        found = self._of_class(call.name if call.name in self.source.classes else call.name.rpartition(".")[2])
         found.add(self.source.given(call))
         if len(call.node.args) > 1 or any(isinstance(a, ast.Starred) for a in call.node.args):
             found.add(Given(opened=[self.source.text(call.node)]))
@@ -303,7 +323,7 @@ class _Script:
             and call.name not in self.source.classes
         ):
             self.notes.append(
-                f"{short(call.name)} ({self.source.line(call.node)}) is taken to have the options and defaults of TRL's"
+                f"{call.name[:120]} ({self.source.line(call.node)}) is taken to have the options and defaults of TRL's"
             )
         for scope, name, since in self._names(call):
             until = (trainer.scope, trainer.time) if trainer else (scope, 1 << 60)
@@ -312,10 +332,9 @@ class _Script:
             self._counted_late(later)
             found.add(later)
             self._passed_on(found, name, scope)
-        for other in self.source.calls:  # dataclasses.replace(args, beta=0.1)
-            if other.name in ("dataclasses.replace", "copy.replace") and call in self._made(
-                other.node, other.scope, other.time
-            ):
+        replaced = [c for c in self.source.calls if c.name in ("dataclasses.replace", "copy.replace")]
+        for other in replaced[:_MAX_CALLS]:  # dataclasses.replace(args, beta=0.1)
+            if call in self._made(other.node, other.scope, other.time):
                 found.add(self.source.given(other))
         return found
 
@@ -326,9 +345,11 @@ class _Script:
             for key, bindings in scope.bindings.items():
                 value = bindings[-1].value
                 if isinstance(value, ast.expr):
-                    found.set(key, self.source.values(value, scope, bindings[-1].time), self.source.text(value))
+                    found.set(
+                        key, self.source.values(value, scope, bindings[-1].time), partial(self.source.text, value)
+                    )
             if "__post_init__" in scope.bindings or "__init__" in scope.bindings:
-                found.add(Given(opened=[f"{short(node.name)}.__post_init__ ({self.source.line(node)})"]))
+                found.add(Given(opened=[f"{node.name[:80]}.__post_init__ ({self.source.line(node)})"]))
         return found
 
     def _names(self, call: Call) -> list[tuple[Scope, str, int]]:
@@ -339,7 +360,7 @@ class _Script:
             for name, bindings in scope.bindings.items()
             for binding in bindings
             if binding.value is call.node
-        ]
+        ][:_MAX_CALLS]
 
     def _counted_late(self, later: Given) -> None:
         """TRL computes the steps for each rollout when it creates a configuration: a later change does not reach them."""
@@ -359,13 +380,15 @@ class _Script:
                 continue
             functions, _ = self.source.bound(call.node.func.id, call.scope, call.time)
             for function in functions:
-                if isinstance(function.value, ast.FunctionDef | ast.AsyncFunctionDef):
-                    self._stored_in(found, function.value)
+                body = function.value
+                if isinstance(body, ast.FunctionDef | ast.AsyncFunctionDef) and id(body) not in self._looked_at:
+                    self._looked_at.add(id(body))
+                    self._stored_in(found, body)
 
     def _stored_in(self, found: Given, function: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                found.set(node.attr, UNKNOWN, f"what {short(function.name)} sets ({self.source.line(node)})")
+                found.set(node.attr, UNKNOWN, f"what {function.name[:80]} sets ({self.source.line(node)})")
             elif isinstance(node, ast.Call) and self.source.dotted(node.func) == "setattr":
                 found.add(Given(opened=[self.source.text(node)]))
 
@@ -389,8 +412,8 @@ class _Script:
             for node, _ in self.source.classes.get(trainer.name, [])[-1:]:
                 own = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name in _LOSSES]
                 if own:
-                    where = f"{short(node.name)}.{own[0].name} ({self.source.line(own[0])})"
-                    self.bypassed = f"{where} takes the place of GRPOTrainer's"
+                    place = f"{node.name[:80]}.{own[0].name} ({self.source.line(own[0])})"
+                    self.bypassed = f"{place} takes the place of GRPOTrainer's"
 
     def _model(self, given: Given, model: ast.expr | None, trainer: Call) -> None:
         """The name of the model and the dtype of its weights, where the script loads it with literal arguments."""
@@ -422,13 +445,11 @@ class _Script:
         given.values["use_peft"] = (
             True  # adapters, or weights of its own choice: the rule on their dtype does not apply
         )
-        for call in self.source.calls:
-            if not call.name.endswith(".from_pretrained"):
-                continue
+        for call in [c for c in self.source.calls if c.name.endswith(".from_pretrained")][:_MAX_CALLS]:
             options = self.source.given(call)
             fast = options.values.get("fast_inference")
             if fast is True:  # the trainer then samples with the engine of the model
-                given.set("use_vllm", True, "")
+                given.set("use_vllm", True)
             elif "fast_inference" in options.unread or options.opened:
                 text = options.unread.get("fast_inference", "; ".join(options.opened))
                 given.set("use_vllm", UNKNOWN, f"fast_inference of {text}")
