@@ -1,6 +1,7 @@
 """What the doctor measures of a batch, against brute force over all tokens in float64 and independent programs."""
 
 import math
+import tracemalloc
 from collections import Counter
 
 import mpmath
@@ -14,7 +15,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from bandpo import OBJECTIVES, policy_loss
 from bandpo.doctor import batch as doctor_batch
-from bandpo.doctor import examine_batch, examine_log
+from bandpo.doctor import examine_batch, examine_log, truncation
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.noise import Noise, noise
 from bandpo.doctor.streams import LogSum, Moments, Quantiles
@@ -444,6 +445,22 @@ def test_parts_files_and_strides_give_the_same_numbers(size, monkeypatch, tmp_pa
     torch.save(b, tmp_path / "b.pt")
     agree(told(examine_batch(load_batch(tmp_path / "b.pt"))), whole)
     agree(told(examine_batch({k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in b.items()})), whole)
+
+
+def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
+    """Of what Python allocates, which are the buffers of the file, with every column."""
+    monkeypatch.setattr(doctor_batch, "_PART", 1 << 11)
+    monkeypatch.setattr(truncation, "_AT_A_TIME", 1 << 14)
+    peaks = []
+    for rows in (200, 2000):
+        save_file(
+            {k: v.contiguous() for k, v in everything(rows=rows).items() if k != "group"}, tmp_path / "b.safetensors"
+        )
+        tracemalloc.start()
+        examine_batch(load_batch(tmp_path / "b.safetensors"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 100_000
 
 
 @settings(max_examples=10, deadline=None)

@@ -97,6 +97,23 @@ def test_noise_of_a_model_is_that_of_its_dtypes(model, tokens):
             measure_noise(model, ids, wrong)
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_is_on_the_side_that_is_asked_for(padding, model, tokens, monkeypatch):
+    ids, attention, _ = tokens
+    given, forward = [], LlamaForCausalLM.forward
+
+    def spy(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        given.append((attention_mask, position_ids))
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    score(model, ids, attention, padding=padding, rows=4)
+    assert [len(mask) for mask, _ in given] == [3, 4, 3]  # a sequence of one token is not scored
+    for mask, positions in given:
+        assert mask[:, -1 if padding == "left" else 0].all() and not mask.all()
+        assert all(p[m.bool()].tolist() == list(range(int(m.sum()))) for m, p in zip(mask, positions, strict=True))
+
+
 class Sloppy(LlamaForCausalLM):
     """Its numbers depend on how many sequences a pass has."""
 

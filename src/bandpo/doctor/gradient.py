@@ -97,7 +97,8 @@ class Payers:
         for objective, (kept, taken) in zip(self._objectives, self._mass, strict=True):
             if objective.name in self._left_out or not (kept + taken).sum() > 0:
                 continue
-            name, lost = objective.name, []
+            name = objective.name
+            lost: list[float] = []
             for side, half in enumerate(("upper", "lower")):
                 found = _half(kept[side], taken[side], kept.sum().item())
                 lost.append(found["taken"])
