@@ -138,18 +138,6 @@ def test_every_paper_and_every_objective_is_in_the_paper_index():
         assert f"`{name}`" in page or name in ("no-clip", "ppo-kl"), name
 
 
-def test_rules_of_the_doctor_have_rows():
-    page, doctor = (ROOT / "docs" / "doctor.md").read_text(), ROOT / "src" / "bandpo" / "doctor"
-    rules = {
-        x
-        for name in ("rules", "symptoms")
-        for x in re.findall(r'Finding\(\s*"(\w+)"', (doctor / f"{name}.py").read_text())
-    }
-    assert len(rules) > 15
-    for rule in rules:
-        assert re.search(rf"^\| [^|]*`{rule}`", page, re.MULTILINE), rule
-
-
 def test_surrogates_and_regions_have_rows():
     page = (ROOT / "docs" / "objectives.md").read_text()
     for objective in bandpo.OBJECTIVES.values():

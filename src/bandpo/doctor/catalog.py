@@ -57,8 +57,8 @@ _CONFIGURATION = (
         name="inert",
         reads=("configuration",),
         sees="How many optimiser steps each rollout is used for.",
-        why="At the first step on a rollout every ratio is 1, so a trust region can act only from the second step on. With one "
-        "step for each rollout all objectives that differ only in their region are the same.",
+        why="At the first step on a rollout no ratio differs from 1, so a trust region can act only from the second step on. "
+        "With one step for each rollout all objectives that differ only in their region are the same.",
         healthy="2 or more; or ratios that are taken against a sampler that differs from the trainer.",
         source="by definition of the ratio (PPO, arXiv:1707.06347, eq. 7)",
         knobs={
@@ -187,7 +187,8 @@ _CONFIGURATION = (
         name="unread",
         reads=("configuration",),
         sees="What in the configuration could not be read.",
-        why="The doctor runs, imports and downloads nothing, so some values are not known. Rules that need them say so.",
+        why="The doctor runs, imports and downloads nothing, so some values are not known. Rules that need them "
+        "answer `not known`.",
         healthy="None: it is for information.",
         source="by definition",
     ),
@@ -318,7 +319,7 @@ _LOG = (
         healthy="At most 0.01 on average.",
         source="our judgement",
         knobs={
-            "bandpo train": "failed_reward.jsonl in the run's folder has samples; reward_timeout, or mend the function"
+            "bandpo train": "failed_reward.jsonl in the run's folder has samples; reward_timeout, or repair the function"
         },
     ),
     Rule(
@@ -358,8 +359,8 @@ _BATCH = (
         name="ratios",
         reads=("batch",),
         sees="How far the ratios of the tokens are from 1.",
-        why="Where every ratio is 1, the batch was saved before the first step on it, or each rollout is used once: no region "
-        "can act.",
+        why="Where no ratio differs from 1, the batch was saved before the first step on it, or each rollout is used once: no "
+        "region can act.",
         healthy="Some |log r| above 1e-6.",
         source="float32 log-probs of the same weights agree within 1e-6",
         knobs={"your own loop": "save the batch of a later step on the same rollout"},

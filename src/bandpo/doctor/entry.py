@@ -22,11 +22,9 @@ def examine(*what: object, processes: int = 1, vocabulary: int | None = None, ta
     The tokens of a batch are also counted for the objectives of the configurations that come before it.
 
     Args:
-        what: One or more of
-            a path (`str` or `Path`) of a configuration, a log, a batch or a run's folder;
-            a `Setup`, TRL's `GRPOConfig` or `BandGRPOConfig`, or a mapping with the keys of a configuration;
-            an iterable of rows of metrics, each a mapping from names to numbers;
-            a batch: a mapping from our or a host's names to tensors.
+        what: One or more of these. A path (`str` or `Path`) of a configuration, a log, a batch or a run's folder. A `Setup`,
+            TRL's `GRPOConfig` or `BandGRPOConfig`, or a mapping with the keys of a configuration. An iterable of rows of
+            metrics, each a mapping from names to numbers. A batch, which is a mapping from our or a host's names to tensors.
         processes: Number of processes that will train, for a configuration of TRL.
         vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
         target: Share of tokens that the radius recommended for a batch clips.

@@ -29,7 +29,7 @@ class Examined:
 
     Args:
         name: The file.
-        findings: Its findings, in the order of the rules.
+        findings: The findings, in the order of the rules.
         error: Why the file could not be examined; "" if it was.
     """
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bandpo.doctor import Doctor, Finding, Told
+from bandpo.doctor.findings import Finding
+from bandpo.doctor.live import Doctor, Told
 
 _LOGGER = logging.getLogger(__name__)
 
