@@ -5,11 +5,14 @@ tools/rules.py names them on the page of the rules, and tests/doctor/test_catalo
 
 import dataclasses
 import math
+import tempfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from bandpo import OBJECTIVES, TV, Band
-from bandpo.doctor import Setup, examine_batch, examine_log, examine_setup
+from bandpo.doctor import Setup, Truncation, examine, examine_batch, examine_log, examine_setup
 
 GOOD = Setup("TRL", OBJECTIVES["bandpo-kl"], steps=4.0, steps_from="four")
 """A configuration without faults."""
@@ -67,6 +70,10 @@ def log(n=20, **series):
     return [{name: (f(i / (n - 1)) if callable(f) else f) for name, f in series.items()} for i in range(n)]
 
 
+def _half(x):
+    return 1.0 - 0.6 * x
+
+
 SICK = [
     ("clipping", "problem", {"clip_ratio/region_mean": 0.0, "ratio/mean": 1.0}, "the region is inert"),
     ("clipping", "warning", {"actor/pg_clipfrac": 0.0}, "is 0 in all 20 rows"),
@@ -92,6 +99,9 @@ SICK = [
     ("still", "warning", {"reward": 0.5, "entropy": 1.0}, "each of the 2 metrics looked at has one value in all rows"),
     ("nonfinite", "problem", {"reward": math.nan, "loss": math.inf}, "reward is not finite in 20 of 20 rows; loss is not"),
     ("nonfinite", "problem", {"entropy": "NaN"}, "entropy is not finite in 20 of 20"),
+    ("entropy cause", "warning", {"entropy": _half, "clip_ratio/low_mean": 0.001, "clip_ratio/high_mean": 0.02}, "upper edge"),
+    ("effective size", "warning", {"actor/band/correction/effective_sample_size": 0.2}, r"0\.200 at the end"),
+    ("age", "warning", {"async/staleness_mean": 12.0}, r"12\.00 updates"),
     ("nonfinite", "problem", {"kl": 0.1, "actor/entropy": lambda x: math.nan if x > 0.9 else 1.0}, "in 2 of 20 rows"),
 ]  # fmt: skip
 WELL = [
@@ -111,6 +121,9 @@ WELL = [
     ("signal", {"frac_reward_zero_std": lambda x: float(x < 1), "reward_std": lambda x: float(x == 1)}),
     ("signal", {"critic/advantages/max": lambda x: x, "critic/advantages/min": 0.0}),
     ("still", {"grad_norm": lambda x: 1 + x, "reward": 0.5}),
+    ("entropy cause", {"entropy": lambda x: 1 - 0.1 * x, "clip_ratio/low_mean": 0.001, "clip_ratio/high_mean": 0.02}),
+    ("effective size", {"actor/band/correction/effective_sample_size": 0.9}),
+    ("age", {"async/staleness_mean": 2.0}),
 ]  # fmt: skip
 
 
@@ -126,7 +139,57 @@ def _changed(name, change):
     return {**batch(), name: change(batch())}
 
 
+def _with(**columns):
+    return {**batch(), **columns}
+
+
+def _noisy(size):
+    b = batch()
+    return {**b, "again_logprobs": b["logprobs"] + size * torch.linspace(-1, 1, b["mask"].numel()).view_as(b["mask"])}
+
+
+def _groups(*, same):
+    ids = torch.arange(20 * 200).view(20, 200)
+    ids = ids[:1].expand(20, 200).clone() if same else ids
+    return _with(group=torch.arange(20) // 4, completion_ids=ids, mask=torch.ones(20, 200, dtype=torch.bool))
+
+
+def _reference(shift):
+    return _with(ref_logprobs=batch()["logprobs"] + shift)
+
+
+def _one_token():
+    found = torch.zeros(20, 200, dtype=torch.float64)
+    row, column = batch()["mask"].nonzero()[7].tolist()
+    found[row, column] = 1.0
+    return found
+
+
+def _cut():
+    old = torch.log_softmax(torch.randn(20, 200, 8, generator=torch.Generator().manual_seed(1)), -1).double()
+    b = {**batch(), "old_topk_logprobs": old, "old_logprobs": old[..., 0]}
+    return {**b, "logprobs": old[..., 0] + 0.01}
+
+
+def _logits(top_p):
+    b = _cut()
+    return examine_batch(b, truncation=Truncation(top_p, 0, 0.0))
+
+
 BATCHES = [
+    ("noise", True, "two scorings 0.5 nats apart", lambda: _noisy(0.5)),
+    ("noise", False, "two scorings 1e-6 nats apart", lambda: _noisy(1e-6)),
+    ("effective size", True, "log-ratios of 3 nats", lambda: batch(scale=3.0)),
+    ("effective size", False, "log-ratios of 0.3 nats", batch),
+    ("age", True, "tokens 20 updates old", lambda: _with(age=torch.full((20,), 20))),
+    ("age", False, "tokens 1 update old", lambda: _with(age=torch.ones(20, dtype=torch.int64))),
+    ("gradient", True, "log-ratios of 3 nats", lambda: batch(scale=3.0)),
+    ("gradient", False, "log-ratios of 0.05 nats", lambda: batch(scale=0.05)),
+    ("duplicates", True, "equal completions", lambda: _groups(same=True)),
+    ("duplicates", False, "completions that differ", lambda: _groups(same=False)),
+    ("length bias", True, "sequences of several lengths", batch),
+    ("kl estimate", True, "a reference that likes one token far more", lambda: _reference(12.0 * _one_token())),
+    ("kl estimate", False, "a reference near by", lambda: _reference(0.1)),
     ("nonfinite", True, "NaN", lambda: _changed("logprobs", lambda b: b["logprobs"].masked_fill(b["mask"], math.nan))),
     ("nonfinite", False, "finite log-probs", batch),
     ("positive", True, "log-probs above 0", lambda: _changed("logprobs", lambda b: b["logprobs"] + 5)),
@@ -177,6 +240,13 @@ def _of_log(rule, series, *, fires):
     return Case(rule, fires, "log", what, lambda: examine_log(log(**series)))
 
 
+def _of_a_file():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "batch.safetensors"
+        save_file(batch(), path)
+        return examine(path)
+
+
 CASES = [
     *(_of_setup(rule, changes, fires=level != "ok") for rule, changes, level, _ in SETUPS_THAT_FIRE),
     *(_of_setup(rule, changes, fires=False) for rule, changes in SETUPS_THAT_PASS),
@@ -190,5 +260,12 @@ CASES = [
     *(_of_log(rule, series, fires=False) for rule, series in WELL),
     _of_log("reward", {"reward": lambda x: 0.1 + 0.8 * x}, fires=True),
     _of_log("reward", {"entropy": lambda x: 1.0 - 0.5 * x}, fires=False),
+    Case("kept mass", True, "batch", "top_p=0.5", lambda: _logits(0.5)),
+    Case("kept mass", False, "batch", "no truncation", lambda: _logits(1.0)),
+    Case("memory", True, "batch", "4000 tokens of 151,936 words", lambda: examine_batch(batch(), vocabulary=1_519_360)),
+    Case("log", True, "log", "steps that go back", lambda: examine_log([{"step": i, "entropy": 0.5} for i in (1, 2, 3, 2, 3)])),
+    Case("log", False, "log", "steps that rise", lambda: examine_log([{"step": i, "entropy": 0.5} for i in (1, 2, 3)])),
+    Case("columns", True, "log", "any log", lambda: examine_log(log(entropy=0.5, other=1.0))),
+    Case("columns", True, "batch", "any file", _of_a_file),
     *(Case(rule, fires, "batch", what, lambda make=make: examine_batch(make())) for rule, fires, what, make in BATCHES),
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 import math
 import tracemalloc
-from collections import Counter
 
 import mpmath
 import numpy as np
@@ -533,8 +532,6 @@ def test_entropy_is_attributed_to_the_side_that_clips(level, words, entropy, low
     found = named(examine_log(log(entropy=entropy, **{names[0]: low, names[1]: high})), "entropy cause")
     assert found.level == level and words in found.seen and cause in found.cause
     assert bool(found.knob) == (level != "ok")
-    slope = np.polyfit(np.arange(20), [entropy(i / 19) for i in range(20)], 1)[0]
-    assert found.numbers["slope"] == pytest.approx(slope)
 
 
 def test_weights_and_ages_of_a_log():
@@ -550,14 +547,3 @@ def test_weights_and_ages_of_a_log():
         "not a share" in named(examine_log(log(**{"correction/effective_sample_size": 100.0})), "effective size").seen
     )
     assert not any(f.rule in ("age", "entropy cause") for f in examine_log(log(entropy=1.0)))
-
-
-def test_every_rule_has_an_entry():
-    from bandpo.doctor.catalog_measure import RULES
-
-    names = [rule.name for rule in RULES]
-    assert not [n for n, c in Counter(names).items() if c > 1]
-    found = {f.rule for f in examine_batch(everything())} | {"effective size", "age", "entropy cause", "columns"}
-    before = {"nonfinite", "positive", "ratios", "clip fraction", "radius", "mismatch", "signal", "groups", "memory"}
-    assert found - before == set(names)
-    assert all(rule.sees and rule.why and rule.healthy and rule.source for rule in RULES)

@@ -384,9 +384,10 @@ _MEASURES = (
     Rule(
         name="noise",
         reads=("batch",),
-        sees="|log r| between two scorings of the same tokens by the same weights, in bins of p: of the columns logprobs and "
-        "again_logprobs, or of a model (--model FOLDER) with other batches, padding and dtype. Beside it, half the width of "
-        "the region in log r over the 0.99 quantile of the noise, and the share of tokens that the noise alone puts outside.",
+        sees="The size of log r between two scorings of the same tokens by the same weights, in bins of p: of the columns "
+        "logprobs and again_logprobs, or of a model (--model FOLDER) with other batches, padding and dtype. Beside it, half "
+        "the width of the region in log r over the 0.99 quantile of the noise, and the share of tokens that the noise alone "
+        "puts outside.",
         why="A region that is narrower than the rounding of log-probs clips tokens that no update has moved.",
         healthy="Half the width is at least 3 times the noise; below 1 it is a problem.",
         source="the limits are our judgement; that 16-bit rounding separates sampler and trainer is measured in "
@@ -404,7 +405,7 @@ _MEASURES = (
         "the likeliest tokens (old_topk_logprobs), or from a model.",
         why="The sampler draws from p/Z, where Z is the kept mass. Where the log-prob of the whole distribution is taken for "
         "the sampler's, log r is too large by -log Z, which a narrow upper edge takes for a move.",
-        healthy="-log Z of at most 0.01 nats on average; 0 without truncation.",
+        healthy="A mean of -log Z of at most 0.01 nats; 0 without truncation.",
         source="the formula by definition of the renormalised distribution; the limit is our judgement",
         knobs={
             "TRL": "top_p=1.0, top_k=0, min_p unset",
@@ -519,22 +520,30 @@ _MEASURES = (
         },
     ),
     Rule(
-        name="columns",
-        reads=("log", "batch"),
-        sees="Which columns of a log or a batch were understood, under which meaning, how many were not, and further columns "
-        "of a batch that do not fit to its log-probs.",
-        why="A metric under a name that is not known is not looked at, and a rule that needs it is silent.",
-        healthy="The metrics that matter are among those that are looked at.",
-        source="by definition",
-    ),
-    Rule(
         name="log",
         reads=("log",),
-        sees="What was noticed when a log was read: a last row that is not finished, steps that go back, rows that replace "
-        "others of the same step.",
-        why="A log of a run that was resumed has some steps twice; the later rows count.",
-        healthy="Nothing to tell.",
+        sees="What happened while the log was read: a last row that is not finished, steps that go back, several files or "
+        "runs, lines that were left out.",
+        why="A run that was resumed writes some steps twice, and one that still runs ends in the middle of a row. The rules "
+        "look at each metric by step; of values for the same step the later part of the log counts.",
+        healthy="Steps that rise, in one file with one run.",
         source="by definition",
+        knobs={"all": "--run NAME chooses a run of several; --one-run reads several files as parts of one run"},
+    ),
+    Rule(
+        name="columns",
+        reads=("log", "batch"),
+        sees="Which columns of the file were understood, as what, and how many were not.",
+        why="A rule can only judge what the file has under a name of the table. Names with another meaning, such as verl's "
+        "response_length/clip_ratio, are not taken for it.",
+        healthy="The metrics that decide: entropy, clip fraction, norm of the gradient, rewards, and the difference between "
+        "sampler and trainer.",
+        source="the names were read in the public source of each host, see bandpo.integrations.names",
+        knobs={
+            "TRL": "report_to, or the checkpoints' trainer_state.json",
+            "bandpo train": "metrics.jsonl has all of them",
+            "verl": "trainer.logger=[console,file]; actor_rollout_ref.rollout.calculate_log_probs=True for the sampler",
+        },
     ),
 )
 

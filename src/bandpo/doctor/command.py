@@ -19,7 +19,6 @@ from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
 from bandpo.doctor.output import Examined, as_json, as_page, as_text, exit_status, explained
 from bandpo.doctor.symptoms import examine_log
-from bandpo.doctor.trl_launch import with_overrides
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
@@ -209,6 +208,7 @@ def setup_in(
     if found is not None:
         return found
     from bandpo.doctor.trl import is_run, is_trl, read_trl
+    from bandpo.doctor.trl_launch import with_overrides
 
     if not is_trl(given):
         raise not_readable(path, "")
