@@ -224,11 +224,17 @@ def _no_bar() -> Generator[None]:
     if bar is None:  # another version of transformers
         yield
         return
-    setattr(module, "tqdm", lambda tensors, **_: tensors)  # noqa: B010 - transformers declares no such name
+    setattr(module, "tqdm", _silent)  # noqa: B010 - transformers declares no such name
     try:
         yield
     finally:
         setattr(module, "tqdm", bar)  # noqa: B010
+
+
+def _silent(tensors: Iterable[Any], **options: object) -> Iterable[Any]:
+    """What is iterated over, in place of a bar."""
+    del options
+    return tensors
 
 
 def _clean(loaded: Any) -> Any:
