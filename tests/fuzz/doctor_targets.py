@@ -378,7 +378,7 @@ other_logs = st.tuples(
 
 
 def any_other_log(draw: tuple[str, list[tuple[float, bytes]], float]) -> str:
-    """A log in which bytes were changed, or that was cut: read or refused, where it was only cut, without a row too many."""
+    """A log in which bytes were changed, or that was cut: it is read or refused, and cutting adds no rows."""
     suffix, changes, kept = draw
     data = bytearray(_GOOD_LOGS[suffix])
     for place, change in changes:

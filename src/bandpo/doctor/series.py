@@ -98,7 +98,7 @@ class Running:
         self.count = self.lost = self.zeros = 0
         self.total, self.largest, self.smallest = 0.0, -math.inf, math.inf
         self._size = 1  # values in a whole block
-        self._blocks: list[float] = []  # their sums
+        self._blocks = list[float]()  # their sums
         self._last, self._held = 0.0, 0  # sum and values of the block that is not whole
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
