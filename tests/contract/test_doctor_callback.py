@@ -1,10 +1,14 @@
 """`DoctorCallback` in real trainers on a tiny model: TRL's own GRPOTrainer and ours."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
+from bandpo.cli import main
 from bandpo.doctor import examine_log
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer, DoctorCallback
 from trl_runs import reward, settings
@@ -113,3 +117,48 @@ def test_the_watch_changes_nothing_in_the_run(tmp_path, make_model, tokenizer, p
         return [{k: v for k, v in row.items() if not k.endswith(timings)} for row in made.state.log_history]
 
     assert log("with", [DoctorCallback()]) == log("without", None)
+
+
+def test_all_processes_stop_where_the_first_one_does(monkeypatch):
+    """Only the first process decides, because a process that stops alone would leave the others waiting."""
+    sent = []
+
+    def broadcast(flag, src):
+        sent.append((int(flag), src))
+        flag.fill_(1)
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast", broadcast)
+    args = SimpleNamespace(world_size=2, device="cpu")
+    state = TrainerState(global_step=3, is_world_process_zero=False)
+    callback, control = DoctorCallback(stop=True), TrainerControl()
+    callback.on_log(args, state, control, {"entropy": 1.0})
+    assert sent == [(0, 0)] and control.should_training_stop
+    silent, control = DoctorCallback(), TrainerControl()  # without `stop` nothing is sent
+    silent.on_log(args, state, control, {"entropy": math.nan})
+    assert len(sent) == 1 and not control.should_training_stop
+
+
+def test_bandpo_train_tells_and_the_report_has_it(tmp_path, monkeypatch, capsys):
+    from bandpo.toy.models import WarmUp, build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(40))
+    )
+    (tmp_path / "flat_reward.py").write_text("def one(completions, **_):\n    return [1.0 for _ in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status = main(
+        ["train", "--model", "tiny", "--dataset", "data.jsonl", "--reward", "flat_reward:one", "--max_completion_length", "4",
+         "--per_device_train_batch_size", "8", "--num_generations", "4", "--steps_per_generation", "2", "--max_steps", "24",
+         "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none", "--eval_prompts",
+         "4", "--eval_samples", "2", "--logging_steps", "1", "--output_dir", "run"]
+    )  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if ", doctor: signal" in line]
+    assert len(lines) == 1 and lines[0].startswith("step 20, doctor: signal: no group ever had a signal")
+    assert "step 20, doctor: signal: no group ever had a signal" in (tmp_path / "run" / "report.html").read_text()

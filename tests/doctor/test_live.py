@@ -129,3 +129,21 @@ def test_tensors_steps_and_other_values():
     assert (told.step, told.finding.rule) == (7, "nonfinite")
     assert not Doctor().findings()
     assert not observed([{"loss_of_my_own": 1.0}]).findings()
+
+
+def test_a_milder_finding_is_not_told_after_a_worse_one():
+    doctor = Doctor(patience=3)
+    inert = [{"clip_ratio/region_mean": 0.0, "ratio/mean": 1.0, "entropy": 1.0 - 0.01 * i} for i in range(6)]
+    moved = [{"clip_ratio/region_mean": 0.0, "ratio/mean": 1.1, "entropy": 0.9 - 0.01 * i} for i in range(6)]
+    levels = [(t.finding.rule, t.finding.level) for row in inert + moved for t in doctor.observe(row)]
+    assert levels == [("clipping", "problem")]
+    assert [(f.rule, f.level) for f in doctor.findings() if f.rule == "clipping"] == [("clipping", "warning")]
+
+
+@pytest.mark.parametrize(("rows", "told"), [(2, 0), (3, 1)])
+def test_three_rows_in_succession_must_show_it(rows, told):
+    clipped = [0.19] * 24 + [0.6] + [0.19] * (rows - 1) + [0.0] + [0.19] * 5
+    doctor, found = Doctor(), []
+    for i, share in enumerate(clipped):
+        found += doctor.observe({"clip_ratio/region_mean": share, "entropy": 1.0 - 0.01 * (i % 3)})
+    assert len(found) == told

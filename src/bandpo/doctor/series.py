@@ -97,8 +97,8 @@ class Running:
     def __init__(self) -> None:
         self.count = self.lost = self.zeros = 0
         self.total, self.largest, self.smallest = 0.0, -math.inf, math.inf
-        self._size = 1  # values in a whole block
-        self._blocks = list[float]()  # their sums
+        self._size: int = 1  # values in a whole block
+        self._blocks: list[float] = []  # their sums
         self._last, self._held = 0.0, 0  # sum and values of the block that is not whole
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
@@ -122,7 +122,7 @@ class Running:
             self._last, self._held = 0.0, 0
         if len(self._blocks) == _MOST_BLOCKS:
             self._blocks = [a + b for a, b in zip(self._blocks[::2], self._blocks[1::2], strict=True)]
-            self._size *= 2
+            self._size = 2 * self._size
 
     def stats(self, *, recent: bool = False) -> Stats:
         """The numbers of the series so far.
