@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from bandpo._system.jsonl import keep_rows, number_texts
 from bandpo.doctor import examine_batch, examine_log
 from bandpo.doctor.batch import load_batch
-from bandpo.doctor.command import read_log
+from bandpo.doctor.logs import read_log
 from bandpo.metrics import PROB_BINS
 from bandpo.plots import plot_clip_by_probability, plot_training
 from bandpo.plots.curves import Curves
@@ -127,7 +127,7 @@ _LOG = """
 import sys
 from pathlib import Path
 from bandpo.doctor import examine_log
-from bandpo.doctor.command import read_log
+from bandpo.doctor.logs import read_log
 from bandpo.plots.curves import Curves
 from bandpo._system.jsonl import number_texts
 START()

@@ -22,6 +22,7 @@ Trust regions for LLM reinforcement learning.
   bandpo train                 train a small language model with BandPO on the CPU, in about two minutes
   bandpo train --config FILE   the same on any Hugging Face causal LM and dataset
   bandpo evaluate MODEL        mean@k and pass@k of a saved model
+  bandpo check-reward          what would a reward leave unscored? before a run
   bandpo train --method NAME   preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm
   bandpo compare               objectives against each other, over seeds, with intervals
   bandpo lab preference        what links, samplers and labels do in preference learning, as figures
@@ -56,6 +57,12 @@ COMMANDS = (
         "mean@k and pass@k of a model on held-out prompts",
         "bandpo.train.arguments:add_evaluate_arguments",
         "bandpo.train.arguments:run_evaluate",
+    ),
+    Command(
+        "check-reward",
+        "what a reward gives for the reference answers themselves",
+        "bandpo.train.arguments:add_check_reward_arguments",
+        "bandpo.train.arguments:run_check_reward",
     ),
     Command(
         "compare",

@@ -39,29 +39,13 @@ def examined(path, capsys, *overrides):
 
 
 OTHERS = {
-    "SkyRL": ("run.sh", """set -x
-DATA_DIR="$HOME/data/gsm8k"
-uv run --isolated --extra vllm -m skyrl_train.entrypoints.main_base \\
-  data.train_data="['$DATA_DIR/train.parquet']" trainer.algorithm.advantage_estimator="grpo" \\
-  trainer.train_batch_size=1024 trainer.policy_mini_batch_size=256 generator.n_samples_per_prompt=5
-"""),
-    "SkyRL ": ("sky.yaml", "defaults:\n  - _self_\ndata: {train_data: [x]}\ntrainer: {train_batch_size: 1024}\n"
-               "generator: {n_samples_per_prompt: 5}\nenvironment: {env_class: gsm8k}\n"),
-    "SkyRL  ": ("new.sh", "uv run --extra fsdp -m skyrl.train.entrypoints.main_base data.train_data=x trainer.epochs=2\n"),
-    "slime": ("run.sh", """ROLLOUT_ARGS=(
-   --rollout-batch-size 32
-   --n-samples-per-prompt 8
-)
-GRPO_ARGS=(--advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28)
-ray job submit --address="http://127.0.0.1:8265" -- python3 train.py ${ROLLOUT_ARGS[@]} ${GRPO_ARGS[@]}
-"""),
-    "OpenRLHF": ("run.sh", "deepspeed --module openrlhf.cli.train_ppo_ray --pretrain x --rollout_batch_size 128 \\\n"
-                 "  --n_samples_per_prompt 8 --advantage_estimator group_norm\n"),
-    "OpenRLHF ": ("ray.sh", "ray job submit -- python3 -m openrlhf.cli.train_ppo_ray --actor_num_nodes 1 --kl=1e-3\n"),
-    "NeMo-RL": ("grpo.yaml", "defaults: grpo_math_1B.yaml\ngrpo: {num_prompts_per_step: 64, num_generations_per_prompt: 32}\n"
-                "policy: {model_name: x, train_global_batch_size: 512}\n"),
-    "NeMo-RL ": ("small.yaml", "defaults: grpo_math_1B.yaml\ncluster: {gpus_per_node: 8}\n"),
-    "NeMo-RL  ": ("run.sh", "uv run python examples/run_grpo_math.py --config x.yaml grpo.num_prompts_per_step=8\n"),
+    "SkyRL": ("sft.sh", "uv run --isolated --extra fsdp -m skyrl.train.main_sft sft.epochs=2\n"),
+    "slime": ("convert.sh", "PYTHONPATH=/root/slime python tools/convert_hf_to_torch_dist.py --save x\n"),
+    "OpenRLHF": ("dpo.sh", "python3 -m openrlhf.cli.train_dpo --actor.model_name_or_path x --kl=1e-3\n"),
+    "NeMo-RL": ("dpo.yaml", "defaults: dpo.yaml\ncluster: {gpus_per_node: 8}\n"),
+    "NeMo-RL, but not its GRPO": ("ppo.yaml", "defaults: ppo.yaml\nppo: {ppo_epochs: 2}\nloss_fn: {}\npolicy: {}\n"),
+    "rLLM with its backend 'tinker'": ("tinker.sh", "python train.py rllm/backend=tinker rllm.rollout.train.top_p=1.0\n"),
+    "miles": ("miles.sh", "cd /root/miles/ && python3 train.py --rollout-batch-size 8\n"),
     "prime-rl": ("rl.yaml", "trainer: {}\norchestrator: {batch_size: 512}\ninference: {}\n"),
     "EasyR1": ("easy.yaml", "data: {}\nalgorithm: {adv_estimator: grpo}\nworker: {actor: {}, rollout: {n: 5}}\ntrainer: {}\n"),
     "verl's SFT trainer": ("sft.sh", "torchrun -m verl.trainer.fsdp_sft_trainer data.train_files=a.parquet \\\n"

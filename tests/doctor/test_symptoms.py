@@ -88,7 +88,7 @@ def test_every_rule_has_both():
     everything = {k: v for _, _, series, _ in SICK for k, v in series.items()}
     # a log without any signal says nothing of single groups, and one without finite values nothing of their course
     everything |= {"frac_reward_zero_std": 0.8, "reward_std": 1.0, "critic/advantages/max": 1.0, "entropy": 1.0}
-    rules = {f.rule for f in examine_log(log(**everything))} - {"reward"}
+    rules = {f.rule for f in examine_log(log(**everything))} - {"reward", "columns"}
     assert rules == {rule for rule, *_ in SICK} == {rule for rule, _ in WELL}
 
 
@@ -181,7 +181,7 @@ def test_bad_batches_are_errors_and_nothing_in_them_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
     good = batch(400)
     for changes, message in (
-        ({"logprobs": None}, r"lacks logprobs \(or per_token_logps"), ({"old_logprobs": None}, "lacks old_logprobs"),
+        ({"logprobs": None, "old_logprobs": None}, r"lacks logprobs \(or per_token_logps"), ({"old_logprobs": None}, "lacks old"),
         ({"advantages": torch.ones(3)}, r"advantages has the shape \(3,\)"), ({"mask": torch.ones(2, 2)}, "mask has the shape"),
         ({"logprobs": torch.ones(20, 20, dtype=torch.long)}, "must be floating point, got torch.int64"),
         ({"mask": torch.zeros(20, 20)}, "no valid token"),

@@ -179,12 +179,12 @@ def test_rows_that_lack_something_or_do_not_fit_are_an_error_or_counted(model, t
                "--steps_per_generation", "2", "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false",
                "--report_to", "none"]  # fmt: skip
     assert main([*options, "--output_dir", "a"]) == 2
-    assert "1 rows have no 'prompt', the first is row 5; mend them, or set bad_rows: skip" in capsys.readouterr().err
+    assert "1 rows have no 'prompt', the first is row 6; mend them, or set bad_rows: skip" in capsys.readouterr().err
     assert not Path("a").exists()
     assert main([*options, "--output_dir", "a", "--bad_rows", "skip"]) == 0
     said = capsys.readouterr().out
-    for part in ("1 rows have no 'prompt', the first is row 5; they are left out, 19 are kept",
-                 "1 rows have no 'answer', the first is row 3",
+    for part in ("1 rows have no 'prompt', the first is row 6; they are left out, 19 are kept",
+                 "1 rows have no 'answer', the first is row 4",
                  "prompts: 1 rows are longer than 122 tokens (window 128, max_completion_length 6), the first is"):  # fmt: skip
         assert part in said
     assert main([*options, "--output_dir", "b", "--bad_rows", "skip", "--max_completion_length", "200"]) == 2

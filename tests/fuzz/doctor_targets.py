@@ -28,10 +28,12 @@ from bandpo._system.bounded import MAX_DEPTH, parse_yaml
 from bandpo._system.errors import printable
 from bandpo.doctor import examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import load_batch
-from bandpo.doctor.command import read_config, read_log
+from bandpo.doctor.command import read_config
+from bandpo.doctor.logs import read_log
 from bandpo.doctor.setup import Setup
 from bandpo.doctor.shell import read_script
 from bandpo.doctor.verl import read_verl
+from shell_scripts import FIRST, check, scripts
 
 PLACE = Path(tempfile.mkdtemp(prefix="bandpo-fuzz-doctor-"))
 SECONDS = 2.0
@@ -306,10 +308,18 @@ def any_batch_file(draw: tuple[str, list[tuple[float, bytes]], float]) -> str:
     return quick(lambda: [dataclasses.asdict(f) for f in examine_batch(load_batch(path))])
 
 
+def beside_bash(script: str) -> str:
+    """The words of a script are those that Bash gives the commands."""
+    (empty := PLACE / "empty").mkdir(exist_ok=True)
+    check(FIRST + script, empty)
+    return "fine"
+
+
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], bool, bool]] = {
     "YAML with aliases and merges": (yaml_texts, any_bounded_yaml, False, False),
     "words of scripts": (plain_texts, any_words, False, False),
     "scripts": (shell_texts, any_script, False, False),
+    "scripts beside Bash": (scripts, beside_bash, False, False),
     "files that are not verl's": (not_verl, false_verl, True, False),
     "settings of verl scripts": (verl_settings, any_settings, False, False),
     "configurations of TRL": (trl_files, any_trl, False, True),

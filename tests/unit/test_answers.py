@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bandpo.train.answers import as_latex, boxed_answer, reference
+from bandpo.train.answers import as_latex, boxed_answer, reference, stated_answer
 from bandpo.train.verification import unreadable, verify_all, verify_one
 
 # (reference, boxes that are right, boxes that are not: first of all the numbers that stand in the reference)
@@ -300,3 +300,41 @@ def test_reading_takes_no_time_on_long_texts():
         as_latex(text)
         reference(text)
     assert time.monotonic() - started < 20
+
+
+STATED = [  # (completion, answers that it states, answers that it does not state)
+    ("So the answer is 73.", ["73"], ["7", "3"]),
+    ("**73**", ["73"], ["72"]),
+    ("The final answer is: $\\frac{1}{2}$.", ["0.5", r"\frac12"], ["1", "2"]),
+    ("Final Answer: The final answer is 7. I hope it is correct.", ["7"], ["1"]),
+    ("**Answer:** (-1, 2)", ["(-1, 2)"], ["-1", "2"]),
+    ("The answer is \\(12\\), since 3 x 4 = 12", ["12"], ["3", "4"]),
+    ("answer is therefore 5", ["5"], ["6"]),
+    ("4 x 350 = 1,400\n#### 1,450", ["1450"], ["1400", "4"]),
+    ("We get $x=3$, and so $x+1=4$", ["x+1=4"], ["x+1=5"]),
+    ("It was 3.5, and is 4.25 now", ["4.25", "17/4"], ["3.5", "25"]),
+    ("It is -3", ["-3"], ["3"]),
+    ("50%", ["50%", "0.5"], ["5"]),
+    ("The answer is 12. In a box: \\boxed{13}", ["13"], ["12"]),
+    ("The answer is 18 dollars.", ["18"], ["17"]),
+    ("I do not know", [], ["0", "1"]),
+    ("\\boxed{12}. Hmm, wait. \\boxed{", [], ["12"]),
+    ("The answer is 12, in a box: \\box", [], ["12"]),
+]
+
+
+@pytest.mark.parametrize(("completion", "right", "wrong"), STATED)
+def test_the_lenient_reading(completion, right, wrong):
+    pairs = [(completion, answer) for answer in [*right, *wrong]]
+    assert verify_all(pairs, lenient=True) == [1.0] * len(right) + [0.0] * len(wrong)
+    if r"\box" in completion:
+        assert stated_answer(completion) == boxed_answer(completion)
+    elif right:
+        assert verify_all(pairs)[: len(right)] == [0.0] * len(right) or "nswer" in completion
+
+
+@pytest.mark.parametrize("text", ["answer is ", "**1", "$", "1,", "(", "* ", "answer", "answer is (", "#### ", "\\("])
+def test_the_lenient_reading_takes_linear_time(text):
+    began = time.process_time()
+    stated_answer(text * (200_000 // len(text)))
+    assert time.process_time() - began < 2

@@ -129,7 +129,7 @@ BAD = [
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_bad_rows_are_refused_or_left_out_with_a_count(row, message, tmp_path, plain):
     name = file(tmp_path, [*text(3), row, row])
-    with pytest.raises(ValueError, match=rf"2 rows {message}.*the first is row 3.*bad_rows: skip"):
+    with pytest.raises(ValueError, match=rf"2 rows {message}.*the first is row 4.*bad_rows: skip"):
         load(name, OTHER, plain, limit=12)
     lines = []
     data = load(name, OTHER, plain, limit=12, skip_bad=True, say=lines.append)

@@ -133,13 +133,16 @@ def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
     tokenizer = build_tokenizer()
     build_model(WarmUp(hidden_size=16, layers=1), tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"question": f"what is {i}+1?", "solution": str(i + 1)} for i in range(40)]
+    rows = [{"question": f"what is {i}+1?", "reward_model": {"ground_truth": str(i + 1)}} for i in range(40)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "my_rewards.py").write_text(
-        "def short(prompts, completions, answer, **_):\n    return [float(len(c) < 5) for c in completions]\n"
+        "def short(prompts, completions, answer, **_):\n    assert all(a.isdigit() for a in answer)\n"
+        "    return [float(len(c) < 5) for c in completions]\n\n\n"
+        "def steps(prompts, completions, **_):\n    return [None if i % 2 else 0.5 for i in range(len(completions))]\n"
     )
     (tmp_path / "run.yaml").write_text(
-        "model: model\ndataset: data.jsonl\nprompt_column: question\nanswer_column: solution\nreward: my_rewards:short\n"
+        "model: model\ndataset: data.jsonl\nprompt_column: question\nanswer_column: reward_model.ground_truth\n"
+        "reward: [my_rewards:short, my_rewards:steps]\nreward_weights: [1.0, 0.25]\n"
         "system_prompt: Be brief.\nobjective: bandpo-tv\nradius: 0.1\nmax_completion_length: 6\nnum_iterations: 2\n"
         "per_device_train_batch_size: 8\nnum_generations: 4\nsteps_per_generation: 2\nmax_steps: 4\nuse_cpu: true\n"
         "bf16: false\ngradient_checkpointing: false\nreport_to: none\neval_prompts: 8\neval_samples: 2\nlora_rank: 2\n"
@@ -151,6 +154,20 @@ def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert samples[0]["prompt"].startswith("Be brief.\n\nwhat is")
+    assert {r for row in samples for r in row["rewards"]} <= {0.0, 1.0}  # the first reward scores the evaluation
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        parts = (row["rewards/short/mean"], row["rewards/steps/mean"])
+        assert parts[1] == 0.5 and row["reward"] == pytest.approx(parts[0] + 0.25 * 0.5 * 0.5)  # half of them unscored
+    assert "my_rewards:steps' left" in result.stdout and "1 my_rewards:short + 0.25 my_rewards:steps" in card(tmp_path)
+    again = warm_bandpo(
+        "evaluate", "out", "--reward", "my_rewards:short", "--prompts", "2", cwd=tmp_path, env=environment
+    )
+    assert again.returncode == 0 and "reward my_rewards:short" in again.stdout, again.stderr
+
+
+def card(folder):
+    return (folder / "out" / "README.md").read_text()
 
 
 def test_datasets_and_rewards_are_checked(tmp_path):
@@ -160,7 +177,7 @@ def test_datasets_and_rewards_are_checked(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "", "answer": "2"}\n')
     common = {"config": None, "split": "train", "system_prompt": None, "chat": False}
-    with pytest.raises(ValueError, match="1 rows have no 'prompt', the first is row 1"):
+    with pytest.raises(ValueError, match="1 rows have no 'prompt', the first is row 2"):
         load_prompts(str(file), prompt_column="prompt", answer_column="answer", **common)
     with pytest.raises(ValueError, match="no column 'question'; set prompt_column"):
         load_prompts(str(file), prompt_column="question", answer_column="answer", **common)

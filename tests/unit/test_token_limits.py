@@ -96,7 +96,7 @@ def test_the_rows_are_those_of_single_calls(name, cls):
     kept = fit_window(Dataset.from_dict({"prompt": chats}), tokenizer, 40, 20, skip_bad=True, say=said.append)
     assert list(kept["prompt"]) == [c for c, n in zip(chats, lengths, strict=True) if n <= 20]
     long = [i for i, n in enumerate(lengths) if n > 20]
-    assert f"{len(long)} rows are longer than 20 tokens" in said[0] and f"the first is row {long[0]}" in said[0]
+    assert f"{len(long)} rows are longer than 20 tokens" in said[0] and f"the first is row {long[0] + 1}" in said[0]
 
 
 def test_only_what_may_be_too_long_is_tokenized_and_only_once(tmp_path, monkeypatch):

@@ -14,7 +14,13 @@ from bandpo._system.bounded import open_regular, parse_json
 _DECODER = json.JSONDecoder(parse_float=str.encode, parse_int=str.encode)
 
 
-def lines(path: Path, *, follow: bool = True, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
+def lines(
+    path: Path,
+    *,
+    follow: bool = True,
+    longest: int | None = None,
+    unfinished: Callable[[bytes], object] | None = None,
+) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that was appended to, with their numbers from 1.
 
     An unfinished last line, which a killed process leaves, is left out.
@@ -23,6 +29,7 @@ def lines(path: Path, *, follow: bool = True, longest: int | None = None) -> Ite
         path: The file.
         follow: Whether the file may be a symbolic link.
         longest: Largest number of bytes in a line; None for any.
+        unfinished: Called with an unfinished last line.
 
     Raises:
         ValueError: If the file is not a regular file, or a line is longer.
@@ -35,6 +42,8 @@ def lines(path: Path, *, follow: bool = True, longest: int | None = None) -> Ite
                 raise ValueError(f"{path}, line {number} has more than {longest:,} bytes")
             if line.endswith(b"\n"):
                 yield number, line[:-1]
+            elif unfinished is not None:
+                unfinished(line)
 
 
 def objects(path: Path) -> Iterator[dict[str, Any]]:
@@ -52,7 +61,12 @@ def objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def number_texts(
-    path: Path, *, follow: bool = True, longest: int | None = None, is_row: Callable[[bytes], bool] | None = None
+    path: Path,
+    *,
+    follow: bool = True,
+    longest: int | None = None,
+    is_row: Callable[[bytes], bool] | None = None,
+    unfinished: Callable[[bytes], object] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a file as in `objects`, in half the time: their numbers are texts, of type bytes; see `as_number`.
 
@@ -61,12 +75,13 @@ def number_texts(
         follow: Whether the file may be a symbolic link.
         longest: Largest number of bytes in a line; None for any.
         is_row: Whether a line may be parsed: called before that with each line.
+        unfinished: Called with an unfinished last line.
 
     Raises:
         ValueError: As in `objects`, or because of `longest` or `is_row`.
     """
     decode = _DECODER.decode
-    for number, line in lines(path, follow=follow, longest=longest):
+    for number, line in lines(path, follow=follow, longest=longest, unfinished=unfinished):
         if is_row is not None and not is_row(line):
             raise ValueError(f"{path}, line {number} is no row of metrics: it has {len(line):,} bytes")
         try:

@@ -10,18 +10,39 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bandpo.doctor.batch import examine_batch
     from bandpo.doctor.findings import Finding
+    from bandpo.doctor.noise import Noise, noise
     from bandpo.doctor.rules import examine_setup
+    from bandpo.doctor.scoring import examine_model, measure_noise
     from bandpo.doctor.setup import Setup
     from bandpo.doctor.symptoms import examine_log
+    from bandpo.doctor.truncation import Truncation, kept_mass
 
-__all__ = ["Finding", "Setup", "examine_batch", "examine_log", "examine_setup"]
+__all__ = [
+    "Finding",
+    "Noise",
+    "Setup",
+    "Truncation",
+    "examine_batch",
+    "examine_log",
+    "examine_model",
+    "examine_setup",
+    "kept_mass",
+    "measure_noise",
+    "noise",
+]
 
 _MODULES = {
     "Finding": "findings",
+    "Noise": "noise",
     "Setup": "setup",
+    "Truncation": "truncation",
     "examine_batch": "batch",
     "examine_log": "symptoms",
+    "examine_model": "scoring",
     "examine_setup": "rules",
+    "kept_mass": "truncation",
+    "measure_noise": "scoring",
+    "noise": "noise",
 }
 
 

@@ -1,6 +1,7 @@
 """Options of `bandpo doctor`."""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.description = (
         "Examines a configuration (TRL's or bandpo's YAML; a Python script or notebook with GRPOConfig(...); verl's YAML, or a "
-        "file of overrides; a script that starts verl, TRL or ms-swift), a log (metrics.jsonl), "
+        "file of overrides; a launch script or configuration of eight hosts), a log (metrics.jsonl, "
+        "trainer_state.json, verl's console, TensorBoard, trackio, a table of W&B), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
         "The exit status is 1 if there is a problem (!!), else 0."
     )
@@ -28,5 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocabulary",
         type=int,
         help="vocabulary size of the model, for the memory of its logits (default: from the model's folder)",
+    )
+    add("--run", default="", metavar="NAME", help="run to read, from a log with several (W&B's CSV, trackio)")
+    add("--one-run", action="store_true", help="the logs are parts of one run, in this order, and are read as one")
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="local folder of a model (config.json, .safetensors), which scores the tokens of a batch again: the noise of its "
+        "log-probs, and what truncated sampling removes",
     )
     add("--json", action="store_true", help="print JSON")

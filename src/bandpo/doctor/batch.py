@@ -3,18 +3,28 @@
 Tokens are counted part by part (`_Counts`), and the rules read the counts, so memory does not grow with the batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bandpo._inputs import as_mask, is_logprob, traits_of
+from bandpo._inputs import traits_of
 from bandpo.bounds.calibration import Tally
 from bandpo.divergences import CHI2, KL, TV
 from bandpo.doctor.batch_files import SMALL, Stored, read_tensors
+from bandpo.doctor.columns import COLUMNS, PART, Part, parts, sort_columns
+from bandpo.doctor.estimates import KLEstimates
 from bandpo.doctor.findings import Finding
+from bandpo.doctor.gradient import Payers
+from bandpo.doctor.noise import Noise
+from bandpo.doctor.rules import logits
+from bandpo.doctor.samples import Groups, Lengths
+from bandpo.doctor.setup import Setup
+from bandpo.doctor.staleness import Age, EffectiveSize
 from bandpo.doctor.symptoms import MISMATCH
+from bandpo.doctor.truncation import KeptMass, Truncation, from_columns
 from bandpo.integrations.names import TENSORS
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
@@ -29,7 +39,18 @@ RADII = (KL, TV, CHI2)
 """The divergences for which a radius is computed."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MASKS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_PART = 1 << 18  # tokens that are examined at a time, so that their float64 tensors stay in the processor's caches
+PAYERS = ("grpo", "bandpo-kl")
+"""The objectives that are measured where the run's own is not known."""
+_PART = PART
+
+
+def column_names() -> frozenset[str]:
+    """The names of all tensors that `load_batch` takes from a file."""
+    return frozenset(name for names in _wanted().values() for name in names)
+
+
+def _wanted() -> dict[str, tuple[str, ...]]:
+    return {**NAMES, **{ours: column.names for ours, column in COLUMNS.items()}}
 
 
 def load_batch(path: Path) -> dict[str, Tensor | Stored]:
@@ -43,19 +64,33 @@ def load_batch(path: Path) -> dict[str, Tensor | Stored]:
     Raises:
         ValueError: If it cannot be read, or a tensor that is needed is missing.
     """
-    found = read_tensors(path, frozenset(name for spellings in NAMES.values() for name in spellings))
+    wanted = _wanted()
+    found = _read(path, wanted)
     batch: dict[str, Tensor | Stored] = {}
-    for ours, spellings in NAMES.items():
+    for ours, spellings in wanted.items():
         for name in spellings:
             value = found.get(name)
             if isinstance(value, Tensor | Stored):
                 batch[ours] = value
                 break
-    return check_batch(batch, str(path))
+    further = {name: value for name, value in batch.items() if name in COLUMNS}
+    core = {name: value for name, value in batch.items() if name not in COLUMNS}
+    return {**check_batch(core, str(path)), **further}
+
+
+def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> Mapping[str, object]:
+    """The tensors of a file. Columns that the loss does not need must not make it unreadable: if they do, they are left out."""
+    names = frozenset(name for spellings in wanted.values() for name in spellings)
+    try:
+        return read_tensors(path, names)
+    except ValueError:
+        return read_tensors(path, frozenset(name for ours in NAMES for name in wanted[ours]))
 
 
 def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> dict[str, Tensor | Stored]:
     """The batch with old log-probs, and advantages with as many dimensions as the log-probs.
+
+    A batch that was saved before the first step on it has no log-probs of the policy in training.
 
     Args:
         batch: Tensors by our names, `(batch, time)` or `(tokens,)`; advantages may have one value for each sequence.
@@ -65,6 +100,9 @@ def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> d
         ValueError: If a tensor is missing or has another shape or dtype.
     """
     batch = dict(batch)
+    before_training = "logprobs" not in batch and "old_logprobs" in batch
+    if before_training:
+        batch["logprobs"] = batch["old_logprobs"]
     for name in ("logprobs", "advantages"):
         if name not in batch:
             raise ValueError(f"{where} lacks {name} (or {', '.join(NAMES[name][1:]) or 'another name for it'})")
@@ -88,7 +126,7 @@ def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> d
         broadcasts = name == "advantages" and value.ndim == len(shape) and value.shape == (*shape[:-1], 1)
         if value.shape != shape and not broadcasts:
             raise ValueError(f"{where}: {name} has the shape {tuple(value.shape)}, logprobs {tuple(shape)}")
-    return batch
+    return {name: value for name, value in batch.items() if name != "logprobs"} if before_training else batch
 
 
 def _check_kind(name: str, value: Tensor | Stored, where: str) -> None:
@@ -110,14 +148,23 @@ def _check_kind(name: str, value: Tensor | Stored, where: str) -> None:
 
 
 def examine_batch(
-    batch: Mapping[str, Tensor | Stored], *, objectives: Sequence[Objective] = (), target: float = 0.01
+    batch: Mapping[str, Tensor | Stored],
+    *,
+    objectives: Sequence[Objective] = (),
+    target: float = 0.01,
+    vocabulary: int | None = None,
+    truncation: Truncation | None = None,
 ) -> list[Finding]:
-    """Expected clip fractions, a recommended radius for a target, and symptoms.
+    """Expected clip fractions, a recommended radius for a target, symptoms, and what decides a run beyond these.
 
     Args:
-        batch: `logprobs`, `old_logprobs`, `advantages`, and optionally `mask` and `rollout_logprobs`, `(batch, time)`.
+        batch: `logprobs`, `old_logprobs`, `advantages`, and optionally `mask` and `rollout_logprobs`, `(batch, time)`; and
+            any of `bandpo.doctor.columns.COLUMNS`.
         objectives: Further objectives whose clipped tokens are counted, for example the run's own.
         target: Share of tokens that the recommended radius clips, between 0 and 1.
+        vocabulary: Number of tokens in the model's vocabulary, for the memory of the logits; None for that of the batch's
+            logits, if it has some.
+        truncation: How the sampler cuts its distribution; None if that is not known.
 
     Raises:
         ValueError: If a tensor is missing or has another shape, no token is valid, or the target is not between 0 and 1.
@@ -126,14 +173,22 @@ def examine_batch(
         >>> x = torch.linspace(-0.5, 0.5, 1000).view(10, 100)
         >>> batch = {"logprobs": x - 0.7, "old_logprobs": torch.full_like(x, -0.7), "advantages": x.sign()}
         >>> [f.rule for f in examine_batch(batch)]
-        ['ratios', 'clip fraction', 'radius']
+        ['ratios', 'clip fraction', 'radius', 'effective size', 'gradient', 'length bias']
     """
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
-    tensors = check_batch(batch)
-    counted = _Counts(tensors, objectives, target)
-    for part in _parts(tensors):
+    if "logprobs" not in batch and "old_logprobs" in batch:
+        unmoved = {**batch, "logprobs": batch["old_logprobs"]}
+        found = examine_batch(
+            unmoved, objectives=objectives, target=target, vocabulary=vocabulary, truncation=truncation
+        )
+        return [_before_training(), *(f for f in found if f.rule not in _OF_A_MOVE)]
+    core, columns, left_out = sort_columns(batch)
+    tensors = check_batch(core)
+    counted, measures = _Counts(tensors, objectives, target), _Measures(tensors, objectives)
+    for part in parts(tensors, columns, _PART):
         counted.add(part)
+        measures.add(part)
     if not counted.masked:
         raise ValueError("the batch has no valid token: its mask is 0 everywhere")
     found = _broken(counted)
@@ -152,7 +207,54 @@ def examine_batch(
     found += [_ratios(counted), _clip_fractions(counted), _radii(counted, target)]
     if counted.sampler_differs:
         found.append(_sampler(counted))
-    return found
+    found += measures.findings()
+    kept = KeptMass(truncation)
+    from_columns(columns, tensors["old_logprobs"], tensors.get("mask"), kept)
+    found += kept.findings()
+    found += _memory(tensors, columns, vocabulary)
+    return found + [Finding("columns", "note", f"not used: {reason}") for reason in left_out]
+
+
+class _Measures:
+    """The measures that look at a batch part by part, in the order of their findings."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | Stored], objectives: Sequence[Objective]) -> None:
+        chosen = list(objectives) or [OBJECTIVES[name] for name in PAYERS]
+        tokens = tensors["logprobs"].numel()
+        self._again = Noise(chosen)
+        self._payers = Payers(chosen, tokens, _PART)
+        self._measures = (
+            EffectiveSize(),
+            Age(next((o for o in chosen if not o.extras and o.anchor == "old"), None)),
+            self._payers,
+            Groups(),
+            Lengths(),
+            KLEstimates(),
+        )
+
+    def add(self, part: Part) -> None:
+        for measure in self._measures:
+            measure.add(part)
+        if part.has("again_logprobs"):
+            self._again.add(part.columns["logprobs"], part.columns["again_logprobs"], part.valid)
+
+    def findings(self) -> list[Finding]:
+        noise = [self._again.finding()] if self._again.tokens else []
+        return noise + [finding for measure in self._measures for finding in measure.findings()]
+
+
+_OF_A_MOVE = ("ratios", "clip fraction", "clipping", "radius", "gradient")
+"""The rules that need the log-probs of the policy in training."""
+
+
+def _before_training() -> Finding:
+    return Finding(
+        "ratios",
+        "note",
+        "not known: the batch has no log-probs of the policy in training, so no token can be outside of a region",
+        "it was saved before the first step on it, as the rollouts of TRL and the DataProto of verl are",
+        "save the log-probs of a late step on the rollout beside it, as logprobs",
+    )
 
 
 class _Counts:
@@ -173,18 +275,16 @@ class _Counts:
         self.apart = self.furthest_apart = 0.0
         self.compared = 0
 
-    def add(self, part: Mapping[str, Tensor]) -> None:
-        logp, old, advantages = (part[name] for name in ("logprobs", "old_logprobs", "advantages"))
-        mask = as_mask(part["mask"]) if "mask" in part else torch.ones_like(logp, dtype=torch.bool)
-        finite = is_logprob(logp) & is_logprob(old) & advantages.isfinite()
+    def add(self, part: Part) -> None:
+        logp, old, advantages = (part.columns[name] for name in ("logprobs", "old_logprobs", "advantages"))
+        mask, valid = part.mask, part.valid
         self.masked += int(mask.sum())
         self.above += int((mask & ((logp > 1e-6) | (old > 1e-6))).sum())
-        valid = mask & finite
         count = int(valid.sum())
         self.broken += int(mask.sum()) - count
         self.valid += count
-        if "rollout_logprobs" in part and not self.sampler_differs:
-            sampled = part["rollout_logprobs"]
+        if part.has("rollout_logprobs") and not self.sampler_differs:
+            sampled = part.columns["rollout_logprobs"]
             self.sampler_differs = bool(((sampled != old) & ~(sampled.isnan() & old.isnan())).any())
         if not count:
             return
@@ -198,43 +298,25 @@ class _Counts:
         self.tally.add(
             {"log_ratio": log_ratio, "old_logprobs": old.clamp(max=0.0), "advantages": advantages, "mask": valid}
         )
-        if "rollout_logprobs" in part:
-            apart = (old - part["rollout_logprobs"])[valid]
+        if part.has("rollout_logprobs"):
+            apart = (old - part.columns["rollout_logprobs"])[valid]
             apart = apart[apart.isfinite()].abs()
             self.apart += apart.sum().item()
             self.furthest_apart = max(self.furthest_apart, apart.max().item() if len(apart) else 0.0)
             self.compared += len(apart)
 
 
-def _parts(tensors: Mapping[str, Tensor | Stored]) -> Iterator[dict[str, Tensor]]:
-    """The tokens in parts, flattened unless they are all in one; the advantage of a sequence is given to its tokens."""
-    shape = tensors["logprobs"].shape
-    tokens, length = shape.numel(), shape[-1]
-    for start in range(0, tokens, _PART):
-        stop = min(start + _PART, tokens)
-        part: dict[str, Tensor] = {}
-        for name, value in tensors.items():
-            if value.shape == shape:
-                found = _flat(value, start, stop)
-            else:
-                sequences = torch.arange(start, stop) // length
-                first = start // length
-                of_sequences = _flat(value, first, (stop - 1) // length + 1)
-                found = of_sequences[sequences.to(of_sequences.device) - first]
-            found = found.view(shape) if stop - start == tokens else found
-            part[name] = found if name == "mask" else found.double()
-        yield part
-
-
-def _flat(value: Tensor | Stored, start: int, stop: int) -> Tensor:
-    """The numbers from one to another place of the flattened tensor, without a copy of the whole."""
-    if isinstance(value, Stored):
-        return value.flat(start, stop)
-    value = value.detach()
-    width = value.shape[1:].numel()
-    first = start // width
-    rows = value[first : (stop - 1) // width + 1]
-    return rows.reshape(-1)[start - first * width : stop - first * width]
+def _memory(
+    tensors: Mapping[str, Tensor | Stored], columns: Mapping[str, Tensor | Stored], vocabulary: int | None
+) -> list[Finding]:
+    """How much memory the logits of the batch need if they are made at once."""
+    words = columns["logits"].shape[-1] if vocabulary is None and "logits" in columns else vocabulary
+    if words is None:
+        return []
+    found = logits(Setup("bandpo train", None, tokens=tensors["logprobs"].numel(), vocabulary=words))
+    assert found is not None
+    level = "ok" if found.level == "ok" else "note"  # how many tokens a step takes at once is not in a batch
+    return [dataclasses.replace(found, level=level, seen=f"if the whole batch is scored at once, {found.seen}")]
 
 
 def _broken(counted: _Counts) -> list[Finding]:

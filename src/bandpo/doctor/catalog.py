@@ -1,4 +1,4 @@
-"""What the doctor knows about each of its rules: what is seen, why it matters, the healthy range and what to set in each host."""
+"""The doctor's rules: what each looks at, why it matters, the healthy range, and what to set in each host."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

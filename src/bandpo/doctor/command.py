@@ -9,28 +9,25 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
-from bandpo._system.jsonl import number_texts
 from bandpo._system.secrets import redact_text
 from bandpo.doctor.findings import Finding
-from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.hosts import not_readable
+from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup
     from bandpo.objective import Objective
 
-_CONFIGS = (".yaml", ".yml", ".json", ".txt", ".sh", ".cfg", ".py", ".ipynb")
+_CONFIGS = (".yaml", ".yml", ".toml", ".json", ".txt", ".sh", ".cfg", ".py", ".ipynb")
 _BATCHES = (".safetensors", ".pt", ".npz", ".parquet")
-_MAX_LOG_BYTES, _MAX_ROWS = 1 << 33, 2_000_000
-_MAX_LINE_BYTES = 1 << 18  # bytes of a row of a log; a row of metrics has some thousand
-_MAX_VALUES, _MAX_INNER = 5000, 100  # values in a row; lists and objects in a row
 _MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
 _COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
@@ -63,19 +60,35 @@ def _doctor(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     sections: list[tuple[str, list[Finding]]] = []
     objectives: list[Objective] = []
-    for path in _expand(paths):
-        if path.suffix in _CONFIGS:
+    setup: Setup | None = None
+    expanded = _expand(paths)
+    logs = [path for path in expanded if is_log(path)]
+    if options.one_run and len(logs) > 1:
+        sections.append((" + ".join(map(str, logs)), examine_log(read_logs(logs, run=options.run))))
+        expanded = [path for path in expanded if path not in logs]
+    for path in expanded:
+        if path in logs:
+            sections.append((str(path), examine_log(read_log(path, run=options.run))))
+        elif path.suffix in _CONFIGS:
             from bandpo.doctor.rules import examine_setup
 
             setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
             objectives += [] if setup.objective is None else [setup.objective]
             sections.append((f"{path} ({setup.host})", examine_setup(setup)))
-        elif path.suffix == ".jsonl":
-            sections.append((str(path), examine_log(read_log(path))))
         else:
-            from bandpo.doctor.batch import examine_batch, load_batch
+            from bandpo.doctor.batch import column_names
+            from bandpo.doctor.batch_files import columns_of
+            from bandpo.doctor.scoring import examine_saved
 
-            sections.append((str(path), examine_batch(load_batch(path), objectives=objectives, target=options.target)))
+            found = examine_saved(
+                path,
+                objectives=objectives,
+                target=options.target,
+                vocabulary=options.vocabulary,
+                setup=setup,
+                model=options.model,
+            )
+            sections.append((str(path), [*found, columns_of(path, column_names())]))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
     if options.json:
@@ -93,7 +106,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def read_config(
     path: Path, overrides: Sequence[str] = (), *, processes: int = 1, vocabulary: int | None = None
 ) -> "Setup":
-    """The settings in a configuration of TRL, verl or `bandpo train`, which are told apart by their keys.
+    """The settings in a configuration of a host or of `bandpo train`, which are told apart by their keys.
 
     Args:
         path: The file.
@@ -105,21 +118,16 @@ def read_config(
         ValueError: If the file is none of these.
     """
     given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml", ".json") else None
-    from bandpo.doctor.trl_launch import with_overrides
     from bandpo.doctor.programs import read_program
-    from bandpo.doctor.swift import is_swift, read_swift
-    from bandpo.doctor.verl import is_verl, read_verl
+    from bandpo.doctor.readers import read_launch, read_tree
+    from bandpo.doctor.trl_launch import with_overrides
 
     if given is None:
         found = read_program(path, overrides, processes=processes, vocabulary=vocabulary)
-        return found or read_verl(path, overrides, vocabulary=vocabulary)
-    if is_swift(given):
-        return read_swift(with_overrides(given, overrides), vocabulary=vocabulary)
-    if is_verl(given):
-        return read_verl(path, overrides, tree=given, vocabulary=vocabulary)
-    host = host_of_keys(given)
-    if host:
-        raise not_readable(path, host)
+        return found or read_launch(path, overrides, vocabulary=vocabulary)
+    found = read_tree(path, given, overrides, vocabulary=vocabulary)
+    if found is not None:
+        return found
     from bandpo.doctor.trl import is_run, is_trl, read_trl
 
     if not is_trl(given):
@@ -130,32 +138,6 @@ def read_config(
     from bandpo.train.config import check_run, run_keys
 
     return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
-
-
-def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a log, one at a time; their numbers are texts (`number_texts`), of which the rules read those they need.
-
-    A last line without a line break is left out, because it may be incomplete.
-
-    Args:
-        path: A JSONL file.
-
-    Raises:
-        ValueError: If a line is not a JSON object, or the file is larger than a log of metrics.
-    """
-    if path.lstat().st_size > _MAX_LOG_BYTES:
-        raise ValueError(f"{path} is too large: it has more than {_MAX_LOG_BYTES:,} bytes")
-    rows = number_texts(path, follow=False, longest=_MAX_LINE_BYTES, is_row=_may_be_metrics)
-    for count, row in enumerate(rows):
-        if count == _MAX_ROWS:
-            raise ValueError(f"{path} has more than {_MAX_ROWS:,} rows; examine its end: tail -n 1000000")
-        yield row
-
-
-def _may_be_metrics(line: bytes) -> bool:
-    """Whether a line has no more values, and no more lists and objects, than a row of metrics may have."""
-    values = line.count(b",") if len(line) > _MAX_VALUES else 0
-    return values <= _MAX_VALUES and line.count(b"[") + line.count(b"{") <= _MAX_INNER
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:
@@ -170,9 +152,12 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
             inside = [
                 path / name for name in ("config.yaml", "metrics.jsonl", "batch.safetensors") if (path / name).exists()
             ]
+            if path / "metrics.jsonl" not in inside and log_files(path):
+                inside.append(path)  # read_log finds its logs
             if not inside:
                 raise ValueError(
-                    f"{path} has no config.yaml, metrics.jsonl or batch.safetensors: it is no run's folder"
+                    f"{path} has no config.yaml, metrics.jsonl, trainer_state.json, checkpoint, event file of TensorBoard or "
+                    "batch.safetensors: it is no run's folder"
                 )
             found += [p for p in inside if p.stat().st_size]
         elif not path.exists():
@@ -182,9 +167,10 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
                 f"{path} is a pickle, which could run code, and is not read; give the script or YAML of the run, or its "
                 "GRPOConfig object in Python: bandpo.doctor.trl.setup_of(args)"
             )
-        elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl"):
+        elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl") and not is_log(path):
             raise ValueError(
-                f"{path}: use {', '.join(_CONFIGS)} (configuration), .jsonl (log) or {', '.join(_BATCHES)} (batch)"
+                f"{path}: use {', '.join(_CONFIGS)} (configuration), {KINDS} (log) or {', '.join(_BATCHES)} (batch)"
+                + ("; a pickle runs code when it is read, and is not" if path.suffix in (".pkl", ".pickle") else "")
             )
         else:
             found.append(path)

@@ -1,4 +1,4 @@
-"""Recognises files of other frameworks, which the doctor cannot read, by keys and programs that only they have."""
+"""Recognises the framework of a file by keys and programs that only it has; most of them have no reader."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from bandpo.doctor.shell import Script, Word
 
 READABLE = (
-    "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...), of ms-swift's rlhf_type grpo "
-    "and of bandpo train"
+    "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...), of bandpo train, "
+    "and launch scripts and configurations of OpenRLHF, SkyRL, slime, NeMo-RL, prime-rl, rLLM and ms-swift"
 )
 
 # In YAML: keys that must all be on the top level.
@@ -43,6 +43,7 @@ _BY_KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 # In a script: a word must contain one of these.
 _BY_WORD: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("rLLM", ("rllm/backend=",)),
     ("SkyRL", ("skyrl", "trainer.algorithm.advantage_estimator=", "generator.n_samples_per_prompt=")),
     ("OpenRLHF", ("openrlhf",)),
     ("NeMo-RL", ("nemo_rl", "nemo-rl", "run_grpo_", "loss_fn.", "grpo.num_prompts_per_step=", "policy.generation.")),
@@ -53,6 +54,7 @@ _BY_WORD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LLaMA-Factory", ("llamafactory",)),
     ("Axolotl", ("axolotl",)),
     ("verl's SFT trainer", ("sft_trainer", "model.partial_pretrain=")),
+    ("miles", ("/miles",)),
     ("slime", ("slime", "--rollout-batch-size", "--num-rollout")),
 )
 _BY_PROGRAM = {

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bandpo._system.bounded import read_regular
-from bandpo.doctor.trl_launch import OWN, read_launch
 from bandpo.doctor.setup import Setup
+from bandpo.doctor.trl_launch import OWN, read_launch
 from bandpo.doctor.trl_source import read_source
 
 MAX_SCRIPT_BYTES = 1 << 18

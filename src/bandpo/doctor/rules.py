@@ -76,12 +76,15 @@ def can_bind(s: Setup) -> Finding:
     against_sampler = s.old_is_rollout or (s.objective is not None and s.objective.anchor == "rollout")
     if s.objective is None or (s.engine is None and against_sampler) or (s.old_is_rollout is None and s.engine):
         return Finding("inert", "note", f"{seen}; whether ratios are taken against the sampler is not known")
+    if against_sampler and s.engine and s.lag:
+        return Finding("inert", "ok", f"{seen}; ratios are taken against a sampler that may be {s.lag:g} steps older")
     if against_sampler and s.engine:
+        only = "only by" if s.lag == 0 else "by the age of the samples, which is not known, and by"
         return Finding(
             "inert",
             "note",
             seen,
-            f"ratios differ from 1 only by the difference between {s.engine} and the trainer",
+            f"ratios differ from 1 {only} the difference between {s.engine} and the trainer",
             s.knob("more steps"),
         )
     return Finding(

@@ -9,7 +9,9 @@ from bandpo.doctor.findings import Level
 from bandpo.objective import Objective
 from bandpo.zoo import get_objective
 
-Host = Literal["bandpo train", "TRL", "unsloth", "ms-swift", "verl"]
+Host = Literal[
+    "bandpo train", "TRL", "unsloth", "ms-swift", "verl", "OpenRLHF", "SkyRL", "slime", "NeMo-RL", "prime-rl", "rLLM"
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Setup:
         ours: Whether bandpo computes the loss; false for the host's own loss.
         steps: Optimiser steps for each rollout.
         steps_from: How that number was computed, in the names of the host; or why it is not known.
+        lag: Optimiser steps by which the sampler may be older than the policy whose update begins; None if it is not known.
         engine: The sampler if it is not the trainer itself ("vllm", "sglang"), "" if it is.
         corrected: Whether the host applies weights for the difference between sampler and trainer.
         old_is_rollout: Whether the host uses the sampler's log-probs as the old ones.
@@ -52,6 +55,7 @@ class Setup:
     ours: bool = True
     steps: float | None = 1.0
     steps_from: str = ""
+    lag: float | None = 0.0
     engine: str | None = ""
     corrected: bool | None = False
     old_is_rollout: bool | None = False
@@ -112,6 +116,64 @@ VERL_KNOBS: dict[str, str] = {
     "precision": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
     "kl": "actor_rollout_ref.actor.kl_loss_type=low_var_kl+ (verl has no form that is right for older tokens)",
     "use": "actor_rollout_ref.actor.policy_loss.loss_mode=bandpo",
+}
+OPENRLHF_KNOBS: dict[str, str] = {
+    "more steps": "--rollout.batch_size x --rollout.n_samples_per_prompt a multiple of --train.batch_size, "
+    "or --train.max_epochs 2",
+    "no truncation": "--rollout.top_p 1.0",
+    "correction": "--algo.advantage.is_correction_enable, or an objective with the rollout anchor (dppo-kl)",
+    "group": "--rollout.n_samples_per_prompt 8, for example",
+    "kl": "--algo.kl.use_loss --algo.kl.estimator k2 (right for new tokens; OpenRLHF has no form that is right for older ones)",
+    "use": "python -m bandpo.integrations.openrlhf --objective ... -- and the options of train_ppo_ray",
+}
+SKYRL_KNOBS: dict[str, str] = {
+    "more steps": "trainer.train_batch_size a multiple of trainer.policy_mini_batch_size, "
+    "or trainer.update_epochs_per_batch=2",
+    "no truncation": "generator.sampling_params.top_p=1.0, top_k=-1 and min_p=0.0",
+    "correction": "trainer.algorithm.off_policy_correction.tis_ratio_type=token, "
+    "or policy_loss_type=dppo, which takes its ratio against the sampler",
+    "group": "generator.n_samples_per_prompt=8, for example",
+    "kl": "trainer.algorithm.kl_estimator_type=k2 (right for new tokens; SkyRL has no form that is right for older ones)",
+    "use": "bandpo.integrations.skyrl.register(...) in the entry point, and trainer.algorithm.policy_loss_type",
+    "fused head": "trainer.fused_lm_head_logprob=true (Megatron)",
+}
+SLIME_KNOBS: dict[str, str] = {
+    "more steps": "--num-steps-per-rollout 2 or more, "
+    "or --rollout-batch-size x --n-samples-per-prompt a multiple of --global-batch-size",
+    "no truncation": "--rollout-top-k -1",
+    "correction": "--use-tis, or --use-rollout-logprobs, which takes the ratio against the sampler",
+    "group": "--n-samples-per-prompt 8, for example",
+    "kl": "--use-unbiased-kl --kl-loss-type low_var_kl",
+    "use": "--loss-type custom_loss --custom-loss-function-path bandpo.integrations.slime.policy_loss",
+}
+NEMO_RL_KNOBS: dict[str, str] = {
+    "more steps": "grpo.num_prompts_per_step x grpo.num_generations_per_prompt a multiple of policy.train_global_batch_size",
+    "no truncation": "policy.generation.top_p=1.0 and top_k=null",
+    "correction": "loss_fn.use_importance_sampling_correction=true, "
+    "with truncated_importance_sampling_type=tis and truncated_importance_sampling_ratio=2",
+    "group": "grpo.num_generations_per_prompt=8, for example",
+    "kl": "loss_fn.reference_policy_kl_type=k3 and loss_fn.use_on_policy_kl_approximation=true",
+    "use": "bandpo.integrations.nemo_rl.BandLoss(loss_fn, objective=...) between setup and grpo_train",
+    "fused head": "policy.megatron_cfg.use_fused_linear_logprobs=true (Megatron)",
+}
+PRIME_RL_KNOBS: dict[str, str] = {
+    "more steps": "prime-rl uses each batch once; larger batches in several steps are not offered",
+    "no truncation": "no top_k or min_p in orchestrator.train.sampling.extra_body",
+    "group": "orchestrator.group_size = 8, for example",
+    "precision": 'trainer.model.optimization_dtype = "float32"',
+    "use": 'trainer.loss: type = "custom", import_path = "bandpo.integrations.prime_rl.policy_loss"',
+    "fused head": "trainer.model.fused_lm_head_token_chunk_size = 8192",
+}
+RLLM_KNOBS: dict[str, str] = {
+    "more steps": "rllm.data.train_batch_size a multiple of actor_rollout_ref.actor.ppo_mini_batch_size, or ppo_epochs=2",
+    "no truncation": "rllm.rollout.train.top_p=1.0 and actor_rollout_ref.rollout.top_k=-1",
+    "correction": "rllm.algorithm.rollout_correction.tis_mode=token, "
+    "or rollout_correction.bypass_mode=true, which takes the ratio against the sampler",
+    "group": "rllm.rollout.n=8, for example",
+    "precision": "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+    "kl": "actor_rollout_ref.actor.kl_loss_type=low_var_kl+ (verl has no form that is right for older tokens)",
+    "use": "rllm.algorithm.loss_fn=bandpo, and VERL_USE_EXTERNAL_MODULES=bandpo.integrations.rllm on every node",
+    "fused head": "actor_rollout_ref.model.use_fused_kernels=True",
 }
 
 

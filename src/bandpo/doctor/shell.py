@@ -131,15 +131,22 @@ def read_script(text: str) -> Script:
     shell = _Shell(arguments=())
     shell.run_script(parsed.statements)
     if shell.ended and not any(_is_run(command) for command in shell.script.commands):
-        # Without arguments it stops early, with a message about its usage: they are needed, and not known.
+        # It stops early, with a message about its usage: arguments or the environment are needed, and not known.
         shell = _Shell(arguments=None)
+        shell.needs_environment = True
         shell.run_script(parsed.statements)
     shell.script.here = parsed.here
     return shell.script
 
 
 def _is_run(command: Sequence[Word]) -> bool:
-    return any("=" in word.text and "." in word.text.partition("=")[0] for word in command)
+    """Whether a command has settings, as `NAME.NAME=value` or as options."""
+    if command[0].text in ("echo", "printf"):
+        return False
+    settings = (
+        word.text.startswith("--") or "." in word.text.partition("=")[0] for word in command if "=" in word.text
+    )
+    return any(settings) or any(re.match("--[a-z]", word.text) for word in command)
 
 
 # ---- values ----
@@ -175,6 +182,7 @@ class _Shell:
         self.may_leave = False  # a statement that may not run leaves a loop or a function
         self.calls = self.loops = self.steps = self.length = 0
         self.ended = False
+        self.needs_environment = False  # conditions on variables that the script does not set are not known
 
     def run_script(self, statements: list[Statement]) -> None:
         """Run all; `ended` tells whether the script ended before its last statement."""
@@ -255,9 +263,10 @@ class _Shell:
 
     def _apart(self, statements: Sequence[Statement]) -> bool | None:
         """Run in a shell of its own: changes end with it."""
-        functions, arguments = dict(self.functions), self.arguments
+        functions, arguments, loops = dict(self.functions), self.arguments, self.loops
+        self.loops = 0  # a loop around it is not its own to leave
         status, _ = self._scoped(statements, apart=True)
-        self.functions, self.arguments = functions, arguments
+        self.functions, self.arguments, self.loops = functions, arguments, loops
         return status
 
     def _chain(self, chain: syntax.Chain) -> bool | None:
@@ -581,10 +590,12 @@ class _Shell:
             if any(_SUBSCRIPT.match("".join(p.text for p in source.parts)) for source in assignment.value):
                 return _NOT_KNOWN
             value: Value = tuple(w for source in assignment.value for w in self.expand(source))
-            if any(not word.known and not word.literal for word in value):
-                return _NOT_KNOWN  # one that may be several, or none
         else:
             value = (self._joined(assignment.value, assigned=True),)
+        if isinstance(assignment.value, tuple):
+            whole = (before or ()) + value if assignment.adds else value
+            if len(whole) == 1 and _may_be_several(whole):
+                return _NOT_KNOWN
         if not assignment.adds:  # of an array, a single word sets the first element
             return value if isinstance(assignment.value, tuple) else (*value, *(before or ())[1:])
         if before is None:
@@ -625,15 +636,18 @@ class _Shell:
         found = list[Word]()
         for source in sources:
             head = _ASSIGNMENT.match(_first_text(source)) if declares else None
-            if head is not None:
-                first = replace(source.parts[0], text=source.parts[0].text[head.end() :])
-                rest = Source((first, *source.parts[1:]), source.line)
-                braces = syntax.may_be_braces(source)
-                value = _word_of([("".join(p.text for p in rest.parts), False)], 0) if braces else self._joined(rest, assigned=True)
-                found.append(_glued([_as_word(head[0]), value], line=source.line))
-            else:
-                found += self.expand(source)
+            found += self.expand(source) if head is None else [self._declared(source, head[0])]
         return found
+
+    def _declared(self, source: Source, head: str) -> Word:
+        """`NAME=value` as an argument of `export` and its like."""
+        first = replace(source.parts[0], text=source.parts[0].text[len(head) :])
+        value = Source((first, *source.parts[1:]), source.line)
+        if syntax.may_be_braces(source):  # they are expanded here, unlike those of an assignment
+            after = _word_of([("".join(part.text for part in value.parts), False)], source.line)
+        else:
+            after = self._joined(value, assigned=True)
+        return _glued([_as_word(head), after], line=source.line)
 
     def expand(self, source: Source) -> list[Word]:
         """The words that a word of a command becomes."""
@@ -643,8 +657,7 @@ class _Shell:
             if unknown or part.kind == "unknown":
                 pieces.add(part.text, known=False)
             elif part.kind == "text":
-                pieces.add(part.text, known=True)
-                pieces.exists |= part.quoted or bool(part.text)
+                pieces.add_text(part)
             elif part.kind == "arithmetic":
                 number = self._arithmetic(part.text[3:-2])
                 for name in sorted(_counted(part)):
@@ -707,6 +720,9 @@ class _Shell:
         is_open = name not in self.values and (not name.isdigit() or self.without_arguments)
         if value == () and name not in ("@", "*") and is_open:
             return self._unset(name) if operator is None and not length else None
+        positions = bool(length or operator) or index not in ("@", "*")
+        if len(value) > 1 and name not in ("@", "*") and positions and _may_be_several(value):
+            return None
         if index is not None and index.isdigit():
             value = value[int(index) : int(index) + 1] if len(index) < 6 else ()
         elif index is None and name not in ("@", "*"):
@@ -723,7 +739,7 @@ class _Shell:
 
     def _unset(self, name: str) -> Value:
         """A variable that the script does not set: empty in a condition, and otherwise what the environment has."""
-        if not self.testing:
+        if not self.testing or self.needs_environment:
             return None
         self.script.assumed["@" if name.isdigit() else name] = None
         return ()
@@ -798,11 +814,20 @@ class _Pieces:
         self.splits = splits  # whether at blanks, as without a value of IFS
         self.found = list[Word]()
         self.pieces, self.exists = list[tuple[str, bool]](), False
+        self.existed = False  # before the text in quotes that is being read
+        self.nothing = False  # this text has a "$@" of nothing, and makes no word unless it has characters
 
     def add(self, text: str, *, known: bool) -> None:
         self.count(len(text))
         self.pieces.append((text, known))
         self.exists |= not known
+
+    def add_text(self, part: Part) -> None:
+        """Literal text; an empty one in quotes is their beginning."""
+        if part.quoted and not part.text:
+            self.existed, self.nothing = self.exists, False
+        self.add(part.text, known=True)
+        self.exists |= (part.quoted and not self.nothing) or bool(part.text)
 
     def add_value(self, part: Part, value: Value) -> None:
         if value is None:
@@ -813,10 +838,9 @@ class _Pieces:
             self.add(part.text, known=False)
             return
         if part.quoted and not several:
-            self.exists = True
             value = (_glued(list(value), " "),)
         elif part.quoted and not value and not any(text for text, _ in self.pieces):
-            self.exists = False  # "$@" of nothing is no word
+            self.exists, self.nothing = self.existed, True
         for i, word in enumerate(value):
             if i:
                 self._break()
@@ -824,7 +848,7 @@ class _Pieces:
                 if known and not part.quoted:
                     self._add_split(text)
                 else:
-                    self.exists = True
+                    self.exists |= not self.nothing or several or bool(text)
                     self.add(text, known=known)
 
     def _add_split(self, text: str) -> None:
@@ -844,7 +868,7 @@ class _Pieces:
         """The word ends here, and another one begins."""
         if self.exists:
             self.found.append(_word_of(self.pieces, self.line))
-        self.pieces, self.exists = [], False
+        self.pieces, self.exists, self.existed = [], False, False
 
     def words(self) -> list[Word]:
         self._break()
@@ -1008,6 +1032,11 @@ def _after(word: Word, begin: int) -> Word:
 
 def _as_word(text: str) -> Word:
     return Word(text, len(text))
+
+
+def _may_be_several(words: Sequence[Word]) -> bool:
+    """Whether one of the words of an array is wholly unknown, and so may be several words, or none."""
+    return any(not word.known and not word.literal for word in words)
 
 
 def _length(value: Values, *, counts: bool) -> Value:

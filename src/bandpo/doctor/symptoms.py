@@ -3,39 +3,30 @@
 import math
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bandpo._system.jsonl import as_number
+from bandpo.doctor import trends
 from bandpo.doctor.findings import Finding
-from bandpo.integrations.names import METRICS, OWN_PREFIX, TRL_NAMES, VERL_NAMES, averaged_name
+from bandpo.doctor.log_rows import LogRows, number_in
+from bandpo.integrations.names import STEPS, logged_names, own_names
 
 
 def _hosts(*ours: str) -> tuple[str, ...]:
-    """The names that TRL and verl have for a metric."""
-    return tuple(METRICS[name][host] for name in ours for host in ("TRL", "verl") if host in METRICS[name])
-
-
-def _own(ours: str, *old: str) -> tuple[str, ...]:
-    """The names that a metric of bandpo has in a log of TRL, of verl, and in one of another loop.
-
-    Args:
-        ours: A name of `bandpo.metrics`.
-        old: Names that earlier versions of bandpo wrote.
-    """
-    reported = f"{OWN_PREFIX['verl']}{averaged_name(ours)}"
-    names = (TRL_NAMES.get(ours, ours), reported, VERL_NAMES.get(ours, reported), ours, *old)
-    return tuple(dict.fromkeys(names))
+    """The names that the hosts have for a metric, those of TRL and verl first."""
+    return tuple(dict.fromkeys(name for metric in ours for name in logged_names(metric)))
 
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "entropy": _hosts("entropy"),
-    "clip": _own("clip_fraction/any"),
-    "outside": _own("outside_fraction/any"),
-    "ratio": _own("ratio/mean"),
-    "divergence": _own("band/divergence_max", "actor/band/band/divergence_max"),
-    "cap": _own("band/cap_fraction", "actor/band/band/cap_fraction"),
-    "nonfinite": _own("nonfinite_fraction"),
+    "clip": own_names("clip_fraction/any"),
+    "outside": own_names("outside_fraction/any"),
+    "ratio": own_names("ratio/mean"),
+    "divergence": (*own_names("band/divergence_max"), "actor/band/band/divergence_max"),
+    "cap": (*own_names("band/cap_fraction"), "actor/band/band/cap_fraction"),
+    "nonfinite": own_names("nonfinite_fraction"),
     "reward": _hosts("reward/mean", "reward/mean_with_kl"),
     "zero variance": _hosts("reward/zero_variance"),
     "spread": _hosts("reward/std"),
@@ -43,12 +34,46 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "smallest advantage": _hosts("advantages/min"),
     "mismatch": _hosts("rollout/difference"),
     "cut off": _hosts("length/cut_off"),
-    "unscored": ("reward/unscored",),
+    "unscored": ("reward/unscored", "train/reward/unscored"),
     "gradient": _hosts("grad_norm"),
-    "loss": (TRL_NAMES["loss"], VERL_NAMES["loss/policy"]),
+    "loss": _hosts("loss", "loss/policy"),
+    "clip low": own_names("clip_fraction/low"),
+    "clip high": own_names("clip_fraction/high"),
+    "effective size": own_names("correction/effective_sample_size"),
+    "age": ("async/staleness_mean", "off_policy_level/all/mean", "batch/off_policy_level/mean", "staleness/mean"),
 }
 """What the rules look at, and the names of it in logs; the first name that a log has is used."""
+
+MEANINGS: Mapping[str, str] = {
+    "entropy": "entropy",
+    "clip": "share of clipped tokens",
+    "outside": "share of tokens outside the region",
+    "ratio": "mean ratio",
+    "divergence": "largest divergence over the radius",
+    "cap": "share of edges set by the cap",
+    "nonfinite": "share of tokens that are not finite",
+    "reward": "mean reward",
+    "zero variance": "share of groups without signal",
+    "spread": "standard deviation of the rewards in a group",
+    "largest advantage": "largest advantage",
+    "smallest advantage": "smallest advantage",
+    "mismatch": "mean difference between sampler and trainer",
+    "cut off": "share of completions cut off",
+    "unscored": "share of samples without a reward",
+    "gradient": "norm of the gradient",
+    "loss": "loss",
+    "clip low": "share of tokens clipped below",
+    "clip high": "share of tokens clipped above",
+    "effective size": "effective sample size",
+    "age": "age of the samples",
+}
+"""What each series of `NAMES` means."""
+_RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
 _MOST_BROKEN = 10_000  # different names of metrics that are NaN or infinite somewhere
+_MOST_NAMES = 10_000  # different names that are counted
+_MOST_PLANS = 64
+_LARGE = re.compile(rb"[eE]\+?[0-9]{3}")  # the exponent of a number that may be too large for a float
+_LONG = 300  # digits of one that may be
 
 _OF_THE_UPDATE = re.compile(r"(^|[/_])(kl|loss|grad_norm|entropy|ratio|logps?|log_?probs?)($|[/_])")
 _SEARCHED = 100_000  # rows after which a log without any of the metrics is given up
@@ -64,11 +89,30 @@ MISMATCH = 0.02  # mean |log-prob difference| between sampler and trainer, nats
 MANY = 0.5  # share of groups without signal, of completions cut off, of edges set by the cap
 
 
-class Log:
-    """The series of a log, by their meaning: 8 bytes for each value that a rule looks at, and nothing else of its rows.
+class _Series:
+    """The numbers of a metric with the rows that they are from, under the most preferred of its names that the log has.
 
     Args:
-        rows: Metrics by name, one row for each logging step; also as `number_texts` reads them.
+        name: The name in the log.
+        rank: Place of the name in `NAMES`.
+    """
+
+    __slots__ = ("name", "places", "rank", "values")
+
+    def __init__(self, name: str, rank: int) -> None:
+        self.name, self.rank = name, rank
+        self.values, self.places = array("d"), array("i")
+
+
+class Log:
+    """The series of a log, by their meaning: 12 bytes for each value that a rule looks at, and 8 for each row.
+
+    Where steps go back, because a run was resumed or its rows were shuffled, the series are by step, and of two values for
+    the same step the one of the later part of the log counts. A part ends where the steps of the metric go back, and with a
+    file. Values of the same step within a part are all kept.
+
+    Args:
+        rows: Metrics by name, one row for each logging step; also as `number_texts` or `read_log` read them.
 
     Raises:
         ValueError: If more different metrics than a run has are NaN or infinite.
@@ -81,39 +125,103 @@ class Log:
         """The name of each metric in the log, and its values."""
         self.broken: dict[str, int] = {}
         """Other metrics that are NaN or infinite, with the number of rows."""
-        wanted = {what: (names, array("d")) for what, names in NAMES.items()}
+        self.columns: set[str] = set()
+        """Every name in the log, up to 10,000."""
+        self.replaced = 0
+        """How many values of a metric were replaced by later ones of the same step, at most."""
+        self.back: list[tuple[float, float]] = []
+        """The first steps that are smaller than the step before, with that step."""
+        self.reordered = False
+        """Whether the steps of a metric go back."""
+        file = rows if isinstance(rows, LogRows) else None
+        self.kind = file.kind if file else ""
+        """What the log is, where it was read from a file."""
+        self._steps, self._files = array("d"), [0]  # the step of each row; the first row of each file
+        self._plans: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
+        series: dict[str, _Series] = {}
         for row in rows:
+            if file and file.part == len(self._files):
+                self._files.append(self.rows)
+            self._add(row, series)
             self.rows += 1
-            self._add(row, wanted)
-            if self.rows == _SEARCHED and not self.found and not self.broken:
+            if self.rows == _SEARCHED and not series and not self.broken:
                 break
+        for what in NAMES:
+            if what in series:
+                self.found[what] = (series[what].name, self._in_order(series[what]))
         looked_at = {name for name, _ in self.found.values()}
         self.broken = {name: count for name, count in self.broken.items() if name not in looked_at}
         self._finite = {what: _finite(values) for what, (_, values) in self.found.items()}
+        self.said = tuple(file.said) if file else ()
+        """What the reader of the file noticed."""
 
-    def _add(self, row: Mapping[str, Any], wanted: "dict[str, tuple[tuple[str, ...], array[float]]]") -> None:
-        """Take the numbers of a row; `wanted` loses the names that are less preferred than one that was found."""
-        for what, (names, values) in wanted.items():
-            for name in names:
-                value = row.get(name)
-                if value is None:
-                    continue
+    def _add(self, row: Mapping[str, Any], series: dict[str, _Series]) -> None:
+        """Take the numbers of a row, of each metric under its most preferred name."""
+        place, keys = self.rows, tuple(row)
+        self._steps.append(self._step_of(row))
+        plan = self._plans.get(keys)
+        if plan is None:
+            plan = self._plan(keys)
+        for name, what, rank in plan:
+            value = row[name]
+            number = float(value) if value.__class__ is bytes else _number(value)
+            if number is None:
+                continue
+            one = series.get(what)
+            if one is None or rank < one.rank:
+                one = series[what] = _Series(name, rank)
+            elif rank > one.rank:
+                continue
+            one.values.append(number)
+            one.places.append(place)
+        if _may_be_broken(row):
+            for name, value in row.items():
+                if is_broken(value):
+                    self.broken[str(name)] = self.broken.get(str(name), 0) + 1
+                    if len(self.broken) > _MOST_BROKEN:
+                        raise ValueError(f"more than {_MOST_BROKEN:,} different metrics of the log are NaN or infinite")
+
+    def _plan(self, keys: tuple[str, ...]) -> list[tuple[str, str, int]]:
+        """The names in a row that rules look at, with their meaning and rank. Most rows have the same names as another."""
+        if len(self._plans) == _MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[keys] = [(name, *_RANKS[name]) for name in keys if name in _RANKS]
+        if len(self.columns) < _MOST_NAMES:
+            self.columns.update(keys)
+        return plan
+
+    def _step_of(self, row: Mapping[str, Any]) -> float:
+        """The step of a row; that of the row before it where it has none."""
+        last = self._steps[-1] if self._steps else -math.inf
+        for name in STEPS:
+            if name in row:
+                value = row[name]
                 number = float(value) if value.__class__ is bytes else _number(value)
-                if number is None:
-                    continue
-                if not values or name is not names[-1]:  # the first number under this name
-                    values = array("d")
-                    wanted[what] = (names[: names.index(name) + 1], values)
-                    self.found[what] = (name, values)
-                values.append(number)
-                break
-        for name, value in row.items():
-            # A text of a number can only be infinite by its exponent, or by hundreds of digits.
-            finite = value.__class__ is bytes and not (b"e" in value or b"E" in value or len(value) > 300)
-            if not finite and is_broken(float(value) if value.__class__ is bytes else value):
-                self.broken[str(name)] = self.broken.get(str(name), 0) + 1
-                if len(self.broken) > _MOST_BROKEN:
-                    raise ValueError(f"more than {_MOST_BROKEN:,} different metrics of the log are NaN or infinite")
+                if number is not None and math.isfinite(number):
+                    if number < last and len(self.back) < _SHOWN:
+                        self.back.append((number, last))
+                    return number
+        return last
+
+    def _in_order(self, series: _Series) -> "array[float]":
+        """The values of a series by step, without those that later ones replace."""
+        if not self.back and len(self._files) == 1:
+            return series.values
+        steps = array("d", (self._steps[place] for place in series.places))
+        firsts = {bisect_left(series.places, first) for first in self._files}
+        part = array("i", [0])
+        for i in range(1, len(steps)):
+            part.append(part[-1] + (steps[i] < steps[i - 1] or i in firsts))
+        if all(steps[i] > steps[i - 1] for i in range(1, len(steps)) if part[i] > part[i - 1]):
+            return series.values
+        self.reordered = True
+        kept: list[int] = []
+        order = sorted(range(len(steps)), key=steps.__getitem__)  # stable: of a step, the latest part last
+        for i in reversed(order):
+            if not kept or steps[kept[-1]] != steps[i] or part[kept[-1]] == part[i]:
+                kept.append(i)
+        self.replaced = max(self.replaced, len(steps) - len(kept))
+        return array("d", (series.values[i] for i in reversed(kept)))
 
     def series(self, what: str) -> tuple[str, Sequence[float]]:
         """The name of a metric in the log, and its finite values.
@@ -157,14 +265,15 @@ def examine_log(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
 
     Examples:
         >>> rows = [{"entropy": 1.0 * 0.8**i, "clip_ratio/region_mean": 0.01} for i in range(20)]
-        >>> [(f.rule, f.level) for f in examine_log(rows) if f.level != "ok"]
+        >>> [(f.rule, f.level) for f in examine_log(rows) if f.level == "warning"]
         [('entropy', 'warning')]
     """
     log = Log(rows)
     if not log.found and not log.broken:
         raise ValueError(
             f"the log has {log.rows}{' or more' * (log.rows == _SEARCHED)} rows and none of the metrics that are looked for: "
-            f"{', '.join(name for names in NAMES.values() for name in names)}"
+            f"{', '.join(names[0] for names in NAMES.values())}, or another host's names for these"
+            + (f"; it has {_listed(sorted(map(str, log.columns)))}" if log.columns else "")
         )
     return [f for rule in RULES if (f := rule(log)) is not None]
 
@@ -406,6 +515,33 @@ def reward(log: Log) -> Finding | None:
     return Finding("reward", "note", f"{name} went from {start:.3f} to {end:.3f}")
 
 
+def reading(log: Log) -> Finding | None:
+    """What the user should know about how the log was read, such as a last row that is not finished."""
+    seen = [*log.said]
+    if log.reordered:
+        at = f": step {log.back[0][0]:g} comes after {log.back[0][1]:g}" if log.back else ""
+        seen.append(
+            f"its steps go back{at}; the metrics are taken by step"
+            + (f", and of each up to {log.replaced} values were replaced by later ones" if log.replaced else "")
+        )
+    return Finding("log", "note", "; ".join(seen), numbers={"replaced": log.replaced}) if seen else None
+
+
+def columns(log: Log) -> Finding | None:
+    """Which columns were understood, and as what."""
+    known = {name: MEANINGS[what] for what, (name, _) in log.found.items()}
+    others = len(log.columns.difference(known, STEPS))
+    kind = f" ({log.kind})" if log.kind else ""
+    more = " or more" * (len(log.columns) >= _MOST_NAMES)
+    return Finding(
+        "columns",
+        "note",
+        f"of {len(known) + others}{more} columns{kind} {len(known)} are looked at: "
+        + (", ".join(f"{name} = {meaning}" for name, meaning in known.items()) or "none"),
+        numbers={"understood": len(known), "others": others},
+    )
+
+
 RULES: tuple[Callable[[Log], Finding | None], ...] = (
     nonfinite,
     signal,
@@ -419,7 +555,18 @@ RULES: tuple[Callable[[Log], Finding | None], ...] = (
     unscored,
     still,
     reward,
+    reading,
+    columns,
+    trends.entropy_cause,
+    trends.effective_size,
+    trends.age,
 )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(name[:80] for name in names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+    )
 
 
 def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | None:
@@ -447,13 +594,20 @@ def is_broken(value: Any) -> bool:
     return number is not None and not math.isfinite(number)
 
 
+def _may_be_broken(row: Mapping[str, Any]) -> bool:
+    """Whether a value of a row may be NaN or infinite; in JSON's texts of numbers, only by an exponent or by many digits."""
+    try:
+        text = b" ".join(row.values())
+    except TypeError:
+        return True
+    return bool(text) and (_LARGE.search(text) is not None or len(max(row.values(), key=len)) > _LONG)
+
+
 def _number(value: Any) -> float | None:
-    """A value of a log as a number, None for other values; strict JSON contains NaN and infinities as text."""
+    """A value of a log as a number, None for other values; a number may be written as text, as NaN is in strict JSON."""
     if value.__class__ is bytes:
         return float(value)
-    if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
-        return float(value)
-    return as_number(value)
+    return number_in(value) if isinstance(value, str) else as_number(value)
 
 
 def _finite(values: "array[float]") -> "array[float]":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from bandpo._system.bounded import parse_json, read_regular
-from bandpo.doctor.trl_launch import read_launch, with_overrides
 from bandpo.doctor.python_source import MAX_SOURCE_BYTES, UNKNOWN, Call, Given, Scope, Source
 from bandpo.doctor.setup import Setup, short
+from bandpo.doctor.trl_launch import read_launch, with_overrides
 
 MAX_NOTEBOOK_BYTES = 1 << 24
 _MAX_VALUES, _MAX_CELLS = 1_000_000, 2000

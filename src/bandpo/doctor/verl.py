@@ -4,21 +4,20 @@ Nothing is executed. A value that depends on a shell, an environment or another 
 uses it. For settings that are not in the file, verl's defaults are used where verl would use them, and they are listed too.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from bandpo._system.bounded import parse_yaml, read_regular
 from bandpo._system.files import read_yaml
-from bandpo._system.secrets import redact_arguments, redact_text
 from bandpo.bounds import Clip
 from bandpo.doctor.findings import Level
-from bandpo.doctor.hosts import host_of_keys, host_of_script, not_readable
+from bandpo.doctor.hosts import host_of_keys, not_readable
+from bandpo.doctor.launch import Dialect, parse_script, settings_of
+from bandpo.doctor.settings import MAX_KEY, UNKNOWN, Settings, Text, flat
 from bandpo.doctor.setup import VERL_KNOBS, Setup, named_objective, short
-from bandpo.doctor.shell import Script, Word, read_script
+from bandpo.doctor.shell import Script
 from bandpo.integrations.options import RegionOptions, parse_options
 from bandpo.integrations.verl_options import (
     ACTOR_DEFAULTS,
@@ -62,10 +61,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """The defaults of verl 0.9.1; a test compares them with verl's own configuration."""
 
-MAX_SCRIPT_BYTES = 1 << 18
-_OWN = "actor_rollout_ref."  # only verl's settings begin with this
 _MAX_DEFAULTS, _MAX_GROUP_BYTES = 40, 1 << 16  # entries of Hydra's defaults, and bytes of a file that an entry names
-_MAX_KEY, _MAX_UNREAD = 200, 30  # characters of a key, longer than any of verl's; lines about what is unread
 _ZOO = {
     "gspo": "gspo",
     "sapo": "sapo",
@@ -76,21 +72,21 @@ _ZOO = {
     "dppo_tv": "dppo-tv",
     "dppo_kl": "dppo-kl",
 }
-_MAX_LINE = 400  # characters of a message or of a line about what is unread
+_MAX_LINE = 400  # characters of a message
 _YAML = (".yaml", ".yml")
 _TARGET = "bandpo.integrations.verl.BandPolicyLossConfig"
-_DTYPES = {
-    "fp32": "float32",
-    "float32": "float32",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-}
-_KEY = re.compile(r"[+~]{0,2}([A-Za-z_][\w-]*(?:[./@][\w-]+)*)=")
 _NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
-_PRINTING = ("echo", "printf", "cat")
 _VERL_DEFAULTS = ("ppo_trainer", "ppo_megatron_trainer")
+DIALECT = Dialect(
+    host="verl",
+    defaults=DEFAULTS,
+    program=re.compile(r"(.*[./])?main_ppo(\.py)?"),
+    called="main_ppo",
+    own=("actor_rollout_ref.",),
+    config_options=("--config-name", "-cn"),
+    configs=_VERL_DEFAULTS,
+)
+"""How verl's main_ppo is started."""
 
 # The advantage of a prompt's only completion (verl 0.9.1, core_algos.py); other estimators compare no completions.
 _ALONE: Mapping[str, tuple[Level, str]] = {
@@ -110,135 +106,12 @@ _ALONE: Mapping[str, tuple[Level, str]] = {
 _NO_GROUPS = ("gae", "remax", "reinforce_plus_plus")
 
 
-class _Unknown:
-    def __repr__(self) -> str:
-        return "not known"
-
-
-UNKNOWN = _Unknown()
-"""A value that the file sets or may set, and that cannot be determined from it."""
-
-
-@dataclass
-class Settings:
-    """The settings of verl in a file.
-
-    Args:
-        given: Values by dotted key, as they are in the file; `UNKNOWN` where they cannot be determined.
-        defaults: Whether verl's defaults hold for all other keys; if not, their values are not known.
-        unread: Lines about what could not be read.
-        assumed: Keys whose default was used.
-    """
-
-    given: dict[str, Any] = field(default_factory=dict[str, Any])
-    defaults: bool = True
-    unread: list[str] = field(default_factory=list[str])
-    assumed: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def get(self, key: str) -> Any:
-        """The value of a key with references resolved, or verl's default for it; `UNKNOWN` if neither is known.
-
-        Args:
-            key: A dotted key, like the other methods.
-        """
-        value: Any = self._plain(key)
-        for _ in range(10):
-            match = re.fullmatch(r"\$\{([\w.]{1,200})\}", value) if isinstance(value, str) else None
-            if match is None:
-                break
-            value = self._plain(match[1])
-        if isinstance(value, str) and ("${" in value or value == "???"):
-            return UNKNOWN
-        return value
-
-    def has(self, key: str) -> bool:
-        """Whether the file sets the `key`."""
-        return key in self.given
-
-    def number(self, key: str) -> float | None:
-        """The value of `key` as a finite number, None if it is not known.
-
-        Raises:
-            ValueError: If the value is something else.
-        """
-        value = self.get(key)
-        if value is UNKNOWN:
-            return None
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{key}: {short(value)} is not a number") from None
-        if not math.isfinite(number):
-            raise ValueError(f"{key}: {number} is not a finite number")
-        return number
-
-    def whole(self, key: str) -> int | None:
-        """The value of `key` as a whole number, None if it is not known.
-
-        Raises:
-            ValueError: If the value is something else.
-        """
-        value = self.number(key)
-        if value is not None and value != value // 1:
-            raise ValueError(f"{key}: {short(self.get(key))} is not a whole number")
-        return None if value is None else int(value)
-
-    def flag(self, key: str) -> bool | None:
-        """The value of `key` as true or false, None if it is not known.
-
-        Raises:
-            ValueError: If the value is something else.
-        """
-        value = self.get(key)
-        if value is UNKNOWN:
-            return None
-        if not isinstance(value, bool):
-            raise ValueError(f"{key}: {short(value)} is neither true nor false")
-        return value
-
-    def label(self, key: str) -> str:
-        """The number at `key` as `name=value`, for a finding."""
-        value = self.number(key)
-        shown = "not known" if value is None else f"{value:g} (assumed)" if key in self.assumed else f"{value:g}"
-        return f"{key.rpartition('.')[2]}={shown}"
-
-    def _plain(self, key: str) -> Any:
-        if key not in self.given:
-            parts = key.split(".")
-            whole_group = any(".".join(parts[:i]) in self.given for i in range(1, len(parts)))
-            if whole_group or not self.defaults:
-                return UNKNOWN
-            if key in DEFAULTS:
-                self.assumed[key] = DEFAULTS[key]
-                return DEFAULTS[key]
-            return UNKNOWN
-        value = self.given[key]
-        return parsed(value) if isinstance(value, Text) else value
-
-
-class Text(str):
-    """A value from a command line: YAML that is parsed when it is used."""
-
-
-def parsed(text: str) -> Any:
-    """The value that Hydra reads from a text of the command line; the text itself if it is not YAML.
-
-    Args:
-        text: The text after `key=`.
-    """
-    try:
-        return parse_yaml(str(text), "a value") if text else None
-    except ValueError:
-        return str(text)
-
-
 def read_verl(
     path: Path,
     overrides: Sequence[str] = (),
     *,
     tree: Mapping[Any, Any] | None = None,
+    script: Script | None = None,
     vocabulary: int | None = None,
 ) -> Setup:
     """The settings in a verl configuration.
@@ -248,6 +121,7 @@ def read_verl(
         overrides: More settings `key=value`, which replace those of the file; `group=name` chooses a file of a group beside
             the YAML.
         tree: Content of the YAML file where it has been read already; None reads the file.
+        script: The commands of a script, where it has been read already.
         vocabulary: Number of tokens in the model's vocabulary, for the memory of the logits; None if it is not known.
 
     Raises:
@@ -259,9 +133,12 @@ def read_verl(
         chosen[key.lstrip("+~")] = Text(value)
     if tree is None and path.suffix in _YAML:
         tree = read_yaml(path, follow=False)
-    settings = _from_script(path) if tree is None else _from_yaml(path, tree, chosen)
+    if tree is None:
+        settings = settings_of(path, script or parse_script(path), DIALECT)
+    else:
+        settings = _from_yaml(path, tree, chosen)
     settings.given |= {k: v for k, v in chosen.items() if "." in k}
-    return _setup(settings, vocabulary)
+    return setup_of(settings, vocabulary)
 
 
 def is_verl(given: Mapping[Any, Any]) -> bool:
@@ -277,10 +154,10 @@ def is_verl(given: Mapping[Any, Any]) -> bool:
 
 
 def _from_yaml(path: Path, tree: Mapping[Any, Any], chosen: Mapping[str, Any]) -> Settings:
-    settings = Settings()
+    settings = Settings(DEFAULTS)
     if not is_verl(tree):
         raise not_readable(path, host_of_keys(tree))
-    own = _flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
+    own = flat({k: v for k, v in tree.items() if k not in ("defaults", "hydra")})
     found: Any = tree.get("defaults") or []
     if not isinstance(found, list):
         raise ValueError(f"{path}: defaults must be a list, got {type(found).__name__}")
@@ -324,7 +201,7 @@ def _default(entry: Any, folder: Path, chosen: Mapping[str, Any], settings: Sett
         raise ValueError(f"{file} must hold keys and values, got {type(tree).__name__}")
     if "defaults" in tree:
         _leave_out(settings, f"those of {group}={name} are not read, and what they set is not known")
-    keys = _flat({k: v for k, v in cast("dict[Any, Any]", tree).items() if k != "defaults"})
+    keys = flat({k: v for k, v in cast("dict[Any, Any]", tree).items() if k != "defaults"})
     return keys if b"@package _global_" in data else {f"{group}.{k}": x for k, x in keys.items()}
 
 
@@ -334,163 +211,13 @@ def _leave_out(settings: Settings, what: str) -> None:
     settings.defaults = False
 
 
-def _from_script(path: Path) -> Settings:
-    text = read_regular(path, MAX_SCRIPT_BYTES, follow=False).decode("utf-8", errors="replace")
-    try:
-        script = read_script(text.replace("\x00", "\ufffd"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    runs = [command for command in script.commands if _runs_verl(command)]
-    bare = [command for command in script.commands if all(_key(word) is not None for word in command)]
-    listed = bool(bare) and len(bare) == len(script.commands)
-    if listed:  # a list of overrides, without a command that takes them
-        runs, bare = [[word for command in bare for word in command]], []
-    elsewhere = _elsewhere(script, runs, bare)
-    keys = {_key(word) for command in runs for word in command}.union(*elsewhere.values())
-    if not any(_is_main_ppo(w) for c in runs for w in c) and not any(k and k.startswith(_OWN) for k in keys):
-        host = host_of_script(script)
-        if host or any(_key(word) for command in script.commands for word in command):
-            raise not_readable(path, host)
-        raise ValueError(f"{path}: no override of the form key=value in it")
-    settings = _merged([_from_command(command, listed=listed) for command in runs])
-    for name, keys in elsewhere.items():
-        settings.unread.append(f"{name} sets {_some(keys)}, which is not resolved")
-        settings.given |= dict.fromkeys(keys, UNKNOWN)
-    settings.unread += [f"{short(what)} may set any variable" for what in script.opened]
-    settings.unread += [f"the here-document that ends with {name} is not read" for name in script.here]
-    if "@" in script.assumed:
-        settings.unread.append("$@ (the arguments of the script) is taken as empty")
-    unset = [name for name in script.assumed if name != "@"]
-    if unset:
-        settings.unread.append(f"taken as not set in the environment: {_some(unset)}")
-    return settings
+def setup_of(s: Settings, vocabulary: int | None) -> Setup:
+    """The settings that the rules look at.
 
-
-def _elsewhere(
-    script: Script, runs: Sequence[Sequence[Word]], bare: Sequence[Sequence[Word]]
-) -> dict[str, tuple[str, ...]]:
-    """Keys of settings that are not words of a command which runs verl, by where they are."""
-    spoken = [
-        w
-        for command in script.commands
-        if command[0].text not in _PRINTING
-        for w in command
-        if _key(w) is None and len(w.text.split()) > 1
-    ]
-    found = {
-        "a quoted text": _held(spoken),
-        "a line outside of the command": _held([word for command in bare for word in command]),
-    }
-    # A word that is not resolved may be the value of any variable.
-    if not runs or any(not word.literal and _key(word) is None for command in runs for word in _arguments(command)):
-        found = {name: _held(words) for name, words in script.variables.items()} | found
-    return {name: keys for name, keys in found.items() if keys}
-
-
-def _arguments(command: Sequence[Word]) -> list[Word]:
-    """The words after the program."""
-    at = next((i for i, word in enumerate(command) if _is_main_ppo(word)), None)
-    return list(command[0 if at is None else at + 1 :])
-
-
-def _from_command(command: Sequence[Word], *, listed: bool) -> Settings:
-    """The settings of one command."""
-    runs_verl = any(_is_main_ppo(word) for word in command)
-    settings = Settings(defaults=listed or runs_verl)
-    unresolved: list[str] = []
-    words = _arguments(command)
-    shown = redact_arguments([word.text for word in words])
-    for i, word in enumerate(words):
-        key = _key(word)
-        if key is not None:
-            known = word.literal
-            settings.given[key] = Text(word.text.partition("=")[2]) if known else UNKNOWN
-            if not known:
-                unresolved.append(shown[i].lstrip("+~") + _on(word))
-        elif word.text.startswith(("--config", "-cn", "-cp", "-cd")):
-            option, equals, value = word.text.partition("=")
-            value = value if equals else words[i + 1].text if i + 1 < len(words) else ""
-            if option not in ("--config-name", "-cn") or value.removesuffix(".yaml") not in _VERL_DEFAULTS:
-                settings.unread.append(f"{option} {value}: that configuration is not read; examine it as a YAML file")
-                settings.defaults = False
-        elif not word.literal:
-            settings.unread.append(f"{shown[i]}{_on(word)} is not resolved and may set anything")
-            settings.defaults = False
-    if unresolved:
-        settings.unread.append(f"not resolved: {_some(unresolved)}")
-    if not settings.defaults and not runs_verl and not listed:
-        settings.unread.append("the program that this runs is not verl's main_ppo: its defaults are not known")
-    return settings
-
-
-def _on(word: Word) -> str:
-    return f" (line {word.line})" if word.line else ""
-
-
-def _merged(parts: Sequence[Settings]) -> Settings:
-    """The settings that all commands of a script have in common."""
-    if not parts:
-        return Settings(defaults=False)
-    first, *others = parts
-    if not others:
-        return first
-    keys = {key for part in parts for key in part.given}
-    same = {
-        k: first.given[k] for k in first.given if all(k in p.given and p.given[k] == first.given[k] for p in others)
-    }
-    unread = list(dict.fromkeys(what for part in parts for what in part.unread))
-    differing = sorted(keys - set(same))
-    unread.append(
-        f"{len(parts)} commands run verl"
-        + (f", and differ in {_some(differing)}: examine them one by one" if differing else "")
-    )
-    return Settings({k: same.get(k, UNKNOWN) for k in keys}, all(p.defaults for p in parts), unread)
-
-
-def _runs_verl(command: Sequence[Word]) -> bool:
-    keys = [_key(word) for word in command]
-    return any(_is_main_ppo(word) for word in command) or (
-        None in keys and any(key is not None and key.startswith(_OWN) for key in keys)
-    )
-
-
-def _is_main_ppo(word: Word) -> bool:
-    return word.literal and len(word.text) < _MAX_KEY and bool(re.fullmatch(r"(.*[./])?main_ppo(\.py)?", word.text))
-
-
-def _held(words: Iterable[Word]) -> tuple[str, ...]:
-    """The keys of settings that texts contain (the value of a variable, a quoted text), each once."""
-    found: dict[str, None] = {}
-    for word in words:
-        for part in word.text.split():
-            match = _KEY.match(part)
-            if match is not None and "." in match[1] and len(match[1]) <= _MAX_KEY:
-                found[match[1]] = None
-    return tuple(found)
-
-
-def _key(word: Word) -> str | None:
-    """The key of an override, None if the word is not an override."""
-    match = _KEY.match(word.text)
-    if match is None or match.end() > word.known or len(match[1]) > _MAX_KEY:
-        return None
-    return match[1]
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{str(key)[:_MAX_KEY]}"
-        if len(name) > _MAX_KEY:
-            continue
-        if isinstance(value, Mapping):
-            found |= _flat(cast("Mapping[Any, Any]", value), f"{name}.")
-        else:
-            found[name] = value
-    return found
-
-
-def _setup(s: Settings, vocabulary: int | None) -> Setup:
+    Args:
+        s: The settings of verl in a file.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+    """
     loss = _loss(s)
     steps, steps_from = _steps(s)
     top_k = s.whole(f"{_ROLLOUT}.top_k")
@@ -508,7 +235,7 @@ def _setup(s: Settings, vocabulary: int | None) -> Setup:
         refused=loss.refused,
         steps=steps,
         steps_from=steps_from,
-        engine="the rollout engine" if engine is UNKNOWN or not engine else str(engine)[:_MAX_KEY],
+        engine="the rollout engine" if engine is UNKNOWN or not engine else str(engine)[:MAX_KEY],
         corrected=None if corrected is UNKNOWN else corrected is not None,
         old_is_rollout=s.flag("algorithm.rollout_correction.bypass_mode"),
         temperature=s.number(f"{_ROLLOUT}.temperature"),
@@ -519,11 +246,11 @@ def _setup(s: Settings, vocabulary: int | None) -> Setup:
         tokens=_tokens(s),
         vocabulary=vocabulary,
         fused_head=bool(s.flag("actor_rollout_ref.model.use_fused_kernels")),
-        weights=_weights(s),
-        learning_rate=s.number(f"{_ACTOR}.optim.lr") if s.has(f"{_ACTOR}.optim.lr") else None,
+        weights=s.dtype(f"{_ACTOR}.fsdp_config.model_dtype"),
+        learning_rate=s.rate(f"{_ACTOR}.optim.lr"),
         knobs=VERL_KNOBS | {"fused head": "actor_rollout_ref.model.use_fused_kernels=True"},
-        assumed=tuple(f"{key}={value}" for key, value in s.assumed.items()),
-        unread=_lines(s.unread),
+        assumed=s.taken(),
+        unread=s.lines(),
     )
 
 
@@ -534,13 +261,6 @@ def _kl(s: Settings) -> tuple[float | None, str | None, str]:
         return None if used is None else 0.0, "", ""
     coefficient, kind = s.number(f"{_ACTOR}.kl_loss_coef"), s.get(f"{_ACTOR}.kl_loss_type")
     return coefficient, None if kind is UNKNOWN else KL_OF.get(str(kind), ""), f"kl_loss_type={short(kind)}"
-
-
-def _lines(unread: Iterable[str]) -> tuple[str, ...]:
-    whole = [redact_text(line) for line in dict.fromkeys(unread)]
-    lines = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in whole]
-    more = len(lines) - _MAX_UNREAD
-    return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
 
 def _steps(s: Settings) -> tuple[float | None, str]:
@@ -582,13 +302,6 @@ def _tokens(s: Settings) -> int:
     if s.get(f"{_ACTOR}.ppo_micro_batch_size_per_gpu") is None:
         return 0
     return (s.whole(f"{_ACTOR}.ppo_micro_batch_size_per_gpu") or 0) * (s.whole("data.max_response_length") or 0)
-
-
-def _weights(s: Settings) -> str | None:
-    key = f"{_ACTOR}.fsdp_config.model_dtype"
-    if not s.has(key):
-        return None
-    return _DTYPES.get(str(s.get(key)))
 
 
 class _Loss(NamedTuple):
@@ -705,11 +418,3 @@ def _known(s: Settings, prefix: str, names: Iterable[str]) -> dict[str, float | 
         if value is not UNKNOWN:
             found[name] = None if value is None else s.number(f"{prefix}{name}")
     return found
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first eight of the names, for a message."""
-    names = list(names)
-    shown = [redact_text(name) for name in names[:8]]
-    shown = [name if len(name) <= 80 else name[:77] + "..." for name in shown]
-    return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -36,6 +36,16 @@ _MEASURED = re.compile(r"[$\\boxed{]*[+-]?[\d.,/]+(?:\s+[A-Za-z]+|[kcm]m|[km]g|m
 _SPACED = re.compile(r"[+-]?\d{1,3}( \d{3})+(\.\d+)?")
 _DIGIT_GROUP = re.compile(r"(?<=\d)(?:\\[,!:; ]|\{,\})(?=\d{3}(?!\d))")
 _MONEY = re.compile(r"^\\?[$€£¥]\s*(?=[\d.])|(?<=\d)\s*\\?[$€£¥]$")
+_AFTER_HASHES = re.compile(r"####\s*([^\n]+)")
+_ANSWER = re.compile(
+    r"\banswer\b[\s*_]*(?:is|=|:)[\s*_:]*(?:(?:therefore|thus|then|simply|just)\b)?[\s*_:,]*", re.IGNORECASE
+)
+_LONGEST = 500  # characters of an answer that is stated in a sentence
+_SENTENCE_END = re.compile(r"[()\[\]{}]|\.(?!\d)|[,;](?=\s)|\n")
+_MATHS_MARK = re.compile(r"\\[()\[\]]|(?<!\\)\$")
+_BOLD = re.compile(r"\*\*([^*\n]{0,200}\d[^*\n]{0,200})\*\*")
+_IN_MATHS = re.compile(r"(?:(?<!\\)\$|\\\()([^$\n]{1,300}?)(?:(?<!\\)\$|\\\))")
+_ANY_NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w])")
 _PREFIX = re.compile(r"^(the\s+)?(final\s+)?answer(\s+is)?\s*[:=]?\s*", re.IGNORECASE)
 _ANCHOR = re.compile(r"(?<!\\)\\[(\[]")
 _DOLLAR = re.compile(r"(?<!\\)\$")
@@ -90,6 +100,55 @@ def boxed_answer(completion: str) -> str | None:
         return None
     read = [as_latex(part) for part in parts if part]
     return None if None in read else rf"\boxed{{{', '.join(part for part in read if part)}}}"
+
+
+def stated_answer(completion: str) -> str | None:
+    r"""The answer that a completion states, also without a box: the lenient reading.
+
+    A box counts as in `boxed_answer`. Without one it is the first of these that the text has:
+
+    * what follows the last `####`;
+    * what follows the last "answer is", "answer:" or "answer =", up to the end of the clause;
+    * the last text in bold, `**...**`, with a number in it;
+    * the last mathematics in `$...$` or `\(...\)`;
+    * the last number.
+
+    Args:
+        completion: Text of the completion.
+
+    Returns:
+        LaTeX in a box; None if the text states no answer, or its box was cut off.
+
+    Examples:
+        >>> stated_answer("So the answer is 73."), stated_answer("**73**"), stated_answer("7 x 9 = 63, and then 73")
+        ('\\boxed{73}', '\\boxed{73}', '\\boxed{73}')
+        >>> stated_answer(r"\boxed{12}. Hmm, wait. \boxed{") is None
+        True
+    """
+    if _BOX.search(completion) or _CUT_COMMAND.search(completion):
+        return boxed_answer(completion)
+    marks = list(_ANSWER.finditer(completion))
+    if (found := _AFTER_HASHES.findall(completion)) or (
+        found := [_sentence(completion[m.end() :]) for m in marks[-1:]]
+    ):
+        stated = found[-1]
+    else:
+        stated = next((all_[-1] for p in (_BOLD, _IN_MATHS, _ANY_NUMBER) if (all_ := p.findall(completion))), "")
+    latex = as_latex(_MATHS_MARK.sub("", stated).strip("*_` "))
+    return rf"\boxed{{{latex}}}" if latex else None
+
+
+def _sentence(text: str) -> str:
+    """The text up to the end of its sentence or clause; brackets keep together what is in them."""
+    text, depth = text[:_LONGEST], 0
+    for mark in _SENTENCE_END.finditer(text):
+        if mark[0] in "([{":
+            depth += 1
+        elif mark[0] in ")]}":
+            depth -= 1
+        elif mark[0] == "\n" or depth <= 0:
+            return text[: mark.start()]
+    return text
 
 
 def _closing_brace(text: str, opening: int) -> int | None:

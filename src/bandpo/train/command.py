@@ -34,7 +34,7 @@ from bandpo.train.models import loadable
 from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.report import change_line, evaluation_table, write_report
-from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
+from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class _Job:
     prompts: Dataset
     """What to train on: prompts, or pairs of completions."""
     held_out: Dataset
-    reward: CheckedReward
+    rewards: list[CheckedReward]
+    """The rewards of the run; the first one scores the evaluation."""
     method: GRPORun | PreferenceRun
 
     @property
@@ -134,25 +135,17 @@ def _make_job(
     model_name = str(_small_model(run, progress)) if run.model is None else loadable(run.model, progress.say)
     tokenizer, window = _load_tokenizer(model_name, args)
     prompts, held_out = _load_data(run, args, tokenizer, window, progress)
-    reward_name = run.reward or run.task or ""
-    reward = CheckedReward(
-        get_reward(reward_name, workers=run.reward_workers),
-        reward_name,
-        limit=run.reward_timeout,
-        errors=run.reward_errors,
-        folder=folder,
-        say=progress.say,
-    )
+    rewards = checked_rewards(run, folder=folder, say=progress.say)
     model: Any = model_name  # TRL loads it, with model_init_kwargs
     if run.model is None:
         model = AutoModelForCausalLM.from_pretrained(model_name, trust_remote_code=False)
     make_folder(folder, run, args, given, checkpoint=checkpoint)
     args.disable_tqdm = True
     if isinstance(args, BandGRPOConfig):
-        method = GRPORun(args, model, tokenizer, prompts, reward, _lora(run), progress)
+        method = GRPORun(args, model, tokenizer, prompts, rewards, _lora(run), progress)
     else:
-        method = PreferenceRun(run, args, model, tokenizer, prompts, reward, _lora(run), progress)
-    return _Job(run, args, folder, progress, tokenizer, prompts, held_out, reward, method)
+        method = PreferenceRun(run, args, model, tokenizer, prompts, rewards[0], _lora(run), progress)
+    return _Job(run, args, folder, progress, tokenizer, prompts, held_out, rewards, method)
 
 
 def _small_model(run: RunConfig, progress: Progress) -> Path:
@@ -230,7 +223,7 @@ def _evaluate(job: _Job) -> Evaluation:
             model,
             job.tokenizer,
             job.held_out,
-            job.reward,
+            job.rewards[0],
             samples=job.run.eval_samples,
             max_new_tokens=_longest_completion(job.args),
             temperature=job.temperature,
@@ -268,12 +261,20 @@ def _facts(job: _Job) -> dict[str, Any]:
         "model": redact(run.model) or "a small model that starts from scratch, warmed up on the task",
         **adapter,
         "data": redact(run.task or run.pairs or run.dataset),
+        "reward": _weighed(run, args),
         "method": job.method.name,
         **job.method.length,
         "learning rate": args.learning_rate,
         "computed in": "float16" if args.fp16 else "bfloat16, weights in float32" if args.bf16 else "float32",
         "seed": args.seed,
     }
+
+
+def _weighed(run: RunConfig, args: TrainerConfig) -> str:
+    """The rewards with their weights."""
+    weights = cast("list[float] | None", getattr(args, "reward_weights", None))
+    names = [redact_text(name) for name in run.rewards]
+    return " + ".join(names if weights is None else [f"{w:g} {n}" for w, n in zip(weights, names, strict=True)])
 
 
 def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> None:
@@ -284,14 +285,14 @@ def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> Non
     write_json(folder / "env.json", environment(job.args, time.monotonic() - started))
     title = f"{job.method.name} on {redact(job.run.task or job.run.dataset)}, seed {job.args.seed}"
     figures = job.method.figures(number_texts(folder / "metrics.jsonl"))
-    unscored = unscored_line(job.reward)
-    notes = [*job.method.notes, *resume_lines(folder), *([unscored] if unscored else [])]
+    unscored = [line for reward in job.rewards if (line := unscored_line(reward)) is not None]
+    notes = [*job.method.notes, *resume_lines(folder), *unscored]
     report = write_report(folder, title=title, figures=figures, notes=notes)
     progress.show(evaluation_table(title, evaluation))
     if (change := change_line(evaluation)) is not None:
         progress.say(change)
-    if unscored:
-        progress.say(unscored)
+    for line in unscored:
+        progress.say(line)
     progress.say(f"report: {report}")
     progress.say(f"model:  {folder / 'model'}")
     progress.say(f"done in {time.monotonic() - started:.0f} s")

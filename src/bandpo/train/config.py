@@ -38,6 +38,9 @@ TrainerConfig: TypeAlias = "BandGRPOConfig | OnlinePreferenceConfig"
 DEFAULT_LENGTH = 1024
 """Number of tokens of the longest completion where nothing else says it."""
 
+MATH = frozenset({"math", "math-lenient"})
+"""The rewards that compare answers with math-verify."""
+
 MAX_SHOTS = 64
 """Largest number of solved examples before a question."""
 
@@ -82,11 +85,20 @@ class RunConfig:
         metadata={"help": "Dataset of the evaluation, as for dataset. Default: prompts held out from dataset."},
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub eval_dataset."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt, text or messages."})
-    answer_column: str = field(default="answer", metadata={"help": "Column with the reference answer."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column with the prompt, text or messages; COLUMN.PART for a part of a column."},
+    )
+    answer_column: str = field(
+        default="answer", metadata={"help": "Column with the reference answer, such as reward_model.ground_truth."}
+    )
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt of text prompts."})
-    reward: str | None = field(
-        default=None, metadata={"help": "'math', a task's name, or 'package.module:NAME'. Default: the task's."}
+    reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "'math', 'math-lenient', a task's name, or 'package.module:NAME'. Several are added with the weights of "
+            "reward_weights, and the first of them scores the evaluation. Default: the task's."
+        },
     )
     reward_timeout: float = field(
         default=600.0, metadata={"help": "Seconds after which one call of the reward function counts as hung."}
@@ -94,7 +106,8 @@ class RunConfig:
     reward_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Processes of reward math on each process of the run. Default: its share of the CPUs, at most 16."
+            "help": "Processes of the math rewards on each process of the run. Default: its share of the CPUs, at most "
+            "16."
         },
     )
     reward_errors: str = field(
@@ -136,6 +149,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: got {self.method!r}; choose one of {', '.join(METHODS)}")
+        self._check_rewards()
         if self.pairs is not None and self.method not in ("dpo", "chipo"):
             raise ValueError(f"pairs={self.pairs!r}: method {self.method!r} samples its own; use dpo or chipo")
         if self.method != "grpo" and self.lora_rank and self.pairs is None:
@@ -151,7 +165,7 @@ class RunConfig:
         if self.task is None and self.model is None:
             raise ValueError("dataset needs model: the built-in small model only knows the built-in tasks")
         if self.task is None and self.reward is None:
-            raise ValueError("dataset needs reward: 'math' or 'package.module:NAME'")
+            raise ValueError("dataset needs reward: 'math', 'math-lenient' or 'package.module:NAME'")
         if self.shots is not None and (self.task is None or self.model is None):
             raise ValueError(
                 f"shots={self.shots} needs task and model: the prompts of a dataset are used as they are, and the built-in "
@@ -165,9 +179,10 @@ class RunConfig:
         for name, allowed in (("reward_errors", ("stop", "skip")), ("bad_rows", ("error", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if self.reward_workers is not None and (self.reward or self.task) != "math":
+        if self.reward_workers is not None and MATH.isdisjoint(self.rewards):
             raise ValueError(
-                f"reward_workers={self.reward_workers} would be ignored: only reward math has processes of its own"
+                f"reward_workers={self.reward_workers} would be ignored: only {' and '.join(sorted(MATH))} have processes of "
+                "their own"
             )
         if not 0 < self.reward_timeout < math.inf:
             raise ValueError(f"reward_timeout must be a positive number of seconds, got {self.reward_timeout}")
@@ -175,6 +190,31 @@ class RunConfig:
             raise ValueError(f"eval_temperature must be 0 (greedy) or a positive number, got {self.eval_temperature}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
+
+    def _check_rewards(self) -> None:
+        """Check the names of the rewards; a single name, as in `reward: math`, becomes a list of one."""
+        if self.reward is None:
+            return
+        names: object = [self.reward] if isinstance(self.reward, str) else self.reward
+        if (
+            not isinstance(names, list)
+            or not names
+            or not all(isinstance(n, str) and n for n in cast("list[Any]", names))
+        ):
+            raise ValueError(f"reward: got {self.reward!r}; give a name, or a list of names")
+        self.reward = cast("list[str]", names)
+        if len(set(self.reward)) < len(self.reward):
+            raise ValueError(f"reward: {', '.join(self.reward)} has a name twice; give it once, with a larger weight")
+        if self.method != "grpo" and len(self.reward) > 1:
+            raise ValueError(
+                f"reward: method {self.method!r} labels its samples with one reward, got {', '.join(self.reward)}; write one "
+                "function that adds them"
+            )
+
+    @property
+    def rewards(self) -> list[str]:
+        """The names of the rewards; the first one scores the evaluation."""
+        return self.reward or ([] if self.task is None else [self.task])
 
 
 class Declared(NamedTuple):
@@ -268,8 +308,18 @@ def parse(arguments: list[str], machine: "Machine | None" = None) -> Parsed:
         if action.dest in compute.options:
             action.default = compute.options[action.dest]
     run, trainer = parser.parse_args_into_dataclasses(request.arguments)
+    _check_weights(run, trainer)
     given = {**request.given, **{name: values[name] for name in sorted(request.chosen)}}
     return Parsed(run, trainer, given, compute)
+
+
+def _check_weights(run: RunConfig, args: TrainerConfig) -> None:
+    weights = cast("list[float] | None", getattr(args, "reward_weights", None))
+    if weights is not None and len(weights) != len(run.rewards):
+        raise ValueError(
+            f"reward_weights: got {len(weights)} ({', '.join(f'{w:g}' for w in weights)}) for {len(run.rewards)} rewards "
+            f"({', '.join(run.rewards)}); give one for each"
+        )
 
 
 def _compute(run: RunConfig, values: dict[str, Any], named: set[str], machine: "Machine | None") -> "Compute":

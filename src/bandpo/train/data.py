@@ -21,7 +21,7 @@ from trl.data_utils import extract_prompt  # pyright: ignore[reportUnknownVariab
 from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import printable
 from bandpo.toy.tasks import TASKS, in_chat, make_splits
-from bandpo.train.config import RunConfig
+from bandpo.train.config import MATH, RunConfig
 from bandpo.train.lengths import TokenLimits, fingerprint, first_on_each_machine, long_rows
 from bandpo.train.verification import unreadable
 
@@ -48,7 +48,7 @@ class _BadRows:
         """The other rows; an error if there are bad rows and they may not be skipped, or if no row is left."""
         if not bad:
             return data
-        counted = f"{self.whose}: {len(bad)} rows {what}, the first is row {bad[0]}"
+        counted = f"{self.whose}: {len(bad)} rows {what}, the first is row {bad[0] + 1}"
         if not self.skip:
             raise ValueError(f"{counted}; mend them, or set bad_rows: skip")
         if len(bad) == len(data):
@@ -195,7 +195,7 @@ def checked_prompts(
     )
     if first is not None:
         data = data.select(range(min(first, len(data))))
-    return with_readable_answers(data, name, skip_bad=skip_bad, say=say) if run.reward == "math" else data
+    return with_readable_answers(data, name, skip_bad=skip_bad, say=say) if MATH & set(run.rewards) else data
 
 
 def with_readable_answers(data: Dataset, name: str, *, skip_bad: bool, say: Say) -> Dataset:
@@ -324,8 +324,9 @@ def load_prompts(
         name: Hub name or file.
         config: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
-        prompt_column: Column with the prompt: text, or a list of messages.
-        answer_column: Column with the reference answer.
+        prompt_column: Column with the prompt: text, or a list of messages. `reward_model.ground_truth` is the part
+            `ground_truth` of the column `reward_model`.
+        answer_column: Column with the reference answer, or a part of a column.
         system_prompt: System prompt of text prompts; None for none.
         chat: Turn text prompts into messages, for models with a chat template.
         skip_bad: Leave rows without a prompt or an answer out, and print how many.
@@ -341,9 +342,11 @@ def load_prompts(
     """
     data = _read(name, config, split)
     for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+        if column not in data.column_names and _is_nested(data.features, column):
+            data = _with_nested(data, column)
         if column not in data.column_names:
             raise ValueError(
-                f"dataset {name!r} has no column {column!r}; set {option} to one of {', '.join(data.column_names)}"
+                f"dataset {name!r} has no column {column!r}; set {option} to one of {', '.join(_all_columns(data.features))}"
             )
     bad = _BadRows(f"dataset {name!r}", skip_bad, say)
     for column in (prompt_column, answer_column):
@@ -352,14 +355,53 @@ def load_prompts(
     odd = [i for i, value in enumerate(_values(data, prompt_column)) if not _is_prompt(value)]
     data = bad.removed(data, odd, f"have a {prompt_column!r} that is neither text nor messages")
     for old, new in ((prompt_column, "prompt"), (answer_column, "answer")):
-        if old != new:
-            data = data.rename_column(old, new)
+        if old == new:
+            continue
+        if new in data.column_names:  # TRL and the rewards read the column of this name
+            say(f"dataset {name!r}: column {old!r} is used as the {new}, and its column {new!r} is left out")
+            data = data.remove_columns(new)
+        data = data.rename_column(old, new)
     is_text = isinstance(data.features["prompt"], datasets.Value)
     if isinstance(data.features["prompt"], datasets.List) or (is_text and not chat and not system_prompt):
         return data  # in form already
     others = [name for name in data.column_names if name != "prompt"]
     data = _mapped(data, {"prompt": _in_form}, "prompt", chat=chat, system_prompt=system_prompt)
     return data.select_columns(["prompt", *others])
+
+
+def _is_nested(features: Any, column: str) -> bool:
+    """Whether a name with dots is that of a part of a column, at any depth."""
+    for part in column.split("."):
+        if not isinstance(features, dict) or part not in features:
+            return False
+        features = cast("dict[str, Any]", features)[part]
+    return "." in column
+
+
+def _with_nested(data: Dataset, column: str) -> Dataset:
+    """A dataset with a part of a column as a further column, under its name with dots."""
+    root, *parts = column.split(".")
+
+    def made() -> Dataset:
+        options = {"column": column, "parts": parts}
+        return data.map(_parts_of, batched=True, input_columns=[root], fn_kwargs=options)
+
+    return first_on_each_machine(made)
+
+
+def _parts_of(values: list[Any], column: str, parts: list[str]) -> dict[str, list[Any]]:
+    for part in parts:
+        values = [None if value is None else value.get(part) for value in values]
+    return {column: values}
+
+
+def _all_columns(features: Any, before: str = "") -> list[str]:
+    """The names of columns and of their parts."""
+    found: list[str] = []
+    for name, feature in cast("dict[str, Any]", features).items():
+        inner = _all_columns(feature, f"{before}{name}.") if isinstance(feature, dict) else []
+        found += inner or [f"{before}{name}"]
+    return found
 
 
 def _in_form(prompt: Any, chat: bool, system_prompt: str | None) -> Any:

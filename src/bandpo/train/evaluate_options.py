@@ -78,7 +78,7 @@ class Job:
         run: bandpo's settings: task or dataset, columns, reward.
         sampling: How the run sampled in training; for a named task or dataset the defaults.
         folder: Folder of the run whose held-out prompts are used, None where the prompts were named.
-        reward: Name of the reward.
+        reward: Name of the reward; of a run with several, the first one.
     """
 
     model: str
@@ -148,15 +148,15 @@ def _completed(asked: dict[str, Any], run: RunConfig, *, other: bool) -> dict[st
     own = {name: getattr(run, name) for name in ("prompt_column", "answer_column", "system_prompt", "bad_rows")}
     if not other:
         own |= {"dataset": run.dataset, "dataset_config": run.dataset_config}
-    if run.task is None and ":" not in (run.reward or ""):
-        own |= {"reward": run.reward}
+    if run.task is None and ":" not in run.rewards[0]:
+        own |= {"reward": run.rewards[0]}
     return {**own, **asked}
 
 
 def _on_held_out(model: str, asked: dict[str, Any], run: RunConfig, sampling: Sampling, folder: Path) -> Job:
     """A model of a run on the prompts that the run held out; no code or dataset is loaded because a file names it."""
     data = run.task or run.eval_dataset or run.dataset
-    reward = asked.get("reward") or run.reward or run.task or ""
+    reward = asked.get("reward") or run.rewards[0]
     if "reward" not in asked and ":" in reward:
         raise ValueError(
             f"the run in {folder} was scored by code that its configuration names, and that is imported only when you name it "
@@ -184,10 +184,10 @@ def _named(model: str, asked: dict[str, Any]) -> Job:
             "with --task, or prompts with --dataset and --reward"
         )
     if "task" not in asked and "reward" not in asked:
-        raise ValueError("--dataset needs --reward: math or package.module:NAME")
+        raise ValueError("--dataset needs --reward: math, math-lenient or package.module:NAME")
     settings: dict[str, Any] = {"dataset_split": "test", **asked}
     run = RunConfig(model=model, **settings)
-    return Job(model, run, Sampling(), None, run.reward or run.task or "")
+    return Job(model, run, Sampling(), None, run.rewards[0])
 
 
 def _run_folder(model: Path) -> Path | None:
@@ -217,6 +217,8 @@ def _typed(found: dict[str, Any], cls: type, path: Path) -> dict[str, Any]:
         if name not in found:
             continue
         value, types = found[name], cast("tuple[type, ...]", get_args(kind) or (kind,))
+        if name == "reward" and isinstance(value, str):  # a file may give one name without a list
+            value = [value]
         types = tuple(getattr(t, "__origin__", t) for t in types)  # dict[str, Any] as dict
         numbers = (*types, int) if float in types else types
         if not isinstance(value, numbers) or (isinstance(value, bool) and bool not in types):

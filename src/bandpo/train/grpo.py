@@ -40,7 +40,7 @@ class GRPORun:
         model: A model, or the name or folder to load it from.
         tokenizer: Tokenizer of the model.
         prompts: Prompts to sample completions for.
-        reward: Reward function of the samples.
+        rewards: Reward functions of the samples; the trainer adds them with the config's `reward_weights`.
         lora: Configuration of LoRA, or None.
         progress: Prints messages.
     """
@@ -51,14 +51,14 @@ class GRPORun:
         model: Any,
         tokenizer: Any,
         prompts: Dataset,
-        reward: RewardFunction,
+        rewards: list[RewardFunction],
         lora: Any,
         progress: Progress,
     ) -> None:
         self.log = TrainingProgress(progress, Path(args.output_dir or "."))
         self.trainer = _Trainer(
             model=model,
-            reward_funcs=reward,
+            reward_funcs=rewards,
             args=args,
             train_dataset=prompts,
             processing_class=tokenizer,

@@ -18,6 +18,7 @@ from bandpo._system.errors import LINES, RunError, place_of, printable, what_hap
 from bandpo._system.files import write_jsonl
 from bandpo._system.secrets import redact_text
 from bandpo.toy.tasks import TASKS, score
+from bandpo.train.config import MATH, RunConfig
 from bandpo.train.verification import verify_all
 
 RewardFunction = Callable[..., list[float | None]]
@@ -84,7 +85,8 @@ class CheckedReward:
         missing = values.count(None)
         if missing and not self.unscored:
             self.say(
-                f"reward {self.name!r} left {missing} of {len(values)} samples unscored; they are counted and not learnt from"
+                f"reward {self.name!r} left {missing} of {len(values)} samples unscored; they are counted, and this reward "
+                "teaches nothing about them"
             )
         self.scored, self.unscored = self.scored + len(values) - missing, self.unscored + missing
         if "log_metric" in columns and self.errors == "skip":  # TRL passes it in training; an evaluation has none
@@ -279,21 +281,22 @@ def get_reward(name: str, *, workers: int | None = None) -> RewardFunction:
     """The reward function of a name. It has TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
 
     Args:
-        name: Name of a task, "math" (math-verify on the column "answer"), or "package.module:NAME", whose module is imported.
-        workers: Number of processes of the reward "math"; None for this process's share of the CPUs.
+        name: Name of a task, "math" or "math-lenient" (math-verify on the column "answer"), or "package.module:NAME", whose
+            module is imported.
+        workers: Number of processes of the math rewards; None for this process's share of the CPUs.
 
     Raises:
         ValueError: If there is no reward of that name, or it has no processes to number.
     """
-    if workers is not None and name != "math":
+    if workers is not None and name not in MATH:
         raise ValueError(f"reward_workers={workers} would be ignored: reward {name!r} runs in the process of the run")
     if name in TASKS:
         return _task_reward(name)
-    if name == "math":
-        return math_reward if workers is None else _math_reward_of(workers)
+    if name in MATH:
+        return _math_reward_of(name, workers)
     if ":" not in name:
         raise ValueError(
-            f"reward {name!r} is unknown: use 'math', a task ({', '.join(TASKS)}) or 'package.module:NAME'"
+            f"reward {name!r} is unknown: use 'math', 'math-lenient', a task ({', '.join(TASKS)}) or 'package.module:NAME'"
         )
     module, _, attribute = name.partition(":")
     try:
@@ -327,11 +330,14 @@ def math_reward(prompts: list[Any], completions: list[Any], answer: list[Any], *
     return verify_all([(text_of(c), a) for c, a in zip(completions, answer, strict=True)])
 
 
-def _math_reward_of(workers: int) -> RewardFunction:
-    def reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-        return verify_all([(text_of(c), a) for c, a in zip(completions, answer, strict=True)], workers=workers)
+def _math_reward_of(name: str, workers: int | None) -> RewardFunction:
+    lenient = name == "math-lenient"
 
-    reward.__name__ = math_reward.__name__
+    def reward(prompts: list[Any], completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+        pairs = [(text_of(c), a) for c, a in zip(completions, answer, strict=True)]
+        return verify_all(pairs, workers=workers, lenient=lenient)
+
+    reward.__name__ = name.replace("-", "_") if lenient else math_reward.__name__
     return reward
 
 
@@ -354,6 +360,31 @@ def _task_reward(task: str) -> RewardFunction:
 
     reward.__name__ = task
     return reward
+
+
+def checked_rewards(run: RunConfig, *, folder: Path | None, say: Callable[[str], None]) -> list[CheckedReward]:
+    """The reward functions of a run, each with a name of its own in the log.
+
+    Args:
+        run: Configuration of the run: names, time limit, what to do with errors.
+        folder: Folder in which the samples of a failed call are written.
+        say: Prints a message.
+
+    Raises:
+        ValueError: If there is no reward of a name.
+    """
+    found: list[CheckedReward] = []
+    for name in run.rewards:
+        workers = run.reward_workers if name in MATH else None
+        function = get_reward(name, workers=workers)
+        found.append(
+            CheckedReward(function, name, limit=run.reward_timeout, errors=run.reward_errors, folder=folder, say=say)
+        )
+    names = [reward.__name__ for reward in found]
+    for reward in found:
+        if names.count(reward.__name__) > 1:  # two modules may have functions of one name
+            reward.__name__ = reward.name
+    return found
 
 
 def unscored_line(reward: CheckedReward) -> str | None:

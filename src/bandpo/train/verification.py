@@ -11,7 +11,7 @@ from typing import Any
 
 from pebble import ProcessPool
 
-from bandpo.train.answers import boxed_answer, is_plain_number, reference, with_variables
+from bandpo.train.answers import boxed_answer, is_plain_number, reference, stated_answer, with_variables
 
 SECONDS = 10.0
 """Limit for one completion, to read both sides and to compare them. A process that exceeds it is killed."""
@@ -34,7 +34,7 @@ def default_workers() -> int:
 
 
 def verify_all(
-    pairs: Sequence[tuple[str, Any]], *, seconds: float = SECONDS, workers: int | None = None
+    pairs: Sequence[tuple[str, Any]], *, seconds: float = SECONDS, workers: int | None = None, lenient: bool = False
 ) -> list[float | None]:
     r"""1 or 0 for each (completion, answer); None where the answer cannot be read, or math-verify raised or took too long.
 
@@ -44,13 +44,14 @@ def verify_all(
         pairs: Pairs of a completion and a reference answer.
         seconds: Limit for each pair.
         workers: Number of processes; None for `default_workers`.
+        lenient: Read a completion without a box as `stated_answer` does.
 
     Examples:
         >>> verify_all([(r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{3}", "2"), (r"\boxed{3}", "for all n that 3 divides")])
         [1.0, 0.0, None]
     """
     count = workers or default_workers()
-    return _in_batches(_pool(count), verify_one, pairs, seconds, count)
+    return _in_batches(_pool(count), verify_leniently if lenient else verify_one, pairs, seconds, count)
 
 
 def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]:
@@ -146,6 +147,20 @@ def verify_one(completion: str, answer: Any) -> float | None:
     """
     gold = _read_reference(answer)
     return None if gold is None else _compare(gold, boxed_answer(completion))
+
+
+def verify_leniently(completion: str, answer: Any) -> float | None:
+    """As `verify_one`, with the answer of a completion without a box read by `stated_answer`.
+
+    Args:
+        completion: Text that states an answer.
+        answer: Reference answer.
+
+    Returns:
+        1 or 0; None where the reference cannot be read.
+    """
+    gold = _read_reference(answer)
+    return None if gold is None else _compare(gold, stated_answer(completion))
 
 
 @functools.lru_cache(maxsize=4096)
