@@ -85,7 +85,7 @@ class Change:
     """A place where what a name stands for is changed: `name.key = value`, `name[key] = value` or `name.update(...)`.
 
     Args:
-        key: The attribute or the constant key; None where it may be any.
+        key: The attribute or the constant key; None where it may be any, "" for another name of the same object.
         value: The new value; None where it is not an expression of its own.
         time: Position among all statements of the file.
         direct: Whether the statement always runs when the statements around it do.
@@ -204,6 +204,7 @@ class Source:
         self.classes: dict[str, list[tuple[ast.ClassDef, Scope]]] = {}
         self.imports: dict[str, str] = {}
         self.stored: set[str] = set()
+        self.deep: dict[str, tuple[str, ast.AST]] = {}  # attributes of attributes that are set: whose, and where
         self._starts: list[int] = [1]
         self._parts = [name for name, _ in parts]
         self._time = self._steps = 0
@@ -338,6 +339,8 @@ class Source:
     def _targets(self, target: ast.expr | None, value: ast.expr | None, scope: Scope, *, direct: bool) -> None:
         match target:
             case ast.Name():
+                if isinstance(value, ast.Name):  # what is changed through one of the names changes both
+                    self._change(value, "", None, scope, target, direct=direct)
                 self._bind(target.id, value, scope, direct=direct)
             case ast.Tuple() | ast.List():
                 several = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
@@ -366,6 +369,8 @@ class Source:
         *,
         direct: bool,
     ) -> None:
+        if isinstance(owner, ast.Attribute) and key:  # self.args.beta = 0.1
+            self.deep.setdefault(key, (owner.attr, node))
         if isinstance(owner, ast.Name):
             home = self._home(owner.id, scope) or scope
             change = Change(key, value, self._time, direct, scope, getattr(node, "lineno", 1))
@@ -638,7 +643,8 @@ class Source:
                 return found
             case ast.Name():
                 bindings, home = self.bound(node.id, scope, time)
-                if home is not None and len(bindings) == 1 and isinstance(bindings[0].value, ast.expr):
+                value = bindings[0].value if len(bindings) == 1 else None
+                if home is not None and isinstance(value, ast.expr) and not isinstance(value, ast.Name):
                     found = self._mapping(bindings[0].value, home, bindings[0].time, depth + 1)
                     self.apply(found, node.id, home, bindings[0].time, (scope, time))
                     return found
@@ -658,6 +664,7 @@ class Source:
             until: Scope and position of the last one.
         """
         scope, time = until
+        shared = ""
         for change in self.changes(name, home, since):
             self._steps += 1
             if self._steps > _MAX_STEPS:
@@ -667,7 +674,9 @@ class Source:
             if in_order and change.time >= time:
                 continue
             place = f" ({self.line(change.line)})"
-            if change.key is None:
+            if change.key == "":
+                shared = f"another name of {name}{place}"
+            elif change.key is None:
                 given.add(Given(opened=[f"a change of {name}{place}"]))
             elif change.value is None or not in_order:
                 what = f"a change of {name}{place}" if change.value is None else self.text(change.value)
@@ -675,6 +684,8 @@ class Source:
             else:
                 value = self._value(change.value, change.scope, change.time, 0)
                 given.set(change.key, value, partial(self.text, change.value))
+        if shared:  # what is set through either name after that is set for both
+            given.add(Given(opened=[shared]))
 
 
 def parse(text: str) -> ast.Module:

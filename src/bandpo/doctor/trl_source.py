@@ -332,6 +332,9 @@ class _Script:
             self._counted_late(later)
             found.add(later)
             self._passed_on(found, name, scope)
+        for key, (owner, node) in self.source.deep.items():
+            if "args" in owner or owner in {name for _, name, _ in self._names(call)}:
+                found.set(key, UNKNOWN, f"what {owner}.{key} is set to ({self.source.line(node)})")
         replaced = [c for c in self.source.calls if c.name in ("dataclasses.replace", "copy.replace")]
         for other in replaced[:_MAX_CALLS]:  # dataclasses.replace(args, beta=0.1)
             if call in self._made(other.node, other.scope, other.time):
