@@ -189,10 +189,11 @@ class Settings:
 
     def lines(self) -> tuple[str, ...]:
         """The lines about what is unread, each once, without secrets and of bounded length."""
-        whole = [redact_text(line) for line in dict.fromkeys(self.unread)]
-        lines = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in whole]
-        more = len(lines) - _MAX_UNREAD
-        return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
+        found = list(dict.fromkeys(self.unread))
+        shown = [redact_text(line) for line in found[:_MAX_UNREAD]]
+        shown = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in shown]
+        more = len(found) - _MAX_UNREAD
+        return (*shown, *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
     def taken(self) -> tuple[str, ...]:
         """The defaults that were used, as `key=value`."""
