@@ -181,7 +181,7 @@ def test_bad_batches_are_errors_and_nothing_in_them_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
     good = batch(400)
     for changes, message in (
-        ({"logprobs": None, "old_logprobs": None}, r"lacks logprobs \(or per_token_logps"), ({"old_logprobs": None}, "lacks old"),
+        ({"logprobs": None, "old_logprobs": None}, r"lacks logprobs \(or per_token_logps"), ({"old_logprobs": None}, "old_"),
         ({"advantages": torch.ones(3)}, r"advantages has the shape \(3,\)"), ({"mask": torch.ones(2, 2)}, "mask has the shape"),
         ({"logprobs": torch.ones(20, 20, dtype=torch.long)}, "must be floating point, got torch.int64"),
         ({"mask": torch.zeros(20, 20)}, "no valid token"),
