@@ -581,17 +581,6 @@ def test_every_rule_has_an_entry():
     names = [rule.name for rule in RULES]
     assert not [n for n, c in Counter(names).items() if c > 1]
     found = {f.rule for f in examine_batch(everything())} | {"effective size", "age", "entropy cause", "columns"}
-    before = {
-        "nonfinite",
-        "positive",
-        "ratios",
-        "clip fraction",
-        "clipping",
-        "radius",
-        "mismatch",
-        "signal",
-        "groups",
-        "memory",
-    }
+    before = {"nonfinite", "positive", "ratios", "clip fraction", "radius", "mismatch", "signal", "groups", "memory"}
     assert found - before == set(names)
     assert all(rule.sees and rule.why and rule.healthy and rule.source for rule in RULES)
