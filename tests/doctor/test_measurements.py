@@ -5,6 +5,8 @@ import tracemalloc
 
 import mpmath
 import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,6 +140,17 @@ def test_gradient_mass_is_the_gradient_of_the_loss(name, per_token):
                 assert close(found.numbers[f"{name}/{half}/taken{key}"], t / (k + t))
             else:
                 assert f"{name}/{half}/taken{key}" not in found.numbers
+
+
+def test_tokens_without_an_advantage_are_of_neither_half():
+    """A penalty has a gradient there too."""
+    b = batch(broken=False)
+    b["advantages"][:12] = 0
+    b["mask"][12:, 0] = True
+    half = {k: v[12:] for k, v in b.items()}
+    for name in ("ppo-kl", "grpo"):
+        found = [named(examine_batch(x, objectives=[OBJECTIVES[name]]), "gradient").numbers for x in (b, half)]
+        assert found[0] == pytest.approx(found[1])
 
 
 def test_gradient_says_which_objectives_it_cannot_evaluate():
@@ -397,6 +410,16 @@ def test_tokens_that_the_sampler_should_have_cut_are_counted():
     [found] = measure.findings()
     assert found.numbers["top_p=0.8/sampled_cut"] == 0.5
     assert close(found.numbers["top_p=0.8/bias"], -math.log(0.9), 1e-6)
+
+
+def test_columns_that_cannot_be_read_do_not_make_a_batch_unreadable(tmp_path):
+    columns = {"logprobs": [-1.0, -2.0], "old_logprobs": [-1.0, -1.5], "advantages": [1.0, -1.0]}
+    pq.write_table(pyarrow.table({**columns, "uid": ["a", "b"]}), tmp_path / "b.parquet")
+    with pytest.warns(UserWarning, match="columns beside the tensors of the loss are left out"):
+        found = load_batch(tmp_path / "b.parquet")
+    assert sorted(found) == sorted(columns)
+    pq.write_table(pyarrow.table({**columns, "staleness": [1, 2]}), tmp_path / "b.parquet")
+    assert named(examine_batch(load_batch(tmp_path / "b.parquet")), "age").numbers["mean"] == 1.5
 
 
 def test_memory_of_the_logits_of_a_batch():

@@ -42,7 +42,7 @@ def tokens():
     return ids, attention, mask
 
 
-def plain(model, ids, attention):
+def plain(model, ids, attention, temperature=1.0):
     """One sequence at a time, cut out by hand, in float64."""
     wide = type(model)(model.config).double()
     wide.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
@@ -51,7 +51,7 @@ def plain(model, ids, attention):
     for i in range(len(ids)):
         places = attention[i].nonzero().flatten()
         with torch.no_grad():
-            logp = wide(ids[i : i + 1, places]).logits[0, :-1].log_softmax(-1)
+            logp = wide(ids[i : i + 1, places]).logits[0, :-1].div(temperature).log_softmax(-1)
         found[i, places[1:]] = logp.gather(-1, ids[i, places[1:]][:, None]).squeeze(-1)
     return found
 
@@ -63,8 +63,8 @@ def test_scores_are_those_of_single_sequences(model, tokens, given):
     found = score(model, ids, attention, **given)
     assert model.training
     torch.testing.assert_close(found.double(), plain(model, ids, attention), equal_nan=True, rtol=2e-5, atol=2e-5)
-    cold = score(model, ids, attention, temperature=0.5)
-    assert not torch.equal(cold, found)
+    cold = score(model, ids, attention, temperature=0.5, **given)
+    torch.testing.assert_close(cold.double(), plain(model, ids, attention, 0.5), equal_nan=True, rtol=2e-5, atol=5e-5)
     with pytest.raises(ValueError, match="token ids must be from 0 to 49"):
         score(model, ids + 1, attention)
 

@@ -4,6 +4,7 @@ Tokens are counted part by part (`_Counts`), and the rules read the counts, so m
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,12 +80,14 @@ def load_batch(path: Path) -> dict[str, Tensor | Stored]:
 
 
 def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> Mapping[str, object]:
-    """The tensors of a file. Columns that the loss does not need must not make it unreadable: if they do, they are left out."""
+    """The tensors of a file. Columns that the loss does not need are left out, with a warning, if they cannot be read."""
     names = frozenset(name for spellings in wanted.values() for name in spellings)
     try:
         return read_tensors(path, names)
-    except ValueError:
-        return read_tensors(path, frozenset(name for ours in NAMES for name in wanted[ours]))
+    except ValueError as error:
+        found = read_tensors(path, frozenset(name for ours in NAMES for name in wanted[ours]))
+        warnings.warn(f"columns beside the tensors of the loss are left out: {error}", stacklevel=3)
+        return found
 
 
 def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> dict[str, Tensor | Stored]:
