@@ -89,9 +89,7 @@ def test_an_adapter_whose_model_is_elsewhere_is_refused_with_the_fix(tmp_path):
     ):
         (tmp_path / "adapter_config.json").write_text(text)
         if refused:
-            with pytest.raises(
-                ValueError, match=r"for the model in .*base, made from wheel:smollm2, and there"
-            ):
+            with pytest.raises(ValueError, match=r"for the model in .*base, made from wheel:smollm2, and there"):
                 _check_base(tmp_path, "wheel:smollm2")
             base.mkdir()
         _check_base(tmp_path, None)
