@@ -158,6 +158,7 @@ def test_examine_takes_everything():
     theirs = {"log_prob": tensors["logprobs"], "old_log_prob": tensors["old_logprobs"],
               "response_mask": tensors["mask"], "advantages": tensors["advantages"], "more": torch.ones(3)}  # fmt: skip
     assert examine(theirs) == examine_batch(tensors)
+    assert any(f.rule == "age" for f in examine({**theirs, "staleness": torch.ones(20, dtype=torch.long)}))
     write("m.jsonl", sick)
     assert (
         [f.rule for f in examine("m.jsonl")]

@@ -65,18 +65,26 @@ def load_batch(path: Path) -> dict[str, Tensor | Stored]:
     Raises:
         ValueError: If it cannot be read, or a tensor that is needed is missing.
     """
-    wanted = _wanted()
-    found = _read(path, wanted)
+    batch = our_names(_read(path, _wanted()))
+    further = {name: value for name, value in batch.items() if name in COLUMNS}
+    core = {name: value for name, value in batch.items() if name not in COLUMNS}
+    return {**check_batch(core, str(path)), **further}
+
+
+def our_names(found: Mapping[str, object]) -> dict[str, Tensor | Stored]:
+    """The tensors of a batch by our names; of two spellings the first counts.
+
+    Args:
+        found: Tensors by our or a host's names; others are left out.
+    """
     batch: dict[str, Tensor | Stored] = {}
-    for ours, spellings in wanted.items():
+    for ours, spellings in _wanted().items():
         for name in spellings:
             value = found.get(name)
             if isinstance(value, Tensor | Stored):
                 batch[ours] = value
                 break
-    further = {name: value for name, value in batch.items() if name in COLUMNS}
-    core = {name: value for name, value in batch.items() if name not in COLUMNS}
-    return {**check_batch(core, str(path)), **further}
+    return batch
 
 
 def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> Mapping[str, object]:

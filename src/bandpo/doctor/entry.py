@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from bandpo.doctor.batch import NAMES, examine_batch
+from bandpo.doctor.batch import examine_batch, our_names
 from bandpo.doctor.batch_files import Stored
 from bandpo.doctor.command import examine_files, setup_in
 from bandpo.doctor.findings import Finding
@@ -55,7 +55,7 @@ def examine(*what: object, processes: int = 1, vocabulary: int | None = None, ta
                 found += file.findings
             continue
         if _is_batch(one):
-            found += examine_batch(_our_names(one), objectives=objectives, target=target)
+            found += examine_batch(our_names(cast("Mapping[str, object]", one)), objectives=objectives, target=target)
             continue
         setup = _setup(one, processes, vocabulary)
         if setup is not None:
@@ -87,16 +87,6 @@ def _is_batch(one: object) -> bool:
     return isinstance(one, Mapping) and any(
         isinstance(value, Tensor | Stored) for value in cast("Mapping[Any, Any]", one).values()
     )
-
-
-def _our_names(batch: Any) -> dict[str, Tensor | Stored]:
-    """The tensors of a batch by our names; of two spellings the first counts, as in a file."""
-    found: dict[str, Tensor | Stored] = {}
-    for ours, spellings in NAMES.items():
-        value = next((batch[name] for name in spellings if isinstance(batch.get(name), Tensor | Stored)), None)
-        if value is not None:
-            found[ours] = value
-    return found
 
 
 def _rows(rows: Iterable[Any]) -> Iterable[Mapping[str, Any]]:
