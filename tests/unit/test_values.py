@@ -109,7 +109,8 @@ def test_every_dataclass_of_the_library_is_one_of_those_above():
     from dataclasses import is_dataclass
 
     elsewhere = (
-        "bandpo.lab", "bandpo.train", "bandpo.toy", "bandpo.doctor.shell", "bandpo.doctor.verl", "bandpo.integrations",
+        "bandpo.lab", "bandpo.train", "bandpo.toy", "bandpo.doctor.shell", "bandpo.doctor.launch", "bandpo.doctor.settings",
+        "bandpo.integrations",
         "bandpo.plots", "bandpo.cli", "bandpo.surrogates.kernel",
     )  # fmt: skip
     found = set()
