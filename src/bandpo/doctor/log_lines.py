@@ -50,9 +50,7 @@ def json_rows(path: Path, said: list[str]) -> Iterator[Row]:
 def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:
     """A row of verl's file logger with the metrics outside of `data`; it writes NaN and infinities as null."""
     data: object = row.pop("data", None)
-    if not isinstance(data, dict):
-        return row
-    metrics = cast("dict[str, Any]", data)
+    metrics = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
     return {**row, **{name: "NaN" if value is None else value for name, value in metrics.items()}}
 
 
