@@ -93,7 +93,7 @@ def csv_rows(path: Path, said: list[str], run: str = "") -> Iterator[Row]:
     table = csv.reader(texts())
     ragged = 0
     try:
-        header = next(table, [])
+        header = next(table, list[str]())
         if len(header) > MAX_VALUES:
             raise ValueError(f"{path} has more than {MAX_VALUES:,} columns")
         columns = _columns(header, path, run)
