@@ -50,9 +50,7 @@ def json_rows(path: Path, said: list[str]) -> Iterator[Row]:
 def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:
     """A row of verl's file logger with the metrics outside of `data`; it writes NaN and infinities as null."""
     data: object = row.pop("data", None)
-    if not isinstance(data, dict):
-        return row
-    metrics = cast("dict[str, Any]", data)
+    metrics = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
     return {**row, **{name: "NaN" if value is None else value for name, value in metrics.items()}}
 
 
@@ -95,7 +93,7 @@ def csv_rows(path: Path, said: list[str], run: str = "") -> Iterator[Row]:
     table = csv.reader(texts())
     ragged = 0
     try:
-        header = next(table, [])
+        header = next(table, list[str]())
         if len(header) > MAX_VALUES:
             raise ValueError(f"{path} has more than {MAX_VALUES:,} columns")
         columns = _columns(header, path, run)
