@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.rewards import accuracy_reward
 
 from bandpo.integrations.trl import packing as trl_packing
-from bandpo.lab.stats import interval
 from bandpo.selection import Pruning, pack_rows, window_pack
+from bandpo.statistics import interval
 from bandpo.train import verification
 from bandpo.train.data import fit_window, load_prompts, split_prompts
 
@@ -210,7 +210,7 @@ def test_statistics_of_one_arm(compare):
 
 
 def test_memory_of_statistics(report, peak_memory):
-    script = "import sys, numpy as np\nfrom bandpo.lab.stats import interval, paired\n"
+    script = "import sys, numpy as np\nfrom bandpo.statistics import interval, paired\n"
     script += "x = list(np.random.default_rng(0).normal(size=int(sys.argv[1])))\ninterval(x[:9])\nSTART()\n"
     script += "interval(x); paired({'a': (x, [0.0] * len(x))})"
     sizes = (100, 300, 1000)

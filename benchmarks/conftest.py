@@ -10,7 +10,6 @@ pytest-benchmark times one case after the other, so that a neighbour's load fall
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 import torch
 
 import record
+from seconds import Seconds
 
 TOKENS, FEW_TOKENS = 1 << 20, 1 << 12
 BUDGET = 0.5  # seconds that short cases are repeated for, beyond the rounds that were asked for
@@ -111,29 +111,6 @@ def one_thread_and_a_fresh_compiler(quick):
     torch._dynamo.reset()
     with torch.compiler.set_stance("force_eager" if quick else "default"):
         yield
-
-
-class Seconds(dict[str, float]):
-    """The median seconds of each case, and those of all rounds."""
-
-    def __init__(self, rounds: Mapping[str, Sequence[float]]) -> None:
-        super().__init__({name: statistics.median(values) for name, values in rounds.items()})
-        self.rounds = rounds
-
-    def ratio(self, a: str, b: str) -> float:
-        """The median over rounds of the ratio of two cases, which ran one after the other."""
-        return statistics.median(self._ratios(a, b))
-
-    def quartiles(self, a: str, b: str) -> list[float]:
-        """The middle half of these ratios; pass it to `report` as `quartiles`."""
-        ratios = self._ratios(a, b)
-        if len(ratios) < 2:
-            return [ratios[0], ratios[0]]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return [low, high]
-
-    def _ratios(self, a: str, b: str) -> list[float]:
-        return [x / y for x, y in zip(self.rounds[a], self.rounds[b], strict=True)]
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "toy": "small tasks and models",
         "testing": "checks for your parts",
         "selection": "pruning, packing",
+        "statistics": "intervals of paired runs",
     },
     "Front door": {"bandpo": "the public names"},
     "Core": {

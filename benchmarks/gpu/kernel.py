@@ -134,8 +134,8 @@ def times(part: Part, tokens: int) -> None:
     for name in calls:
         alone = graphs[name][1]
         note = f"{'one CUDA graph' if alone else 'called from Python'}{in_cache}"
-        part.row(f"{name}, {at}", t.median(name) * 1e6, "µs", "", note, tokens=tokens)
-    rate = BYTES * tokens / t.median("copy") / 1e9
+        part.row(f"{name}, {at}", t[name] * 1e6, "µs", "", note, tokens=tokens)
+    rate = BYTES * tokens / t["copy"] / 1e9
     part.row(f"copy, {at}, bytes read and written", rate, "GB/s", tokens=tokens)
     for name in ("kernel", "kernel without sums", "kernel of a fixed clip"):
         note = f"{BYTES} bytes a token predicted; a copy of as many bytes over the kernel"

@@ -80,7 +80,7 @@ def times(part: Part, tokens: int, fast: dict[str, Callable[..., tuple[torch.Ten
     close(part, at, cases)
     t = paired(cases, rounds=1 if part.tiny else 15, seconds=12)
     for name in cases:
-        part.row(f"{name}, {at}", t.median(name) * 1e6, "µs", tokens=tokens)
+        part.row(f"{name}, {at}", t[name] * 1e6, "µs", tokens=tokens)
     for a, c, aim in (
         ("bandpo-kl, fused", "grpo, fused", AIM), ("bandpo-kl, fused", "formula", AIM), ("grpo, fused", "formula", AIM),
         ("bandpo-kl, plain", "formula", ""), ("bandpo-kl, plain", "bandpo-kl, fused", ""),

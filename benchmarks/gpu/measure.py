@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,9 @@ import torch
 from bandpo import terms
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # formulas.py and record.py
+sys.path.insert(0, str(ROOT / "benchmarks"))  # formulas.py, record.py and seconds.py
+
+from seconds import Seconds  # noqa: E402 - found by the path above
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -55,6 +56,8 @@ class Part(NamedTuple):
         judged = value is not None and (exact or not self.tiny)
         met = {True: "yes", False: "no", None: ""}[is_met(value, aim)] if judged and value is not None else ""
         found = None if value is None else float(f"{value:.5g}")
+        if isinstance(more.get("quartiles"), list):
+            more["quartiles"] = [float(f"{x:.4g}") for x in more["quartiles"]]
         self.write({"what": what, "value": found, "unit": unit, "aim": aim, "met": met, "note": note, **more})
 
     def write(self, line: Mapping[str, object]) -> None:
@@ -113,32 +116,7 @@ def captured(call: Call) -> tuple[Call, bool]:
     return graph.replay, True
 
 
-class Times(NamedTuple):
-    """Seconds of each case in each round; the cases of a round ran one after the other."""
-
-    rounds: dict[str, list[float]]
-
-    def median(self, name: str) -> float:
-        """Median seconds of one call."""
-        return statistics.median(self.rounds[name])
-
-    def ratio(self, a: str, b: str) -> float:
-        """Median over rounds of the ratio of two cases."""
-        return statistics.median(self._ratios(a, b))
-
-    def quartiles(self, a: str, b: str) -> list[float]:
-        """The middle half of these ratios."""
-        ratios = self._ratios(a, b)
-        if len(ratios) < 2:
-            return [ratios[0], ratios[0]]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return [float(f"{low:.4g}"), float(f"{high:.4g}")]
-
-    def _ratios(self, a: str, b: str) -> list[float]:
-        return [x / y for x, y in zip(self.rounds[a], self.rounds[b], strict=True)]
-
-
-def paired(cases: Mapping[str, Call], *, rounds: int = 15, seconds: float = 10.0) -> Times:
+def paired(cases: Mapping[str, Call], *, rounds: int = 15, seconds: float = 10.0) -> Seconds:
     """Time the cases in turn, round by round; fewer rounds where the seconds are spent, and at least one."""
     repeats = {name: _repeats(call) for name, call in cases.items()}
     found: dict[str, list[float]] = {name: [] for name in cases}
@@ -148,7 +126,7 @@ def paired(cases: Mapping[str, Call], *, rounds: int = 15, seconds: float = 10.0
             break
         for name, call in cases.items():
             found[name].append(_seconds(call, repeats[name]))
-    return Times(found)
+    return Seconds(found)
 
 
 def _repeats(call: Call) -> int:

@@ -35,6 +35,7 @@ MODULES: dict[str, str] = {
     "corrections": "surrogates.corrections",
     "lab.compare": "lab.comparison.command",
     "lab.models": "toy.models",
+    "lab.stats": "statistics",
     "lab.tasks": "toy.tasks",
     "objectives": "zoo",
     "plots_zoo": "plots.zoo",

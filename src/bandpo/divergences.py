@@ -182,7 +182,13 @@ def binary_divergence(log_ratio: Tensor, old_logprobs: Tensor, divergence: FDive
 
 
 def divergence_of_two(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tensor:
-    """`binary_divergence` in the dtype of its input; the error in float32, for statistics, is about `p·2^-24·|x|`."""
+    """`binary_divergence` in the dtype of its input.
+
+    Args:
+        x: `log r`.
+        logp: `log p <= 0`, of a shape that broadcasts.
+        divergence: The divergence.
+    """
     logp = logp.clamp(-MAX_LOG if logp.dtype == torch.float64 else -MAX_LOG_FLOAT32, 0.0)
     p, odds = logp.exp(), (-logp).expm1()  # odds = (1-p)/p, from expm1: 1-p of a rounded p has lost the digits
     gain = x.expm1()
@@ -190,6 +196,49 @@ def divergence_of_two(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tenso
     # p = 1: the mass that the token loses goes where the old policy had none, and the token cannot gain.
     lost = torch.where(gain == 0, 0.0, torch.where(gain > 0, math.nan, -gain * divergence.recession))
     return p * divergence.of_log(x) + torch.where(logp < 0, rest, lost)
+
+
+def measured_divergence(x: Tensor, logp: Tensor, divergence: FDivergence) -> Tensor:
+    """`binary_divergence` for statistics: in the dtype of its input, and finite for all log-probs that are finite.
+
+    What the dtype cannot tell is left out. Numbers just below 1 are 2^-24 apart in float32, so each probability p with
+    `1-p <= 2^-25` is 1 there, and a softmax that adds up `1 + (1-p)/p` loses it as well. A log-prob of 0 then says
+    `1-p <= ε = 2^-25`, not `1-p = 0`, where many divergences are infinite. So 1-p and 1-q, with `q = p r`, count as ε where
+    they are less (2^-54 in float64; 16-bit log-probs are computed with in float32).
+
+    The result is never more than the divergence of the numbers themselves. For a convex f with its minimum at 1, the
+    divergence of two events falls if p or q moves towards the other one, and `min(·, 1-ε)` moves only such a probability that
+    is the larger one, or both to the same point, where it is 0. Where p and q are at most 1-ε, as computed, nothing changes.
+
+    A divergence beyond the range of the dtype counts as 2^-28 of its largest number, so that 2^28 of them still add up to a
+    number. Otherwise the error in float32 is about `p·2^-24·|x|`, and where a token rises from a smaller p to a q near 1, 1-q
+    is known to a few 2^-24.
+
+    Args:
+        x: `log r`, held within ±80 by the caller; an r above `1/p`, which no policy can reach, counts as `1/p`.
+        logp: `log p`, of the same shape; above 0 by rounding counts as 0.
+        divergence: The divergence.
+
+    Returns:
+        A tensor of the shape of `x`.
+
+    Examples:
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> measured_divergence(zero, zero, KL), measured_divergence(one, -one, KL)
+        (tensor([0.]), tensor([10.2960]))
+    """
+    epsilon = max(torch.finfo(x.dtype).eps, torch.finfo(logp.dtype).eps) / 4
+    surest = math.log1p(-epsilon)
+    held = logp.clamp(-MAX_LOG if logp.dtype == torch.float64 else -MAX_LOG_FLOAT32, surest)
+    p, odds = held.exp(), (-held).expm1()
+    # q stays what it is where p is lowered. Below the smallest p, r stays, as the caller measures it.
+    x = torch.minimum(x + (logp - logp.clamp_max(surest)), surest - held)
+    away = p * odds
+    # In the dtype, 1 - (r-1)/odds may round to 0, or to less where both came from different loops over the tokens.
+    kept = (-x.expm1() / odds).clamp_min(-1.0).log1p()
+    least = (epsilon / away).log()
+    found = p * divergence.of_log(x) + away * divergence.of_log(torch.maximum(kept, least))
+    return found.clamp_max(torch.finfo(found.dtype).max * 2.0**-28)
 
 
 # Closed forms, in float64 (derivations: docs/theory.md). Each avoids the difference of nearly equal numbers: of the two roots

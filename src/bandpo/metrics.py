@@ -13,7 +13,7 @@ from bandpo._eager import Fill
 from bandpo._inputs import as_mask, check_int
 from bandpo.bounds import Band, Bounds, Clip, RatioBounds, outside
 from bandpo.bounds.band import radius_of_sides
-from bandpo.divergences import FDivergence, divergence_of_two
+from bandpo.divergences import FDivergence, measured_divergence
 from bandpo.objective import Objective
 from bandpo.reference import k3
 from bandpo.surrogates.stops import stops_outside
@@ -99,7 +99,8 @@ def policy_metrics(
       `bandpo.bounds.outside`. It is the clip fraction of a clip, and another number for surrogates that keep a gradient there.
     * `band/{region,saturated,cap}_fraction`: which of trust region, simplex (0 or 1/p) and `max_ratio` sets the edge on the
       side that the token's advantage pushes to; they add up to 1 over tokens with `A != 0`.
-    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`.
+    * `band/divergence_mean`, `_max`: the token's realised binary divergence over the radius, for a `Band`. It is finite:
+      probabilities that float32 cannot tell from 1 count as 1 - 2^-25 (`bandpo.divergences.measured_divergence`).
     * `band/lower_mean`, `band/upper_mean`.
 
     A statistic over no token at all is NaN. Where the region only says who is inside (`TopK`), there is no edge, and the
@@ -481,12 +482,10 @@ def _what_binds(
 
 
 def _divergence_over_radius(band: Band, log_ratio: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Realised binary divergence in units of the radius of the side the ratio is on; `inf` past the simplex."""
+    """Realised binary divergence in units of the radius of the side the ratio is on; finite, see `measured_divergence`."""
     assert isinstance(band.divergence, FDivergence)
     down, up = radius_of_sides(band.radius)
-    # r > 1/p by rounding of the two log-probs, which no policy can reach: the divergence there is that of r = 1/p.
-    reached = torch.minimum(log_ratio, -old_logprobs)
-    used = divergence_of_two(reached, old_logprobs, band.divergence)
+    used = measured_divergence(log_ratio, old_logprobs, band.divergence)
     return torch.where(log_ratio < 0, used / down, used / up)
 
 

@@ -85,6 +85,27 @@ def test_a_recipe_is_checked_on_a_cpu(name, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("where", ["file", "command line"])
+@pytest.mark.parametrize("asked", [{"fp16": True}, {"use_cpu": False}, {"use_cpu": False, "bf16": True}], ids=str)
+def test_a_job_for_a_gpu_is_checked_but_for_the_gpu(where, asked, capsys, tmp_path):
+    job = {"task": "countdown", "report_to": "none"}
+    tmp_path.joinpath("run.yaml").write_text(yaml.safe_dump(job | (asked if where == "file" else {})))
+    more = [] if where == "file" else [text for name, value in asked.items() for text in (f"--{name}", str(value))]
+    out = dry_run("run.yaml", capsys, *more)
+    assert out.startswith(
+        "# the configuration is valid; nothing was loaded, fetched or written\n# computing on a GPU in "
+    )
+    assert "a GPU; not checked here, where there is none" in out
+    assert yaml.safe_load(out) == job | asked | {"dry_run": True}  # for the machine with the GPU, as it was asked for
+    assert (
+        main(["train", "--config", "run.yaml", "--dry_run", *more, "--objective", "none"]) == 2
+    )  # the rest is checked
+    assert "none" in capsys.readouterr().err
+    assert main(["train", "--config", "run.yaml", "--output_dir", "out", *more]) == 2
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: Path(path).stem)
 def test_a_default_job_is_checked(path, capsys):
     method = {"main_job": "grpo", "preference_job": "online-dpo", "offline_preference_job": "dpo"}.get(Path(path).stem)

@@ -83,7 +83,8 @@ def train(folder, *options, workers=2, steps=3):
     ]  # fmt: skip
     environment = {
         **os.environ, "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu",
-        "PYTHONPATH": str(HERE), "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
+        "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HYDRA_FULL_ERROR": "1", "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1",
         "RAY_DEDUP_LOGS": "0",
     }  # fmt: skip
@@ -118,3 +119,16 @@ def test_verl_trains_with_a_band(tmp_path):
     # Two mini-batches a rollout: the first is on policy; in the second one a radius of 0.0001 binds whatever was sampled.
     assert max(value(step, "actor/band/clip_fraction/any") for step in rows) > 0
     assert max(abs(value(step, "actor/ppo_kl")) for step in rows) > 0
+
+
+@pytest.mark.slow
+def test_the_doctor_watches_verl_s_own_loss(tmp_path, monkeypatch):
+    """One mini-batch for each rollout, with verl's own loss: inert. It is told once, in the third step."""
+    prepare(tmp_path)
+    monkeypatch.setenv("BANDPO_DOCTOR", "patience=3")
+    rows, log = train(tmp_path, "actor_rollout_ref.actor.ppo_mini_batch_size=8", workers=1, steps=4)
+    assert sorted(rows) == [1, 2, 3, 4], log[-3000:]
+    told = [line for line in log.splitlines() if ", doctor: " in line]
+    [clipping] = [line for line in told if "doctor: clipping: " in line]
+    assert "step 3, doctor: clipping: actor/pg_clipfrac is 0 in all 3 rows" in clipping, told
+    assert "ppo_epochs=2" in clipping or "more steps for each rollout" in clipping

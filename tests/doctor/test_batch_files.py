@@ -116,7 +116,7 @@ def test_the_tokens_that_prime_rl_exports(tmp_path, capsys):
     [section] = json.loads(capsys.readouterr().out)
     [columns] = [f for f in section["findings"] if f["rule"] == "columns"]
     assert columns["seen"] == (
-        "of 7 columns 4 are looked at: trainer_logprobs, inference_logprobs, advantages, loss_mask; not token_ids, "
+        "4 of 7 columns looked at: trainer_logprobs, inference_logprobs, advantages, loss_mask; not token_ids, "
         "mismatch_kl, env_names"
     )
     one = [{**row, "advantages": row["advantages"][0]} for row in EXPORTED]  # one number for the sequence

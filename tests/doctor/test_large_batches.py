@@ -185,7 +185,7 @@ def test_findings_do_not_depend_on_the_parts(part, flat, monkeypatch, tmp_path):
     assert examine_batch(load_batch(tmp_path / "b.safetensors"), target=0.05) == whole
     turned = {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in b.items()}  # strided
     assert examine_batch(turned, target=0.05) == whole
-    expected = ["nonfinite", "positive", "ratios", "clip fraction", "radius", "mismatch", "effective size", "gradient"]
+    expected = ["nonfinite", "positive", "ratios", "clipping", "radius", "mismatch", "effective size", "gradient"]
     assert [f.rule for f in whole] == expected + ["length bias"] * (
         not flat and part > 1
     )  # of 2 sequences there is no quarter

@@ -19,6 +19,7 @@ from bandpo.cli import main
 from bandpo.doctor import examine_log
 from bandpo.doctor.log_events import _checksum
 from bandpo.doctor.log_rows import LogRows, number_in
+from bandpo.doctor.log_tables import _connect, _guard
 from bandpo.doctor.logs import is_log, log_files, read_log, read_logs
 from bandpo.doctor.symptoms import MEANINGS, NAMES, Log
 from bandpo.integrations import names
@@ -295,6 +296,7 @@ def test_a_table_from_w_and_b_s_page(tmp_path):
         '"1","0.5","0.1","0.9"\n"2","NaN","NaN","NaN"\n"3","",""\n"4","4e-1","0","1"\n'
     )
     log = Log(rows := read_log(path))
+    assert log.columns == {"step", "actor/entropy"}
     assert log.found["entropy"][0] == "actor/entropy" and same(log.found["entropy"][1], [0.5, math.nan, 0.4])
     assert rows.said == ["1 of its rows have another number of cells than its first line"]
     path.write_text('"Step","a - entropy","b - entropy","a - reward"\n"1","0.5","0.6","1"\n')
@@ -586,6 +588,29 @@ def test_what_has_no_metrics_is_told_apart(tmp_path):
         examine_log(read_log(path))
     with pytest.raises(ValueError, match=r"is no log: the doctor reads \.jsonl"):
         read_log(written(tmp_path / "x.doc", [1]))
+
+
+def test_infinities_are_seen_in_texts_of_numbers():
+    """By their exponent, or by their digits; in a metric that no rule looks at."""
+    for value, infinite in ((b"1e999", True), (b"1E+400", True), (b"9" * 400, True), (b"1e-999", False), (b"1e5", False),
+                            (b"9" * 200, False), (b"-1e309", True)):  # fmt: skip
+        assert Log([{"entropy": b"1.0", "x": value, "y": b"1e-06"}]).broken == ({"x": 1} if infinite else {})
+
+
+def test_rows_of_ever_other_columns_are_not_remembered():
+    log = Log({"entropy": 1.0, f"x{i}": 1.0} for i in range(500))
+    assert len(log.found["entropy"][1]) == 500 and len(log._plans) <= 64 and len(log.columns) == 501
+
+
+def test_only_the_table_of_metrics_can_be_read(trackio):
+    database = _connect(trackio)
+    _guard(database)
+    assert len(database.execute("SELECT step FROM metrics").fetchall()) == 9
+    for query in ("SELECT * FROM configs", "SELECT hex(step) FROM metrics", "SELECT * FROM sqlite_master",
+                  "PRAGMA table_info(metrics)", "DELETE FROM metrics", "ATTACH ':memory:' AS a"):  # fmt: skip
+        with pytest.raises(sqlite3.DatabaseError, match=r"not authorized|prohibited"):
+            database.execute(query)
+    database.close()
 
 
 # ---- growth

@@ -1,10 +1,12 @@
 """What the doctor measures of a batch, against brute force over all tokens in float64 and independent programs."""
 
 import math
-from collections import Counter
+import tracemalloc
 
 import mpmath
 import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from bandpo import OBJECTIVES, policy_loss
 from bandpo.doctor import batch as doctor_batch
-from bandpo.doctor import examine_batch, examine_log
+from bandpo.doctor import examine_batch, examine_log, truncation
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.noise import Noise, noise
 from bandpo.doctor.streams import LogSum, Moments, Quantiles
@@ -138,6 +140,17 @@ def test_gradient_mass_is_the_gradient_of_the_loss(name, per_token):
                 assert close(found.numbers[f"{name}/{half}/taken{key}"], t / (k + t))
             else:
                 assert f"{name}/{half}/taken{key}" not in found.numbers
+
+
+def test_tokens_without_an_advantage_are_of_neither_half():
+    """A penalty has a gradient there too."""
+    b = batch(broken=False)
+    b["advantages"][:12] = 0
+    b["mask"][12:, 0] = True
+    half = {k: v[12:] for k, v in b.items()}
+    for name in ("ppo-kl", "grpo"):
+        found = [named(examine_batch(x, objectives=[OBJECTIVES[name]]), "gradient").numbers for x in (b, half)]
+        assert found[0] == pytest.approx(found[1])
 
 
 def test_gradient_says_which_objectives_it_cannot_evaluate():
@@ -399,6 +412,16 @@ def test_tokens_that_the_sampler_should_have_cut_are_counted():
     assert close(found.numbers["top_p=0.8/bias"], -math.log(0.9), 1e-6)
 
 
+def test_columns_that_cannot_be_read_do_not_make_a_batch_unreadable(tmp_path):
+    columns = {"logprobs": [-1.0, -2.0], "old_logprobs": [-1.0, -1.5], "advantages": [1.0, -1.0]}
+    pq.write_table(pyarrow.table({**columns, "uid": ["a", "b"]}), tmp_path / "b.parquet")
+    with pytest.warns(UserWarning, match="columns beside the tensors of the loss are left out"):
+        found = load_batch(tmp_path / "b.parquet")
+    assert sorted(found) == sorted(columns)
+    pq.write_table(pyarrow.table({**columns, "staleness": [1, 2]}), tmp_path / "b.parquet")
+    assert named(examine_batch(load_batch(tmp_path / "b.parquet")), "age").numbers["mean"] == 1.5
+
+
 def test_memory_of_the_logits_of_a_batch():
     b = batch(broken=False)
     assert "480 tokens x 1000 words" in named(examine_batch(b, vocabulary=1000), "memory").seen
@@ -444,6 +467,22 @@ def test_parts_files_and_strides_give_the_same_numbers(size, monkeypatch, tmp_pa
     torch.save(b, tmp_path / "b.pt")
     agree(told(examine_batch(load_batch(tmp_path / "b.pt"))), whole)
     agree(told(examine_batch({k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in b.items()})), whole)
+
+
+def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
+    """Of what Python allocates, which are the buffers of the file, with every column."""
+    monkeypatch.setattr(doctor_batch, "_PART", 1 << 11)
+    monkeypatch.setattr(truncation, "_AT_A_TIME", 1 << 14)
+    peaks = []
+    for rows in (200, 2000):
+        save_file(
+            {k: v.contiguous() for k, v in everything(rows=rows).items() if k != "group"}, tmp_path / "b.safetensors"
+        )
+        tracemalloc.start()
+        examine_batch(load_batch(tmp_path / "b.safetensors"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 100_000
 
 
 @settings(max_examples=10, deadline=None)
@@ -516,8 +555,6 @@ def test_entropy_is_attributed_to_the_side_that_clips(level, words, entropy, low
     found = named(examine_log(log(entropy=entropy, **{names[0]: low, names[1]: high})), "entropy cause")
     assert found.level == level and words in found.seen and cause in found.cause
     assert bool(found.knob) == (level != "ok")
-    slope = np.polyfit(np.arange(20), [entropy(i / 19) for i in range(20)], 1)[0]
-    assert found.numbers["slope"] == pytest.approx(slope)
 
 
 def test_weights_and_ages_of_a_log():
@@ -533,14 +570,3 @@ def test_weights_and_ages_of_a_log():
         "not a share" in named(examine_log(log(**{"correction/effective_sample_size": 100.0})), "effective size").seen
     )
     assert not any(f.rule in ("age", "entropy cause") for f in examine_log(log(entropy=1.0)))
-
-
-def test_every_rule_has_an_entry():
-    from bandpo.doctor.catalog_measure import RULES
-
-    names = [rule.name for rule in RULES]
-    assert not [n for n, c in Counter(names).items() if c > 1]
-    found = {f.rule for f in examine_batch(everything())} | {"effective size", "age", "entropy cause", "columns"}
-    before = {"nonfinite", "positive", "ratios", "clip fraction", "radius", "mismatch", "signal", "groups", "memory"}
-    assert found - before == set(names)
-    assert all(rule.sees and rule.why and rule.healthy and rule.source for rule in RULES)

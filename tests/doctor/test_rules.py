@@ -8,11 +8,10 @@ import re
 import pytest
 import torch
 
-from bandpo import KL, OBJECTIVES, TV, Band
-from bandpo.doctor import Finding, Setup, examine_setup
+from bandpo import KL, OBJECTIVES, Band
+from bandpo.doctor import Finding, examine_setup
 from bandpo.doctor.rules import PROBABILITIES, cap_threshold
-
-GOOD = Setup("TRL", OBJECTIVES["bandpo-kl"], steps=4.0, steps_from="four")
+from doctor_cases import GOOD, SETUPS_THAT_FIRE, SETUPS_THAT_PASS
 
 
 def finding(setup, rule):
@@ -20,57 +19,15 @@ def finding(setup, rule):
     return found
 
 
-@pytest.mark.parametrize(
-    ("rule", "changes", "level", "words"),
-    [
-        ("bypass", {"bypassed": "a patch"}, "problem", "a patch"),
-        ("bypass", {"ours": False}, "note", "TRL's own"),
-        ("inert", {"steps": 1.0, "steps_from": "one"}, "problem", "can never bind"),
-        ("inert", {"steps": 1.0, "objective": OBJECTIVES["dppo-kl"], "engine": "vLLM"}, "note", "one optimiser step"),
-        ("inert", {"steps": 1.0, "objective": OBJECTIVES["dppo-kl"]}, "problem", "can never bind"),
-        ("anchor", {"engine": "vLLM"}, "warning", "not weighed"),
-        ("anchor", {"host": "verl", "objective": OBJECTIVES["dppo-kl"]}, "problem", "gives recomputed log-probs"),
-        ("anchor", {"host": "verl", "old_is_rollout": True}, "problem", "gives the sampler's log-probs"),
-        ("kl", {"kl_coef": 0.1, "kl": "k3", "kl_from": "x"}, "note", r"of 0.1 \(x\), the k3"),
-        ("kl", {"kl_coef": 0.1, "kl": "k3-unbiased"}, "note", "the k3-unbiased"),
-        ("kl", {"kl_coef": 0.1, "kl": "k2-ratio"}, "note", "the k2-ratio"),
-        ("kl", {"kl_coef": 0.1, "kl": "k1"}, "warning", "does not pull to the reference"),
-        ("kl", {"kl_coef": 0.1, "kl": "", "kl_from": "kl_loss_type=abs"}, "warning", "kl_loss_type=abs"),
-        ("kl", {"kl_coef": None}, "note", "not known"),
-        ("kl", {"kl_coef": 0.1, "kl": None}, "note", "not known"),
-        ("sampling", {"top_p": 0.9}, "warning", "top_p=0.9 cut"),
-        ("sampling", {"top_k": 50, "min_p": 0.1}, "warning", "top_k=50, min_p=0.1 cut"),
-        ("sampling", {"temperature": 0.0}, "problem", "greedily"),
-        ("sampling", {"temperature": 0.7}, "note", "temperature=0.7"),
-        ("group", {"group": 1}, "problem", "one completion"),
-        ("cap", {}, "note", "p < 0.00714"),
-        ("memory", {"tokens": 4096, "vocabulary": 151_936}, "warning", r"2\.32 GiB in float32, about 9\.3 GiB"),
-        ("memory", {"tokens": 4096, "vocabulary": 151_936, "fused_head": True}, "ok", "does not make them"),
-    ],
-)
+@pytest.mark.parametrize(("rule", "changes", "level", "words"), SETUPS_THAT_FIRE)
 def test_rule_fires(rule, changes, level, words):
     found = finding(dataclasses.replace(GOOD, **changes), rule)
     assert found.level == level
     assert re.search(words, found.seen)
-    assert level in ("ok", "note") or (found.cause and found.knob)
+    assert level in ("ok", "note") or (found.cause and (found.knob or rule == "refused"))
 
 
-@pytest.mark.parametrize(
-    ("rule", "changes"),
-    [
-        ("bypass", {}),
-        ("inert", {}),
-        ("anchor", {}),
-        ("anchor", {"engine": "vLLM", "corrected": True}),
-        ("kl", {"kl_coef": 0.1, "kl": "k3-ratio"}),
-        ("kl", {"kl_coef": 0.1, "kl": "k1-ratio"}),
-        ("anchor", {"engine": "vLLM", "objective": OBJECTIVES["dppo-kl"]}),
-        ("anchor", {"host": "verl", "engine": "vllm", "objective": OBJECTIVES["dppo-tv"], "old_is_rollout": True}),
-        ("sampling", {}),
-        ("cap", {"objective": dataclasses.replace(GOOD.objective, bounds=Band(TV, 0.05, max_ratio=1e40))}),
-        ("memory", {"tokens": 100, "vocabulary": 1000}),
-    ],
-)
+@pytest.mark.parametrize(("rule", "changes"), SETUPS_THAT_PASS)
 def test_rule_passes(rule, changes):
     assert finding(dataclasses.replace(GOOD, **changes), rule).level == "ok"
 

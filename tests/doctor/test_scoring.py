@@ -42,7 +42,7 @@ def tokens():
     return ids, attention, mask
 
 
-def plain(model, ids, attention):
+def plain(model, ids, attention, temperature=1.0):
     """One sequence at a time, cut out by hand, in float64."""
     wide = type(model)(model.config).double()
     wide.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
@@ -51,7 +51,7 @@ def plain(model, ids, attention):
     for i in range(len(ids)):
         places = attention[i].nonzero().flatten()
         with torch.no_grad():
-            logp = wide(ids[i : i + 1, places]).logits[0, :-1].log_softmax(-1)
+            logp = wide(ids[i : i + 1, places]).logits[0, :-1].div(temperature).log_softmax(-1)
         found[i, places[1:]] = logp.gather(-1, ids[i, places[1:]][:, None]).squeeze(-1)
     return found
 
@@ -63,8 +63,8 @@ def test_scores_are_those_of_single_sequences(model, tokens, given):
     found = score(model, ids, attention, **given)
     assert model.training
     torch.testing.assert_close(found.double(), plain(model, ids, attention), equal_nan=True, rtol=2e-5, atol=2e-5)
-    cold = score(model, ids, attention, temperature=0.5)
-    assert not torch.equal(cold, found)
+    cold = score(model, ids, attention, temperature=0.5, **given)
+    torch.testing.assert_close(cold.double(), plain(model, ids, attention, 0.5), equal_nan=True, rtol=2e-5, atol=5e-5)
     with pytest.raises(ValueError, match="token ids must be from 0 to 49"):
         score(model, ids + 1, attention)
 
@@ -95,6 +95,23 @@ def test_noise_of_a_model_is_that_of_its_dtypes(model, tokens):
     for wrong in (mask[:, 1:], mask[0]):
         with pytest.raises(ValueError, match="must be"):
             measure_noise(model, ids, wrong)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_is_on_the_side_that_is_asked_for(padding, model, tokens, monkeypatch):
+    ids, attention, _ = tokens
+    given, forward = [], LlamaForCausalLM.forward
+
+    def spy(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        given.append((attention_mask, position_ids))
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    score(model, ids, attention, padding=padding, rows=4)
+    assert [len(mask) for mask, _ in given] == [3, 4, 3]  # a sequence of one token is not scored
+    for mask, positions in given:
+        assert mask[:, -1 if padding == "left" else 0].all() and not mask.all()
+        assert all(p[m.bool()].tolist() == list(range(int(m.sum()))) for m, p in zip(mask, positions, strict=True))
 
 
 class Sloppy(LlamaForCausalLM):

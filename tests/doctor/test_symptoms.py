@@ -14,60 +14,12 @@ from bandpo import KL, OBJECTIVES, TV, Band, policy_loss
 from bandpo.bounds.calibration import outside_fraction, radius_for
 from bandpo.doctor import examine_batch, examine_log
 from bandpo.doctor.batch import load_batch
-
-
-def log(n=20, **series):
-    return [{name: (f(i / (n - 1)) if callable(f) else f) for name, f in series.items()} for i in range(n)]
+from doctor_cases import SICK, WELL, batch, log
 
 
 def named(findings, rule):
     [found] = [f for f in findings if f.rule == rule]
     return found
-
-
-SICK = [
-    ("clipping", "problem", {"clip_ratio/region_mean": 0.0, "ratio/mean": 1.0}, "the region is inert"),
-    ("clipping", "warning", {"actor/pg_clipfrac": 0.0}, "is 0 in all 20 rows"),
-    ("clipping", "warning", {"clip_ratio/region_mean": 0.0, "outside_fraction/any": 0.0}, "is 0 in all 20 rows"),
-    ("clipping", "warning", {"clip_fraction/any": 0.3}, r"0\.300 on average"),
-    ("entropy", "warning", {"entropy": lambda x: math.exp(-4 * x)}, "collapse"),
-    ("entropy", "warning", {"actor/entropy": lambda x: 0.3 + x}, "explosion"),
-    ("overshoot", "warning", {"band/divergence_max": 20.0}, r"20\.00 radii out"),
-    ("mismatch", "warning", {"sampling/sampling_logp_difference/mean": lambda x: 0.1 * x}, "at the end"),
-    ("mismatch", "warning", {"training/rollout_probs_diff_mean": 0.05}, "0.0500"),
-    ("groups", "warning", {"frac_reward_zero_std": 0.8}, r"0\.80"),
-    ("length", "warning", {"completions/clipped_ratio": lambda x: x}, r"0\.9"),
-    ("length", "warning", {"response_length/clip_ratio": 0.7}, r"0\.70"),
-    ("cap", "warning", {"actor/band/band/cap_fraction": 0.9}, r"0\.90"),
-    ("nonfinite", "problem", {"nonfinite_fraction": lambda x: float(x > 0.9)}, "in 2 rows"),
-    ("nonfinite", "problem", {"grad_norm": lambda x: math.nan if x == 1 else 1.0}, "not finite in 1"),
-    ("unscored", "warning", {"reward/unscored": 0.2}, r"0\.200"),
-    ("signal", "problem", {"frac_reward_zero_std": 1.0}, "no group ever had a signal: frac_reward_zero_std is 1"),
-    ("signal", "problem", {"reward_std": 0.0}, "no group ever had a signal: reward_std is 0"),
-    ("signal", "problem", {"critic/advantages/max": 0.0, "critic/advantages/min": 0.0}, "every advantage is 0 in all rows"),
-    ("still", "problem", {"grad_norm": 0.0, "entropy": lambda x: x}, "grad_norm is 0 in all 20 rows"),
-    ("still", "warning", {"reward": 0.5, "entropy": 1.0}, "each of the 2 metrics looked at has one value in all rows"),
-    ("nonfinite", "problem", {"reward": math.nan, "loss": math.inf}, "reward is not finite in 20 of 20 rows; loss is not"),
-    ("nonfinite", "problem", {"entropy": "NaN"}, "entropy is not finite in 20 of 20"),
-    ("nonfinite", "problem", {"kl": 0.1, "actor/entropy": lambda x: math.nan if x > 0.9 else 1.0}, "in 2 of 20 rows"),
-]  # fmt: skip
-WELL = [
-    ("clipping", {"clip_ratio/region_mean": 0.01, "ratio/mean": 1.001}),
-    ("clipping", {"clip_ratio/region_mean": 0.0, "outside_fraction/any": 0.05}),  # `soft_edge` takes no gradient away
-    ("clipping", {"actor/pg_clipfrac": 0.0, "actor/band/outside_fraction/any": 0.05}),
-    ("entropy", {"entropy": lambda x: 1.0 - 0.5 * x}),
-    ("entropy", {"entropy": lambda x: 0.02 + 0.001 * x}),  # low from the start is no explosion
-    ("overshoot", {"band/divergence_max": 3.0}),
-    ("mismatch", {"sampling/sampling_logp_difference/mean": 0.003}),
-    ("groups", {"frac_reward_zero_std": 0.2}),
-    ("length", {"completions/clipped_ratio": 0.1}),
-    ("cap", {"band/cap_fraction": 0.01}),
-    ("nonfinite", {"nonfinite_fraction": 0.0, "grad_norm": 1.0}),
-    ("unscored", {"reward/unscored": 0.0}),
-    ("signal", {"frac_reward_zero_std": lambda x: float(x < 1), "reward_std": lambda x: float(x == 1)}),
-    ("signal", {"critic/advantages/max": lambda x: x, "critic/advantages/min": 0.0}),
-    ("still", {"grad_norm": lambda x: 1 + x, "reward": 0.5}),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "level", "series", "words"), SICK)
@@ -98,19 +50,11 @@ def test_rewards_are_told_and_a_log_without_any_metric_is_an_error():
         examine_log([{"step": 1}, {"step": 2, "entropy": "high"}])
 
 
-def batch(n=4000, scale=0.3, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(20, n // 20, generator=g, dtype=torch.float64) - 0.01
-    new = (old + scale * torch.randn(old.shape, generator=g, dtype=torch.float64)).clamp(max=-1e-6)
-    return {"logprobs": new, "old_logprobs": old, "advantages": torch.randn(20, generator=g, dtype=torch.float64),
-            "mask": torch.rand(old.shape, generator=g) < 0.9}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dcpo", "bandpo-kl", "bandpo-tv", "bandpo-chi2"])
 def test_expected_clip_fraction_is_what_the_loss_then_counts(name):
     b = batch()
     _, metrics = policy_loss(**b, objective=name)
-    row = next(r for r in named(examine_batch(b), "clip fraction").details if r.startswith(f"{name} "))
+    row = next(r for r in named(examine_batch(b), "clipping").details if r.startswith(f"{name} "))
     assert float(row.split()[-1]) == pytest.approx(metrics["clip_fraction/any"].item(), abs=5e-5)
 
 
@@ -181,7 +125,8 @@ def test_bad_batches_are_errors_and_nothing_in_them_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
     good = batch(400)
     for changes, message in (
-        ({"logprobs": None, "old_logprobs": None}, r"lacks logprobs \(or per_token_logps"), ({"old_logprobs": None}, "lacks old"),
+        ({"logprobs": None, "old_logprobs": None}, r"lacks logprobs \(or per_token_logps"),
+        ({"old_logprobs": None}, "lacks old"),
         ({"advantages": torch.ones(3)}, r"advantages has the shape \(3,\)"), ({"mask": torch.ones(2, 2)}, "mask has the shape"),
         ({"logprobs": torch.ones(20, 20, dtype=torch.long)}, "must be floating point, got torch.int64"),
         ({"mask": torch.zeros(20, 20)}, "no valid token"),

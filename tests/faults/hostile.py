@@ -8,6 +8,7 @@ or write to the terminal. `plant` makes them in a folder; whoever reads foreign 
 import io
 import json
 import os
+import sqlite3
 import struct
 import warnings
 import zipfile
@@ -63,7 +64,7 @@ def plant(folder: Path) -> list[Hostile]:
     _model(folder)
     for path, content in _contents(folder).items():
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    for name, make in _batches().items():
+    for name, make in (_batches() | _other_logs()).items():
         make(folder / name)
     _make_runs(folder)
     _make_special(folder)
@@ -80,6 +81,7 @@ def listed(folder: Path) -> list[Hostile]:
     return [
         *(Hostile(path.stem, kinds[path.suffix], path) for path in _contents(folder)),
         *(Hostile(name.replace(".", "_"), "batch", folder / name) for name in _batches()),
+        *(Hostile(name.replace(".", "_"), "log", folder / name) for name in _other_logs()),
         *(Hostile(name, "run", folder / name) for name in _runs(folder)),
         *(Hostile(f"special_{name}", "special", path) for name, path in _special(folder).items()),
     ]
@@ -385,6 +387,124 @@ def _batches() -> dict[str, Callable[[Path], None]]:
             {**good, "logprobs": torch.full((3, 4), float("inf"))}, path
         ),
     }
+
+
+def event_record(data: bytes, length: int | None = None) -> bytes:
+    """A record of TensorBoard's event files, of which a reader checks the sum of the length.
+
+    Args:
+        data: What it holds.
+        length: The length that it says, None for the true one.
+    """
+    header = struct.pack("<Q", len(data) if length is None else length)
+    crc = 0xFFFFFFFF
+    for byte in header:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return header + struct.pack("<I", masked) + data + b"\0" * 4
+
+
+def _field(number: int, content: bytes) -> bytes:
+    size, length = len(content), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + content
+
+
+def _scalar(tag: bytes, value: float = 1.0) -> bytes:
+    return _field(1, _field(1, tag) + b"\x15" + struct.pack("<f", value))
+
+
+def _database(script: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        database = sqlite3.connect(path)
+        database.executescript(script)
+        database.commit()
+        database.close()
+
+    return make
+
+
+def _other_logs() -> dict[str, Callable[[Path], None]]:
+    """Logs that are no JSON lines."""
+
+    def text(content: str | bytes) -> Callable[[Path], None]:
+        data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        return lambda path: path.write_bytes(data)
+
+    def damaged_database(path: Path) -> None:
+        good(path)
+        data = bytearray(path.read_bytes())
+        data[120:2000:7] = b"\xff" * len(data[120:2000:7])
+        path.write_bytes(data)
+
+    start = event_record(b"\x1a\x0dbrain.Event:2")
+    table = "CREATE TABLE metrics (id INTEGER PRIMARY KEY, run_name TEXT, step INTEGER, metrics TEXT)"
+    put = "INSERT INTO metrics (run_name, step, metrics) VALUES"
+    good = _database(f"{table}; {put} ('r', 1, '{{\"entropy\": 1.0}}')")
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+    computed = table.replace("metrics TEXT", "metrics AS (hex(zeroblob(400000000)))")
+    quote = ESCAPES.replace("'", "''").replace("\x00", "")
+    return {
+        "log_length.tfevents": text(start + event_record(b"x" * 64, 1 << 62)),
+        "log_length_over.tfevents": text(start + event_record(b"x" * 64, (1 << 64) - 1)),
+        "log_fields.tfevents": text(start + event_record(b"\x08\x01" * 400_000)),
+        "log_varint.tfevents": text(start + event_record(b"\xff" * 1_000_000)),
+        "log_inner_length.tfevents": text(start + event_record(b"\x2a\xff\xff\xff\xff\x7f" + b"x" * 64)),
+        "log_tags.tfevents": text(start + event_record(_field(5, b"".join(_scalar(b"t%d" % i) for i in range(20_000))))),
+        "log_long_tag.tfevents": text(start + event_record(_field(5, _scalar(b"entropy" * 100_000)))),
+        "log_escapes.tfevents": text(
+            start + event_record(_field(5, _scalar(ESCAPES.encode()) + _scalar(b"entropy")))
+        ),
+        "log_many.tfevents": text(start + event_record(_field(5, _scalar(b"entropy"))) * 20_000),
+        "log_other.tfevents": text(b"x" * 1_000_000),
+        "log_wide.csv": text("a," * 100_000 + "\n"),
+        "log_wide_row.csv": text("entropy\n" + "1," * 100_000 + "\n"),
+        "log_cell.csv": text("entropy\n" + "1" * 3_000_000 + "\n"),
+        "log_quote.csv": text('entropy\n"' + "1\n" * 1_000_000),
+        "log_null.csv": text(b"entropy\n" + b"\0" * 100_000 + b"\n"),
+        "log_escapes.csv": text(f"{ESCAPES},entropy\n1,{ESCAPES}\n1,2\n".replace("\r", "")),
+        "log_runs.csv": text(",".join(f"{ESCAPES[:9]}{i} - entropy" for i in range(4000)) + "\n1\n"),
+        "log_digits.csv": text("entropy\n" + ("9" * 5000 + "\n") * 100),
+        "log_deep.json": text("[" * 1_000_000),
+        "log_nested.json": text("[" * 90_000 + "]" * 90_000),
+        "log_lists.json": text("[" + "[]," * 900_000 + "[]]"),
+        "log_objects.json": text('{"log_history": [' + "{}," * 900_000 + "{}]}"),
+        "log_values.json": text('{"a": [' + "0," * 900_000 + "0]}"),
+        "log_columns.json": text("{" + ",".join(f'"c{i}": [1]' for i in range(300_000)) + "}"),
+        "log_digits.json": text('[{"reward": ' + "9" * 1_000_000 + "}]"),
+        "log_escapes.json": text(json.dumps([{"entropy": 1.0, ESCAPES: 1.0, "reward": ESCAPES}])),
+        "log_step.log": text("step:1 - " + "a:1 - " * 200_000 + "\n"),
+        "log_dashes.log": text("step:1 - " + " - " * 80_000 + "\n"),
+        "log_quotes.log": text(("{'epoch': " + "'" * 200_000 + "}\n") * 5),
+        "log_pairs.log": text("{'epoch': 1, " + "'a': 1, " * 30_000 + "}\n"),
+        "log_braces.log": text("{'" * 2_000_000 + "\n"),
+        "log_colours.log": text("\x1b[" * 2_000_000 + "\nstep:1 - entropy:1\n"),
+        "log_colour.log": text("\x1b[" + "0" * 3_000_000 + "\nstep:1 - entropy:1\n"),
+        "log_returns.log": text("\r" * 5_000_000 + "\nstep:1 - entropy:1\n"),
+        "log_endless.log": text("step:1 - entropy:1\n" + "x" * 30_000_000),
+        "log_escapes.log": text(f"step:1 - entropy:1 - {ESCAPES}:1 - reward:{ESCAPES}\n"),
+        "log_other.db": text(b"x" * 100_000),
+        "log_header.db": text(b"SQLite format 3\0" + b"\xff" * 100_000),
+        "log_damaged.db": damaged_database,
+        "log_view.db": _database(
+            f"CREATE VIEW metrics AS {endless} SELECT i AS id, 'r' AS run_name, i AS step, '' AS metrics FROM n"
+        ),
+        "log_computed.db": _database(f"{computed}; INSERT INTO metrics (run_name, step) VALUES ('r', 1)"),
+        "log_huge_text.db": _database(f"{table}; {put} ('r', 1, hex(zeroblob(3000000)))"),
+        "log_huge_name.db": _database(f"{table}; {put} (hex(zeroblob(300000)), 1, '{{}}')"),
+        "log_escapes.db": _database(f"{table}; {put} ('{quote}', 1, '{{\"entropy\": 1}}'), ('b', 2, '{{\"entropy\": 1}}')"),
+        "log_trigger.db": _database(
+            f"{table}; {put} ('r', 1, '{{\"entropy\": 1}}'); "
+            "CREATE TRIGGER t AFTER INSERT ON metrics BEGIN DELETE FROM metrics; END"
+        ),
+        "log_runs.db": _database(f"{table}; {endless} {put[:-7]} SELECT 'r' || i, 1, '{{}}' FROM n LIMIT 50000"),
+        "log_junk.parquet": text(b"PAR1" + b"\xff" * 10_000 + b"PAR1"),
+    }  # fmt: skip
 
 
 def _runs(folder: Path) -> dict[str, dict[str, str | Path | None]]:

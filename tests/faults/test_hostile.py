@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,15 @@ def results(tmp_path_factory):
     (benign / "run.yaml").write_text(yaml.safe_dump(RUN))
     (benign / "verl.sh").write_text(f"{VERL}\n")
     (benign / "metrics.jsonl").write_text('{"entropy": 1.0}\n')
+    (benign / "a.csv").write_text("entropy,reward\n1,2\n")
+    (benign / "a.json").write_text('[{"entropy": 1.0}]')
+    (benign / "a.log").write_text("step:1 - entropy:1.0\n")
+    database = sqlite3.connect(benign / "a.db")
+    database.execute("CREATE TABLE metrics (id INTEGER PRIMARY KEY, run_name TEXT, step INTEGER, metrics TEXT)")
+    database.execute("INSERT INTO metrics VALUES (1, 'r', 1, '{\"entropy\": 1}')")
+    database.commit()
+    database.close()
+    (benign / "a.parquet").write_bytes(b"PAR1")
     x = torch.linspace(-2, -1, 12).view(3, 4)
     batch = {"logprobs": x, "old_logprobs": x - 0.1, "advantages": torch.tensor([1.0, -1.0, 0.5])}
     torch.save(batch, benign / "batch.pt")

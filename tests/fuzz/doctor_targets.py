@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +27,17 @@ import bandpo.doctor.trl
 import bandpo.train.config  # noqa: F401 (both here, so that no input pays for loading them)
 from bandpo._system.bounded import MAX_DEPTH, parse_yaml
 from bandpo._system.errors import printable
-from bandpo.doctor import examine_batch, examine_log, examine_setup
+from bandpo.doctor import (
+    examine_batch,
+    examine_log,
+    examine_setup,
+    nemo_rl,
+    openrlhf,
+    prime_rl,
+    rllm,
+    skyrl,
+    slime,
+)
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.command import read_config
 from bandpo.doctor.logs import read_log
@@ -208,6 +219,69 @@ def any_settings(settings: list[tuple[str, tuple[str, int | None], str]]) -> str
     return "fine"
 
 
+# ---- other hosts
+
+_DIALECTS = (openrlhf.DIALECT, skyrl.DIALECT, slime.DIALECT, nemo_rl.DIALECT, rllm.DIALECT)
+_STARTS = {
+    "OpenRLHF": "python3 -m openrlhf.cli.train_ppo_ray",
+    "SkyRL": "uv run -m skyrl.train.entrypoints.main_base",
+    "slime": "python3 train.py --num-rollout 1",
+    "NeMo-RL": "python run_grpo.py grpo.num_prompts_per_step=8",
+    "rLLM": "python train.py rllm/backend=verl",
+}
+host_values = st.one_of(
+    st.integers(-3, 5000).map(str),
+    st.floats(allow_nan=False).map(str),
+    st.sampled_from(
+        ["true", "False", "null", "", "''", "$N", "${A[@]}", "$(x)", "[1,2]", "{a: 1}", "0.2 0.3", "9" * 400]
+    ),
+    st.sampled_from(["k1", "k3", "grpo", "gspo", "cispo", "token", "rollout", "icepop", "ppo", "${x.y}", "???", "tis"]),
+    st.text(alphabet="ab$'\"\\ =-{}", max_size=6),
+)
+host_commands = st.sampled_from(_DIALECTS).flatmap(
+    lambda d: st.tuples(
+        st.just(d.host),
+        st.lists(st.tuples(st.sampled_from([*d.defaults, *d.flags, "x.y", "trainer.x"]), host_values), max_size=12).map(
+            lambda pairs: " ".join(f"--{k} {v}" if d.options else f"{k}={v}" for k, v in pairs)
+        ),
+    )
+)
+
+
+def any_host(command: tuple[str, str]) -> str:
+    """A command line of a host is read, or refused in words; what is read can be examined."""
+    host, text = command
+    found: list[Setup] = []
+    outcome = quick(lambda: found.append(read_config(written(f"{_STARTS[host]} {text}\n".encode(), ".sh"))))
+    for setup in found:
+        assert setup.host == host
+        assert json.dumps([dataclasses.asdict(f) for f in examine_setup(setup)])
+    return outcome
+
+
+toml_files = st.one_of(
+    st.lists(
+        st.tuples(st.sampled_from([*prime_rl.DEFAULTS, "orchestrator.train.source", "x"]), st.one_of(
+            st.integers().map(str), st.floats().map(str),
+            st.sampled_from(["'ipo'", "'custom'", "'grpo'", "'opd'", "true", "[]", "[{group_size = 2}]", "{}", "1e400", "0x9"]),
+        )), max_size=10,
+    ).map(lambda pairs: "[orchestrator]\n[trainer]\n" + "".join(f"{k} = {v}\n" for k, v in pairs)),
+    st.lists(st.tuples(st.sampled_from(list(prime_rl.DEFAULTS)), st.sampled_from(["1", "0.5", "'ipo'", "true"])), max_size=8,
+             unique_by=lambda pair: pair[0]).map(lambda pairs: "".join(f"{k} = {v}\n" for k, v in pairs)),
+    st.text(max_size=60),
+    st.sampled_from(["[", "a = [", "{", "a.", '"""', "[[a]]\n"]).flatmap(lambda x: st.integers(1, 20000).map(lambda n: x * n)),
+)  # fmt: skip
+
+
+def any_toml(text: str) -> str:
+    found: list[Setup] = []
+    outcome = quick(lambda: found.append(read_config(written(text.encode("utf-8", "replace"), ".toml"))))
+    for setup in found:
+        assert json.dumps([dataclasses.asdict(f) for f in examine_setup(setup)])
+        assert "orchestrator" in text
+    return outcome
+
+
 # ---- TRL
 
 trl_values = st.one_of(
@@ -269,6 +343,55 @@ def any_log_file(data: bytes) -> str:
     return outcome
 
 
+def _other_logs() -> dict[str, bytes]:
+    """A good file of each kind of log that is no JSON lines, of which the fuzzer changes bytes."""
+    rows = [{"step": i, "entropy": 1.0 / (i + 1), "actor/grad_norm": 0.5 + i} for i in range(6)]
+    table = "".join(f"{row['step']},{row['entropy']},{row['actor/grad_norm']}\n" for row in rows)
+    console = "".join(
+        f"step:{r['step']} - entropy:{r['entropy']} - actor/grad_norm:{r['actor/grad_norm']}\n" for r in rows
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.db"
+        database = sqlite3.connect(path)
+        database.execute("CREATE TABLE metrics (id INTEGER PRIMARY KEY, run_name TEXT, step INTEGER, metrics TEXT)")
+        put = "INSERT INTO metrics (run_name, step, metrics) VALUES ('r', ?, ?)"
+        database.executemany(put, [(row["step"], json.dumps(row)) for row in rows])
+        database.commit()
+        database.close()
+        stored = path.read_bytes()
+    events = Path(__file__).parents[1] / "doctor" / "data" / "events.out.tfevents.torch-2.13"
+    return {
+        ".csv": f"step,entropy,actor/grad_norm\n{table}".encode(),
+        ".json": json.dumps({"log_history": rows}).encode(),
+        ".log": console.encode(),
+        ".db": stored,
+        ".tfevents": events.read_bytes(),
+    }
+
+
+_GOOD_LOGS = _other_logs()
+other_logs = st.tuples(
+    st.sampled_from(list(_GOOD_LOGS)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=4),
+    st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+
+
+def any_other_log(draw: tuple[str, list[tuple[float, bytes]], float]) -> str:
+    """A log in which bytes were changed, or that was cut: it is read or refused, and cutting adds no rows."""
+    suffix, changes, kept = draw
+    data = bytearray(_GOOD_LOGS[suffix])
+    for place, change in changes:
+        at = int(place * len(data))
+        data[at : at + len(change)] = change
+    path = written(bytes(data[: math.ceil(kept * len(data))]), suffix)
+    found: list[Any] = []
+    outcome = quick(lambda: found.append([dataclasses.asdict(f) for f in examine_log(read_log(path))]))
+    if found and not changes:  # cut only
+        assert sum(1 for _ in read_log(path)) <= 6
+    return outcome
+
+
 def _saved() -> dict[str, bytes]:
     x = torch.linspace(-3, -1, 12).view(3, 4)
     good = {
@@ -322,7 +445,10 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], bool, boo
     "scripts beside Bash": (scripts, beside_bash, False, False),
     "files that are not verl's": (not_verl, false_verl, True, False),
     "settings of verl scripts": (verl_settings, any_settings, False, False),
+    "command lines of other hosts": (host_commands, any_host, False, False),
+    "TOML": (toml_files, any_toml, False, False),
     "configurations of TRL": (trl_files, any_trl, False, True),
     "lines of logs": (log_lines, any_log_file, False, False),
+    "bytes of other logs": (other_logs, any_other_log, False, False),
     "bytes of batches": (batch_files, any_batch_file, False, False),
 }

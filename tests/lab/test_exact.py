@@ -20,7 +20,7 @@ from bandpo.lab.comparison.exact import (
     updates_to_common,
 )
 from bandpo.lab.comparison.sweeps import REUSE, bandit, realised
-from bandpo.lab.stats import best_of_bootstrap, compare, holm, interval, iqm, wilson
+from bandpo.statistics import best_of_bootstrap, compare, holm, interval, iqm, wilson
 from bandpo.terms import gradient_weight, token_objective
 
 
@@ -297,5 +297,5 @@ def test_holm_and_best_of_bootstrap():
 def test_the_old_place_of_wilson_warns():
     from bandpo.lab.comparison import exact
 
-    with pytest.warns(FutureWarning, match=r"wilson is now bandpo\.lab\.stats\.wilson"):
+    with pytest.warns(FutureWarning, match=r"wilson is now bandpo\.statistics\.wilson"):
         assert exact.wilson is wilson

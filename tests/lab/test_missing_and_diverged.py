@@ -19,8 +19,8 @@ from bandpo.lab.comparison.loop import Loop, Run
 from bandpo.lab.comparison.plan import PRESETS, jobs_of, report_arms, tuning_arms
 from bandpo.lab.comparison.study import Study, diverged
 from bandpo.lab.comparison.summary import markdown, runs_of, summarise, write_tables
-from bandpo.lab.stats import compare, holm, interval, iqm
 from bandpo.metrics import PROB_BINS
+from bandpo.statistics import compare, holm, interval, iqm
 
 PLAN = dataclasses.replace(
     PRESETS["smoke"],

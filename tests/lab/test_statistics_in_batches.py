@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from bandpo.lab import stats
+from bandpo import statistics as stats
 
 
 @pytest.mark.parametrize("at_once", [1, 700, 1 << 18])

@@ -253,7 +253,7 @@ def run(folder, *arguments):
 
 @pytest.mark.slow
 def test_a_run_beside_the_record(tmp_path):
-    for name in ("conftest.py", "record.py"):
+    for name in ("conftest.py", "record.py", "seconds.py"):
         shutil.copy(BENCHMARKS / name, tmp_path)
     (tmp_path / "bench_x.py").write_text(
         "import time\n"

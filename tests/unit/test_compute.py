@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bandpo.train import compute
-from bandpo.train.compute import SMALLEST_IN_BF16, Machine, choose, count_parameters, this_machine
+from bandpo.train.compute import SMALLEST_IN_BF16, Machine, choose, count_parameters, this_machine, without_gpu
 
 CPU, PLAIN = Machine(cpu_bf16="AMX"), Machine()
 GPU = Machine("cuda", "NVIDIA H100", bf16=True, cpu_bf16="AMX")
@@ -59,6 +59,30 @@ def test_what_is_left_open_is_chosen_and_said(machine, asked, size, use_cpu, bf1
 def test_what_the_machine_cannot_do_is_refused_with_the_fix(machine, asked, message):
     with pytest.raises(ValueError, match=message):
         choose(asked, never, machine)
+
+
+@pytest.mark.parametrize(
+    ("asked", "bf16", "said"),
+    [
+        ({"fp16": True}, False, "in float16 (as set). fp16=True needs a GPU; not checked here"),
+        ({"use_cpu": False}, False, "in the precision that it has. use_cpu=False needs a GPU; not checked here"),
+        ({"use_cpu": False, "bf16": True}, True, "in bfloat16 (as set). use_cpu=False needs a GPU; not checked here"),
+        ({"use_cpu": False, "bf16": False}, False, "in float32 (as set). use_cpu=False needs a GPU; not checked here"),
+        ({"use_cpu": False, "fp16": True}, False, "use_cpu=False and fp16=True need a GPU; not checked here"),
+    ],
+)
+def test_a_dry_run_without_a_gpu_says_what_it_could_not_check(asked, bf16, said):
+    found = without_gpu(asked, CPU)
+    assert found.options == {"use_cpu": True, "bf16": bf16, "fp16": False}
+    assert found.line.startswith("computing on a GPU in ") and said in found.line
+    assert without_gpu(asked, GPU) is None
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"bf16": True}, {"fp16": False}, {"use_cpu": True, "fp16": True}, {"bf16": True, "fp16": True}]
+)
+def test_a_dry_run_checks_here_what_asks_for_no_gpu_or_is_wrong_anywhere(asked):
+    assert without_gpu(asked, CPU) is None
 
 
 def test_what_is_set_is_never_changed_and_then_nothing_is_said():

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -87,6 +88,51 @@ def test_the_content_decides_and_a_file_is_dequantised_once(tmp_path, monkeypatc
     assert again == folder and said == [f"the dequantised model of tiny is in {folder}"]
 
 
+def test_files_beside_it_that_change_the_result_decide_too(tmp_path, monkeypatch):
+    """transformers takes the class of the tokenizer from a tokenizer_config.json beside the file."""
+    file = tiny_gguf.write(tmp_path / "tiny.gguf")
+    tiny_gguf.write(tmp_path / "tokenizer.gguf")  # another model, and no part of this one
+    (tmp_path / "notes.json").write_text("{}")
+    alone, _ = made(file)
+    assert "beside" not in json.loads((alone / "gguf.json").read_text())
+    assert alone.name == f"tiny-{gguf.checksum(file)[:16]}-1"  # the place that it had before
+    found, digests = [alone], []
+    for name, text in (
+        ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}'),
+        ("LICENSE", "free"),
+        ("LICENSE", "free for all"),
+    ):
+        (tmp_path / name).write_text(text)
+        folder, _ = made(file)
+        found.append(folder)
+        digests.append(json.loads((folder / "gguf.json").read_text())["beside"])
+        again, said = made(file)
+        assert again == folder and "is in" in said[0]
+    assert len(set(found)) == 5
+    assert set(digests[-1]) == {"tokenizer_config.json", "LICENSE"}
+    assert digests[-1]["LICENSE"] == hashlib.sha256(b"free for all").hexdigest()
+    classes = [json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] for folder in found[1:3]]
+    assert classes[0] != classes[1]
+    assert (found[3] / "LICENSE").read_text() == "free" and (found[4] / "LICENSE").read_text() == "free for all"
+    (tmp_path / "LICENSE").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    monkeypatch.setattr(gguf, "_load", lambda file: pytest.fail("it was dequantised again"))
+    assert made(file)[0] == alone
+
+
+def test_no_bar_of_transformers_is_shown(tmp_path, capfd):
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    bar = module.tqdm
+    made(tiny_gguf.write(tmp_path / "tiny.gguf"))
+    assert "quantizing" not in "".join(capfd.readouterr())
+    assert module.tqdm is bar
+    with pytest.raises(ValueError, match="cannot read"):
+        made(tiny_gguf.write(tmp_path / "strange.gguf", architecture="strange"))
+    assert module.tqdm is bar
+
+
 def test_a_damaged_folder_is_made_again(tmp_path):
     file = tiny_gguf.write(tmp_path / "tiny.gguf")
     folder, _ = made(file)
@@ -131,6 +177,67 @@ def test_two_processes_make_one_folder(tmp_path):
     assert sum("dequantised to float32, once" in text for text in said) == 1
     assert len({text.splitlines()[-1] for text in said}) == 1
     assert [p.name[:5] for p in (tmp_path / "cache" / "gguf").iterdir()] == ["tiny-"]
+
+
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from bandpo.train import models
+rank = PartialState(cpu=True).process_index
+
+def attempt(step):
+    try:
+        print(step(), flush=True)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+
+whole, cut = sys.argv[1:]
+attempt(lambda: models.loadable(whole, print))
+attempt(lambda: models.loadable(cut, print))
+attempt(lambda: models.together(lambda: 1 // (1 - rank)))
+attempt(lambda: models.together((lambda: "done") if rank else None))
+"""
+
+
+def two_processes(code, *arguments):
+    """The lines that each of two processes (gloo) prints, which run the code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared["OMP_NUM_THREADS"] = "1"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        return [run.communicate(timeout=300)[0].splitlines() for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+
+
+def test_all_processes_of_a_run_fail_with_one_of_them(tmp_path):
+    """Neither of them waits for the other, which would last until the timeout here."""
+    whole, cut = tiny_gguf.write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
+    cut.write_bytes(whole.read_bytes()[:2000])
+    first, second = two_processes(ONE_OF_TWO, str(whole), str(cut))
+    ended = "RunError another process of this run failed, so this one ends as well. process"
+    assert "dequantised to float32, once" in first[0] and "is in" in second[0] and first[1] == second[1]
+    assert first[2].startswith("ValueError model") and "is damaged" in first[2]
+    assert second[2].startswith(f"{ended} 0: ValueError: model") and "is damaged" in second[2]
+    assert first[3].startswith(f"{ended} 1: ZeroDivisionError") and second[3].startswith("ZeroDivisionError")
+    assert (first[4], second[4]) == ("None", "done")
+
+
+def test_alone_a_failure_is_itself():
+    assert models.together(lambda: 3) == 3 and models.together(None) is None
+    with pytest.raises(ZeroDivisionError):
+        models.together(lambda: 1 // 0)
 
 
 @pytest.fixture

@@ -209,6 +209,16 @@ def test_the_kernel_counts_the_default_metrics(kernel, name, dtype, case, monkey
         )
 
 
+@pytest.mark.parametrize("name", ["bandpo-kl", "bandpo-chi2"])
+def test_the_divergence_of_certain_tokens_is_finite_beside_the_kernel(kernel, name, monkeypatch):
+    old = torch.tensor([[0.0, 0.0, -1e-9, -1e-3, -0.5]], device=DEVICE)
+    new = torch.tensor([[0.0, -0.3, 0.0, 0.0, 0.0]], device=DEVICE)
+    data = {"logprobs": new, "old_logprobs": old, "advantages": torch.ones(1, 1, device=DEVICE), "mask": old <= 0}
+    plain, counted = both_ways(monkeypatch, name, data, metrics="full")
+    for key in ("band/divergence_mean", "band/divergence_max"):
+        assert 0 < plain[key] < math.inf and plain[key] == counted[key]
+
+
 def test_counted_metrics_beside_entropy_weights_and_filters(kernel, monkeypatch):
     new, old, advantages, mask = batch()
     data = {"logprobs": new, "old_logprobs": old, "advantages": advantages[:, 0], "mask": mask.long()}

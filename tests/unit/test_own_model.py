@@ -76,6 +76,25 @@ def test_a_small_one_trains_in_float32_and_its_adapter_has_the_card_of_the_run(t
     assert "### This run" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_an_adapter_whose_model_is_elsewhere_is_refused_with_the_fix(tmp_path):
+    from bandpo.train.evaluate_command import _check_base
+
+    _check_base(tmp_path, "wheel:smollm2")  # a whole model
+    base = tmp_path / "base"
+    for text, refused in (
+        (json.dumps({"base_model_name_or_path": str(base)}), True),
+        (json.dumps({"base_model_name_or_path": "org/model"}), False),
+        (json.dumps({"base_model_name_or_path": None}), False),
+        ("[]", False),
+    ):
+        (tmp_path / "adapter_config.json").write_text(text)
+        if refused:
+            with pytest.raises(ValueError, match=r"for the model in .*base, made from wheel:smollm2, and there"):
+                _check_base(tmp_path, "wheel:smollm2")
+            base.mkdir()
+        _check_base(tmp_path, None)
+
+
 def test_a_larger_one_in_bfloat16_and_the_scores_of_the_run_are_repeated(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(compute, "SMALLEST_IN_BF16", 1000)
     assert main(["train", "--config", "run.yaml", "--output_dir", "out"]) == 0

@@ -308,14 +308,16 @@ class Largest:
 
     Args:
         most: Largest rank that will be asked for; None keeps all numbers.
+        kept: How many numbers are kept, in place of 2²².
     """
 
     KEPT = 1 << 22
     """Numbers that are kept, 34 MB of them."""
     _BITS = 42  # of a float64 that are dropped for its bin: of the 52 of its mantissa 10 are left
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, *, kept: int | None = None) -> None:
         self.most = most
+        self._kept = kept
         self._parts: list[Tensor] = []
         self._size = 0
         self._least: float | None = None  # numbers up to it have been dropped
@@ -334,7 +336,7 @@ class Largest:
             return
         self._parts.append(values)
         self._size += len(values)
-        if self.most is not None and self._size > self.KEPT:
+        if self.most is not None and self._size > (self._kept or self.KEPT):
             self._shrink(self.most + 1)
 
     def split(self, rank: int) -> Split:
@@ -353,7 +355,7 @@ class Largest:
 
     def _shrink(self, needed: int) -> None:
         values = torch.cat(self._parts)
-        if needed > self.KEPT // 2:
+        if needed > (self._kept or self.KEPT) // 2:
             self._bins = torch.zeros(1 << (63 - self._BITS), dtype=torch.int64, device=values.device)
             self._parts, self._size = [], 0
             self._count(values)

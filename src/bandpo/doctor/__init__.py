@@ -1,7 +1,8 @@
 """Does the trust region act, and does the run look well? Rules over a configuration, a log of metrics, or a batch.
 
-Each rule gives a `Finding` with what was seen, its cause and the knob. `bandpo doctor` reads the files and prints them. The
-names are imported on first use: `bandpo doctor --help` needs no torch.
+Each rule gives a `Finding` with what was seen, its cause and the knob. `examine` takes whatever there is, `Doctor` watches a
+run while it trains, and `bandpo doctor` reads files and prints the findings. The names are imported on first use:
+`bandpo doctor --help` needs no torch.
 """
 
 from importlib import import_module
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bandpo.doctor.batch import examine_batch
+    from bandpo.doctor.entry import examine
     from bandpo.doctor.findings import Finding
+    from bandpo.doctor.live import Doctor, Told
     from bandpo.doctor.noise import Noise, noise
     from bandpo.doctor.rules import examine_setup
     from bandpo.doctor.scoring import examine_model, measure_noise
@@ -18,10 +21,13 @@ if TYPE_CHECKING:
     from bandpo.doctor.truncation import Truncation, kept_mass
 
 __all__ = [
+    "Doctor",
     "Finding",
     "Noise",
     "Setup",
+    "Told",
     "Truncation",
+    "examine",
     "examine_batch",
     "examine_log",
     "examine_model",
@@ -32,10 +38,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Doctor": "live",
     "Finding": "findings",
     "Noise": "noise",
     "Setup": "setup",
+    "Told": "live",
     "Truncation": "truncation",
+    "examine": "entry",
     "examine_batch": "batch",
     "examine_log": "symptoms",
     "examine_model": "scoring",

@@ -11,14 +11,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the command.
     """
     parser.description = (
-        "Examines a configuration (TRL's or bandpo's YAML; a Python script or notebook with GRPOConfig(...); verl's YAML, or a "
-        "file of overrides; a launch script or configuration of eight hosts), a log (metrics.jsonl, "
+        "Examines a configuration (TRL's or bandpo's YAML; a Python script or notebook with GRPOConfig(...); YAML, TOML or a "
+        "launch script of verl, ms-swift, OpenRLHF, SkyRL, slime, NeMo-RL, prime-rl or rLLM), a log (metrics.jsonl, "
         "trainer_state.json, verl's console, TensorBoard, trackio, a table of W&B), "
         "a saved batch (.safetensors, .pt, .npz), or the folder of a run. Each line says what was found, why, and what to set. "
-        "The exit status is 1 if there is a problem (!!), else 0."
+        "The worst is printed first. The exit status is 2 if a file could not be examined, else 1 if there is a problem (!!), "
+        "else 0."
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="FILE", help="file or folder; or key=value, which overrides the configuration")
+    add("paths", nargs="*", metavar="FILE", help="file or folder; or key=value, which overrides the configuration")
     add(
         "--target",
         type=float,
@@ -40,4 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="local folder of a model (config.json, .safetensors), which scores the tokens of a batch again: the noise of its "
         "log-probs, and what truncated sampling removes",
     )
-    add("--json", action="store_true", help="print JSON")
+    add("--json", action="store_true", help="print JSON; its schema is bandpo/doctor/findings.schema.json")
+    add("--html", type=Path, metavar="FILE", help="also write the findings as a page, which needs nothing but itself")
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="RULE",
+        help="print what a rule looks at, why, its healthy range and what to set in each host; without RULE the rules",
+    )

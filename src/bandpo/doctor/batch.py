@@ -4,6 +4,7 @@ Tokens are counted part by part (`_Counts`), and the rules read the counts, so m
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,12 +80,14 @@ def load_batch(path: Path) -> dict[str, Tensor | Stored]:
 
 
 def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> Mapping[str, object]:
-    """The tensors of a file. Columns that the loss does not need must not make it unreadable: if they do, they are left out."""
+    """The tensors of a file. Columns that the loss does not need are left out, with a warning, if they cannot be read."""
     names = frozenset(name for spellings in wanted.values() for name in spellings)
     try:
         return read_tensors(path, names)
-    except ValueError:
-        return read_tensors(path, frozenset(name for ours in NAMES for name in wanted[ours]))
+    except ValueError as error:
+        found = read_tensors(path, frozenset(name for ours in NAMES for name in wanted[ours]))
+        warnings.warn(f"columns beside the tensors of the loss are left out: {error}", stacklevel=3)
+        return found
 
 
 def check_batch(batch: Mapping[str, Tensor | Stored], where: str = "batch") -> dict[str, Tensor | Stored]:
@@ -173,7 +176,7 @@ def examine_batch(
         >>> x = torch.linspace(-0.5, 0.5, 1000).view(10, 100)
         >>> batch = {"logprobs": x - 0.7, "old_logprobs": torch.full_like(x, -0.7), "advantages": x.sign()}
         >>> [f.rule for f in examine_batch(batch)]
-        ['ratios', 'clip fraction', 'radius', 'effective size', 'gradient', 'length bias']
+        ['ratios', 'clipping', 'radius', 'effective size', 'gradient', 'length bias']
     """
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
@@ -243,7 +246,7 @@ class _Measures:
         return noise + [finding for measure in self._measures for finding in measure.findings()]
 
 
-_OF_A_MOVE = ("ratios", "clip fraction", "clipping", "radius", "gradient")
+_OF_A_MOVE = ("ratios", "clipping", "radius", "gradient")
 """The rules that need the log-probs of the policy in training."""
 
 
@@ -365,7 +368,7 @@ def _clip_fractions(counted: _Counts) -> Finding:
     rows = [f"{objective.name:<14} {n / max(1, counted.tally.valid):.4f}" for objective, n in outside]
     rows += [f"{o.name:<14} not counted: its region depends on the whole batch" for o in counted.left_out]
     return Finding(
-        "clip fraction",
+        "clipping",
         "note",
         "share of the tokens outside of each region, where a clip takes the gradient away",
         details=tuple(rows),

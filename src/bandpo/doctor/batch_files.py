@@ -154,7 +154,7 @@ def columns_of(path: Path, looked_at: Collection[str]) -> Finding:
     return Finding(
         "columns",
         "note",
-        f"of {len(names)} columns {len(known)} are looked at: {', '.join(known)}"
+        f"{len(known)} of {len(names)} columns looked at: {', '.join(known)}"
         + (f"; not {', '.join(name[:80] for name in others[:_SHOWN])}{more}" if others else ""),
         numbers={"understood": len(known), "others": len(others)},
     )
@@ -205,7 +205,7 @@ def _read_safetensors(file: _File, names: frozenset[str] | None) -> Mapping[str,
 
 def _read_pt(file: _File, names: frozenset[str] | None) -> dict[str, Any]:
     """A zip file of torch.save with tensors alone; the rest of the format and all older formats are refused."""
-    if file.read(0, min(file.size, 2))[:1] == b"\x80":
+    if file.read(0, min(file.size, 1)) == bytearray(b"\x80"):
         raise ValueError(_PICKLED)
     with _archive(file) as archive:
         for entry in archive.infolist():
@@ -329,7 +329,7 @@ def _tokens_of(row: Mapping[str, Any], names: frozenset[str], number: int) -> di
         raise ValueError(f"line {number} has no list of numbers, or lists of different lengths")
     [length] = lengths
     return {
-        name: _of_numbers(value if isinstance(value, list) else [value] * length)
+        name: _of_numbers(cast("list[Any]", value) if isinstance(value, list) else [value] * length)
         for name, value in given.items()
         if isinstance(value, list | int | float)
     }

@@ -143,8 +143,14 @@ class Part:
             names = ("logprobs", "old_logprobs", "advantages", "rollout_logprobs")
             given = {n: self._as_rows(self.columns[n]).to(self._dtype) for n in names if n in self.columns}
             new = given.pop("logprobs").detach().requires_grad_()
-            given.setdefault("rollout_logprobs", given["old_logprobs"])
-            terms = token_objective(objective, logprobs=new, mask=self._as_rows(self.mask), **given)
+            terms = token_objective(
+                objective,
+                logprobs=new,
+                old_logprobs=given["old_logprobs"],
+                advantages=given["advantages"],
+                rollout_logprobs=given.get("rollout_logprobs", given["old_logprobs"]),
+                mask=self._as_rows(self.mask),
+            )
             self._terms[id(objective)] = terms, new
         return self._terms[id(objective)]
 

@@ -5,21 +5,19 @@ downloads nothing that they name; and it prints none of their characters that a 
 """
 
 import argparse
-import json
 import os
+import shutil
 import sys
-import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bandpo._system.errors import printable
-from bandpo._system.files import read_yaml
-from bandpo._system.secrets import redact_text
-from bandpo.doctor.findings import Finding
+from bandpo._system.files import read_yaml, write_text
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
+from bandpo.doctor.output import Examined, as_json, as_page, as_text, exit_status, explained
 from bandpo.doctor.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
@@ -28,12 +26,12 @@ if TYPE_CHECKING:  # a log needs no torch
 
 _CONFIGS = (".yaml", ".yml", ".toml", ".json", ".txt", ".sh", ".cfg", ".py", ".ipynb")
 _BATCHES = (".safetensors", ".pt", ".npz", ".parquet")
-_MARKS = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
-_COLOURS = {"ok": "32", "note": "36", "warning": "33", "problem": "31"}
 
 
 def doctor(options: argparse.Namespace) -> int:
     """Examine configurations, logs, batches and run folders.
+
+    A file that cannot be examined does not keep the others from it: their findings are printed, and the status is 2.
 
     Args:
         options: The options of `bandpo doctor`.
@@ -51,6 +49,9 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.explain is not None:
+        print(explained(options.explain, width=min(shutil.get_terminal_size((90, 24)).columns, 120)))
+        return 0
     overrides = [str(p) for p in options.paths if "=" in str(p)]
     paths = [Path(p) for p in options.paths if "=" not in str(p)]
     if not paths:
@@ -58,49 +59,104 @@ def _doctor(options: argparse.Namespace) -> int:
     for name, value in (("processes", options.processes), ("vocabulary", options.vocabulary)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    sections: list[tuple[str, list[Finding]]] = []
-    objectives: list[Objective] = []
-    setup: Setup | None = None
-    expanded = _expand(paths)
-    logs = [path for path in expanded if is_log(path)]
-    if options.one_run and len(logs) > 1:
-        sections.append((" + ".join(map(str, logs)), examine_log(read_logs(logs, run=options.run))))
-        expanded = [path for path in expanded if path not in logs]
-    for path in expanded:
-        if path in logs:
-            sections.append((str(path), examine_log(read_log(path, run=options.run))))
-        elif path.suffix in _CONFIGS:
-            from bandpo.doctor.rules import examine_setup
-
-            setup = read_config(path, overrides, processes=options.processes, vocabulary=options.vocabulary)
-            objectives += [] if setup.objective is None else [setup.objective]
-            sections.append((f"{path} ({setup.host})", examine_setup(setup)))
-        else:
-            from bandpo.doctor.batch import column_names
-            from bandpo.doctor.batch_files import columns_of
-            from bandpo.doctor.scoring import examine_saved
-
-            found = examine_saved(
-                path,
-                objectives=objectives,
-                target=options.target,
-                vocabulary=options.vocabulary,
-                setup=setup,
-                model=options.model,
-            )
-            sections.append((str(path), [*found, columns_of(path, column_names())]))
     if overrides and not any(path.suffix in _CONFIGS for path in paths):
         raise ValueError(f"{overrides[0]}: overrides change a configuration, and none is given")
+    if options.html is not None and options.html.is_dir():
+        raise ValueError(f"--html: {options.html} is a folder; name a file")
+    names = ("processes", "vocabulary", "target", "model", "run", "one_run")
+    examined = examine_files(paths, overrides, **{name: getattr(options, name) for name in names})
+    if options.html is not None:
+        write_text(options.html, as_page(examined))
     if options.json:
-        print(
-            json.dumps(
-                [{"file": _shown(name), "findings": [_plain(f) for f in found]} for name, found in sections], indent=1
-            )
+        print(as_json(examined))
+    elif text := as_text(examined, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+        print(text)
+    if errors := [one.error for one in examined if one.error]:
+        sys.stdout.flush()
+        raise ValueError("; ".join(errors))
+    return exit_status(examined)
+
+
+def examine_files(
+    paths: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    vocabulary: int | None = None,
+    target: float = 0.01,
+    model: Path | None = None,
+    run: str = "",
+    one_run: bool = False,
+) -> list[Examined]:
+    """The findings for each file, or why it cannot be examined. The tokens of a batch are counted for the configurations too.
+
+    Args:
+        paths: Configurations, logs, batches, and folders of runs.
+        overrides: Settings `key=value`, which replace those of the configurations.
+        processes: Number of processes that will train.
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+        target: Share of tokens that the radius recommended for a batch clips.
+        model: Folder of a model that scores the tokens of batches again; None for none.
+        run: The run to read from a log that has several; "" where it has one.
+        one_run: Whether the logs are parts of one run.
+    """
+    examined: list[Examined] = []
+    objectives: list[Objective] = []
+    setups: list[Setup] = []
+
+    def attempt(name: str, examine: Callable[[], Examined]) -> None:
+        try:
+            examined.append(examine())
+        except (ValueError, TypeError, OSError) as error:
+            examined.append(Examined(name, error=str(error)))
+
+    def examine_config(path: Path) -> Examined:
+        from bandpo.doctor.rules import examine_setup
+
+        setup = read_config(path, overrides, processes=processes, vocabulary=vocabulary)
+        objectives.extend([] if setup.objective is None else [setup.objective])
+        setups.append(setup)
+        return Examined(f"{path} ({setup.host})", tuple(examine_setup(setup)))
+
+    def examine_tensors(path: Path) -> Examined:
+        from bandpo.doctor.batch import column_names
+        from bandpo.doctor.batch_files import columns_of
+        from bandpo.doctor.scoring import examine_saved
+
+        found = examine_saved(
+            path,
+            objectives=objectives,
+            target=target,
+            vocabulary=vocabulary,
+            setup=setups[-1] if setups else None,
+            model=model,
         )
-    else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print("\n\n".join(_section(name, found, colour=colour) for name, found in sections))
-    return int(any(f.level == "problem" for _, found in sections for f in found))
+        return Examined(str(path), (*found, columns_of(path, column_names())))
+
+    def examine_logs(*logs: Path) -> Examined:
+        rows = read_log(logs[0], run=run) if len(logs) == 1 else read_logs(logs, run=run)
+        return Examined(" + ".join(map(str, logs)), tuple(examine_log(rows)))
+
+    files, logs = list[Path](), list[Path]()
+    for path in paths:
+        try:
+            files += _expand(path)
+        except (ValueError, OSError) as error:
+            examined.append(Examined(str(path), error=str(error)))
+    for path in files:
+        try:
+            if is_log(path):
+                logs.append(path)
+        except (ValueError, OSError) as error:
+            examined.append(Examined(str(path), error=str(error)))
+            files.remove(path)
+    if one_run and len(logs) > 1:
+        attempt(" + ".join(map(str, logs)), partial(examine_logs, *logs))
+        files = [path for path in files if path not in logs]
+    for path in files:
+        kind = examine_logs if path in logs else examine_config if path.suffix in _CONFIGS else examine_tensors
+        attempt(str(path), partial(kind, path))
+    return examined
 
 
 def read_config(
@@ -117,102 +173,81 @@ def read_config(
     Raises:
         ValueError: If the file is none of these.
     """
-    given = read_yaml(path, follow=False) if path.suffix in (".yaml", ".yml", ".json") else None
+    if path.suffix in (".yaml", ".yml", ".json"):
+        return setup_in(read_yaml(path, follow=False), path, overrides, processes=processes, vocabulary=vocabulary)
     from bandpo.doctor.programs import read_program
-    from bandpo.doctor.readers import read_launch, read_tree
-    from bandpo.doctor.trl_launch import with_overrides
+    from bandpo.doctor.readers import read_launch
 
-    if given is None:
-        found = read_program(path, overrides, processes=processes, vocabulary=vocabulary)
-        return found or read_launch(path, overrides, vocabulary=vocabulary)
+    found = read_program(path, overrides, processes=processes, vocabulary=vocabulary)
+    return found or read_launch(path, overrides, vocabulary=vocabulary)
+
+
+def setup_in(
+    given: Mapping[Any, Any],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    vocabulary: int | None = None,
+) -> "Setup":
+    """The settings in the keys and values of a configuration.
+
+    Args:
+        given: The keys and values.
+        path: Where they are from, for messages and for files that they name.
+        overrides: Settings `key=value`, which replace those given.
+        processes: Number of processes that will train (TRL).
+        vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
+
+    Raises:
+        ValueError: If they belong to no host that the doctor can read.
+    """
+    from bandpo.doctor.readers import read_tree
+
     found = read_tree(path, given, overrides, vocabulary=vocabulary)
     if found is not None:
         return found
     from bandpo.doctor.trl import is_run, is_trl, read_trl
+    from bandpo.doctor.trl_launch import with_overrides
 
     if not is_trl(given):
         raise not_readable(path, "")
-    given = with_overrides(given, overrides)
-    if not is_run(given):
-        return read_trl(given, processes=processes, vocabulary=vocabulary)
+    changed = with_overrides(given, overrides)
+    if not is_run(changed):
+        return read_trl(changed, processes=processes, vocabulary=vocabulary)
     from bandpo.train.config import check_run, run_keys
 
-    return read_trl(check_run(given), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
+    return read_trl(check_run(changed), run_keys=run_keys(), processes=processes, vocabulary=vocabulary)
 
 
-def _expand(paths: Sequence[Path]) -> list[Path]:
-    """The files to examine, with folders of runs replaced by the files in them.
+def _expand(path: Path) -> list[Path]:
+    """The files to examine: a file itself, or those in the folder of a run.
 
     Raises:
-        ValueError: If a file cannot be examined.
+        ValueError: If the file cannot be examined, or the folder is no run's.
     """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = [
-                path / name for name in ("config.yaml", "metrics.jsonl", "batch.safetensors") if (path / name).exists()
-            ]
-            if path / "metrics.jsonl" not in inside and log_files(path):
-                inside.append(path)  # read_log finds its logs
-            if not inside:
-                raise ValueError(
-                    f"{path} has no config.yaml, metrics.jsonl, trainer_state.json, checkpoint, event file of TensorBoard or "
-                    "batch.safetensors: it is no run's folder"
-                )
-            found += [p for p in inside if p.stat().st_size]
-        elif not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
-        elif path.name == "training_args.bin":
+    if path.is_dir():
+        inside = [
+            path / name for name in ("config.yaml", "metrics.jsonl", "batch.safetensors") if (path / name).exists()
+        ]
+        if path / "metrics.jsonl" not in inside and log_files(path):
+            inside.append(path)  # read_log finds its logs
+        if not inside:
             raise ValueError(
-                f"{path} is a pickle, which could run code, and is not read; give the script or YAML of the run, or its "
-                "GRPOConfig object in Python: bandpo.doctor.trl.setup_of(args)"
+                f"{path} has no config.yaml, metrics.jsonl, trainer_state.json, checkpoint, event file of TensorBoard or "
+                "batch.safetensors: it is no run's folder"
             )
-        elif path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl") and not is_log(path):
-            raise ValueError(
-                f"{path}: use {', '.join(_CONFIGS)} (configuration), {KINDS} (log) or {', '.join(_BATCHES)} (batch)"
-                + ("; a pickle runs code when it is read, and is not" if path.suffix in (".pkl", ".pickle") else "")
-            )
-        else:
-            found.append(path)
-    return found
-
-
-def _section(name: str, findings: Sequence[Finding], *, colour: bool) -> str:
-    lines = [_shown(name)]
-    for f in findings:
-        mark = f"\x1b[{_COLOURS[f.level]}m{_MARKS[f.level]}\x1b[0m" if colour else _MARKS[f.level]
-        lines.append(f" {mark} {_wrap(f'{f.rule}: {f.seen}')}")
-        if f.cause:
-            lines.append(f"      {_wrap(f'why: {f.cause}')}")
-        if f.knob:
-            lines.append(f"      {_wrap(f'set: {f.knob}')}")
-        lines += [f"      {_shown(row)}" for row in f.details]
-    counts = [
-        f"{n} {level}{'s' if n > 1 else ''}" for level in ("problem", "warning") if (n := _count(findings, level))
-    ]
-    open_questions = sum(f.seen.startswith("not known") for f in findings)
-    if open_questions:
-        counts.append(f"{open_questions} {'rule' if open_questions == 1 else 'rules'} without an answer")
-    return "\n".join([*lines, f"    {', '.join(counts) or 'nothing wrong found'}"])
-
-
-def _plain(finding: Finding) -> dict[str, Any]:
-    """A finding for JSON, with the same texts as on a terminal."""
-    return {
-        name: [_shown(row) for row in finding.details] if name == "details" else _shown(str(value))
-        for name, value in asdict(finding).items()
-    }
-
-
-def _shown(text: str) -> str:
-    """A text from a file, without secrets and without characters that a terminal would act on."""
-    return printable(redact_text(text))
-
-
-def _count(findings: Sequence[Finding], level: str) -> int:
-    return sum(f.level == level for f in findings)
-
-
-def _wrap(text: str) -> str:
-    text = _shown(text)
-    return textwrap.fill(text, 84, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+        return [p for p in inside if p.stat().st_size]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.name == "training_args.bin":
+        raise ValueError(
+            f"{path} is a pickle, which could run code, and is not read; give the script or YAML of the run, or its "
+            "GRPOConfig object in Python: bandpo.doctor.examine(args)"
+        )
+    if path.suffix not in (*_CONFIGS, *_BATCHES, ".jsonl") and not is_log(path):
+        raise ValueError(
+            f"{path}: use {', '.join(_CONFIGS)} (configuration), {KINDS} (log) or {', '.join(_BATCHES)} (batch)"
+            + ("; a pickle runs code when it is read, and is not" if path.suffix in (".pkl", ".pickle") else "")
+        )
+    return [path]

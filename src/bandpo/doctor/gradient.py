@@ -27,6 +27,7 @@ class Payers:
     A token's mass has the weight that the aggregation gives to its sequence: 1 for means and sums over tokens, 1 over its
     length for `seq-mean-token-mean`. The mass without a region is that of `r·A`; what an objective falls short of it is taken
     away. Tokens with A > 0 can lose gradient at the upper edge (the upper half of a region), those with A < 0 at the lower one.
+    Tokens with A = 0 belong to neither half and are left out.
 
     Args:
         objectives: The objectives; those that need more than a batch has are left out, with a reason in the table.
@@ -97,7 +98,8 @@ class Payers:
         for objective, (kept, taken) in zip(self._objectives, self._mass, strict=True):
             if objective.name in self._left_out or not (kept + taken).sum() > 0:
                 continue
-            name, lost = objective.name, []
+            name = objective.name
+            lost: list[float] = []
             for side, half in enumerate(("upper", "lower")):
                 found = _half(kept[side], taken[side], kept.sum().item())
                 lost.append(found["taken"])

@@ -7,8 +7,8 @@ from typing import Any
 from bandpo.doctor.shell import Script, Word
 
 READABLE = (
-    "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...), of bandpo train, "
-    "and launch scripts and configurations of OpenRLHF, SkyRL, slime, NeMo-RL, prime-rl, rLLM and ms-swift"
+    "the doctor reads files of TRL's GRPOConfig, of verl's main_ppo (actor_rollout_ref. ...), of ms-swift's rlhf_type grpo, of "
+    "bandpo train, and launch scripts and configurations of OpenRLHF, SkyRL, slime, NeMo-RL, prime-rl and rLLM"
 )
 
 # In YAML: keys that must all be on the top level.

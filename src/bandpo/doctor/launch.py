@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from bandpo._system.bounded import read_regular
 from bandpo._system.secrets import redact_arguments
@@ -22,6 +22,10 @@ MAX_SCRIPT_BYTES = 1 << 18
 _SETTING = re.compile(r"[+~]{0,2}([A-Za-z_][\w-]*(?:[./@][\w-]+)*)=")
 _OPTION = re.compile(r"--([A-Za-z][\w.-]*)(?:=|\Z)")
 _LONGEST, _MOST_COMPARED = 80, 500  # characters of a key, and keys, that are compared with those that are known
+_MOST_LINES, _MOST_WORDS = (
+    100,
+    20,
+)  # lines that are made of words which are not resolved, and words of one that are shown
 _PRINTING = ("echo", "printf", "cat")
 _SEVERAL = re.compile(r"\[[@*]\]|\$[@*]|ARGS?\b|OPT(?:ION)?S\b|FLAGS\b|EXTRA", re.IGNORECASE)
 _CONFIG = ("--config", "-cn", "-cp", "-cd")  # beginnings of Hydra's options that name a configuration
@@ -34,7 +38,7 @@ class Dialect:
 
     Args:
         host: The host.
-        defaults: Its defaults, by key.
+        defaults: The host's defaults, by key.
         program: Matches the word of a command that is the host's program; the settings come after it.
         called: What that program is called, for messages.
         likely: Matches other programs of the host's public source that keep its defaults; None for none.
@@ -255,25 +259,36 @@ def _elsewhere(
         "a line outside of the command": _held([word for command in bare for word in command], dialect),
     }
     # A word that is not resolved may be the value of any variable.
-    if not runs or any(_is_open(command, i, dialect) for command in map(list, runs) for i in range(len(command))):
+    if not runs or any("open" in _roles(_arguments(command, dialect), dialect) for command in runs):
         found = {name: _held(words, dialect) for name, words in script.variables.items()} | found
     return {name: keys for name, keys in found.items() if keys}
 
 
-def _is_open(command: Sequence[Word], i: int, dialect: Dialect) -> bool:
-    """Whether a word is not resolved and may be any settings."""
-    word = command[i]
-    at = next((k for k, w in enumerate(command) if dialect.is_program(w)), -1)
-    if i <= at or word.literal or dialect.key(word) is not None:
-        return False
-    if not dialect.options:
-        return True
-    if _SHAPE_OF_MODEL.fullmatch(word.text):
-        return False
-    # The value of an option, unless it looks like a list of options or the option takes no value.
-    option = next((w.text for w in reversed(command[at + 1 : i]) if w.text.startswith("--")), "")
-    takes = option and "=" not in option and _flag(option, dialect) is None
-    return not takes or bool(_SEVERAL.search(word.text))
+_Role: TypeAlias = Literal["key", "value", "shape", "open", "other"]
+
+
+def _roles(words: Sequence[Word], dialect: Dialect) -> list[_Role]:
+    """What each word after the program is.
+
+    A key (with its value, or an option), a value of the option before it, the shape of a model, a word that is not resolved
+    and may be any settings, or nothing that counts.
+    """
+    roles: list[_Role] = []
+    takes = False  # whether the option before takes values
+    for word in words:
+        if dialect.key(word) is not None:
+            roles.append("key")
+            takes = dialect.options and "=" not in word.text and _flag(word.text, dialect) is None
+            continue
+        if not word.literal and dialect.options and _SHAPE_OF_MODEL.fullmatch(word.text):
+            roles.append("shape")
+        elif takes and not word.text.startswith("--") and (word.literal or not _SEVERAL.search(word.text)):
+            roles.append("value")
+            continue
+        else:
+            roles.append("other" if word.literal else "open")
+        takes = False
+    return roles
 
 
 def _flag(option: str, dialect: Dialect) -> tuple[str, Any] | None:
@@ -292,8 +307,7 @@ def _from_command(command: Sequence[Word], dialect: Dialect, *, listed: bool) ->
     program = next((word.text for word in command if dialect.is_program(word)), "")
     settings = Settings(dialect.defaults, defaults=listed or bool(program), program=program)
     words = _arguments(command, dialect)
-    shown = redact_arguments([word.text for word in words])
-    unresolved = (_read_options if dialect.options else _read_overrides)(words, shown, dialect, settings)
+    unresolved = (_read_options if dialect.options else _read_overrides)(words, dialect, settings)
     if unresolved:
         settings.unread.append(f"not resolved: {some(unresolved)}")
     if not settings.defaults and not program and not listed:
@@ -305,7 +319,7 @@ def _from_command(command: Sequence[Word], dialect: Dialect, *, listed: bool) ->
     return settings
 
 
-def _read_overrides(words: Sequence[Word], shown: Sequence[str], dialect: Dialect, settings: Settings) -> list[str]:
+def _read_overrides(words: Sequence[Word], dialect: Dialect, settings: Settings) -> list[str]:
     """Read `key=value` into the settings; the words whose value is not resolved."""
     unresolved: list[str] = []
     named: dict[str, str] = {}
@@ -315,19 +329,20 @@ def _read_overrides(words: Sequence[Word], shown: Sequence[str], dialect: Dialec
             known = word.literal
             settings.given[key] = Text(word.text.partition("=")[2]) if known else UNKNOWN
             if not known:
-                unresolved.append(shown[i].lstrip("+~") + _on(word))
+                unresolved.append(_shown(words, i).lstrip("+~"))
         elif word.text.startswith(_CONFIG):
             option, equals, value = word.text.partition("=")
             named[option] = value if equals else words[i + 1].text if i + 1 < len(words) else ""
         elif not word.literal and not _is_value_of_config(words, i):
-            settings.unread.append(f"{shown[i]}{_on(word)} is not resolved and may set anything")
+            if len(settings.unread) <= _MOST_LINES:
+                settings.unread.append(f"{_shown(words, i)} is not resolved and may set anything")
             settings.defaults = False
     _note_config(named, dialect, settings)
     return unresolved
 
 
 def _is_value_of_config(words: Sequence[Word], i: int) -> bool:
-    """Whether a word is the value of an option which names a configuration, and so is named with it."""
+    """Whether a word is the value of an option which names a configuration: it is named with that option."""
     return i > 0 and words[i - 1].text.startswith(_CONFIG) and "=" not in words[i - 1].text
 
 
@@ -347,48 +362,41 @@ def _note_config(named: Mapping[str, str], dialect: Dialect, settings: Settings)
     settings.defaults = False
 
 
-def _read_options(words: Sequence[Word], shown: Sequence[str], dialect: Dialect, settings: Settings) -> list[str]:
+def _read_options(words: Sequence[Word], dialect: Dialect, settings: Settings) -> list[str]:
     """Read `--option value` into the settings, as argparse does; the options whose value is not resolved."""
     unresolved: list[str] = []
-    i = 0
-    while i < len(words):
-        key = dialect.key(words[i])
-        if key is None:
-            if _SHAPE_OF_MODEL.fullmatch(words[i].text) and not words[i].literal:
-                settings.unread.append(
-                    f"{shown[i]}{_on(words[i])} is not resolved; it is taken as the shape of a model, "
-                    f"as {dialect.host}'s own files set it"
-                )
-            elif not words[i].literal:
-                settings.unread.append(f"{shown[i]}{_on(words[i])} is not resolved and may set anything")
-                settings.defaults = False
-            i += 1
+    roles = _roles(words, dialect)
+    for i, (word, role) in enumerate(zip(words, roles, strict=True)):
+        if role == "open":
+            if len(settings.unread) <= _MOST_LINES:
+                settings.unread.append(f"{_shown(words, i)} is not resolved and may set anything")
+            settings.defaults = False
+        elif role == "shape":
+            settings.unread.append(
+                f"{_shown(words, i)} is not resolved; it is taken as the shape of a model, "
+                f"as {dialect.host}'s own files set it"
+            )
+        key = dialect.key(word)
+        if role != "key" or key is None:
             continue
-        option, equals, value = words[i].text.partition("=")
-        end = i + 1
-        while not (equals or end == len(words) or _ends_values(words, end, dialect)):
-            end += 1
-        values = words[i : i + 1] if equals else words[i + 1 : end]
-        flag = _flag(option, dialect)
-        known = all(word.literal for word in values)
-        if flag is not None:
-            settings.given[key] = flag[1]
-        else:
-            settings.given[key] = Text(value if equals else " ".join(w.text for w in values)) if known else UNKNOWN
-        if not known and (key in dialect.defaults or key.startswith(dialect.watched or ("\n",))):
-            unresolved.append(" ".join([*shown[i:end]]) + _on(words[i]))
-        i = end
+        end = next((k for k in range(i + 1, len(words)) if roles[k] != "value"), len(words))
+        _, equals, value = word.text.partition("=")
+        values = [word] if equals else words[i + 1 : end]
+        known = all(value.literal for value in values)
+        flag = _flag(word.text, dialect)
+        text = Text(value if equals else " ".join(value.text for value in values)) if known else UNKNOWN
+        settings.given[key] = text if flag is None else flag[1]
+        if not known and (key in dialect.defaults or (dialect.watched and key.startswith(dialect.watched))):
+            unresolved.append(_shown(words, i, end))
     return unresolved
 
 
-def _ends_values(words: Sequence[Word], i: int, dialect: Dialect) -> bool:
-    """Whether a word is no value of the option before it."""
-    text = words[i].text
-    return text.startswith("--") or _SHAPE_OF_MODEL.fullmatch(text) is not None or _is_open(words, i, dialect)
-
-
-def _on(word: Word) -> str:
-    return f" (line {word.line})" if word.line else ""
+def _shown(words: Sequence[Word], first: int, end: int = 0) -> str:
+    """Words for a message, without secrets, with the line of the first; the word before tells whether it is a secret."""
+    before = max(0, first - 1)
+    shown = redact_arguments([word.text for word in words[before : max(end, first + 1)][:_MOST_WORDS]])
+    line = words[first].line
+    return " ".join(shown[first - before :]) + (f" (line {line})" if line else "")
 
 
 def _merged(parts: Sequence[Settings], dialect: Dialect) -> Settings:

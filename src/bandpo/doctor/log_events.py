@@ -17,7 +17,7 @@ from bandpo.doctor.log_rows import MAX_VALUES, Row
 _MOST_BYTES = 1 << 20  # of a record that is read; those of pictures and histograms may be larger, and are skipped
 _LONGEST_TAG = 500
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-_EVENT_STEP, _EVENT_VERSION, _EVENT_SUMMARY, _SUMMARY_VALUE = 2, 3, 5, 1
+_EVENT_STEP, _EVENT_SUMMARY, _SUMMARY_VALUE = 2, 5, 1
 _VALUE_TAG, _VALUE_SIMPLE, _VALUE_TENSOR = 1, 2, 8
 _TENSOR_TYPE, _TENSOR_CONTENT, _TENSOR_FLOATS, _TENSOR_DOUBLES = 1, 4, 5, 6
 _FORMATS = {1: "<f", 2: "<d"}  # DT_FLOAT and DT_DOUBLE
@@ -79,50 +79,50 @@ def _records(file: BinaryIO, path: Path, said: list[str]) -> Iterator[bytes]:
 def _event(data: bytes) -> tuple[float, list[tuple[str, float]]]:
     """Step and scalars of an event."""
     step, values = 0, list[tuple[str, float]]()
-    for field, kind, value in _fields(data):
+    for field, kind, number, content in _fields(data):
         if field == _EVENT_STEP and kind == _VARINT:
-            step = int(value) - (1 << 64 if int(value) >> 63 else 0)
+            step = number - (1 << 64 if number >> 63 else 0)
         elif field == _EVENT_SUMMARY and kind == _LENGTH:
-            for inner, kind_, one in _fields(bytes(value)):
+            for inner, kind_, _, one in _fields(content):
                 if inner == _SUMMARY_VALUE and kind_ == _LENGTH:
-                    values += _scalar(bytes(one))
+                    values += _scalar(one)
     return float(step), values
 
 
 def _scalar(data: bytes) -> list[tuple[str, float]]:
     """The tag and the number of a value of a summary, nothing if it is no single number."""
-    tag, number = "", None
-    for field, kind, value in _fields(data):
+    tag, scalar = "", None
+    for field, kind, _, content in _fields(data):
         if field == _VALUE_TAG and kind == _LENGTH:
-            tag = bytes(value[:_LONGEST_TAG]).decode("utf-8", "replace")
+            tag = content[:_LONGEST_TAG].decode("utf-8", "replace")
         elif field == _VALUE_SIMPLE and kind == _FIXED32:
-            [number] = struct.unpack("<f", value)
+            [scalar] = struct.unpack("<f", content)
         elif field == _VALUE_TENSOR and kind == _LENGTH:
-            number = _of_tensor(bytes(value))
-    return [] if number is None or not tag or tag == "step" else [(tag, number)]
+            scalar = _of_tensor(content)
+    return [] if scalar is None or not tag or tag == "step" else [(tag, scalar)]
 
 
 def _of_tensor(data: bytes) -> float | None:
     """The number of a tensor that has one, in float32 or float64."""
-    dtype, content = 0, b""
-    for field, kind, value in _fields(data):
+    dtype, numbers = 0, b""
+    for field, kind, number, content in _fields(data):
         if field == _TENSOR_TYPE and kind == _VARINT:
-            dtype = int(value)
+            dtype = number
         elif (field == _TENSOR_CONTENT and kind == _LENGTH) or field in (_TENSOR_FLOATS, _TENSOR_DOUBLES):
-            content = value if isinstance(value, bytes) else b""
+            numbers = content
     form = _FORMATS.get(dtype, "")
-    return struct.unpack(form, content)[0] if form and len(content) == struct.calcsize(form) else None
+    return struct.unpack(form, numbers)[0] if form and len(numbers) == struct.calcsize(form) else None
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
-    """Number, kind and value of each field of a message."""
+def _fields(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """The fields of a message: number, kind, and the value as a whole number or as bytes."""
     place, end = 0, len(data)
     while place < end:
         key, place = _varint(data, place)
         field, kind = key >> 3, key & 7
         if kind == _VARINT:
-            value, place = _varint(data, place)
-            yield field, kind, value
+            number, place = _varint(data, place)
+            yield field, kind, number, b""
             continue
         if kind == _LENGTH:
             length, place = _varint(data, place)
@@ -132,7 +132,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
             raise ValueError(f"a field has the kind {kind}")
         if place + length > end:
             raise ValueError("a field is longer than its record")
-        yield field, kind, data[place : place + length]
+        yield field, kind, 0, data[place : place + length]
         place += length
 
 

@@ -49,7 +49,7 @@ def json_rows(path: Path, said: list[str]) -> Iterator[Row]:
 
 def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:
     """A row of verl's file logger with the metrics outside of `data`; it writes NaN and infinities as null."""
-    data = row.pop("data", None)
+    data: object = row.pop("data", None)
     if not isinstance(data, dict):
         return row
     metrics = cast("dict[str, Any]", data)

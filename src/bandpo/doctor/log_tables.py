@@ -3,8 +3,9 @@
 import os
 import shutil
 import sqlite3
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -106,7 +107,7 @@ def _is_number(kind: str) -> bool:
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path) -> Generator[Any]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -191,7 +192,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         return looks[0] > _MOST_STEPS
 
     database.set_progress_handler(look, _STEPS)
-    if hasattr(database, "setlimit"):  # Python 3.11
+    if sys.version_info >= (3, 11):
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4 * MAX_LINE_BYTES)
     for pragma in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
         database.execute(f"PRAGMA {pragma}")
@@ -210,7 +211,7 @@ def _guard(database: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def _copied(path: Path, said: list[str]) -> Iterator[Path]:
+def _copied(path: Path, said: list[str]) -> Generator[Path]:
     """The database, or a copy of it together with its `-wal` if that has something."""
     with os.fdopen(open_regular(path, follow=False), "rb") as file:
         if file.read(16) != b"SQLite format 3\0":

@@ -190,16 +190,12 @@ def _extended(path: Path, tree: Mapping[Any, Any], s: Settings, depth: int) -> d
 def _base(path: Path, name: str, s: Settings, depth: int) -> dict[str, Any]:
     """The settings of a configuration that another one extends."""
     file = path.parent / name
-    inside = ".." not in PurePosixPath(name).parts and not name.startswith("/") and "\\" not in name
-    if depth < _DEEPEST and inside and file.suffix in (".yaml", ".yml"):
-        try:
-            if not file.resolve().is_relative_to(path.parent.resolve()):
-                raise ValueError(f"{file} leads out of the folder")
-            found = parse_yaml(read_regular(file, _MAX_BYTES, follow=False), str(file))
-            if isinstance(found, dict):
-                return _extended(file, cast("dict[Any, Any]", found), s, depth + 1)
-        except (OSError, RuntimeError):  # RuntimeError: links in a loop
-            pass
+    data = _beside(file, path.parent) if depth < _DEEPEST and ".." not in PurePosixPath(name).parts else None
+    if data is not None:
+        found = parse_yaml(data, str(file))
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} must hold keys and values, got {type(found).__name__}")
+        return _extended(file, cast("dict[Any, Any]", found), s, depth + 1)
     known = BASES.get(PurePosixPath(name).stem)
     if known is not None:
         s.unread.append(f"defaults: {short(name)} is taken to be NeMo-RL's own file of that name")
@@ -207,6 +203,15 @@ def _base(path: Path, name: str, s: Settings, depth: int) -> dict[str, Any]:
     s.unread.append(f"defaults: {short(name)} is not read, and what it sets is not known")
     s.defaults = False
     return {}
+
+
+def _beside(file: Path, folder: Path) -> bytes | None:
+    """The content of a file in a folder or below, None where there is none or it leads out of the folder."""
+    try:
+        inside = file.suffix in (".yaml", ".yml") and file.resolve().is_relative_to(folder.resolve())
+        return read_regular(file, _MAX_BYTES, follow=False) if inside else None
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a loop; ValueError: no regular file
+        return None
 
 
 def _steps(s: Settings) -> tuple[float | None, str]:

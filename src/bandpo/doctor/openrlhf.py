@@ -201,7 +201,7 @@ def _icepop(s: Settings) -> IcePop | None:
     if s.get("algo.advantage.is_correction_type") != "icepop":
         return None
     edges = s.numbers("algo.advantage.is_correction_threshold", 2)
-    return None if edges is None else IcePop(*edges)
+    return None if edges is None else IcePop(edges[0], edges[1])
 
 
 def _kl(s: Settings) -> tuple[float | None, str | None, str]:

@@ -52,7 +52,7 @@ def read_tree(
 
     Args:
         path: The file.
-        tree: Its keys and values.
+        tree: The keys and values of the file.
         overrides: Settings `key=value`, which replace those of the file.
         vocabulary: Number of tokens in the model's vocabulary; None if it is not known.
 

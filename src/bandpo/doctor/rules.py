@@ -60,7 +60,7 @@ def loss_in_use(s: Setup) -> Finding:
             "bypass",
             "note",
             f"the loss is {s.host}'s own ({s.objective.name}); bandpo has no part in it",
-            "the findings below are about that loss",
+            "the other findings are about that loss",
             s.knob("use"),
         )
     return Finding("bypass", "ok", f"bandpo computes the loss: {s.objective.name}, {s.objective.formula or 'your own'}")
@@ -340,7 +340,7 @@ def cap_threshold(band: Band) -> float | None:
 
 
 def _unknown(rule: str, what: str, why: str = "") -> Finding:
-    return Finding(rule, "note", f"not known: {what}", why or "see the lines `unread` below")
+    return Finding(rule, "note", f"not known: {what}", why or "see the lines `unread`")
 
 
 def _intervals(s: Setup) -> RatioBounds | None:

@@ -3,8 +3,10 @@
 import hashlib
 import math
 from collections import defaultdict
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from bandpo.doctor.columns import Part
 from bandpo.doctor.findings import Finding
@@ -39,9 +41,10 @@ class Groups:
         used = part.valid.any(-1)
         signal = ((part.columns["advantages"] != 0) & part.valid).any(-1)
         first = part.valid.int().argmax(-1, keepdim=True)  # the group of a sequence is that of its first valid token
-        groups, signals = group.gather(-1, first).squeeze(-1).tolist(), signal.tolist()
+        groups = cast("list[int]", group.gather(-1, first).squeeze(-1).tolist())
+        signals = cast("list[bool]", signal.tolist())
         ids = part.columns.get("completion_ids")
-        for row in used.nonzero().flatten().tolist():
+        for row in cast("list[int]", used.nonzero().flatten().tolist()):
             if self._sequences == _MOST:
                 self._cut = True
                 return
@@ -52,7 +55,7 @@ class Groups:
             if ids is not None:
                 self._compare(at, ids[row][part.mask[row]])
 
-    def _compare(self, group: int, ids: torch.Tensor) -> None:
+    def _compare(self, group: int, ids: Tensor) -> None:
         digest = hashlib.blake2b(ids.to(torch.int64).contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
         known = self._seen.setdefault(group, set())
         self._repeated += digest in known
@@ -133,11 +136,13 @@ class Lengths:
         mass = (advantages.abs() * x.exp()).masked_fill(~valid, 0.0).sum(-1)[used]
         mean = (advantages.sum(-1) / valid.sum(-1).clamp_min(1))[used]
         self._advantages.add(lengths.double(), mean)
-        distinct, places = lengths.unique(return_inverse=True)
+        distinct, places = cast("tuple[Tensor, Tensor]", torch.unique(lengths, return_inverse=True))
         columns = (torch.ones_like(mass), mass, mass / lengths)
         sums = torch.stack([torch.zeros(len(distinct), dtype=torch.float64, device=mass.device).index_add_(0, places, c)
                             for c in columns], 1)  # fmt: skip
-        for length, row in zip(distinct.tolist(), sums.tolist(), strict=True):
+        for length, row in zip(
+            cast("list[int]", distinct.tolist()), cast("list[list[float]]", sums.tolist()), strict=True
+        ):
             known = self._by_length.setdefault(length, [0.0, 0.0, 0.0])
             self._by_length[length] = [a + b for a, b in zip(known, row, strict=True)]
 
@@ -181,7 +186,7 @@ class _Correlation:
         self._means = torch.zeros(2, dtype=torch.float64)
         self._products = torch.zeros(2, 2, dtype=torch.float64)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor) -> None:
         n = len(x)
         if not n:
             return
@@ -196,7 +201,7 @@ class _Correlation:
     @property
     def value(self) -> float:
         """The correlation; NaN where one of the two does not vary."""
-        (xx, xy), (_, yy) = self._products.tolist()
+        (xx, xy), (_, yy) = cast("list[list[float]]", self._products.tolist())
         scale = math.sqrt(xx * yy)
         # What is left of the variance of equal numbers is rounding.
         varies = xx > 1e-24 * self._count and yy > 1e-24 * self._count

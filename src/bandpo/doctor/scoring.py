@@ -161,19 +161,15 @@ def measure_noise(
         own = next(model.parameters()).dtype == dtype
         of_dtype = model if own else copy.deepcopy(model).to(dtype)
         label = str(dtype).removeprefix("torch.")
-        scored = {
-            what: score(of_dtype, input_ids, attention_mask, temperature=temperature, **given)
-            for what, given in (
-                ("base", {"seen": taken if kept is not None and first is None else None}),
-                (f"one sequence at a time, {label}", {"rows": 1}),
-                (f"left padding, {label}", {"padding": "left"}),
-            )
-        }
-        base = scored.pop("base")
+        watched = taken if kept is not None and first is None else None
+        base = score(of_dtype, input_ids, attention_mask, temperature=temperature, seen=watched)
+        alone = score(of_dtype, input_ids, attention_mask, temperature=temperature, rows=1)
+        left = score(of_dtype, input_ids, attention_mask, temperature=temperature, padding="left")
         if first is not None:
             found[f"{label} against {str(dtypes[0]).removeprefix('torch.')}"] = _noise(first, base, counted, objectives)
         first = base if first is None else first
-        found |= {what: _noise(base, again, counted, objectives) for what, again in scored.items()}
+        found[f"one sequence at a time, {label}"] = _noise(base, alone, counted, objectives)
+        found[f"left padding, {label}"] = _noise(base, left, counted, objectives)
         del of_dtype
     return found
 

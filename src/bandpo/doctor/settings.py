@@ -109,14 +109,21 @@ class Settings:
     def numbers(self, key: str, count: int) -> list[float] | None:
         """The value of `key` as finite numbers, None if they are not known.
 
+        Args:
+            key: A dotted key.
+            count: How many numbers it must have.
+
         Raises:
             ValueError: If the value is something else, or another number of them.
         """
         value = self.get(key)
         if value is UNKNOWN:
             return None
-        several = isinstance(value, list | tuple)
-        parts = list(cast("Iterable[Any]", value)) if several else value.split() if isinstance(value, str) else [value]
+        parts: list[Any] = [value]
+        if isinstance(value, str):
+            parts = [*value.split()]
+        elif type(value) in (list, tuple):
+            parts = [*cast("Iterable[Any]", value)]
         if len(parts) != count:
             raise ValueError(f"{key}: {short(value)} is not {count} numbers")
         return [_number(key, part) for part in parts]
@@ -182,10 +189,11 @@ class Settings:
 
     def lines(self) -> tuple[str, ...]:
         """The lines about what is unread, each once, without secrets and of bounded length."""
-        whole = [redact_text(line) for line in dict.fromkeys(self.unread)]
-        lines = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in whole]
-        more = len(lines) - _MAX_UNREAD
-        return (*lines[:_MAX_UNREAD], *([f"and {more} more lines that are not read"] if more > 0 else ()))
+        found = list(dict.fromkeys(self.unread))
+        shown = [redact_text(line) for line in found[:_MAX_UNREAD]]
+        shown = [line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 3] + "..." for line in shown]
+        more = len(found) - _MAX_UNREAD
+        return (*shown, *([f"and {more} more lines that are not read"] if more > 0 else ()))
 
     def taken(self) -> tuple[str, ...]:
         """The defaults that were used, as `key=value`."""

@@ -1,6 +1,7 @@
 """How far the tokens are from the policy in training: effective sample size of the ratios, age of the samples."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -120,14 +121,14 @@ class Age:
         self._of_versions = not part.has("age")
         given = part.columns["version" if self._of_versions else "age"]
         valid = part.valid & (given.to(torch.float64).isfinite())
-        ages, places = torch.unique(given[valid].to(torch.float64), return_inverse=True)
+        ages, places = cast("tuple[Tensor, Tensor]", torch.unique(given[valid].to(torch.float64), return_inverse=True))
         if len(ages) > _MOST_AGES:
             self._too_many = True
             return
         x = (part.columns["logprobs"] - part.columns["old_logprobs"])[valid].abs()
         columns = [torch.ones_like(x), self._outside(part)[valid].double(), x]
         sums = torch.stack([torch.zeros_like(ages).index_add_(0, places, c) for c in columns], 1)
-        for age, row in zip(ages.tolist(), sums.tolist(), strict=True):
+        for age, row in zip(cast("list[float]", ages.tolist()), cast("list[list[float]]", sums.tolist()), strict=True):
             known = self._counts.setdefault(age, [0.0, 0.0, 0.0])
             self._counts[age] = [a + b for a, b in zip(known, row, strict=True)]
         self._too_many = len(self._counts) > _MOST_AGES
@@ -195,6 +196,6 @@ def _few(rows: list[tuple[float, list[float]]]) -> list[tuple[str, list[float]]]
     shown = [(f"{age:g}", counts) for age, counts in rows[:_SHOWN]]
     rest = rows[_SHOWN:]
     if rest:
-        together = [sum(column) for column in zip(*(counts for _, counts in rest), strict=True)]
+        together = [math.fsum(column) for column in zip(*(counts for _, counts in rest), strict=True)]
         shown.append((f">={rest[0][0]:g}", together))
     return shown

@@ -31,8 +31,7 @@ class Quantiles:
         """The largest of them."""
         self.error = 0.0
         """Largest relative error of the quantiles that have been asked for."""
-        self._ranked = Largest(1 << 62)
-        self._ranked.KEPT = self.KEPT
+        self._ranked = Largest(1 << 62, kept=self.KEPT)
 
     def add(self, values: Tensor) -> None:
         """Take further numbers.

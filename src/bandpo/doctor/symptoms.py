@@ -4,13 +4,14 @@ import math
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from bandpo._system.jsonl import as_number
 from bandpo.doctor import trends
 from bandpo.doctor.findings import Finding
 from bandpo.doctor.log_rows import LogRows, number_in
+from bandpo.doctor.series import Stats, Symptomatic, stats_of
 from bandpo.integrations.names import STEPS, logged_names, own_names
 
 
@@ -24,6 +25,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "clip": own_names("clip_fraction/any"),
     "outside": own_names("outside_fraction/any"),
     "ratio": own_names("ratio/mean"),
+    "spent": (*own_names("band/divergence_mean"), "actor/band/band/divergence_mean"),
     "divergence": (*own_names("band/divergence_max"), "actor/band/band/divergence_max"),
     "cap": (*own_names("band/cap_fraction"), "actor/band/band/cap_fraction"),
     "nonfinite": own_names("nonfinite_fraction"),
@@ -49,6 +51,7 @@ MEANINGS: Mapping[str, str] = {
     "clip": "share of clipped tokens",
     "outside": "share of tokens outside the region",
     "ratio": "mean ratio",
+    "spent": "mean divergence over the radius",
     "divergence": "largest divergence over the radius",
     "cap": "share of edges set by the cap",
     "nonfinite": "share of tokens that are not finite",
@@ -84,9 +87,11 @@ COLLAPSE, EXPLOSION = 0.2, 2.0
 """Entropy at the end over that at the start, below and above which it counts as collapsed or exploded."""
 LOW_ENTROPY = 0.05  # nats; a fall that ends above is no collapse
 TIGHT = 0.2  # share of clipped tokens
-FAR = 10.0  # realised divergence over the radius
+FAR = 1.0  # realised divergence over the radius, mean over tokens
 MISMATCH = 0.02  # mean |log-prob difference| between sampler and trainer, nats
-MANY = 0.5  # share of groups without signal, of completions cut off, of edges set by the cap
+MANY = 0.5  # share of completions cut off, of edges set by the cap
+SILENT = 0.8  # share of groups without signal; runs that learn well come to 0.6, where many prompts are solved
+UNSCORED = 0.01  # share of samples without a reward
 
 
 class _Series:
@@ -104,7 +109,7 @@ class _Series:
         self.values, self.places = array("d"), array("i")
 
 
-class Log:
+class Log(Symptomatic):
     """The series of a log, by their meaning: 12 bytes for each value that a rule looks at, and 8 for each row.
 
     Where steps go back, because a run was resumed or its rows were shuffled, the series are by step, and of two values for
@@ -154,6 +159,7 @@ class Log:
         self._finite = {what: _finite(values) for what, (_, values) in self.found.items()}
         self.said = tuple(file.said) if file else ()
         """What the reader of the file noticed."""
+        self._stats: dict[str, Stats] = {}
 
     def _add(self, row: Mapping[str, Any], series: dict[str, _Series]) -> None:
         """Take the numbers of a row, of each metric under its most preferred name."""
@@ -223,33 +229,20 @@ class Log:
         self.replaced = max(self.replaced, len(steps) - len(kept))
         return array("d", (series.values[i] for i in reversed(kept)))
 
-    def series(self, what: str) -> tuple[str, Sequence[float]]:
-        """The name of a metric in the log, and its finite values.
+    def known(self) -> Set[str]:
+        return self.found.keys()
 
-        Args:
-            what: A key of `NAMES`.
-        """
-        return self.found[what][0] if what in self.found else NAMES[what][0], self._finite.get(what, _NONE)
+    def others_lost(self) -> Mapping[str, int]:
+        return self.broken
 
-    def always(self, what: str, value: float) -> bool:
-        """Whether a metric is in some row, and has this value in every row in which it is.
+    def series(self, what: str) -> tuple[str, Stats]:
+        if what not in self._stats:
+            self._stats[what] = stats_of(self._finite.get(what, _NONE))
+        return self.found[what][0] if what in self.found else NAMES[what][0], self._stats[what]
 
-        Args:
-            what: A key of `NAMES`.
-            value: The value to compare with.
-        """
-        _, values = self.found.get(what, ("", _NONE))
-        return bool(values) and values.count(value) == len(values)
-
-    def no_signal(self) -> str:
-        """The evidence that every advantage was 0 in every row, "" if there is none."""
-        if self.always("zero variance", 1):
-            return f"{self.found['zero variance'][0]} is 1"
-        if self.always("largest advantage", 0) and self.always("smallest advantage", 0):
-            return "every advantage is 0"
-        if self.always("spread", 0):
-            return f"{self.found['spread'][0]} is 0"
-        return ""
+    def lost(self, what: str) -> tuple[int, int]:
+        values = self.found[what][1]
+        return len(values) - len(self._finite[what]), len(values)
 
 
 def examine_log(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
@@ -272,26 +265,31 @@ def examine_log(rows: Iterable[Mapping[str, Any]]) -> list[Finding]:
     if not log.found and not log.broken:
         raise ValueError(
             f"the log has {log.rows}{' or more' * (log.rows == _SEARCHED)} rows and none of the metrics that are looked for: "
-            f"{', '.join(names[0] for names in NAMES.values())}, or another host's names for these"
+            f"{_listed([names[0] for names in NAMES.values()])}, or another host's names for these"
             + (f"; it has {_listed(sorted(map(str, log.columns)))}" if log.columns else "")
         )
-    return [f for rule in RULES if (f := rule(log)) is not None]
+    found = [f for rule in RULES if (f := rule(log)) is not None]
+    return [*found, *([note] if (note := reading(log)) is not None else []), columns(log)]
 
 
-def entropy(log: Log) -> Finding | None:
+def entropy(log: Symptomatic) -> Finding | None:
     """Whether the entropy collapsed or exploded."""
     name, values = log.series("entropy")
-    if len(values) < 5:
+    if values.count < 5:
         return None
-    start, end = _ends(values)
-    seen = f"{name} went from {start:.3f} to {end:.3f} nats"
+    start, end = values.start, values.end
+    seen, numbers = f"{name} went from {start:.3f} to {end:.3f} nats", {"start": start, "end": end}
     if end < COLLAPSE * start and end < LOW_ENTROPY + COLLAPSE * start and start > LOW_ENTROPY:
         return Finding(
             "entropy",
             "warning",
             f"{seen}: collapse",
-            "the policy has become nearly deterministic; rare tokens that led to rewards can no longer be sampled",
-            "a band (bandpo-kl) or a higher epsilon_high, a smaller learning rate, fewer steps for each rollout, a larger beta",
+            "the policy has become nearly deterministic: common tokens take all probability, and rare tokens that led to "
+            "rewards can no longer be sampled",
+            "a higher upper edge for rare tokens: the upper half of a band (objective=bandpo-kl-upper) or Clip-Higher "
+            "(epsilon_high=0.28, clip_ratio_high=0.28); or a tighter lower edge (a smaller epsilon, clip_ratio_low), a smaller "
+            "learning rate, fewer steps for each rollout. Not the whole band: its lower half lets rare tokens fall",
+            numbers=numbers,
         )
     if end > EXPLOSION * start and end > start + LOW_ENTROPY:
         return Finding(
@@ -300,82 +298,91 @@ def entropy(log: Log) -> Finding | None:
             f"{seen}: explosion",
             "updates move probability to tokens that were not sampled, often because of noise in the advantages or a sampler "
             "that differs from the trainer",
-            "a smaller radius or learning rate, max_ratio=10, top_p=1; look at the sampler mismatch",
+            "a smaller radius (epsilon_high) or learning rate, a cap (max_ratio=10), top_p=1; look at the sampler mismatch",
+            numbers=numbers,
         )
-    return Finding("entropy", "ok", seen)
+    return Finding("entropy", "ok", seen, numbers=numbers)
 
 
-def clipping(log: Log) -> Finding | None:
+def clipping(log: Symptomatic) -> Finding | None:
     """Whether the region clips no token at all, or too many."""
     name, values = log.series("clip")
     if not values:
         return None
-    mean, largest = sum(values) / len(values), max(values)
-    ratio, ratios = log.series("ratio")
-    if largest == 0 and log.no_signal():
-        return Finding(
-            "clipping", "note", f"{name} is 0 in all {len(values)} rows", "no group had a signal: see `signal`"
-        )
+    numbers = {"mean": values.mean, "largest": values.largest}
+    nowhere = f"{name} is 0 in all {values.count} rows"
+    if values.largest == 0 and log.no_signal():
+        return Finding("clipping", "note", nowhere, "no group had a signal: see `signal`", numbers=numbers)
     outside_name, outside = log.series("outside")
-    if largest == 0 and max(outside, default=0.0) > 0:  # a surrogate such as `soft_edge`, which takes no gradient away
+    if values.largest == 0 and outside.largest > 0:  # a surrogate such as `soft_edge`, which takes no gradient away
         return Finding(
             "clipping",
             "ok",
             f"{name} is 0, because the surrogate keeps the gradient of tokens outside the region; {outside_name} is "
-            f"{sum(outside) / len(outside):.4f} on average, {max(outside):.4f} at most",
+            f"{outside.mean:.4f} on average, {outside.largest:.4f} at most",
+            numbers={"mean": outside.mean, "largest": outside.largest},
         )
-    if largest == 0:
-        inert = bool(ratios) and max(abs(r - 1) for r in ratios) < 1e-6
+    if values.largest == 0:
+        ratio, ratios = log.series("ratio")
+        inert = bool(ratios) and max(abs(ratios.largest - 1), abs(ratios.smallest - 1)) < 1e-6
         return Finding(
             "clipping",
             "problem" if inert else "warning",
-            f"{name} is 0 in all {len(values)} rows" + (f", and {ratio} is 1: the region is inert" if inert else ""),
+            nowhere + (f", and {ratio} is 1: the region is inert" if inert else ""),
             "each rollout is used for one optimiser step, so nothing can be clipped"
             if inert
             else "the updates are too small to reach the edge, or each rollout is used for one optimiser step",
-            "num_iterations=2 or more"
+            "num_iterations=2 or more (ppo_epochs=2)"
             if inert
             else "a smaller radius, a higher learning rate, or more steps for each rollout",
+            numbers=numbers,
         )
-    if mean > TIGHT:
+    if values.mean > TIGHT:
         return Finding(
             "clipping",
             "warning",
-            f"{name} is {mean:.3f} on average, {largest:.3f} at most",
+            f"{name} is {values.mean:.3f} on average, {values.largest:.3f} at most",
             "many tokens have left the region: it is tight for this learning rate and reuse",
             "a larger radius (bandpo doctor BATCH --target 0.02 computes one), a smaller learning rate, fewer steps for each "
             "rollout",
+            numbers=numbers,
         )
-    return Finding("clipping", "ok", f"{name} is {mean:.4f} on average, {largest:.4f} at most")
+    seen = f"{name} is {values.mean:.4f} on average, {values.largest:.4f} at most"
+    return Finding("clipping", "ok", seen, numbers=numbers)
 
 
-def overshoot(log: Log) -> Finding | None:
-    """Whether tokens are far outside of the region: a clip removes their gradients, but does not move them back."""
-    name, values = log.series("divergence")
-    if not values:
-        return None
-    mean = sum(values) / len(values)
-    seen = f"the furthest token of a step is {mean:.2f} radii out on average, {max(values):.2f} at most ({name})"
-    if mean > FAR:
+def overshoot(log: Symptomatic) -> Finding | None:
+    """Whether tokens are far outside of the region: a clip removes their gradients, but does not move them back.
+
+    The mean over tokens decides. The furthest token of a batch is the further out the more tokens the batch has, and is as far
+    in runs that learn as in runs that a large learning rate has broken.
+    """
+    (name, spent), (furthest, most) = log.series("spent"), log.series("divergence")
+    if not spent:
+        seen = f"the furthest token of a step is {most.mean:.2f} radii out on average, {most.largest:.2f} at most ({furthest})"
+        return Finding("overshoot", "ok", seen, numbers={"furthest": most.largest}) if most else None
+    numbers = {"mean": spent.mean, "largest": spent.largest}
+    seen = f"tokens are {spent.mean:.2f} radii from the old policy on average, {spent.largest:.2f} in the worst row ({name})"
+    if spent.largest > FAR:
         return Finding(
             "overshoot",
             "warning",
             seen,
-            "a clip stops the gradient of a token outside, and does not bring it back: one step was large enough to move "
-            "tokens far outside",
-            "a smaller learning rate, a smaller max_grad_norm, more samples in a step",
+            "a clip stops the gradient of a token outside, and does not bring it back: a step was so large that the average "
+            "token left the region",
+            "a smaller learning rate, a smaller max_grad_norm (grad_clip), more samples in a step",
+            numbers=numbers,
         )
-    return Finding("overshoot", "ok", seen)
+    return Finding("overshoot", "ok", seen, numbers=numbers)
 
 
-def mismatch(log: Log) -> Finding | None:
+def mismatch(log: Symptomatic) -> Finding | None:
     """Whether sampler and trainer differ."""
     name, values = log.series("mismatch")
     if not values:
         return None
-    _, end = _ends(values)
-    seen = f"{name} is {end:.4f} at the end"
-    if end > MISMATCH:
+    seen = f"{name} is {values.end:.4f} at the end"
+    if values.end > MISMATCH:
         return Finding(
             "mismatch",
             "warning",
@@ -384,11 +391,12 @@ def mismatch(log: Log) -> Finding | None:
             "sampling",
             "an objective with the rollout anchor (dppo-kl) or a correction (tis, icepop), in TRL with use_vllm; the same "
             "dtype on both sides, in TRL without use_vllm bf16=False; top_p=1 and top_k off",
+            numbers={"end": values.end},
         )
-    return Finding("mismatch", "ok", seen)
+    return Finding("mismatch", "ok", seen, numbers={"end": values.end})
 
 
-def signal(log: Log) -> Finding | None:
+def signal(log: Symptomatic) -> Finding | None:
     """Whether any group ever had rewards that differ."""
     silent = log.no_signal()
     if silent:
@@ -400,24 +408,24 @@ def signal(log: Log) -> Finding | None:
             "and every ratio stays 1",
             "prompts of medium difficulty, more completions of each; look at the reward",
         )
-    if any(what in log.found for what in ("zero variance", "spread", "largest advantage")):
+    if not log.known().isdisjoint(("zero variance", "spread", "largest advantage")):
         return Finding("signal", "ok", "some groups had rewards that differ")
     return None
 
 
-def still(log: Log) -> Finding | None:
+def still(log: Symptomatic) -> Finding | None:
     """Whether any metric changes from row to row."""
-    series = [values for what in log.found if len(values := log.series(what)[1]) >= 5]
+    series = [values for what in log.known() if (values := log.series(what)[1]).count >= 5]
     name, norms = log.series("gradient")
-    if len(norms) >= 5 and not any(norms):
+    if norms.count >= 5 and norms.zeros == norms.count:
         return Finding(
             "still",
             "problem",
-            f"{name} is 0 in all {len(norms)} rows: no weight moves",
+            f"{name} is 0 in all {norms.count} rows: no weight moves",
             "no advantage, an empty loss mask, or parameters that do not require a gradient",
             "look at rewards and loss mask",
         )
-    if len(series) > 1 and all(values.count(values[0]) == len(values) for values in series):
+    if len(series) > 1 and all(values.constant for values in series):
         return Finding(
             "still",
             "warning",
@@ -428,7 +436,7 @@ def still(log: Log) -> Finding | None:
     return Finding("still", "ok", "metrics move from row to row") if series else None
 
 
-def zero_variance(log: Log) -> Finding | None:
+def zero_variance(log: Symptomatic) -> Finding | None:
     """How many groups have rewards that are all equal."""
     if log.no_signal():
         return None
@@ -437,11 +445,12 @@ def zero_variance(log: Log) -> Finding | None:
         "zero variance",
         "groups",
         "their completions all have the same reward, so their advantages are 0 and nothing is learned from them",
-        "prompts of medium difficulty, more num_generations, dynamic_sampling=2 or pruning",
+        "prompts of medium difficulty, more num_generations (rollout.n), dynamic_sampling=2 or pruning",
+        most=SILENT,
     )
 
 
-def cut_off(log: Log) -> Finding | None:
+def cut_off(log: Symptomatic) -> Finding | None:
     """How many completions end at the maximal length."""
     return _share(
         log,
@@ -452,20 +461,19 @@ def cut_off(log: Log) -> Finding | None:
     )
 
 
-def cap(log: Log) -> Finding | None:
+def cap(log: Symptomatic) -> Finding | None:
     """How many upper edges are set by the cap."""
     return _share(log, "cap", "cap", "most upper edges are set by max_ratio and not by the radius", "max_ratio")
 
 
-def nonfinite(log: Log) -> Finding | None:
+def nonfinite(log: Symptomatic) -> Finding | None:
     """Whether log-probs, or the value of any metric, are NaN or infinite."""
     name, values = log.series("nonfinite")
-    seen = [f"{name} is not 0 in {sum(v != 0 for v in values)} rows"] if any(values) else []
-    for other, numbers in log.found.values():
-        broken = sum(not math.isfinite(v) for v in numbers)
-        if broken:
-            seen.append(f"{other} is not finite in {broken} of {len(numbers)} rows")
-    update = {other: count for other, count in log.broken.items() if _OF_THE_UPDATE.search(other)}
+    others = log.others_lost()
+    rows = values.count - values.zeros
+    seen = [f"{name} is not 0 in {rows} rows"] if rows else []
+    seen += [f"{other} is not finite in {broken} of {count} rows" for other, broken, count in log.not_finite()]
+    update = {other: count for other, count in others.items() if _OF_THE_UPDATE.search(other)}
     seen += [f"{other} is not finite in {count} rows" for other, count in [*update.items()][:_SHOWN]]
     if seen:
         return Finding(
@@ -476,8 +484,8 @@ def nonfinite(log: Log) -> Finding | None:
             "weights that are NaN",
             "float32 log-probs, a smaller learning rate, an earlier checkpoint",
         )
-    if log.broken:
-        names = [*log.broken]
+    if others:
+        names = [*others]
         return Finding(
             "nonfinite",
             "warning",
@@ -489,30 +497,30 @@ def nonfinite(log: Log) -> Finding | None:
     return Finding("nonfinite", "ok", f"{name} is 0 throughout") if values else None
 
 
-def unscored(log: Log) -> Finding | None:
+def unscored(log: Symptomatic) -> Finding | None:
     """How many samples have no reward."""
     name, values = log.series("unscored")
     if not values:
         return None
-    mean = sum(values) / len(values)
-    if mean > 0.01:
+    if values.mean > UNSCORED:
         return Finding(
             "unscored",
             "warning",
-            f"{name} is {mean:.3f} on average",
+            f"{name} is {values.mean:.3f} on average",
             "the reward function gave no number: it failed, took too long, or could not read the reference answer",
             "failed_reward.jsonl has samples; reward_timeout, or mend the function",
+            numbers={"mean": values.mean},
         )
-    return Finding("unscored", "ok", f"{name} is {mean:.4f} on average")
+    return Finding("unscored", "ok", f"{name} is {values.mean:.4f} on average", numbers={"mean": values.mean})
 
 
-def reward(log: Log) -> Finding | None:
+def reward(log: Symptomatic) -> Finding | None:
     """How the reward changed."""
     name, values = log.series("reward")
-    if len(values) < 5:
+    if values.count < 5:
         return None
-    start, end = _ends(values)
-    return Finding("reward", "note", f"{name} went from {start:.3f} to {end:.3f}")
+    seen = f"{name} went from {values.start:.3f} to {values.end:.3f}"
+    return Finding("reward", "note", seen, numbers={"start": values.start, "end": values.end})
 
 
 def reading(log: Log) -> Finding | None:
@@ -527,7 +535,7 @@ def reading(log: Log) -> Finding | None:
     return Finding("log", "note", "; ".join(seen), numbers={"replaced": log.replaced}) if seen else None
 
 
-def columns(log: Log) -> Finding | None:
+def columns(log: Log) -> Finding:
     """Which columns were understood, and as what."""
     known = {name: MEANINGS[what] for what, (name, _) in log.found.items()}
     others = len(log.columns.difference(known, STEPS))
@@ -536,13 +544,13 @@ def columns(log: Log) -> Finding | None:
     return Finding(
         "columns",
         "note",
-        f"of {len(known) + others}{more} columns{kind} {len(known)} are looked at: "
+        f"{len(known)} of {len(known) + others}{more} columns{kind} looked at: "
         + (", ".join(f"{name} = {meaning}" for name, meaning in known.items()) or "none"),
         numbers={"understood": len(known), "others": others},
     )
 
 
-RULES: tuple[Callable[[Log], Finding | None], ...] = (
+RULES: tuple[Callable[[Symptomatic], Finding | None], ...] = (
     nonfinite,
     signal,
     clipping,
@@ -555,8 +563,6 @@ RULES: tuple[Callable[[Log], Finding | None], ...] = (
     unscored,
     still,
     reward,
-    reading,
-    columns,
     trends.entropy_cause,
     trends.effective_size,
     trends.age,
@@ -569,19 +575,14 @@ def _listed(names: Sequence[str]) -> str:
     )
 
 
-def _share(log: Log, what: str, rule: str, cause: str, knob: str) -> Finding | None:
+def _share(log: Symptomatic, what: str, rule: str, cause: str, knob: str, *, most: float = MANY) -> Finding | None:
     name, values = log.series(what)
     if not values:
         return None
-    _, end = _ends(values)
-    if end > MANY:
-        return Finding(rule, "warning", f"{name} is {end:.2f} at the end", cause, knob)
-    return Finding(rule, "ok", f"{name} is {end:.2f} at the end")
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    size = max(1, len(values) // 10)
-    return sum(values[:size]) / size, sum(values[-size:]) / size
+    seen, numbers = f"{name} is {values.end:.2f} at the end", {"end": values.end}
+    if values.end > most:
+        return Finding(rule, "warning", seen, cause, knob, numbers=numbers)
+    return Finding(rule, "ok", seen, numbers=numbers)
 
 
 def is_broken(value: Any) -> bool:

@@ -1,9 +1,7 @@
 """Symptoms in a log that need more than one metric, or one that few hosts write: entropy with its cause, ages, weights."""
 
-from collections.abc import Sequence
-from typing import Protocol
-
 from bandpo.doctor.findings import Finding
+from bandpo.doctor.series import Symptomatic
 
 FEW = 0.5
 """Effective share of the samples below which their weights are told as too unequal."""
@@ -16,31 +14,17 @@ ONE_SIDE = 2.0
 _FEWEST = 5  # rows
 
 
-class Series(Protocol):
-    """A log, as `bandpo.doctor.symptoms.Log`."""
-
-    def series(self, what: str) -> tuple[str, Sequence[float]]:
-        """The name of a metric in the log, and its finite values.
-
-        Args:
-            what: What is measured.
-        """
-        ...
-
-
-def entropy_cause(log: Series) -> Finding | None:
+def entropy_cause(log: Symptomatic) -> Finding | None:
     """Which edge the entropy's course agrees with.
 
     An upper edge holds down the probability of rare tokens, which lowers the entropy; a lower edge holds it up, which raises
     the entropy (arXiv:2509.26114; docs/evidence.md).
     """
     (name, entropy), (low_name, low), (high_name, high) = (log.series(k) for k in ("entropy", "clip low", "clip high"))
-    if len(entropy) < _FEWEST or not (low and high):
+    if entropy.count < _FEWEST or not (low and high):
         return None
-    start, end = _ends(entropy)
-    below, above = sum(low) / len(low), sum(high) / len(high)
-    slope = _slope(entropy)
-    numbers = {"start": start, "end": end, "slope": slope, "clips_below": below, "clips_above": above}
+    start, end, below, above = entropy.start, entropy.end, low.mean, high.mean
+    numbers = {"start": start, "end": end, "clips_below": below, "clips_above": above}
     side = (
         "the lower edge"
         if below > ONE_SIDE * above
@@ -48,10 +32,7 @@ def entropy_cause(log: Series) -> Finding | None:
         if above > ONE_SIDE * below
         else "both edges alike"
     )
-    seen = (
-        f"{name} went from {start:.3f} to {end:.3f} ({slope:+.2g} a row) while {low_name} was {below:.4f} and {high_name} "
-        f"{above:.4f}"
-    )
+    seen = f"{name} went from {start:.3f} to {end:.3f} while {low_name} was {below:.4f} and {high_name} {above:.4f}"
     if below == above == 0 or not start > 0 or abs(end - start) <= MOVED * start:
         state = (
             "it is steady" if abs(end - start) <= MOVED * abs(start) else "nothing was clipped, so no edge is its cause"
@@ -75,14 +56,14 @@ def entropy_cause(log: Series) -> Finding | None:
     return Finding("entropy cause", "note", seen, cause, knob, numbers=numbers)
 
 
-def effective_size(log: Series) -> Finding | None:
+def effective_size(log: Symptomatic) -> Finding | None:
     """How many of the samples the weights for the sampler's mismatch leave in effect."""
     name, values = log.series("effective size")
     if not values:
         return None
-    start, end = _ends(values)
-    numbers = {"start": start, "end": end, "least": min(values)}
-    seen = f"{name} is {end:.3f} at the end, {min(values):.3f} at least"
+    end = values.end
+    numbers = {"start": values.start, "end": end, "least": values.smallest}
+    seen = f"{name} is {end:.3f} at the end, {values.smallest:.3f} at least"
     if end > 1 + 1e-6:
         return Finding("effective size", "note", f"{seen}: a number of samples, not a share", numbers=numbers)
     if end < FEW:
@@ -97,14 +78,14 @@ def effective_size(log: Series) -> Finding | None:
     return Finding("effective size", "ok", seen, numbers=numbers)
 
 
-def age(log: Series) -> Finding | None:
+def age(log: Symptomatic) -> Finding | None:
     """How many updates old the samples are."""
     name, values = log.series("age")
     if not values:
         return None
-    _, end = _ends(values)
-    numbers = {"end": end, "most": max(values)}
-    seen = f"{name} is {end:.2f} updates at the end, {max(values):.2f} at most"
+    end = values.end
+    numbers = {"end": end, "most": values.largest}
+    seen = f"{name} is {end:.2f} updates at the end, {values.largest:.2f} at most"
     if end > OLD:
         return Finding(
             "age",
@@ -115,15 +96,3 @@ def age(log: Series) -> Finding | None:
             numbers=numbers,
         )
     return Finding("age", "ok", seen, numbers=numbers)
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    size = max(1, len(values) // 10)
-    return sum(values[:size]) / size, sum(values[-size:]) / size
-
-
-def _slope(values: Sequence[float]) -> float:
-    """The slope of the least-squares line over the rows."""
-    n = len(values)
-    middle, mean = (n - 1) / 2, sum(values) / n
-    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) * 12 / (n * (n * n - 1))

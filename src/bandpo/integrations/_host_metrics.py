@@ -9,7 +9,7 @@ from torch import Tensor
 from bandpo.integrations.names import averaged_name
 from bandpo.metrics import PooledSum
 
-# Replaces an infinite divergence: far larger than any useful value, and still finite after a mean in float32.
+# Replaces an infinity: far larger than any useful value, and still finite after a mean in float32.
 _LARGEST = 1e9
 
 

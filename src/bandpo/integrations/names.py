@@ -219,7 +219,7 @@ def own_names(ours: str) -> tuple[str, ...]:
 
     Examples:
         >>> own_names("ratio/mean")[:4]
-        ('ratio/mean', 'actor/band/ratio/mean', 'train/ratio/mean', 'band/ratio/mean')
+        ('ratio/mean', 'actor/band/ratio/mean', 'train/ratio/mean', 'train/band/ratio/mean')
     """
     averaged = averaged_name(ours)
     reported = f"{OWN_PREFIX['verl']}{averaged}"

@@ -11,6 +11,7 @@ load; `python -c "import bandpo.integrations.verl"` shows the error.
 """
 
 import functools
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 try:
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+    from verl.utils.tracking import Tracking
     from verl.workers.config import ActorConfig
     from verl.workers.config.actor import PolicyLossConfig
 except ImportError as error:
@@ -30,6 +32,8 @@ from bandpo.integrations._host import Evaluated, attributes, checked_detail, eva
 from bandpo.integrations._host_metrics import as_floats
 from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
 from bandpo.integrations.options import RegionOptions
+from bandpo.integrations.verl_doctor import VARIABLE as DOCTOR
+from bandpo.integrations.verl_doctor import watch
 from bandpo.integrations.verl_options import (
     ACTOR_DEFAULTS,
     DEFAULT_OBJECTIVE,
@@ -204,3 +208,8 @@ def _cached(
 
 
 register()
+try:
+    watch(Tracking, os.environ.get(DOCTOR, ""))
+except ValueError as error:  # verl reports a plug-in that fails only at log level DEBUG
+    print(f"bandpo: {error}", flush=True)
+    raise

@@ -1,10 +1,10 @@
 """`bandpo check-reward`: the rewards of a run on the reference answers themselves, before anything is trained."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 
@@ -83,20 +83,25 @@ def _run_of(options: argparse.Namespace) -> RunConfig:
     given = {} if options.config is None else read_yaml(Path(options.config))
     settings = {name: value for name, value in given.items() if name in run_keys()}
     named = {name: value for name, value in vars(options).items() if name in run_keys() and value is not None}
-    run = {**settings, **named, "method": "grpo", "pairs": None, "reward_errors": "skip"}
+    run: dict[str, Any] = {**settings, **named, "method": "grpo", "pairs": None, "reward_errors": "skip"}
     if run.get("dataset") is None:
         raise ValueError("nothing to check: name a dataset with --dataset or in the file of --config")
-    return RunConfig(**{**run, "model": run.get("model") or "none", "lora_rank": 0})
+    run |= {"model": run.get("model") or "none", "lora_rank": 0}
+    return RunConfig(**run)
 
 
 def _checked(reward: CheckedReward, rows: Dataset, *, boxed: bool) -> Checked:
-    answers = list(rows["answer"])
+    answers = _column(rows, "answer")
     texts = [_in_box(answer) if boxed else str(answer) for answer in answers]
     is_chat = not isinstance(rows["prompt"][0], str)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
-    columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
-    scores = reward(list(rows["prompt"]), completions, **columns)
+    columns = {name: _column(rows, name) for name in rows.column_names if name != "prompt"}
+    scores = reward(_column(rows, "prompt"), completions, **columns)
     return Checked(reward.name, scores, unreadable(answers) if reward.name in MATH else [], reward.failed)
+
+
+def _column(rows: Dataset, name: str) -> list[Any]:
+    return list(cast("Iterable[Any]", rows[name]))
 
 
 def _in_box(answer: Any) -> str:

@@ -30,7 +30,7 @@ from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
 from bandpo.train.grpo import GRPORun
-from bandpo.train.models import loadable
+from bandpo.train.models import loadable, together
 from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.report import change_line, evaluation_table, write_report
@@ -156,9 +156,7 @@ def _small_model(run: RunConfig, progress: Progress) -> Path:
     def show(step: int, loss: float) -> None:
         progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}")
 
-    if PartialState().is_main_process:
-        warmed_up_model(warm_up, show, progress.say)
-    PartialState().wait_for_everyone()
+    together((lambda: warmed_up_model(warm_up, show, progress.say)) if PartialState().is_main_process else None)
     return warm_up.path
 
 

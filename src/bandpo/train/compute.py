@@ -132,6 +132,33 @@ def choose(
     return Compute(on_cpu, chosen, bool(fp16), None if is_set else line)
 
 
+def without_gpu(asked: Mapping[str, bool | None], machine: Machine) -> Compute | None:
+    """The device and precision with which a dry run checks the rest of a job for a GPU, on a machine that has none.
+
+    Args:
+        asked: `use_cpu`, `bf16` and `fp16` as the user gave them; absent or None where not.
+        machine: The machine.
+
+    Returns:
+        The CPU, in a precision that it has, with a line that says what was not checked. None where `choose` decides: the job
+        asks for no GPU, or the machine has one.
+
+    Examples:
+        >>> without_gpu({"fp16": True}, Machine()).line
+        'computing on a GPU in float16 (as set). fp16=True needs a GPU; not checked here, where there is none'
+        >>> without_gpu({"bf16": True}, Machine()) is None
+        True
+    """
+    use_cpu, bf16, fp16 = (asked.get(name) for name in ("use_cpu", "bf16", "fp16"))
+    asks = [text for text, set_so in (("use_cpu=False", use_cpu is False), ("fp16=True", fp16)) if set_so]
+    if machine.accelerator is not None or use_cpu or not asks or (bf16 and fp16):
+        return None
+    precision = "float16 (as set)" if fp16 else "the precision that it has" if bf16 is None else "float32 (as set)"
+    precision = "bfloat16 (as set)" if bf16 else precision
+    need = f"{' and '.join(asks)} {'need' if len(asks) > 1 else 'needs'} a GPU; not checked here, where there is none"
+    return Compute(True, bool(bf16), False, f"computing on a GPU in {precision}. {need}")
+
+
 def count_parameters(name: str, *, local: bool) -> int | None:
     """The number of parameters of a model, from its configuration alone; None where that cannot be read.
 

@@ -307,7 +307,11 @@ def parse(arguments: list[str], machine: "Machine | None" = None) -> Parsed:
     for action in parser._actions:
         if action.dest in compute.options:
             action.default = compute.options[action.dest]
-    run, trainer = parser.parse_args_into_dataclasses(request.arguments)
+    # On the command line as well: a dry run without a GPU does not check what was asked for.
+    again = [
+        text for name, value in compute.options.items() if name in request.chosen for text in (f"--{name}", str(value))
+    ]
+    run, trainer = parser.parse_args_into_dataclasses([*request.arguments, *again])
     _check_weights(run, trainer)
     given = {**request.given, **{name: values[name] for name in sorted(request.chosen)}}
     return Parsed(run, trainer, given, compute)
@@ -324,14 +328,17 @@ def _check_weights(run: RunConfig, args: TrainerConfig) -> None:
 
 def _compute(run: RunConfig, values: dict[str, Any], named: set[str], machine: "Machine | None") -> "Compute":
     """Device and precision of a run."""
-    from bandpo.train.compute import choose, count_parameters, this_machine
+    from bandpo.train.compute import choose, count_parameters, this_machine, without_gpu
 
     def size() -> int | None:
         # The built-in model has a fifth of a million.
         return 0 if run.model is None else count_parameters(run.model, local=run.dry_run)
 
     asked = {name: values[name] for name in ("use_cpu", "bf16", "fp16") if name in named}
-    return choose(asked, size, this_machine() if machine is None else machine)
+    machine = this_machine() if machine is None else machine
+    if run.dry_run and (found := without_gpu(asked, machine)) is not None:
+        return found
+    return choose(asked, size, machine)
 
 
 def declared_by_trl(method: str) -> Declared:

@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from bandpo._system.files import read_jsonl, write_jsonl
 from bandpo.integrations.trl.generate import as_completion, sample_batches
-from bandpo.lab.stats import Interval, interval
 from bandpo.metrics import pass_at_powers
+from bandpo.statistics import Interval, interval
 from bandpo.train.rewards import RewardFunction
 
 

@@ -2,16 +2,18 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from bandpo._system.about import about, plain
-from bandpo._system.errors import exits_are_errors
+from bandpo._system.bounded import parse_json, read_regular
+from bandpo._system.errors import exits_are_errors, printable
 from bandpo._system.files import write_json
 from bandpo._system.progress import Progress, quiet_hosts
+from bandpo._system.secrets import redact_text
 from bandpo.integrations.trl.generate import sampler_of
 from bandpo.train.compute import Compute, choose, count_parameters, this_machine
 from bandpo.train.data import checked_prompts, checked_shots, held_out_prompts, load_task, load_tokenizer, window_of
@@ -49,6 +51,7 @@ def evaluate_model(job: Job, sampling: Sampling, options: argparse.Namespace) ->
         compute = _compute(job, model_name, options, local=local)
         if compute.line is not None:
             progress.say(compute.line)
+        _check_base(Path(model_name), job.run.model if job.folder is not None else None)
         model = _load_model(model_name, compute, local=local, trust_remote_code=options.trust_remote_code)
         rows = _prompts(job, options.prompts, tokenizer, window_of(model.config), progress)
         result = evaluate(
@@ -87,6 +90,30 @@ def _compute(job: Job, model_name: str, options: argparse.Namespace, *, local: b
         machine,
         as_set="as set" if options.bf16 is not None else "as the run",
         override="--use-cpu, --bf16",
+    )
+
+
+def _check_base(folder: Path, trained_from: str | None) -> None:
+    """Check that the model of an adapter of LoRA is there, if its file names it as a folder; nothing is fetched for a file.
+
+    Args:
+        folder: Folder of the adapter, or of a whole model.
+        trained_from: The model that the run of the adapter names.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    settings = parse_json(read_regular(file), str(file))
+    base = cast("dict[str, object]", settings).get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not Path(base).is_absolute() or Path(base).is_dir():
+        return
+    named = f", made from {printable(redact_text(trained_from))}" if trained_from else ""
+    raise ValueError(
+        f"{folder} is an adapter of LoRA for the model in {printable(base)}{named}, and there is no such folder here. Make it "
+        f"again, for example with `bandpo evaluate` of that model, and write its folder into base_model_name_or_path of {file}"
     )
 
 

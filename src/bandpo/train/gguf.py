@@ -4,7 +4,8 @@ import hashlib
 import importlib.util
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -23,6 +24,19 @@ _FORMAT = 1  # part of the cache's key: raise it when the same file gives anothe
 _CHUNK = 1 << 22  # bytes that are read at a time for a checksum
 _LICENSES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 """Names of files beside a GGUF file that go into the folder of the model."""
+_READ = (
+    *(
+        "*config.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab*",
+        "merges*",
+    ),
+    *("*.model", "adapter_model*", "additional_chat_templates/*.jinja"),
+)
+"""Names of files beside a GGUF file that transformers reads or may read, some of them in place of what is in that file."""
 
 
 def is_gguf(name: str) -> bool:
@@ -45,7 +59,8 @@ def folder_of(file: Path, say: Say) -> Path:
 
     The folder holds the model in float32, its tokenizer with the chat template, its generation config, the license files that
     lie beside the GGUF file, and gguf.json, which says where the weights come from. float32 holds every dequantised weight as
-    transformers computes it. The place in the cache is decided by the name and the content of the file.
+    transformers computes it. The place in the cache is decided by the name and the content of the file, and by the files beside
+    it that change the result: those of a tokenizer or a configuration, which transformers reads, and the licenses.
 
     Args:
         file: The GGUF file.
@@ -61,10 +76,12 @@ def folder_of(file: Path, say: Say) -> Path:
         RunError: If the cache cannot be written.
     """
     check(file)
-    return converted(file.stem, checksum(file), lambda _: file, say)
+    return converted(file.stem, checksum(file), lambda _: file, say, beside=_beside(file))
 
 
-def converted(name: str, content: str, obtain: Callable[[Path], Path], say: Say) -> Path:
+def converted(
+    name: str, content: str, obtain: Callable[[Path], Path], say: Say, *, beside: Mapping[str, str] | None = None
+) -> Path:
     """The folder of a model whose GGUF file may have to be fetched first.
 
     Args:
@@ -73,6 +90,8 @@ def converted(name: str, content: str, obtain: Callable[[Path], Path], say: Say)
         obtain: Gives the GGUF file; called with an empty folder, which is removed afterwards, and only if the cache lacks the
             model.
         say: Called with messages.
+        beside: SHA-256 by name of the files that lie beside the GGUF file and change the result. None where `content` is
+            enough, because they come with it.
 
     Returns:
         The folder.
@@ -82,7 +101,8 @@ def converted(name: str, content: str, obtain: Callable[[Path], Path], say: Say)
         ValueError: If it is no GGUF file, is damaged, or has an architecture that transformers cannot read.
         RunError: If the cache cannot be written.
     """
-    path = cache_root() / "gguf" / f"{name}-{content[:16]}-{_FORMAT}"
+    others = "" if not beside else f"-{hashlib.sha256(repr(sorted(beside.items())).encode()).hexdigest()[:16]}"
+    path = cache_root() / "gguf" / f"{name}-{content[:16]}{others}-{_FORMAT}"
     if is_usable(path, say):
         say(f"the dequantised model of {name} is in {path}")
         return path
@@ -99,11 +119,12 @@ def converted(name: str, content: str, obtain: Callable[[Path], Path], say: Say)
         )
         model, tokenizer = _load(file)
         about = {"file": file.name, "sha256": content, "tensors": kinds, "transformers": transformers.__version__}
+        about |= {"beside": dict(beside)} if beside else {}
 
         def save(folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            for license_file in sorted({p for form in _LICENSES for p in file.parent.glob(form) if p.is_file()}):
+            for license_file in _matching(file, _LICENSES):
                 shutil.copyfile(license_file, folder / license_file.name)
             write_json(folder / "gguf.json", about)
 
@@ -145,6 +166,18 @@ def checksum(file: Path) -> str:
     return found.hexdigest()
 
 
+def _matching(file: Path, forms: Iterable[str]) -> list[Path]:
+    """The files beside a GGUF file whose names match one of the forms; no other GGUF file."""
+    found = {p for form in forms for p in file.parent.glob(form) if p.is_file() and p.suffix.lower() != ".gguf"}
+    return sorted(found - {file})
+
+
+def _beside(file: Path) -> dict[str, str]:
+    """SHA-256 by name of the files beside a GGUF file that change its folder."""
+    found = _matching(file, (*_READ, *_LICENSES))
+    return {path.relative_to(file.parent).as_posix(): checksum(path) for path in found}
+
+
 def _require_package(name: str) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"model {name!r} is a GGUF file, which needs a package: pip install 'bandpo[gguf]'")
@@ -170,15 +203,38 @@ def _load(file: Path) -> tuple[Any, Any]:
     place, options = str(file.parent), {"gguf_file": file.name, "local_files_only": True}
     try:
         tokenizer: Any = cast("Any", transformers.AutoTokenizer).from_pretrained(place, **options)
-        loaded: Any = cast("Any", transformers.AutoModelForCausalLM).from_pretrained(
-            place, dtype=torch.float32, **options
-        )
+        with _no_bar():
+            loaded: Any = cast("Any", transformers.AutoModelForCausalLM).from_pretrained(
+                place, dtype=torch.float32, **options
+            )
     except Exception as error:  # transformers raises errors of many classes for what it does not know
         raise ValueError(
             f"model {str(file)!r}: transformers {transformers.__version__} cannot read this GGUF file, of architecture "
             f"{_architecture(file)!r}: {_shown(error)}"
         ) from error
     return _clean(loaded), tokenizer
+
+
+@contextmanager
+def _no_bar() -> Generator[None]:
+    """Without transformers' bar for dequantised tensors, which its own switch for bars leaves on; `converted` has said it."""
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    bar = getattr(module, "tqdm", None)
+    if bar is None:  # another version of transformers
+        yield
+        return
+    setattr(module, "tqdm", _silent)  # noqa: B010 - transformers declares no such name
+    try:
+        yield
+    finally:
+        setattr(module, "tqdm", bar)  # noqa: B010
+
+
+def _silent(tensors: Iterable[Any], **options: object) -> Iterable[Any]:
+    """What is iterated over, in place of a bar."""
+    del options
+    return tensors
 
 
 def _clean(loaded: Any) -> Any:

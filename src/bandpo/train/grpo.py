@@ -16,7 +16,7 @@ from trl.models.utils import unwrap_model_for_generation  # pyright: ignore[repo
 
 from bandpo._inputs import as_columns, is_logprob
 from bandpo._system.progress import Progress
-from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer
+from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer, DoctorCallback
 from bandpo.integrations.trl.rollout import mask_of
 from bandpo.integrations.trl.strategy import GivenToTRL
 from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
@@ -56,6 +56,7 @@ class GRPORun:
         progress: Progress,
     ) -> None:
         self.log = TrainingProgress(progress, Path(args.output_dir or "."))
+        self.doctor = DoctorCallback(say=progress.say)
         self.trainer = _Trainer(
             model=model,
             reward_funcs=rewards,
@@ -63,7 +64,7 @@ class GRPORun:
             train_dataset=prompts,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[self.log],
+            callbacks=[self.log, self.doctor],
         )
         self.trainer.remove_callback(PrinterCallback)
         self.notes: list[str] = []
@@ -92,6 +93,7 @@ class GRPORun:
         """
         try:
             trained = self.trainer.train(resume_from_checkpoint=resume)
+            self.notes += [str(told) for told in self.doctor.told]
             if trained is None and self.trainer.is_world_process_zero():
                 self.log.forget_after(self.trainer.state.global_step)
         except BaseException:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
+    from bandpo.integrations.trl.doctor import DoctorCallback as DoctorCallback
     from bandpo.integrations.trl.dpo import BandDPOConfig as BandDPOConfig
     from bandpo.integrations.trl.dpo import BandDPOTrainer as BandDPOTrainer
     from bandpo.integrations.trl.grpo import BandGRPOTrainer as BandGRPOTrainer
@@ -19,6 +20,7 @@ _MODULE_OF = {
     "BandDPOTrainer": "dpo",
     "BandGRPOConfig": "config",
     "BandGRPOTrainer": "grpo",
+    "DoctorCallback": "doctor",
     "OnlinePreferenceConfig": "online",
     "OnlinePreferenceTrainer": "online",
 }

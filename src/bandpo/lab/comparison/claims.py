@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from bandpo.lab.comparison.summary import common_seeds
-from bandpo.lab.stats import Difference, number, paired
+from bandpo.statistics import Difference, number, paired
 
 HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
     "holds",
@@ -143,7 +143,7 @@ def verdict(differences: Mapping[Any, Difference], sign: int) -> str:
         One of the verdicts of this module.
 
     Examples:
-        >>> from bandpo.lab.stats import paired
+        >>> from bandpo.statistics import paired
         >>> up = [1.0, 1.1, 1.2, 1.1, 1.0, 1.3, 1.2, 1.1]
         >>> flat = [0.1, -0.1, 0.2, -0.2, 0.1, -0.1, 0.0, 0.0]
         >>> found = paired({"a": (up, [0.0] * 8), "b": (flat, [0.0] * 8)})

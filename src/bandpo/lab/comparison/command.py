@@ -25,7 +25,7 @@ from bandpo.lab.comparison.report import claims_table, write_evidence, write_rep
 from bandpo.lab.comparison.study import Study
 from bandpo.lab.comparison.summary import summarise, write_tables
 from bandpo.lab.comparison.sweeps import bandit, realised, sweep
-from bandpo.lab.stats import wilson
+from bandpo.statistics import wilson
 from bandpo.zoo import OBJECTIVES
 
 _FORMAT = 1  # of the sweeps' file: raise it when the same configuration gives other numbers

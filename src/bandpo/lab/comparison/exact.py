@@ -315,8 +315,8 @@ def _scores(logp: Tensor, tables: Tensor, ways: Tensor) -> Tensor:
 
 def __getattr__(name: str) -> object:
     if name == "wilson":
-        from bandpo.lab.stats import wilson
+        from bandpo.statistics import wilson
 
-        warn_moved(f"{__name__}.wilson", "bandpo.lab.stats.wilson")
+        warn_moved(f"{__name__}.wilson", "bandpo.statistics.wilson")
         return wilson
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ from bandpo.lab.comparison.figures import (
 )
 from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.comparison.summary import ABLATED, runs_of
-from bandpo.lab.stats import number
+from bandpo.statistics import number
 
 _FILTERS = {"number": number, "runs_of": runs_of}
 

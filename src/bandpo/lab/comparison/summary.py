@@ -23,8 +23,8 @@ from bandpo.lab.comparison.plan import (
     tuning_arms,
 )
 from bandpo.lab.comparison.study import Study, diverged
-from bandpo.lab.stats import Difference, best_of_bootstrap, interval, iqm, number, paired, t_half_width
 from bandpo.metrics import PROB_BINS
+from bandpo.statistics import Difference, best_of_bootstrap, interval, iqm, number, paired, t_half_width
 
 Result = dict[str, Any]
 """A run's result, the fields of `bandpo.lab.comparison.loop.Result`."""

@@ -17,8 +17,8 @@ from bandpo.divergences import KL
 from bandpo.lab.backends import processes
 from bandpo.lab.comparison.exact import Outcome, Tree, run_tree
 from bandpo.lab.comparison.plan import matched, scaled
-from bandpo.lab.stats import NORMAL_95, Floats, wilson
 from bandpo.objective import Objective
+from bandpo.statistics import NORMAL_95, Floats, wilson
 from bandpo.zoo import OBJECTIVES
 
 RARITIES = (0.1, 0.03, 0.01, 0.003, 0.001)

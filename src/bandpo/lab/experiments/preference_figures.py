@@ -13,8 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bandpo.lab.stats import interval
 from bandpo.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
+from bandpo.statistics import interval
 
 Result = dict[str, Any]
 
