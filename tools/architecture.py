@@ -36,6 +36,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "testing": "checks for your parts",
         "selection": "pruning, packing",
         "statistics": "intervals of paired runs",
+        "monitoring": "metrics, their symptoms",
     },
     "Front door": {"bandpo": "the public names"},
     "Core": {

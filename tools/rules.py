@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from bandpo.doctor.catalog import RULES, Rule  # noqa: E402
+from bandpo.monitoring.catalog import RULES, Rule  # noqa: E402
 from doctor_cases import CASES, Case  # noqa: E402
 
 PAGE = ROOT / "docs" / "rules.md"
@@ -20,7 +20,7 @@ _ABOVE = """# The doctor's rules
 
 What [`bandpo doctor`](doctor.md) looks at, why, the healthy range and where it comes from, what to set in each host,
 and how each rule is tested. `bandpo doctor --explain RULE` prints the same. The names do not change. This page is made
-by `python tools/rules.py` from `bandpo.doctor.catalog`.
+by `python tools/rules.py` from `bandpo.monitoring.catalog`.
 
 "Our judgement" means that no paper gives the range: it is what we saw in runs that learn and in runs that do not.
 """

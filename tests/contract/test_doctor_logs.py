@@ -12,7 +12,7 @@ from bandpo.doctor import examine_batch
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.batch_files import names_in
 from bandpo.doctor.logs import log_files, read_log
-from bandpo.doctor.symptoms import Log
+from bandpo.monitoring.symptoms import Log
 from trl_runs import trl_trainer
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from verl.utils.tracking import Tracking
 from bandpo.doctor import examine_batch, examine_log
 from bandpo.doctor.batch import load_batch
 from bandpo.doctor.logs import log_files, read_log
-from bandpo.doctor.symptoms import Log
+from bandpo.monitoring.symptoms import Log
 
 STEPS = 30
 

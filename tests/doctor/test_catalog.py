@@ -11,8 +11,8 @@ import pytest
 
 from bandpo import OBJECTIVES
 from bandpo.cli import main
-from bandpo.doctor.catalog import RULES, Reads
 from bandpo.integrations.trl import BandGRPOConfig
+from bandpo.monitoring.catalog import RULES, Reads
 from doctor_cases import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,8 @@ INFORMING = {"interval", "assumed", "unread", "reward", "radius", "clipping", "c
 def emitted():
     """Rules named in a `Finding(...)` in the doctor's source, or handed to a function that makes one."""
     found = {}
-    for path in sorted((ROOT / "src" / "bandpo" / "doctor").glob("*.py")):
+    source = ROOT / "src" / "bandpo"
+    for path in sorted([*(source / "doctor").glob("*.py"), *(source / "monitoring").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.Call)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bandpo.doctor import Doctor, examine_log
-from bandpo.doctor.series import Running, stats_of
+from bandpo.monitoring.series import Running, stats_of
 from doctor_cases import SICK, WELL, log
 
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from bandpo.cli import main
 from bandpo.doctor import examine_log
 from bandpo.doctor.log_events import _checksum
-from bandpo.doctor.log_rows import LogRows, number_in
 from bandpo.doctor.log_tables import _connect, _guard
 from bandpo.doctor.logs import is_log, log_files, read_log, read_logs
-from bandpo.doctor.symptoms import MEANINGS, NAMES, Log
 from bandpo.integrations import names
+from bandpo.monitoring.log_rows import LogRows, number_in
+from bandpo.monitoring.symptoms import MEANINGS, NAMES, Log
 
 DATA = Path(__file__).parent / "data"
 WRITTEN = {  # what each real writer was given: rows 1 to 6

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from bandpo._system.files import SEAL, damage, read_jsonl, read_yaml, seal
 from bandpo.doctor import Setup, examine_batch, examine_log, examine_setup
 from bandpo.doctor.batch import NAMES as BATCH_NAMES
-from bandpo.doctor.symptoms import NAMES as LOG_NAMES
 from bandpo.doctor.verl import DEFAULTS, read_verl
+from bandpo.monitoring.symptoms import NAMES as LOG_NAMES
 
 PLACE = Path(tempfile.mkdtemp(prefix="bandpo-fuzz-"))
 

@@ -40,7 +40,7 @@ def test_the_doctor_looks_for_each_host_s_name():
 
 def test_the_old_address_of_the_tables_warns_with_the_new_one():
     for name in ("TRL_NAMES", "VERL_NAMES"):
-        with pytest.warns(FutureWarning, match=f"bandpo.metrics.{name} is now bandpo.integrations.names.{name}"):
+        with pytest.warns(FutureWarning, match=f"bandpo.metrics.{name} is now bandpo.monitoring.names.{name}"):
             assert getattr(bandpo.metrics, name) is getattr(names, name)
     assert bandpo.metrics.__dict__.keys().isdisjoint({"TRL_NAMES", "VERL_NAMES"})
     with pytest.raises(AttributeError, match="NO_NAMES"):

@@ -15,8 +15,8 @@ from bandpo._system.jsonl import as_number, keep_rows, lines, number_texts
 from bandpo._system.progress import Progress
 from bandpo.doctor import examine_log
 from bandpo.doctor.logs import read_log
-from bandpo.doctor.symptoms import NAMES, Log
 from bandpo.metrics import PROB_BINS
+from bandpo.monitoring.symptoms import NAMES, Log
 from bandpo.plots import plot_clip_by_probability, plot_training
 from bandpo.plots.curves import MOST_POINTS, Curve, Curves
 from bandpo.train.progress import TrainingProgress, _is_kept, _is_surely_kept
@@ -127,16 +127,16 @@ def test_memory_does_not_grow_with_the_rows_but_for_eight_bytes_a_value(tmp_path
 
 def test_limits_of_a_log_are_said(tmp_path, monkeypatch):
     path = written(tmp_path / "log.jsonl", 30)
-    monkeypatch.setattr("bandpo.doctor.log_rows.MAX_ROWS", 20)
+    monkeypatch.setattr("bandpo.monitoring.log_rows.MAX_ROWS", 20)
     with pytest.raises(ValueError, match="has more than 20 rows; examine its end"):
         examine_log(read_log(path))
     monkeypatch.setattr("bandpo.doctor.logs._MAX_LOG_BYTES", 100)
     with pytest.raises(ValueError, match="is too large: it has more than 100 bytes"):
         examine_log(read_log(path))
-    monkeypatch.setattr("bandpo.doctor.symptoms._MOST_BROKEN", 5)
+    monkeypatch.setattr("bandpo.monitoring.symptoms._MOST_BROKEN", 5)
     with pytest.raises(ValueError, match="more than 5 different metrics"):
         examine_log([{f"m{i}": math.nan} for i in range(6)])
-    monkeypatch.setattr("bandpo.doctor.symptoms._SEARCHED", 7)
+    monkeypatch.setattr("bandpo.monitoring.symptoms._SEARCHED", 7)
     with pytest.raises(ValueError, match="the log has 7 or more rows and none of"):
         examine_log({"x": 1} for _ in range(10**9))
     (tmp_path / "long.jsonl").write_text('{"a": "' + "x" * 100 + '"}\n')

@@ -31,9 +31,9 @@ from bandpo import (
 from bandpo.bounds import Intersection, Union
 from bandpo.bounds.regions import BySign, Sides, TopK, kl3_clip, log_clip
 from bandpo.divergences import DIVERGENCES
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import TRL_KNOBS, Setup
 from bandpo.experimental import Balanced, Elastic
+from bandpo.monitoring.findings import Finding
 from bandpo.preference import LINKS, PREFERENCES, PairObjective, alpha_link, chi2_kl
 from bandpo.preference.sampling import OnPolicy
 from bandpo.schedules import Adaptive, Schedule

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bandpo.doctor.batch import examine_batch
     from bandpo.doctor.entry import examine
-    from bandpo.doctor.findings import Finding
-    from bandpo.doctor.live import Doctor, Told
     from bandpo.doctor.noise import Noise, noise
     from bandpo.doctor.rules import examine_setup
     from bandpo.doctor.scoring import examine_model, measure_noise
     from bandpo.doctor.setup import Setup
-    from bandpo.doctor.symptoms import examine_log
     from bandpo.doctor.truncation import Truncation, kept_mass
+    from bandpo.monitoring.findings import Finding
+    from bandpo.monitoring.live import Doctor, Told
+    from bandpo.monitoring.symptoms import examine_log
 
 __all__ = [
     "Doctor",
@@ -38,24 +38,24 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Doctor": "live",
-    "Finding": "findings",
-    "Noise": "noise",
-    "Setup": "setup",
-    "Told": "live",
-    "Truncation": "truncation",
-    "examine": "entry",
-    "examine_batch": "batch",
-    "examine_log": "symptoms",
-    "examine_model": "scoring",
-    "examine_setup": "rules",
-    "kept_mass": "truncation",
-    "measure_noise": "scoring",
-    "noise": "noise",
+    "Doctor": "monitoring.live",
+    "Finding": "monitoring.findings",
+    "Noise": "doctor.noise",
+    "Setup": "doctor.setup",
+    "Told": "monitoring.live",
+    "Truncation": "doctor.truncation",
+    "examine": "doctor.entry",
+    "examine_batch": "doctor.batch",
+    "examine_log": "monitoring.symptoms",
+    "examine_model": "doctor.scoring",
+    "examine_setup": "doctor.rules",
+    "kept_mass": "doctor.truncation",
+    "measure_noise": "doctor.scoring",
+    "noise": "doctor.noise",
 }
 
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
-        return getattr(import_module(f"bandpo.doctor.{_MODULES[name]}"), name)
+        return getattr(import_module(f"bandpo.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'bandpo.doctor' has no attribute {name!r}")

@@ -17,16 +17,16 @@ from bandpo.divergences import CHI2, KL, TV
 from bandpo.doctor.batch_files import SMALL, Stored, read_tensors
 from bandpo.doctor.columns import COLUMNS, PART, Part, parts, sort_columns
 from bandpo.doctor.estimates import KLEstimates
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.gradient import Payers
 from bandpo.doctor.noise import Noise
 from bandpo.doctor.rules import logits
 from bandpo.doctor.samples import Groups, Lengths
 from bandpo.doctor.setup import Setup
 from bandpo.doctor.staleness import Age, EffectiveSize
-from bandpo.doctor.symptoms import MISMATCH
 from bandpo.doctor.truncation import KeptMass, Truncation, from_columns
-from bandpo.integrations.names import TENSORS
+from bandpo.monitoring.findings import Finding
+from bandpo.monitoring.names import TENSORS
+from bandpo.monitoring.symptoms import MISMATCH
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 

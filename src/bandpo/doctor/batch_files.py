@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bandpo._system.bounded import open_regular, parse_json
-from bandpo.doctor.findings import Finding
+from bandpo.monitoring.findings import Finding
 
 SMALL = 1 << 20
 """Numbers that a tensor may have even if the file contains fewer."""

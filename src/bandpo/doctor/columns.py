@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bandpo._inputs import as_mask, is_logprob
 from bandpo.doctor.batch_files import Stored
-from bandpo.integrations.names import TENSORS
+from bandpo.monitoring.names import TENSORS
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective, token_objective
 

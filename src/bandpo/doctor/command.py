@@ -18,7 +18,7 @@ from bandpo._system.files import read_yaml, write_text
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
 from bandpo.doctor.output import Examined, as_json, as_page, as_text, exit_status, explained
-from bandpo.doctor.symptoms import examine_log
+from bandpo.monitoring.symptoms import examine_log
 
 if TYPE_CHECKING:  # a log needs no torch
     from bandpo.doctor.setup import Setup

@@ -9,10 +9,10 @@ from torch import Tensor
 from bandpo.doctor.batch import examine_batch, our_names
 from bandpo.doctor.batch_files import Stored
 from bandpo.doctor.command import examine_files, setup_in
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.rules import examine_setup
 from bandpo.doctor.setup import Setup
-from bandpo.doctor.symptoms import examine_log
+from bandpo.monitoring.findings import Finding
+from bandpo.monitoring.symptoms import examine_log
 from bandpo.objective import Objective
 
 

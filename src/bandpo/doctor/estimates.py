@@ -4,8 +4,8 @@ import math
 
 from bandpo._inputs import is_logprob
 from bandpo.doctor.columns import Part
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import Moments, rounded
+from bandpo.monitoring.findings import Finding
 from bandpo.reference import DESCENDS, ReferenceKL, k1, k2, k3
 from bandpo.surrogates import hold
 

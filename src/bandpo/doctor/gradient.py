@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from bandpo.doctor.columns import Part
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import rounded
 from bandpo.metrics import PROB_BINS, PROB_EDGES
+from bandpo.monitoring.findings import Finding
 from bandpo.objective import Objective
 from bandpo.surrogates import MAX_LOG_RATIO
 from bandpo.terms import TokenObjective

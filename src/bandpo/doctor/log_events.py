@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bandpo._system.bounded import open_regular
-from bandpo.doctor.log_rows import MAX_VALUES, Row
+from bandpo.monitoring.log_rows import MAX_VALUES, Row
 
 _MOST_BYTES = 1 << 20  # of a record that is read; those of pictures and histograms may be larger, and are skipped
 _LONGEST_TAG = 500

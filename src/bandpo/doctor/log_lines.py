@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from bandpo._system.bounded import open_regular, parse_json
 from bandpo._system.jsonl import lines, number_texts
-from bandpo.doctor.log_rows import MAX_INNER, MAX_LINE_BYTES, MAX_VALUES, Row, as_cell
+from bandpo.monitoring.log_rows import MAX_INNER, MAX_LINE_BYTES, MAX_VALUES, Row, as_cell
 
 UNFINISHED = "its last line is not finished, and is left out"
 _CHUNK = 1 << 16

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from bandpo._system.bounded import open_regular, parse_json, read_regular
 from bandpo.doctor.log_lines import choose, may_be_metrics
-from bandpo.doctor.log_rows import MAX_LINE_BYTES, MAX_VALUES, Row
+from bandpo.monitoring.log_rows import MAX_LINE_BYTES, MAX_VALUES, Row
 
 _MOST_JSON, _MOST_COMMAS, _MOST_OBJECTS = 1 << 27, 8_000_000, 1_000_000
 _MOST_PARQUET, _MOST_GROWTH = 1 << 30, 50  # times that a Parquet file may grow when it is unpacked

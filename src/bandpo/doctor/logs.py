@@ -13,9 +13,9 @@ from pathlib import Path
 from bandpo._system.bounded import open_regular
 from bandpo.doctor.log_events import event_rows
 from bandpo.doctor.log_lines import console_rows, csv_rows, is_console, json_rows
-from bandpo.doctor.log_rows import LogRows, Row
 from bandpo.doctor.log_tables import json_table_rows, parquet_names, parquet_rows, trackio_rows
-from bandpo.integrations.names import TENSORS
+from bandpo.monitoring.log_rows import LogRows, Row
+from bandpo.monitoring.names import TENSORS
 
 KINDS = ".jsonl, .json, .csv, .parquet, .log, .out, trackio's .db, TensorBoard's events.out.tfevents.*"
 """The files that are read as logs, for messages."""

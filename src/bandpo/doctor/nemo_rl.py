@@ -13,12 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from bandpo._system.bounded import parse_yaml, read_regular
-from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.launch import Dialect, given_by, note_unknown, parse_script, settings_of
 from bandpo.doctor.settings import UNKNOWN, Settings, clip_of, flat
 from bandpo.doctor.setup import NEMO_RL_KNOBS, Setup, short
 from bandpo.doctor.shell import Script
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, detach, dual_clip
 from bandpo.surrogates.corrections import TIS, IcePop

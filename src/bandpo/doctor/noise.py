@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bandpo._inputs import as_mask, is_logprob
 from bandpo.bounds import RatioBounds
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import Quantiles, rounded
 from bandpo.metrics import PROB_BINS, PROB_EDGES
+from bandpo.monitoring.findings import Finding
 from bandpo.objective import Objective
 
 NARROW = 3.0

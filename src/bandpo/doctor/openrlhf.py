@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bandpo.doctor.findings import Level
 from bandpo.doctor.launch import Dialect, note_unknown, parse_script, settings_of
 from bandpo.doctor.settings import UNKNOWN, Settings, clip_of
 from bandpo.doctor.setup import OPENRLHF_KNOBS, Setup, short
 from bandpo.doctor.shell import Script
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, dual_clip
 from bandpo.surrogates.corrections import IcePop

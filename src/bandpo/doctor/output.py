@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from bandpo._system.errors import printable
 from bandpo._system.secrets import redact_text
-from bandpo.doctor.catalog import RULES, Rule
-from bandpo.doctor.findings import Finding, Level
+from bandpo.monitoring.catalog import RULES, Rule
+from bandpo.monitoring.findings import Finding, Level
 
 SCHEMA = 1
 """Version of the form of `--json`. It rises when a field changes its meaning or is gone; a new field does not raise it."""

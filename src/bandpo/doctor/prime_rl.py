@@ -14,11 +14,11 @@ from typing import Any, cast
 from bandpo._system.bounded import read_regular
 from bandpo.bounds import Band
 from bandpo.divergences import TV
-from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.launch import Dialect, given_by, note_unknown
 from bandpo.doctor.settings import UNKNOWN, Settings, flat
 from bandpo.doctor.setup import PRIME_RL_KNOBS, Setup, short
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Objective
 from bandpo.surrogates import mask, two_sided
 

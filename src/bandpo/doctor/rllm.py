@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bandpo.doctor import verl
-from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.launch import Dialect, parse_script, settings_of
 from bandpo.doctor.settings import UNKNOWN, Settings
 from bandpo.doctor.setup import RLLM_KNOBS, Setup, short
 from bandpo.doctor.shell import Script
+from bandpo.monitoring.findings import Level
 
 _R, _ACTOR, _ROLLOUT = "rllm.algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _CORRECTION = "algorithm.rollout_correction"

@@ -7,9 +7,9 @@ from typing import cast
 import torch
 
 from bandpo.bounds import Band, RatioBounds
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.setup import Setup
 from bandpo.integrations.trl.precision import largest_moved
+from bandpo.monitoring.findings import Finding
 from bandpo.reference import DESCENDS, check_kl
 
 PROBABILITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)

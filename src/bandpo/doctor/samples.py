@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bandpo.doctor.columns import Part
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import rounded
+from bandpo.monitoring.findings import Finding
 
 SILENT = 0.5
 """Share of the groups without a signal above which they are told as too many."""

@@ -18,10 +18,10 @@ from bandpo._system.bounded import parse_json, read_regular
 from bandpo.doctor.batch import PAYERS, examine_batch, load_batch
 from bandpo.doctor.batch_files import Stored
 from bandpo.doctor.columns import flat
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.noise import NARROW, Noise
 from bandpo.doctor.setup import Setup
 from bandpo.doctor.truncation import KeptMass, Truncation
+from bandpo.monitoring.findings import Finding
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bandpo._system.secrets import redact_text
-from bandpo.doctor.findings import Level
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Objective
 from bandpo.zoo import get_objective
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL, TV
-from bandpo.doctor.findings import Level
 from bandpo.doctor.launch import Dialect, given_by, note_unknown, parse_script, settings_of
 from bandpo.doctor.settings import UNKNOWN, Settings, clip_of, flat
 from bandpo.doctor.setup import SKYRL_KNOBS, Setup, short
 from bandpo.doctor.shell import Script
 from bandpo.experimental import clip_cov, kl_cov
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Aggregation, Objective
 from bandpo.surrogates import clip, detach, dual_clip, mask, soft, two_sided
 from bandpo.surrogates.corrections import TIS

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import host_of_script, not_readable
 from bandpo.doctor.launch import Dialect, note_unknown, parse_script, settings_of
 from bandpo.doctor.settings import Settings, clip_of
 from bandpo.doctor.setup import SLIME_KNOBS, Setup, short
 from bandpo.doctor.shell import Script
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Objective
 from bandpo.surrogates import clip, detach, dual_clip
 from bandpo.surrogates.corrections import TIS

@@ -9,8 +9,8 @@ from torch import Tensor
 from bandpo._inputs import is_logprob
 from bandpo.bounds import outside
 from bandpo.doctor.columns import Part
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import LogSum, rounded
+from bandpo.monitoring.findings import Finding
 from bandpo.objective import Objective
 
 FEW = 0.5

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from bandpo._system.secrets import redact_text
 from bandpo.bounds import Clip
-from bandpo.doctor.findings import Level
 from bandpo.doctor.setup import SWIFT_KNOBS, Setup, short
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Aggregation, Objective
 from bandpo.zoo import OBJECTIVES
 

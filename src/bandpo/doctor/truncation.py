@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bandpo.doctor.batch_files import Stored
 from bandpo.doctor.columns import flat
-from bandpo.doctor.findings import Finding
 from bandpo.doctor.streams import Moments, Quantiles, rounded
+from bandpo.monitoring.findings import Finding
 
 BIASED = 0.01
 """Mean of -log(kept mass), in nats, above which truncation is told as a bias of the ratio."""

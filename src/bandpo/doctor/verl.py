@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 from bandpo._system.bounded import parse_yaml, read_regular
 from bandpo._system.files import read_yaml
 from bandpo.bounds import Clip
-from bandpo.doctor.findings import Level
 from bandpo.doctor.hosts import host_of_keys, not_readable
 from bandpo.doctor.launch import Dialect, parse_script, settings_of
 from bandpo.doctor.settings import MAX_KEY, UNKNOWN, Settings, Text, flat
@@ -30,6 +29,7 @@ from bandpo.integrations.verl_options import (
     name_in,
     objective_of,
 )
+from bandpo.monitoring.findings import Level
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bandpo.integrations.names import averaged_name
 from bandpo.metrics import PooledSum
+from bandpo.monitoring.names import averaged_name
 
 # Replaces an infinity: far larger than any useful value, and still finite after a mean in float32.
 _LARGEST = 1e9

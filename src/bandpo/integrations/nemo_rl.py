@@ -21,8 +21,8 @@ from torch import Tensor
 from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, check_host_kl, evaluate, host_objective, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
-from bandpo.integrations.names import OWN_PREFIX, metrics_of
 from bandpo.losses import aggregate
+from bandpo.monitoring.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 from bandpo.surrogates.corrections import TIS, Correction, IcePop
 

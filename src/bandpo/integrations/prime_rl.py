@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 from bandpo.integrations._host import evaluate, host_objective
-from bandpo.integrations.names import OWN_PREFIX
+from bandpo.monitoring.names import OWN_PREFIX
 from bandpo.objective import Objective
 
 

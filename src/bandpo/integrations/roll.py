@@ -28,7 +28,7 @@ from bandpo.integrations._host import (
     weighs_sampler,
 )
 from bandpo.integrations._host_metrics import as_floats
-from bandpo.integrations.names import OWN_PREFIX, metrics_of
+from bandpo.monitoring.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 from bandpo.surrogates import MAX_LOG_RATIO
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bandpo._inputs import fill
 from bandpo.integrations._host import attributes, check_host_kl, evaluate, host_objective, refuse_ignored
-from bandpo.integrations.names import OWN_PREFIX, metrics_of
+from bandpo.monitoring.names import OWN_PREFIX, metrics_of
 from bandpo.objective import Objective
 
 _NAMES = metrics_of("slime")

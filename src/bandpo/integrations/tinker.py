@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bandpo.integrations._host import evaluate, host_objective
 from bandpo.integrations._host_metrics import as_floats
-from bandpo.integrations.names import OWN_PREFIX
 from bandpo.losses import aggregate
+from bandpo.monitoring.names import OWN_PREFIX
 
 
 def policy_loss(

@@ -30,7 +30,6 @@ from bandpo._deprecations import RENAMED_OBJECTIVES
 from bandpo._inputs import as_mask
 from bandpo.integrations._host import Evaluated, attributes, checked_detail, evaluate, over_ranks, refuse_ignored
 from bandpo.integrations._host_metrics import as_floats
-from bandpo.integrations.names import OWN_PREFIX, VERL_NAMES
 from bandpo.integrations.options import RegionOptions
 from bandpo.integrations.verl_doctor import VARIABLE as DOCTOR
 from bandpo.integrations.verl_doctor import watch
@@ -45,6 +44,7 @@ from bandpo.integrations.verl_options import (
     objective_of,
     with_region,
 )
+from bandpo.monitoring.names import OWN_PREFIX, VERL_NAMES
 from bandpo.objective import Objective
 from bandpo.zoo import OBJECTIVES
 

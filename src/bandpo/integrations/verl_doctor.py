@@ -13,7 +13,7 @@ from typing import Any
 
 from bandpo._system.errors import RunError, printable
 from bandpo._system.secrets import redact_text
-from bandpo.doctor.live import Doctor
+from bandpo.monitoring.live import Doctor
 
 VARIABLE = "BANDPO_DOCTOR"
 """The environment variable that switches the doctor on."""

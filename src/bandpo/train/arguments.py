@@ -96,6 +96,9 @@ def run_check_reward(options: argparse.Namespace) -> int:
 
     Args:
         options: The options of the command.
+
+    Returns:
+        The exit status.
     """
     from bandpo.train.check_reward import check_reward
 

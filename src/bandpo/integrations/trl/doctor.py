@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bandpo.doctor.findings import Finding
-from bandpo.doctor.live import Doctor, Told
+from bandpo.monitoring.findings import Finding
+from bandpo.monitoring.live import Doctor, Told
 
 _LOGGER = logging.getLogger(__name__)
 

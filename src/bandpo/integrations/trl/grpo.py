@@ -18,7 +18,6 @@ from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from bandpo._system import citation
 from bandpo.integrations._host import over_ranks
-from bandpo.integrations.names import metrics_of
 from bandpo.integrations.trl.base import BandTrainer, Mode
 from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations.trl.config import trl_computes_kl
@@ -42,6 +41,7 @@ from bandpo.integrations.trl.signal import SignalWatch, normalized_then_summed, 
 from bandpo.integrations.trl.strategy import GivenToTRL, strategy_for
 from bandpo.integrations.trl.top import learns_from_top, refuse_images, top_scores
 from bandpo.metrics import EFFECTIVE_SAMPLE_SIZE, Detail, PooledSum, effective_size, policy_sums
+from bandpo.monitoring.names import metrics_of
 from bandpo.objective import Objective
 from bandpo.terms import TokenObjective
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bandpo._inputs import is_logprob
-from bandpo.integrations.names import TRL_NAMES
 from bandpo.integrations.trl.host import Accelerator, Batch
 from bandpo.integrations.trl.rollout import PREFIX, mask_of
 from bandpo.metrics import PooledSum
+from bandpo.monitoring.names import TRL_NAMES
 
 SAMPLED = f"{PREFIX}sampled_logps"
 """Name of the sampler's log-probs in a rollout, `(completions, time)`, float32; NaN for tokens without one."""

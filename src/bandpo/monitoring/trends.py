@@ -1,7 +1,7 @@
 """Symptoms in a log that need more than one metric, or one that few hosts write: entropy with its cause, ages, weights."""
 
-from bandpo.doctor.findings import Finding
-from bandpo.doctor.series import Symptomatic
+from bandpo.monitoring.findings import Finding
+from bandpo.monitoring.series import Symptomatic
 
 FEW = 0.5
 """Effective share of the samples below which their weights are told as too unequal."""

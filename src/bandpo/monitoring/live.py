@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bandpo._system.jsonl import as_number
-from bandpo.doctor.catalog import RULES as CATALOGUE
-from bandpo.doctor.findings import Finding, Level
-from bandpo.doctor.series import NOTHING, Running, Stats, Symptomatic
-from bandpo.doctor.symptoms import NAMES, RULES, is_broken
+from bandpo.monitoring.catalog import RULES as CATALOGUE
+from bandpo.monitoring.findings import Finding, Level
+from bandpo.monitoring.series import NOTHING, Running, Stats, Symptomatic
+from bandpo.monitoring.symptoms import NAMES, RULES, is_broken
 
 _RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
 _AT_ONCE = frozenset({"nonfinite"})

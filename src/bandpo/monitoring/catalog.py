@@ -538,7 +538,7 @@ _MEASURES = (
         "response_length/clip_ratio, are not taken for it.",
         healthy="The metrics that decide: entropy, clip fraction, norm of the gradient, rewards, and the difference between "
         "sampler and trainer.",
-        source="the names were read in the public source of each host, see bandpo.integrations.names",
+        source="the names were read in the public source of each host, see bandpo.monitoring.names",
         knobs={
             "TRL": "report_to, or the checkpoints' trainer_state.json",
             "bandpo train": "metrics.jsonl has all of them",

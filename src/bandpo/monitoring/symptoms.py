@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from bandpo._system.jsonl import as_number
-from bandpo.doctor import trends
-from bandpo.doctor.findings import Finding
-from bandpo.doctor.log_rows import LogRows, number_in
-from bandpo.doctor.series import Stats, Symptomatic, stats_of
-from bandpo.integrations.names import STEPS, logged_names, own_names
+from bandpo.monitoring import trends
+from bandpo.monitoring.findings import Finding
+from bandpo.monitoring.log_rows import LogRows, number_in
+from bandpo.monitoring.names import STEPS, logged_names, own_names
+from bandpo.monitoring.series import Stats, Symptomatic, stats_of
 
 
 def _hosts(*ours: str) -> tuple[str, ...]:

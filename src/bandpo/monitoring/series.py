@@ -159,7 +159,7 @@ def _mean_of_first(blocks: Iterable[tuple[int, float]], count: int) -> float:
 
 
 class Symptomatic(ABC):
-    """What a rule over the metrics of a run may ask. The names of series are the keys of `bandpo.doctor.symptoms.NAMES`."""
+    """What a rule over the metrics of a run may ask. The names of series are the keys of `bandpo.monitoring.symptoms.NAMES`."""
 
     @abstractmethod
     def others_lost(self) -> Mapping[str, int]:
