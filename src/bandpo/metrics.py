@@ -512,4 +512,4 @@ def _terms_of_a_clip(
     )
 
 
-__getattr__ = moved_within(__name__, {name: f"integrations.names.{name}" for name in ("TRL_NAMES", "VERL_NAMES")})
+__getattr__ = moved_within(__name__, {name: f"monitoring.names.{name}" for name in ("TRL_NAMES", "VERL_NAMES")})

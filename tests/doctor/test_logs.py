@@ -20,7 +20,7 @@ from bandpo.doctor import examine_log
 from bandpo.doctor.log_events import _checksum
 from bandpo.doctor.log_tables import _connect, _guard
 from bandpo.doctor.logs import is_log, log_files, read_log, read_logs
-from bandpo.integrations import names
+from bandpo.monitoring import names
 from bandpo.monitoring.log_rows import LogRows, number_in
 from bandpo.monitoring.symptoms import MEANINGS, NAMES, Log
 

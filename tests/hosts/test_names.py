@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import bandpo.metrics
-from bandpo.doctor import batch, symptoms
-from bandpo.integrations import names
+from bandpo.doctor import batch
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.metrics import PooledSum
+from bandpo.monitoring import names, symptoms
 
 
 def test_a_host_has_one_meaning_for_each_of_its_names():

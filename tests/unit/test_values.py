@@ -31,9 +31,14 @@ from bandpo import (
 from bandpo.bounds import Intersection, Union
 from bandpo.bounds.regions import BySign, Sides, TopK, kl3_clip, log_clip
 from bandpo.divergences import DIVERGENCES
+from bandpo.doctor.output import Examined
 from bandpo.doctor.setup import TRL_KNOBS, Setup
+from bandpo.doctor.truncation import Truncation
 from bandpo.experimental import Balanced, Elastic
+from bandpo.monitoring.catalog import RULES
 from bandpo.monitoring.findings import Finding
+from bandpo.monitoring.live import Told
+from bandpo.monitoring.series import stats_of
 from bandpo.preference import LINKS, PREFERENCES, PairObjective, alpha_link, chi2_kl
 from bandpo.preference.sampling import OnPolicy
 from bandpo.schedules import Adaptive, Schedule
@@ -64,7 +69,9 @@ VALUES = [
     Objective(bounds=Band(alpha(0.3)), surrogate=partial(soft, tau_positive=2.0)),
     chi2_kl(0.25, 0.1), chi2_kl(), alpha_link(0.5), PairObjective("hard", chi2_kl(0.25), beta=0.2),
     OnPolicy(torch.tensor([0.5, 0.5])), Informative(), Pruning(completions=0.5, history={"a": 1.0}),
-    Finding("inert", "problem", "seen"), Setup("TRL", OBJECTIVES["dapo"], knobs=TRL_KNOBS), partial(dual_clip, c=3.0),
+    Finding("inert", "problem", "seen"), Told(3, Finding("inert", "note", "seen", numbers={"x": 1.0})), stats_of([1.0, 2.0]),
+    RULES["inert"], Examined("a.yaml"), Truncation(0.9, 0, 0.0),
+    Setup("TRL", OBJECTIVES["dapo"], knobs=TRL_KNOBS), partial(dual_clip, c=3.0),
 ]  # fmt: skip
 NAMES = [f"{i}-{type(v).__name__}-{getattr(v, 'name', '')}" for i, v in enumerate(VALUES)]
 
@@ -110,6 +117,7 @@ def test_every_dataclass_of_the_library_is_one_of_those_above():
 
     elsewhere = (
         "bandpo.lab", "bandpo.train", "bandpo.toy", "bandpo.doctor.shell", "bandpo.doctor.launch", "bandpo.doctor.settings",
+        "bandpo.doctor.trl_launch", "bandpo.doctor.trl_source", "bandpo.doctor.python_source", "bandpo.doctor.swift",
         "bandpo.integrations",
         "bandpo.plots", "bandpo.cli", "bandpo.surrogates.kernel",
     )  # fmt: skip

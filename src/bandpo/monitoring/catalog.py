@@ -27,7 +27,7 @@ class Rule:
     why: str
     healthy: str
     source: str
-    knobs: Mapping[str, str] = field(default_factory=dict[str, str])
+    knobs: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
 
 
 _CONFIGURATION = (

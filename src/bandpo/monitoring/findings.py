@@ -35,7 +35,7 @@ class Finding:
     cause: str = ""
     knob: str = ""
     details: tuple[str, ...] = ()
-    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float], hash=False)
 
     def __post_init__(self) -> None:
         if self.level not in get_args(Level):
