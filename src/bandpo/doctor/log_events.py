@@ -1,6 +1,6 @@
 """Reads the scalars of TensorBoard's event files, a record at a time, without TensorBoard.
 
-TensorBoard's own reader trusts the lengths in a file, and imports TensorFlow where it is installed. A record is a message of
+TensorBoard's own reader holds a record of any length, and imports TensorFlow where it is installed. A record is a message of
 protocol buffers between its length and two checksums; its fields are those of TensorFlow's event.proto and summary.proto.
 """
 
