@@ -44,6 +44,7 @@ SETUPS_THAT_FIRE = [
     ("refused", {"refused": "an option would be ignored"}, "problem", "would be ignored"),
     ("precision", {"weights": "bfloat16", "learning_rate": 1e-6}, "warning", "most updates are lost"),
     ("interval", {}, "note", "at p = 0.5"),
+    ("interval", {"objective": OBJECTIVES["dapo"]}, "note", "a clip of 0.2 below and 0.28 above for every p"),
     ("assumed", {"assumed": ("top_p=1.0",)}, "note", "defaults are assumed: top_p=1.0"),
     ("unread", {"unread": ("line 3: $N is not set",)}, "note", "line 3"),
 ]
