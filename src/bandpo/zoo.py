@@ -1,13 +1,13 @@
 """Named recipes: which bounds, surrogate, ratio level, aggregation, advantage and anchor make a published objective."""
 
 import difflib
-import importlib
 from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
 
 from bandpo._deprecations import RENAMED_OBJECTIVES
+from bandpo._system.imports import imported
 from bandpo._values import Registry
 from bandpo.bounds import DCPO, Band, Clip
 from bandpo.bounds.combined import Intersection
@@ -454,11 +454,11 @@ def get_objective(objective: Objective | str) -> Objective:
         'GRPO, arXiv:2402.03300; PPO clip, arXiv:1707.06347'
     """
     if isinstance(objective, str) and ":" in objective:
-        module, _, attribute = objective.partition(":")
+        path = objective
         try:
-            objective = getattr(importlib.import_module(module), attribute)
+            objective = imported(path)
         except (Exception, SystemExit) as error:  # the module's own code runs, and may raise anything, or exit
-            raise ValueError(f"objective {module}:{attribute} could not be imported: {error!r}") from error
+            raise ValueError(f"objective {path} could not be imported: {error!r}") from error
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, str):

@@ -146,6 +146,53 @@ def test_objectives_lists_name_formula_and_paper(capsys):
         assert objective.paper in out
 
 
+OWN = """
+from bandpo import Clip, FDivergence, Objective
+
+MINE = Objective(bounds=Clip(0.1, 0.3), name="mine", formula="clip of .1 and .3", paper="ours")
+F = FDivergence("own", lambda u: 2 * (1 + u) - 4 * u.sqrt())
+"""
+
+
+def test_objectives_and_divergences_of_your_own_are_found_in_the_current_folder(capsys, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(OWN)
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    assert main(["objectives", "own_parts:MINE", "grpo", "--plot", "figures"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("own_parts:MINE\n    clip of .1 and .3\n    ours\n") and "\n\ngrpo\n" in out
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"own_parts.MINE.png", "grpo.png"}
+    assert main(["bounds", "--divergence", "own_parts:F,kl", "--no-figure"]) == 0
+    assert "own, radius 0.05" in capsys.readouterr().out
+    assert str(tmp_path) not in sys.path  # a folder `wandb` in it is no package
+    for wrong, message in (
+        ("own_parts:NOPE", "could not be imported"),
+        ("own_parts:MINE", "must be an FDivergence, got Objective"),
+    ):
+        assert main(["bounds", "--divergence", wrong, "--no-figure"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["objectives", "own_parts:F"]) == 2
+    assert "pass a name" in capsys.readouterr().err
+
+
+def test_objectives_are_filtered_and_printed_as_json(capsys):
+    from bandpo import OBJECTIVES
+
+    assert main(["objectives", "--filter", "GSPO"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["gspo", "luspo"]
+    assert main(["objectives", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found] == list(OBJECTIVES)
+    for row in found:
+        objective = OBJECTIVES[row["name"]]
+        assert (row["anchor"], row["extras"]) == (objective.anchor, sorted(objective.extras))
+    assert main(["objectives", "--filter", "nothing like it"]) == 2
+    assert "none of 49 objectives has it" in capsys.readouterr().err
+    assert main(["objectives", "--filter", "gspo", "--plot", "x.png"]) == 2
+    assert "name a folder for 2" in capsys.readouterr().err
+
+
 def test_no_command_prints_the_help_and_version_the_version(capsys):
     assert main([]) == 0
     assert "commands" in capsys.readouterr().out

@@ -238,7 +238,9 @@ def interval(s: Setup) -> Finding | None:
         return Finding("interval", "note", f"the region of {s.objective.name} depends on more than p: no table")
     lower, upper = table
     if bool((lower == lower[0]).all() and (upper == upper[0]).all()):
-        seen = f"the interval is a clip of {1 - lower[0].item():.3g} below and {upper[0].item() - 1:.3g} above for every p"
+        seen = (
+            f"the interval is a clip of {1 - lower[0].item():.3g} below and {upper[0].item() - 1:.3g} above for every p"
+        )
         return Finding("interval", "note", seen)
     rows = [f"{'p':>7}  {'lower':>8}  {'upper':>9}  as a clip (below, above)   set by (below, above)"]
     edges = [cast("list[float]", side.tolist()) for side in (lower, upper)]

@@ -17,7 +17,8 @@ def add_bounds_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--divergence",
         default="kl",
-        help="kl, reverse_kl, tv, chi2, ... or alpha:VALUE; several separated by commas (default: kl)",
+        help="kl, reverse_kl, tv, chi2, ..., alpha:VALUE, or package.module:NAME of your own FDivergence; several separated by "
+        "commas (default: kl)",
     )
     add("--radius", type=float, default=0.05, help="δ, in the units of the (first) divergence (default: 0.05)")
     add(
@@ -36,7 +37,12 @@ def add_objectives_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the command.
     """
-    parser.description = "Lists the named objectives, each with its formula and its paper."
+    parser.description = (
+        "Lists the named objectives, each with its formula and its paper; with names, all that each of them expects."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="named objective, or package.module:NAME of your own")
+    parser.add_argument("--filter", metavar="TEXT", help="only objectives with this text in name, formula or paper")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--plot",
         type=Path,

@@ -1,7 +1,6 @@
 """Rewards by name, and what happens when a reward function raises, hangs or returns no number."""
 
 import faulthandler
-import importlib
 import inspect
 import itertools
 import signal
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 from bandpo._system.errors import LINES, RunError, place_of, printable, what_happened
 from bandpo._system.files import write_jsonl
+from bandpo._system.imports import imported
 from bandpo._system.secrets import redact_text
 from bandpo.toy.tasks import TASKS, score
 from bandpo.train.config import MATH, RunConfig
@@ -298,9 +298,8 @@ def get_reward(name: str, *, workers: int | None = None) -> RewardFunction:
         raise ValueError(
             f"reward {name!r} is unknown: use 'math', 'math-lenient', a task ({', '.join(TASKS)}) or 'package.module:NAME'"
         )
-    module, _, attribute = name.partition(":")
     try:
-        reward = getattr(importlib.import_module(module), attribute)
+        reward = imported(name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the code of the module runs, and may raise anything
