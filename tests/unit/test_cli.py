@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -166,10 +167,8 @@ def test_objectives_and_divergences_of_your_own_are_found_in_the_current_folder(
     assert main(["bounds", "--divergence", "own_parts:F,kl", "--no-figure"]) == 0
     assert "own, radius 0.05" in capsys.readouterr().out
     assert str(tmp_path) not in sys.path  # a folder `wandb` in it is no package
-    for wrong, message in (
-        ("own_parts:NOPE", "could not be imported"),
-        ("own_parts:MINE", "must be an FDivergence, got Objective"),
-    ):
+    wrong_ones = {"own_parts:NOPE": "could not be imported", "own_parts:MINE": "must be an FDivergence, got Objective"}
+    for wrong, message in wrong_ones.items():
         assert main(["bounds", "--divergence", wrong, "--no-figure"]) == 2
         assert message in capsys.readouterr().err
     assert main(["objectives", "own_parts:F"]) == 2
