@@ -109,7 +109,7 @@ def stated_answer(completion: str) -> str | None:
     A box counts as in `boxed_answer`. Without one it is the first of these that the text has:
 
     * what follows the last `####`;
-    * what follows the last "answer is", "answer:" or "answer =", up to the end of the clause;
+    * what follows the last "answer is", "answer:" or "answer =": `\[...\]` or `$$...$$`, else up to the end of the clause;
     * the last text in bold, `**...**`, with a number in it;
     * the last mathematics in `$...$` or `\(...\)`;
     * the last number.
