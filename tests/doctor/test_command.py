@@ -151,6 +151,15 @@ def test_what_cannot_be_examined_is_one_line(name, text, message, capsys):
     assert not Path("pwned").exists()
 
 
+def test_a_log_after_a_file_that_cannot_be_read_is_still_a_log(capsys):
+    write("run.jsonl", '{"entropy": 1.0}\n' * 3)
+    Path("link.jsonl").symlink_to("run.jsonl")
+    assert main(["doctor", "link.jsonl", "run.jsonl", "--json"]) == 2
+    first, second = sorted(json.loads(capsys.readouterr().out), key=lambda section: section["file"])
+    assert "symbolic link" in first["error"]
+    assert "error" not in second and "columns" in {finding["rule"] for finding in second["findings"]}
+
+
 def test_other_mistakes(capsys):
     Path("empty").mkdir()
     write("m.jsonl", '{"entropy": 1.0}\n')

@@ -157,6 +157,12 @@ def test_rules_for_the_toml_of_prime_rl(settings, rule, expected):
     assert (found[rule].level if rule in found else "") == expected
 
 
+def test_an_older_name_of_prime_rl_s_sampler_is_not_taken_for_its_default():
+    setup = read("[orchestrator]\ngroup_size = 8\nsampling = {temperature = 0.7}\n", "rl.toml")
+    assert setup.temperature is None
+    assert "orchestrator.sampling.temperature: no setting of this version" in " ".join(setup.unread)
+
+
 def objective(host, settings=""):
     return read(f"{RUNS[host]} {settings}\n").objective
 

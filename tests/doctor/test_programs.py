@@ -105,13 +105,27 @@ def test_a_script_is_read_as_its_yaml():
      ("from dataclasses import replace\na = GRPOConfig(beta=0.1)\nGRPOTrainer(args=replace(a, beta=0.5))", 0.5),
      ("a = GRPOConfig(beta=0.1)\nb = GRPOConfig(beta=0.2)\nGRPOTrainer(args=b)", 0.2),
      ("import trl\ntrl.GRPOConfig(beta=0.6)", 0.6), ("from trl import GRPOConfig as C\nC(beta=0.6)", 0.6),
-     ("class My(GRPOConfig):\n    beta: float = 0.7\nMy(epsilon=0.1)", 0.7), ("GRPOTrainer(model='m', reward_funcs=f)", 0.0),
+     ("from dataclasses import dataclass\n@dataclass\nclass My(GRPOConfig):\n    beta: float = 0.7\nMy(epsilon=0.1)", 0.7),
+     ("@dataclass\nclass A(GRPOConfig):\n    beta: float = 0.7\n@dataclass()\nclass B(A):\n    epsilon: float = 0.1\nB()", 0.7),
+     ("GRPOTrainer(model='m', reward_funcs=f)", 0.0),
      ("def main():\n    args = GRPOConfig(beta=B)\nB = 0.8\nif __name__ == '__main__':\n    main()", 0.8)],
 )  # fmt: skip
 def test_where_a_script_sets_an_option(text, beta):
     setup = read(HEAD + text)
     assert setup.kl_coef == beta
     assert not [line for line in setup.unread if "not resolved" in line or "anything" in line]
+
+
+def test_the_class_of_a_script_has_the_fields_that_python_gives_it():
+    for text, why in (
+        ("class My(GRPOConfig):\n    beta: float = 0.7\n", "without @dataclass"),
+        ("@dataclass\nclass My(GRPOConfig):\n    beta = 0.7\n", "without an annotation"),
+    ):
+        names: dict[str, object] = {}
+        exec("from dataclasses import dataclass\n" + HEAD + text, names)
+        setup = read(HEAD + text + "My()")
+        assert setup.kl_coef == names["My"]("o", use_cpu=True, bf16=False).beta == 0.0
+        assert f"My.beta (line {3 if '@' not in text else 4}) sets nothing: {why} it is no field" in setup.unread
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,14 @@ def test_where_a_script_sets_an_option(text, beta):
      ("a = GRPOConfig(beta=0.1)\nb = a\nb.beta = 1", "another name of a (line 3) may"),
      ("GRPOConfig(beta=0.1)\nGRPOConfig(beta=0.2)", "2 configurations of GRPO are in the file (line 2, line 3)"),
      ("exec(open('c').read())\nGRPOConfig(beta=B)", "beta=B (line 3)"), ("GRPOConfig(beta=0.1, **x)", "x (line 2) may set any"),
-     ("a = GRPOConfig(beta=0.1)\na.set_training(x)\nGRPOTrainer(args=a)", "a change of a (line 3) may set anything")],
+     ("a = GRPOConfig(beta=0.1)\na.set_training(x)\nGRPOTrainer(args=a)", "a change of a (line 3) may set anything"),
+     ("class R:\n    def f(self):\n        self.cfg = GRPOConfig(beta=0.1)\n        self.cfg.beta = 1\n",
+      "beta=what cfg.beta is set to (line 5)"),
+     ("import copy\na = GRPOConfig(beta=0.1)\nb = copy.deepcopy(a)\nb.beta = 1\nGRPOTrainer(args=b)",
+      "beta=what b.beta is set to (line 5)"),
+     ("a = GRPOConfig(beta=0.1)\na = other(a)\nGRPOTrainer(args=a)", "other(a) (line 3) may set anything"),
+     ("a = GRPOConfig(beta=0.1)\nt = GRPOTrainer(args=a)\nt.beta = 1", "beta=what t.beta is set to (line 4)"),
+     ("k = dict(beta=0.1)\ndef f(d):\n    d['beta'] = 1\nf(k)\nGRPOConfig(**k)", "f(k) (line 5) may set anything")],
 )  # fmt: skip
 def test_what_a_script_leaves_open_is_listed_and_no_rule_judges_by_it(text, line):
     setup = read(HEAD + text)
@@ -264,6 +285,22 @@ def test_a_launch_line_of_trl():
     assert "grpo.py is not read: its own defaults are taken to be TRL's" in setup.unread
     assert not any("processes" in what for what in setup.assumed)  # 4 x 2 fill a group
     assert read(text, "run.sh", "beta=0.5").kl_coef == 0.5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "steps"),
+    [("torchrun --nproc_per_node 8", 2.0), ("torchrun --nnodes 2 --nproc-per-node=8", 1.0),
+     ("deepspeed --num_nodes 2 --num_gpus 8", 1.0), ("accelerate launch --num_processes 16", 1.0),
+     ("accelerate launch --num_processes $N", None), ("torchrun --nnodes $N --nproc_per_node 8", None),
+     ("torchrun --nnodes 1:4 --nproc_per_node 8", None), ("torchrun --nproc_per_node auto", None)],
+)  # fmt: skip
+def test_processes_of_all_nodes_share_a_generation_batch(launcher, steps):
+    options = "--num_generations 16 --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    setup = read(f"{launcher} grpo.py {options} --generation_batch_size 128\n", "run.sh")
+    assert setup.steps == steps
+    assert steps or any("generation_batch_size=128, shared by processes" in line for line in setup.unread)
+    told = read("num_generations: 4\ngeneration_batch_size: 128\nper_device_train_batch_size: 4\n", "grpo.yaml")
+    assert "processes=1 (they share generation_batch_size; --processes N)" in told.assumed
 
 
 def test_what_a_launch_line_names_is_not_opened():
@@ -430,6 +467,8 @@ HOSTILE = {
     "bases": "".join(f"class C{i}({', '.join(f'C{j}' for j in range(40))}): pass\nC{i}()\n" for i in range(40)),
     "dots": "a" + ".b" * (N // 2), "list": "x = [" + "1," * (N // 2 - 10) + "]", "unary": "-" * N + "1",
     "plus": "1" + "+1" * (N // 2),
+    "same name": "a = GRPOConfig()\n" + "if x: a = a\n" * 200 + "GRPOTrainer(args=a)",
+    "passed on": "a = GRPOConfig()\n" + "if x: a = f(a, a, a)\n" * 200 + "GRPOTrainer(args=a)",
     "calls of calls": "a" + "()" * (N // 2), "elif": "if a: pass\n" + "elif a: pass\n" * (N // 14), "brackets": "(" * N,
 }  # fmt: skip
 

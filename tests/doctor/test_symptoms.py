@@ -14,6 +14,7 @@ from bandpo import KL, OBJECTIVES, TV, Band, policy_loss
 from bandpo.bounds.calibration import outside_fraction, radius_for
 from bandpo.doctor import examine_batch, examine_log
 from bandpo.doctor.batch import load_batch
+from bandpo.doctor.scoring import examine_saved
 from doctor_cases import SICK, WELL, batch, log
 
 
@@ -135,6 +136,9 @@ def test_bad_batches_are_errors_and_nothing_in_them_runs(tmp_path, monkeypatch):
         b = {k: v for k, v in {**good, **changes}.items() if v is not None}
         with pytest.raises(ValueError, match=message):
             examine_batch(b)
+    torch.save({**good, "mask": torch.zeros(20, 20)}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r"none\.pt: the batch has no valid token"):
+        examine_saved(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="target must be between 0 and 1, got 2"):
         examine_batch(good, target=2)
     with pytest.raises(ValueError, match="a batch ends in"):

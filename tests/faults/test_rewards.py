@@ -197,7 +197,7 @@ def test_workers_are_this_process_s_share_of_the_cpus(monkeypatch):
 def test_the_option_is_for_reward_math():
     options = {"model": "m", "dataset": "d"}
     assert RunConfig(**options, reward="math", reward_workers=3).reward_workers == 3
-    with pytest.raises(ValueError, match="reward_workers=3 would be ignored: only reward math"):
+    with pytest.raises(ValueError, match="reward_workers=3 would be ignored: only math and math-lenient"):
         RunConfig(**options, reward="mine:f", reward_workers=3)
     with pytest.raises(ValueError, match="reward_workers must be at least 1, got 0"):
         RunConfig(**options, reward="math", reward_workers=0)

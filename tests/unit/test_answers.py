@@ -317,6 +317,8 @@ STATED = [  # (completion, answers that it states, answers that it does not stat
     ("50%", ["50%", "0.5"], ["5"]),
     ("The answer is 12. In a box: \\boxed{13}", ["13"], ["12"]),
     ("The answer is 18 dollars.", ["18"], ["17"]),
+    ("The final answer is:\n\n\\[\n\\frac{1}{2}\n\\]\n", ["0.5"], ["1", "2"]),
+    ("The answer is: $$\n42\n$$ as 6 x 7 is.", ["42"], ["7", "6"]),
     ("I do not know", [], ["0", "1"]),
     ("\\boxed{12}. Hmm, wait. \\boxed{", [], ["12"]),
     ("The answer is 12, in a box: \\box", [], ["12"]),

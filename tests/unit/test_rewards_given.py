@@ -123,6 +123,24 @@ def test_check_reward_shows_the_failure_of_a_function(answers, capsys):
     assert "none has a score, 2 unscored (2 of them because the function raised or hung)" in said
 
 
+def test_check_reward_leaves_out_bad_rows_if_asked(answers, capsys):
+    with answers.open("a") as file:
+        file.write(json.dumps({"prompt": "?", "answer": "", "part": {"x": 6}}) + "\n")
+    assert main(["check-reward", "--dataset", str(answers), "--reward", "check_rewards:boxed"]) == 2
+    assert "set bad_rows: skip" in capsys.readouterr().err
+    arguments = ["--dataset", str(answers), "--reward", "check_rewards:boxed", "--bad_rows", "skip"]
+    assert main(["check-reward", *arguments]) == 0
+    assert "of the 6 first rows' own answers" in capsys.readouterr().out
+
+
+def test_a_secret_in_the_error_of_a_reward_is_not_printed(answers, capsys):
+    path = answers.parent / "secret_rewards.py"
+    path.write_text("def f(completions, **_):\n    raise RuntimeError('token=' + 'hf_' + 'a' * 34)\n")
+    assert main(["check-reward", "--dataset", str(answers), "--reward", "secret_rewards:f", "--rows", "2"]) == 1
+    said = capsys.readouterr()
+    assert "RuntimeError" in said.out and "aaaaaaaa" not in said.out + said.err
+
+
 def test_check_reward_reads_the_file_of_a_run(answers, capsys):
     config = answers.parent / "run.yaml"
     config.write_text(f"model: m\ndataset: {answers}\nreward: [math]\nmax_steps: 3\nlora_rank: 4\n")

@@ -143,7 +143,7 @@ def examine_files(
             files += _expand(path)
         except (ValueError, OSError) as error:
             examined.append(Examined(str(path), error=str(error)))
-    for path in files:
+    for path in [*files]:
         try:
             if is_log(path):
                 logs.append(path)

@@ -102,6 +102,7 @@ def read_prime_rl(
     s = Settings(DEFAULTS, {DIALECT.names.get(key, key): value for key, value in flat(tree).items()})
     s.given |= given_by(overrides, DIALECT)
     _look_at_sources(s)
+    _look_at_older_names(s)
     note_unknown(s, DIALECT)
     lag = s.number(f"{_ORCHESTRATOR}.max_off_policy_steps")
     objective, ours = _objective(s)
@@ -149,6 +150,18 @@ def _look_at_sources(s: Settings) -> None:
         if any(value is not None and value != s.get(whole) for value in own):
             s.given[whole] = UNKNOWN
             s.unread.append(f"train.source has a {key} of its own, which differs from that of the run")
+
+
+def _look_at_older_names(s: Settings) -> None:
+    """Where older versions had the sampler: what the run samples with is then not known."""
+    temperature = f"{_ORCHESTRATOR}.train.sampling.temperature"
+    older = sorted(key for key in s.given if key.startswith(f"{_ORCHESTRATOR}.sampling."))
+    if older and temperature not in s.given:
+        s.given[temperature] = UNKNOWN
+        s.unread.append(
+            f"{', '.join(short(key)[1:-1] for key in older[:4])}: no setting of this version; it has "
+            f"{_ORCHESTRATOR}.train.sampling"
+        )
 
 
 def _objective(s: Settings) -> tuple[Objective | None, bool]:

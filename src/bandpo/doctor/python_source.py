@@ -647,11 +647,27 @@ class Source:
                 if home is not None and isinstance(value, ast.expr) and not isinstance(value, ast.Name):
                     found = self._mapping(bindings[0].value, home, bindings[0].time, depth + 1)
                     self.apply(found, node.id, home, bindings[0].time, (scope, time))
+                    if changed := self._changed_by(node.id, scope):
+                        found.add(Given(opened=changed))
                     return found
             case _:
                 pass
         found.opened.append(self.text(node))
         return found
+
+    def _changed_by(self, name: str, scope: Scope) -> list[str]:
+        """The calls of functions of this file that get a mapping and change one."""
+        found: list[str] = []
+        for call in self.calls:
+            given = [*call.node.args, *(k.value for k in call.node.keywords if k.arg)]
+            if not isinstance(call.node.func, ast.Name) or not any(
+                isinstance(a, ast.Name) and a.id == name for a in given
+            ):
+                continue
+            functions, _ = self.bound(call.node.func.id, scope, call.time)
+            if any(_changes_a_mapping(binding.value) for binding in functions[:1]):
+                found.append(self.text(call.node))
+        return found[:_MAX_NODES]
 
     def apply(self, given: Given, name: str, home: Scope, since: int, until: tuple[Scope, int]) -> None:
         """Apply the changes to what a name stands for, between two statements.
@@ -686,6 +702,17 @@ class Source:
                 given.set(change.key, value, partial(self.text, change.value))
         if shared:  # what is set through either name after that is set for both
             given.add(Given(opened=[shared]))
+
+
+def _changes_a_mapping(function: object) -> bool:
+    """Whether a function sets an item of something, or calls a method such as `update`."""
+    if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    return any(
+        (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
+        or (isinstance(node, ast.Attribute) and node.attr in _CHANGING)
+        for node in ast.walk(function)
+    )
 
 
 def parse(text: str) -> ast.Module:

@@ -272,7 +272,10 @@ def examine_saved(
         truncation = Truncation(setup.top_p or 1.0, max(0, setup.top_k or 0), setup.min_p or 0.0)
         temperature = setup.temperature
     batch = load_batch(path)
-    found = examine_batch(batch, objectives=objectives, target=target, vocabulary=vocabulary, truncation=truncation)
+    try:
+        found = examine_batch(batch, objectives=objectives, target=target, vocabulary=vocabulary, truncation=truncation)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if model is not None:
         found += examine_model(
             load_model(model),

@@ -342,7 +342,10 @@ def _accepted(cls: type, kept: Mapping[str, Any], processes: int, doubtful: set[
     if doubtful & _BATCHES:
         return _without_batches(cls, kept, processes)
     try:
-        return _build(cls, kept, processes)
+        args = _build(cls, kept, processes)
+        if processes == 1 and kept.get("generation_batch_size") is not None:
+            assumed.append("processes=1 (they share generation_batch_size; --processes N)")
+        return args
     except ValueError as error:
         if "divisible" not in str(error) or processes > 1:
             raise

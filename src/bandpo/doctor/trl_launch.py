@@ -16,7 +16,7 @@ from bandpo.doctor.shell import Script, Word, read_script
 _OPTION = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
 _MANY = re.compile(r"\[[@*]\]|\$\{?[@*]|ARGS|OPTS|OPTIONS|EXTRA|FLAGS", re.IGNORECASE)  # expansions into several words
 _NUMBER = re.compile(r"-?[.\d]")
-_PROCESSES = ("num_processes", "nproc_per_node", "num_gpus")
+_OF_A_NODE, _NODES = ("nproc_per_node", "num_gpus"), ("nnodes", "num_nodes")
 _LAUNCHERS = frozenset({"accelerate", "torchrun", "deepspeed", "python", "python3", "uv", "accelerate-launch", "srun"})
 _MAX_UNREAD = 12
 OWN = frozenset(
@@ -197,10 +197,10 @@ def _trl(command: Sequence[Word]) -> Options | None:
     names = [Path(word.text[:300]).name for word in command]
     if "trl" in names and names[names.index("trl") + 1 : names.index("trl") + 2] == ["grpo"]:
         options = _options(command[names.index("trl") + 2 :])
-        processes = _processes(options.values)
+        processes = _processes(options)
         if options.values.keys() <= {"config"} and not options.unknown:
             return None
-        return replace(options, line=command[0].line, program="trl", processes=processes)
+        return _of_processes(replace(options, line=command[0].line, program="trl"), processes)
     at = next((i for i, name in enumerate(names) if name.endswith(".py")), -1)
     if at < 0 or not _LAUNCHERS & set(names[: at + 1]):
         return None
@@ -208,17 +208,34 @@ def _trl(command: Sequence[Word]) -> Options | None:
     given = {*options.values, *options.unknown}
     if not given & OWN or "rloo" in names[at] or not (given & _TRAINING or "grpo" in names[at]):
         return None
-    processes = _processes(_options(command[:at]).values)
-    return replace(options, line=command[0].line, program=names[at], processes=processes)
+    processes = _processes(_options(command[:at]))
+    return _of_processes(replace(options, line=command[0].line, program=names[at]), processes)
 
 
-def _processes(values: dict[str, Any]) -> int:
-    """The number of processes that a launcher starts; 0 where it does not tell."""
-    for name in _PROCESSES:
-        value = str(values.pop(name, ""))
-        if value.isdecimal() and 0 < len(value) < 6:
-            return int(value)
-    return 0
+def _of_processes(options: Options, processes: int | None) -> Options:
+    """The options with the number of processes, which share `generation_batch_size`: where it is not known, neither is that."""
+    if processes is None and "generation_batch_size" in options.values:
+        size = options.values.pop("generation_batch_size")
+        options.unknown["generation_batch_size"] = (
+            f"{short(size)[1:-1]}, shared by processes whose number is not known,"
+        )
+    return replace(options, processes=processes or 0)
+
+
+def _processes(launcher: Options) -> int | None:
+    """The number of processes that a launcher starts; 0 where it does not tell, None where what it tells is not known."""
+
+    def given(*names: str) -> int | None:
+        if not launcher.unknown.keys().isdisjoint(names):
+            return None
+        value = next((str(launcher.values.pop(name)) for name in names if name in launcher.values), "0")
+        return int(value) if value.isdecimal() and len(value) < 6 else None
+
+    total = given("num_processes")
+    if total != 0:
+        return total
+    of_a_node, nodes = given(*_OF_A_NODE), given(*_NODES)
+    return None if of_a_node is None or nodes is None else of_a_node * (nodes or 1)
 
 
 def _options(words: Sequence[Word]) -> Options:

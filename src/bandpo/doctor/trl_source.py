@@ -37,6 +37,27 @@ _OTHERS = {
     "RewardConfig": "TRL's RewardTrainer",
 }
 _PARSERS = ("TrlParser", "HfArgumentParser", "H4ArgumentParser")
+_SAME = ("dataclasses.replace", "copy.replace", "copy.copy", "copy.deepcopy")
+_MAX_STEPS = 5000  # expressions that are followed to the configurations that they give
+# Attributes of GRPOTrainer that its loss uses, and the option that each is from.
+_OF_TRAINER = {
+    "epsilon_low": "epsilon",
+    **{
+        name: name
+        for name in (
+            "beta",
+            "epsilon_high",
+            "importance_sampling_level",
+            "loss_type",
+            "min_p",
+            "num_iterations",
+            "scale_rewards",
+            "temperature",
+            "top_k",
+            "top_p",
+        )
+    },
+}
 _LOSSES = ("_compute_loss", "compute_loss")
 _MAGIC = re.compile(r"(\s*)(?:[%!]|\?)")
 _ASSIGNED_MAGIC = re.compile(r"(\s*[A-Za-z_][\w.]*\s*=\s*)[%!]")
@@ -191,6 +212,8 @@ class _Script:
         self.bypassed = ""
         self._kinds: dict[tuple[str, tuple[str, ...]], str] = {}
         self._looked_at: set[int] = set()
+        self._steps = 0
+        self._through: dict[int, str] = {}  # calls of other functions that give a configuration on, by its node
         self.configs = [call for call in source.calls if self._kind(call.name, _CONFIGS)]
         self.trainers = [call for call in source.calls if self._kind(call.name, _TRAINERS)]
         if len(self.configs) > _MAX_CALLS or len(self.trainers) > _MAX_CALLS:
@@ -275,12 +298,13 @@ class _Script:
 
     def _made(self, node: ast.AST, scope: Scope, time: int, depth: int = 0) -> list[Call]:
         """The calls that create what an expression gives."""
+        self._steps += 1
+        if self._steps > _MAX_STEPS or depth > 10:
+            return []
         if isinstance(node, ast.Call):
             own = [call for call in self.configs if call.node is node]
-            if not own and self.source.dotted(node.func) in ("dataclasses.replace", "copy.replace", "copy.deepcopy"):
-                return self._made(node.args[0], scope, time, depth + 1) if node.args and depth < 10 else []
-            return own
-        if not isinstance(node, ast.Name) or depth > 10:
+            return own or self._given_on(node, scope, time, depth + 1)
+        if not isinstance(node, ast.Name):
             return []
         bindings, home = self.source.bound(node.id, scope, time)
         return [
@@ -289,6 +313,16 @@ class _Script:
             if home is not None and isinstance(b.value, ast.expr)
             for call in self._made(b.value, home, b.time, depth + 1)
         ]
+
+    def _given_on(self, node: ast.Call, scope: Scope, time: int, depth: int) -> list[Call]:
+        """The configurations among the arguments of a call, which may give one of them back, changed."""
+        if self.source.dotted(node.func) in _SAME:
+            return self._made(node.args[0], scope, time, depth) if node.args else []
+        arguments = [*node.args, *(k.value for k in node.keywords if k.arg)]
+        found = [call for a in arguments[:20] for call in self._made(a, scope, time, depth)]
+        for call in found:
+            self._through.setdefault(id(call.node), self.source.text(node))
+        return found
 
     def _argument(self, call: Call, name: str) -> ast.expr | None:
         """An argument of the trainer, by name or at its place: model, reward_funcs, args."""
@@ -332,28 +366,76 @@ class _Script:
             self._counted_late(later)
             found.add(later)
             self._passed_on(found, name, scope)
-        for key, (owner, node) in self.source.deep.items():
-            if "args" in owner or owner in {name for _, name, _ in self._names(call)}:
-                found.set(key, UNKNOWN, f"what {owner}.{key} is set to ({self.source.line(node)})")
+        self._set_elsewhere(found, call)
         replaced = [c for c in self.source.calls if c.name in ("dataclasses.replace", "copy.replace")]
         for other in replaced[:_MAX_CALLS]:  # dataclasses.replace(args, beta=0.1)
             if call in self._made(other.node, other.scope, other.time):
                 found.add(self.source.given(other))
         return found
 
-    def _of_class(self, name: str) -> Given:
-        """The defaults of a configuration that is a class of this file."""
+    def _set_elsewhere(self, found: Given, call: Call) -> None:
+        """What is set through an attribute, a copy, another function or the trainer is not known."""
+        if self._steps > _MAX_STEPS:
+            found.add(Given(opened=["what the file does with its configurations"]))
+        if id(call.node) in self._through:
+            found.add(Given(opened=[self._through[id(call.node)]]))
+        owners = {name for _, name, _ in self._names(call)} | self._attributes(call)
+        for key, (owner, node) in self.source.deep.items():
+            option = key if "args" in owner or owner in owners else _OF_TRAINER.get(key) if "trainer" in owner else None
+            if option:
+                found.set(option, UNKNOWN, f"what {owner}.{key} is set to ({self.source.line(node)})")
+        for scope, name, since in [*self._copies(call), *(x for t in self.trainers for x in self._names(t))]:
+            is_trainer = not any(name == copied and scope is place for place, copied, _ in self._copies(call))
+            for change in self.source.changes(name, scope, since)[:_MAX_CALLS]:
+                key = _OF_TRAINER.get(change.key or "") if is_trainer else change.key
+                if key:
+                    found.set(key, UNKNOWN, f"what {name}.{change.key} is set to ({self.source.line(change.line)})")
+
+    def _attributes(self, call: Call) -> set[str]:
+        """The attributes that a configuration is stored in, as `self.cfg = GRPOConfig(...)`."""
+        changes = [c for scope in _around(call.scope) for several in scope.changes.values() for c in several]
+        return {change.key for change in changes if change.value is call.node and change.key}
+
+    def _copies(self, call: Call) -> list[tuple[Scope, str, int]]:
+        """The names that copies of a configuration get, with their scope and where they get it."""
+        return [
+            (scope, name, binding.time)
+            for scope in _around(call.scope)
+            for name, bindings in scope.bindings.items()
+            for binding in bindings
+            if isinstance(binding.value, ast.Call)
+            and self.source.dotted(binding.value.func) in _SAME
+            and call in self._made(binding.value, scope, binding.time)
+        ][:_MAX_CALLS]
+
+    def _of_class(self, name: str, depth: int = 0) -> Given:
+        """The defaults of a configuration that is a class of this file: those of its fields, and of what it derives from."""
         found = Given()
         for node, scope in self.source.classes.get(name, [])[-1:]:
+            for base in reversed(node.bases if depth < 10 else []):
+                if (inner := self.source.dotted(base)) != name and self._kind(inner, _CONFIGS):
+                    found.add(self._of_class(inner, depth + 1))
+            is_data = any(self._decorator(d).rpartition(".")[2] == "dataclass" for d in node.decorator_list)
+            annotated = {ast.unparse(x.target) for x in node.body if isinstance(x, ast.AnnAssign)}
             for key, bindings in scope.bindings.items():
                 value = bindings[-1].value
-                if isinstance(value, ast.expr):
+                if not isinstance(value, ast.expr):
+                    continue
+                if is_data and key in annotated:
                     found.set(
                         key, self.source.values(value, scope, bindings[-1].time), partial(self.source.text, value)
+                    )
+                elif not key.startswith("_"):
+                    self.notes.append(
+                        f"{node.name[:80]}.{key[:80]} ({self.source.line(value)}) sets nothing: without "
+                        f"{'an annotation' if is_data else '@dataclass'} it is no field"
                     )
             if "__post_init__" in scope.bindings or "__init__" in scope.bindings:
                 found.add(Given(opened=[f"{node.name[:80]}.__post_init__ ({self.source.line(node)})"]))
         return found
+
+    def _decorator(self, node: ast.expr) -> str:
+        return self.source.dotted(node.func if isinstance(node, ast.Call) else node)
 
     def _names(self, call: Call) -> list[tuple[Scope, str, int]]:
         """The names that a configuration gets, with their scope and where they get it."""

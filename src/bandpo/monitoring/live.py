@@ -9,9 +9,8 @@ from bandpo._system.jsonl import as_number
 from bandpo.monitoring.catalog import RULES as CATALOGUE
 from bandpo.monitoring.findings import Finding, Level
 from bandpo.monitoring.series import NOTHING, Running, Stats, Symptomatic
-from bandpo.monitoring.symptoms import NAMES, RULES, is_broken
+from bandpo.monitoring.symptoms import NAMES, RANKS, RULES, is_broken
 
-_RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
 _AT_ONCE = frozenset({"nonfinite"})
 """Rules whose findings are certain from one row on."""
 _TOLD: tuple[Level, ...] = ("warning", "problem")
@@ -58,9 +57,9 @@ class _RunSoFar(Symptomatic):
                 continue
             if not math.isfinite(number) and (name in self._lost or len(self._lost) < _MOST_BROKEN):
                 self._lost[name] = self._lost.get(name, 0) + 1
-            if name not in _RANKS:
+            if name not in RANKS:
                 continue
-            what, rank = _RANKS[name]
+            what, rank = RANKS[name]
             if what not in self._found or rank < self._found[what][1]:
                 self._found[what] = (name, rank, Running())
             if rank == self._found[what][1]:

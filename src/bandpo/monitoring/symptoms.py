@@ -71,7 +71,8 @@ MEANINGS: Mapping[str, str] = {
     "age": "age of the samples",
 }
 """What each series of `NAMES` means."""
-_RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
+RANKS = {name: (what, rank) for what, names in NAMES.items() for rank, name in enumerate(names)}
+"""What each name of a log is, and its place among the names of that."""
 _MOST_BROKEN = 10_000  # different names of metrics that are NaN or infinite somewhere
 _MOST_NAMES = 10_000  # different names that are counted
 _MOST_PLANS = 64
@@ -191,7 +192,7 @@ class Log(Symptomatic):
         """The names in a row that rules look at, with their meaning and rank. Most rows have the same names as another."""
         if len(self._plans) == _MOST_PLANS:
             self._plans.clear()
-        plan = self._plans[keys] = [(name, *_RANKS[name]) for name in keys if name in _RANKS]
+        plan = self._plans[keys] = [(name, *RANKS[name]) for name in keys if name in RANKS]
         if len(self.columns) < _MOST_NAMES:
             self.columns.update(keys)
         return plan

@@ -41,6 +41,7 @@ _ANSWER = re.compile(
     r"\banswer\b[\s*_]*(?:is|=|:)[\s*_:]*(?:(?:therefore|thus|then|simply|just)\b)?[\s*_:,]*", re.IGNORECASE
 )
 _LONGEST = 500  # characters of an answer that is stated in a sentence
+_DISPLAY = re.compile(r"(?:\\\[|\$\$)\s*(.+?)\s*(?:\\\]|\$\$)", re.DOTALL)  # mathematics on lines of its own
 _SENTENCE_END = re.compile(r"[()\[\]{}]|\.(?!\d)|[,;](?=\s)|\n")
 _MATHS_MARK = re.compile(r"\\[()\[\]]|(?<!\\)\$")
 _BOLD = re.compile(r"\*\*([^*\n]{0,200}\d[^*\n]{0,200})\*\*")
@@ -108,7 +109,7 @@ def stated_answer(completion: str) -> str | None:
     A box counts as in `boxed_answer`. Without one it is the first of these that the text has:
 
     * what follows the last `####`;
-    * what follows the last "answer is", "answer:" or "answer =", up to the end of the clause;
+    * what follows the last "answer is", "answer:" or "answer =": `\[...\]` or `$$...$$`, else up to the end of the clause;
     * the last text in bold, `**...**`, with a number in it;
     * the last mathematics in `$...$` or `\(...\)`;
     * the last number.
@@ -141,6 +142,8 @@ def stated_answer(completion: str) -> str | None:
 def _sentence(text: str) -> str:
     """The text up to the end of its sentence or clause; brackets keep together what is in them."""
     text, depth = text[:_LONGEST], 0
+    if display := _DISPLAY.match(text):
+        return display[1]
     for mark in _SENTENCE_END.finditer(text):
         if mark[0] in "([{":
             depth += 1

@@ -83,6 +83,12 @@ def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="math, math-lenient, or package.module:NAME, which is imported (default: the file's)",
     )
+    add(
+        "--bad-rows",
+        choices=("error", "skip"),
+        help="what to do with rows that have no prompt or no answer: end with an error, or leave them out and count them "
+        "(default: the file's, or error)",
+    )
     add("--rows", type=_count, default=32, help="number of rows, the first ones (default: 32)")
     add(
         "--messages",

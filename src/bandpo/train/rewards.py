@@ -130,8 +130,8 @@ class CheckedReward:
         self, error: BaseException, prompts: list[Any], completions: list[Any], columns: dict[str, Any]
     ) -> list[float | None]:
         late = isinstance(error, RewardTimeout)
-        what = f"took over {self.limit:g} s" if late else what_happened(error)
-        where = _traceback(error)
+        what = f"took over {self.limit:g} s" if late else redact_text(what_happened(error))
+        where = redact_text(_traceback(error))
         kept = self._keep(prompts, completions, what, where)
         if self.errors != "skip":
             raise RewardError(
@@ -160,9 +160,8 @@ class CheckedReward:
         if self.folder is None or not self.folder.is_dir():
             return ""
         path = self.folder / "failed_reward.jsonl"
-        error, trace = redact_text(what), redact_text(where)
         samples = zip(prompts, completions, strict=True)
-        write_jsonl(path, ({"error": error, "prompt": p, "completion": c, "traceback": trace} for p, c in samples))
+        write_jsonl(path, ({"error": what, "prompt": p, "completion": c, "traceback": where} for p, c in samples))
         return f" (kept in {path})"
 
 
