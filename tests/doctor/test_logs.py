@@ -354,6 +354,30 @@ def test_json_of_each_form(tmp_path):
         list(read_log(path))
 
 
+@pytest.mark.parametrize(
+    ("torn", "rows"),
+    [
+        ('{"step": 3, "entr\n', [1, 2, 4]),
+        ('{"step": 3, "entr{"step": 3, "entropy": 0.5}\n', [1, 2, 3, 4]),
+        ('{"step": 3, "data": {"a": 1, "b{"step": 3, "data": {"actor/entropy": 0.5}}\n', [1, 2, 3, 4]),
+    ],
+)
+def test_a_row_that_a_kill_cut_off_is_left_out(torn, rows, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        f'{{"step": 1, "entropy": 0.5}}\n{{"step": 2, "entropy": 0.5}}\n{torn}{{"step": 4, "entropy": 0.5}}\n'
+    )
+    assert [float(row["step"]) for row in read_log(path)] == rows
+    [note] = [f for f in examine_log(read_log(path)) if f.rule == "log"]
+    assert "1 rows were cut off, as by a kill, and are left out (line 3)" in note.seen
+    path.write_text('{"step": 1, "entropy": 0.5}\nnonsense\n{"step": 2, "entropy": 0.5}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        list(read_log(path))
+    path.write_text('{"step": 1, "entr\n' * 51)
+    with pytest.raises(ValueError, match="line 51 is not JSON"):
+        list(read_log(path))
+
+
 def test_a_parquet_file_is_a_log_or_a_batch(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

@@ -287,6 +287,12 @@ def test_a_launch_line_of_trl():
     assert read(text, "run.sh", "beta=0.5").kl_coef == 0.5
 
 
+@pytest.mark.parametrize("program", ["accelerate launch -m trl.scripts.grpo", "python -m trl.scripts.grpo", "trl grpo"])
+def test_trl_s_own_script_is_read_as_a_module_too(program):
+    setup = read(f"{program} --num_generations 8 --num_iterations 2 --learning_rate 1e-6\n", "run.sh")
+    assert (setup.host, setup.group, setup.steps) == ("TRL", 8, 2.0)
+
+
 @pytest.mark.parametrize(
     ("launcher", "steps"),
     [("torchrun --nproc_per_node 8", 2.0), ("torchrun --nnodes 2 --nproc-per-node=8", 1.0),

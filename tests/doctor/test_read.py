@@ -63,6 +63,17 @@ OTHERS = {
 }  # fmt: skip
 
 
+def test_what_ray_is_told_is_no_setting_of_verl():
+    path = write(
+        "dapo.sh",
+        'ray job submit --runtime-env="${PWD}/env.yaml" --working-dir "${PWD}" -- python3 -m recipe.dapo.main_dapo '
+        "data.train_batch_size=64 actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.clip_ratio_high=0.28 "
+        "actor_rollout_ref.rollout.n=4",
+    )
+    setup = read_config(path)
+    assert (setup.host, setup.group) == ("verl", 4) and not any("may set anything" in line for line in setup.unread)
+
+
 @pytest.mark.parametrize("host", OTHERS)
 def test_another_framework_s_file_is_named_and_refused(host, capsys):
     status, message = examined(write(*OTHERS[host]), capsys)

@@ -67,6 +67,7 @@ def number_texts(
     longest: int | None = None,
     is_row: Callable[[bytes], bool] | None = None,
     unfinished: Callable[[bytes], object] | None = None,
+    broken: Callable[[int, bytes], dict[str, Any] | None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a file as in `objects`, in half the time: their numbers are texts, of type bytes; see `as_number`.
 
@@ -76,6 +77,8 @@ def number_texts(
         longest: Largest number of bytes in a line; None for any.
         is_row: Whether a line may be parsed: called before that with each line.
         unfinished: Called with an unfinished last line.
+        broken: Called with number and text of a line that is not JSON. It may return the row to use in its place, which is
+            left out if it is empty; None makes the line an error.
 
     Raises:
         ValueError: As in `objects`, or because of `longest` or `is_row`.
@@ -87,7 +90,14 @@ def number_texts(
         try:
             row: object = decode(line.decode())
         except (ValueError, RecursionError):  # not JSON, or in one of its rarer spellings
-            row = parse_json(line, f"{path}, line {number}")
+            try:
+                row = parse_json(line, f"{path}, line {number}")
+            except ValueError:
+                row = None if broken is None else broken(number, line)
+                if row is None:
+                    raise
+                if not row:
+                    continue
         if not isinstance(row, dict):
             row = _as_object(row, f"{path}, line {number}")
         yield cast("dict[str, Any]", row)

@@ -297,8 +297,10 @@ def _flag(option: str, dialect: Dialect) -> tuple[str, Any] | None:
 
 
 def _arguments(command: Sequence[Word], dialect: Dialect) -> list[Word]:
-    """The words after the program."""
+    """The words after the program; where that is not known, those after the `--` of `ray job submit`."""
     at = next((i for i, word in enumerate(command) if dialect.is_program(word)), None)
+    if at is None and [word.text for word in command[:3]] == ["ray", "job", "submit"]:
+        at = next((i for i, word in enumerate(command) if word.text == "--"), None)
     return list(command[0 if at is None else at + 1 :])
 
 

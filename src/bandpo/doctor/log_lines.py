@@ -17,6 +17,8 @@ _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 _VERL = re.compile(r"(?:^|[\s):\]])step:(-?\d{1,15}) - ")
 _DICT = re.compile(r"(Global step|step|rollout) (\d{1,15}): \{'")
 _PAIR = re.compile(r"'([^'\\]{1,200})': (?:'([^'\\]{0,80})'|([^,'{}\[\]]{1,80}))(?=[,}])")
+_MOST_CUT = 50  # rows that kills have cut off; more are no log of a run
+_MOST_OBJECTS = 4  # in such a line, that are tried
 _RUN = " - "  # what W&B's page puts between the names of run and metric
 
 
@@ -31,7 +33,22 @@ def json_rows(path: Path, said: list[str]) -> Iterator[Row]:
         ValueError: If a line is not a JSON object.
     """
     rest: list[bytes] = []
-    found = number_texts(path, follow=False, longest=MAX_LINE_BYTES, is_row=may_be_metrics, unfinished=rest.append)
+    cut: list[int] = []
+
+    def without_fragment(number: int, line: bytes) -> dict[str, Any] | None:
+        if not line.startswith(b'{"') or len(cut) == _MOST_CUT:
+            return None
+        cut.append(number)
+        return _row_behind(line)
+
+    found = number_texts(
+        path,
+        follow=False,
+        longest=MAX_LINE_BYTES,
+        is_row=may_be_metrics,
+        unfinished=rest.append,
+        broken=without_fragment,
+    )
     for count, row in enumerate(found):
         if not count:
             _check_generations(row, path)
@@ -45,6 +62,25 @@ def json_rows(path: Path, said: list[str]) -> Iterator[Row]:
             yield _unwrapped(cast("dict[str, Any]", row))
         else:
             said.append(UNFINISHED)
+    if cut:
+        shown = ", ".join(map(str, cut[:3])) + (", ..." if len(cut) > 3 else "")
+        said.append(f"{len(cut)} rows were cut off, as by a kill, and are left out (line {shown})")
+
+
+def _row_behind(line: bytes) -> dict[str, Any]:
+    """The whole row behind a fragment on the same line, which a resumed run appended; empty if there is none."""
+    at = line.find(b'{"', 1)
+    for _ in range(_MOST_OBJECTS):
+        if at < 0:
+            break
+        try:
+            row = parse_json(line[at:], "")
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            return cast("dict[str, Any]", row)
+        at = line.find(b'{"', at + 1)
+    return {}
 
 
 def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:

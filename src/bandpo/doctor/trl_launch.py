@@ -17,6 +17,7 @@ _OPTION = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
 _MANY = re.compile(r"\[[@*]\]|\$\{?[@*]|ARGS|OPTS|OPTIONS|EXTRA|FLAGS", re.IGNORECASE)  # expansions into several words
 _NUMBER = re.compile(r"-?[.\d]")
 _OF_A_NODE, _NODES = ("nproc_per_node", "num_gpus"), ("nnodes", "num_nodes")
+_MODULE = "trl.scripts.grpo"  # with `python -m` and `accelerate launch -m`
 _LAUNCHERS = frozenset({"accelerate", "torchrun", "deepspeed", "python", "python3", "uv", "accelerate-launch", "srun"})
 _MAX_UNREAD = 12
 OWN = frozenset(
@@ -201,7 +202,7 @@ def _trl(command: Sequence[Word]) -> Options | None:
         if options.values.keys() <= {"config"} and not options.unknown:
             return None
         return _of_processes(replace(options, line=command[0].line, program="trl"), processes)
-    at = next((i for i, name in enumerate(names) if name.endswith(".py")), -1)
+    at = next((i for i, name in enumerate(names) if name.endswith(".py") or name == _MODULE), -1)
     if at < 0 or not _LAUNCHERS & set(names[: at + 1]):
         return None
     options = _options(command[at + 1 :])
