@@ -312,6 +312,8 @@ STATED = [  # (completion, answers that it states, answers that it does not stat
     ("answer is therefore 5", ["5"], ["6"]),
     ("4 x 350 = 1,400\n#### 1,450", ["1450"], ["1400", "4"]),
     ("We get $x=3$, and so $x+1=4$", ["x+1=4"], ["x+1=5"]),
+    ("So we have\n\\[\nx = 12\n\\]", ["12"], ["13"]),
+    ("So we have $$12$$ of 13", ["12"], ["13"]),
     ("It was 3.5, and is 4.25 now", ["4.25", "17/4"], ["3.5", "25"]),
     ("It is -3", ["-3"], ["3"]),
     ("50%", ["50%", "0.5"], ["5"]),

@@ -40,12 +40,13 @@ _AFTER_HASHES = re.compile(r"####\s*([^\n]+)")
 _ANSWER = re.compile(
     r"\banswer\b[\s*_]*(?:is|=|:)[\s*_:]*(?:(?:therefore|thus|then|simply|just)\b)?[\s*_:,]*", re.IGNORECASE
 )
+_TAIL = 20_000  # characters at the end of a completion in which an answer without a mark is looked for
 _LONGEST = 500  # characters of an answer that is stated in a sentence
 _DISPLAY = re.compile(r"(?:\\\[|\$\$)\s*(.+?)\s*(?:\\\]|\$\$)", re.DOTALL)  # mathematics on lines of its own
 _SENTENCE_END = re.compile(r"[()\[\]{}]|\.(?!\d)|[,;](?=\s)|\n")
 _MATHS_MARK = re.compile(r"\\[()\[\]]|(?<!\\)\$")
 _BOLD = re.compile(r"\*\*([^*\n]{0,200}\d[^*\n]{0,200})\*\*")
-_IN_MATHS = re.compile(r"(?:(?<!\\)\$|\\\()([^$\n]{1,300}?)(?:(?<!\\)\$|\\\))")
+_IN_MATHS = re.compile(r"(?:(?<!\\)\${1,2}|\\[(\[])\s{0,9}([^$\n]{1,300}?)\s{0,9}(?:(?<!\\)\$|\\[)\]])")
 _ANY_NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?(?![\w])")
 _PREFIX = re.compile(r"^(the\s+)?(final\s+)?answer(\s+is)?\s*[:=]?\s*", re.IGNORECASE)
 _ANCHOR = re.compile(r"(?<!\\)\\[(\[]")
@@ -111,7 +112,7 @@ def stated_answer(completion: str) -> str | None:
     * what follows the last `####`;
     * what follows the last "answer is", "answer:" or "answer =": `\[...\]` or `$$...$$`, else up to the end of the clause;
     * the last text in bold, `**...**`, with a number in it;
-    * the last mathematics in `$...$` or `\(...\)`;
+    * the last mathematics in `$...$`, `\(...\)` or `\[...\]`;
     * the last number.
 
     Args:
@@ -134,7 +135,8 @@ def stated_answer(completion: str) -> str | None:
     ):
         stated = found[-1]
     else:
-        stated = next((all_[-1] for p in (_BOLD, _IN_MATHS, _ANY_NUMBER) if (all_ := p.findall(completion))), "")
+        end = completion[-_TAIL:]
+        stated = next((all_[-1] for p in (_BOLD, _IN_MATHS, _ANY_NUMBER) if (all_ := p.findall(end))), "")
     latex = as_latex(_MATHS_MARK.sub("", stated).strip("*_` "))
     return rf"\boxed{{{latex}}}" if latex else None
 
