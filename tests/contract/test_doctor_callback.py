@@ -42,7 +42,7 @@ def test_a_run_whose_region_is_inert(trainer, config, tmp_path, make_model, toke
     assert "each rollout is used for one optimiser step" in text
     rows = [row for row in made.state.log_history if "train_runtime" not in row]
     assert {(f.rule, f.level, f.seen) for f in callback.findings()} == {
-        (f.rule, f.level, f.seen) for f in examine_log(rows)
+        (f.rule, f.level, f.seen) for f in examine_log(rows) if f.rule not in ("columns", "log")
     }
 
 

@@ -55,7 +55,6 @@ OTHERS = {
     "LLaMA-Factory": "model_name_or_path: x\nstage: ppo\ndo_train: true\ntop_k: 0\ntop_p: 0.9\n",
     "Axolotl": "base_model: x\nrl: grpo\nmax_steps: 100\n",
     "ROLL": "rollout_batch_size: 64\nadv_estimator: grpo\nactor_train: {model_args: {dtype: bf16}}\npretrain: q\n",
-    "NeMo-RL": "grpo: {num_generations_per_prompt: 16}\nloss_fn: {ratio_clip_min: 0.2}\n",
     "TRL's RLOOTrainer": "num_generations: 2\nnum_iterations: 1\nnormalize_advantages: true\n",
     "one of TRL's distillation trainers": "teacher_model_name_or_path: x\nnum_generations: 2\ntop_k: 0\n",
 }

@@ -184,7 +184,7 @@ def examine_batch(
         >>> x = torch.linspace(-0.5, 0.5, 1000).view(10, 100)
         >>> batch = {"logprobs": x - 0.7, "old_logprobs": torch.full_like(x, -0.7), "advantages": x.sign()}
         >>> [f.rule for f in examine_batch(batch)]
-        ['ratios', 'clipping', 'radius', 'effective size', 'gradient', 'length bias']
+        ['ratios', 'clipping', 'radius', 'effective size', 'gradient']
     """
     if not 0 < target < 1:
         raise ValueError(f"target must be between 0 and 1, got {target}")
