@@ -146,5 +146,8 @@ def test_check_reward_reads_the_file_of_a_run(answers, capsys):
     config.write_text(f"model: m\ndataset: {answers}\nreward: [math]\nmax_steps: 3\nlora_rank: 4\n")
     assert main(["check-reward", "--config", str(config), "--rows", "1"]) == 0
     assert "ok reward math" in capsys.readouterr().out
+    config.write_text(f"model: m\ndataset: {answers}\nreward: [math]\nanswer_colum: x\n")
+    assert main(["check-reward", "--config", str(config)]) == 2
+    assert "unknown key 'answer_colum'; did you mean 'answer_column'?" in capsys.readouterr().err
     assert main(["check-reward"]) == 2
     assert "name a dataset" in capsys.readouterr().err

@@ -3,17 +3,16 @@
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
 
 from bandpo._system.errors import exits_are_errors, printable
-from bandpo._system.files import read_yaml
 from bandpo._system.progress import quiet_hosts
 from bandpo.train.answers import reference
-from bandpo.train.config import MATH, RunConfig, run_keys
+from bandpo.train.config import MATH, RunConfig, read, run_keys
 from bandpo.train.data import load_prompts
+from bandpo.train.options import declared_in, load_table
 from bandpo.train.rewards import CheckedReward, checked_rewards
 from bandpo.train.verification import unreadable
 
@@ -80,7 +79,10 @@ def check_reward(options: argparse.Namespace) -> int:
 
 def _run_of(options: argparse.Namespace) -> RunConfig:
     """The settings of the file, with those of the command line."""
-    given = {} if options.config is None else read_yaml(Path(options.config))
+    given: dict[str, Any] = {}
+    if options.config is not None:  # its names are checked as for a run
+        table = load_table()
+        given = read(["--config", options.config], lambda method: declared_in(table, method)).given
     settings = {name: value for name, value in given.items() if name in run_keys()}
     named = {name: value for name, value in vars(options).items() if name in run_keys() and value is not None}
     run: dict[str, Any] = {**settings, **named, "method": "grpo", "pairs": None, "reward_errors": "skip"}
