@@ -390,7 +390,7 @@ _MEASURES = (
         "puts outside.",
         why="A region that is narrower than the rounding of log-probs clips tokens that no update has moved.",
         healthy="Half the width is at least 3 times the noise; below 1 it is a problem.",
-        source="the limits are our judgement; that 16-bit rounding separates sampler and trainer is measured in "
+        source="the limits are our judgement; that the rounding of bfloat16 separates sampler and trainer is measured in "
         "arXiv:2510.26788",
         knobs={
             "TRL": "log-probs in float32 (cast_lm_head_to_fp32=True), a larger radius or epsilon",
@@ -438,7 +438,7 @@ _MEASURES = (
         "mean age that SkyRL and prime-rl write.",
         why="Old samples are far from the policy, so a region takes away more of their gradient.",
         healthy="A mean age of at most 8 updates.",
-        source="our judgement; AReaL (arXiv:2505.24298) studies limits of the age up to such numbers",
+        source="our judgement; AReaL (arXiv:2505.24298) is a system that limits the age",
         knobs={
             "AReaL": "max_head_offpolicyness",
             "prime-rl": "max_off_policy_steps",
