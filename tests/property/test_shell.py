@@ -105,6 +105,8 @@ def test_an_array_with_an_element_that_is_not_known():
     found = read_script('A=(--a $HERE/x --n 8)\nA+=(--m 9)\nrun "${A[@]}" --z\nrun ${A[1]} ${#A[@]} "${A[@]:2}"')
     assert [w.text for w in found.commands[0][1:]] == ["--a", "$HERE/x", "--n", "8", "--m", "9", "--z"]
     assert not any(w.literal for w in found.commands[1][1:])
+    for script in ('A=(0 $HERE)\nrun "${A[@]}"0', 'set -- 0 $HERE\nrun "$@"0 $2'):
+        assert not any(w.literal for w in read_script(script).commands[0][1:])
     for script in ("A=($HERE)\nrun ${A[1]} ${#A[@]}", "A=()\nA+=($HERE)\nrun ${A[1]} ${#A[@]}"):
         assert not any(w.literal for w in read_script(script).commands[0][1:])
 

@@ -518,7 +518,8 @@ class _Shell:
                     self.exports_all = sign[0] == "-"
             if "--" in texts:
                 self.without_arguments = False
-                self.arguments = None if self.unsure else tuple(arguments[texts.index("--") + 1 :])
+                given = tuple(arguments[texts.index("--") + 1 :])
+                self.arguments = None if self.unsure or _may_be_several(given) else given
             elif any(not text.startswith(("-", "+")) for text in texts) and texts[:1] not in (["-o"], ["+o"]):
                 known = all(text.startswith(("-", "+")) or text in _OPTIONS for text in texts)
                 self.arguments = self.arguments if known else None
@@ -665,7 +666,11 @@ class _Shell:
                 pieces.add(part.text if number is None else str(number), known=number is not None)
                 pieces.exists = True
             else:
-                pieces.add_value(part, self._parameter(part))
+                value = self._parameter(part)
+                joined = sum(bool(other.text) for other in source.parts) > 1  # to text before or after it
+                if joined and value is not None and len(value) > 1 and _may_be_several(value):
+                    value = None
+                pieces.add_value(part, value)
         return pieces.words()
 
     def _joined(self, source: Source, *, assigned: bool = False) -> Word:
