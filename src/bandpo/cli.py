@@ -3,34 +3,35 @@
 The modules of a command are imported when it is chosen, those with torch when it runs: `bandpo --help` needs none of them.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import bandpo
-from bandpo._system.errors import LINES, RunError, printable
+from bandpo._system.errors import LINES, RunError, Terminated, advice_in, printable
+from bandpo._system.extras import how_to_install
+from bandpo._system.options import Parser, add_examples
 from bandpo._system.secrets import redact_text, remember
 
-_DESCRIPTION = """\
-Trust regions for LLM reinforcement learning.
+_SECTIONS = {
+    "train and score": ("train", "evaluate", "check-reward"),
+    "look at a run or a configuration": ("doctor", "report"),
+    "compare and choose": ("compare", "objectives", "bounds", "lab"),
+    "the command line itself": ("completion",),
+}
+"""The sections of `bandpo --help` with their commands, by what users do; a command that none has is in the last one."""
 
-  bandpo train                 train a small language model with BandPO on the CPU, in about two minutes
-  bandpo train --config FILE   the same on any Hugging Face causal LM and dataset
-  bandpo evaluate MODEL        mean@k and pass@k of a saved model
-  bandpo check-reward          what would a reward leave unscored? before a run
-  bandpo train --method NAME   preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm
-  bandpo compare               objectives against each other, over seeds, with intervals
-  bandpo lab preference        what links, samplers and labels do in preference learning, as figures
-  bandpo lab selection         what pruning and packing save, and cost
-  bandpo doctor FILE...        does the trust region act? a configuration, a log, a batch, a run's folder
-  bandpo bounds                the interval of a trust region, as a table and a figure
-  bandpo objectives            the named objectives: formula and paper
-"""
+_EXAMPLES = (
+    "train                           # a small model on the CPU, in about two minutes",
+    "train --config run.yaml         # any Hugging Face causal LM and dataset",
+    "train --method dpo              # preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm",
+    "doctor run.yaml                 # does the trust region act?",
+    "evaluate RUN                    # mean@k and pass@k of the model of a run",
+)
 
 
 class Command(NamedTuple):
@@ -44,6 +45,8 @@ class Command(NamedTuple):
     """Declares the options in a parser; None for a command that reads its part of the command line itself."""
     function: str
     """Is given the options, and returns the exit status, or something else for status 0."""
+    extra: str | None = None
+    """The extra that has all packages of the command, as in `pip install 'bandpo[lab]'`; None where the core is enough."""
 
     def run(self, options: Any) -> object:
         """Import the function, and call it with the options."""
@@ -51,30 +54,40 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "train a language model (bandpo train --help)", None, "bandpo.train.start:train"),
+    Command(
+        "train",
+        "train a language model with a trust region, or on preferences",
+        None,
+        "bandpo.train.start:train",
+        extra="lab",
+    ),
     Command(
         "evaluate",
         "mean@k and pass@k of a model on held-out prompts",
         "bandpo.train.arguments:add_evaluate_arguments",
         "bandpo.train.arguments:run_evaluate",
+        extra="lab",
     ),
     Command(
         "check-reward",
         "what a reward gives for the reference answers themselves",
         "bandpo.train.arguments:add_check_reward_arguments",
         "bandpo.train.arguments:run_check_reward",
+        extra="lab",
     ),
     Command(
         "compare",
         "objectives against each other on small models, with intervals",
         "bandpo.lab.comparison.arguments:add_arguments",
         "bandpo.lab.comparison.arguments:run",
+        extra="lab",
     ),
     Command(
         "lab",
         "experiments that show one thing each, as a figure and JSON",
         "bandpo.lab.experiments.arguments:add_arguments",
         "bandpo.lab.experiments.arguments:run",
+        extra="lab",
     ),
     Command(
         "doctor",
@@ -112,29 +125,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     remember(argv)
     command = next((c for c in COMMANDS if argv[:1] == [c.name]), None)
     if command is not None and command.arguments is None:
-        return _guarded(command.run, argv[1:])
+        return _guarded(command, argv[1:])
     parser = _parser(command)
     options = parser.parse_args(argv)
     if command is None:
         parser.print_help()
         return 0
-    return _guarded(command.run, options)
+    return _guarded(command, options)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors, which repeat what was typed, show no secrets."""
+class _Overview(Parser):
+    """The parser of all commands, whose help lists them in sections."""
 
-    def error(self, message: str) -> NoReturn:
-        super().error(redact_text(message))
+    def format_help(self) -> str:
+        """The commands in sections, the options, and examples."""
+        listed = {name for names in _SECTIONS.values() for name in names}
+        rest = tuple(command.name for command in COMMANDS if command.name not in listed)
+        *sections, (last, others) = _SECTIONS.items()
+        lines = [self.format_usage(), f"{self.description}\n"]
+        for title, names in [*sections, (last, (*rest, *others))]:
+            named = [c for name in names for c in COMMANDS if c.name == name]
+            lines += [f"{title}:", *(f"  bandpo {c.name:<14}{c.help}" for c in named), ""]
+        lines += ["options:", "  -h, --help           this text; bandpo COMMAND --help shows the options of a command"]
+        return "\n".join([*lines, "  --version            the version\n", str(self.epilog), ""])
 
 
-def _parser(chosen: Command | None) -> argparse.ArgumentParser:
+def _parser(chosen: Command | None) -> Parser:
     """The parser of all commands, with the options of the chosen one."""
-    parser = _Parser("bandpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"bandpo {bandpo.__version__}")
-    subparsers = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    parser = _Overview("bandpo", description="Trust regions for LLM reinforcement learning.")
+    parser.add_argument("--version", action="version", version=f"bandpo {bandpo.__version__}", help="the version")
+    add_examples(parser, *_EXAMPLES)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
-        own = subparsers.add_parser(command.name, help=command.help)
+        own = subparsers.add_parser(command.name)
         if command is chosen and command.arguments is not None:
             _load(command.arguments)(own)
     return parser
@@ -145,38 +168,54 @@ def _load(path: str) -> Callable[[Any], object]:
     return getattr(import_module(module), name)
 
 
-def _guarded(run: Callable[[Any], object], options: Any) -> int:
+def _guarded(command: Command, options: Any) -> int:
     """The exit status of a command: 2 for a mistake in the input, 1 for a run that could not continue, or for a bug."""
     try:
-        found = run(options)
+        found = command.run(options)
     except BrokenPipeError:  # the reader (head, less) has closed the pipe; Python would complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (FileNotFoundError, ImportError) as error:
+    except ImportError as error:
+        return _failed(error, 2, how_to_install(error, f"bandpo {command.name}", command.extra))
+    except FileNotFoundError as error:
         return _failed(error, 2)
     except (ValueError, TypeError) as error:
         return _failed(error, 2) if _was_raised(error) else _unexpected(error)
     except (RunError, OSError) as error:  # a reward that fails, a full disk: no mistake in the input
         return _failed(error, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("bandpo: interrupted", file=sys.stderr)
+        _print_advice(error)
         return 130
+    except Terminated as error:
+        print("bandpo: ended by SIGTERM", file=sys.stderr)
+        _print_advice(error)
+        return 143
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
-            return _failed(f"a file of the run is refused, since loading it could run code: {error}", 1)
+            error = RunError(f"a file of the run is refused, since loading it could run code: {error}")
+            return _failed(error, 1)
         return _unexpected(error)
     return found if isinstance(found, int) else 0
 
 
-def _failed(error: Exception | str, status: int) -> int:
-    """Report an error in one line; with BANDPO_DEBUG=1 also its traceback."""
+def _failed(error: Exception, status: int, text: str | None = None) -> int:
+    """Report an error in one line, or another text for it; with BANDPO_DEBUG=1 also its traceback."""
     where = ""
     if os.environ.get("BANDPO_DEBUG"):
         _print_traceback()
     elif isinstance(error, ValueError | TypeError) and not _is_ours(_origin(error)):
         where = " (BANDPO_DEBUG=1 shows which library says so)"
-    print(f"bandpo: {printable(redact_text(str(error) or type(error).__name__), keep=LINES)}{where}", file=sys.stderr)
+    said = text or str(error) or type(error).__name__
+    print(f"bandpo: {printable(redact_text(said), keep=LINES)}{where}", file=sys.stderr)
+    _print_advice(error)
     return status
+
+
+def _print_advice(error: BaseException) -> None:
+    """Print what the user can do after an error."""
+    for line in advice_in(error):
+        print(f"bandpo: {printable(redact_text(line), keep=LINES)}", file=sys.stderr)
 
 
 def _unexpected(error: Exception) -> int:
@@ -187,6 +226,7 @@ def _unexpected(error: Exception) -> int:
         "with the lines above",
         file=sys.stderr,
     )
+    _print_advice(error)
     return 1
 
 

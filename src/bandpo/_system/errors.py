@@ -10,19 +10,58 @@ class RunError(RuntimeError):
     """A run cannot continue; the message says why, and how to continue it."""
 
 
+class Terminated(BaseException):
+    """The process was asked to end, by SIGTERM."""
+
+
+_ADVICE = "_bandpo_advice"
+
+
+def advise(error: BaseException, line: str) -> None:
+    """Attach what the user can do to an error; the command line prints it after the error, once.
+
+    Args:
+        error: The error, which is raised on.
+        line: The advice.
+    """
+    lines = advice_in(error)
+    if line not in lines:
+        setattr(error, _ADVICE, [*lines, line])
+
+
+def advice_in(error: BaseException) -> list[str]:
+    """The advice that was attached to an error, or to one that it was raised from.
+
+    Args:
+        error: The error.
+
+    Examples:
+        >>> error = RunError("the disk is full")
+        >>> advise(error, "remove a file")
+        >>> advice_in(error)
+        ['remove a file']
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if lines := getattr(found, _ADVICE, None):
+            return list(lines)
+        found = found.__cause__
+    return []
+
+
 @contextmanager
 def exits_are_errors() -> Generator[None]:
     """Turn an attempt of a user's code, such as an objective or a callback, to end the process into a `RunError`.
 
     `sys.exit`, with any status, and every other exception that is not an `Exception` becomes a `RunError` that names the
-    place. A `KeyboardInterrupt` passes unchanged. `os._exit` cannot be intercepted.
+    place. A `KeyboardInterrupt` and a `Terminated` pass unchanged. `os._exit` cannot be intercepted.
 
     Raises:
         RunError: If the code in the block raises such an exception.
     """
     try:
         yield
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt, Terminated):
         raise
     except BaseException as error:
         raise RunError(

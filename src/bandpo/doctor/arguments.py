@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from bandpo._system.options import add_examples
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bandpo doctor`.
@@ -49,4 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="RULE",
         help="print what a rule looks at, why, its healthy range and what to set in each host; without RULE the rules",
+    )
+    add_examples(
+        parser,
+        "doctor run.yaml                          # a configuration of TRL, verl, bandpo and others",
+        "doctor run.yaml learning_rate=1e-5       # the same with another value",
+        "doctor RUN --html findings.html          # the folder of a run",
+        "doctor --explain entropy",
     )

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from bandpo._system.options import add_examples
+
 
 def add_bounds_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bandpo bounds`.
@@ -29,6 +31,12 @@ def add_bounds_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-ratio", type=float, help="cap on the upper bound; the paper's runs use 10 (default: none)")
     add("--output", type=Path, default=Path("bounds.png"), help="figure: .png, .svg or .pdf (default: bounds.png)")
     add("--no-figure", action="store_true", help="print the table only")
+    add_examples(
+        parser,
+        "bounds                                            # the KL ball of the paper",
+        "bounds --divergence kl,tv,chi2 --match upper@0.01 # three families that agree at p = 0.01",
+        "bounds --divergence own:NAME --no-figure",
+    )
 
 
 def add_objectives_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,3 +57,4 @@ def add_objectives_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="also draw the gradient weight of each over p and r: one figure (.png, .svg, .pdf), or a folder of figures",
     )
+    add_examples(parser, "objectives --filter clip", "objectives bandpo-kl own:mine --plot weights.svg")

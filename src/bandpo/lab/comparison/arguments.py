@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from bandpo._system.options import add_examples
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bandpo compare`.
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="also write evidence.md, evidence.json and pictures there, as in docs/",
+    )
+    add_examples(
+        parser,
+        "compare --preset smoke                            # does it run? half a minute",
+        "compare --objectives bandpo-kl,grpo,dapo --seeds 0-9",
     )
 
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from bandpo._system.options import add_examples
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the topics of `bandpo lab` and their options.
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         topics.add_parser("preference", help="preference learning: links, coverage, distillation, designs, re-ranking")
     )
     _add_selection(topics.add_parser("selection", help="pruning and packing on the main job: reward, tokens, seconds"))
+    add_examples(parser, "lab preference --only links,coverage", "lab selection --steps 20")
 
 
 def run(options: argparse.Namespace) -> int:
