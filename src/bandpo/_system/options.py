@@ -2,10 +2,24 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from bandpo._system.secrets import redact_text
+
+
+_EXAMPLES = "examples:"
+
+
+class ExampleFormatter(argparse.HelpFormatter):
+    """Wraps texts, and keeps the lines of examples at their end."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        prose, _, examples = text.partition(_EXAMPLES)
+        parts = [super()._fill_text(prose, width, indent)] if prose.strip() else []
+        if examples:
+            parts += ["\n".join(f"{indent}{line}" for line in (_EXAMPLES + examples).splitlines())]
+        return "\n\n".join(parts)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Formatter, **kwargs})
+        super().__init__(*args, **{"formatter_class": ExampleFormatter, **kwargs})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -112,31 +126,8 @@ def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
         parser: The parser.
         *lines: Command lines without `bandpo`, each with an optional comment behind two spaces and `#`.
     """
-    parser.epilog = "\n".join([_EXAMPLES, *(f"  bandpo {line}" for line in lines)])
-
-
-def parser_of(declare: Callable[[argparse.ArgumentParser], None], name: str) -> Parser:
-    """The parser of one command by itself.
-
-    Args:
-        declare: Declares its options in a parser.
-        name: The name of the program in its messages.
-    """
-    parser = Parser(name)
-    declare(parser)
-    return parser
-
-
-_EXAMPLES = "examples:"
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Wraps texts, and keeps the lines of examples as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith(_EXAMPLES):
-            return "\n".join(f"{indent}{line}" for line in text.splitlines())
-        return super()._fill_text(text, width, indent)
+    prose = [parser.epilog] if parser.epilog else []
+    parser.epilog = "\n".join([*prose, _EXAMPLES, *(f"  bandpo {line}" for line in lines)])
 
 
 def _plain(option: str) -> str:

@@ -44,6 +44,9 @@ MATH = frozenset({"math", "math-lenient"})
 MAX_SHOTS = 64
 """Largest number of solved examples before a question."""
 
+CHOICES = {"reward_errors": ("stop", "skip"), "bad_rows": ("error", "skip")}
+"""The values of the options that have few."""
+
 PRESETS = {"smollm2": "smollm2.yaml"}
 """The files of `--preset`, in `bandpo.configs`."""
 
@@ -176,7 +179,7 @@ class RunConfig:
         for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads", "reward_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, allowed in (("reward_errors", ("stop", "skip")), ("bad_rows", ("error", "skip"))):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.reward_workers is not None and MATH.isdisjoint(self.rewards):
@@ -466,7 +469,7 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
     """Remove `--config FILE` or `--preset NAME` from the arguments and read the file; without, that of the default job."""
     path = _take_file(arguments)
     if path is None:
-        if any(a.split("=")[0] in ("--model", "--dataset", "--help", "--help-all", "-h") for a in arguments):
+        if any(a.split("=")[0] in ("--model", "--dataset", "--help", "--help-all", "--schema", "-h") for a in arguments):
             return {}
         path = _default_job(_option(arguments, "--method") or "grpo")
     try:

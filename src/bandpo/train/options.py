@@ -12,19 +12,24 @@ import inspect
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 from bandpo._system.files import read_checked_json, write_checked_json
+from bandpo._system.options import ExampleFormatter, add_examples
 from bandpo._system.secrets import redact_text
 from bandpo.train.config import METHODS, PRESETS, USAGE, Declared, declared_by_trl, run_keys
+from bandpo.train.schema import schema_text
 
 Row = dict[str, Any]
 """One option: what argparse is given for it, its group, and the name of its type."""
 Table = dict[str, Any]
-"""`versions` and `declarations` that the table belongs to, and the rows of each parser: `grpo`, `preference`."""
+"""`versions` and `declarations` that the table belongs to, the names of the `objectives`, and the rows of each parser: `grpo`,
+`preference`."""
 
 PACKAGED = Path(__file__).with_name("options.json")
 """The table in the package."""
@@ -47,7 +52,27 @@ MOST_USED = (
 """The options of TRL that `--help` shows; `--help-all` shows all."""
 
 _SOURCES = Path(__file__).parents[1]
-_GROUPS = {"run": "model, data, reward, evaluation", "method": "objective and training"}
+_SECTIONS = {
+    "the run": ("method", "dry_run", "threads"),
+    "model": ("model", "lora_rank", "lora_alpha", "warm_up_steps"),
+    "data": (
+        *("task", "shots", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column", "system_prompt"),
+        *("pairs", "bad_rows"),
+    ),
+    "reward": ("reward", "reward_timeout", "reward_workers", "reward_errors"),
+    "evaluation before and after": (
+        *("eval_dataset", "eval_dataset_split", "eval_prompts", "eval_samples", "eval_temperature"),
+    ),
+}
+"""The sections of the help for the options of `RunConfig`."""
+_METHOD = "objective and training"
+_EXAMPLES = (
+    "train                                    # the main job, on the CPU",
+    "train --config run.yaml --radius 0.1     # the command line wins",
+    "train --dry_run --config run.yaml        # check, print what it needs, and stop",
+    "train --config RUN/config.yaml --output_dir RUN --resume_from_checkpoint latest",
+    "train --schema > bandpo.schema.json      # for editors: the keys of run.yaml",
+)
 _DESCRIPTION = (
     "Without --config, --preset, --model and --dataset: the main job, a small model on the CPU. Every option is also a key of "
     "the YAML file, and the command line wins."
@@ -62,13 +87,12 @@ def load_table() -> Table:
         ImportError: If a table has to be made, and TRL is not installed.
     """
     versions = installed_versions()
-    found = _read(PACKAGED, versions)
-    if found is not None:
-        return found
     kept = _kept(versions)
-    found = None if kept is None else _read(kept, versions)
+    found = _read(PACKAGED, versions) or (None if kept is None else _read(kept, versions))
     if found is not None:
         return found
+    if "trl" not in versions:  # nothing trains here; help and the check of names work all the same
+        return packaged_table()
     table = make_table()
     if kept is not None:
         with contextlib.suppress(OSError):  # without a cache, the next call makes it again
@@ -77,25 +101,36 @@ def load_table() -> Table:
     return table
 
 
+def packaged_table() -> Table:
+    """The table in the package, which belongs to the newest TRL; reading it takes some milliseconds."""
+    return read_checked_json(PACKAGED)
+
+
 def make_table() -> Table:
     """The table of the installed versions, from the parsers that TRL makes of the dataclasses. Imports TRL."""
+    from bandpo import OBJECTIVES  # torch
+    from bandpo.preference import PREFERENCES
+
     rows: dict[str, list[Row]] = {}
     modules: set[str] = set()
     for method in ("grpo", "dpo"):
         declared = declared_by_trl(method)
         own: dict[str, str] = {}
+        kinds: dict[str, list[str]] = {}
         for cls in cast("list[type]", cast("Any", declared.parser).dataclass_types):
+            kinds |= {name: kinds_of(hint) for name, hint in get_type_hints(cls).items()}
             for base in (c for c in cls.__mro__ if c.__module__.startswith("bandpo.")):
                 modules.add(base.__module__)
                 own |= {name: "run" if name in run_keys() else "method" for name in inspect.get_annotations(base)}
         actions = (a for a in declared.parser._actions if a.dest != "help")
         rows[_parser_of(method)] = [
-            _row(a, own.get(a.dest, "trl"), is_float=a.dest in declared.floats) for a in actions
+            _row(a, own.get(a.dest, "trl"), kinds[a.dest], is_float=a.dest in declared.floats) for a in actions
         ]
     declaring = {m.removeprefix("bandpo.").replace(".", "/") + ".py" for m in modules}
     return {
         "versions": installed_versions(),
         "declarations": {file: n for file in sorted(declaring) if (n := declarations(_SOURCES / file))},
+        "objectives": {"grpo": list(OBJECTIVES), "preference": list(PREFERENCES)},
         **rows,
     }
 
@@ -109,7 +144,11 @@ def declared_in(table: Table, method: str) -> Declared:
     """
     rows: list[Row] = table[_parser_of(method)]
     parser = _Parser(prog="bandpo train", usage=USAGE, allow_abbrev=False, add_help=False, exit_on_error=False)
-    add_helps(parser, partial(help_text, rows, method))
+    add_helps(parser, {
+        "--help": partial(help_text, rows, method, every=False),
+        "--help-all": partial(help_text, rows, method, every=True),
+        "--schema": partial(schema_text, table),
+    })  # fmt: skip
     for row in rows:
         _add(parser, row, row["options"])
     return Declared(parser, frozenset(row["name"] for row in rows if row.get("float")))
@@ -135,12 +174,12 @@ def help_text(rows: list[Row], method: str, *, every: bool) -> str:
         epilog="A dash may take the place of an underscore. Options differ by --method: "
         f"{other}." + ("" if every else f" --help-all shows all {count} options of TRL's {config}, too."),
     )
+    add_examples(parser, *_EXAMPLES)
     add_helps(parser, None)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with options")
     parser.add_argument("--preset", metavar="NAME", help=f"a job of bandpo instead of a file: {', '.join(PRESETS)}")
-    for name, title in _GROUPS.items():
-        own = (row for row in rows if row["group"] == name)
-        _add_group(parser, title, sorted(own, key=lambda row: row["name"] != "objective"), every=every)
+    for title, own in _sections(rows).items():
+        _add_group(parser, title, own, every=every)
     if every:
         _add_group(parser, f"options of TRL's {config}", (row for row in rows if row["group"] == "trl"), every=every)
     else:
@@ -149,18 +188,31 @@ def help_text(rows: list[Row], method: str, *, every: bool) -> str:
     return parser.format_help()
 
 
-def add_helps(parser: argparse.ArgumentParser, text: Callable[..., str] | None) -> None:
-    """Declare `--help` and `--help-all`.
+def _sections(rows: list[Row]) -> dict[str, list[Row]]:
+    """bandpo's options in the sections of the help; an option that no section names is in the first of its group."""
+    named = {name: title for title, names in _SECTIONS.items() for name in names}
+    found: dict[str, list[Row]] = {title: [] for title in (*_SECTIONS, _METHOD)}
+    for row in rows:
+        if row["group"] != "trl":
+            found[_METHOD if row["group"] == "method" else named.get(row["name"], next(iter(_SECTIONS)))].append(row)
+    found[_METHOD].sort(key=lambda row: row["name"] != "objective")
+    return found
+
+
+def add_helps(parser: argparse.ArgumentParser, texts: Mapping[str, Callable[[], str]] | None) -> None:
+    """Declare the options that print a text and end the command.
 
     Args:
         parser: The parser.
-        text: Makes the text to print, from `every`; None declares the options for a list only.
+        texts: Makes the text of each of the options; None declares them for a list only.
     """
-    for options, every, what in (
-        (("-h", "--help"), False, "show bandpo's options and the most used ones of TRL, and stop"),
-        (("--help-all",), True, "show all options, and stop"),
+    for options, what in (
+        (("-h", "--help"), "show bandpo's options and the most used ones of TRL, and stop"),
+        (("--help-all",), "show all options, and stop"),
+        (("--schema",), "print the JSON schema of the YAML file, for editors, and stop"),
     ):
-        parser.add_argument(*options, action=_ShowHelp, text=text, every=every, help=what)
+        text = None if texts is None else texts[options[-1]]
+        parser.add_argument(*options, action=_ShowText, text=text, help=what)
 
 
 def installed_versions() -> dict[str, str]:
@@ -239,31 +291,30 @@ class _Parser(argparse.ArgumentParser):
         raise _UndecidedError(message)
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, without those that are None: the help text says what that means."""
+class _Formatter(ExampleFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows examples and defaults, without those that are None: the help text says what that means."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class _ShowHelp(argparse.Action):
-    """Prints a help text, and ends the command."""
+class _ShowText(argparse.Action):
+    """Prints a text, and ends the command."""
 
     def __init__(
         self,
         option_strings: list[str],
         dest: str,  # noqa: ARG002 (argparse's signature)
         *,
-        text: Callable[..., str] | None,
-        every: bool,
+        text: Callable[[], str] | None,
         help: str,
     ) -> None:
         super().__init__(option_strings, "help", nargs=0, default=argparse.SUPPRESS, help=help)
-        self.text, self.every = text, every
+        self.text = text
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         assert self.text is not None
-        print(self.text(every=self.every), end="")
+        print(self.text(), end="")
         parser.exit()
 
 
@@ -291,7 +342,39 @@ def _read(path: Path, versions: Mapping[str, str]) -> Table | None:
     return table if same and table.get("versions") == versions else None
 
 
-def _row(action: argparse.Action, group: str, *, is_float: bool) -> Row:
+def kinds_of(hint: Any) -> list[str]:
+    """The kinds of JSON values that a type of Python allows; empty for a type that is none of them.
+
+    Args:
+        hint: A type, as `typing.get_type_hints` gives it.
+
+    Examples:
+        >>> kinds_of(float | None), kinds_of(dict[str, int] | str), kinds_of(object)
+        (['number', 'null'], ['object', 'string'], [])
+    """
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        found = [kinds_of(part) for part in get_args(hint)]
+        return list(dict.fromkeys(kind for part in found for kind in part)) if all(found) else []
+    if origin is Literal:
+        return list(dict.fromkeys(kind for value in get_args(hint) for kind in kinds_of(type(value))))
+    cls = origin or hint
+    return [kind for kind, types in _KINDS if isinstance(cls, type) and issubclass(cls, types)][:1]
+
+
+_KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("null", (type(None),)),
+    ("boolean", (bool,)),  # which is a kind of int for Python
+    ("integer", (int,)),
+    ("number", (float,)),
+    ("string", (str, Enum)),
+    ("array", (list, tuple)),
+    ("object", (dict,)),
+)
+"""The kinds of JSON values with the types of Python that hold them; the first one counts."""
+
+
+def _row(action: argparse.Action, group: str, kinds: list[str], *, is_float: bool) -> Row:
     """What argparse needs to make the action again, in values of JSON, without those that are not set."""
     kind = getattr(action.type, "__name__", "")
     named = action.type in (str, int, float) or kind == "string_to_bool"
@@ -304,6 +387,7 @@ def _row(action: argparse.Action, group: str, *, is_float: bool) -> Row:
         "group": group,
         "type": f"{kind}|none" if optional else kind.replace("string_to_", "") if named else None,
         "float": is_float or None,
+        "kinds": kinds or None,
         **{k: v for k, v in parts.items() if v is not False or k != "required"},
     }
     return {k: v for k, v in row.items() if v is not None}
