@@ -3,6 +3,7 @@
 The modules of a command are imported when it is chosen, those with torch when it runs: `bandpo --help` needs none of them.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -107,6 +108,12 @@ COMMANDS = (
         "bandpo.plots.arguments:add_objectives_arguments",
         "bandpo.plots.command:show_objectives",
     ),
+    Command(
+        "completion",
+        "completion of commands, options and names in bash, zsh and fish",
+        "bandpo.cli:_add_completion_arguments",
+        "bandpo.cli:_print_completion",
+    ),
 )
 
 
@@ -161,6 +168,41 @@ def _parser(chosen: Command | None) -> Parser:
         if command is chosen and command.arguments is not None:
             _load(command.arguments)(own)
     return parser
+
+
+def _add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo completion`."""
+    from bandpo._system.completion import SHELLS
+
+    parser.description = (
+        "Prints a script that completes the commands of bandpo, their options, and the names of objectives, tasks, methods and "
+        "presets. The script starts no Python."
+    )
+    parser.add_argument("shell", choices=SHELLS, help="the shell")
+    add_examples(
+        parser,
+        "completion bash > ~/.local/share/bash-completion/completions/bandpo",
+        'completion zsh > "${fpath[1]}/_bandpo"                # a folder of your fpath, before compinit',
+        "completion fish > ~/.config/fish/completions/bandpo.fish",
+    )
+
+
+def _print_completion(options: argparse.Namespace) -> None:
+    """Print the script of a shell, from the parsers of the commands and the table of the options of `bandpo train`."""
+    from bandpo._system.completion import Completed, completed, script
+    from bandpo.train.completion import actions_of_train, known_values
+
+    known = known_values()
+    found: list[Completed] = []
+    for command in COMMANDS:
+        if command.arguments is None:
+            actions = actions_of_train()
+        else:
+            parser = Parser(command.name)
+            _load(command.arguments)(parser)
+            actions = parser._actions
+        found.append(completed(command.name, command.help, actions, known))
+    print(script(options.shell, found), end="")
 
 
 def _load(path: str) -> Callable[[Any], object]:

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 from bandpo._system.secrets import redact_text
 
-
 _EXAMPLES = "examples:"
 
 

@@ -469,7 +469,9 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
     """Remove `--config FILE` or `--preset NAME` from the arguments and read the file; without, that of the default job."""
     path = _take_file(arguments)
     if path is None:
-        if any(a.split("=")[0] in ("--model", "--dataset", "--help", "--help-all", "--schema", "-h") for a in arguments):
+        if any(
+            a.split("=")[0] in ("--model", "--dataset", "--help", "--help-all", "--schema", "-h") for a in arguments
+        ):
             return {}
         path = _default_job(_option(arguments, "--method") or "grpo")
     try:

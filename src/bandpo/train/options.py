@@ -56,7 +56,16 @@ _SECTIONS = {
     "the run": ("method", "dry_run", "threads"),
     "model": ("model", "lora_rank", "lora_alpha", "warm_up_steps"),
     "data": (
-        *("task", "shots", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column", "system_prompt"),
+        *(
+            "task",
+            "shots",
+            "dataset",
+            "dataset_config",
+            "dataset_split",
+            "prompt_column",
+            "answer_column",
+            "system_prompt",
+        ),
         *("pairs", "bad_rows"),
     ),
     "reward": ("reward", "reward_timeout", "reward_workers", "reward_errors"),
@@ -189,7 +198,7 @@ def help_text(rows: list[Row], method: str, *, every: bool) -> str:
 
 
 def _sections(rows: list[Row]) -> dict[str, list[Row]]:
-    """bandpo's options in the sections of the help; an option that no section names is in the first of its group."""
+    """The options of bandpo in the sections of the help; an option that no section names is in the first of its group."""
     named = {name: title for title, names in _SECTIONS.items() for name in names}
     found: dict[str, list[Row]] = {title: [] for title in (*_SECTIONS, _METHOD)}
     for row in rows:
