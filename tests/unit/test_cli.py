@@ -212,7 +212,7 @@ def test_no_command_prints_the_help_and_version_the_version(capsys):
         (["bounds", "--divergence", "kl,tv", "--match", "upper", "--no-figure"], "choose 'upper@P'"),
         (["bounds", "--divergence", "kl,tvv"], "'tvv'"),
         (["objectives", "--plot", "zoo.doc"], "must end in .png"),
-        (["evaluate", "/no/such/model"], "cannot load /no/such/model"),
+        (["evaluate", "/no/such/model"], "model /no/such/model: there is no such folder"),
         (["evaluate", "x", "--task", "chess"], "chess.*countdown"),
         (["evaluate", "x", "--task", "countdown", "--dataset", "y"], "both set"),
         (["evaluate", "x", "--dataset", "y"], "needs --reward"),

@@ -30,9 +30,11 @@ from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
 from bandpo.train.grpo import GRPORun
+from bandpo.train.interrupted import resumable
 from bandpo.train.models import loadable, together
 from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
+from bandpo.train.progress import counting
 from bandpo.train.report import change_line, evaluation_table, write_report
 from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line
 
@@ -106,10 +108,19 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: lis
         progress.say(line)
     job = _make_job(run, args, given, folder, progress, checkpoint=resume)
 
+    # The trainer's own handler of SIGTERM saves a checkpoint first.
+    with resumable(folder, given, own_sigterm=not getattr(args, "enable_jit_checkpoint", False)):
+        _work(job, resume, started)
+    return folder
+
+
+def _work(job: _Job, resume: str | None, started: float) -> None:
+    """What a run does in its folder: evaluation, training, evaluation, results."""
+    folder = job.folder
     before = _evaluate_before(job)
-    progress.say(f"before training: {_line(before.summary())}")
+    job.progress.say(f"before training: {_line(before.summary())}")
     job.method.train(resume)
-    after = _evaluate(job)
+    after = _evaluate(job, "after")
     evaluation = _results(job, before, after)
 
     if PartialState().is_main_process:
@@ -119,7 +130,6 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: lis
     if PartialState().is_main_process:
         after.write(folder / "samples.jsonl", "after")
         _write_results(job, evaluation, started)
-    return folder
 
 
 def _make_job(
@@ -209,19 +219,21 @@ def _evaluate_before(job: _Job) -> Evaluation:
     found = Evaluation.read(samples, "before")
     PartialState().wait_for_everyone()  # every process has read the file before it changes
     if found is None:
-        found = _evaluate(job)
+        found = _evaluate(job, "before")
         if PartialState().is_main_process:
             found.write(samples, "before")
     return found
 
 
-def _evaluate(job: _Job) -> Evaluation:
-    with job.method.for_sampling() as model:
+def _evaluate(job: _Job, when: str) -> Evaluation:
+    count = -(-len(job.held_out) // PartialState().num_processes) * job.run.eval_samples
+    shown = job.progress.stage(f"evaluating the model {when} training", count, "completions")
+    with shown as advance, job.method.for_sampling() as model:
         return evaluate(
             model,
             job.tokenizer,
             job.held_out,
-            job.rewards[0],
+            counting(job.rewards[0], advance),
             samples=job.run.eval_samples,
             max_new_tokens=_longest_completion(job.args),
             temperature=job.temperature,

@@ -23,6 +23,7 @@ from bandpo._system.errors import printable
 from bandpo.toy.tasks import TASKS, in_chat, make_splits
 from bandpo.train.config import MATH, RunConfig
 from bandpo.train.lengths import TokenLimits, fingerprint, first_on_each_machine, long_rows
+from bandpo.train.names import near_folder
 from bandpo.train.verification import unreadable
 
 Say = Callable[[str], None]
@@ -254,7 +255,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool, local: bool = False) -
         load = cast("Callable[..., Any]", AutoTokenizer.from_pretrained)
         return load(name, padding_side="left", trust_remote_code=trust_remote_code, local_files_only=local)
     except OSError as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+        near = None if Path(name).exists() else near_folder(name)
+        hint = "" if near is None else f"there is no folder of that name; did you mean the folder {near}? "
+        raise ValueError(f"model {name!r} cannot be loaded: {hint}{error}") from error
 
 
 def _refuse_code(folder: Path) -> None:

@@ -10,6 +10,7 @@ from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
 from bandpo.toy.tasks import TASKS
 from bandpo.train.config import DEFAULT_LENGTH, RunConfig
+from bandpo.train.names import missing_folder
 
 _SETTINGS = "config.resolved.yaml"
 """The file in the folder of a run that holds all of its settings."""
@@ -177,8 +178,8 @@ def _on_held_out(model: str, asked: dict[str, Any], run: RunConfig, sampling: Sa
 def _named(model: str, asked: dict[str, Any]) -> Job:
     """A model on a task or dataset that the options name."""
     if "task" not in asked and "dataset" not in asked:
-        if Path(model).is_absolute() and not Path(model).exists():
-            raise ValueError(f"cannot load {model}: there is no such folder")
+        if (missing := missing_folder(model)) is not None:
+            raise ValueError(missing)
         raise ValueError(
             f"{model} is in no folder of a run of bandpo (with {_SETTINGS}), which would say what to score it on: name a task "
             "with --task, or prompts with --dataset and --reward"

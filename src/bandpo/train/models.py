@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from bandpo._system.errors import RunError
 from bandpo.train import gguf, wheels
+from bandpo.train.names import missing_folder
 
 T = TypeVar("T")
 
@@ -26,13 +27,15 @@ def loadable(name: str, say: Callable[[str], object]) -> str:
         The name itself if it is a Hub name or a folder, else the folder in the cache.
 
     Raises:
-        ValueError: If the file or the name of the wheel cannot be used.
+        ValueError: If the file or the name of the wheel cannot be used, or the name is that of a folder that does not exist.
         RunError: If it failed in another process.
     """
     if name.startswith(wheels.PREFIX):
         return str(_made(lambda: wheels.folder_of(name.removeprefix(wheels.PREFIX), say)))
     if gguf.is_gguf(name) or Path(name).is_file():
         return str(_made(lambda: gguf.folder_of(Path(name), say)))
+    if (missing := missing_folder(name)) is not None:
+        raise ValueError(missing)
     return name
 
 

@@ -17,7 +17,7 @@ from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePrefere
 from bandpo.plots import plot_preference
 from bandpo.train.config import RunConfig
 from bandpo.train.folder import HidesSecretsInCard
-from bandpo.train.progress import TrainingProgress
+from bandpo.train.progress import RoundsProgress, TrainingProgress, shown_row
 from bandpo.train.rewards import RewardFunction
 
 _SHOWN = (
@@ -59,8 +59,9 @@ class PreferenceRun:
         self.folder = Path(args.output_dir or ".")
         self.notes: list[str] = []
         if run.pairs is None:
-            self.rounds = _Rounds(model, reward, args, prompts, tokenizer)
-            self.rounds.progress, self.rounds.say = progress, progress.say
+            shown = RoundsProgress(progress, args.rounds)
+            self.rounds = _Rounds(model, reward, args, prompts, tokenizer, [shown])
+            self.rounds.shown, self.rounds.say = shown, progress.say
             return
         self.rounds = None
         self.log = TrainingProgress(progress, self.folder)
@@ -101,7 +102,10 @@ class PreferenceRun:
                 complete round, whichever folder is given.
         """
         if self.rounds is not None:
-            self.rounds.train(resume=resume is not None)
+            try:
+                self.rounds.train(resume=resume is not None)
+            finally:
+                self.rounds.shown.stop()
             return
         try:
             trained = self.pairs.train(resume_from_checkpoint=resume)
@@ -145,12 +149,21 @@ class _PairsTrainer(HidesSecretsInCard, BandDPOTrainer):
 class _Rounds(OnlinePreferenceTrainer):
     """Prints what each round measured, and writes metrics.jsonl."""
 
-    progress: Progress
+    shown: RoundsProgress
+
+    def _make_pairs(self, k: int) -> tuple[list[Pair], dict[str, float]]:
+        args = self.args
+        samples = f"sampling {args.samples_per_prompt} completions of {args.prompts_per_round} prompts"
+        self.shown.doing(k + 1, samples if k == 0 or args.resample else "scoring the samples of the first round")
+        return super()._make_pairs(k)
+
+    def _fit(self, rows: list[Pair], k: int) -> None:
+        self.shown.doing(k + 1, f"fitting {len(rows)} pairs")
+        super()._fit(rows, k)
 
     def _save(self, k: int, pairs: list[Pair], measured: dict[str, float]) -> None:
         super()._save(k, pairs, measured)
         if PartialState().is_main_process:
             rows = ({"step": i + 1, **row} for i, row in enumerate(self.history))
             write_jsonl(Path(self.args.output_dir or ".") / "metrics.jsonl", rows)
-            shown = [f"{name} {measured[key]:{form}}" for key, name, form in _SHOWN if key in measured]
-            self.progress.say(f"round {k + 1:>3}/{self.args.rounds}  {'  '.join(shown)}")
+            self.shown.done(k + 1, shown_row(self.history[-1], _SHOWN), int(measured["generated_tokens"]))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from bandpo._system.errors import LINES, RunError, place_of, printable, what_happened
+from bandpo._system.errors import LINES, RunError, Terminated, place_of, printable, what_happened
 from bandpo._system.files import write_jsonl
 from bandpo._system.imports import imported
 from bandpo._system.secrets import redact_text
@@ -44,7 +44,8 @@ class CheckedReward:
 
     A reward of None, NaN, infinity or beyond ±1e18, whose square float32 cannot hold, counts as unscored: TRL leaves such a
     sample out of its group and gives it no advantage. Everything that the function raises is a failure, also `SystemExit` and
-    `KeyboardInterrupt`; only a Ctrl-C that the user pressed interrupts the run.
+    `KeyboardInterrupt`; only a Ctrl-C that the user pressed, or SIGTERM, interrupts the
+    run.
 
     Args:
         function: Reward function with TRL's signature, `f(prompts, completions, **columns) -> list of floats`.
@@ -101,7 +102,7 @@ class CheckedReward:
                     if isinstance(values, Iterator):  # a generator's code runs here, not while its numbers are checked
                         values = list(itertools.islice(cast("Iterator[Any]", values), len(completions) + 1))
             except BaseException as error:  # a user's function may raise anything
-                if isinstance(error, KeyboardInterrupt) and interrupts:
+                if isinstance(error, Terminated) or (isinstance(error, KeyboardInterrupt) and interrupts):
                     raise
                 raise _Failure(error) from error
         return self._numbers(values, len(completions))

@@ -11,6 +11,7 @@ from typing import Any
 
 from pebble import ProcessPool
 
+from bandpo._system.errors import Terminated
 from bandpo.train.answers import boxed_answer, is_plain_number, reference, stated_answer, with_variables
 
 SECONDS = 10.0
@@ -120,7 +121,7 @@ def _unless_killed(future: Any) -> list[Any] | None:
     """The result of a batch; None if its process was ended, for its time or its memory."""
     try:
         return future.result()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         raise
     except BaseException:
         return None
