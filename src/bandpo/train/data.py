@@ -597,13 +597,22 @@ def _system(prompt: Any) -> str | None:
     return str(prompt[0]["content"])
 
 
+def names_a_file(name: str) -> bool:
+    """Whether the name of a dataset is that of a file, whether it exists or not, and not a name on the Hub.
+
+    Args:
+        name: Hub name or file of a dataset.
+    """
+    return Path(name).suffix in _READERS
+
+
 def is_file(name: str) -> bool:
     """Whether a dataset of this name is a local file that can be read, so that nothing is downloaded for it.
 
     Args:
         name: Hub name or file of a dataset.
     """
-    return Path(name).suffix in _READERS and Path(name).is_file()
+    return names_a_file(name) and Path(name).is_file()
 
 
 def _read(name: str, config: str | None, split: str) -> Dataset:

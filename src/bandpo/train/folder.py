@@ -117,8 +117,18 @@ def _wanted(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> Path:
     """The folder that the user names, or else one named after the objective, the data and the seed."""
     if "output_dir" in given:
         return Path(args.output_dir or ".")
-    label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
+    label = method_of(run, args).replace(":", "-")
     return Path("runs") / f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
+
+
+def method_of(run: RunConfig, args: TrainerConfig) -> str:
+    """The name of a run's method: its objective, or the name of the preference method, which several may share.
+
+    Args:
+        run: bandpo's part of the configuration.
+        args: TRL's part of the configuration.
+    """
+    return args.objective if run.method == "grpo" else run.method
 
 
 def _may_be_numbered(args: TrainerConfig, given: dict[str, Any]) -> bool:
@@ -298,13 +308,20 @@ def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[s
     return left and _changes(folder, run, args, given) == {}
 
 
-class HidesSecretsInCard:
-    """For a trainer: the model card (README.md) that TRL writes has no secrets, for example from `hub_model_id`."""
+class HasOwnCard:
+    """For a trainer: where TRL writes its model card, at each checkpoint, the card of the run is written instead."""
+
+    write_card: Callable[[], None] | None = None
+    """Writes the card of the run; None leaves the card to TRL, and hides the secrets in it."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card as TRL does, then hide the secrets in it."""
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        """Write the card of the run, or that of TRL without secrets, for example from `hub_model_id`."""
         trainer = cast("Any", self)
+        if self.write_card is not None:
+            if trainer.is_world_process_zero():
+                self.write_card()
+            return
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         card = Path(trainer.args.output_dir) / "README.md"
         if trainer.is_world_process_zero() and card.is_file():
             write_text(card, redact_text(card.read_text(encoding="utf-8")))
