@@ -173,7 +173,7 @@ def test_the_data_of_a_run():
 
 
 SMALL = [
-    *("--task", "sums", "--warm_up_steps", "2", "--eval_prompts", "8", "--eval_samples", "2"),
+    *("--task", "sums", "--warm_up_steps", "60", "--eval_prompts", "8", "--eval_samples", "2"),
     *("--report_to", "none", "--use_cpu", "true", "--bf16", "false"),
 ]
 
