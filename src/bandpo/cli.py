@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import bandpo
 from bandpo._system.errors import LINES, RunError, printable
@@ -44,14 +44,23 @@ class Command(NamedTuple):
     """Declares the options in a parser; None for a command that reads its part of the command line itself."""
     function: str
     """Is given the options, and returns the exit status, or something else for status 0."""
+    uses: str | None = None
+    """A function of another room, which the function is given as well; it is imported when it is called."""
 
     def run(self, options: Any) -> object:
         """Import the function, and call it with the options."""
-        return _load(self.function)(options)
+        function = _load(self.function)
+        return function(options) if self.uses is None else function(options, _later(self.uses))
 
 
 COMMANDS = (
-    Command("train", "train a language model (bandpo train --help)", None, "bandpo.train.start:train"),
+    Command(
+        "train",
+        "train a language model (bandpo train --help)",
+        None,
+        "bandpo.train.start:train",
+        "bandpo.doctor.entry:examine",
+    ),
     Command(
         "evaluate",
         "mean@k and pass@k of a model on held-out prompts",
@@ -138,6 +147,11 @@ def _parser(chosen: Command | None) -> argparse.ArgumentParser:
         if command is chosen and command.arguments is not None:
             _load(command.arguments)(own)
     return parser
+
+
+def _later(path: str) -> Callable[..., object]:
+    """A function that imports another one when it is called."""
+    return lambda *arguments, **options: cast("Callable[..., object]", _load(path))(*arguments, **options)
 
 
 def _load(path: str) -> Callable[[Any], object]:

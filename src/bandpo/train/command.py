@@ -9,12 +9,11 @@ from typing import Any, cast
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # bandpo forks no process; the warning about it would be noise
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bandpo._system.errors import exits_are_errors, printable
+from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import write_json
 from bandpo._system.jsonl import number_texts
 from bandpo._system.progress import Progress, quiet_hosts
@@ -26,7 +25,7 @@ from bandpo.train.arguments import EVALUATION_SEED
 from bandpo.train.card import Facts, base_of, data_rows, finish_card, hub_datasets, write_card
 from bandpo.train.compute import this_machine
 from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
-from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
+from bandpo.train.data import load_tokenizer, run_pairs, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import (
     choose_folder,
@@ -39,7 +38,7 @@ from bandpo.train.folder import (
 )
 from bandpo.train.grpo import GRPORun
 from bandpo.train.models import loadable, together
-from bandpo.train.needs import described, missing, sampler_line
+from bandpo.train.needs import missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.report import change_line, evaluation_table, write_report
 from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line
@@ -89,11 +88,7 @@ def train(arguments: list[str]) -> Path:
     quiet_hosts()
     run, args, given, compute = parse(arguments)
     machine = this_machine()
-    if run.dry_run:
-        for line in described(run, args, compute, machine):
-            print(f"# {printable(redact_text(line))}")
-        print(yaml.safe_dump(redact(given), sort_keys=False), end="")
-        return Path(args.output_dir or ".")
+    assert not run.dry_run  # `bandpo.train.start` makes a dry run
     if (lack := missing(run, args, machine)) is not None:
         raise ValueError(lack)
     with exits_are_errors():
@@ -190,17 +185,8 @@ def _load_data(
     )
     if run.pairs is None:
         return prompts, held_out
-    limits = [n for n in (cast("int | None", getattr(args, "max_length", None)), window) if n is not None]
-    pairs = load_pairs(
-        run.pairs,
-        split=run.dataset_split,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        system_prompt=None if run.task else run.system_prompt,
-        limit=min(limits, default=None),
-        skip_bad=run.bad_rows == "skip",
-        say=progress.say,
-    )
+    max_length = cast("int | None", getattr(args, "max_length", None))
+    pairs = run_pairs(run, held_out, tokenizer, window, max_length=max_length, say=progress.say)
     return pairs, held_out
 
 

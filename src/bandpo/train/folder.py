@@ -1,5 +1,6 @@
 """The folder of a run: how it is chosen, what is written into it before training, and what a killed run left in it."""
 
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,10 +88,7 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
     args.output_dir = str(folder)
     resume = args.resume_from_checkpoint
     if resume is None:
-        if (folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"output_dir {folder} holds a run already; choose another, or resume with --resume_from_checkpoint latest"
-            )
+        _refuse_used(folder)
         return None
     if resume == "latest":
         found = _latest(folder, run, say)
@@ -102,6 +100,40 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
         _refuse_changes(folder, changed)
         say(f"this run began with other settings: {told(changed)}. It continues with the new ones")
     return found
+
+
+def mistakes_of_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> list[str]:
+    """Why `choose_folder` would refuse the folder of a run; nothing is claimed or made.
+
+    Args:
+        run: bandpo's part of the configuration.
+        args: TRL's part of the configuration.
+        given: The settings that the user gave.
+    """
+    folder, resume = _wanted(run, args, given), args.resume_from_checkpoint
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        return [f"output_dir {folder}: {there} is a file"]
+    if not os.access(there, os.W_OK):
+        return [f"output_dir {folder} cannot be made or written: {there} is not writable"]
+    try:
+        if resume is None:
+            if not _may_be_numbered(args, given):
+                _refuse_used(folder)
+        elif resume != "latest" and not Path(resume).is_dir():
+            return [f"resume_from_checkpoint: {resume} is no folder"]
+        elif changed := _changes(folder, run, args, given):
+            _refuse_changes(folder, changed)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"output_dir {folder} holds a run already; choose another, or resume with --resume_from_checkpoint latest"
+        )
 
 
 def _refuse_changes(folder: Path, changed: Changes) -> None:
