@@ -67,13 +67,18 @@ def test_a_small_one_trains_in_float32_and_its_adapter_has_the_card_of_the_run(t
     head = yaml.safe_load(head)
     assert head["library_name"] == "peft" and "lora" in head["tags"]
     for line in (
-        "# Model Card for out", "| model | model |", "| adapter | LoRA of rank 2 |", "| data | data.jsonl |",
-        "| optimiser steps | 2 |", "| computed in | float32 |", "| 6 held-out prompts | before | after |",
-        "trained with BandPO, a method introduced in", "fine-tuned version of `model`", "- PEFT ", 'model="out/model"',
+        "# out: bandpo-kl on data.jsonl", "| model | model |", "| adapter | LoRA of rank 2, alpha 32 |",
+        "| data | data.jsonl |", "| columns | prompt (prompt), answer (answer) |", "| trained on | 34 prompts |",
+        "| reward | my_rewards:short |", "| radius | 0.05 |", "| seed | 42 |", "| optimiser steps | 2 |",
+        "| computed in | float32 |", "| 6 held-out prompts | before | after |", "Source: BandPO, [arXiv:2603.04918](",
+        "an adapter (LoRA) for `model`. Licence of the base model: not stated", "- PEFT ", "@article{li2026bandpo,",
+        "AutoModelForCausalLM.from_pretrained('model')", "PeftModel.from_pretrained(base, 'out/model')",
+        "95% interval [", "`bandpo train --config out/config.yaml`",
     ):  # fmt: skip
         assert line in body, line
-    assert "[More Information Needed]" not in card and "None" not in body
-    assert "### This run" in (tmp_path / "out" / "README.md").read_text()
+    assert head["base_model"] == "model" and "bandpo-kl" in head["tags"]
+    assert "[More Information Needed]" not in card and "None" not in body.replace("not stated", "")
+    assert "## Results" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_adapter_whose_model_is_elsewhere_is_refused_with_the_fix(tmp_path):

@@ -34,7 +34,7 @@ def about(**more: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "git": git_revision(),
     }
 
@@ -66,7 +66,8 @@ def plain(value: object) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of bandpo and of the packages that it builds on, as far as they are installed."""
     return {
         name: metadata.version(name)
         for name in _PACKAGES

@@ -70,10 +70,9 @@ def check_reward(options: argparse.Namespace) -> int:
     rows = data.select(range(min(options.rows, len(data))))
     with exits_are_errors():
         rewards = checked_rewards(run, folder=None, say=print)
-        boxed = not MATH.isdisjoint(run.rewards)  # the rewards of a run see the same completions
-        found = [_checked(reward, rows, boxed=boxed) for reward in rewards]
+        found = [checked_answers(reward, rows, run) for reward in rewards]
     for each in found:
-        _print(each, rows)
+        told_answers(each, rows, print)
     return 0 if all(each.is_fine for each in found) else 1
 
 
@@ -92,7 +91,15 @@ def _run_of(options: argparse.Namespace) -> RunConfig:
     return RunConfig(**run)
 
 
-def _checked(reward: CheckedReward, rows: Dataset, *, boxed: bool) -> Checked:
+def checked_answers(reward: CheckedReward, rows: Dataset, run: RunConfig) -> Checked:
+    """What a reward gives for the reference answers of rows, as if they were completions.
+
+    Args:
+        reward: The reward.
+        rows: Rows with the columns "prompt" and "answer".
+        run: Configuration of the run, whose rewards see the same completions.
+    """
+    boxed = not MATH.isdisjoint(run.rewards)
     answers = _column(rows, "answer")
     texts = [_in_box(answer) if boxed else str(answer) for answer in answers]
     is_chat = not isinstance(rows["prompt"][0], str)
@@ -116,8 +123,14 @@ def _in_box(answer: Any) -> str:
     return f"The answer is {latex}"
 
 
-def _print(found: Checked, rows: Dataset, say: Callable[[str], None] = print) -> None:
-    """The distribution of the scores, and the first rows of each kind that needs a look."""
+def told_answers(found: Checked, rows: Dataset, say: Callable[[str], object]) -> None:
+    """Tell the distribution of the scores, and the first rows of each kind that needs a look.
+
+    Args:
+        found: What a reward gives for the reference answers.
+        rows: The rows.
+        say: Prints a line; the first one begins with "ok" or "!!".
+    """
     scored = [s for s in found.scores if s is not None]
     values = ", ".join(f"{scored.count(v)} score {v:g}" for v in sorted(set(scored), reverse=True)[:_SHOWN])
     more = f", and {len(set(scored)) - _SHOWN} other values" if len(set(scored)) > _SHOWN else ""

@@ -9,12 +9,11 @@ from typing import Any, cast
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # bandpo forks no process; the warning about it would be noise
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bandpo._system.errors import exits_are_errors, printable
+from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import write_json
 from bandpo._system.jsonl import number_texts
 from bandpo._system.progress import Progress, quiet_hosts
@@ -23,16 +22,24 @@ from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl.generate import sampler_of
 from bandpo.toy.models import WarmUp, warmed_up_model
 from bandpo.train.arguments import EVALUATION_SEED
-from bandpo.train.card import write_card
+from bandpo.train.card import Facts, base_of, data_rows, finish_card, hub_datasets, write_card
 from bandpo.train.compute import this_machine
 from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
-from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
+from bandpo.train.data import load_tokenizer, run_pairs, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
-from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
+from bandpo.train.folder import (
+    choose_folder,
+    environment,
+    is_finished,
+    make_folder,
+    method_of,
+    released_at_end,
+    resume_lines,
+)
 from bandpo.train.grpo import GRPORun
 from bandpo.train.interrupted import resumable
 from bandpo.train.models import loadable, together
-from bandpo.train.needs import described, missing, sampler_line
+from bandpo.train.needs import missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.progress import counting
 from bandpo.train.report import change_line, evaluation_table, write_report
@@ -47,6 +54,8 @@ class _Job:
     args: TrainerConfig
     folder: Path
     progress: Progress
+    loaded: str
+    """Folder or Hub name from which the model was loaded."""
     tokenizer: Any
     prompts: Dataset
     """What to train on: prompts, or pairs of completions."""
@@ -81,11 +90,7 @@ def train(arguments: list[str]) -> Path:
     quiet_hosts()
     run, args, given, compute = parse(arguments)
     machine = this_machine()
-    if run.dry_run:
-        for line in described(run, args, compute, machine):
-            print(f"# {printable(redact_text(line))}")
-        print(yaml.safe_dump(redact(given), sort_keys=False), end="")
-        return Path(args.output_dir or ".")
+    assert not run.dry_run  # `bandpo.train.start` makes a dry run
     if (lack := missing(run, args, machine)) is not None:
         raise ValueError(lack)
     with exits_are_errors():
@@ -103,7 +108,7 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: lis
     if args.resume_from_checkpoint == "latest" and is_finished(folder, run, args, given):
         progress.say(f"the run in {folder} is finished: {folder / 'report.html'}")
         return folder
-    progress.say(f"{args.objective} on {run.task or run.dataset} -> {folder}")
+    progress.say(f"{method_of(run, args)} on {run.task or run.dataset} -> {folder}")
     for line in said:
         progress.say(line)
     job = _make_job(run, args, given, folder, progress, checkpoint=resume)
@@ -117,6 +122,7 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: lis
 def _work(job: _Job, resume: str | None, started: float) -> None:
     """What a run does in its folder: evaluation, training, evaluation, results."""
     folder = job.folder
+    job.method.writes_card(lambda: write_card(_facts(job), None, resume_lines(folder)))
     before = _evaluate_before(job)
     job.progress.say(f"before training: {_line(before.summary())}")
     job.method.train(resume)
@@ -124,10 +130,11 @@ def _work(job: _Job, resume: str | None, started: float) -> None:
     evaluation = _results(job, before, after)
 
     if PartialState().is_main_process:
-        write_card(folder, job.method.trainer, _facts(job), evaluation, resume_lines(folder))
+        write_card(_facts(job), evaluation, resume_lines(folder))
     PartialState().wait_for_everyone()
     job.method.save(folder / "model")
     if PartialState().is_main_process:
+        finish_card(_facts(job))
         after.write(folder / "samples.jsonl", "after")
         _write_results(job, evaluation, started)
 
@@ -155,7 +162,7 @@ def _make_job(
         method = GRPORun(args, model, tokenizer, prompts, rewards, _lora(run), progress)
     else:
         method = PreferenceRun(run, args, model, tokenizer, prompts, rewards[0], _lora(run), progress)
-    return _Job(run, args, folder, progress, tokenizer, prompts, held_out, rewards, method)
+    return _Job(run, args, folder, progress, model_name, tokenizer, prompts, held_out, rewards, method)
 
 
 def _small_model(run: RunConfig, progress: Progress) -> Path:
@@ -188,17 +195,8 @@ def _load_data(
     )
     if run.pairs is None:
         return prompts, held_out
-    limits = [n for n in (cast("int | None", getattr(args, "max_length", None)), window) if n is not None]
-    pairs = load_pairs(
-        run.pairs,
-        split=run.dataset_split,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        system_prompt=None if run.task else run.system_prompt,
-        limit=min(limits, default=None),
-        skip_bad=run.bad_rows == "skip",
-        say=progress.say,
-    )
+    max_length = cast("int | None", getattr(args, "max_length", None))
+    pairs = run_pairs(run, held_out, tokenizer, window, max_length=max_length, say=progress.say)
     return pairs, held_out
 
 
@@ -263,21 +261,33 @@ def _results(job: _Job, before: Evaluation, after: Evaluation) -> dict[str, Any]
     }
 
 
-def _facts(job: _Job) -> dict[str, Any]:
+def _facts(job: _Job) -> Facts:
     """What the run was, for the card of its model."""
     run, args = job.run, job.args
-    adapter = {"adapter": f"LoRA of rank {run.lora_rank}"} if run.lora_rank else {}
-    return {
-        "model": redact(run.model) or "a small model that starts from scratch, warmed up on the task",
-        **adapter,
-        "data": redact(run.task or run.pairs or run.dataset),
-        "reward": _weighed(run, args),
-        "method": job.method.name,
-        **job.method.length,
-        "learning rate": args.learning_rate,
-        "computed in": "float16" if args.fp16 else "bfloat16, weights in float32" if args.bf16 else "float32",
-        "seed": args.seed,
-    }
+    name = redact(run.model)
+    base = base_of(name, job.loaded)
+    adapter = {"adapter": f"LoRA of rank {run.lora_rank}, alpha {run.lora_alpha}"} if run.lora_rank else {}
+    return Facts(
+        folder=job.folder,
+        method=method_of(run, args),
+        asked=args.objective,
+        objective=job.method.objective,
+        base=base,
+        adapter=bool(run.lora_rank),
+        chat=not isinstance(job.held_out["prompt"][0], str),
+        data=redact(run.task or run.pairs or run.dataset),
+        hub_data=tuple(hub_datasets(run)),
+        rows={
+            "model": name or "a small model that starts from scratch, warmed up on the task",
+            **adapter,
+            **data_rows(run, training=len(job.prompts), held_out=len(job.held_out)),
+            "reward": _weighed(run, args),
+            **job.method.length,
+            "learning rate": args.learning_rate,
+            "computed in": "float16" if args.fp16 else "bfloat16, weights in float32" if args.bf16 else "float32",
+            "seed": args.seed,
+        },
+    )
 
 
 def _weighed(run: RunConfig, args: TrainerConfig) -> str:

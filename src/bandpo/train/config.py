@@ -7,7 +7,7 @@ import argparse
 import difflib
 import importlib.resources
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias, cast
@@ -54,6 +54,24 @@ USAGE = "bandpo train [--method METHOD] [--config FILE.yaml | --preset NAME] [--
 
 _PACKAGE_OF = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 """The package of an integration that has another name."""
+
+
+class MistakesError(ValueError):
+    """One or several mistakes in a configuration, which are all named.
+
+    Args:
+        mistakes: A message for each.
+
+    Examples:
+        >>> str(MistakesError(["lora_rank must be >= 0, got -1"]))
+        'lora_rank must be >= 0, got -1'
+    """
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = tuple(mistakes)
+        """The messages."""
+        several = "\n".join([f"{len(mistakes)} mistakes", *(f"  {i}. {one}" for i, one in enumerate(mistakes, 1))])
+        super().__init__(mistakes[0] if len(mistakes) == 1 else several)
 
 
 @dataclass
@@ -150,51 +168,59 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        mistakes = [*self._of_method(), *self._of_rewards()]
+        mistakes += [*self._of_data(), *self._of_numbers()]  # which use the list of rewards
+        if mistakes:
+            raise MistakesError(mistakes)
+
+    def _of_method(self) -> Generator[str]:
         if self.method not in METHODS:
-            raise ValueError(f"method: got {self.method!r}; choose one of {', '.join(METHODS)}")
-        self._check_rewards()
+            yield f"method: got {self.method!r}; choose one of {', '.join(METHODS)}"
+            return
         if self.pairs is not None and self.method not in ("dpo", "chipo"):
-            raise ValueError(f"pairs={self.pairs!r}: method {self.method!r} samples its own; use dpo or chipo")
+            yield f"pairs={self.pairs!r}: method {self.method!r} samples its own; use dpo or chipo"
         if self.method != "grpo" and self.lora_rank and self.pairs is None:
-            raise ValueError(
-                f"lora_rank={self.lora_rank}: method {self.method!r} trains all weights unless pairs are given"
-            )
+            yield f"lora_rank={self.lora_rank}: method {self.method!r} trains all weights unless pairs are given"
+
+    def _of_data(self) -> Generator[str]:
         if self.task is not None and self.task not in TASKS:
-            raise ValueError(f"task: got {self.task!r}; choose one of {', '.join(TASKS)}")
+            yield f"task: got {self.task!r}; choose one of {', '.join(TASKS)}"
         if self.task is not None and self.dataset is not None:
-            raise ValueError(f"task={self.task!r} and dataset={self.dataset!r} are both set; choose one")
+            yield f"task={self.task!r} and dataset={self.dataset!r} are both set; choose one"
         if self.task is None and self.dataset is None:
-            raise ValueError(f"nothing to train on: set dataset, or task to one of {', '.join(TASKS)}")
-        if self.task is None and self.model is None:
-            raise ValueError("dataset needs model: the built-in small model only knows the built-in tasks")
-        if self.task is None and self.reward is None:
-            raise ValueError("dataset needs reward: 'math', 'math-lenient' or 'package.module:NAME'")
+            yield f"nothing to train on: set dataset, or task to one of {', '.join(TASKS)}"
+        if self.task is None and self.model is None and self.dataset is not None:
+            yield "dataset needs model: the built-in small model only knows the built-in tasks"
+        if self.task is None and self.reward is None and self.dataset is not None:
+            yield "dataset needs reward: 'math', 'math-lenient' or 'package.module:NAME'"
         if self.shots is not None and (self.task is None or self.model is None):
-            raise ValueError(
+            yield (
                 f"shots={self.shots} needs task and model: the prompts of a dataset are used as they are, and the built-in "
                 "small model knows no chat"
             )
         if self.shots is not None and not 0 <= self.shots <= MAX_SHOTS:
-            raise ValueError(f"shots must be in [0, {MAX_SHOTS}], got {self.shots}")
+            yield f"shots must be in [0, {MAX_SHOTS}], got {self.shots}"
+
+    def _of_numbers(self) -> Generator[str]:
         for name in ("eval_prompts", "eval_samples", "warm_up_steps", "threads", "reward_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                yield f"{name} must be at least 1, got {getattr(self, name)}"
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                yield f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
         if self.reward_workers is not None and MATH.isdisjoint(self.rewards):
-            raise ValueError(
+            yield (
                 f"reward_workers={self.reward_workers} would be ignored: only {' and '.join(sorted(MATH))} have processes of "
                 "their own"
             )
         if not 0 < self.reward_timeout < math.inf:
-            raise ValueError(f"reward_timeout must be a positive number of seconds, got {self.reward_timeout}")
+            yield f"reward_timeout must be a positive number of seconds, got {self.reward_timeout}"
         if self.eval_temperature is not None and not 0 <= self.eval_temperature < math.inf:
-            raise ValueError(f"eval_temperature must be 0 (greedy) or a positive number, got {self.eval_temperature}")
+            yield f"eval_temperature must be 0 (greedy) or a positive number, got {self.eval_temperature}"
         if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be >= 0, got {self.lora_rank}")
+            yield f"lora_rank must be >= 0, got {self.lora_rank}"
 
-    def _check_rewards(self) -> None:
+    def _of_rewards(self) -> Generator[str]:
         """Check the names of the rewards; a single name, as in `reward: math`, becomes a list of one."""
         if self.reward is None:
             return
@@ -204,12 +230,14 @@ class RunConfig:
             or not names
             or not all(isinstance(n, str) and n for n in cast("list[Any]", names))
         ):
-            raise ValueError(f"reward: got {self.reward!r}; give a name, or a list of names")
+            yield f"reward: got {self.reward!r}; give a name, or a list of names"
+            self.reward = []  # so that the other checks find no names
+            return
         self.reward = cast("list[str]", names)
         if len(set(self.reward)) < len(self.reward):
-            raise ValueError(f"reward: {', '.join(self.reward)} has a name twice; give it once, with a larger weight")
+            yield f"reward: {', '.join(self.reward)} has a name twice; give it once, with a larger weight"
         if self.method != "grpo" and len(self.reward) > 1:
-            raise ValueError(
+            yield (
                 f"reward: method {self.method!r} labels its samples with one reward, got {', '.join(self.reward)}; write one "
                 "function that adds them"
             )
@@ -380,12 +408,12 @@ def _floats(cls: type[TrainerConfig]) -> frozenset[str]:
 def _checked_names(parser: argparse.ArgumentParser, given: dict[str, Any], arguments: list[str]) -> set[str]:
     """The names of the options on the command line; an unknown option or key of the file is an error."""
     known = {action.dest for action in parser._actions} - {"help"}
-    for key in given:
-        _check_known(key, known, "key")
     options = [a.split("=")[0] for a in arguments if a.startswith("--")]
-    for option in options:
-        if option not in parser._option_string_actions:
-            _check_known(option.lstrip("-").replace("-", "_"), known, "option")
+    named = [option for option in options if option not in parser._option_string_actions]
+    mistakes = [*_unknown(given, known, "key")]
+    mistakes += _unknown((option.lstrip("-").replace("-", "_") for option in named), known, "option")
+    if mistakes:
+        raise MistakesError(mistakes)
     return {parser._option_string_actions[o].dest for o in options}
 
 
@@ -530,8 +558,10 @@ def _as_floats(given: dict[str, Any], floats: frozenset[str]) -> None:
                 raise ValueError(f"{key}: {value!r} is not a number") from None
 
 
-def _check_known(name: str, known: set[str], what: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {what} {name!r}{hint} (all of them: bandpo train --help-all)")
+def _unknown(names: Iterable[str], known: set[str], what: str) -> Generator[str]:
+    """A message for each name that is not known, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"unknown {what} {name!r}{hint} (all of them: bandpo train --help-all)"

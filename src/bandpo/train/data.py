@@ -32,6 +32,8 @@ _UNREADABLE = cast(
     "tuple[type[Exception], ...]", (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError, StopIteration)
 )
 """What the readers of `datasets` raise on a damaged file; `StopIteration` on an empty one."""
+LEFT_OUT = "; they are left out,"
+"""What a message about bad rows has, between their number and that of the other rows."""
 _UNREADABLE_ANSWER = "is unreadable"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -54,7 +56,7 @@ class _BadRows:
             raise ValueError(f"{counted}; mend them, or set bad_rows: skip")
         if len(bad) == len(data):
             raise ValueError(f"{counted}; none is left")
-        self.say(f"{counted}; they are left out, {len(data) - len(bad)} are kept")
+        self.say(f"{counted}{LEFT_OUT} {len(data) - len(bad)} are kept")
         gone = set(bad)
         return data.select([i for i in range(len(data)) if i not in gone])
 
@@ -484,6 +486,35 @@ def _is_message(value: Any) -> bool:
     return isinstance(message.get("role"), str) and isinstance(message.get("content"), str | list)
 
 
+def run_pairs(
+    run: RunConfig, held_out: Dataset, tokenizer: Any, window: int | None, *, max_length: int | None, say: Say
+) -> Dataset:
+    """The pairs that a run trains on, in the form of its held-out prompts.
+
+    Args:
+        run: Configuration of the run, which names pairs.
+        held_out: Prompts that the run is evaluated on.
+        tokenizer: Tokenizer of the model.
+        window: Number of positions of the model; None where it has no limit.
+        max_length: Number of tokens of the longest prompt and completion; None for no limit.
+        say: Prints a message.
+
+    Raises:
+        ValueError: If a pair is bad and bad rows are not skipped, or if none is left.
+    """
+    assert run.pairs is not None
+    return load_pairs(
+        run.pairs,
+        split=run.dataset_split,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        system_prompt=None if run.task else run.system_prompt,
+        limit=min((n for n in (max_length, window) if n is not None), default=None),
+        skip_bad=run.bad_rows == "skip",
+        say=say,
+    )
+
+
 def load_pairs(
     name: str,
     *,
@@ -600,13 +631,22 @@ def _system(prompt: Any) -> str | None:
     return str(prompt[0]["content"])
 
 
+def names_a_file(name: str) -> bool:
+    """Whether the name of a dataset is that of a file, whether it exists or not, and not a name on the Hub.
+
+    Args:
+        name: Hub name or file of a dataset.
+    """
+    return Path(name).suffix in _READERS
+
+
 def is_file(name: str) -> bool:
     """Whether a dataset of this name is a local file that can be read, so that nothing is downloaded for it.
 
     Args:
         name: Hub name or file of a dataset.
     """
-    return Path(name).suffix in _READERS and Path(name).is_file()
+    return names_a_file(name) and Path(name).is_file()
 
 
 def _read(name: str, config: str | None, split: str) -> Dataset:

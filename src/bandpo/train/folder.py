@@ -1,5 +1,6 @@
 """The folder of a run: how it is chosen, what is written into it before training, and what a killed run left in it."""
 
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,10 +88,7 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
     args.output_dir = str(folder)
     resume = args.resume_from_checkpoint
     if resume is None:
-        if (folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"output_dir {folder} holds a run already; choose another, or resume with --resume_from_checkpoint latest"
-            )
+        _refuse_used(folder)
         return None
     if resume == "latest":
         found = _latest(folder, run, say)
@@ -102,6 +100,40 @@ def choose_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any], sa
         _refuse_changes(folder, changed)
         say(f"this run began with other settings: {told(changed)}. It continues with the new ones")
     return found
+
+
+def mistakes_of_folder(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> list[str]:
+    """Why `choose_folder` would refuse the folder of a run; nothing is claimed or made.
+
+    Args:
+        run: bandpo's part of the configuration.
+        args: TRL's part of the configuration.
+        given: The settings that the user gave.
+    """
+    folder, resume = _wanted(run, args, given), args.resume_from_checkpoint
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        return [f"output_dir {folder}: {there} is a file"]
+    if not os.access(there, os.W_OK):
+        return [f"output_dir {folder} cannot be made or written: {there} is not writable"]
+    try:
+        if resume is None:
+            if not _may_be_numbered(args, given):
+                _refuse_used(folder)
+        elif resume != "latest" and not Path(resume).is_dir():
+            return [f"resume_from_checkpoint: {resume} is no folder"]
+        elif changed := _changes(folder, run, args, given):
+            _refuse_changes(folder, changed)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"output_dir {folder} holds a run already; choose another, or resume with --resume_from_checkpoint latest"
+        )
 
 
 def _refuse_changes(folder: Path, changed: Changes) -> None:
@@ -117,8 +149,18 @@ def _wanted(run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> Path:
     """The folder that the user names, or else one named after the objective, the data and the seed."""
     if "output_dir" in given:
         return Path(args.output_dir or ".")
-    label = args.objective.replace(":", "-") if run.method == "grpo" else run.method
+    label = method_of(run, args).replace(":", "-")
     return Path("runs") / f"{label}-{Path(run.task or run.dataset or '').stem}-seed{args.seed}"
+
+
+def method_of(run: RunConfig, args: TrainerConfig) -> str:
+    """The name of a run's method: its objective, or the name of the preference method, which several may share.
+
+    Args:
+        run: bandpo's part of the configuration.
+        args: TRL's part of the configuration.
+    """
+    return args.objective if run.method == "grpo" else run.method
 
 
 def _may_be_numbered(args: TrainerConfig, given: dict[str, Any]) -> bool:
@@ -298,13 +340,20 @@ def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[s
     return left and _changes(folder, run, args, given) == {}
 
 
-class HidesSecretsInCard:
-    """For a trainer: the model card (README.md) that TRL writes has no secrets, for example from `hub_model_id`."""
+class HasOwnCard:
+    """For a trainer: where TRL writes its model card, at each checkpoint, the card of the run is written instead."""
+
+    write_card: Callable[[], None] | None = None
+    """Writes the card of the run; None leaves the card to TRL, and hides the secrets in it."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card as TRL does, then hide the secrets in it."""
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        """Write the card of the run, or that of TRL without secrets, for example from `hub_model_id`."""
         trainer = cast("Any", self)
+        if self.write_card is not None:
+            if trainer.is_world_process_zero():
+                self.write_card()
+            return
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         card = Path(trainer.args.output_dir) / "README.md"
         if trainer.is_world_process_zero() and card.is_file():
             write_text(card, redact_text(card.read_text(encoding="utf-8")))

@@ -79,6 +79,37 @@ def folder_of(file: Path, say: Say) -> Path:
     return converted(file.stem, checksum(file), lambda _: file, say, beside=_beside(file))
 
 
+def known_folder(file: Path) -> Path | None:
+    """The folder that `folder_of` has made for a GGUF file; None where it would have to be made.
+
+    Args:
+        file: The GGUF file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no GGUF file.
+    """
+    check(file)
+    return known(file.stem, checksum(file), beside=_beside(file))
+
+
+def known(name: str, content: str, *, beside: Mapping[str, str] | None = None) -> Path | None:
+    """The folder that `converted` has made; None where it would have to be made.
+
+    Args:
+        name: Name of the model.
+        content: SHA-256 of the GGUF file, in hexadecimal digits.
+        beside: SHA-256 by name of the files that lie beside the GGUF file and change the result.
+    """
+    path = _place(name, content, beside)
+    return path if is_usable(path, lambda _: None) else None
+
+
+def _place(name: str, content: str, beside: Mapping[str, str] | None) -> Path:
+    others = "" if not beside else f"-{hashlib.sha256(repr(sorted(beside.items())).encode()).hexdigest()[:16]}"
+    return cache_root() / "gguf" / f"{name}-{content[:16]}{others}-{_FORMAT}"
+
+
 def converted(
     name: str, content: str, obtain: Callable[[Path], Path], say: Say, *, beside: Mapping[str, str] | None = None
 ) -> Path:
@@ -101,8 +132,7 @@ def converted(
         ValueError: If it is no GGUF file, is damaged, or has an architecture that transformers cannot read.
         RunError: If the cache cannot be written.
     """
-    others = "" if not beside else f"-{hashlib.sha256(repr(sorted(beside.items())).encode()).hexdigest()[:16]}"
-    path = cache_root() / "gguf" / f"{name}-{content[:16]}{others}-{_FORMAT}"
+    path = _place(name, content, beside)
     if is_usable(path, say):
         say(f"the dequantised model of {name} is in {path}")
         return path

@@ -19,10 +19,11 @@ from bandpo._system.progress import Progress
 from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer, DoctorCallback
 from bandpo.integrations.trl.rollout import mask_of
 from bandpo.integrations.trl.strategy import GivenToTRL
+from bandpo.objective import Objective
 from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
 from bandpo.plots.curves import Curves
 from bandpo.terms import TokenObjective
-from bandpo.train.folder import HidesSecretsInCard
+from bandpo.train.folder import HasOwnCard
 from bandpo.train.progress import TrainingProgress
 from bandpo.train.rewards import RewardFunction
 
@@ -81,7 +82,20 @@ class GRPORun:
         return self.trainer.objective.name
 
     @property
-    def length(self) -> dict[str, int]:
+    def objective(self) -> Objective:
+        """The objective with the options of the run."""
+        return self.trainer.objective
+
+    def writes_card(self, write: Callable[[], None]) -> None:
+        """Let the trainer call a function where TRL would write its model card.
+
+        Args:
+            write: Writes the card of the run.
+        """
+        self.trainer.write_card = write
+
+    @property
+    def length(self) -> dict[str, Any]:
         """How long the run was, for the card of its model."""
         return {"optimiser steps": self.trainer.state.global_step}
 
@@ -131,7 +145,7 @@ class GRPORun:
         return found | {"The band, with tokens of this run": band}
 
 
-class _Trainer(HidesSecretsInCard, BandGRPOTrainer):
+class _Trainer(HasOwnCard, BandGRPOTrainer):
     """Keeps references to the tensors of the last micro-batches, for the figure of the band and for the doctor.
 
     Nothing is copied to the host while the run trains.

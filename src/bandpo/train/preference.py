@@ -1,6 +1,6 @@
 """`bandpo train` with a method that learns preferences: rounds of sampling and fitting, or a dataset of pairs."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +15,9 @@ from bandpo._system.progress import Progress
 from bandpo.integrations.trl.dpo import BandDPOTrainer
 from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer, Pair
 from bandpo.plots import plot_preference
+from bandpo.preference.objectives import PairObjective
 from bandpo.train.config import RunConfig
-from bandpo.train.folder import HidesSecretsInCard
+from bandpo.train.folder import HasOwnCard
 from bandpo.train.progress import RoundsProgress, TrainingProgress, shown_row
 from bandpo.train.rewards import RewardFunction
 
@@ -83,15 +84,26 @@ class PreferenceRun:
         return cast("Any", self.pairs.accelerator.unwrap_model(self.pairs.model))
 
     @property
-    def trainer(self) -> Any:
-        """The trainer of TRL; None for a run in rounds, which makes one for each round."""
-        return None if self.rounds is not None else self.pairs
+    def objective(self) -> PairObjective:
+        """The objective with the options of the run."""
+        return self.args.resolve()
+
+    def writes_card(self, write: Callable[[], None]) -> None:
+        """Let the trainer call a function where TRL would write its model card.
+
+        Args:
+            write: Writes the card of the run.
+        """
+        if self.rounds is None:  # the trainers of the rounds write none
+            self.pairs.write_card = write
 
     @property
-    def length(self) -> dict[str, int]:
+    def length(self) -> dict[str, Any]:
         """How long the run was, for the card of its model."""
         if self.rounds is not None:
-            return {"rounds": self.args.rounds}
+            steps, passes = self.args.max_steps, self.args.num_train_epochs
+            each = f"{steps}" if steps > 0 else f"{passes:g} passes over its pairs"
+            return {"rounds": self.args.rounds, "optimiser steps of each round": each}
         return {"optimiser steps": self.pairs.state.global_step}
 
     def train(self, resume: str | None) -> None:
@@ -142,7 +154,7 @@ class PreferenceRun:
         return {title: plot_preference(log, "round" if self.rounds is not None else "step")}
 
 
-class _PairsTrainer(HidesSecretsInCard, BandDPOTrainer):
+class _PairsTrainer(HasOwnCard, BandDPOTrainer):
     pass
 
 

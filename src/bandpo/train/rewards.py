@@ -372,18 +372,28 @@ def checked_rewards(run: RunConfig, *, folder: Path | None, say: Callable[[str],
     Raises:
         ValueError: If there is no reward of a name.
     """
-    found: list[CheckedReward] = []
-    for name in run.rewards:
-        workers = run.reward_workers if name in MATH else None
-        function = get_reward(name, workers=workers)
-        found.append(
-            CheckedReward(function, name, limit=run.reward_timeout, errors=run.reward_errors, folder=folder, say=say)
-        )
+    found = [checked_reward(run, name, folder=folder, say=say) for name in run.rewards]
     names = [reward.__name__ for reward in found]
     for reward in found:
         if names.count(reward.__name__) > 1:  # two modules may have functions of one name
             reward.__name__ = reward.name
     return found
+
+
+def checked_reward(run: RunConfig, name: str, *, folder: Path | None, say: Callable[[str], None]) -> CheckedReward:
+    """One reward function of a run.
+
+    Args:
+        run: Configuration of the run: time limit, what to do with errors.
+        name: Name of the reward.
+        folder: Folder in which the samples of a failed call are written.
+        say: Prints a message.
+
+    Raises:
+        ValueError: If there is no reward of that name.
+    """
+    function = get_reward(name, workers=run.reward_workers if name in MATH else None)
+    return CheckedReward(function, name, limit=run.reward_timeout, errors=run.reward_errors, folder=folder, say=say)
 
 
 def unscored_line(reward: CheckedReward) -> str | None:

@@ -1,29 +1,47 @@
 """The start of `bandpo train`: help and mistakes in names and in bandpo's own options take no time; a run imports TRL."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bandpo.train.config import Request, RunConfig, read, run_keys
 from bandpo.train.options import declared_in, load_table, parsed
 
 
-def train(arguments: list[str]) -> Path:
-    """Run `bandpo train`: print the help or refuse what needs no TRL to be refused, then train.
+def train(arguments: list[str], examine: Callable[..., Any] | None = None) -> Path | int:
+    """Run `bandpo train`: print the help or refuse what needs no TRL to be refused, then train or make a dry run.
 
     Args:
         arguments: Command line after `bandpo train`.
+        examine: The doctor's rules for a configuration, which a dry run applies; None leaves them out.
 
     Returns:
-        Folder of the results.
+        Folder of the results; for a dry run its exit status.
 
     Raises:
         ValueError: If a name is unknown or a value is refused.
     """
     table = load_table()
     request = read(arguments, lambda method: declared_in(table, method))
+    if _asks_for_dry_run(request):
+        from bandpo.train.validate import dry_run  # transformers, TRL and torch
+
+        return dry_run(arguments, examine)
     _check_values(request)
-    from bandpo.train import command  # transformers, TRL and torch
+    from bandpo.train import command
 
     return command.train(arguments)
+
+
+def _asks_for_dry_run(request: Request) -> bool:
+    """Whether a dry run is asked for, which names all mistakes and not the first one only."""
+    asked: object = request.given.get("dry_run", False)
+    for i, argument in enumerate(request.arguments):
+        name, _, text = argument.partition("=")
+        if name in ("--dry_run", "--dry-run"):
+            after = request.arguments[i + 1 : i + 2]
+            asked = text or (after[0] if after and not after[0].startswith("--") else True)
+    return asked is True or str(asked).lower() in ("yes", "true", "t", "y", "1")
 
 
 def _check_values(request: Request) -> None:

