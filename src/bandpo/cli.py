@@ -24,6 +24,8 @@ Trust regions for LLM reinforcement learning.
   bandpo evaluate MODEL        mean@k and pass@k of a saved model
   bandpo check-reward          what would a reward leave unscored? before a run
   bandpo train --method NAME   preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm
+  bandpo report RUN            the report of a run, also while it trains
+  bandpo compare RUN RUN ...   finished runs against each other, in one report
   bandpo compare               objectives against each other, over seeds, with intervals
   bandpo lab preference        what links, samplers and labels do in preference learning, as figures
   bandpo lab selection         what pruning and packing save, and cost
@@ -63,6 +65,12 @@ COMMANDS = (
         "what a reward gives for the reference answers themselves",
         "bandpo.train.arguments:add_check_reward_arguments",
         "bandpo.train.arguments:run_check_reward",
+    ),
+    Command(
+        "report",
+        "the report of a run from its folder, also while it trains",
+        "bandpo.train.arguments:add_report_arguments",
+        "bandpo.train.report_command:report",
     ),
     Command(
         "compare",

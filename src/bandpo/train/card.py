@@ -7,6 +7,7 @@ from typing import Any
 from bandpo._system.errors import printable
 from bandpo._system.files import write_text
 from bandpo._system.secrets import redact_text
+from bandpo.train.record import shown_scores
 
 _OWN = "---\nlibrary_name: transformers\ntags:\n- bandpo\n---\n\n# Model Card for {name}\n\n## Citations\n"
 """The card of a run for which TRL writes none."""
@@ -52,7 +53,7 @@ def write_card(
 def _section(facts: Mapping[str, Any], evaluation: Mapping[str, Any], lines: Sequence[str]) -> str:
     own = [f"| {name} | {printable(str(value)).replace('|', '∣')} |" for name, value in facts.items()]
     before, after = evaluation["before"], evaluation["after"]
-    scores = [f"| {name} | {before[name]:.3f} | {after[name]:.3f} |" for name in before]
+    scores = [f"| {name} | {before[name]:.3f} | {after[name]:.3f} |" for name in shown_scores(before, after)]
     head = f"| {evaluation['prompts']} held-out prompts | before | after |"
     more = [f"\n{printable(line)}." for line in lines]
     return "\n".join(["### This run", "", "| | |", "|---|---|", *own, *more, "", head, "|---|---|---|", *scores, ""])

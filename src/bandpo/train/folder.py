@@ -18,6 +18,7 @@ from bandpo._system.locks import Claim, InUseError, claim_output
 from bandpo._system.secrets import redact, redact_text
 from bandpo.integrations.trl.checkpoint import latest_checkpoint
 from bandpo.train.config import RunConfig, TrainerConfig
+from bandpo.train.record import Parts
 
 _NOT_SAVED = ("output_dir", "resume_from_checkpoint", "dry_run")
 """Settings of one session, which config.yaml leaves out: the file repeats the run, not the session."""
@@ -243,9 +244,18 @@ def resumes(folder: Path) -> list[dict[str, Any]]:
 
     Args:
         folder: Folder of the run.
+
+    Raises:
+        ValueError: If the file has other rows.
     """
     path = folder / _RESUMES
-    return list(read_jsonl(path)) if path.exists() else []
+    rows = read_jsonl(path) if path.exists() else []
+    for number, row in enumerate(rows, 1):
+        changed: object = row.get("changed")
+        pairs = list(cast("dict[str, Any]", changed).values()) if isinstance(changed, dict) else [None]
+        if not isinstance(row.get("step"), int | None) or not all(isinstance(x, list) and len(x) == 2 for x in pairs):
+            raise ValueError(f"{path}, line {number}: a row has a step, and what was changed from what to what")
+    return rows
 
 
 def resume_lines(folder: Path) -> list[str]:
@@ -286,7 +296,7 @@ def environment(args: TrainerConfig, seconds: float | None = None) -> dict[str, 
 
 
 def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> bool:
-    """Whether a run with exactly these settings has left its model and its report, which is written last.
+    """Whether a run with exactly these settings has left its model and its report, and was not resumed since.
 
     Args:
         folder: Folder of the run.
@@ -294,7 +304,8 @@ def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[s
         args: TRL's part of the configuration.
         given: The settings that the user gave.
     """
-    left = (folder / "model").is_dir() and (folder / "report.html").exists()
+    parts = Parts.read(folder)
+    left = (folder / "model").is_dir() and (folder / "report.html").exists() and (parts is None or parts.finished)
     return left and _changes(folder, run, args, given) == {}
 
 
