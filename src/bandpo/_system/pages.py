@@ -54,7 +54,7 @@ def template(package: str, name: str, filters: Mapping[str, Callable[..., object
 def save_svg(figure: Figure, path: Path | None = None) -> str:
     """Save a figure as SVG, without secrets and without a date, and close it.
 
-    The colours follow the reader's setting, light or dark. A figure with an image in it, whose colours have a scale, stays light.
+    The colours follow the reader's setting, light or dark. A figure with an image in it, such as a heat map, stays light.
 
     Args:
         figure: Figure to save.

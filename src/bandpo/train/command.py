@@ -27,12 +27,12 @@ from bandpo.train.compute import this_machine
 from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
 from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
-from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
+from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end
 from bandpo.train.grpo import GRPORun
 from bandpo.train.models import loadable, together
 from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
-from bandpo.train.record import Parts, shown_scores
+from bandpo.train.record import Parts, resume_lines, shown_scores
 from bandpo.train.report import change_line, evaluation_table
 from bandpo.train.report_command import write_run_report
 from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line

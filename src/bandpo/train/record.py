@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandpo._system.bounded import parse_json, read_regular
-from bandpo._system.files import read_yaml, write_json
+from bandpo._system.files import read_jsonl, read_yaml, write_json
 from bandpo._system.jsonl import as_number, lines, number_texts
 from bandpo._system.secrets import redact
 from bandpo.monitoring.log_rows import MAX_LINE_BYTES
@@ -22,8 +22,13 @@ EXPECTED = ("config.yaml", "config.resolved.yaml", "metrics.jsonl")
 """The files that every run of `bandpo train` has from its beginning."""
 PARTS = "report.json"
 """The file with what the report shows and no other file of a run has."""
+RESUMES = "resumes.jsonl"
+"""The file that holds the settings that were changed at a resume, a row for each such resume."""
 STAGES = ("before", "after")
 """The evaluations of a run: that of the model it began with, and that of the trained one."""
+
+Changes = dict[str, tuple[Any, Any]]
+"""Settings by name: the value before, and the value now."""
 
 _MAX_JSON_BYTES = 1 << 24
 _MAX_SAMPLE_BYTES = 1 << 26  # of a prompt with all of its samples
@@ -323,6 +328,52 @@ def read_object(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", found)
 
 
+def resumes(folder: Path) -> list[dict[str, Any]]:
+    """What was changed at which step of a run: rows with `step` (None for a run in rounds) and `changed`.
+
+    Args:
+        folder: Folder of the run.
+
+    Raises:
+        ValueError: If the file has other rows.
+    """
+    path = folder / RESUMES
+    rows = read_jsonl(path) if path.exists() else []
+    for number, row in enumerate(rows, 1):
+        changed: object = row.get("changed")
+        pairs = list(cast("dict[str, Any]", changed).values()) if isinstance(changed, dict) else [None]
+        if not isinstance(row.get("step"), int | None) or not all(isinstance(x, list) and len(x) == 2 for x in pairs):
+            raise ValueError(f"{path}, line {number}: a row has a step, and what was changed from what to what")
+    return rows
+
+
+def resume_lines(folder: Path) -> list[str]:
+    """What was changed when a run was resumed, for its report, its configuration and the card of its model.
+
+    Args:
+        folder: Folder of the run.
+    """
+    lines: list[str] = []
+    for row in resumes(folder):
+        when = "After a resume" if row["step"] is None else f"From step {row['step']} on"
+        changed = {name: (old, new) for name, (old, new) in row["changed"].items()}
+        lines.append(f"{when} the run had other settings: {told(changed)}")
+    return lines
+
+
+def told(changed: Changes) -> str:
+    """Changed settings for a message.
+
+    Args:
+        changed: The settings.
+
+    Examples:
+        >>> told({"max_steps": (4, 8)})
+        'max_steps 4 -> 8'
+    """
+    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+
+
 def shown_scores(*evaluations: Mapping[str, float | None]) -> list[str]:
     """The names of the scores to show: without pass@1 where it is mean@k in all evaluations, as for rewards of 0 and 1.
 
@@ -347,13 +398,12 @@ def _same(a: float | None, b: float | None) -> bool:
 
 
 def _rows(path: Path, broken: list[int] | None) -> Iterator[dict[str, Any]]:
-    def left_out(number: int, line: bytes) -> dict[str, Any] | None:
-        if broken is None:
-            return None
+    def left_out(number: int, _: bytes) -> dict[str, Any]:
+        assert broken is not None
         broken.append(number)
         return {}
 
-    return number_texts(path, follow=False, longest=MAX_LINE_BYTES, broken=left_out)
+    return number_texts(path, follow=False, longest=MAX_LINE_BYTES, broken=None if broken is None else left_out)
 
 
 def _is_number(value: object) -> bool:

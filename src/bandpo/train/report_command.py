@@ -12,8 +12,7 @@ from bandpo.doctor.output import Examined
 from bandpo.plots import plot_bounds, plot_clip_by_probability, preference_panels, training_panels
 from bandpo.plots.curves import Curves
 from bandpo.train.evaluate import Evaluation
-from bandpo.train.folder import resume_lines
-from bandpo.train.record import Record, Scores, read_record
+from bandpo.train.record import Record, Scores, read_record, resume_lines
 from bandpo.train.report import write_report
 
 _WIDTH = 5.0
