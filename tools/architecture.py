@@ -3,8 +3,9 @@
     python tools/architecture.py           # writes docs/assets/architecture.svg and the list in docs/architecture.md
     python tools/architecture.py --check   # status 1 if either is out of date, or an import breaks a rule
 
-A room is a module or a package directly below `bandpo`, and `integrations.trl`. Rooms stand on floors. A room may import
-rooms of lower floors, and rooms of its own floor as long as no circle of imports arises. Only the standard library is needed.
+A room is a module or a package directly below `bandpo`, `integrations.trl`, or `train.config`. Rooms stand on floors. A room
+may import rooms of lower floors, and rooms of its own floor as long as no circle of imports arises. Only the standard library
+is needed.
 """
 
 import argparse
@@ -28,6 +29,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "lab": "compare, experiments",
         "train": "bandpo train, evaluate",
         "doctor": "does the region act?",
+        "train.config": "options of a run",
     },
     "Hosts": {"integrations.trl": "trainers for TRL", "integrations": "adapters for other hosts"},
     "Around the core": {
@@ -69,7 +71,14 @@ FLOORS: dict[str, dict[str, str]] = {
 """Floors from top to bottom, with their rooms and what each room is. An unlisted room is put where its imports allow."""
 
 _PARTS_OF = {"": "bandpo", "_public": "bandpo", "__main__": "cli"}
-_SPLIT = ("integrations.trl",)
+_SPLIT = {
+    "integrations.trl": "integrations.trl",
+    "train.config": "train.config",
+    "train.compute": "train.config",
+    "train.wheels": "train.config",
+    "train.gguf": "train.config",
+}
+"""Modules and packages that are rooms of their own, or parts of one, inside of a larger room."""
 _LOWEST = list(FLOORS)[-1]
 
 Graph = dict[str, set[str]]
@@ -165,9 +174,9 @@ def _module(path: Path) -> str:
 
 def _room(module: str) -> str:
     name = module.partition(".")[2]
-    for whole in _SPLIT:
-        if name == whole or name.startswith(f"{whole}."):
-            return whole
+    for part, room in _SPLIT.items():
+        if name == part or name.startswith(f"{part}."):
+            return room
     top = name.partition(".")[0]
     return _PARTS_OF.get(top, top)
 

@@ -32,6 +32,8 @@ _EXAMPLES = (
     "train --method dpo              # preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm",
     "doctor run.yaml                 # does the trust region act?",
     "evaluate RUN                    # mean@k and pass@k of the model of a run",
+    "report RUN                      # the report of a run, also while it trains",
+    "compare RUN RUN                 # finished runs against each other, in one report",
 )
 
 
@@ -78,6 +80,13 @@ COMMANDS = (
         "what a reward gives for the reference answers themselves",
         "bandpo.train.arguments:add_check_reward_arguments",
         "bandpo.train.arguments:run_check_reward",
+        extra="lab",
+    ),
+    Command(
+        "report",
+        "the report of a run from its folder, also while it trains",
+        "bandpo.train.arguments:add_report_arguments",
+        "bandpo.train.report_command:report",
         extra="lab",
     ),
     Command(

@@ -93,7 +93,17 @@ def as_page(examined: Sequence[Examined]) -> str:
         from bandpo._system.pages import template
     except ImportError as error:
         raise ImportError(f"--html needs a package of bandpo[lab]: pip install 'bandpo[lab]' ({error})") from error
-    files = [
+    page = template("bandpo.doctor", "doctor.html.j2")
+    return page.render(title="What the doctor found", files=for_page(examined), status=exit_status(examined))
+
+
+def for_page(examined: Sequence[Examined]) -> list[dict[str, Any]]:
+    """The findings for a page, of each file the worst first: name, error, counts, and findings with the entry of their rule.
+
+    Args:
+        examined: The files.
+    """
+    return [
         {
             "name": _shown(one.name),
             "error": _shown(one.error),
@@ -104,8 +114,6 @@ def as_page(examined: Sequence[Examined]) -> str:
         }
         for one in examined
     ]
-    page = template("bandpo.doctor", "doctor.html.j2")
-    return page.render(title="What the doctor found", files=files, status=exit_status(examined))
 
 
 def schema() -> dict[str, Any]:

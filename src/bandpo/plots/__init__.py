@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from bandpo.plots.figures import plot_families as plot_families
     from bandpo.plots.figures import plot_preference as plot_preference
     from bandpo.plots.figures import plot_training as plot_training
+    from bandpo.plots.figures import preference_panels as preference_panels
+    from bandpo.plots.figures import training_panels as training_panels
 
 __all__ = [
     *("BLACK", "BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE"),
     *("plot_bounds", "plot_clip_by_probability", "plot_convergence", "plot_families", "plot_preference"),
-    "plot_training",
+    *("plot_training", "preference_panels", "training_panels"),
 ]
 
 

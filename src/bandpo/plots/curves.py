@@ -12,7 +12,10 @@ MOST_POINTS = 2000
 _DRAWN = (
     *("reward", "entropy", "clip_ratio/high_mean", "clip_ratio/low_mean"),
     *("rewards/accuracies", "concentrability/log_mean", "rewards/chosen", "rewards/rejected"),
+    *("completions/mean_length", "completions/max_length", "kl", "kl/old_new", "band/divergence_mean"),
 )
+SPEED = "tokens per second"
+"""The curve that is computed from the tokens of the rollouts (`num_tokens`) and the seconds of the steps (`step_time`)."""
 
 _Point = tuple[int, float, float]  # which one it is, x, y
 
@@ -99,7 +102,10 @@ class Curves:
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self.rows = 0
         """Number of rows."""
-        self._curves = {name: Curve() for name in _DRAWN}
+        self._curves = {name: Curve() for name in (*_DRAWN, SPEED)}
+        self._speed = _Speed(self._curves[SPEED])
+        self.last: float | None = None
+        """The step of the last row that has one."""
         self._shares = {name: [0.0, 0.0] for name in PROB_BINS}
         self._clipped = {(side, name): [0.0, 0.0] for side in ("low", "high") for name in PROB_BINS}
         self._bins = [
@@ -112,6 +118,7 @@ class Curves:
         for row in rows:
             self.rows += 1
             self._add(row)
+        self._speed.close()
 
     @property
     def reduced(self) -> bool:
@@ -144,6 +151,8 @@ class Curves:
     def _add(self, row: Mapping[str, Any]) -> None:
         step = _number(row.get("step"))
         if step is not None:
+            self.last = step
+            self._speed.add(step, _number(row.get("num_tokens")), _number(row.get("step_time")))
             for name, curve in self._curves.items():
                 if (y := _number(row.get(name))) is not None:
                     curve.add(step, y)
@@ -159,6 +168,52 @@ class Curves:
                 if (value := _number(row.get(clip_key))) is not None:
                     clipped[0] += share * value
                     clipped[1] += share
+
+
+class _Speed:
+    """Tokens of the rollouts per second of training.
+
+    A rollout is sampled once and used for several steps, so its tokens are divided by the seconds from the row that counts them
+    up to the row before the next rollout.
+
+    Args:
+        curve: Where the points are added, at the last step of each rollout.
+    """
+
+    def __init__(self, curve: Curve) -> None:
+        self._curve = curve
+        self._step = self._tokens = 0.0  # of the last row
+        self._new = self._seconds = 0.0  # of the rollouts that are counted
+        self._longest = 0.0  # steps of one rollout, at most
+        self._began = 0.0
+
+    def add(self, step: float, tokens: float | None, seconds: float | None) -> None:
+        """Take a row.
+
+        Args:
+            step: The step of the row.
+            tokens: Tokens of all rollouts so far.
+            seconds: Mean seconds of a step since the last row.
+        """
+        if tokens is None or seconds is None or not math.isfinite(tokens * seconds) or step <= self._step:
+            self._step, self._tokens, self._new = step, self._tokens if tokens is None else tokens, 0.0
+            return
+        if tokens > self._tokens:
+            self._close()
+            self._new, self._seconds, self._began = tokens - self._tokens, 0.0, self._step
+        self._seconds += seconds * (step - self._step)
+        self._step, self._tokens = step, tokens
+
+    def close(self) -> None:
+        """Take the last rollout, unless it was used for fewer steps than another one: its update was cut off."""
+        if self._step - self._began >= self._longest:
+            self._close()
+
+    def _close(self) -> None:
+        if self._new > 0 and self._seconds > 0:
+            self._longest = max(self._longest, self._step - self._began)
+            self._curve.add(self._step, self._new / self._seconds)
+        self._new = 0.0
 
 
 def _number(value: Any) -> float | None:

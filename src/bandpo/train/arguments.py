@@ -88,6 +88,22 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo report`.
+
+    Args:
+        parser: Parser of the command.
+    """
+    parser.description = (
+        "Writes the report of a run of bandpo train from the files in its folder, at any time: also while the run trains, and "
+        "after it was interrupted; then it names the last step. No model is loaded, and nothing that a file names is imported."
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)"
+    )
+
+
 def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bandpo check-reward`.
 

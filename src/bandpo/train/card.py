@@ -21,6 +21,7 @@ from bandpo.preference.objectives import PairObjective
 from bandpo.train import wheels
 from bandpo.train.config import RunConfig
 from bandpo.train.data import names_a_file
+from bandpo.train.record import shown_scores
 from bandpo.train.report import change_line
 
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
@@ -311,17 +312,9 @@ def _results(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
         return "The run had not ended when this card was written."
     before, after = evaluation["before"], evaluation["after"]
-    means = [name for name in before if name.startswith("mean@")]
-    # With rewards of 0 and 1 both names are of one number.
-    doubled = (
-        {"pass@1"}
-        if any(before[m] == before.get("pass@1") and after[m] == after.get("pass@1") for m in means)
-        else set()
-    )
     rows = [
         f"| {name} | {before[name]:.3f} | {after[name]:.3f} | {after[name] - before[name]:+.3f} |"
-        for name in before
-        if name not in doubled
+        for name in shown_scores(before, after)
     ]
     head = f"| {evaluation['prompts']} held-out prompts | before | after | change |\n|---|---|---|---|"
     sampler = ", ".join(

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import write_json
-from bandpo._system.jsonl import number_texts
 from bandpo._system.progress import Progress, quiet_hosts
 from bandpo._system.secrets import redact, redact_text
 from bandpo.integrations.trl import BandGRPOConfig
@@ -34,7 +33,6 @@ from bandpo.train.folder import (
     make_folder,
     method_of,
     released_at_end,
-    resume_lines,
 )
 from bandpo.train.grpo import GRPORun
 from bandpo.train.interrupted import resumable
@@ -42,7 +40,9 @@ from bandpo.train.models import loadable, together
 from bandpo.train.needs import missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.progress import counting
-from bandpo.train.report import change_line, evaluation_table, write_report
+from bandpo.train.record import Parts, resume_lines, shown_scores
+from bandpo.train.report import change_line, evaluation_table
+from bandpo.train.report_command import write_run_report
 from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line
 
 
@@ -112,6 +112,8 @@ def _train(run: RunConfig, args: TrainerConfig, given: dict[str, Any], said: lis
     for line in said:
         progress.say(line)
     job = _make_job(run, args, given, folder, progress, checkpoint=resume)
+    if PartialState().is_main_process:
+        _parts(job).write(folder)
 
     # The trainer's own handler of SIGTERM saves a checkpoint first.
     with resumable(folder, given, own_sigterm=not getattr(args, "enable_jit_checkpoint", False)):
@@ -303,12 +305,14 @@ def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> Non
     job.tokenizer.save_pretrained(folder / "model")
     write_json(folder / "evaluation.json", evaluation)
     write_json(folder / "env.json", environment(job.args, time.monotonic() - started))
-    title = f"{job.method.name} on {redact(job.run.task or job.run.dataset)}, seed {job.args.seed}"
-    figures = job.method.figures(number_texts(folder / "metrics.jsonl"))
     unscored = [line for reward in job.rewards if (line := unscored_line(reward)) is not None]
-    notes = [*job.method.notes, *resume_lines(folder), *unscored]
-    report = write_report(folder, title=title, figures=figures, notes=notes)
-    progress.show(evaluation_table(title, evaluation))
+    method = job.method
+    parts = replace(
+        _parts(job), finished=True, notes=[*method.notes, *unscored], told=method.told, tokens=method.tokens
+    )
+    parts.write(folder)
+    report, _ = write_run_report(folder)
+    progress.show(evaluation_table(parts.title, evaluation))
     if (change := change_line(evaluation)) is not None:
         progress.say(change)
     for line in unscored:
@@ -318,5 +322,11 @@ def _write_results(job: _Job, evaluation: dict[str, Any], started: float) -> Non
     progress.say(f"done in {time.monotonic() - started:.0f} s")
 
 
+def _parts(job: _Job) -> Parts:
+    """What the report of a run shows from its beginning."""
+    title = f"{job.method.name} on {redact(job.run.task or job.run.dataset)}, seed {job.args.seed}"
+    return Parts(title, name=job.method.name, band=job.method.band)
+
+
 def _line(summary: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in summary.items())
+    return "  ".join(f"{name} {summary[name]:.3f}" for name in shown_scores(summary))

@@ -14,11 +14,12 @@ from accelerate.utils import broadcast_object_list  # pyright: ignore[reportUnkn
 
 from bandpo._system.about import about, plain
 from bandpo._system.errors import printable
-from bandpo._system.files import read_jsonl, read_yaml, write_json, write_jsonl, write_text
+from bandpo._system.files import read_yaml, write_json, write_jsonl, write_text
 from bandpo._system.locks import Claim, InUseError, claim_output
 from bandpo._system.secrets import redact, redact_text
 from bandpo.integrations.trl.checkpoint import latest_checkpoint
 from bandpo.train.config import RunConfig, TrainerConfig
+from bandpo.train.record import RESUMES, Changes, Parts, resume_lines, resumes, told
 
 _NOT_SAVED = ("output_dir", "resume_from_checkpoint", "dry_run")
 """Settings of one session, which config.yaml leaves out: the file repeats the run, not the session."""
@@ -43,12 +44,6 @@ _FIXED = (
 """Settings that a resumed run must have as it began: its model, its prompts, and what its first evaluation has measured."""
 _COMPUTE = ("use_cpu", "bf16", "fp16")
 """Settings that the machine may have chosen, so that they can differ where the user has set nothing."""
-_RESUMES = "resumes.jsonl"
-"""The file that holds the settings that were changed at a resume, a row for each such resume."""
-
-Changes = dict[str, tuple[Any, Any]]
-"""Settings by name: the value before, and the value now."""
-
 _claims: ContextVar[list[Claim] | None] = ContextVar("claims", default=None)
 
 
@@ -239,7 +234,7 @@ def make_folder(
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "failed_reward.jsonl", _RESUMES):
+            for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "failed_reward.jsonl", RESUMES):
                 (folder / name).unlink(missing_ok=True)
             _write_settings(folder, run, args, given)
             write_json(folder / "env.json", environment(args))
@@ -263,7 +258,7 @@ def _note_changes(folder: Path, run: RunConfig, args: TrainerConfig, given: dict
     report = folder / "report.html"
     if report.exists():
         report.rename(folder / f"report-before-{'resume' if step is None else f'step-{step}'}.html")
-    write_jsonl(folder / _RESUMES, rows)
+    write_jsonl(folder / RESUMES, rows)
     _write_settings(folder, run, args, given)
 
 
@@ -278,30 +273,6 @@ def _with_resume(rows: list[dict[str, Any]], step: int | None, changed: Changes)
     found = {name: [before[name], last[name]] for name in last if before[name] != last[name]}
     kept = [row for row in rows if row not in again]
     return [*kept, *([{"step": step, "changed": found}] if found else [])]
-
-
-def resumes(folder: Path) -> list[dict[str, Any]]:
-    """What was changed at which step of a run: rows with `step` (None for a run in rounds) and `changed`.
-
-    Args:
-        folder: Folder of the run.
-    """
-    path = folder / _RESUMES
-    return list(read_jsonl(path)) if path.exists() else []
-
-
-def resume_lines(folder: Path) -> list[str]:
-    """What was changed when a run was resumed, for its report, its configuration and the card of its model.
-
-    Args:
-        folder: Folder of the run.
-    """
-    lines: list[str] = []
-    for row in resumes(folder):
-        when = "After a resume" if row["step"] is None else f"From step {row['step']} on"
-        changed = {name: (old, new) for name, (old, new) in row["changed"].items()}
-        lines.append(f"{when} the run had other settings: {told(changed)}")
-    return lines
 
 
 def _write_settings(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> None:
@@ -328,7 +299,7 @@ def environment(args: TrainerConfig, seconds: float | None = None) -> dict[str, 
 
 
 def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str, Any]) -> bool:
-    """Whether a run with exactly these settings has left its model and its report, which is written last.
+    """Whether a run with exactly these settings has left its model and its report, and was not resumed since.
 
     Args:
         folder: Folder of the run.
@@ -336,7 +307,8 @@ def is_finished(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[s
         args: TRL's part of the configuration.
         given: The settings that the user gave.
     """
-    left = (folder / "model").is_dir() and (folder / "report.html").exists()
+    parts = Parts.read(folder)
+    left = (folder / "model").is_dir() and (folder / "report.html").exists() and (parts is None or parts.finished)
     return left and _changes(folder, run, args, given) == {}
 
 
@@ -368,19 +340,6 @@ def _changes(folder: Path, run: RunConfig, args: TrainerConfig, given: dict[str,
     now, saved = _resolved(run, args), _saved(given)
     pairs = {k: (before.get(k), now.get(k)) for k in {**began, **saved, **dict.fromkeys(_COMPUTE)}}
     return {k: (old, new) for k, (old, new) in pairs.items() if old != new}
-
-
-def told(changed: Changes) -> str:
-    """Changed settings for a message.
-
-    Args:
-        changed: The settings.
-
-    Examples:
-        >>> told({"max_steps": (4, 8)})
-        'max_steps 4 -> 8'
-    """
-    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
 
 
 def _resolved(run: RunConfig, args: TrainerConfig) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from transformers import PrinterCallback
 from trl.models.utils import unwrap_model_for_generation  # pyright: ignore[reportUnknownVariableType]
@@ -20,8 +19,7 @@ from bandpo.integrations.trl import BandGRPOConfig, BandGRPOTrainer, DoctorCallb
 from bandpo.integrations.trl.rollout import mask_of
 from bandpo.integrations.trl.strategy import GivenToTRL
 from bandpo.objective import Objective
-from bandpo.plots import plot_bounds, plot_clip_by_probability, plot_training
-from bandpo.plots.curves import Curves
+from bandpo.plots.figures import Interval, drawn_interval
 from bandpo.terms import TokenObjective
 from bandpo.train.folder import HasOwnCard
 from bandpo.train.progress import TrainingProgress
@@ -68,6 +66,8 @@ class GRPORun:
             callbacks=[self.log, self.doctor],
         )
         self.trainer.remove_callback(PrinterCallback)
+        self.told: list[str] = []
+        """What the doctor told while the run trained."""
         self.notes: list[str] = []
         """Messages of the trainer that a reader of the report needs, for example that no group had a learning signal."""
         self.trainer.say = self._say
@@ -107,7 +107,7 @@ class GRPORun:
         """
         try:
             trained = self.trainer.train(resume_from_checkpoint=resume)
-            self.notes += [str(told) for told in self.doctor.told]
+            self.told = [str(told) for told in self.doctor.told]
             if trained is None and self.trainer.is_world_process_zero():
                 self.log.forget_after(self.trainer.state.global_step)
         except BaseException:
@@ -131,18 +131,15 @@ class GRPORun:
         with unwrap(self.trainer.model_wrapped, self.trainer.accelerator) as model:
             yield model
 
-    def figures(self, log: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
-        """The figures of the report by their headings.
+    @property
+    def band(self) -> Interval | None:
+        """The interval of the objective, for the report; None if it has none that depends on p alone."""
+        return drawn_interval(self.trainer.objective.bounds)
 
-        Args:
-            log: Rows of metrics.jsonl, which are read once.
-        """
-        training = Curves(row for row in log if "reward" in row or "entropy" in row)
-        found = {"Training": plot_training(training)}
-        if training.by_probability:
-            found["Who is clipped"] = plot_clip_by_probability(training)
-        band = plot_bounds(self.trainer.objective.bounds, self.name, tokens=self.trainer.tokens)
-        return found | {"The band, with tokens of this run": band}
+    @property
+    def tokens(self) -> dict[str, list[float]]:
+        """Some of the last tokens, for the report."""
+        return self.trainer.tokens
 
 
 class _Trainer(HasOwnCard, BandGRPOTrainer):

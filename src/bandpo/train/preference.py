@@ -1,20 +1,18 @@
 """`bandpo train` with a method that learns preferences: rounds of sampling and fitting, or a dataset of pairs."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
-from matplotlib.figure import Figure
 from transformers import PrinterCallback
 
 from bandpo._system.files import write_jsonl
 from bandpo._system.progress import Progress
 from bandpo.integrations.trl.dpo import BandDPOTrainer
 from bandpo.integrations.trl.online import OnlinePreferenceConfig, OnlinePreferenceTrainer, Pair
-from bandpo.plots import plot_preference
 from bandpo.preference.objectives import PairObjective
 from bandpo.train.config import RunConfig
 from bandpo.train.folder import HasOwnCard
@@ -59,6 +57,8 @@ class PreferenceRun:
         self.args, self.progress, self.name = args, progress, run.method
         self.folder = Path(args.output_dir or ".")
         self.notes: list[str] = []
+        self.told: list[str] = []
+        self.band, self.tokens = None, dict[str, list[float]]()  # for the report: this method has no region of ratios
         if run.pairs is None:
             shown = RoundsProgress(progress, args.rounds)
             self.rounds = _Rounds(model, reward, args, prompts, tokenizer, [shown])
@@ -143,15 +143,6 @@ class PreferenceRun:
     def for_sampling(self) -> Generator[Any]:
         """The model, ready to generate."""
         yield self.model
-
-    def figures(self, log: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
-        """The figures of the report by their headings.
-
-        Args:
-            log: Rows of metrics.jsonl, which are read once.
-        """
-        title = "Rounds" if self.rounds is not None else "Training"
-        return {title: plot_preference(log, "round" if self.rounds is not None else "step")}
 
 
 class _PairsTrainer(HasOwnCard, BandDPOTrainer):

@@ -13,10 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the command.
     """
     parser.description = (
-        "Tunes, runs and compares objectives on tiny models, over paired seeds. An interrupted or extended comparison "
+        "With folders of runs of bandpo train: compares these runs, in one report; only --output belongs to it. Without: "
+        "tunes, runs and compares objectives on tiny models, over paired seeds. An interrupted or extended comparison "
         "continues where it ended: a run whose configuration has a result is not repeated."
     )
     add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="folders of two or more runs of bandpo train")
     add(
         "--preset",
         default="quick",
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("eager", "graph"),
         help="how a new token is computed: operation by operation, or by a CUDA graph (default: eager)",
     )
-    add("--output", type=Path, help="folder of the results (default: runs/compare-PRESET)")
+    add("--output", type=Path, help="folder of the results (default: runs/compare-PRESET, or runs/compared)")
     add(
         "--evidence",
         type=Path,
@@ -69,8 +71,26 @@ def run(options: argparse.Namespace) -> int:
         options: The options of the command.
 
     Returns:
-        Exit status: 1 if a run of the plan has no result, else 0.
+        Exit status: 1 if a run has no result or cannot be read, else 0.
     """
+    if options.runs:
+        _refuse_others(options)
+        from bandpo.train.compare_runs import compare_runs
+
+        return compare_runs(options)
     from bandpo.lab.comparison.command import compare
 
     return int(not compare(options).complete)
+
+
+def _refuse_others(options: argparse.Namespace) -> None:
+    """Refuse the options of a comparison of objectives beside folders of runs."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    usual = vars(parser.parse_args([]))
+    named = [name for name, value in vars(options).items() if name in usual and value != usual[name]]
+    if others := sorted(set(named) - {"runs", "output"}):
+        raise ValueError(
+            f"compare: --{others[0]} belongs to the comparison of objectives, and has no meaning for runs that exist "
+            f"({', '.join(map(str, options.runs))}); objectives are named with --objectives"
+        )
