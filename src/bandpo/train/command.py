@@ -25,7 +25,7 @@ from bandpo.toy.models import WarmUp, warmed_up_model
 from bandpo.train.arguments import EVALUATION_SEED
 from bandpo.train.card import write_card
 from bandpo.train.compute import this_machine
-from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
+from bandpo.train.config import DEFAULT_LENGTH, MATH, RunConfig, TrainerConfig, check_reporters, parse
 from bandpo.train.data import load_pairs, load_tokenizer, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import choose_folder, environment, is_finished, make_folder, released_at_end, resume_lines
@@ -35,6 +35,7 @@ from bandpo.train.needs import described, missing, sampler_line
 from bandpo.train.preference import PreferenceRun
 from bandpo.train.report import change_line, evaluation_table, write_report
 from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line
+from bandpo.train.votes import voter_of
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ def _evaluate(job: _Job) -> Evaluation:
             sampler=sampler_of(job.args),
             # An accelerator has its own context around each pass. On a CPU one around all of them rounds each weight once.
             autocast=torch.bfloat16 if job.args.bf16 and model.device.type == "cpu" else None,
+            # Answers of math would have to be compared with each other, as long as scoring takes: `bandpo evaluate` does it.
+            voter=None if job.rewards[0].name in MATH else voter_of(job.rewards[0].name, job.rewards[0].function),
         )
 
 
