@@ -4,33 +4,28 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from matplotlib import pyplot as plt
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bandpo._system.about import about, command_line, plain
 from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import exits_are_errors, printable
-from bandpo._system.files import write_json, write_text
-from bandpo._system.pages import save_svg, template
 from bandpo._system.progress import Progress, quiet_hosts
 from bandpo._system.secrets import redact_text
 from bandpo.integrations.trl.generate import sampler_of
-from bandpo.plots.evaluations import plot_evaluations
 from bandpo.train.compute import Compute, choose, count_parameters, this_machine
 from bandpo.train.config import MATH
 from bandpo.train.data import checked_prompts, checked_shots, held_out_prompts, load_task, load_tokenizer, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
+from bandpo.train.evaluate_files import write_beside, write_results
 from bandpo.train.evaluate_options import Asked, Job, Sampling
-from bandpo.train.evaluate_results import Result, digest, file_name, labels, lines_of, notes, rows_of, table
+from bandpo.train.evaluate_results import Result, digest
+from bandpo.train.evaluate_tables import lines_of, notes, scored_on, table
 from bandpo.train.models import loadable
 from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
 from bandpo.train.votes import merged, voter_of
@@ -83,11 +78,11 @@ def evaluate_models(asked: Sequence[Asked], options: argparse.Namespace) -> dict
         results: dict[str, Result] = {}
         for one in asked:
             results[one.name] = one.saved or _sampled(ready[one.name], options, progress, several=len(asked) > 1)
-            if one.saved is None and is_main:
-                _write_beside(ready[one.name], results[one.name], options, progress)
+            if one.job is not None and one.job.own is not None and is_main:
+                write_beside(results[one.name], one.job.own, options, progress)
     results = _named(asked, results)
     if len(results) > 1:
-        progress.say(f"{len(results)} models{_how(next(iter(results.values())), several=True)}")
+        progress.say(f"{len(results)} models{scored_on(next(iter(results.values())), several=True)}")
         for line in table(results):
             progress.say(line)
     for line in notes(list(results.values())):
@@ -96,7 +91,7 @@ def evaluate_models(asked: Sequence[Asked], options: argparse.Namespace) -> dict
         for one in (one for one in ready.values() if one.job.own is None):
             progress.say(f"the result of {one.name}, a model of no run, is not written; --output FILE writes it")
     if is_main:
-        _write(results, options, progress)
+        write_results(results, options, progress)
     return results
 
 
@@ -177,7 +172,7 @@ def _sampled(one: _Ready, options: argparse.Namespace, progress: Progress, *, se
         mean = result.measures[f"mean@{found.samples}"]
         progress.say(f"{job.model}: mean@{found.samples} {mean} in {time.monotonic() - started:.0f} s")
     else:
-        progress.say(f"{job.model}{_how(result)}")
+        progress.say(f"{job.model}{scored_on(result)}")
         for line in lines_of(result):
             progress.say(line)
     if (line := unscored_line(one.reward)) is not None:
@@ -201,24 +196,6 @@ def _settings(one: _Ready, found: Evaluation, options: argparse.Namespace) -> di
         "seed": options.seed,
         "held_out_by": None if job.folder is None else str(job.folder),
     }
-
-
-def _how(result: Result, *, several: bool = False) -> str:
-    """On what and how a model was scored, for the terminal."""
-    told = result.settings
-    names = ("top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs")
-    further = [f", {name} {told[name]}" for name in names if told.get(name) not in (None, 0, 1.0, {})]
-    folder = told.get("held_out_by")
-    held_out = "" if folder is None else ", held out" if several else f", held out by the run in {folder}"
-    return (
-        f" on {told['prompts']} prompts of {told['data']}{held_out}; reward {told['reward']}; {told['samples']} samples each "
-        f"at temperature {_short(told.get('temperature'))}, top_p {_short(told.get('top_p'))}{''.join(further)}, "
-        f"up to {told.get('max_new_tokens')} tokens"
-    )
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _compute(job: Job, model_name: str, options: argparse.Namespace, *, local: bool) -> Compute:
@@ -287,7 +264,7 @@ def _config(name: str, *, local: bool, trust_remote_code: bool) -> Any:
     read = cast("Any", AutoConfig).from_pretrained
     try:
         return read(name, local_files_only=local, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name}: {error}") from error
 
 
@@ -317,80 +294,6 @@ def _check_weights(folder: Path) -> None:
         for part in sorted(set(map(str, cast("dict[str, object]", parts).values()))) if isinstance(parts, dict) else []:
             if not (folder / part).is_file():
                 raise ValueError(f"cannot load {folder}: {printable(part)} is missing, which {index.name} names")
-
-
-def _write_beside(one: _Ready, result: Result, options: argparse.Namespace, progress: Progress) -> None:
-    """Write a result into the folder of the model's run, and print where; the folder may be read-only, or have a link in it."""
-    own = one.job.own
-    if own is None:
-        return
-    folder = own / "evaluations"
-    path = folder / file_name(result, "model" if Path(one.job.model).name == "model" else Path(one.job.model).name)
-    try:
-        if folder.is_symlink():
-            raise OSError(f"{folder} is a link")
-        folder.mkdir(exist_ok=True)
-        write_json(path, {**result.content(), "about": _about(options)})
-    except OSError as error:
-        more = "" if options.output else "; name a file with --output to keep it"
-        progress.say(f"the result is not written beside the run ({error.strerror or error}){more}")
-    else:
-        progress.say(f"result: {path}")
-
-
-def _write(results: Mapping[str, Result], options: argparse.Namespace, progress: Progress) -> None:
-    """Write the file of `--output` and the figure of `--plot`."""
-    found = list(results.values())
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        content = found[0].content()
-        if len(found) > 1:
-            minus_first = [
-                {"model": r.settings["model"], "minus": found[0].settings["model"], "measures": _as_json(r, found[0])}
-                for r in found[1:]
-            ]
-            content = {"models": [r.content() for r in found], "differences": minus_first}
-        write_json(options.output, {**content, "about": _about(options)})
-    if options.plot is not None:
-        _write_figure(results, options.plot)
-        progress.say(f"figure: {options.plot}")
-
-
-def _as_json(result: Result, first: Result) -> dict[str, dict[str, float]]:
-    return {name: change._asdict() for name, change in result.differences_to(first).items()}
-
-
-def _about(options: argparse.Namespace) -> dict[str, Any]:
-    given = {name: value for name, value in vars(options).items() if name != "command"}
-    return about(seed=options.seed, options=plain(given))
-
-
-def _write_figure(results: Mapping[str, Result], path: Path) -> None:
-    """Draw the results; a page has their table as well."""
-    named = labels(results)
-    figure = plot_evaluations({named[name]: result.measures for name, result in results.items()})
-    if path.suffix == ".svg":
-        save_svg(figure, path)
-    elif path.suffix == ".html":
-        with TemporaryDirectory() as aside:
-            svg = save_svg(figure, Path(aside) / "figure.svg")
-        found = list(results.values())
-        page = template("bandpo.train", "evaluate.html.j2").render(
-            title=f"Evaluation of {len(found)} models"
-            if len(found) > 1
-            else f"Evaluation of {named[next(iter(results))]}",
-            how=_how(found[0], several=len(found) > 1),
-            rows=rows_of(results),
-            figure=svg,
-            notes=notes(found),
-            models={named[name]: redact_text(str(result.settings["model"])) for name, result in results.items()},
-            command=command_line(),
-            version=version("bandpo"),
-        )
-        write_text(path, page)
-    else:
-        figure.savefig(path, dpi=200)
-        plt.close(figure)
 
 
 def _prompts(job: Job, asked: int | None, tokenizer: Any, window: int | None, progress: Progress) -> Dataset:
