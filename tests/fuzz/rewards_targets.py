@@ -310,9 +310,9 @@ def any_run_folder(draw: tuple[dict[str, Any], bytes | None, str]) -> str:
     content = yaml.safe_dump(settings, allow_unicode=True).encode("utf-8", "surrogatepass") if raw is None else raw
     (folder / "config.resolved.yaml").write_bytes(content)
     modules = set(sys.modules)
-    options = argparse.Namespace(model=str(folder / which), **dict.fromkeys(OPTIONS))
+    options = argparse.Namespace(**dict.fromkeys(OPTIONS))
     found: list[Any] = []
-    outcome = refused(lambda: found.append(_job(options)))
+    outcome = refused(lambda: found.append(_job(str(folder / which), options)))
     assert "fuzz_pwn" not in set(sys.modules) - modules
     for job in found:
         assert job.reward and (":" not in job.reward or job.run.task is not None)

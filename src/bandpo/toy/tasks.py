@@ -212,14 +212,29 @@ def score(task: str, completion: str, metadata: str) -> float:
         completion: The completion as text.
         metadata: Metadata of the row, as JSON.
     """
-    answer, parts = completion.strip(), json.loads(metadata)
+    answer, parts = stated(task, completion, metadata), json.loads(metadata)
     if task == "countdown" and (not _SAFE_EXPRESSION.fullmatch(answer) or "**" in answer or "//" in answer):
         return 0.0
     item = {"metadata": parts}
     if task != "countdown":
         item["answer"] = _oracle_answer(task, parts)
-        answer = _right_side(answer, parts.get("expression", ""))
     return float(_generator(task, 0, 1).score_answer(answer, item) >= _FULL_SCORE)
+
+
+def stated(task: str, completion: str, metadata: str) -> str:
+    """The answer that a completion states: without blanks around it, and of a sum only what follows the question's expression.
+
+    Args:
+        task: A name in `TASKS`.
+        completion: The completion as text.
+        metadata: Metadata of the row, as JSON.
+
+    Examples:
+        >>> stated("sums", " 1 + 2 = 3", '{"expression": "1 + 2"}'), stated("countdown", "7-4", "{}")
+        ('3', '7-4')
+    """
+    answer = completion.strip()
+    return answer if task == "countdown" else _right_side(answer, json.loads(metadata).get("expression", ""))
 
 
 def _right_side(completion: str, expression: str) -> str:

@@ -43,6 +43,7 @@ _ANSWER = re.compile(
 _TAIL = 20_000  # characters at the end of a completion in which an answer without a mark is looked for
 _LONGEST = 500  # characters of an answer that is stated in a sentence
 _DISPLAY = re.compile(r"(?:\\\[|\$\$)\s*(.+?)\s*(?:\\\]|\$\$)", re.DOTALL)  # mathematics on lines of its own
+_MARKED = re.compile(r"\banswer\b[^\n]{0,200}?(?<!\\)\$([^$\n]{1,300})(?<!\\)\$", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[()\[\]{}]|\.(?!\d)|[,;](?=\s)|\n")
 _MATHS_MARK = re.compile(r"\\[()\[\]]|(?<!\\)\$")
 _BOLD = re.compile(r"\*\*([^*\n]{0,200}\d[^*\n]{0,200})\*\*")
@@ -138,6 +139,27 @@ def stated_answer(completion: str) -> str | None:
         end = completion[-_TAIL:]
         stated = next((all_[-1] for p in (_BOLD, _IN_MATHS, _ANY_NUMBER) if (all_ := p.findall(end))), "")
     latex = as_latex(_MATHS_MARK.sub("", stated).strip("*_` "))
+    return rf"\boxed{{{latex}}}" if latex else None
+
+
+def marked_answer(completion: str) -> str | None:
+    r"""The answer that a completion marks as one: its last box, or without a box the last `$...$` behind the word "answer".
+
+    Args:
+        completion: Text of the completion.
+
+    Returns:
+        LaTeX in a box; None if nothing is marked, or the last box was cut off.
+
+    Examples:
+        >>> marked_answer(r"It is \boxed{12}."), marked_answer("The answer is $7$."), marked_answer("The answer is 7.")
+        ('\\boxed{12}', '\\boxed{7}', None)
+    """
+    if _BOX.search(completion) or _CUT_COMMAND.search(completion):
+        found = boxed_answer(completion)
+        return None if found == completion and not _BOX.match(completion) else found
+    marks = _MARKED.findall(completion[-_TAIL:])
+    latex = as_latex(marks[-1]) if marks else None
     return rf"\boxed{{{latex}}}" if latex else None
 
 

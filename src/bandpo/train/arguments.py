@@ -1,4 +1,4 @@
-"""Options of `bandpo evaluate` and `bandpo check-reward`; those of `bandpo train` are read in `bandpo.train.config`."""
+"""Options of `bandpo evaluate`, `check-reward` and `report`; those of `bandpo train` are read in `bandpo.train.config`."""
 
 import argparse
 from contextlib import nullcontext
@@ -12,6 +12,7 @@ EVALUATION_SEED = 1234
 _EVALUATE_SECTIONS = {
     "prompts and reward": (
         *(
+            "as_run",
             "task",
             "shots",
             "dataset",
@@ -23,7 +24,10 @@ _EVALUATE_SECTIONS = {
         ),
         *("reward", "reward_workers", "prompts", "bad_rows"),
     ),
-    "sampling": ("samples", "temperature", "top_p", "max_new_tokens", "batch_size", "seed"),
+    "sampling": (
+        *("samples", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+        *("max_new_tokens", "batch_size", "seed"),
+    ),
     "computation and safety": ("use_cpu", "bf16", "trust_remote_code"),
 }
 """The sections of the help of `bandpo evaluate`."""
@@ -36,12 +40,27 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the command.
     """
     parser.description = (
-        "Samples a model on prompts and scores the samples. For the model of a bandpo run (RUN, RUN/model, RUN/checkpoint-N) "
-        "the prompts that the run held out are used, with the run's settings; options that are given take precedence. Another "
-        "model needs --task, or --dataset and --reward."
+        "Samples a model on prompts and scores the samples: mean@k, pass@k and maj@k with 95% intervals over the prompts. For "
+        "the model of a bandpo run (RUN, RUN/model, RUN/checkpoint-N) the prompts that the run held out are used, with the "
+        "run's settings; options that are given take precedence, and the result is written to RUN/evaluations. Another model "
+        "needs --task, or --dataset and --reward, and its result is written with --output only. Several models are scored on "
+        "the same prompts, with the same reward and sampler, and compared with the first one, prompt by prompt; a model of no "
+        "run is scored as the first run among them. A file of results is read in place of its model, which is not sampled "
+        "again."
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a run, folder or Hub name of a causal LM, GGUF file, or wheel:NAME")
+    add(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="folder of a run, folder or Hub name of a causal LM, GGUF file, or wheel:NAME; several are compared",
+    )
+    add(
+        "--as",
+        dest="as_run",
+        metavar="RUN",
+        help="score all models on the prompts of this run, with its reward and sampler (default: each as its own run)",
+    )
     add("--task", help="built-in task (default: the run's)")
     add("--shots", type=int, help="solved examples in the chat before each question of a task (default: the run's)")
     add("--dataset", help="Hub name, or a .jsonl, .json, .parquet or .csv file (default: the run's)")
@@ -60,6 +79,21 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, help="samples of each prompt, the k of mean@k (default: the run's, or 8)")
     add("--temperature", type=float, help="sampling temperature, 0 is greedy (default: the run's, or 1.0)")
     add("--top-p", type=float, help="probability mass that is sampled from (default: the run's, or 1.0)")
+    add(
+        "--top-k",
+        type=int,
+        help="number of the most likely tokens that are sampled from, 0 for all (default: the run's, or 0)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        help="smallest probability in sampling, relative to the largest (default: the run's, or none)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        help="penalty on tokens that were there before (default: the run's, or 1, none)",
+    )
     add("--max-new-tokens", type=int, help="tokens of the longest completion (default: the run's, the task's, or 1024)")
     add("--batch-size", type=int, help="completions sampled at once (default: the run's, or 512)")
     add("--seed", type=int, default=EVALUATION_SEED, help=f"seed of the sampling (default: {EVALUATION_SEED})")
@@ -77,12 +111,19 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute in bfloat16 (default: as the run did if the machine can, else where the machine is faster in it)",
     )
     add("--trust-remote-code", action="store_true", help="allow running code that the folder of the model contains")
-    add("--output", type=Path, help="JSON file to write the summary to")
+    add("--output", type=Path, help="JSON file to write the result to, with the counts of each prompt")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="figure of pass@k over k, mean@k and maj@k with intervals: .png, .svg, .pdf, or .html with the table",
+    )
     put_in_sections(parser, _EVALUATE_SECTIONS)
     add_examples(
         parser,
         "evaluate RUN                              # as the run evaluated itself",
         "evaluate RUN --temperature 0 --samples 1  # greedy",
+        "evaluate RUN RUN --plot pass.svg           # side by side, on the same prompts",
         "evaluate MODEL --dataset data.jsonl --reward math",
         "evaluate FILE.gguf --task sums --shots 1",
     )
@@ -177,11 +218,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
     Args:
         options: The options of the command.
     """
-    from bandpo.train.evaluate_options import asked_job
+    from bandpo.train.evaluate_options import asked_jobs
 
-    job, sampling = asked_job(options)  # what follows imports transformers
+    jobs = asked_jobs(options)  # what follows imports transformers
     from bandpo._system.locks import claim_file, released
-    from bandpo.train.evaluate_command import evaluate_model
+    from bandpo.train.evaluate_command import evaluate_models
 
     with nullcontext() if options.output is None else released(claim_file(options.output)):
-        evaluate_model(job, sampling, options)
+        evaluate_models(jobs, options)

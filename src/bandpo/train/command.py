@@ -23,7 +23,7 @@ from bandpo.toy.models import WarmUp, warmed_up_model
 from bandpo.train.arguments import EVALUATION_SEED
 from bandpo.train.card import Facts, base_of, data_rows, finish_card, hub_datasets, write_card
 from bandpo.train.compute import this_machine
-from bandpo.train.config import DEFAULT_LENGTH, RunConfig, TrainerConfig, check_reporters, parse
+from bandpo.train.config import DEFAULT_LENGTH, MATH, RunConfig, TrainerConfig, check_reporters, parse
 from bandpo.train.data import load_tokenizer, run_pairs, run_prompts, window_of
 from bandpo.train.evaluate import Evaluation, evaluate
 from bandpo.train.folder import (
@@ -44,6 +44,7 @@ from bandpo.train.record import Parts, resume_lines, shown_scores
 from bandpo.train.report import change_line, evaluation_table
 from bandpo.train.report_command import write_run_report
 from bandpo.train.rewards import CheckedReward, checked_rewards, unscored_line
+from bandpo.train.votes import voter_of
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,8 @@ def _evaluate(job: _Job, when: str) -> Evaluation:
             sampler=sampler_of(job.args),
             # An accelerator has its own context around each pass. On a CPU one around all of them rounds each weight once.
             autocast=torch.bfloat16 if job.args.bf16 and model.device.type == "cpu" else None,
+            # Answers of math would have to be compared with each other, as long as scoring takes: `bandpo evaluate` does it.
+            voter=None if job.rewards[0].name in MATH else voter_of(job.rewards[0].name, job.rewards[0].function),
         )
 
 

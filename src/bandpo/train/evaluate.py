@@ -1,4 +1,4 @@
-"""mean@k and pass@k on held-out prompts."""
+"""mean@k, pass@k and maj@k on held-out prompts."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from bandpo._system.files import read_jsonl, write_jsonl
 from bandpo.integrations.trl.generate import as_completion, sample_batches
 from bandpo.metrics import pass_at_powers
 from bandpo.statistics import Interval, interval
+from bandpo.train.measures import RIGHT_FROM, Tally, majority, tally
 from bandpo.train.rewards import RewardFunction
+from bandpo.train.votes import Voter
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,30 @@ class Evaluation:
         completions: k completions of each prompt.
         rewards: k rewards for each prompt; a sample counts as right if its reward is at least 0.5. NaN where the reward
             function gave None.
+        answers: The answers of the completions, by which they vote for maj@k; None for one without an answer. None for all
+            where the reward has no answers.
     """
 
     prompts: list[Any]
     completions: list[list[str]]
     rewards: list[list[float]]
+    answers: list[list[str | None]] | None = None
 
     @property
     def samples(self) -> int:
         """The number of samples of each prompt, k."""
         return len(self.rewards[0])
 
+    def tallies(self) -> list[Tally]:
+        """The counts of each prompt, from which all measures and their intervals are computed."""
+        answers = self.answers or [None] * len(self.rewards)
+        return [tally(r, a) for r, a in zip(self.rewards, answers, strict=True)]
+
     def summary(self) -> dict[str, float]:
-        """`mean@k`, unbiased `pass@j` for j = 1, 2, 4 ... k, and the share of prompts with a learning signal.
+        """`mean@k`, unbiased `pass@j` for j = 1, 2, 4 ... k, `maj@k`, and the share of prompts with a learning signal.
+
+        `maj@k`, the share of prompts whose most frequent answer is right, is there from three samples on, if these have answers
+        to vote by.
 
         `mean@k` is the mean over prompts of the mean reward. Samples that the reward function could not score are left out: the
         mean of a prompt is over its scored samples, pass@j is over the prompts with at least j of them (NaN if there are none),
@@ -56,8 +69,11 @@ class Evaluation:
                 f"none of the {len(rewards)} held-out prompts could be scored: the reward gave no number for them"
             )
         count = scored[scored > 0]
-        right = (kept >= 0.5).sum(1)  # NaN is not
+        right = (kept >= RIGHT_FROM).sum(1)  # NaN is not
         report = {f"mean@{self.samples}": kept.nanmean(1).mean().item(), **pass_at_powers(right, count, self.samples)}
+        if self.answers is not None and self.samples > 2:  # of two votes the winner is drawn, or both agree
+            voted = [v for v in majority(self.tallies(), self.samples) if not math.isnan(v)]
+            report[f"maj@{self.samples}"] = math.fsum(voted) / len(voted) if voted else math.nan
         lowest, highest = kept.nan_to_num(nan=math.inf).amin(1), kept.nan_to_num(nan=-math.inf).amax(1)
         report["groups with signal"] = (highest > lowest).double().mean().item()
         report["unscored"] = float(rewards.isnan().sum())
@@ -97,6 +113,8 @@ class Evaluation:
         kept = [row for row in read_jsonl(path) if row["stage"] != stage] if path.exists() else []
         rows = zip(self.prompts, self.completions, self.rewards, strict=True)
         own = [{"stage": stage, "prompt": p, "completions": c, "rewards": [_or_none(x) for x in r]} for p, c, r in rows]
+        if self.answers is not None:
+            own = [{**row, "answers": answers} for row, answers in zip(own, self.answers, strict=True)]
         write_jsonl(path, [*kept, *own])
 
     @classmethod
@@ -114,7 +132,8 @@ class Evaluation:
         if not rows:
             return None
         rewards = [[math.nan if x is None else x for x in row["rewards"]] for row in rows]
-        return cls([row["prompt"] for row in rows], [row["completions"] for row in rows], rewards)
+        answers = [row["answers"] for row in rows] if all("answers" in row for row in rows) else None
+        return cls([row["prompt"] for row in rows], [row["completions"] for row in rows], rewards, answers)
 
 
 def evaluate(
@@ -131,6 +150,7 @@ def evaluate(
     seed: int = 0,
     sampler: dict[str, Any] | None = None,
     autocast: torch.dtype | None = None,
+    voter: Voter | None = None,
 ) -> Evaluation:
     """Sample completions of every row and score them; the rows are divided among the processes.
 
@@ -148,6 +168,7 @@ def evaluate(
         sampler: Further options of the sampler, from `sampler_of` the trainer's config; the generation config that a model
             brings is not used.
         autocast: Dtype of the forward passes; None for that of the model.
+        voter: Reads the answers that the samples vote by; None for no votes.
 
     Returns:
         The samples of all processes, in the order of the rows.
@@ -172,15 +193,17 @@ def evaluate(
         scores = _score(batch, texts, samples, reward)
         for j, i in enumerate(chosen):
             part = slice(j * samples, (j + 1) * samples)
-            found.append((i, texts[part], scores[part]))
+            answers = None if voter is None else [voter(text, batch[j]) for text in texts[part]]
+            found.append((i, texts[part], scores[part], answers))
     if PartialState().num_processes > 1:
-        found = sorted(cast("list[_Scored]", gather_object(found)))
-    prompts = [cast("dict[str, Any]", rows[i])["prompt"] for i, _, _ in found]
-    return Evaluation(prompts, [texts for _, texts, _ in found], [scores for _, _, scores in found])
+        found = sorted(cast("list[_Scored]", gather_object(found)), key=lambda one: one[0])
+    prompts = [cast("dict[str, Any]", rows[i])["prompt"] for i, *_ in found]
+    answers = [a for *_, a in found if a is not None]
+    return Evaluation(prompts, [t for _, t, _, _ in found], [s for _, _, s, _ in found], answers if voter else None)
 
 
-_Scored = tuple[int, list[str], list[float]]
-"""Number of a row, its completions, and their rewards."""
+_Scored = tuple[int, list[str], list[float], list[str | None] | None]
+"""Number of a row, its completions, their rewards, and their answers."""
 
 
 def _score(batch: list[dict[str, Any]], texts: list[str], samples: int, reward: RewardFunction) -> list[float]:

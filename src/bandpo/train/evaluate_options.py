@@ -2,9 +2,10 @@
 
 import argparse
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args, get_type_hints
 
 from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml
@@ -12,8 +13,13 @@ from bandpo.toy.tasks import TASKS
 from bandpo.train.config import DEFAULT_LENGTH, RunConfig
 from bandpo.train.names import missing_folder
 
+if TYPE_CHECKING:
+    from bandpo.train.evaluate_results import Result
+
 _SETTINGS = "config.resolved.yaml"
 """The file in the folder of a run that holds all of its settings."""
+FIGURES = (".png", ".svg", ".pdf", ".html")
+"""How the file of `--plot` may end."""
 _ASKED = (
     *("task", "shots", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column", "system_prompt"),
     *("reward", "reward_workers", "bad_rows"),
@@ -63,6 +69,12 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or a number of tokens, got {self.top_k}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be a positive number, 1 for none; got {self.repetition_penalty}")
 
     @property
     def length(self) -> int:
@@ -80,6 +92,7 @@ class Job:
         sampling: How the run sampled in training; for a named task or dataset the defaults.
         folder: Folder of the run whose held-out prompts are used, None where the prompts were named.
         reward: Name of the reward; of a run with several, the first one.
+        own: Folder of the run that the model belongs to, None for a model of no run.
     """
 
     model: str
@@ -87,6 +100,7 @@ class Job:
     sampling: Sampling
     folder: Path | None
     reward: str
+    own: Path | None = None
 
     @property
     def data(self) -> str | None:
@@ -94,22 +108,194 @@ class Job:
         held_out = self.run.eval_dataset if self.folder else None
         return self.run.task or held_out or self.run.dataset
 
+    @property
+    def prompts(self) -> str:
+        """Which prompts of the data are used, in a few words."""
+        if self.folder is None or self.run.task is not None:
+            return str(self.data)
+        drawn = "" if self.run.eval_dataset else f" with seed {self.sampling.seed}"
+        return f"{self.data}, held out{drawn}"
 
-def asked_job(options: argparse.Namespace) -> tuple[Job, Sampling]:
-    """What to evaluate on what, and how to sample; the folder of a run is read, and nothing is loaded or imported.
+
+class Asked(NamedTuple):
+    """One of the models that `bandpo evaluate` was asked for.
+
+    Args:
+        name: The model, or the file of a result, as it was named.
+        told: What must be the same for all of the models, by its name.
+        job: What is evaluated on what; None for a file, whose model is not sampled again.
+        sampling: How to sample: as the options say, else as the run evaluated itself, else as it trained.
+        saved: What the file holds.
+    """
+
+    name: str
+    told: Mapping[str, object]
+    job: Job | None = None
+    sampling: Sampling | None = None
+    saved: "Result | None" = None
+
+
+def asked_jobs(options: argparse.Namespace) -> list[Asked]:
+    """What to evaluate on what, and how to sample; folders of runs and results are read, and no model is loaded.
+
+    A model of no run is scored as the first run among the models, where there is one.
 
     Args:
         options: The options of `bandpo evaluate`.
 
     Returns:
-        The job, and its sampling: as the options say, else as the run evaluated itself, else as it trained.
+        The models, in the order in which they were named.
 
     Raises:
-        ValueError: If an option is out of range, options contradict each other, or something is not named.
+        ValueError: If an option is out of range, options contradict each other, something is not named, or the models would not
+            be scored alike.
     """
     _check(options)
-    job = _job(options)
-    return job, _sampling(job, options)
+    names: list[str] = options.models
+    for i, name in enumerate(names):
+        if (twin := next((n for n in names[:i] if _place(n) == _place(name)), None)) is not None:
+            raise ValueError(f"{name} is the same model as {twin}; name each model once")
+    saved = {name: _saved(name) for name in names if name.endswith(".json") and Path(name).is_file()}
+    if len(saved) == len(names):
+        _refuse_ignored(options)
+    jobs = _jobs([name for name in names if name not in saved], options)
+    asked: list[Asked] = []
+    for name in names:
+        if name in saved:
+            asked.append(Asked(name, saved[name].alike, saved=saved[name]))
+        else:
+            sampling = _sampling(jobs[name], options)
+            asked.append(Asked(name, _told(jobs[name], sampling, options), jobs[name], sampling))
+    check_alike(names, [one.told for one in asked], fixed=len(saved) == len(names))
+    return asked
+
+
+def _jobs(names: Sequence[str], options: argparse.Namespace) -> dict[str, Job]:
+    """The job of each model that is sampled."""
+    runs = [name for name in names if _run_folder(Path(name)) is not None]
+    if options.as_run is not None:
+        if _run_folder(Path(options.as_run)) is None:
+            raise ValueError(f"--as {options.as_run}: there is no run of bandpo (with {_SETTINGS})")
+        common = _job(options.as_run, options)
+        jobs = {name: replace(common, model=_path_of(name), own=_run_folder(Path(name))) for name in names}
+    elif runs:
+        common = _job(runs[0], options)
+        jobs = {name: _job(name, options) if name in runs else replace(common, model=name, own=None) for name in names}
+    else:
+        jobs = {name: _job(name, options) for name in names}
+    for job in jobs.values():
+        _check_there(job.model)
+    return jobs
+
+
+def _saved(name: str) -> "Result":
+    from bandpo.train.evaluate_results import Result  # torch
+
+    return Result.read(Path(name))
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """Refuse options about sampling where only files of results are named."""
+    kept = {"models", "output", "plot", "seed", "command"}
+    ignored = [name for name, value in vars(options).items() if name not in kept and value not in (None, False)]
+    if ignored:
+        name = "as" if ignored[0] == "as_run" else ignored[0].replace("_", "-")
+        raise ValueError(f"--{name} would be ignored: only files of results are named, and nothing is sampled")
+
+
+_FIXES = {
+    "prompts": "--task NAME, or --dataset FILE with --reward NAME",
+    "split": "--dataset-split NAME",
+    "configuration of the dataset": "--dataset-config NAME",
+    "number of prompts": "--prompts N",
+    "system prompt": "--system-prompt TEXT",
+    "shots": "--shots N",
+    "reward": "--reward NAME",
+    "samples": "--samples N",
+    "temperature": "--temperature T",
+    "top_p": "--top-p P",
+    "max_new_tokens": "--max-new-tokens N",
+    "top_k": "--top-k N",
+    "min_p": "--min-p P",
+    "repetition_penalty": "--repetition-penalty P",
+    "generation_kwargs": None,
+    "chat_template_kwargs": None,
+}
+"""What models that are compared must have in common, and the option that gives it to all of them."""
+
+
+def _told(job: Job, sampling: Sampling, options: argparse.Namespace) -> dict[str, object]:
+    """What decides how a model is scored, under the names of `_FIXES`."""
+    run = job.run
+    held_out = job.folder is not None and run.eval_dataset is not None
+    data: dict[str, object] = {
+        "split": run.eval_dataset_split if held_out else run.dataset_split,
+        "configuration of the dataset": run.dataset_config,
+        "system prompt": run.system_prompt,
+    }
+    told = {name: getattr(sampling, name) for name in _FIXES if hasattr(sampling, name)}
+    return {
+        "prompts": job.prompts,
+        **({} if run.task is not None else data),
+        "number of prompts": options.prompts or run.eval_prompts,
+        "shots": run.shots,
+        "reward": job.reward,
+        "samples": options.samples or run.eval_samples,
+        **told,
+        "max_new_tokens": sampling.length,
+    }
+
+
+def check_alike(names: Sequence[str], told: Sequence[Mapping[str, object]], *, fixed: bool = False) -> None:
+    """Check that models are scored alike: on the same prompts, with the same reward and sampler.
+
+    Args:
+        names: The models as they were named.
+        told: What decides how each of them is scored, by its name.
+        fixed: Whether all of them have been scored, so that only others can be named.
+
+    Raises:
+        ValueError: If they are not; the message has the values, and the options that give one value to all.
+    """
+    for name, other in zip(names[1:], told[1:], strict=True):
+        differ = [key for key in _FIXES if other.get(key) != told[0].get(key)]
+        if differ:
+            values = ", ".join(f"{key}: {_shown(told[0].get(key))} and {_shown(other.get(key))}" for key in differ)
+            if fixed:
+                raise ValueError(f"{printable(names[0])} and {printable(name)} were scored differently ({values})")
+            fixes = [fix for key in differ if (fix := _FIXES[key]) is not None]
+            each = f"give one value to all with {'; '.join(fixes)}; or " if fixes else ""
+            raise ValueError(
+                f"{printable(names[0])} and {printable(name)} would be scored differently ({values}): {each}score all as one "
+                "run, on its prompts, with --as RUN"
+            )
+
+
+def _shown(value: object) -> str:
+    text = printable(value if isinstance(value, str) else repr(value))
+    return f"{text[:60]}..." if len(text) > 63 else text
+
+
+def _path_of(name: str) -> str:
+    """What is loaded for the name of a model: of a run its folder model/."""
+    folder = _run_folder(Path(name))
+    return str(folder / "model") if folder is not None and folder == Path(name) else name
+
+
+def _place(name: str) -> str:
+    """What two names of one model have in common."""
+    path = Path(_path_of(name))
+    return str(path.resolve()) if path.exists() else name
+
+
+def _check_there(model: str) -> None:
+    """Check that the folder of a model exists, where the name can only be that of a folder.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if (missing := missing_folder(model)) is not None:
+        raise ValueError(missing)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -120,22 +306,23 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("prompts", "samples", "batch_size", "max_new_tokens", "reward_workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.plot is not None and options.plot.suffix not in FIGURES:
+        raise ValueError(f"--plot {options.plot}: the figure must end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
 
 
-def _job(options: argparse.Namespace) -> Job:
+def _job(model: str, options: argparse.Namespace) -> Job:
     asked = {name: getattr(options, name) for name in _ASKED if getattr(options, name) is not None}
-    folder = _run_folder(Path(options.model))
+    folder = _run_folder(Path(model))
     if folder is None:
-        return _named(options.model, asked)
-    model = str(folder / "model") if folder == Path(options.model) else options.model
+        return _named(model, asked)
+    path = _path_of(model)
     run, sampling = _settings(folder)
     data = run.task or run.eval_dataset or run.dataset
     other = asked.get("task") not in (None, data) or asked.get("dataset") not in (None, data)
     if other or "dataset_split" in asked or "dataset_config" in asked:
-        return replace(
-            _named(model, asked if "task" in asked else _completed(asked, run, other=other)), sampling=sampling
-        )
-    return _on_held_out(model, asked, run, sampling, folder)
+        named = _named(path, asked if "task" in asked else _completed(asked, run, other=other))
+        return replace(named, sampling=sampling, own=folder)
+    return replace(_on_held_out(path, asked, run, sampling, folder), own=folder)
 
 
 def _completed(asked: dict[str, Any], run: RunConfig, *, other: bool) -> dict[str, Any]:
@@ -178,8 +365,7 @@ def _on_held_out(model: str, asked: dict[str, Any], run: RunConfig, sampling: Sa
 def _named(model: str, asked: dict[str, Any]) -> Job:
     """A model on a task or dataset that the options name."""
     if "task" not in asked and "dataset" not in asked:
-        if (missing := missing_folder(model)) is not None:
-            raise ValueError(missing)
+        _check_there(model)
         raise ValueError(
             f"{model} is in no folder of a run of bandpo (with {_SETTINGS}), which would say what to score it on: name a task "
             "with --task, or prompts with --dataset and --reward"
@@ -236,7 +422,7 @@ def _sampling(job: Job, options: argparse.Namespace) -> Sampling:
         length = TASKS[job.run.task].max_completion_length
     asked = {
         "temperature": job.run.eval_temperature if options.temperature is None else options.temperature,
-        "top_p": options.top_p,
+        **{name: getattr(options, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
         "per_device_eval_batch_size": options.batch_size,
         "max_completion_length": options.max_new_tokens or length,
     }

@@ -66,8 +66,9 @@ def _of_rollouts(args: Any, training: int, completion: int) -> list[str]:
     return [
         f"a rollout with this number of processes: {prompts} prompts x {group} completions of up to {completion} tokens, for "
         f"{each:g} optimiser steps",
-        f"the run: {steps} optimiser steps, {rollouts} rollout{plural}, {sampled} prompts sampled ({sampled / training:.3g} times "
-        f"the {training} of the data), at most {_count(sampled * group * completion)} tokens{refilled}",
+        f"the run: {steps} optimiser steps, {rollouts} rollout{plural}, {sampled} prompts sampled "
+        f"({sampled / training:.3g} times the {training} of the data), "
+        f"at most {_count(sampled * group * completion)} tokens{refilled}",
     ]
 
 

@@ -55,6 +55,26 @@ def verify_all(
     return _in_batches(_pool(count), verify_leniently if lenient else verify_one, pairs, seconds, count)
 
 
+def same_answers(
+    pairs: Sequence[tuple[str, str]], *, seconds: float = SECONDS, workers: int | None = None
+) -> list[bool]:
+    r"""Whether two answers are equal as mathematics; False where math-verify cannot read one, raised or took too long.
+
+    Args:
+        pairs: Pairs of answers as LaTeX in a box.
+        seconds: Limit for each pair.
+        workers: Number of processes; None for `default_workers`.
+
+    Examples:
+        >>> same_answers([(r"\boxed{0.5}", r"\boxed{\frac{1}{2}}"), (r"\boxed{x}", r"\boxed{y}")])
+        [True, False]
+    """
+    if not pairs:
+        return []
+    count = workers or default_workers()
+    return [value == 1.0 for value in _in_batches(_pool(count), same_answer, pairs, seconds, count)]
+
+
 def unreadable(answers: Sequence[Any], *, seconds: float = SECONDS) -> list[int]:
     r"""The positions of the reference answers that cannot be read, so that no completion could be scored against them.
 
@@ -162,6 +182,20 @@ def verify_leniently(completion: str, answer: Any) -> float | None:
     """
     gold = _read_reference(answer)
     return None if gold is None else _compare(gold, stated_answer(completion))
+
+
+def same_answer(first: str, second: str) -> float:
+    """Compare two answers in this process, without a limit.
+
+    Args:
+        first: An answer as LaTeX in a box.
+        second: Another one.
+
+    Returns:
+        1 if they are equal as mathematics, else 0.
+    """
+    found = [x for x in _parse(with_variables(first), anchored=True) if not isinstance(x, str)]
+    return _compare(found, second) if found else 0.0
 
 
 @functools.lru_cache(maxsize=4096)
