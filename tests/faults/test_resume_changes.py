@@ -36,10 +36,10 @@ def test_more_steps_and_another_rate_are_made_and_recorded(tmp_path, capsys):
     before = rows(folder)
     changed = ["--max_steps", "6", "--learning_rate", "1e-3", "--weight_decay", "0.5"]
     assert main(["train", *SMALL, *changed, *LATEST]) == 0
-    told = "max_steps 4 -> 6, learning_rate 0.0004 -> 0.001, weight_decay 0.0 -> 0.5"
+    told = "max_steps 4 -> 6, learning_rate 0.0002 -> 0.001, weight_decay 0.0 -> 0.5"
     assert f"this run began with other settings: {told}. It continues with the new ones" in capsys.readouterr().out
     assert rows(folder)[:4] == before[:4]
-    assert [row["learning_rate"] for row in rows(folder)] == [4e-4] * 4 + [1e-3] * 2
+    assert [row["learning_rate"] for row in rows(folder)] == [2e-4] * 4 + [1e-3] * 2
     line = f"From step 4 on the run had other settings: {told}"
     config = (folder / "config.yaml").read_text()
     assert config.startswith(f"# {line}\n")

@@ -247,6 +247,18 @@ def test_tables_that_the_source_has():
         tables.page("nothing", "moved", "")
 
 
+def test_table_of_the_default_job():
+    """If it fails: `python tools/main_job.py`; after a change of the job itself with `--measure FOLDER`, half an hour."""
+    made = tool("main_job")
+    data = json.loads(made.DATA.read_text())
+    assert data["job"] == made.job(), "the table belongs to other settings of the default job"
+    assert {(row["objective"], row["seed"]) for row in data["runs"]} == {(a, s) for a in made.ARMS for s in made.SEEDS}
+    text = made.PAGE.read_text()
+    assert made.page(text, made.table(data)) == text
+    with pytest.raises(ValueError, match=r"start\.md has no"):
+        made.page("nothing", "")
+
+
 def test_options_of_a_region_are_tabled_once_and_completely():
     from dataclasses import fields
 
