@@ -100,21 +100,23 @@ def test_what_cannot_be_honoured_is_refused(changes, message, tmp_path):
 
 def test_an_objective_as_an_object_is_not_ignored(make_model, tokenizer, prompts, tmp_path):
     objective = dataclasses.replace(OBJECTIVES["bandpo-kl"], kl_coef=0.2, kl="k1-ratio", name="mine")
-    with pytest.raises(ValueError, match=r"kl_coef=0.2.*beta=0.0"):
-        band_trainer(tmp_path, make_model, tokenizer, prompts, objective=objective)
     source = saved(make_model, tmp_path)
-    trainer = band_trainer(tmp_path, source, tokenizer, prompts, objective=objective, beta=0.2, kl="k1-ratio")
-    assert trainer._own_kl and trainer.beta == 0.2
+    with pytest.raises(ValueError, match=r"beta=0.1, and the objective has kl_coef=0.2"):
+        band_trainer(tmp_path, source, tokenizer, prompts, objective=objective, beta=0.1)
+    for options in ({}, {"beta": 0.2, "kl": "k1-ratio"}):
+        trainer = band_trainer(tmp_path, source, tokenizer, prompts, objective=objective, **options)
+        assert trainer._own_kl and trainer.beta == 0.2 and trainer.args.kl == "k1-ratio"
     # A rollout anchor in the place of the old one: the ratio is no longer that of TRL.
     other = dataclasses.replace(OBJECTIVES["bandpo-kl"], anchor="rollout")
     assert band_trainer(tmp_path, source, tokenizer, prompts, objective=other, beta=0.2)._own_kl
-    args = BandGRPOConfig(**settings(tmp_path, beta=0.2))
-    args.use_bias_correction_kl = False  # as with a configuration whose own objective has another anchor
+    # The configuration names an objective whose KL is ours, and the object has one that TRL computes.
+    args = BandGRPOConfig(**settings(tmp_path, objective="gspo", beta=0.2))
+    assert args.use_bias_correction_kl is False
     own = BandGRPOTrainer(
         model=source(), reward_funcs=reward, args=args, train_dataset=prompts, processing_class=tokenizer,
         objective=OBJECTIVES["bandpo-kl"],
     )  # fmt: skip
-    assert own._own_kl
+    assert not own._own_kl and own.args.use_bias_correction_kl and args.use_bias_correction_kl is False
 
 
 def test_a_kl_that_comes_with_the_objective_is_said(make_model, tokenizer, prompts, tmp_path):

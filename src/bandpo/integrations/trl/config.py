@@ -1,9 +1,13 @@
 """The options of `BandGRPOTrainer`: those of TRL's `GRPOConfig` and those of the trust region."""
 
+import copy
+import dataclasses
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 try:
     from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
@@ -18,7 +22,7 @@ from bandpo.objective import Aggregation, Objective
 from bandpo.reference import ReferenceKL, check_kl
 from bandpo.schedules import Adaptive, Schedule
 from bandpo.selection.pruning import Pruning
-from bandpo.zoo import get_objective
+from bandpo.zoo import OBJECTIVES, get_objective
 
 _LOSS_TYPE_OF: dict[str, str] = {
     "seq-mean-token-mean": "grpo",
@@ -40,17 +44,41 @@ AGGREGATION_OF: dict[str, Aggregation] = {
 SCALE_REWARDS_OF = {"std": "group", "mean": "none"}
 """TRL's `scale_rewards` for each kind of advantages that it has."""
 
+_FOLLOWING = (
+    "loss_type",
+    "scale_rewards",
+    "importance_sampling_level",
+    "beta",
+    "kl",
+    "use_bias_correction_kl",
+)
+"""Fields that follow the objective where they are left at None."""
+
 _PRUNING_OPTIONS = ("prompts", "completions", "mode", "zeros", "until")
 _PACKING_WINDOW = 8
 _PACKING_MASK_GIB = 4.0
 
 
+class _Follows(HidesSecrets):
+    """What a configuration knows besides its fields: an objective that is an object, and which fields follow the objective."""
+
+    _given: Objective | None = None
+    _adopted: Mapping[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An own objective may hold functions that have no pickle; a file of a configuration keeps the name alone.
+        return {name: value for name, value in super().__getstate__().items() if name != "_given"}
+
+
 @dataclass
-class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+class BandGRPOConfig(_Follows, RegionOptions, GRPOConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
     """TRL's `GRPOConfig` with an `objective` and the options of its trust region (`RegionOptions`).
 
     `loss_type`, `scale_rewards` and `importance_sampling_level` follow the objective unless they are set. `epsilon` and
     `epsilon_high` change the interval of an objective with fixed bounds (grpo, dapo, ...). TRL's `delta` adds a dual clip.
+
+    `objective` may also be an `Objective` object, as the trainer's argument of this name. It decides all that it says itself:
+    these fields follow it, and an option that is set to something else is refused. The field then holds its name alone.
 
     TRL's `beta` adds a KL to the reference, and `kl` says which one; both follow the objective unless they are set. TRL's
     `use_bias_correction_kl` is another spelling: true is `k3-ratio`, false is `k3`. See `bandpo.reference` for what each
@@ -148,29 +176,15 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
     )
 
     def __post_init__(self) -> None:
-        objective = self.resolve()
-        self._adopt(objective)
-        self.radius_rule(objective, steps=1)
-        self.penalty_rule(objective)
+        if isinstance(cast("object", self.objective), Objective):
+            self._give(cast("Objective", self.objective))
+        self._follow({name: getattr(self, name) for name in _FOLLOWING})
         if self.dynamic_sampling < 0:
             raise ValueError(f"dynamic_sampling must be >= 0 rounds, got {self.dynamic_sampling}")
         check_int("full_metrics_every", self.full_metrics_every)
         if self.full_metrics_every < 0:
             raise ValueError(
                 f"full_metrics_every must be >= 0 steps (1 for every step, 0 for none), got {self.full_metrics_every}"
-            )
-        pruning = self.selector()
-        if pruning is not None and pruning.completions:
-            _refuse_terms_without_weights(self)
-        if pruning is not None:
-            pruning.check(objective, kl_coef=cast("float", self.beta))
-        if pruning is not None and pruning.mode == "bernoulli":
-            raise ValueError(
-                "pruning mode 'bernoulli': TRL splits rollouts into equal parts, which takes a fixed count"
-            )
-        if pruning is not None and self.loss_type == "bnpo":
-            raise ValueError(
-                "pruning with loss_type='bnpo': its denominator is counted after pruning, a bias; use dapo"
             )
         for name in ("packing_tokens", "packing_window"):
             value = getattr(self, name)
@@ -183,6 +197,65 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         if not self.packing and self.packing_mask_gib != _PACKING_MASK_GIB:
             raise ValueError(f"packing_mask_gib={self.packing_mask_gib} would be ignored: set packing")
         super().__post_init__()
+
+    def following(self, objective: Objective) -> "BandGRPOConfig":
+        """A copy of these options for an objective that is given as an object instead of the one they name.
+
+        Fields of TRL that were left open follow the object, whatever the named objective has put there.
+
+        Args:
+            objective: The objective of the run.
+
+        Raises:
+            ValueError: If an option was set to something else than the objective has, or cannot act on it.
+        """
+        new = copy.copy(self)
+        new._give(objective)
+        new._follow({name: None if self._follows(name) else getattr(self, name) for name in _FOLLOWING})
+        return new
+
+    def _give(self, objective: Objective) -> None:
+        """Take an objective that is an object. Files and trackers get its name, which says so."""
+        self._given = objective
+        same = objective.name in OBJECTIVES and OBJECTIVES[objective.name] == objective
+        self.objective = objective.name if same else f"{objective.name} (an Objective object)"
+
+    def _follows(self, name: str) -> bool:
+        """Whether a field has the value that the objective put there, so that nobody has set it, also not later."""
+        return name in self._adopted and getattr(self, name) == self._adopted[name]
+
+    def _follow(self, asked: Mapping[str, Any]) -> None:
+        """Fill the fields that follow the objective, and check the others, and what else depends on the objective.
+
+        Args:
+            asked: The value of each of these fields, None where it was left open.
+        """
+        for name, value in asked.items():
+            setattr(self, name, value)
+        objective = self.resolve()
+        if self._given is not None:
+            self._refuse_contradictions(objective)
+        self._adopt(objective)
+        self._adopted = {name: getattr(self, name) for name, value in asked.items() if value is None}
+        self.radius_rule(objective, steps=1)
+        self.penalty_rule(objective)
+        self._check_pruning(objective)
+
+    def _check_pruning(self, objective: Objective) -> None:
+        pruning = self.selector()
+        if pruning is None:
+            return
+        if pruning.completions:
+            _refuse_terms_without_weights(self)
+        pruning.check(objective, kl_coef=cast("float", self.beta))
+        if pruning.mode == "bernoulli":
+            raise ValueError(
+                "pruning mode 'bernoulli': TRL splits rollouts into equal parts, which takes a fixed count"
+            )
+        if self.loss_type == "bnpo":
+            raise ValueError(
+                "pruning with loss_type='bnpo': its denominator is counted after pruning, a bias; use dapo"
+            )
 
     @property
     def kl_term(self) -> ReferenceKL:
@@ -212,11 +285,13 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         return Pruning(**cast("dict[str, Any]", options))
 
     def resolve(self) -> Objective:
-        """The objective with the options of its trust region.
+        """The objective with the options of its trust region; an object, which takes no such option, as it was given.
 
         Raises:
             ValueError: If the objective is unknown or would ignore an option.
         """
+        if self._given is not None:
+            return self._given
         return self.apply(get_objective(self.objective), self.objective)
 
     def radius_rule(self, objective: Objective, steps: int) -> Schedule | Adaptive | None:
@@ -279,13 +354,31 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             )
         return Adaptive(float(objective.penalty), self.kl_penalty_target, rises=False)
 
+    def _refuse_contradictions(self, objective: Objective) -> None:
+        """Refuse options that were set to something else than the objective, an object, has."""
+        found = [*_other_region(self, objective), *_other_fields(self, objective)]
+        if not found:
+            return
+        pairs = "; ".join(f"{one.configured}, and the objective has {one.has}" for one in found)
+        fixes = ", ".join(one.fix for one in found if one.fix)
+        change = f"dataclasses.replace(objective, {fixes})" if fixes else "make it with the bounds you want"
+        raise ValueError(
+            f"the configuration and objective {objective.name!r}, which was given as an object, contradict each other: "
+            f"{pairs}. Leave {', '.join(dict.fromkeys(one.option for one in found))} out of the BandGRPOConfig, so that the "
+            f"objective decides; or change the objective: {change}"
+        )
+
     def _adopt(self, objective: Objective) -> None:
         """Fill TRL's fields from the objective where the user left them, and check those that were set."""
         if self.loss_type is None:
             if objective.aggregation not in _LOSS_TYPE_OF:
                 raise ValueError(
                     f"objective {self.objective!r} aggregates by {objective.aggregation!r}, which no TRL loss_type does; "
-                    f"set loss_type to one of {', '.join(AGGREGATION_OF)}"
+                    + (
+                        f"set loss_type to one of {', '.join(AGGREGATION_OF)}"
+                        if self._given is None
+                        else f"give it an aggregation that TRL has: {', '.join(_LOSS_TYPE_OF)}"
+                    )
                 )
             self.loss_type = _LOSS_TYPE_OF[objective.aggregation]  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.loss_type not in AGGREGATION_OF:
@@ -296,10 +389,15 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
         if self.scale_rewards is None:
             if objective.advantage not in SCALE_REWARDS_OF:
                 raise ValueError(
-                    f"objective {self.objective!r}: TRL has no {objective.advantage!r} advantages; set scale_rewards"
+                    f"objective {self.objective!r}: TRL has no {objective.advantage!r} advantages; "
+                    + (
+                        f"set scale_rewards to {' or '.join(sorted(SCALE_REWARDS_OF.values()))}"
+                        if self._given is None
+                        else f"give it advantage={' or '.join(map(repr, SCALE_REWARDS_OF))}"
+                    )
                 )
             self.scale_rewards = SCALE_REWARDS_OF[objective.advantage]  # pyright: ignore[reportIncompatibleVariableOverride]
-        level = "sequence" if objective.ratio_level == "sequence" else "token"
+        level = _level(objective)
         if self.importance_sampling_level is None:
             self.importance_sampling_level = level  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.importance_sampling_level != level:
@@ -317,7 +415,7 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
             raise ValueError(f"beta must be a number >= 0, the coefficient of the KL to the reference, got {self.beta}")
         flag = self.use_bias_correction_kl
         if self.kl is None:
-            self.kl = objective.kl if flag is None else "k3-ratio" if flag else "k3"
+            self.kl = objective.kl if flag is None else _kl_of(flag)
         chosen = check_kl(self.kl)
         multiplies = trl_computes_kl(chosen, objective) and chosen == "k3-ratio"
         if flag and not multiplies and chosen == "k3-ratio":
@@ -332,6 +430,76 @@ class BandGRPOConfig(HidesSecrets, RegionOptions, GRPOConfig):  # pyright: ignor
                 "kl='k3-ratio', false is kl='k3')"
             )
         self.use_bias_correction_kl = multiplies  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class _Contradiction(NamedTuple):
+    """An option that is set to something else than an objective has."""
+
+    option: str
+    """Names of the options, with commas."""
+    configured: str
+    has: str
+    fix: str = ""
+    """The argument of `dataclasses.replace` that makes the objective as the option has it; "" if there is no single one."""
+
+
+def _other_region(args: BandGRPOConfig, objective: Objective) -> list[_Contradiction]:
+    """Options of a region that would change the objective, or that it would ignore."""
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(RegionOptions)}
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    try:
+        changed = args.apply(objective, objective.name) != objective
+    except ValueError:
+        changed = True
+    if not given or not changed:
+        return []
+    part = f"bounds={objective.bounds!r}" if objective.projection is None else f"surrogate={objective.surrogate!r}"
+    configured = ", ".join(f"{name}={value}" for name, value in given.items())
+    return [_Contradiction(", ".join(given), configured, re.sub(r" at 0x[0-9a-f]+", "", part))]
+
+
+def _other_fields(args: BandGRPOConfig, objective: Objective) -> list[_Contradiction]:
+    """Fields of TRL that are set and say something else than the objective."""
+    found: list[_Contradiction] = []
+    loss_type, scale, level = args.loss_type, args.scale_rewards, args.importance_sampling_level
+    averages = AGGREGATION_OF.get(str(loss_type))
+    if averages is not None and averages != objective.aggregation:  # _adopt refuses a name that is none of these
+        configured, has = (
+            f"loss_type={loss_type!r} (aggregation={averages!r})",
+            f"aggregation={objective.aggregation!r}",
+        )
+        found.append(_Contradiction("loss_type", configured, has, f"aggregation={averages!r}"))
+    scale = {True: "group", False: "none"}.get(cast("Any", scale), scale)  # as TRL reads truth values
+    if scale not in (None, "batch", SCALE_REWARDS_OF.get(objective.advantage)):
+        kinds = {theirs: ours for ours, theirs in SCALE_REWARDS_OF.items()}
+        fix = f"advantage={kinds[scale]!r}" if scale in kinds else ""
+        has = f"advantage={objective.advantage!r}"
+        found.append(_Contradiction("scale_rewards", f"scale_rewards={scale!r}", has, fix))
+    if level not in (None, _level(objective)):
+        configured, has = f"importance_sampling_level={level!r}", f"ratio_level={objective.ratio_level!r}"
+        fix = f"ratio_level={level!r}"
+        found.append(_Contradiction("importance_sampling_level", configured, has, fix))
+    if not objective.kl_coef:  # then the configuration may add a KL to the reference
+        return found
+    if args.beta not in (None, objective.kl_coef):
+        configured, has = f"beta={args.beta}", f"kl_coef={objective.kl_coef:g}"
+        found.append(_Contradiction("beta", configured, has, f"kl_coef={args.beta}"))
+    flag = args.use_bias_correction_kl
+    option, kl = ("kl", args.kl) if flag is None or args.kl is not None else ("use_bias_correction_kl", _kl_of(flag))
+    if kl not in (None, objective.kl):
+        configured, has = f"{option}={getattr(args, option)!r}", f"kl={objective.kl!r}"
+        found.append(_Contradiction(option, configured, has, f"kl={kl!r}"))
+    return found
+
+
+def _level(objective: Objective) -> str:
+    """TRL's `importance_sampling_level` for an objective."""
+    return "sequence" if objective.ratio_level == "sequence" else "token"
+
+
+def _kl_of(flag: bool) -> str:
+    """The KL that TRL's `use_bias_correction_kl` spells."""
+    return "k3-ratio" if flag else "k3"
 
 
 def trl_computes_kl(kl: ReferenceKL, objective: Objective) -> bool:

@@ -23,13 +23,13 @@ from bandpo.integrations.trl.config import BandGRPOConfig as BandGRPOConfig
 from bandpo.integrations.trl.config import trl_computes_kl
 from bandpo.integrations.trl.generate import end_tokens, sampling_by
 from bandpo.integrations.trl.host import Accelerator, Batch, TrainerState
+from bandpo.integrations.trl.kept import KeptObjective
 from bandpo.integrations.trl.kl import kl_of_batch, kl_of_run
 from bandpo.integrations.trl.nonfinite import Scored, without_nonfinite
 from bandpo.integrations.trl.packing import packed_scores, probe_packing, refuse_packing
 from bandpo.integrations.trl.pooled import Measured, PooledLog, Total
 from bandpo.integrations.trl.radius import MovingPenalty, MovingRadius
 from bandpo.integrations.trl.refusals import (
-    refuse_other_fields,
     refuse_patched_loss,
     refuse_sampler,
     warn_if_never_binding,
@@ -53,12 +53,14 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         model: The model to train, or where to load it from, as in `GRPOTrainer`.
         reward_funcs: The reward functions, as in `GRPOTrainer`.
         args: A `BandGRPOConfig`.
-        objective: An `Objective` to use instead of `args.objective`, with any bounds and any surrogate.
+        objective: An `Objective` to use instead of `args.objective`, with any bounds and any surrogate. Aggregation,
+            advantages, ratio level and KL are the objective's; `trainer.args` has the fields of TRL that follow from them.
         **kwargs: The other arguments of `GRPOTrainer`, by name; `GRPOTrainer` refuses an unknown one.
 
     Raises:
         TypeError: If `args` is no `BandGRPOConfig`.
-        ValueError: If TRL could not honour the objective together with another option.
+        ValueError: If TRL could not honour the objective together with another option, or an option that was set contradicts
+            an objective that is an object.
 
     Examples:
         >>> BandGRPOTrainer._paper["id"]
@@ -105,13 +107,14 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
             raise TypeError(
                 f"args: pass a BandGRPOConfig (its fields are GRPOConfig's and more), got {type(args).__name__}"
             )
-        self.objective = over_ranks(args.resolve() if objective is None else objective)
+        args = args if objective is None else args.following(objective)
+        chosen = args.resolve()
+        self._kept = KeptObjective(chosen, args)
+        self.objective = over_ranks(chosen)
         self._strategy = strategy_for(self.objective)(self)
         self._name, self._paper = _of_the_card(self.objective)
         refuse_patched_loss()
         refuse_sampler(self.objective, args, own_sampler=kwargs.get("rollout_func") is not None)
-        if objective is not None:
-            refuse_other_fields(objective, args)
         self._strategy.refuse(args)
         in_trl = ("k3-ratio" if args.use_bias_correction_kl else "k3") == args.kl_term
         self._own_kl = bool(args.beta) and not (in_trl and trl_computes_kl(args.kl_term, self.objective))
@@ -524,6 +527,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         # TRL alone forgets the rollout that is being reused; a resumed run would continue with another one.
         return {
             **super().state_to_keep(),
+            "objective": self._kept.state_dict(),
             "step": self._step,
             "rollout": self._buffered_inputs,
             "signal": self._signal.state_dict(),
@@ -537,6 +541,7 @@ class BandGRPOTrainer(BandTrainer, GRPOTrainer):
         step, rollout = state["step"], state["rollout"]
         if type(step) is not int or not _is_rollout(rollout):
             raise ValueError("the rollout in use is not as it was saved")
+        self._tell(self._kept.changed_since(state.get("objective"), rollout is not None))
         super().take_state(state)
         self._step, self._buffered_inputs = step, rollout
         self._signal.load_state_dict(state["signal"])

@@ -1,13 +1,11 @@
 """Options of a GRPO run that TRL would silently not honour; each of them is refused before the model is loaded."""
 
 import warnings
-from dataclasses import fields
 
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from bandpo.integrations._host import weighs_sampler
-from bandpo.integrations.options import RegionOptions
-from bandpo.integrations.trl.config import AGGREGATION_OF, SCALE_REWARDS_OF, BandGRPOConfig
+from bandpo.integrations.trl.config import BandGRPOConfig
 from bandpo.integrations.trl.sampler import MEAN
 from bandpo.integrations.trl.top import learns_from_top
 from bandpo.objective import Objective
@@ -76,51 +74,6 @@ def refuse_sampler(objective: Objective, args: BandGRPOConfig, *, own_sampler: b
         raise ValueError(
             f"cast_lm_head_to_fp32=True would be ignored: it acts on TRL's own scores, and objective {objective.name!r} is "
             "computed from the model's logits; leave it out, or load the model in float32"
-        )
-
-
-def refuse_other_fields(objective: Objective, args: BandGRPOConfig) -> None:
-    """Refuse an objective, given as an object, that differs from fields of TRL's configuration which it can no longer set.
-
-    Args:
-        objective: The objective of the run.
-        args: The options of the run.
-
-    Raises:
-        ValueError: If ratio level, aggregation, advantages or the KL to the reference are not those of the configuration, or
-            the configuration has options of a region, which change the objective that it names and not this one.
-    """
-    ignored = {
-        f.name: getattr(args, f.name) for f in fields(RegionOptions) if getattr(args, f.name) not in (None, False)
-    }
-    if ignored and objective != args.resolve():
-        raise ValueError(
-            f"{', '.join(f'{name}={value}' for name, value in ignored.items())} would be ignored: these options change the "
-            f"objective that the configuration names, and {objective.name!r} was given as an object; change it there"
-        )
-    level = "sequence" if objective.ratio_level == "sequence" else "token"
-    if level != args.importance_sampling_level:
-        raise ValueError(
-            f"the objective's ratio is that of a {level}, and importance_sampling_level={args.importance_sampling_level!r} "
-            f"follows objective={args.objective!r}; set objective={'gspo' if level == 'sequence' else 'bandpo-kl'!r} in the "
-            "BandGRPOConfig, or name yours there as 'package.module:NAME'"
-        )
-    aggregation = AGGREGATION_OF[str(args.loss_type)]
-    if objective.aggregation != aggregation:
-        raise ValueError(
-            f"the objective's aggregation={objective.aggregation!r} differs from loss_type={args.loss_type!r} ({aggregation}); "
-            "set loss_type in the BandGRPOConfig"
-        )
-    if args.scale_rewards not in ("batch", SCALE_REWARDS_OF.get(objective.advantage)):
-        raise ValueError(
-            f"the objective's advantage={objective.advantage!r} differs from scale_rewards={args.scale_rewards!r}; set "
-            "scale_rewards in the BandGRPOConfig"
-        )
-
-    if objective.kl_coef and (objective.kl_coef, objective.kl) != (args.beta, args.kl):
-        raise ValueError(
-            f"the objective's kl_coef={objective.kl_coef:g} and kl={objective.kl!r} differ from beta={args.beta} and "
-            f"kl={args.kl!r}; set beta and kl in the BandGRPOConfig, or give the objective kl_coef=0"
         )
 
 
