@@ -9,7 +9,7 @@ from scipy import stats
 
 from bandpo import OBJECTIVES, Band
 from bandpo.lab.comparison import sweeps
-from bandpo.lab.comparison.claims import FAILS, HOLDS, OPPOSED, PARTLY, UNMEASURED, claims, duels
+from bandpo.lab.comparison.claims import FAILS, HOLDS, OPPOSED, PARTLY, UNDECIDED, UNMEASURED, claims, duels
 from bandpo.lab.comparison.exact import Tree, run_tree
 from bandpo.lab.comparison.plan import ABLATIONS, KL_TARGET, Arm, Plan, report_arms
 
@@ -68,7 +68,7 @@ def test_what_was_not_run_has_no_verdict_and_too_few_seeds_have_none_either():
         for name in measures:
             measures[name] = measures[name][:5]  # 2 / 2^5 > 0.05
     claim = named(claims(few), "keeps the entropy")
-    assert claim.verdict == UNMEASURED
+    assert claim.verdict == UNDECIDED
     assert claim.evidence[0] == "5 seeds cannot reach p < 0.05"
 
 

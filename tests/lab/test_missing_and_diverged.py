@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from bandpo import OBJECTIVES
+from bandpo._system.progress import Progress
 from bandpo.cli import main
-from bandpo.lab.comparison.claims import UNMEASURED, claims, duels
+from bandpo.lab.comparison.claims import UNDECIDED, claims, duels
 from bandpo.lab.comparison.figures import plot_clip_maps, plot_curves, plot_forest
 from bandpo.lab.comparison.loop import Loop, Run
 from bandpo.lab.comparison.plan import PRESETS, jobs_of, report_arms, tuning_arms
+from bandpo.lab.comparison.report import _forests
 from bandpo.lab.comparison.study import Study, diverged
 from bandpo.lab.comparison.summary import markdown, runs_of, summarise, write_tables
+from bandpo.lab.comparison.terminal import show
 from bandpo.metrics import PROB_BINS
 from bandpo.statistics import compare, holm, interval, iqm
 
@@ -103,7 +106,7 @@ def test_a_run_that_diverged_is_a_result_and_no_mean_hides_it(tmp_path):
     line = next(x for x in markdown(summary).splitlines() if x.startswith("| bandpo-kl |"))
     assert "| 8, 1 diverged |" in line and "– [–, –]" in line
     claim = next(c for c in claims(summary) if "keeps the entropy higher" in c.text)
-    assert claim.verdict == UNMEASURED and claim.evidence[0] == "a run of bandpo-kl or grpo diverged"
+    assert claim.verdict == UNDECIDED and claim.evidence[0] == "a run of bandpo-kl or grpo diverged"
     task = summary["tasks"]["paths"]
     forest = plot_forest(task["differences"]["entropy"], "grpo", "entropy")
     for figure in (forest, plot_curves(task["curves"]), plot_clip_maps(task["clip"])):
@@ -164,24 +167,63 @@ def test_statistics_of_what_is_no_number():
     assert holm([math.nan, 0.5, 0.01]) == pytest.approx([math.nan, 1.0, 0.03], nan_ok=True)
 
 
+def test_a_killed_stack_is_said_and_the_status_is_not_zero(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bandpo.lab.comparison.study.run_stack", killed_for_one)
+    small = dataclasses.replace(PLAN, seeds=(0, 1), tuning_seeds=0, exact_seeds=0, objectives=("grpo",))
+    monkeypatch.setattr("bandpo.lab.comparison.command.PRESETS", {"smoke": small})
+    assert main(["compare", "--preset", "smoke", "--jobs", "1", "--output_dir", "c"]) == 1
+    said = capsys.readouterr().out
+    assert "a process was killed by SIGKILL: its work is tried once more" in said
+    assert "grpo and others failed (its process was killed by SIGKILL, 2 times; with fewer --jobs each" in said
+    assert "they are made again arm by arm" in said
+    assert "failed: paths, report, no-clip: its process was killed by SIGKILL, 2 times" in said
+    assert "missing: paths: no-clip, no result of any seed" in said
+    assert [line.split()[:2] for line in said.splitlines() if line.startswith("grpo  ")] == [
+        ["grpo", "2"]
+    ]  # it was made
+    assert "what is missing" in (Path("c") / "report.html").read_text().lower()
+    assert "1 part is missing (named above, and in c/summary.json); the same command makes what is missing" in said
+
+
 def killed_for_one(jobs):
-    """The stack of no-clip is killed, every time."""
-    if jobs[0].arm.objective == "no-clip":
+    """A stack with no-clip in it is killed, every time."""
+    if any(job.arm.objective == "no-clip" for job in jobs):
         os.kill(os.getpid(), signal.SIGKILL)
     return [{"result": result(0.25), "seconds": 0.1} for _ in jobs]
 
 
-def test_a_killed_stack_is_said_and_the_status_is_not_zero(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bandpo.lab.comparison.study.run_stack", killed_for_one)
-    monkeypatch.setattr("bandpo.lab.comparison.study._STACK", 2)
-    small = dataclasses.replace(PLAN, seeds=(0, 1), tuning_seeds=0, exact_seeds=0, objectives=("grpo",))
-    monkeypatch.setattr("bandpo.lab.comparison.command.PRESETS", {"smoke": small})
-    assert main(["compare", "--preset", "smoke", "--jobs", "2", "--output", "c"]) == 1
-    said = capsys.readouterr().out
-    assert "a process was killed by SIGKILL: its work is tried once more" in said
-    assert "failed: paths, report, no-clip and others: its process was killed by SIGKILL, 2 times" in said
-    assert "missing: paths: no-clip, no result of any seed" in said
-    assert "| grpo | 2 |" in said  # the other was made
-    assert "what is missing" in (Path("c") / "report.html").read_text().lower()
-    assert "1 parts are missing; the same command makes what is missing" in said
+def test_the_terminal_has_a_table_that_fits_and_verdicts_in_one_column(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    plan = dataclasses.replace(PLAN, objectives=("grpo", "bandpo-kl", "own_objective:MINE"))
+    summary = write_tables(summarise(study_of(tmp_path, plan), plan), tmp_path)
+    show({**summary, "exact": {}, "sweeps": {}}, Progress())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    head = next(line for line in lines if line.startswith("arm "))
+    assert head.split() == ["arm", "runs", "mean@4", "less", "grpo", "p", "pass@4", "entropy", "speed"]
+    [row] = [line for line in lines if line.startswith("bandpo-kl  ")]
+    assert "+0.125 " in row
+    assert any(line.startswith("own_objective:MINE  ") for line in lines)
+    verdicts = [line for line in lines if line.startswith(("holds ", "does not hold ", "no verdict "))]
+    at = {line.index(claim) for line in verdicts for claim in ("BandPO", "Fixed", "A trust") if claim in line}
+    assert len(verdicts) >= 4 and len(at) == 1
+    assert not any("not measured" in line or "not testable" in line for line in lines)
+    assert any(
+        line.endswith("need other objectives, more seeds or --preset paper; the report has them") for line in lines
+    )
+
+
+def test_few_arms_are_one_forest_and_what_has_no_number_is_none():
+    d = {"mean": {"value": 0.1, "low": 0.0, "high": 0.2}, "p_holm": 0.01}
+    nothing = {"mean": {"value": None, "low": None, "high": None}, "p_holm": None}
+    few = {m: {"a": d, "b": nothing} for m in ("mean@4", "pass@4", "entropy")}
+    [one] = _forests("paths", few, "grpo", "against grpo")
+    assert one.title == "mean@4, pass@4, entropy, against grpo" and len(one.figure.axes) == 4
+    one.figure.canvas.draw()
+    assert list(_forests("paths", {"mean@4": {"a": nothing}, "pass@4": {}}, "grpo", "against grpo")) == []
+    many = {m: {str(i): d for i in range(7)} for m in ("mean@4", "pass@4")}
+    assert [p.title for p in _forests("t", many, "grpo", "against grpo")] == [
+        "mean@4, against grpo",
+        "pass@4, against grpo",
+    ]

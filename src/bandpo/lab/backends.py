@@ -191,7 +191,8 @@ def ray_cluster(
 ) -> Outcomes[Work, Made]:
     """Spread work over tasks of one CPU on the cluster of `RAY_ADDRESS`, or on a local one with as many CPUs as workers.
 
-    Results come back to the driver, so that nodes need no common disk. A task whose process or node dies is tried again.
+    Results come back to the driver, so that nodes need no common disk. A task whose process or node dies is tried again. A task
+    runs in the folder of the driver where its node has one of that path, and finds the modules there.
 
     Args:
         work: The items of work.
@@ -229,7 +230,14 @@ def ray_cluster(
                 f"each task asks for {gpus:g} of a GPU, and Ray's cluster has none; start it on nodes with a GPU, or use "
                 "--device cpu"
             )
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(make)
+        folder = os.getcwd()
+
+        def make_there(item: Work) -> Made:
+            with contextlib.suppress(OSError):  # another node may not have it
+                os.chdir(folder)
+            return make(item)
+
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(make_there)
         waiting = {task.remote(item): item for item in work}
         while waiting:
             [ready], _ = ray.wait(list(waiting))

@@ -1,9 +1,13 @@
 """Options of `bandpo compare`."""
 
 import argparse
+import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bandpo._system.options import add_examples
+
+PRESET_NAMES, BACKEND_NAMES = ("smoke", "quick", "paper", "full"), ("processes", "ray")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--preset",
         default="quick",
-        choices=("smoke", "quick", "paper", "full"),
+        type=one_of(PRESET_NAMES),
+        choices=PRESET_NAMES,
         help="size: half a minute (smoke), some minutes (quick), half an hour or more (paper), an hour or more (full) "
         "(default: quick)",
     )
-    add("--objectives", help="names separated by commas, see `bandpo objectives` (default: the preset's)")
+    add(
+        "--objectives",
+        help="names separated by commas, see `bandpo objectives`, or package.module:NAME of your own, which is imported "
+        "(default: the preset's)",
+    )
     add("--tasks", help="paths, addition, countdown, chain_sum, sums, letter_counting (default: the preset's)")
     add("--seeds", help="seeds of the report, 0-9 or 0,3,5 (default: the preset's)")
     add("--updates", type=int, help="rollouts of a run (default: the preset's)")
@@ -34,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         default="processes",
-        choices=("processes", "ray"),
+        type=one_of(BACKEND_NAMES),
+        choices=BACKEND_NAMES,
         help="where the runs are made: in local processes, or in Ray's cluster at RAY_ADDRESS or a local one "
         "(default: processes)",
     )
@@ -50,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("eager", "graph"),
         help="how a new token is computed: operation by operation, or by a CUDA graph (default: eager)",
     )
-    add("--output", type=Path, help="folder of the results (default: runs/compare-PRESET, or runs/compared)")
+    add(
+        "--output",
+        "--output-dir",
+        type=Path,
+        help="folder of the results (default: runs/compare-PRESET, or runs/compared)",
+    )
     add(
         "--evidence",
         type=Path,
@@ -62,6 +77,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare --preset smoke                            # does it run? half a minute",
         "compare --objectives bandpo-kl,grpo,dapo --seeds 0-9",
     )
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """A type of an option with choices, whose message names the nearest one.
+
+    Args:
+        names: The choices.
+
+    Examples:
+        >>> one_of(("smoke", "quick"))("quik")
+        Traceback (most recent call last):
+        argparse.ArgumentTypeError: 'quik' is unknown: did you mean 'quick'? Choose from smoke, quick
+    """
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(unknown(text, names))
+        return text
+
+    return check
+
+
+def unknown(text: str, names: Sequence[str]) -> str:
+    """A message about a word that is none of the names.
+
+    Args:
+        text: The word.
+        names: The names that are known.
+
+    Examples:
+        >>> unknown("chess", ["paths", "sums"])
+        "'chess' is unknown; choose from paths, sums"
+    """
+    near = difflib.get_close_matches(text, names, n=1)
+    hint = f": did you mean {near[0]!r}? Choose" if near else "; choose"
+    return f"{text!r} is unknown{hint} from {', '.join(names)}"
 
 
 def run(options: argparse.Namespace) -> int:

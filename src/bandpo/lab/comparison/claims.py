@@ -1,9 +1,9 @@
-"""BandPO's claims one by one: holds, holds in part, does not hold, or not testable here, each with its numbers.
+"""BandPO's claims one by one: holds, holds in part, does not hold, no verdict, or not testable here, each with its numbers.
 
 A claim about training is a paired difference on every task, and the tests of all tasks are corrected together (Holm). It holds
 if the difference has the claimed sign on all tasks at 5%, and in part if it has the claimed sign on some and the opposite sign
 on no task. Otherwise it does not hold: the absence of a difference counts against a claim, and the interval shows how large a
-difference was not seen.
+difference was not seen. There is no verdict where the seeds are too few for p < 0.05, or a run diverged.
 """
 
 import itertools
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, cast
 from bandpo.lab.comparison.summary import common_seeds
 from bandpo.statistics import Difference, number, paired
 
-HOLDS, PARTLY, FAILS, OPPOSED, UNTESTABLE, UNMEASURED = (
+HOLDS, PARTLY, FAILS, OPPOSED, UNDECIDED, UNTESTABLE, UNMEASURED = (
     "holds",
     "holds in part",
     "does not hold",
     "does not hold, the opposite is seen",
+    "no verdict",
     "not testable here",
     "not measured in this run",
 )
@@ -166,12 +167,12 @@ def _judge(summary: Mapping[str, Any], claim: _Trained) -> Claim:
         return Claim(text, source, UNMEASURED, [f"needs {first} and {second} on more than one seed"])
     evidence = [_line(f"{task}, {name}", d) for (task, name), d in found.items()]
     if any(math.isnan(d.mean.value) for d in found.values()):
-        return Claim(text, source, UNMEASURED, [f"a run of {first} or {second} diverged", *evidence])
+        return Claim(text, source, UNDECIDED, [f"a run of {first} or {second} diverged", *evidence])
     tuned = _on_tasks(summary, measure, f"{first} tuned", f"{second} tuned")
     evidence += [_line(f"{task}, {name}, both tuned", d) for (task, name), d in tuned.items()]
     fewest = min(d.pairs for d in found.values())
     if len(found) * 2.0 ** (1 - fewest) >= _LEVEL:  # the smallest p that a sign-flip test can give, corrected
-        return Claim(text, source, UNMEASURED, [f"{fewest} seeds cannot reach p < {_LEVEL}", *evidence])
+        return Claim(text, source, UNDECIDED, [f"{fewest} seeds cannot reach p < {_LEVEL}", *evidence])
     return Claim(text, source, verdict(found, sign), evidence)
 
 
@@ -266,8 +267,13 @@ def _setting(moved: Mapping[str, Any], where: _Cell) -> str:
 
 def _rare_arm(sweeps: Mapping[str, Any]) -> Claim:
     text = "A policy finds and keeps a rare best action more often under the band than under the clip"
-    if not sweeps or "bandpo-kl" not in sweeps["regimes"]["against"]:
-        return Claim(text, f"{_PAPER}, as its mechanism predicts", UNMEASURED, ["needs --preset paper or full"])
+    if (
+        not sweeps
+        or sweeps["regimes"].get("baseline", "grpo") != "grpo"
+        or "bandpo-kl" not in sweeps["regimes"]["against"]
+    ):
+        why = "needs --preset paper or full, with grpo as the first of --objectives, and bandpo-kl"
+        return Claim(text, f"{_PAPER}, as its mechanism predicts", UNMEASURED, [why])
     found = sweeps["regimes"]
     cells = [
         (d, rare, reuse)

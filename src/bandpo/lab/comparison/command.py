@@ -12,21 +12,33 @@ import torch
 
 import bandpo
 from bandpo._system.about import about, command_line, git_revision
+from bandpo._system.errors import printable
 from bandpo._system.files import read_checked_json, write_checked_json, write_json
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
-from bandpo.lab.comparison.claims import claims
+from bandpo.lab.comparison.arguments import unknown
 from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.devices import device_kind, device_title, find_device
-from bandpo.lab.comparison.exact import on_bandits
-from bandpo.lab.comparison.plan import PRESETS, Job, Plan, describe, jobs_of, report_arms, robust_jobs, tuning_jobs
+from bandpo.lab.comparison.own import RECORDS, check_unchanged, definitions_of, is_own, objective_of, recorded
+from bandpo.lab.comparison.plan import (
+    PRESETS,
+    Job,
+    Plan,
+    describe,
+    jobs_of,
+    left_out,
+    report_arms,
+    robust_jobs,
+    tuning_jobs,
+)
 from bandpo.lab.comparison.problems import PROBLEMS
-from bandpo.lab.comparison.report import claims_table, write_evidence, write_report
+from bandpo.lab.comparison.report import write_evidence, write_report
 from bandpo.lab.comparison.study import Study
 from bandpo.lab.comparison.summary import summarise, write_tables
 from bandpo.lab.comparison.sweeps import bandit, realised, sweep
+from bandpo.lab.comparison.terminal import show
+from bandpo.lab.comparison.trial import check_computable, why_not_on_bandits
 from bandpo.statistics import wilson
-from bandpo.zoo import OBJECTIVES
 
 _FORMAT = 1  # of the sweeps' file: raise it when the same configuration gives other numbers
 
@@ -61,6 +73,9 @@ def compare(options: argparse.Namespace) -> Comparison:
     """
     clock = Clock()
     plan = _plan(options)
+    for name in plan.objectives:
+        if is_own(name):
+            check_computable(name)
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     find_device(plan.device)
@@ -74,32 +89,25 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
     where = "" if plan.device == "cpu" else f" ({plan.device})"
     progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)}{where} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
-    write_json(folder / "plan.json", describe(plan))
+    own = _own_objectives(plan, folder, progress.say)
+    write_json(folder / "plan.json", {**describe(plan), **own})
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
     with clock.part("runs"):
         made = [jobs for task in plan.tasks for jobs in _make_runs(study, plan, task, objectives)]
     with clock.part("statistics"):
         summary = summarise(study, plan)
-    exact = [o for o in objectives if on_bandits(OBJECTIVES[o])]
     with clock.part("exact experiments"):
+        exact = _on_bandits(objectives, progress.say) if plan.exact_seeds or plan.sweep_seeds else []
         summary["exact"] = _exact(exact, plan) if plan.exact_seeds else {}
         summary["realised"] = realised(plan.exact_seeds, plan.device) if plan.exact_seeds else {}
     with clock.part("sweeps"):
         summary["sweeps"] = _sweeps(exact, plan, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
     with clock.part("tables"):
-        summary["about"] = _about(study, plan, made)
+        summary["about"] = {**_about(study, plan, made), **own}
         summary = write_tables(summary, folder)
     report = write_report(folder, summary, clock)
-    progress.say((folder / "table.md").read_text())
-    progress.say(claims_table(claims(summary)))
-    for kind, lines in (
-        ("diverged", summary["diverged"]),
-        ("failed", study.failures),
-        ("missing", summary["incomplete"]),
-    ):
-        for line in lines:
-            progress.say(f"{kind}: {line}")
+    show(summary, progress)
     if options.evidence is not None:
         progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
     seconds = clock.parts()
@@ -112,8 +120,40 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
     write_json(folder / "time.json", times)
     progress.say(f"report: {report}, {total / 60:.1f} min")
     if summary["incomplete"]:
-        progress.say(f"{len(summary['incomplete'])} parts are missing; the same command makes what is missing")
+        count = len(summary["incomplete"])
+        progress.say(
+            f"{count} part{'s are' if count > 1 else ' is'} missing (named above, and in {folder / 'summary.json'}); the same "
+            "command makes what is missing"
+        )
     return Comparison(report, not summary["incomplete"])
+
+
+def _own_objectives(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of own objectives for plan.json, with those of earlier commands; empty if there are none.
+
+    Raises:
+        ValueError: If an own objective is not what it was when the results of the folder were made.
+    """
+    before = recorded(folder)
+    now = definitions_of(plan.objectives)
+    check_unchanged(plan.objectives, before, folder)
+    for name, found in now.items():
+        say(f"{name} is imported, since --objectives names it: {printable(found.words)}")
+    for line in left_out(plan):
+        say(f"  {line}")
+    if others := [printable(name) for name in before if name not in now]:
+        say(f"plan.json names {', '.join(others)} too; an own objective is imported only if --objectives names it")
+    known = {**before, **now}
+    return {RECORDS: {name: found._asdict() for name, found in known.items()}} if known else {}
+
+
+def _on_bandits(names: Sequence[str], say: Callable[[str], None]) -> list[str]:
+    """The objectives that the exact experiments have; the others are told with the reason."""
+    why = {name: why_not_on_bandits(name) for name in names}
+    for name, reason in why.items():
+        if reason:
+            say(f"{name} is not in the exact experiments: {reason}")
+    return [name for name in names if not why[name]]
 
 
 def _make_runs(study: Study, plan: Plan, task: str, objectives: Sequence[str]) -> list[list[Job]]:
@@ -136,7 +176,7 @@ def _plan(options: argparse.Namespace) -> Plan:
             changes[name] = tuple(x.strip() for x in given.split(","))
     for task in changes.get("tasks", ()):
         if task not in PROBLEMS:
-            raise ValueError(f"--tasks: {task!r} is unknown; choose from {', '.join(PROBLEMS)}")
+            raise ValueError(f"--tasks: {unknown(task, list(PROBLEMS))}")
     if options.seeds is not None:
         changes["seeds"] = _seeds(options.seeds)
     if options.updates is not None:
@@ -158,7 +198,7 @@ def _exact(names: list[str], plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seeds = plan.exact_seeds
     for name in names:
-        outcome = bandit(OBJECTIVES[name], seeds, device=plan.device)
+        outcome = bandit(objective_of(name), seeds, device=plan.device)
         commits = int(outcome.commits.sum())
         found[name] = {
             "commit": [commits / seeds, *wilson(commits, seeds)],
@@ -173,7 +213,9 @@ def _exact(names: list[str], plan: Plan) -> dict[str, Any]:
 def _sweeps(names: list[str], plan: Plan, folder: Path, workers: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The results of the sweeps, kept in a file of the folder."""
     seeds, kind = plan.sweep_seeds, device_kind(plan.device)
-    decides = [_FORMAT, names, seeds] if kind == "cpu" else [_FORMAT, names, seeds, kind]
+    decides: list[Any] = [_FORMAT, names, seeds] if kind == "cpu" else [_FORMAT, names, seeds, kind]
+    if own := definitions_of(names):
+        decides.append({name: found.fingerprint for name, found in own.items()})
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
     path = folder / f"sweeps-{key}.json"
     if path.exists():

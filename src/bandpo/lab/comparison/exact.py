@@ -188,7 +188,11 @@ def run_tree(
 
 
 def on_bandits(objective: Objective) -> bool:
-    """Whether an objective has what it needs on a bandit: a ratio of single choices, and no extra inputs but top-K arms."""
+    """Whether an objective has what it needs on a bandit: a ratio of single choices, and no extra inputs but top-K arms.
+
+    Args:
+        objective: The objective. One that looks at the whole batch also mixes the seeds, which are one batch in `run_tree`.
+    """
     return objective.ratio_level == "token" and (not objective.extras or objective.top_k is not None)
 
 

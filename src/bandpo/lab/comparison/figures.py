@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
@@ -56,20 +57,52 @@ def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, mea
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 0.9 + 0.28 * len(differences)), layout="constrained")
         axes = figure.subplots()
-        for i, found in enumerate(differences.values()):
-            mean, clear = found["mean"], (found["p_holm"] or 0.0) < 0.05 and found["p_holm"] is not None
-            if mean["value"] is None:  # a run diverged
-                axes.text(0.0, i, "no number: a run diverged", color=ORANGE, va="center", fontsize=7)
-                continue
-            colour = GREY if not clear else BLUE if mean["value"] > 0 else ORANGE
-            axes.plot([mean["low"], mean["high"]], [i, i], color=colour, lw=2)
-            axes.plot(mean["value"], i, "o", color=colour, mfc=colour if clear else "white")
-        axes.axvline(0, color=BLACK, lw=0.8)
-        axes.set_yticks(range(len(differences)), list(differences))
+        _draw_forest(axes, differences, list(differences))
         axes.invert_yaxis()
         axes.set(xlabel=f"{measure}: paired difference with {baseline}, mean and 95% interval")
-        axes.grid(visible=False, axis="y")
     return figure
+
+
+def plot_forests(by_measure: Mapping[str, Mapping[str, Mapping[str, Any]]], baseline: str) -> Figure:
+    """The paired differences of few arms with a baseline in several measures, one panel for each measure.
+
+    Args:
+        by_measure: The differences of each measure, as `plot_forest` takes them.
+        baseline: Name of the baseline.
+
+    Returns:
+        The figure.
+    """
+    arms = list(dict.fromkeys(arm for differences in by_measure.values() for arm in differences))
+    columns = min(2, len(by_measure))
+    rows = -(-len(by_measure) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.6 + 4.2 * columns, (0.8 + 0.28 * len(arms)) * rows + 0.4), layout="constrained")
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axes, (measure, differences) in zip(panels, by_measure.items(), strict=False):
+            _draw_forest(axes, differences, arms)
+            axes.set_ylim(len(arms) - 0.5, -0.5)
+            axes.set_title(measure, fontsize=10)
+        for axes in panels[len(by_measure) :]:
+            axes.set_axis_off()
+        figure.supxlabel(f"paired difference with {baseline}, mean and 95% interval", fontsize=9)
+    return figure
+
+
+def _draw_forest(axes: Axes, differences: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> None:
+    for i, arm in enumerate(arms):
+        if (found := differences.get(arm)) is None:
+            continue
+        mean, clear = found["mean"], (found["p_holm"] or 0.0) < 0.05 and found["p_holm"] is not None
+        if mean["value"] is None:  # a run diverged
+            axes.text(0.0, i, "no number: a run diverged", color=ORANGE, va="center", fontsize=7)
+            continue
+        colour = GREY if not clear else BLUE if mean["value"] > 0 else ORANGE
+        axes.plot([mean["low"], mean["high"]], [i, i], color=colour, lw=2)
+        axes.plot(mean["value"], i, "o", color=colour, mfc=colour if clear else "white")
+    axes.axvline(0, color=BLACK, lw=0.8)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.grid(visible=False, axis="y")
 
 
 def plot_clip_maps(clip: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
@@ -269,7 +302,7 @@ def plot_staleness(found: Mapping[str, Any], width: Mapping[str, Any], tuning: M
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 3.8), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
-        for (label, values), colour in zip(found["value"].items(), _COLOURS, strict=False):
+        for (label, values), colour in zip(found["value"].items(), cycle(_COLOURS)):
             left.plot(found["lags"], values, "o-", color=colour, lw=1.5, ms=4, label=label)
         left.set(xlabel="batches the sampler is behind", ylabel="mean reward", title="Staleness")
         left.legend(fontsize=7)

@@ -1,6 +1,7 @@
 """The plan of a comparison: objectives and their arms, tasks, seeds, grids, and the presets."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -11,13 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from bandpo._system.errors import printable
 from bandpo.bounds import DCPO, Band, Bounds, Clip
 from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.combined import change_leaves
 from bandpo.bounds.regions import TopK
 from bandpo.lab.comparison.devices import device_kind
 from bandpo.lab.comparison.loop import Setting
-from bandpo.lab.comparison.top import has_inputs
+from bandpo.lab.comparison.own import definition_of, is_own, objective_of
 from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.zoo import OBJECTIVES
@@ -45,7 +47,7 @@ class Plan:
     """The runs of a comparison.
 
     Args:
-        objectives: Names of objectives; `no-clip` is always compared too.
+        objectives: Names of objectives, or import paths of own ones, "package.module:NAME"; `no-clip` is always compared too.
         tasks: Names of problems.
         seeds: Seeds of the report, below 1000.
         warm_ups: Number of checkpoints; seed s starts from checkpoint s modulo this number.
@@ -104,10 +106,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in self.objectives:
-            if name not in OBJECTIVES:
-                raise ValueError(f"objectives: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
-            if not has_inputs(OBJECTIVES[name]):
-                raise ValueError(f"objectives: {name!r} needs {OBJECTIVES[name].extras}, which the lab does not have")
+            objective_of(name)
         for task in self.tasks:
             self.setting_of(task)
         if not self.seeds or max(self.seeds) >= TUNING_SEEDS or min(self.seeds) < 0:
@@ -186,10 +185,10 @@ PRESETS: Mapping[str, Plan] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the configurations that are compared: a variant of a named objective.
+    """One of the configurations that are compared: a variant of an objective.
 
     Args:
-        objective: Name of the objective.
+        objective: Name of the objective, or the import path of an own one.
         variant: `default`, `matched`, `tuned`, `adaptive` (the β of a KL penalty follows `KL_TARGET`), or one of `ABLATIONS`.
         width: Multiple of the objective's own ε or δ.
         rate: Multiple of the task's learning rate.
@@ -212,7 +211,7 @@ class Arm:
 
     def build(self) -> Objective:
         """The objective of the arm."""
-        base = OBJECTIVES[self.objective]
+        base = objective_of(self.objective)
         if self.variant == "matched":
             return matched(base)
         if self.variant in HALVES:
@@ -260,10 +259,15 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The name of the file of its result, a hash of its configuration; the cards of a machine are one device."""
+        """The name of the file of its result, a hash of its configuration; the cards of a machine are one device.
+
+        For an own objective, the configuration has the fingerprint of its definition.
+        """
         # For a surrogate that is no clip, `clip_fraction_by_prob` once counted the tokens outside of the interval instead.
-        version = _FORMAT if stops_outside(OBJECTIVES[self.arm.objective].surrogate) else _FORMAT + 1
+        version = _FORMAT if stops_outside(objective_of(self.arm.objective).surrogate) else _FORMAT + 1
         config = asdict(self)
+        if is_own(self.arm.objective):
+            config["definition"] = definition_of(self.arm.objective).fingerprint
         setting = config["setting"] = {**config["setting"], "device": device_kind(self.setting.device)}
         for name, usual in _USUAL.items():  # the name of a result of the CPU is as it was before there was a choice
             if setting[name] == usual:
@@ -296,20 +300,66 @@ def matched(objective: Objective) -> Objective:
     return dataclasses.replace(objective, bounds=dataclasses.replace(objective.bounds, radius=radius))
 
 
+@functools.cache
+def cannot_be(arm: Arm) -> str:
+    """Why an arm of an own objective cannot be built, such as a radius that its bounds refuse; "" if it can.
+
+    Args:
+        arm: An arm; those of named objectives can all be built.
+    """
+    if not is_own(arm.objective):
+        return ""
+    try:
+        arm.build()
+    except Exception as error:  # parts of a user's objective may raise anything
+        return printable(str(error) or type(error).__name__)
+    return ""
+
+
+def left_out(plan: Plan) -> list[str]:
+    """Lines about the arms of own objectives that cannot be built and are left out."""
+    arms = [
+        arm
+        for name in plan.objectives
+        if is_own(name)
+        for arm in (Arm(name, "matched"), *(Arm(name, "tuned", width) for width in plan.tuning_widths))
+        if arm.variant == "tuned" or isinstance(objective_of(name).bounds, Band)
+    ]
+    return [
+        f"{arm.label}{'' if arm.width == 1 else f', width x{arm.width:g}'}: left out ({why})"
+        for arm in arms
+        if (why := cannot_be(arm))
+    ]
+
+
+def has_width(objective: str) -> bool:
+    """Whether an objective has an ε or a δ that `scaled` changes.
+
+    Args:
+        objective: Name or import path.
+    """
+    base = objective_of(objective)
+    try:
+        return scaled(base, 2.0) != base
+    except ValueError:  # it has one that cannot be twice as wide
+        return True
+
+
 def report_arms(plan: Plan) -> list[Arm]:
     """The arms that need no tuning."""
     arms = [Arm(name) for name in _objectives(plan)]
-    arms += [Arm(a.objective, "matched") for a in arms if isinstance(OBJECTIVES[a.objective].bounds, Band)]
-    arms += [Arm(a.objective, "adaptive") for a in arms if OBJECTIVES[a.objective].penalty and a.variant == "default"]
+    arms += [Arm(a.objective, "matched") for a in arms if isinstance(objective_of(a.objective).bounds, Band)]
+    arms += [Arm(a.objective, "adaptive") for a in arms if objective_of(a.objective).penalty and a.variant == "default"]
     if "bandpo-kl" in plan.objectives:
         arms += [Arm("bandpo-kl", name) for name in (ABLATIONS if plan.ablations else HALVES)]
-    return arms
+    return [arm for arm in arms if not cannot_be(arm)]
 
 
 def tuning_arms(plan: Plan, objective: str) -> list[Arm]:
     """The tuning grid of one objective. An objective without ε or δ has as many arms, with more rates, spread wider."""
-    if scaled(OBJECTIVES[objective], 2.0) != OBJECTIVES[objective]:
-        return [Arm(objective, "tuned", width, rate) for width in plan.tuning_widths for rate in plan.tuning_rates]
+    if has_width(objective):
+        arms = [Arm(objective, "tuned", width, rate) for width in plan.tuning_widths for rate in plan.tuning_rates]
+        return [arm for arm in arms if not cannot_be(arm)]
     count = len(plan.tuning_widths) * len(plan.tuning_rates)
     rates = np.geomspace(min(plan.tuning_rates) / 2, max(plan.tuning_rates) * 2, count)
     return [Arm(objective, "tuned", 1.0, round(float(rate), 3)) for rate in rates]

@@ -10,22 +10,25 @@ from matplotlib.figure import Figure
 
 from bandpo._system.files import write_text
 from bandpo._system.pages import save_svg, template
-from bandpo.lab.comparison.claims import Claim, claims, duels
+from bandpo.lab.comparison.claims import UNMEASURED, claims, duels
 from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.figures import (
     plot_clip_maps,
     plot_curves,
     plot_exact,
     plot_forest,
+    plot_forests,
     plot_planes,
     plot_regimes,
     plot_robustness,
     plot_staleness,
 )
+from bandpo.lab.comparison.own import RECORDS
 from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.comparison.summary import ABLATED, runs_of
 from bandpo.statistics import number
 
+_FEW = 6  # arms, up to which the differences of all measures are in one figure
 _FILTERS = {"number": number, "runs_of": runs_of}
 
 
@@ -61,16 +64,27 @@ def pictures(summary: Mapping[str, Any]) -> Iterator[Picture]:
             continue
         default = {label: c for label, c in found["curves"].items() if " " not in label}
         yield Picture(task, "Learning curves, default widths", plot_curves(default))
-        for measure, differences in found["differences"].items():
-            title = f"{measure}, against {found['baseline']}"
-            yield Picture(task, title, plot_forest(differences, found["baseline"], measure))
-        for measure, differences in found["ablations"].items():
-            yield Picture(task, f"{measure}, parts of the KL band", plot_forest(differences, ABLATED, measure))
+        yield from _forests(task, found["differences"], found["baseline"], f"against {found['baseline']}")
+        yield from _forests(task, found["ablations"], ABLATED, "parts of the KL band")
         yield Picture(task, "Who is clipped", plot_clip_maps(found["clip"]))
         if found["robustness"]:
             plan = summary["about"]["plan"]
             rates, reuse = plan["robust_rates"], [tuple(r) for r in plan["robust_reuse"]]
             yield Picture(task, "Robustness", plot_robustness(found["robustness"], rates, reuse))
+
+
+def _forests(task: str, by_measure: Mapping[str, Any], baseline: str, what: str) -> Iterator[Picture]:
+    """One figure of each measure; one of all measures where the arms are few, none where there is no number."""
+    known = {
+        measure: differences
+        for measure, differences in by_measure.items()
+        if any(d["mean"]["value"] is not None for d in differences.values())
+    }
+    if known and max(map(len, known.values())) <= _FEW:
+        yield Picture(task, f"{', '.join(known)}, {what}", plot_forests(known, baseline))
+        return
+    for measure, differences in known.items():
+        yield Picture(task, f"{measure}, {what}", plot_forest(differences, baseline, measure))
 
 
 def write_report(folder: Path, summary: Mapping[str, Any], clock: Clock | None = None) -> Path:
@@ -89,12 +103,15 @@ def write_report(folder: Path, summary: Mapping[str, Any], clock: Clock | None =
         for i, picture in enumerate(pictures(summary)):
             path = folder / "figures" / f"{picture.section}-{i}.svg"
             figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, path)
+    judged = claims(summary)
     page = template("bandpo.lab.comparison", "compare.html.j2", _FILTERS).render(
         title="Trust regions compared: " + ", ".join(summary["tasks"]),
         summary=summary,
         figures=figures,
         tasks=_tasks(summary),
-        claims=claims(summary),
+        claims=[c for c in judged if c.verdict != UNMEASURED],
+        unmeasured=[c for c in judged if c.verdict == UNMEASURED],
+        own=summary["about"].get(RECORDS, {}),
         exact_text=_exact_text(summary),
         about=summary["about"],
         times=_times(summary, clock),
@@ -160,11 +177,6 @@ def _times(summary: Mapping[str, Any], clock: Clock) -> dict[str, dict[str, floa
     """The seconds of each part of this command, up to the page, and the core seconds of the runs."""
     found = {"this command, seconds": clock.parts(), "the runs, core seconds": summary["about"].get("core_seconds", {})}
     return {title: parts for title, parts in found.items() if parts}
-
-
-def claims_table(found: list[Claim]) -> str:
-    """The verdicts and claims as lines for the terminal."""
-    return "\n".join(f"{c.verdict:>22}  {c.text}" for c in found)
 
 
 def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """The runs of a comparison and their results: every arm goes through the same code, with the same budget and the same seeds.
 
 Work is cut into stacks of runs that share a setting. Each run leaves one JSON file, named by the hash of its configuration, so
-that a comparison that was interrupted or is extended makes only the missing runs. A stack that fails leaves a file with its
-error, and the other stacks are still made.
+that a comparison that was interrupted or is extended makes only the missing runs. A stack that fails is made again arm by arm;
+an arm that fails leaves a file with its error, and the others are still made.
 """
 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bandpo._system.secrets import redact_text
 from bandpo.lab.backends import BACKENDS, full_traceback, ray_cluster
 from bandpo.lab.comparison.devices import device_kind
 from bandpo.lab.comparison.loop import Loop, Run, Setting
+from bandpo.lab.comparison.own import is_own, with_definitions
 from bandpo.lab.comparison.plan import TUNING_SEEDS, Arm, Job, Plan, jobs_of, tuning_arms
 from bandpo.objective import Objective
 
@@ -91,36 +92,59 @@ class Study:
         if not jobs:
             return
         missing = [job for job in dict.fromkeys(jobs) if self.result(job) is None]
+        self.say(f"{what}: {len(jobs)} runs, {len(missing)} to make")
+        started, done = time.monotonic(), 0
+        stacks = self._stacks(missing)
+        while stacks:
+            again: list[list[Job]] = []
+            for stack, made in self._made(stacks):
+                arms = _by_arm(stack)
+                if isinstance(made, Exception) and len(arms) > 1:
+                    self.say(
+                        redact_text(
+                            f"  {stack[0].arm.label} and others failed ({made}); they are made again arm by arm"
+                        )
+                    )
+                    again += arms
+                    continue
+                self._keep(stack, made, what)
+                done += len(stack)
+                left = (time.monotonic() - started) * (len(missing) - done) / done
+                self.say(f"  {done}/{len(missing)} runs, about {left / 60:.1f} min left")
+            stacks = again
+
+    def _stacks(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Jobs that share a setting, cut into stacks; an own objective is in no stack with another objective."""
+        groups: dict[tuple[Setting, str], list[Job]] = {}
+        for job in jobs:
+            alone = job.arm.objective if is_own(job.arm.objective) else ""
+            groups.setdefault((job.setting, alone), []).append(job)
         stacks: list[list[Job]] = []
-        by_setting: dict[Setting, list[Job]] = {}
-        for job in missing:
-            by_setting.setdefault(job.setting, []).append(job)
-        for group in by_setting.values():
+        for group in groups.values():
             size = min(_STACK, math.ceil(len(group) / self.workers))
             stacks += [group[i : i + size] for i in range(0, len(group), size)]
-        self.say(f"{what}: {len(jobs)} runs, {len(missing)} to make")
-        if not stacks:
-            return
-        started, done = time.monotonic(), 0
+        return stacks
+
+    def _made(self, stacks: list[list[Job]]) -> Iterator[tuple[list[Job], list[dict[str, Any]] | Exception]]:
+        """Each stack with its results, or with the error that it met."""
+        jobs = [job for stack in stacks for job in stack]
+        make = with_definitions(run_stack, {job.arm.objective for job in jobs})
         backend = self.backend
-        if backend is ray_cluster and any(device_kind(job.setting.device) == "cuda" for job in missing):
+        if backend is ray_cluster and any(device_kind(job.setting.device) == "cuda" for job in jobs):
             backend = functools.partial(ray_cluster, gpus=1 / self.workers)  # processes of this machine share its cards
-        for stack, made in backend(stacks, run_stack, self.workers, self.say):
-            self._keep(stack, made, what)
-            done += len(stack)
-            left = (time.monotonic() - started) * (len(missing) - done) / done
-            self.say(f"  {done}/{len(missing)} runs, about {left / 60:.1f} min left")
+        yield from backend(stacks, make, self.workers, self.say)
 
     def _keep(self, stack: list[Job], made: list[dict[str, Any]] | Exception, what: str) -> None:
-        error = self.folder / "runs" / f"{stack[0].key}.error"
         if isinstance(made, Exception):
+            error = self.folder / "runs" / f"{stack[0].key}.error"
             write_text(error, redact_text(full_traceback(made)))
-            self.failures.append(redact_text(f"{what}, {stack[0].arm.label} and others: {made}"))
+            self.failures.append(redact_text(f"{what}, {stack[0].arm.label}: {made}; traceback: {error}"))
             self.say(f"  failed: {self.failures[-1]}")
             return
         for job, row in zip(stack, made, strict=True):
-            write_checked_json(self.folder / "runs" / f"{job.key}.json", {"config": asdict(job), **row})
-        error.unlink(missing_ok=True)
+            path = self.folder / "runs" / f"{job.key}.json"
+            write_checked_json(path, {"config": asdict(job), **row})
+            path.with_suffix(".error").unlink(missing_ok=True)
 
     def tuned(self, plan: Plan, task: str, objective: str) -> Arm | None:
         """The arm of the grid with the best mean@k over the tuning seeds, the first of equals.
@@ -142,6 +166,14 @@ class Study:
             if found and all(r is not None and not diverged(r) for r in found):
                 means[arm] = float(np.mean([score(r) for r in found if r is not None]))
         return max(means, key=means.__getitem__) if means else None
+
+
+def _by_arm(stack: Sequence[Job]) -> list[list[Job]]:
+    """The jobs of each arm."""
+    arms: dict[Arm, list[Job]] = {}
+    for job in stack:
+        arms.setdefault(job.arm, []).append(job)
+    return list(arms.values())
 
 
 def score(result: Mapping[str, Any]) -> float:

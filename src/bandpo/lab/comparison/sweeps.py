@@ -16,7 +16,8 @@ from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
 from bandpo.lab.backends import processes
 from bandpo.lab.comparison.exact import Outcome, Tree, run_tree
-from bandpo.lab.comparison.plan import matched, scaled
+from bandpo.lab.comparison.own import objective_of, with_definitions
+from bandpo.lab.comparison.plan import Arm, cannot_be, has_width, matched, scaled
 from bandpo.objective import Objective
 from bandpo.statistics import NORMAL_95, Floats, wilson
 from bandpo.zoo import OBJECTIVES
@@ -70,8 +71,9 @@ def regimes(names: Sequence[str], seeds: int, device: str = "cpu") -> dict[str, 
     """
     commits: dict[str, Any] = {}
     for name in names:
-        objective = OBJECTIVES[name]
-        objective = matched(objective) if isinstance(objective.bounds, Band) else objective
+        objective = objective_of(name)
+        ball = isinstance(objective.bounds, Band) and not cannot_be(Arm(name, "matched"))
+        objective = matched(objective) if ball else objective
         commits[name] = np.array(
             [
                 [
@@ -105,8 +107,9 @@ def planes(names: Sequence[str], seeds: int, device: str = "cpu") -> dict[str, A
     """
     found: dict[str, Any] = {"rates": RATES, "widths": WIDTHS, "value": {}}
     for name in names:
-        objective = OBJECTIVES[name]
-        widths = WIDTHS if scaled(objective, 2.0) != objective else (1.0,)
+        objective = objective_of(name)
+        built = has_width(name) and not any(cannot_be(Arm(name, "tuned", width)) for width in WIDTHS)
+        widths = WIDTHS if built else (1.0,)
         found["value"][name] = [
             [bandit(scaled(objective, w), seeds, learning_rate=lr, device=device).value.mean().item() for w in widths]
             for lr in RATES
@@ -127,7 +130,7 @@ def staleness(names: Sequence[str], seeds: int, device: str = "cpu") -> dict[str
     """
     found: dict[str, Any] = {"lags": LAGS, "commit": {}, "value": {}}
     for name in names:
-        outcomes = [bandit(OBJECTIVES[name], seeds, lag=lag, device=device) for lag in LAGS]
+        outcomes = [bandit(objective_of(name), seeds, lag=lag, device=device) for lag in LAGS]
         found["commit"][name] = [o.commits.double().mean().item() for o in outcomes]
         found["value"][name] = [o.value.mean().item() for o in outcomes]
     return found
@@ -292,7 +295,8 @@ def sweep(names: Sequence[str], seeds: int, workers: int = 1, device: str = "cpu
     """Run all five sweeps, in parallel.
 
     Args:
-        names: Names of objectives with a token ratio and without extra inputs; the first is the baseline.
+        names: Names of objectives, or import paths of own ones, with a token ratio and without extra inputs; the first is the
+            baseline.
         seeds: Number of seeds of a cell.
         workers: Number of processes.
         device: Device of the bandit.
@@ -311,7 +315,7 @@ def sweep(names: Sequence[str], seeds: int, workers: int = 1, device: str = "cpu
         ("radius and cap", (seeds, device)),
     ]
     found: dict[str, Any] = {}
-    for (name, _), made in processes(parts, _part, workers):
+    for (name, _), made in processes(parts, with_definitions(_part, names), workers):
         if isinstance(made, Exception):
             raise RunError(f"the sweep {name!r} of the bandit failed: {made}") from made
         found[name] = made
