@@ -145,13 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     remember(argv)
     command = next((c for c in COMMANDS if argv[:1] == [c.name]), None)
     if command is not None and command.arguments is None:
-        return _guarded(command, argv[1:])
+        return _guarded(command.run, argv[1:], command)
     parser = _parser(command)
     options = parser.parse_args(argv)
     if command is None:
         parser.print_help()
         return 0
-    return _guarded(command, options)
+    return _guarded(command.run, options, command)
 
 
 class _Overview(Parser):
@@ -228,15 +228,16 @@ def _load(path: str) -> Callable[[Any], object]:
     return getattr(import_module(module), name)
 
 
-def _guarded(command: Command, options: Any) -> int:
+def _guarded(run: Callable[[Any], object], options: Any, command: Command | None = None) -> int:
     """The exit status of a command: 2 for a mistake in the input, 1 for a run that could not continue, or for a bug."""
     try:
-        found = command.run(options)
+        found = run(options)
     except BrokenPipeError:  # the reader (head, less) has closed the pipe; Python would complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ImportError as error:
-        return _failed(error, 2, how_to_install(error, f"bandpo {command.name}", command.extra))
+        name, extra = ("bandpo", None) if command is None else (f"bandpo {command.name}", command.extra)
+        return _failed(error, 2, how_to_install(error, name, extra))
     except FileNotFoundError as error:
         return _failed(error, 2)
     except (ValueError, TypeError) as error:
@@ -253,8 +254,7 @@ def _guarded(command: Command, options: Any) -> int:
         return 143
     except Exception as error:
         if type(error).__name__ == "UnpicklingError":
-            error = RunError(f"a file of the run is refused, since loading it could run code: {error}")
-            return _failed(error, 1)
+            return _failed(error, 1, f"a file of the run is refused, since loading it could run code: {error}")
         return _unexpected(error)
     return found if isinstance(found, int) else 0
 

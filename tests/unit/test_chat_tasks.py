@@ -84,7 +84,7 @@ def test_presets_can_be_read_and_the_command_line_wins(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "smol"], "--preset: got 'smol'; choose one of smollm2"),
+        (["--preset", "smol"], "--preset: got 'smol'; did you mean 'smollm2'"),
         (["--preset"], "--preset needs a name"),
         (["--preset=smollm2", "--config", "x.yaml"], "--config x.yaml and --preset smollm2 are both given; choose one"),
     ],

@@ -293,3 +293,16 @@ def test_read_gives_the_request():
     values = options.parsed(request.declared, request.arguments)
     assert values["seed"] == 3 and values["num_generations"] == 8
     assert RunConfig(**{name: values[name] for name in run_keys()}).task == "countdown"
+
+
+def test_a_table_of_an_older_bandpo_in_the_cache_is_made_again(made, tmp_path):
+    options.load_table()
+    (kept,) = (tmp_path / "cache").iterdir()
+    old = {key: value for key, value in json.loads(kept.read_text()).items() if key not in ("objectives", "crc32")}
+    options.write_checked_json(kept, old)
+    assert "objectives" in options.load_table() and len(made) == 2
+
+
+def test_without_trl_the_table_is_that_of_the_package(made, monkeypatch):
+    monkeypatch.setattr(options, "installed_versions", lambda: {"torch": "2.13.0"})
+    assert options.load_table() == options.packaged_table() and not made

@@ -102,6 +102,23 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def not_one_of(option: str, value: object, known: Iterable[str]) -> str:
+    """A message about a value that is none of the known ones, with the nearest of them.
+
+    Args:
+        option: The option.
+        value: The value.
+        known: The values that are known, in their order.
+
+    Examples:
+        >>> not_one_of("task", "sms", ["countdown", "sums"])
+        "task: got 'sms'; did you mean 'sums'? Choose one of countdown, sums"
+    """
+    names = list(known)
+    hint = did_you_mean(str(value), names)
+    return f"{option}: got {value!r}{f'{hint} Choose' if hint else '; choose'} one of {', '.join(names)}"
+
+
 def put_in_sections(parser: argparse.ArgumentParser, sections: dict[str, Iterable[str]]) -> None:
     """Put options that are declared already into titled sections of the help; the others stay where they are.
 

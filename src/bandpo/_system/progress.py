@@ -77,7 +77,7 @@ class Progress:
         Args:
             text: The message; control characters in it are escaped, and secrets are hidden.
         """
-        self.console.print(printable(redact_text(text), keep=LINES), markup=False)
+        self.console.print(printable(redact_text(text), keep=LINES), markup=False, highlight=False)
 
     @contextmanager
     def stage(self, title: str, total: int, unit: str) -> Generator[Callable[[int], None]]:

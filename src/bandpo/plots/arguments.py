@@ -33,8 +33,8 @@ def add_bounds_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-figure", action="store_true", help="print the table only")
     add_examples(
         parser,
-        "bounds                                            # the KL ball of the paper",
-        "bounds --divergence kl,tv,chi2 --match upper@0.01 # three families that agree at p = 0.01",
+        "bounds                                             # the KL ball of the paper",
+        "bounds --divergence kl,tv,chi2 --match upper@0.01  # three families that agree at p = 0.01",
         "bounds --divergence own:NAME --no-figure",
     )
 

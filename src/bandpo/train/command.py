@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bandpo._system.errors import exits_are_errors
 from bandpo._system.files import write_json
-from bandpo._system.progress import Progress, quiet_hosts
+from bandpo._system.progress import Progress, clock_time, quiet_hosts
 from bandpo._system.secrets import redact, redact_text
 from bandpo.integrations.trl import BandGRPOConfig
 from bandpo.integrations.trl.generate import sampler_of
@@ -173,8 +173,12 @@ def _small_model(run: RunConfig, progress: Progress) -> Path:
     assert run.task is not None
     warm_up = WarmUp(task=run.task, steps=run.warm_up_steps)
 
+    began = time.monotonic()
+
     def show(step: int, loss: float) -> None:
-        progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}")
+        took = time.monotonic() - began
+        left = clock_time(took / step * (run.warm_up_steps - step))
+        progress.say(f"  warm-up step {step}/{run.warm_up_steps}  loss {loss:.3f}  {clock_time(took)}, {left} left")
 
     together((lambda: warmed_up_model(warm_up, show, progress.say)) if PartialState().is_main_process else None)
     return warm_up.path

@@ -4,7 +4,6 @@ TRL is imported when its dataclass is needed: what a file and a command line nam
 """
 
 import argparse
-import difflib
 import importlib.resources
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias, cast
 
 from bandpo._system.files import read_yaml
+from bandpo._system.options import did_you_mean, not_one_of
 from bandpo._system.secrets import HIDDEN, redact_text, remember
 from bandpo.toy.tasks import TASKS
 
@@ -175,7 +175,7 @@ class RunConfig:
 
     def _of_method(self) -> Generator[str]:
         if self.method not in METHODS:
-            yield f"method: got {self.method!r}; choose one of {', '.join(METHODS)}"
+            yield not_one_of("method", self.method, METHODS)
             return
         if self.pairs is not None and self.method not in ("dpo", "chipo"):
             yield f"pairs={self.pairs!r}: method {self.method!r} samples its own; use dpo or chipo"
@@ -184,7 +184,7 @@ class RunConfig:
 
     def _of_data(self) -> Generator[str]:
         if self.task is not None and self.task not in TASKS:
-            yield f"task: got {self.task!r}; choose one of {', '.join(TASKS)}"
+            yield not_one_of("task", self.task, TASKS)
         if self.task is not None and self.dataset is not None:
             yield f"task={self.task!r} and dataset={self.dataset!r} are both set; choose one"
         if self.task is None and self.dataset is None:
@@ -207,7 +207,7 @@ class RunConfig:
                 yield f"{name} must be at least 1, got {getattr(self, name)}"
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                yield f"{name}: got {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                yield not_one_of(name, getattr(self, name), allowed)
         if self.reward_workers is not None and MATH.isdisjoint(self.rewards):
             yield (
                 f"reward_workers={self.reward_workers} would be ignored: only {' and '.join(sorted(MATH))} have processes of "
@@ -295,7 +295,7 @@ def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Reques
     given = _read_yaml(arguments)
     method = str(_option(arguments, "--method") or given.get("method", "grpo"))
     if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; choose one of {', '.join(METHODS)}")
+        raise ValueError(not_one_of("method", method, METHODS))
     declared = declare(method)
     _as_floats(given, declared.floats)
     chosen = _checked_names(declared.parser, given, arguments)
@@ -516,7 +516,7 @@ def _take_file(arguments: list[str]) -> Path | None:
     if preset is None:
         return None if config is None else Path(config)
     if preset not in PRESETS:
-        raise ValueError(f"--preset: got {preset!r}; choose one of {', '.join(PRESETS)}")
+        raise ValueError(not_one_of("--preset", preset, PRESETS))
     return _packaged(PRESETS[preset])
 
 
@@ -562,6 +562,4 @@ def _unknown(names: Iterable[str], known: set[str], what: str) -> Generator[str]
     """A message for each name that is not known, with the nearest one that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"unknown {what} {name!r}{hint} (all of them: bandpo train --help-all)"
+            yield f"unknown {what} {name!r}{did_you_mean(str(name), known)} (all of them: bandpo train --help-all)"

@@ -1,4 +1,4 @@
-"""Names of models that are meant as folders and are none, with the folders that are named alike; needs no torch."""
+"""Names of models that mean a folder which does not exist, and the folders that are named alike; needs no torch."""
 
 import difflib
 import os

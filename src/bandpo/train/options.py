@@ -56,21 +56,13 @@ _SECTIONS = {
     "the run": ("method", "dry_run", "threads"),
     "model": ("model", "lora_rank", "lora_alpha", "warm_up_steps"),
     "data": (
-        *(
-            "task",
-            "shots",
-            "dataset",
-            "dataset_config",
-            "dataset_split",
-            "prompt_column",
-            "answer_column",
-            "system_prompt",
-        ),
-        *("pairs", "bad_rows"),
+        *("task", "shots", "dataset", "dataset_config", "dataset_split", "prompt_column", "answer_column"),
+        *("system_prompt", "pairs", "bad_rows"),
     ),
     "reward": ("reward", "reward_timeout", "reward_workers", "reward_errors"),
     "evaluation before and after": (
-        *("eval_dataset", "eval_dataset_split", "eval_prompts", "eval_samples", "eval_temperature"),
+        *("eval_dataset", "eval_dataset_split", "eval_prompts", "eval_samples"),
+        "eval_temperature",
     ),
 }
 """The sections of the help for the options of `RunConfig`."""
@@ -92,12 +84,14 @@ _PARTS = ("nargs", "const", "default", "choices", "help", "required")
 def load_table() -> Table:
     """The table for what is installed: that of the package, that of the cache, or a new one, which is kept in the cache.
 
-    Raises:
-        ImportError: If a table has to be made, and TRL is not installed.
+    Where TRL is not installed, it is that of the package.
     """
     versions = installed_versions()
+    found = _read(PACKAGED, versions)
+    if found is not None:
+        return found
     kept = _kept(versions)
-    found = _read(PACKAGED, versions) or (None if kept is None else _read(kept, versions))
+    found = None if kept is None else _read(kept, versions)
     if found is not None:
         return found
     if "trl" not in versions:  # nothing trains here; help and the check of names work all the same
@@ -348,7 +342,8 @@ def _read(path: Path, versions: Mapping[str, str]) -> Table | None:
         same = all(declarations(_SOURCES / file) == expected for file, expected in declared.items())
     except (OSError, ValueError):  # there is none, or it is damaged
         return None
-    return table if same and table.get("versions") == versions else None
+    whole = "objectives" in table  # a table in the cache may be of an older bandpo
+    return table if same and whole and table.get("versions") == versions else None
 
 
 def kinds_of(hint: Any) -> list[str]:

@@ -77,11 +77,6 @@ class Pace:
         return self._last - self._began
 
     @property
-    def is_known(self) -> bool:
-        """Whether both kinds of steps were measured, so that `left` is no bound but an estimate."""
-        return bool(self._sampling) and (self.cycle == 1 or bool(self._other))
-
-    @property
     def left(self) -> float | None:
         """Seconds until the last step; after steps of one kind, those of the other kind count alike. None before any step."""
         if not self._sampling and not self._other:
@@ -108,4 +103,7 @@ class Pace:
         left = self.left
         if left is None:
             return clock_time(self.elapsed)
-        return f"{clock_time(self.elapsed)}, {'' if self.is_known else 'at most '}{clock_time(left)} left"
+        bound = ""
+        if self.cycle > 1 and not (self._sampling and self._other):  # the steps that sample take longer
+            bound = "at most " if self._sampling else "at least "
+        return f"{clock_time(self.elapsed)}, {bound}{clock_time(left)} left"

@@ -139,6 +139,8 @@ class TrainingProgress(TrainerCallback):
         self._append(self.metrics, state.global_step, {n: x for n, x in logs.items() if n not in timings})
         measured = {n: x for n, x in logs.items() if n in timings}
         self._append(self.timings, state.global_step, measured | ({} if speed is None else {_SPEED: round(speed, 1)}))
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
         if not summary and (row := shown_row(logs)):
             parts = [row, *([] if speed is None else [f"{speed:,.0f} tokens/s"])]
             if self.pace is not None and self.pace.left is not None:

@@ -136,7 +136,7 @@ class CheckedReward:
         kept = self._keep(prompts, completions, what, where)
         if self.errors != "skip":
             raise RewardError(
-                f"reward {self.name!r} {what} on {len(completions)} completions{kept}, at {place_of(error)}. Mend it and "
+                f"reward {self.name!r} {what} on {len(completions)} completions{kept}, at {place_of(error)}. Correct it and "
                 f"resume with --resume_from_checkpoint latest, or set reward_errors: skip to leave such samples out\n{where}"
             ) from error
         if not self.failed:
