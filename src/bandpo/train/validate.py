@@ -144,10 +144,14 @@ def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
         raise MistakesError(report.mistakes)
     assert parsed is not None
     if main:
-        print("#", f"{report.problems} problems: see !!" if report.problems else "nothing wrong was found")
+        print("#", _verdict(report.problems))
         given = {name: value for name, value in parsed.given.items() if name != "dry_run"}
         print(yaml.safe_dump(redact(given), sort_keys=False), end="")
     return int(report.problems > 0)
+
+
+def _verdict(problems: int) -> str:
+    return f"{problems} problem{'s' * (problems > 1)}: see !!" if problems else "nothing wrong was found"
 
 
 @contextmanager
@@ -325,7 +329,7 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
         )
     template = "none: prompts are given as text" if tokenizer.chat_template is None else "yes"
     report.say(f"tokenizer: {words} tokens for {rows} rows of the embedding, chat template: {template}", "ok")
-    ends = _end_tokens(place, tokenizer)
+    ends = _end_tokens(place, config, tokenizer)
     if not ends:
         report.say(
             "the tokenizer and the generation config have no end token: every completion has the full length", "warning"
@@ -334,11 +338,11 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
         report.say("the tokenizer has no padding token: the end token is used")
 
 
-def _end_tokens(place: str, tokenizer: Any) -> list[int]:
+def _end_tokens(place: str, config: Any, tokenizer: Any) -> list[int]:
     try:
         ends = cast("Any", GenerationConfig.from_pretrained(place)).eos_token_id
-    except (OSError, ValueError):  # there is none, or it is damaged; transformers then uses its defaults
-        ends = None
+    except (OSError, ValueError):  # there is none, and transformers makes one of the model's configuration
+        ends = getattr(config.get_text_config(), "eos_token_id", None)
     found = ends if isinstance(ends, list) else [ends]
     return [one for one in [*cast("list[int | None]", found), tokenizer.eos_token_id] if one is not None]
 
