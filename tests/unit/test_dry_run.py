@@ -20,6 +20,7 @@ from bandpo.train.steps import plan_lines, plan_mistakes
 REWARDS = (
     "def short(prompts, completions, answer, **_):\n    return [float(len(c) % 2) for c in completions]\n\n\n"
     "def bug(prompts, completions, **_):\n    raise RuntimeError('my bug')\n\n\n"
+    "def talks(prompts, completions, **_):\n    print('a: [')\n    return [1.0] * len(completions)\n\n\n"
     "def nothing(prompts, completions, **_):\n    return [None] * len(completions)\n"
 )
 CONFIG = (
@@ -223,6 +224,12 @@ def test_problems_of_a_run_that_would_start_have_status_1(capsys):
     assert "# 1 problem: see !!" in out and yaml.safe_load(out)["num_iterations"] == 1
     out, _ = dry(capsys, "--reward", "my_rewards:nothing", status=1)
     assert "!! reward my_rewards:nothing: of the 32 first rows' own answers none has a score, 32 unscored" in out
+
+
+def test_what_a_reward_prints_is_no_part_of_the_configuration(capsys):
+    out, err = dry(capsys, "--reward", "my_rewards:talks")
+    assert "a: [" in err and "a: [" not in out
+    assert yaml.safe_load(out) == yaml.safe_load(CONFIG) | {"reward": ["my_rewards:talks"]}
 
 
 def test_the_doctor_is_given_the_configuration_of_the_run(capsys):

@@ -1,8 +1,9 @@
 """`bandpo train --dry_run`: everything that the start of a run would find, without training, a download or a folder."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -133,10 +134,11 @@ def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
     """
     quiet_hosts()
     main = PartialState().is_main_process
-    report = Report(print if main else lambda _: None)
+    out = sys.stdout
+    report = Report((lambda line: print(line, file=out)) if main else lambda _: None)
     report.say("dry run: nothing was trained or fetched, and no folder of a run was made")
     machine = this_machine()
-    with _offline(), exits_are_errors():
+    with _offline(), exits_are_errors(), redirect_stdout(sys.stderr):  # what a reward prints is no YAML
         parsed = _configuration(arguments, report)
         if parsed is not None:
             _check(parsed, machine, report, examine)
@@ -419,7 +421,7 @@ def _is_here(run: RunConfig, option: str, report: Report) -> bool:
 
 def _lengths(run: RunConfig, args: Any, prompts: Dataset, model: _Model, report: Report) -> int:
     """Tell the lengths of prompts and answers in tokens, and show a prompt as the model gets it; the largest length."""
-    step = max(1, len(prompts) // _MEASURED_ROWS)
+    step = max(1, -(-len(prompts) // _MEASURED_ROWS))
     rows = prompts.select(range(0, len(prompts), step))
     template: dict[str, Any] = getattr(args, "chat_template_kwargs", None) or {}
     texts = [_rendered(prompt, model.tokenizer, template) for prompt in _column(rows, "prompt")]
