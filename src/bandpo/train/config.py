@@ -164,7 +164,11 @@ class RunConfig:
     warm_up_steps: int = field(default=250, metadata={"help": "Supervised training steps of the built-in small model."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: chosen by torch."})
     dry_run: bool = field(
-        default=False, metadata={"help": "Check the configuration, print it with what it needs, and stop."}
+        default=False,
+        metadata={
+            "help": "Check what the start of a run would find (configuration, model, data, rewards, memory), print it with the "
+            "configuration, and stop."
+        },
     )
 
     def __post_init__(self) -> None:

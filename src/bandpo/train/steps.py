@@ -62,13 +62,13 @@ def _of_rollouts(args: Any, training: int, completion: int) -> list[str]:
         rollouts = math.ceil(args.num_train_epochs * (training // prompts))
         steps = math.ceil(rollouts * each)
     sampled, plural = rollouts * prompts, "s" * (rollouts != 1)
+    times = f"{sampled / training:.3g} times the {training} of the data"
     refilled = f", and up to {args.dynamic_sampling} times more by dynamic_sampling" if args.dynamic_sampling else ""
     return [
         f"a rollout with this number of processes: {prompts} prompts x {group} completions of up to {completion} tokens, for "
         f"{each:g} optimiser steps",
-        f"the run: {steps} optimiser steps, {rollouts} rollout{plural}, {sampled} prompts sampled "
-        f"({sampled / training:.3g} times the {training} of the data), "
-        f"at most {_count(sampled * group * completion)} tokens{refilled}",
+        f"the run: {steps} optimiser steps, {rollouts} rollout{plural}, {sampled} prompts sampled ({times}), at most "
+        f"{_count(sampled * group * completion)} tokens{refilled}",
     ]
 
 

@@ -1,8 +1,9 @@
 """`bandpo train --dry_run`: everything that the start of a run would find, without training, a download or a folder."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -133,10 +134,11 @@ def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
     """
     quiet_hosts()
     main = PartialState().is_main_process
-    report = Report(print if main else lambda _: None)
+    out = sys.stdout
+    report = Report((lambda line: print(line, file=out)) if main else lambda _: None)
     report.say("dry run: nothing was trained or fetched, and no folder of a run was made")
     machine = this_machine()
-    with _offline(), exits_are_errors():
+    with _offline(), exits_are_errors(), redirect_stdout(sys.stderr):  # what a reward prints is no YAML
         parsed = _configuration(arguments, report)
         if parsed is not None:
             _check(parsed, machine, report, examine)
@@ -144,10 +146,14 @@ def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
         raise MistakesError(report.mistakes)
     assert parsed is not None
     if main:
-        print("#", f"{report.problems} problems: see !!" if report.problems else "nothing wrong was found")
+        print("#", _verdict(report.problems))
         given = {name: value for name, value in parsed.given.items() if name != "dry_run"}
         print(yaml.safe_dump(redact(given), sort_keys=False), end="")
     return int(report.problems > 0)
+
+
+def _verdict(problems: int) -> str:
+    return f"{problems} problem{'s' * (problems > 1)}: see !!" if problems else "nothing wrong was found"
 
 
 @contextmanager
@@ -325,7 +331,7 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
         )
     template = "none: prompts are given as text" if tokenizer.chat_template is None else "yes"
     report.say(f"tokenizer: {words} tokens for {rows} rows of the embedding, chat template: {template}", "ok")
-    ends = _end_tokens(place, tokenizer)
+    ends = _end_tokens(place, config, tokenizer)
     if not ends:
         report.say(
             "the tokenizer and the generation config have no end token: every completion has the full length", "warning"
@@ -334,11 +340,11 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
         report.say("the tokenizer has no padding token: the end token is used")
 
 
-def _end_tokens(place: str, tokenizer: Any) -> list[int]:
+def _end_tokens(place: str, config: Any, tokenizer: Any) -> list[int]:
     try:
         ends = cast("Any", GenerationConfig.from_pretrained(place)).eos_token_id
-    except (OSError, ValueError):  # there is none, or it is damaged; transformers then uses its defaults
-        ends = None
+    except (OSError, ValueError):  # there is none, and transformers makes one of the model's configuration
+        ends = getattr(config.get_text_config(), "eos_token_id", None)
     found = ends if isinstance(ends, list) else [ends]
     return [one for one in [*cast("list[int | None]", found), tokenizer.eos_token_id] if one is not None]
 
@@ -415,7 +421,7 @@ def _is_here(run: RunConfig, option: str, report: Report) -> bool:
 
 def _lengths(run: RunConfig, args: Any, prompts: Dataset, model: _Model, report: Report) -> int:
     """Tell the lengths of prompts and answers in tokens, and show a prompt as the model gets it; the largest length."""
-    step = max(1, len(prompts) // _MEASURED_ROWS)
+    step = max(1, -(-len(prompts) // _MEASURED_ROWS))
     rows = prompts.select(range(0, len(prompts), step))
     template: dict[str, Any] = getattr(args, "chat_template_kwargs", None) or {}
     texts = [_rendered(prompt, model.tokenizer, template) for prompt in _column(rows, "prompt")]

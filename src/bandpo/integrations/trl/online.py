@@ -89,7 +89,13 @@ class OnlinePreferenceConfig(BandDPOConfig):
         ValueError: If an option is out of range, or the objective cannot be fitted in rounds.
     """
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over a round's pairs."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs of one round."})
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Optimizer steps of one round, instead of num_train_epochs; -1 for none. Given pairs are one round."
+        },
+    )
     rounds: int = field(default=5, metadata={"help": "Rounds of sampling, labelling and fitting."})
     resample: bool = field(
         default=True,
