@@ -53,7 +53,7 @@ def test_what_a_model_writes_does_nothing_in_the_report(page, tmp_path):
     assert outside(page) == []
     assert page.title() == ATTACKS[2]  # as text
     assert page.locator("script, iframe, img, meta[http-equiv=refresh]").count() == 0
-    shown = page.locator("table").nth(1).inner_text()
+    shown = page.locator("table.samples").inner_text()
     assert all(attack in shown for attack in ATTACKS)
     assert page.locator("figure svg").count() == 1
 
@@ -69,6 +69,41 @@ def test_the_policy_of_the_page_would_stop_a_script_that_got_in(page, tmp_path):
     assert page.title() == "A run"
     assert not any(said.startswith("dialog") for said in page.said)
     assert any("Content Security Policy" in said for said in page.said)
+
+
+SIZES = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+
+
+def shown_as(browser, path, width, scheme):
+    found = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    found.said = []
+    found.on("console", lambda message: found.said.append(message.text))
+    found.goto(path.as_uri())
+    return found
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_reports_of_runs_fit_and_follow_light_and_dark(browser, tmp_path, width, scheme):
+    from bandpo.cli import main
+    from run_folders import run_folder
+
+    a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", objective="grpo", system_prompt="x" * 300)
+    assert main(["report", str(a)]) == 0
+    assert main(["compare", str(a), str(b), "--output", str(tmp_path / "c")]) == 0
+    for path in (a / "report.html", tmp_path / "c" / "report.html"):
+        page = shown_as(browser, path, width, scheme)
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        figures = page.locator(".panels figure svg")
+        boxes = [figures.nth(i).bounding_box() for i in range(figures.count())]
+        assert len(boxes) >= 7
+        assert all(box["width"] > 260 for box in boxes)  # legible: a figure is made for 300 to 360 points
+        assert (len({box["x"] for box in boxes}) == 1) == (width == 390)  # below each other on a phone
+        paper = page.evaluate("getComputedStyle(document.querySelector('.panels svg #patch_1 path')).fill")
+        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 26)"}[scheme]
+        text = page.evaluate("getComputedStyle(document.querySelector('.panels svg #text_1 use')).fill")
+        assert text == {"light": "rgb(0, 0, 0)", "dark": "rgb(232, 232, 232)"}[scheme]
+        assert page.said == []
+        page.close()
 
 
 @pytest.mark.slow

@@ -78,7 +78,8 @@ def test_train_leaves_everything_it_promises(task, tmp_path):
     assert set(environment["versions"]) >= {"bandpo", "torch", "trl"}
     assert yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 8
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5 + 2  # the curves, and the trust region
+    assert page.count("mean@4</td>") == 1 and "pass@1</td>" not in page and "What the doctor finds" in page
     assert not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|<script""", page)  # nothing is fetched, nothing runs
     AutoModelForCausalLM.from_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(folder / "model")

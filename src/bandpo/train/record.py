@@ -273,8 +273,6 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
             x is None or _is_number(x) for x in cast("dict[str, Any]", scores).values()
         ):
             raise ValueError(f"{path}: {stage!r} must map names of scores to numbers")
-    if found["before"].keys() != found["after"].keys():
-        raise ValueError(f"{path}: the scores before and after training have different names")
     if (missing := [name for name in ("prompts", "samples", "temperature") if not _is_number(found.get(name))]) != []:
         raise ValueError(f"{path}: {missing[0]} must be a number")
     change: object = found.get("change", {})
@@ -378,7 +376,7 @@ def shown_scores(*evaluations: Mapping[str, float | None]) -> list[str]:
     """The names of the scores to show: without pass@1 where it is mean@k in all evaluations, as for rewards of 0 and 1.
 
     Args:
-        evaluations: The scores of each by their names, the same names in all.
+        evaluations: The scores of each by their names.
 
     Examples:
         >>> shown_scores({"mean@8": 0.25, "pass@1": 0.25, "pass@8": 0.5}, {"mean@8": 0.5, "pass@1": 0.5, "pass@8": 0.5})
@@ -386,9 +384,9 @@ def shown_scores(*evaluations: Mapping[str, float | None]) -> list[str]:
         >>> shown_scores({"mean@8": 0.25, "pass@1": 0.5})
         ['mean@8', 'pass@1']
     """
-    names = list(evaluations[0])
+    names = list(dict.fromkeys(name for scores in evaluations for name in scores))
     mean = next((name for name in names if name.startswith("mean@")), None)
-    if mean is None or any(not _same(scores[mean], scores.get("pass@1")) for scores in evaluations):
+    if mean is None or any(not _same(scores.get(mean), scores.get("pass@1")) for scores in evaluations):
         return names
     return [name for name in names if name != "pass@1"]
 

@@ -111,7 +111,7 @@ def score_rows(evaluation: Mapping[str, Any]) -> list[ScoreRow]:
     names = shown_scores(*(scores for scores in (before, after) if scores))
     rows: list[ScoreRow] = []
     for name in names:
-        old, new = before[name], after.get(name)
+        old, new = before.get(name), after.get(name)
         form = ".0f" if name == "unscored" else ".3f"
         change = None if old is None or new is None else new - old
         rows.append(ScoreRow(name, number(old, form), number(new, form), number(change, f"+{form}")))

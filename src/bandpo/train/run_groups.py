@@ -201,22 +201,21 @@ def _labels(groups: Sequence[Sequence[Record]]) -> list[str]:
     """What sets the groups apart: the settings that differ, the objective by its name alone; else the folders."""
     rows = [{k: text_of(v) for k, v in g[0].resolved.items() if k not in SEED | NO_EFFECT} for g in groups]
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if len({row.get(name) for row in rows}) > 1]
-    front = [name for name in ("method", "objective") if name in names or (name == "objective" and len(groups) == 1)]
+    named = len(groups) == 1 or not {"method", "objective"}.isdisjoint(names)
     found: list[str] = []
     for group, row in zip(groups, rows, strict=True):
-        if {"method", "objective"} & set(front):
-            method = row.get("method", "grpo")
-            parts = [row.get("objective", "?") if method == "grpo" else method]
-        else:
-            parts = []
+        method = row.get("method", "grpo")
+        parts = [row.get("objective", "?") if method == "grpo" else method] if named else []
         # A preference method has other options than a policy-gradient one: their names alone say enough.
         rest = [] if "method" in names else [n for n in names if n not in ("method", "objective")]
         parts += [f"{name}={row.get(name, _ABSENT)}" for name in rest]
         label = ", ".join(parts)
         found.append(label if label and len(label) <= _LONGEST_LABEL else group[0].folder.name)
-    repeated = {label for label in found if found.count(label) > 1}
-    folders = [str(g[0].folder) for g in groups]
-    return [folder if label in repeated else label for label, folder in zip(found, folders, strict=True)]
+    names = [g[0].folder.name for g in groups]
+    places = [name if names.count(name) == 1 else str(g[0].folder) for name, g in zip(names, groups, strict=True)]
+    return [
+        f"{label} ({place})" if found.count(label) > 1 else label for label, place in zip(found, places, strict=True)
+    ]
 
 
 def _joined(values: Iterable[str]) -> str:
