@@ -26,6 +26,7 @@ Trust regions for LLM reinforcement learning.
   bandpo train --method NAME   preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm
   bandpo compare               objectives against each other, over seeds, with intervals
   bandpo lab preference        what links, samplers and labels do in preference learning, as figures
+  bandpo lab forks             the two halves of the band, where each helps and where it harms
   bandpo lab selection         what pruning and packing save, and cost
   bandpo doctor FILE...        does the trust region act? a configuration, a log, a batch, a run's folder
   bandpo bounds                the interval of a trust region, as a table and a figure
