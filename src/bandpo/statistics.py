@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,6 +182,66 @@ def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed
 def t_half_width(x: Floats) -> Floats:
     """Half of the 95% t-interval of the mean of `(runs, ...)` values, of shape `(...)`."""
     return stats.t.ppf(0.975, len(x) - 1) * x.std(0, ddof=1) / np.sqrt(len(x))
+
+
+Verdict = Literal["better", "worse", "equivalent", "undecided"]
+
+
+def t_interval(values: Sequence[float], comparisons: int = 1) -> Interval:
+    """Mean with its two-sided t-interval, at 95% for all of several comparisons together (Bonferroni).
+
+    Args:
+        values: One value for each independent run, such as the paired differences of two arms.
+        comparisons: Number of intervals of which all are to hold together with a chance of 95% or more.
+
+    Returns:
+        The mean with its interval. The ends are NaN with fewer than two values; a NaN or infinite value makes all three NaN.
+
+    Raises:
+        ValueError: If `comparisons` is below 1.
+
+    Examples:
+        >>> print(t_interval([1.0, 2.0, 3.0]))
+        2.000 [-0.484, 4.484]
+    """
+    if comparisons < 1:
+        raise ValueError(f"t_interval: comparisons must be at least 1, got {comparisons}")
+    x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).all():
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = float(stats.t.ppf(1 - 0.025 / comparisons, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def verdict(difference: Interval, smallest: float) -> Verdict:
+    """What an interval says of a difference, by one rule for both directions.
+
+    `equivalent` if the whole interval is closer to 0 than the smallest effect of interest, else `better` or `worse` if it does
+    not contain 0, else `undecided`: the data allow no effect as well as one that matters.
+
+    Args:
+        difference: The difference with its interval.
+        smallest: The smallest effect of interest, > 0, in the units of the difference.
+
+    Raises:
+        ValueError: If `smallest` is not positive.
+
+    Examples:
+        >>> [verdict(Interval(x, x - 0.01, x + 0.01), 0.02) for x in (0.05, -0.05, 0.005)]
+        ['better', 'worse', 'equivalent']
+        >>> verdict(Interval(0.01, -0.02, 0.04), 0.02)
+        'undecided'
+    """
+    if not smallest > 0:
+        raise ValueError(f"verdict: the smallest effect must be positive, got {smallest}")
+    if max(abs(difference.low), abs(difference.high)) < smallest:
+        return "equivalent"
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "undecided"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

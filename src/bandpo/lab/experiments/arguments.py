@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_preference(
         topics.add_parser("preference", help="preference learning: links, coverage, distillation, designs, re-ranking")
     )
+    _add_forks(
+        topics.add_parser("forks", help="the two halves of the band on a policy with a language model's token profile")
+    )
     _add_selection(topics.add_parser("selection", help="pruning and packing on the main job: reward, tokens, seconds"))
     add_examples(parser, "lab preference --only links,coverage", "lab selection --steps 20")
 
@@ -30,6 +33,11 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         Exit status: 1 if a run failed, else 0.
     """
+    if options.topic == "forks":
+        from bandpo.lab.forks.study import lab_forks  # it needs no matplotlib
+
+        lab_forks(options)
+        return 0
     from bandpo.lab.experiments.command import lab_preference, lab_selection
 
     if options.topic == "preference":
@@ -47,6 +55,18 @@ def _add_preference(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=int, default=5, help="seeds of the experiment on a transformer (default: 5)")
     _add_output(parser, "runs/lab-preference")
+
+
+def _add_forks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=("smoke", "quick", "full"),
+        default="quick",
+        help="smoke (seconds), quick (a quarter of an hour), full (some hours: all arms, more of the map; default: quick)",
+    )
+    add("--only", help="parts separated by commas: drift, regimes, map (default: all)")
+    _add_output(parser, "runs/lab-forks")
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:

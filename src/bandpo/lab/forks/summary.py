@@ -1,0 +1,136 @@
+"""What the runs of a study say: paired differences with intervals that hold together, and verdicts by one rule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bandpo.lab.forks.plan import NOISE
+from bandpo.lab.forks.regimes import BASELINE
+from bandpo.lab.forks.theory import entropy
+from bandpo.statistics import Interval, t_interval, verdict
+
+SMALLEST: Mapping[str, float] = {"mean": 0.02, "passed": 0.03, "entropy": 0.1, "speed": 0.02, "right": 0.02}
+"""The smallest effect of interest of each measure, chosen before the report was run; entropy in nats, the others as shares."""
+
+HALVES = (("bandpo-kl-upper", "bandpo-kl"), ("bandpo-kl-upper", "bandpo-kl-lower"), ("bandpo-kl-lower", "bandpo-kl"))
+"""Pairs of arms that are compared beside the differences from the baseline."""
+
+_DIGITS = 5
+
+
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The comparisons of a set of arms: each arm with the baseline, and the halves.
+
+    Args:
+        arms: Names of the arms.
+    """
+    found = [(arm, BASELINE) for arm in arms if arm != BASELINE]
+    return [*found, *((a, b) for a, b in HALVES if a in arms and b in arms)]
+
+
+def compared(first: Sequence[float], second: Sequence[float], measure: str, comparisons: int) -> dict[str, Any]:
+    """The paired difference of two arms in a measure, with its verdict.
+
+    Args:
+        first: Values of the first arm by seed.
+        second: Values of the second arm on the same seeds.
+        measure: A name in `SMALLEST`.
+        comparisons: Intervals that hold together with a chance of 95%.
+    """
+    found = t_interval(list(np.subtract(first, second)), comparisons)
+    return {**_rounded(found), "verdict": verdict(found, SMALLEST[measure])}
+
+
+def _rounded(found: Interval) -> dict[str, float]:
+    return {name: float(f"{x:.{_DIGITS}g}") for name, x in found._asdict().items()}
+
+
+def summarise_regimes(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Each regime and optimiser: rates, values with 95% intervals, and the differences, at each arm's own and at the same rate.
+
+    The intervals of the differences in one measure, by one optimiser and way, hold together over all regimes and pairs.
+
+    Args:
+        found: Result of `bandpo.lab.forks.plan.run_regimes`.
+    """
+    optimizers = [key.partition("/")[2] for key in found]
+    summary: dict[str, Any] = {}
+    for key, arms in found.items():
+        pairs = pairs_of(list(arms))
+        family = len(pairs) * optimizers.count(key.partition("/")[2])
+        values = {
+            way: {arm: {m: _rounded(t_interval(row[way]["final"][m])) for m in SMALLEST} for arm, row in arms.items()}
+            for way in ("own", "same")
+        }
+        differences = {
+            way: {
+                f"{a} - {b}": {
+                    m: compared(arms[a][way]["final"][m], arms[b][way]["final"][m], m, family) for m in SMALLEST
+                }
+                for a, b in pairs
+            }
+            for way in ("own", "same")
+        }
+        seeds = len(arms[BASELINE]["own"]["final"]["mean"])
+        rates = {arm: row["rate"] for arm, row in arms.items()}
+        summary[key] = {"seeds": seeds, "family": family, "rates": rates, "values": values, "differences": differences}
+    return summary
+
+
+def summarise_map(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each cell of the map: values, differences from the baseline, and the arm that wins in each measure.
+
+    An arm wins if it has the best mean of all and is better than the baseline by the rule of `verdict`; the baseline wins if
+    every other arm is worse than it; otherwise nobody does.
+
+    Args:
+        found: Result of `bandpo.lab.forks.plan.run_map`.
+    """
+    summary: list[dict[str, Any]] = []
+    for cell in found:
+        arms = cell["arms"]
+        pairs = pairs_of(list(arms))
+        family = len(pairs) * len(found)
+        differences = {
+            f"{a} - {b}": {
+                m: compared(arms[a]["own"]["final"][m], arms[b]["own"]["final"][m], m, family) for m in SMALLEST
+            }
+            for a, b in pairs
+        }
+        means = {m: {arm: float(np.mean(row["own"]["final"][m])) for arm, row in arms.items()} for m in SMALLEST}
+        winners = {m: _winner(means[m], {n: d[m]["verdict"] for n, d in differences.items()}) for m in SMALLEST}
+        summary.append(
+            {
+                **{name: cell[name] for name in ("share", "steps", "flip")},
+                "seeds": len(arms[BASELINE]["own"]["final"]["mean"]),
+                "family": family,
+                "rates": {arm: row["rate"] for arm, row in arms.items()},
+                "means": {m: {arm: round(x, _DIGITS) for arm, x in row.items()} for m, row in means.items()},
+                "differences": differences,
+                "winners": winners,
+            }
+        )
+    return summary
+
+
+def _winner(means: Mapping[str, float], verdicts: Mapping[str, str]) -> str | None:
+    against = {arm: verdicts[f"{arm} - {BASELINE}"] for arm in means if arm != BASELINE}
+    best = max(means, key=lambda arm: means[arm])
+    if best == BASELINE:
+        return BASELINE if all(v == "worse" for v in against.values()) else None
+    return best if against[best] == "better" else None
+
+
+def summarise_drift(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The entropy at the start, and at the end for each optimiser and interval with a 95% interval over seeds.
+
+    Args:
+        found: Result of `bandpo.lab.forks.plan.run_drift`.
+    """
+    start = entropy(NOISE.start()[0].softmax(-1)).item()
+    ends = {
+        name: {label: _rounded(t_interval(values)) for label, values in rows.items()} for name, rows in found.items()
+    }
+    seeds = len(next(iter(next(iter(found.values())).values())))
+    return {"start": round(start, _DIGITS), "seeds": seeds, "ends": ends}
