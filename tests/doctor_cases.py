@@ -79,6 +79,7 @@ SICK = [
     ("clipping", "problem", {"clip_ratio/region_mean": 0.0, "ratio/mean": 1.0}, "the region is inert"),
     ("clipping", "warning", {"actor/pg_clipfrac": 0.0}, "is 0 in all 20 rows"),
     ("clipping", "warning", {"clip_ratio/region_mean": 0.0, "outside_fraction/any": 0.0}, "is 0 in all 20 rows"),
+    ("clipping", "note", {"clip_ratio/region_mean": 0.0, "band/saturated_fraction": 1.0}, "is 0 in all 20 rows"),
     ("clipping", "warning", {"clip_fraction/any": 0.3}, r"0\.300 on average"),
     ("entropy", "warning", {"entropy": lambda x: math.exp(-4 * x)}, "collapse"),
     ("entropy", "warning", {"actor/entropy": lambda x: 0.3 + x}, "explosion"),
@@ -106,6 +107,7 @@ SICK = [
     ("nonfinite", "problem", {"kl": 0.1, "actor/entropy": lambda x: math.nan if x > 0.9 else 1.0}, "in 2 of 20 rows"),
 ]  # fmt: skip
 WELL = [
+    ("nonfinite", {"nonfinite_fraction": 0.0, "band/upper_mean": math.inf}),  # no-clip: its upper edge is at infinity
     ("clipping", {"clip_ratio/region_mean": 0.01, "ratio/mean": 1.001}),
     ("clipping", {"clip_ratio/region_mean": 0.0, "outside_fraction/any": 0.05}),  # `soft_edge` takes no gradient away
     ("clipping", {"actor/pg_clipfrac": 0.0, "actor/band/outside_fraction/any": 0.05}),

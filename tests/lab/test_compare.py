@@ -169,8 +169,8 @@ def test_smoke_preset_end_to_end_and_again(tmp_path):
     [
         (["--objectives", "grpo,foo"], "'foo' is unknown"),
         (["--objectives", "grop"], "'grop' is unknown: did you mean 'grpo'"),
-        (["--tasks", "chess"], "'chess' is unknown; choose from paths"),
-        (["--tasks", "path"], "'path' is unknown: did you mean 'paths'"),
+        (["--tasks", "chess"], "--tasks: got 'chess'; choose one of paths"),
+        (["--tasks", "path"], "--tasks: got 'path'; did you mean 'paths'"),
         (["--seeds", "x"], "write 0-9"),
         (["--seeds", "0-2000"], "from 0 to 999"),
         (["--jobs", "0"], "--jobs must be at least 1"),
@@ -190,7 +190,7 @@ def test_mistakes_end_with_one_line(arguments, words, capsys, tmp_path):
 def test_a_choice_that_is_unknown_names_the_nearest(option, word, near, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["compare", option, word])
-    assert f"{word!r} is unknown: did you mean {near!r}?" in capsys.readouterr().err
+    assert f"{word!r}; did you mean {near!r}?" in capsys.readouterr().err
 
 
 def test_a_plan_can_be_pickled():

@@ -28,6 +28,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "spent": (*own_names("band/divergence_mean"), "actor/band/band/divergence_mean"),
     "divergence": (*own_names("band/divergence_max"), "actor/band/band/divergence_max"),
     "cap": (*own_names("band/cap_fraction"), "actor/band/band/cap_fraction"),
+    "edgeless": (*own_names("band/saturated_fraction"), "actor/band/band/saturated_fraction"),
     "nonfinite": own_names("nonfinite_fraction"),
     "reward": _hosts("reward/mean", "reward/mean_with_kl"),
     "zero variance": _hosts("reward/zero_variance"),
@@ -54,6 +55,7 @@ MEANINGS: Mapping[str, str] = {
     "spent": "mean divergence over the radius",
     "divergence": "largest divergence over the radius",
     "cap": "share of edges set by the cap",
+    "edgeless": "share of tokens that no edge of the region holds",
     "nonfinite": "share of tokens that are not finite",
     "reward": "mean reward",
     "zero variance": "share of groups without signal",
@@ -80,6 +82,8 @@ _LARGE = re.compile(rb"[eE]\+?[0-9]{3}")  # the exponent of a number that may be
 _LONG = 300  # digits of one that may be
 
 _OF_THE_UPDATE = re.compile(r"(^|[/_])(kl|loss|grad_norm|entropy|ratio|logps?|log_?probs?)($|[/_])")
+_UNBOUNDED = re.compile(r"(^|/)band/upper_mean$")
+"""A metric that is rightly infinite: the mean upper edge of a region that has none."""
 _SEARCHED = 100_000  # rows after which a log without any of the metrics is given up
 _NONE = array("d")
 _SHOWN = 8  # names of metrics in a line
@@ -323,6 +327,9 @@ def clipping(log: Symptomatic) -> Finding | None:
             f"{outside.mean:.4f} on average, {outside.largest:.4f} at most",
             numbers={"mean": outside.mean, "largest": outside.largest},
         )
+    if values.largest == 0 and log.always("edgeless", 1):
+        why = f"{log.series('edgeless')[0]} is 1: the objective has no region"
+        return Finding("clipping", "note", nowhere, why, "an objective with a region, to limit how far a token may move")
     if values.largest == 0:
         ratio, ratios = log.series("ratio")
         inert = bool(ratios) and max(abs(ratios.largest - 1), abs(ratios.smallest - 1)) < 1e-6
@@ -470,7 +477,7 @@ def cap(log: Symptomatic) -> Finding | None:
 def nonfinite(log: Symptomatic) -> Finding | None:
     """Whether log-probs, or the value of any metric, are NaN or infinite."""
     name, values = log.series("nonfinite")
-    others = log.others_lost()
+    others = {other: count for other, count in log.others_lost().items() if not _UNBOUNDED.search(other)}
     rows = values.count - values.zeros
     seen = [f"{name} is not 0 in {rows} rows"] if rows else []
     seen += [f"{other} is not finite in {broken} of {count} rows" for other, broken, count in log.not_finite()]

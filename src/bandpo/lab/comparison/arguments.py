@@ -1,8 +1,6 @@
 """Options of `bandpo compare`."""
 
 import argparse
-import difflib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bandpo._system.options import add_examples
@@ -26,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--preset",
         default="quick",
-        type=one_of(PRESET_NAMES),
         choices=PRESET_NAMES,
         help="size: half a minute (smoke), some minutes (quick), half an hour or more (paper), an hour or more (full) "
         "(default: quick)",
@@ -43,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         default="processes",
-        type=one_of(BACKEND_NAMES),
         choices=BACKEND_NAMES,
         help="where the runs are made: in local processes, or in Ray's cluster at RAY_ADDRESS or a local one "
         "(default: processes)",
@@ -77,42 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare --preset smoke                            # does it run? half a minute",
         "compare --objectives bandpo-kl,grpo,dapo --seeds 0-9",
     )
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """A type of an option with choices, whose message names the nearest one.
-
-    Args:
-        names: The choices.
-
-    Examples:
-        >>> one_of(("smoke", "quick"))("quik")
-        Traceback (most recent call last):
-        argparse.ArgumentTypeError: 'quik' is unknown: did you mean 'quick'? Choose from smoke, quick
-    """
-
-    def check(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(unknown(text, names))
-        return text
-
-    return check
-
-
-def unknown(text: str, names: Sequence[str]) -> str:
-    """A message about a word that is none of the names.
-
-    Args:
-        text: The word.
-        names: The names that are known.
-
-    Examples:
-        >>> unknown("chess", ["paths", "sums"])
-        "'chess' is unknown; choose from paths, sums"
-    """
-    near = difflib.get_close_matches(text, names, n=1)
-    hint = f": did you mean {near[0]!r}? Choose" if near else "; choose"
-    return f"{text!r} is unknown{hint} from {', '.join(names)}"
 
 
 def run(options: argparse.Namespace) -> int:

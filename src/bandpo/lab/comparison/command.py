@@ -15,8 +15,8 @@ from bandpo._system.about import about, command_line, git_revision
 from bandpo._system.errors import printable
 from bandpo._system.files import read_checked_json, write_checked_json, write_json
 from bandpo._system.locks import claim_output, released
+from bandpo._system.options import not_one_of
 from bandpo._system.progress import Progress
-from bandpo.lab.comparison.arguments import unknown
 from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.devices import device_kind, device_title, find_device
 from bandpo.lab.comparison.own import RECORDS, check_unchanged, definitions_of, is_own, objective_of, recorded
@@ -176,7 +176,7 @@ def _plan(options: argparse.Namespace) -> Plan:
             changes[name] = tuple(x.strip() for x in given.split(","))
     for task in changes.get("tasks", ()):
         if task not in PROBLEMS:
-            raise ValueError(f"--tasks: {unknown(task, list(PROBLEMS))}")
+            raise ValueError(not_one_of("--tasks", task, PROBLEMS))
     if options.seeds is not None:
         changes["seeds"] = _seeds(options.seeds)
     if options.updates is not None:
