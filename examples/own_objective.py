@@ -96,7 +96,7 @@ def compare(quick: bool) -> None:
     """4. Compare it: thousands of exact bandits at once, where the best arm has probability 0.01 at the beginning."""
     from bandpo.lab.comparison.exact import Tree, run_tree
 
-    seeds, batches = (50, 20) if quick else (300, 60)
+    seeds, batches = (50, 20) if quick else (1000, 60)
     print(f"\n{seeds} bandits with 10 arms, {batches} rollouts; the same random numbers for each objective")
     print(f"{'objective':<14}{'found the best arm':>20}{'mean reward':>14}{'entropy':>10}")
     for objective in (OBJECTIVES["grpo"], OBJECTIVES["bandpo-kl"], MINE):

@@ -49,8 +49,8 @@ def test_each_row_is_trl_s_loss(theirs, ours, how, make_model, tokenizer, prompt
 
 
 TINY = (
-    "output_dir='out', use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', "
-    "per_device_train_batch_size=8, max_completion_length=4, save_strategy='no', learning_rate=1e-2, disable_tqdm=True, "
+    "output_dir='out', use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', save_strategy='no', "
+    "per_device_train_batch_size=8, max_completion_length=4, learning_rate=1e-2, disable_tqdm=True, "
 )
 
 
