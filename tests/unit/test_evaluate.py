@@ -150,6 +150,9 @@ def test_files_of_results_are_compared_without_sampling(compared, monkeypatch, c
     assert page.count("<svg") == 1 and not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|<script""", page)
     assert "--samples would be ignored" in refusal(capsys, *files, "--samples", "3")
     changed = content(files[0])
+    Path("changed.json").write_text(json.dumps({**changed, "computed_in": "bfloat16"}))
+    assert main(["evaluate", files[1], "changed.json"]) == 0
+    assert "different precisions (float32, bfloat16)" in capsys.readouterr().out
     Path("changed.json").write_text(json.dumps({**changed, "alike": {**changed["alike"], "temperature": 0.3}}))
     assert "were scored differently (temperature: 1.0 and 0.3)" in refusal(capsys, files[0], "changed.json")
     changed["counts"][0]["prompt"] = "another"

@@ -69,7 +69,7 @@ def test_train_leaves_everything_it_promises(task, tmp_path):
     assert (
         set(evaluation["before"])
         == set(evaluation["after"])
-        == {"mean@4", "pass@1", "pass@2", "pass@4", "groups with signal", "unscored"}
+        == {"mean@4", "pass@1", "pass@2", "pass@4", "maj@4", "groups with signal", "unscored"}
     )
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [s["stage"] for s in samples] == ["before"] * 6 + ["after"] * 6

@@ -194,6 +194,7 @@ def _settings(one: _Ready, found: Evaluation, options: argparse.Namespace) -> di
         "max_new_tokens": sampling.length,
         **sampler_of(sampling),
         "seed": options.seed,
+        "computed_in": "bfloat16" if one.compute.bf16 else "float32",
         "held_out_by": None if job.folder is None else str(job.folder),
     }
 

@@ -122,6 +122,9 @@ def notes(results: Sequence[Result]) -> list[str]:
     if any(not math.isnan(m.low) for r in results for m in r.measures.values()):
         paired = ", of differences paired by prompt" if len(results) > 1 else ""
         found.append(f"95% intervals over the prompts{paired} (BCa bootstrap), not over seeds of training")
+    precisions = dict.fromkeys(str(r.settings.get("computed_in")) for r in results)
+    if len(precisions) > 1:
+        found.append(f"the models computed in different precisions ({', '.join(precisions)}): --bf16 gives one to all")
     if not all(r.is_binary for r in results):
         found.append(f"the rewards are not only 0 and 1: for pass@k and maj@k a sample is right from {RIGHT_FROM:g} on")
     if any(t.votes is None for r in results for t in r.tallies[:1]):
