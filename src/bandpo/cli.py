@@ -124,8 +124,8 @@ COMMANDS = (
     Command(
         "completion",
         "completion of commands, options and names in bash, zsh and fish",
-        "bandpo.cli:_add_completion_arguments",
-        "bandpo.cli:_print_completion",
+        "bandpo.cli:add_completion_arguments",
+        "bandpo.cli:print_completion",
     ),
 )
 
@@ -183,8 +183,12 @@ def _parser(chosen: Command | None) -> Parser:
     return parser
 
 
-def _add_completion_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `bandpo completion`."""
+def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bandpo completion`.
+
+    Args:
+        parser: Parser of the command.
+    """
     from bandpo._system.completion import SHELLS
 
     parser.description = (
@@ -200,8 +204,12 @@ def _add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _print_completion(options: argparse.Namespace) -> None:
-    """Print the script of a shell, from the parsers of the commands and the table of the options of `bandpo train`."""
+def print_completion(options: argparse.Namespace) -> None:
+    """Print the script of a shell, from the parsers of the commands and the table of the options of `bandpo train`.
+
+    Args:
+        options: The options of the command.
+    """
     from bandpo._system.completion import Completed, completed, script
     from bandpo.train.completion import actions_of_train, known_values
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bandpo._system.options import parsers_below
+
 SHELLS = ("bash", "zsh", "fish")
 """The shells that there are scripts for."""
 
@@ -93,9 +95,8 @@ def _all(actions: Iterable[argparse.Action]) -> Iterable[argparse.Action]:
     """The actions, and those of all parsers below."""
     for action in actions:
         yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for parser in action.choices.values():
-                yield from _all(parser._actions)
+        for parser in parsers_below(action):
+            yield from _all(parser._actions)
 
 
 def _line(text: str | None) -> str:

@@ -2,8 +2,8 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 from bandpo._system.secrets import redact_text
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         unknown = next((a for a in left if a.startswith("-") and a != "-"), None)
         if unknown is not None:
             self.error(f"{self._unknown(unknown.partition('=')[0])} (all of them: {self.prog} --help)")
-        return found, left
+        return cast("argparse.Namespace", found), left
 
     def error(self, message: str) -> NoReturn:
         """End with status 2.
@@ -80,10 +80,21 @@ class Parser(argparse.ArgumentParser):
             return
         names = [str(c) for c in action.choices]
         hint = did_you_mean(str(value), names)
-        if isinstance(action, argparse._SubParsersAction):
+        if parsers_below(action):
             kind = "command" if action.dest == "command" else action.dest
             raise argparse.ArgumentError(None, f"unknown {kind} {value!r}{hint} (all of them: {', '.join(names)})")
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint} (choose from {', '.join(names)})")
+
+
+def parsers_below(action: argparse.Action) -> list[argparse.ArgumentParser]:
+    """The parsers of the commands that an action chooses from; none for an ordinary option.
+
+    Args:
+        action: An action of a parser.
+    """
+    choices: object = action.choices
+    found = list(cast("dict[str, Any]", choices).values()) if isinstance(choices, dict) else []
+    return [parser for parser in found if isinstance(parser, argparse.ArgumentParser)]
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
@@ -119,7 +130,7 @@ def not_one_of(option: str, value: object, known: Iterable[str]) -> str:
     return f"{option}: got {value!r}{f'{hint} Choose' if hint else '; choose'} one of {', '.join(names)}"
 
 
-def put_in_sections(parser: argparse.ArgumentParser, sections: dict[str, Iterable[str]]) -> None:
+def put_in_sections(parser: argparse.ArgumentParser, sections: Mapping[str, Iterable[str]]) -> None:
     """Put options that are declared already into titled sections of the help; the others stay where they are.
 
     Args:

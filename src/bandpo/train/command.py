@@ -231,7 +231,7 @@ def _evaluate_before(job: _Job) -> Evaluation:
 
 
 def _evaluate(job: _Job, when: str) -> Evaluation:
-    count = -(-len(job.held_out) // PartialState().num_processes) * job.run.eval_samples
+    count = -(-len(job.held_out) // cast("int", PartialState().num_processes)) * job.run.eval_samples
     shown = job.progress.stage(f"evaluating the model {when} training", count, "completions")
     with shown as advance, job.method.for_sampling() as model:
         return evaluate(

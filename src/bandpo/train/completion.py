@@ -8,18 +8,8 @@ from bandpo.train.config import CHOICES, MATH, METHODS, PRESETS
 from bandpo.train.options import declared_in, packaged_table
 
 _FILES = (
-    *(
-        "config",
-        "model",
-        "dataset",
-        "eval_dataset",
-        "pairs",
-        "output_dir",
-        "resume_from_checkpoint",
-        "deepspeed",
-        "fsdp_config",
-    ),
-    "paths",
+    *("config", "model", "dataset", "eval_dataset", "pairs", "paths", "output_dir", "resume_from_checkpoint"),
+    *("deepspeed", "fsdp_config"),
 )
 
 
@@ -51,8 +41,7 @@ def actions_of_train() -> list[argparse.Action]:
         for action in declared_in(table, method).parser._actions:
             if action.dest in truths and action.nargs != 0:
                 action.choices = ["true", "false"]
-            action.option_strings = [
-                o for o in action.option_strings if o.startswith("--no_") or "-" not in o[2:]
-            ] or list(action.option_strings)
+            of_files = {o.replace("_", "-") for o in action.option_strings if "_" in o}
+            action.option_strings = [o for o in action.option_strings if o not in of_files]
             found.setdefault(action.option_strings[0], action)
     return list(found.values())

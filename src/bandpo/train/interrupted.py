@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 
@@ -31,7 +31,7 @@ def resumable(folder: Path, given: dict[str, Any], *, own_sigterm: bool = True) 
         yield
     except BaseException as error:
         if PartialState().is_main_process:
-            advise(error, resume_line(folder, given, processes=PartialState().num_processes))
+            advise(error, resume_line(folder, given, processes=cast("int", PartialState().num_processes)))
         raise
     finally:
         if before is not None:
