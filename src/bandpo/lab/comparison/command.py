@@ -16,7 +16,7 @@ from bandpo._system.errors import printable
 from bandpo._system.files import read_checked_json, write_checked_json, write_json
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
-from bandpo.lab.comparison.arguments import unknown
+from bandpo.lab.comparison.choices import unknown
 from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.devices import device_kind, device_title, find_device
 from bandpo.lab.comparison.own import RECORDS, check_unchanged, definitions_of, is_own, objective_of, recorded
