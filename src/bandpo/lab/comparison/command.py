@@ -87,7 +87,8 @@ def compare(options: argparse.Namespace) -> Comparison:
 def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock) -> Comparison:
     progress = Progress()
     where = "" if plan.device == "cpu" else f" ({plan.device})"
-    progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)}{where} -> {folder}")
+    count = len(plan.objectives)
+    progress.say(f"{count} objective{'s' if count > 1 else ''} on {', '.join(plan.tasks)}{where} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
     records = _own_objectives(plan, folder, progress.say)
     write_json(folder / "plan.json", {**describe(plan), **({RECORDS: records} if records else {})})
