@@ -117,20 +117,16 @@ def test_ray_reserves_a_share_of_a_gpu_and_refuses_where_there_is_none():
         ray.shutdown()
 
 
-def folder_of(_):
-    return os.getcwd()
-
-
 def test_work_is_done_in_the_folder_of_the_caller(tmp_path, monkeypatch):
     """So that a module in the current folder is found in every process."""
     monkeypatch.chdir(tmp_path)
-    assert [made for _, made in processes([1], folder_of, 1)] == [str(tmp_path)]
+    assert [made for _, made in processes(["."], os.path.abspath, 1)] == [str(tmp_path)]
     ray = pytest.importorskip("ray")
     monkeypatch.chdir("/")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)  # its workers start in another folder
     try:
         monkeypatch.chdir(tmp_path)
-        assert [made for _, made in ray_cluster([1], folder_of, 1)] == [str(tmp_path)]
+        assert [made for _, made in ray_cluster(["."], os.path.abspath, 1)] == [str(tmp_path)]
     finally:
         ray.shutdown()
 

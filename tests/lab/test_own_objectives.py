@@ -311,7 +311,10 @@ def test_a_changed_definition_is_named(tmp_path):
 
 
 def test_words_have_what_differs_from_the_usual():
-    assert in_words(OBJECTIVES["no-clip"]).startswith("Objective(bounds=Clip(low=1.0, high=None), ")
+    words = in_words(OBJECTIVES["no-clip"])
+    assert words.startswith(
+        "Objective(bounds=Clip(low=1.0, high=inf), aggregation='seq-mean-token-mean', name='no-clip', "
+    )
     assert in_words(Objective(bounds=Clip(0.2))) == "Objective(bounds=Clip(low=0.2, high=0.2))"
     assert "0x" not in in_words(Objective(bounds=Clip(0.2), surrogate=lambda log_ratio, advantages, bounds: log_ratio))
 

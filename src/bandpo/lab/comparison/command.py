@@ -87,10 +87,11 @@ def compare(options: argparse.Namespace) -> Comparison:
 def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock) -> Comparison:
     progress = Progress()
     where = "" if plan.device == "cpu" else f" ({plan.device})"
-    progress.say(f"{len(plan.objectives)} objectives on {', '.join(plan.tasks)}{where} -> {folder}")
+    count = len(plan.objectives)
+    progress.say(f"{count} objective{'s' if count > 1 else ''} on {', '.join(plan.tasks)}{where} -> {folder}")
     study = Study(folder, options.jobs, progress.say, options.backend)
-    own = _own_objectives(plan, folder, progress.say)
-    write_json(folder / "plan.json", {**describe(plan), **own})
+    records = _own_objectives(plan, folder, progress.say)
+    write_json(folder / "plan.json", {**describe(plan), **({RECORDS: records} if records else {})})
     torch.set_num_threads(1)
     objectives = list(dict.fromkeys((*plan.objectives, "no-clip")))
     with clock.part("runs"):
@@ -104,7 +105,7 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
     with clock.part("sweeps"):
         summary["sweeps"] = _sweeps(exact, plan, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
     with clock.part("tables"):
-        summary["about"] = {**_about(study, plan, made), **own}
+        summary["about"] = _about(study, plan, made)
         summary = write_tables(summary, folder)
     report = write_report(folder, summary, clock)
     show(summary, progress)
@@ -129,7 +130,7 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
 
 
 def _own_objectives(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The record of own objectives for plan.json, with those of earlier commands; empty if there are none.
+    """The records of own objectives for plan.json by import path, with those of earlier commands.
 
     Raises:
         ValueError: If an own objective is not what it was when the results of the folder were made.
@@ -143,8 +144,7 @@ def _own_objectives(plan: Plan, folder: Path, say: Callable[[str], None]) -> dic
         say(f"  {line}")
     if others := [printable(name) for name in before if name not in now]:
         say(f"plan.json names {', '.join(others)} too; an own objective is imported only if --objectives names it")
-    known = {**before, **now}
-    return {RECORDS: {name: found._asdict() for name, found in known.items()}} if known else {}
+    return {name: found._asdict() for name, found in {**before, **now}.items()}
 
 
 def _on_bandits(names: Sequence[str], say: Callable[[str], None]) -> list[str]:
@@ -229,6 +229,7 @@ def _sweeps(names: list[str], plan: Plan, folder: Path, workers: int, say: Calla
 
 def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
     seconds = study.core_parts([job for jobs in sets for job in jobs])
+    own = {name: found._asdict() for name, found in definitions_of(plan.objectives).items()}
     return {
         "command": command_line(),
         "bandpo": bandpo.__version__,
@@ -240,4 +241,5 @@ def _about(study: Study, plan: Plan, sets: list[list[Job]]) -> dict[str, Any]:
         "runs": len({job for jobs in sets for job in jobs}),
         "core_minutes": round(sum(seconds.values()) / 60, 1),
         "core_seconds": seconds,
+        **({RECORDS: own} if own else {}),
     }

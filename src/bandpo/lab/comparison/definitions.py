@@ -31,7 +31,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 _IN_WORDS = ("name", "formula", "paper")  # fields of an objective that change no number
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_LONGEST = 600  # characters of an objective in words
+_LONGEST = 600  # characters
 _OF_A_CLASS = re.compile(r"__(?!(call|init|getattr|post_init|new|getitem)__)\w+__|_abc_impl")  # made by Python
 
 

@@ -74,7 +74,7 @@ def definition_of(name: str) -> Definition:
     """The definition of an own objective, as it was when this process first asked for it.
 
     Args:
-        name: Its import path.
+        name: The import path, "package.module:NAME".
     """
     objective = objective_of(name)
     return Definition(in_words(objective), fingerprint(objective, name), PYTHON)
@@ -141,7 +141,7 @@ def check_unchanged(names: Iterable[str], before: Mapping[str, Definition], fold
         if then.words == now.words:
             how = "the code that it runs is another one"
             if then.python != now.python:
-                how = f"it was compiled by Python {then.python}, and is by Python {now.python}, so that nobody can tell"
+                how = f"it was compiled by Python {then.python}, and is by Python {now.python} now, whose code differs"
         raise ValueError(
             f"objectives: {name} is not the objective that the results in {folder} were made with: {how}. Choose another "
             "--output, or put the definition back"
