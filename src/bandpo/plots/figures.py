@@ -91,15 +91,17 @@ class Interval(NamedTuple):
 
 
 def drawn_interval(bounds: Bounds) -> Interval | None:
-    """The interval of bounds, as `plot_bounds` draws it; None if they depend on more than p.
+    """The interval of bounds, as `plot_bounds` draws it; None if they depend on more than p, or an end is NaN.
 
     Args:
         bounds: The bounds.
     """
     if inputs_of(bounds):
         return None
-    ends = (end.clamp(*_DRAWN_RATIOS).expand(Interval.POINTS).tolist() for end in bounds(_probabilities()[1]))
-    return Interval(*([float(f"{x:.6g}") for x in end] for end in ends))
+    lower, upper = (end.clamp(*_DRAWN_RATIOS).expand(Interval.POINTS) for end in bounds(_probabilities()[1]))
+    if bool((lower + upper).isnan().any()):
+        return None
+    return Interval(*([float(f"{x:.6g}") for x in end.tolist()] for end in (lower, upper)))
 
 
 def plot_bounds(
