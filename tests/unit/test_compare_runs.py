@@ -86,7 +86,7 @@ def test_a_reader_is_told_why_scores_cannot_be_compared(changed, said, tmp_path,
     assert compared(tmp_path, a, b) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert said in out
-    assert said in " ".join((tmp_path / "out" / "report.html").read_text().split())
+    assert said in " ".join((tmp_path / "out" / "report.html").read_text().split()).lower()
 
 
 def test_options_that_a_method_does_not_have_are_no_difference_of_data(tmp_path):

@@ -178,7 +178,7 @@ def _figures(
     found: dict[str, dict[str, Any]] = {"": {"The runs": legend([printable(g.label) for g in groups])}}
     for unit, what in _UNITS.items():
         # A group of the other unit keeps its place, and so its colour.
-        own = {g.label: curves[g.label] if g.records[0].unit == unit else [] for g in groups}
+        own = {g.label: curves[g.label] if g.records[0].unit == unit else () for g in groups}
         found[f"Curves over {what}s"] = compared_panels(own, what)
     found["Who is clipped"] = compared_clips(curves)
     drawn: dict[str, dict[str, str]] = {}

@@ -341,7 +341,9 @@ def resumes(folder: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         changed: object = row.get("changed")
         pairs = list(cast("dict[str, Any]", changed).values()) if isinstance(changed, dict) else [None]
-        if not isinstance(row.get("step"), int | None) or not all(isinstance(x, list) and len(x) == 2 for x in pairs):
+        if not isinstance(row.get("step"), int | None) or not all(
+            isinstance(x, list) and len(cast("list[Any]", x)) == 2 for x in pairs
+        ):
             raise ValueError(f"{path}, line {number}: a row has a step, and what was changed from what to what")
     return rows
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from bandpo.train.record import Record, Scores
 
@@ -179,7 +179,7 @@ def _flat(record: Record) -> dict[str, str]:
     """The settings of a run and its machine, by name."""
     found = {str(name): text_of(value) for name, value in record.resolved.items() if name not in ("output_dir",)}
     versions: Any = record.environment.get("versions")
-    packages: dict[str, Any] = versions if isinstance(versions, dict) else {}
+    packages = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {}
     more = {f"version of {name}": text_of(value) for name, value in packages.items()}
     return (
         found
