@@ -208,7 +208,8 @@ def test_a_drawn_interval_is_that_of_the_bounds():
         plot_bounds(ends, "x").axes[0].lines[:2], plot_bounds(bounds, "x").axes[0].lines[:2], strict=True
     ):
         assert kept.get_ydata() == pytest.approx(own.get_ydata(), rel=1e-5)
-    assert drawn_interval(OBJECTIVES["bapo"].bounds) is None or True
+    assert drawn_interval(lambda logp: (logp * float("nan"), logp.exp())) is None
+    assert drawn_interval(lambda logp: (logp - logp, logp.exp() + float("inf"))).upper == [1e6] * 1000
 
 
 def test_parts_of_a_report_are_read_as_they_were_written(tmp_path):
@@ -217,6 +218,8 @@ def test_parts_of_a_report_are_read_as_they_were_written(tmp_path):
     parts.write(tmp_path)
     assert Parts.read(tmp_path) == parts
     assert Parts.read(tmp_path / "nowhere") is None
+    Parts("t", tokens={"p": [0.5, 0.5], "ratio": [float("inf"), 1.0], "clipped": [1.0, 0.0]}).write(tmp_path)
+    assert Parts.read(tmp_path).tokens == {"p": [0.5], "ratio": [1.0], "clipped": [0.0]}  # a run that diverged
 
 
 def test_figures_follow_light_and_dark(tmp_path):
@@ -229,6 +232,12 @@ def test_figures_follow_light_and_dark(tmp_path):
             and "fill: #ffffff" not in text
             and "stroke: #000000" not in text
         )
+
+
+def test_a_name_is_no_mathematics_of_a_figure(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    Parts("t", finished=True, name="$\\frac{$ \x1b[2J").write(folder)
+    assert main(["report", str(folder)]) == 0
 
 
 def test_settings_have_those_of_the_user_first(tmp_path):

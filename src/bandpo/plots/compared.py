@@ -5,7 +5,6 @@ from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -52,7 +51,7 @@ def compared_panels(groups: Groups, unit: str) -> dict[str, Figure]:
         if not any(curves.curve(name).count for runs in groups.values() for curves in runs):
             continue
         with mpl.rc_context(STYLE):
-            figures[title] = figure = plt.figure(figsize=(4.2, 3.1), layout="constrained")
+            figures[title] = figure = Figure(figsize=(4.2, 3.1), layout="constrained")
             axes = figure.subplots()
             for runs, (colour, line) in zip(groups.values(), _looks(), strict=False):
                 _draw_group(axes, [curves.curve(name).points() for curves in runs], colour, line)
@@ -74,7 +73,7 @@ def compared_clips(groups: Groups) -> dict[str, Figure]:
         if not any(curves.by_probability for runs in groups.values() for curves in runs):
             continue
         with mpl.rc_context(STYLE):
-            figures[title] = figure = plt.figure(figsize=(5.0, 3.4), layout="constrained")
+            figures[title] = figure = Figure(figsize=(5.0, 3.4), layout="constrained")
             axes = figure.subplots()
             for runs, (colour, line) in zip(groups.values(), _looks(), strict=False):
                 known = [curves for curves in runs if curves.by_probability]
@@ -93,7 +92,7 @@ def legend(labels: Sequence[str]) -> Figure:
         labels: The labels of the groups, in their order.
     """
     with mpl.rc_context(STYLE):
-        figure = plt.figure(figsize=(4.2, 0.15 + 0.24 * len(labels)))
+        figure = Figure(figsize=(4.2, 0.15 + 0.24 * len(labels)))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5))
         axes.axis("off")

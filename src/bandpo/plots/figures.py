@@ -13,6 +13,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bandpo._inputs import inputs_of
 from bandpo.bounds import DCPO, Bounds, Clip
@@ -91,15 +92,17 @@ class Interval(NamedTuple):
 
 
 def drawn_interval(bounds: Bounds) -> Interval | None:
-    """The interval of bounds, as `plot_bounds` draws it; None if they depend on more than p.
+    """The interval of bounds, as `plot_bounds` draws it; None if they depend on more than p, or an end is NaN.
 
     Args:
         bounds: The bounds.
     """
     if inputs_of(bounds):
         return None
-    ends = (end.clamp(*_DRAWN_RATIOS).expand(Interval.POINTS).tolist() for end in bounds(_probabilities()[1]))
-    return Interval(*([float(f"{x:.6g}") for x in end] for end in ends))
+    lower, upper = (end.clamp(*_DRAWN_RATIOS).expand(Interval.POINTS) for end in bounds(_probabilities()[1]))
+    if bool((lower + upper).isnan().any()):
+        return None
+    return Interval(*([float(f"{x:.6g}") for x in cast("list[float]", end.tolist())] for end in (lower, upper)))
 
 
 def plot_bounds(
@@ -300,7 +303,7 @@ def _one_by_one(log: Curves, panels: Sequence[_Panel], unit: str) -> dict[str, F
         if not any(log.curve(key).count for key, _, _ in panel.series):
             continue
         with mpl.rc_context(STYLE):
-            figures[panel.title] = figure = plt.figure(figsize=(4.2, 3.1), layout="constrained")
+            figures[panel.title] = figure = Figure(figsize=(4.2, 3.1), layout="constrained")
             _draw_panel(figure.subplots(), log, panel, unit)
     return figures
 
@@ -311,7 +314,7 @@ def _draw_panel(axes: Axes, log: Curves, panel: _Panel, unit: str) -> None:
         axes.plot(x, y, color=colour, lw=1.6, label=label, marker="o" if len(x) == 1 else None)
     axes.set(ylabel=panel.unit, title=panel.title, xlabel=unit)
     if unit == "round":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     if len(panel.series) > 1:

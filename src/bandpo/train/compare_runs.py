@@ -1,6 +1,7 @@
 """`bandpo compare RUN RUN ...`: runs of `bandpo train` against each other, in one report."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bandpo._system.about import about
@@ -18,7 +20,7 @@ from bandpo._system.pages import save_svg, template
 from bandpo.metrics import PROB_BINS
 from bandpo.plots.compared import COMPARED, clip_shares, compared_clips, compared_panels, legend, thinned
 from bandpo.plots.curves import Curves
-from bandpo.statistics import number
+from bandpo.statistics import Interval, number
 from bandpo.train.record import Record, Scores, read_record, resume_lines
 from bandpo.train.run_groups import OTHER_METHOD, Group, differing, grouped, warnings
 from bandpo.train.run_scores import Measured, measures
@@ -173,10 +175,10 @@ def _figures(
     groups: Sequence[Group], curves: Mapping[str, Sequence[Curves]], output: Path
 ) -> dict[str, dict[str, str]]:
     """The figures as SVG by headings and titles; runs in steps and runs in rounds have axes of their own."""
-    found: dict[str, dict[str, Any]] = {"": {"The runs": legend([g.label for g in groups])}}
+    found: dict[str, dict[str, Any]] = {"": {"The runs": legend([printable(g.label) for g in groups])}}
     for unit, what in _UNITS.items():
         # A group of the other unit keeps its place, and so its colour.
-        own = {g.label: curves[g.label] if g.records[0].unit == unit else [] for g in groups}
+        own = {g.label: curves[g.label] if g.records[0].unit == unit else () for g in groups}
         found[f"Curves over {what}s"] = compared_panels(own, what)
     found["Who is clipped"] = compared_clips(curves)
     drawn: dict[str, dict[str, str]] = {}
@@ -196,12 +198,12 @@ def _print(groups: Sequence[Group], results: Mapping[str, Mapping[str, Measured]
     for name, found in results.items():
         table = Table(box=box.SIMPLE, title=f"{name} on held-out prompts", padding=(0, 1, 0, 0))
         table.add_column("runs", overflow="fold", ratio=1)
-        for column in ("seeds", "before", "after", "change", f"against {_short(groups[0].label)}"):
+        for column in ("seeds", "before", "after", "change", f"against {escape(_short(groups[0].label))}"):
             table.add_column(column, justify="right", overflow="fold")
         for group in groups:
             row = found[group.label]
             values = (number(row.before.value), number(row.after.value), _change(row.change), _change(row.difference))
-            table.add_row(printable(group.label), str(len(group.records)), *values)
+            table.add_row(escape(printable(group.label)), str(len(group.records)), *values)
         console.print(table)
         console.print(f"intervals at 95%: {_over(found)}", markup=False, highlight=False)
 
@@ -210,9 +212,11 @@ def _short(label: str) -> str:
     return printable(label if len(label) <= 14 else f"{label[:13]}…")
 
 
-def _change(found: Any) -> str:
+def _change(found: Interval | None) -> str:
     if found is None:
         return ""
+    if math.isnan(found.low):  # not known, or of two seeds
+        return number(found.value, "+.3f")
     return f"{number(found.value, '+.3f')} [{number(found.low, '+.3f')}, {number(found.high, '+.3f')}]"
 
 

@@ -58,12 +58,13 @@ class Parts:
     name: str = ""
 
     def write(self, folder: Path) -> None:
-        """Write the file of a run.
+        """Write the file of a run. Tokens whose ratio is NaN or infinite, as in a run that diverged, are left out.
 
         Args:
             folder: Folder of the run.
         """
-        tokens = {name: [float(f"{x:.5g}") for x in values] for name, values in self.tokens.items()}
+        kept = [row for row in zip(*self.tokens.values(), strict=True) if all(map(math.isfinite, row))]
+        tokens = {name: [float(f"{row[i]:.5g}") for row in kept] for i, name in enumerate(self.tokens)}
         band = None if self.band is None else self.band._asdict()
         write_json(folder / PARTS, {**vars(self), "band": band, "tokens": tokens}, indent=None)
 
@@ -340,7 +341,9 @@ def resumes(folder: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         changed: object = row.get("changed")
         pairs = list(cast("dict[str, Any]", changed).values()) if isinstance(changed, dict) else [None]
-        if not isinstance(row.get("step"), int | None) or not all(isinstance(x, list) and len(x) == 2 for x in pairs):
+        if not isinstance(row.get("step"), int | None) or not all(
+            isinstance(x, list) and len(cast("list[Any]", x)) == 2 for x in pairs
+        ):
             raise ValueError(f"{path}, line {number}: a row has a step, and what was changed from what to what")
     return rows
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -164,15 +164,16 @@ def _settings(path: Path) -> dict[str, Any]:
 def _environment(path: Path) -> dict[str, Any]:
     """The parts of env.json: the lines at the top, a table, and the table of versions."""
     found: dict[str, Any] = redact(read_object(path)) if path.exists() else {}
-    versions = found.pop("versions", {})
-    top = [found.get("command"), f"bandpo {versions['bandpo']}" if _holds(versions, "bandpo") else None]
+    versions: Any = found.pop("versions", {})
+    named = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {"versions": versions}
+    top = [found.get("command"), f"bandpo {named['bandpo']}" if "bandpo" in named else None]
     seconds, device = found.get("seconds"), found.get("device")
     if isinstance(seconds, int | float) and math.isfinite(seconds):
         top.append(f"{seconds:.0f} s on {device}")
     return {
         "line": " · ".join(str(part) for part in top if part),
         "table": _table(found),
-        "versions": _table(versions if isinstance(versions, dict) else {"versions": versions}),
+        "versions": _table(named),
     }
 
 

@@ -95,7 +95,8 @@ def figures_of(record: Record, curves: Curves) -> dict[str, Figure | Mapping[str
         region["Who is clipped"] = plot_clip_by_probability(curves, width=_WIDTH)
     if (parts := record.parts) is not None:
         drawn = "The interval, with tokens of this run" if parts.tokens.get("p") else "The interval"
-        region[drawn] = plot_bounds(parts.band, parts.name, tokens=parts.tokens or None, width=_WIDTH)
+        label = printable(parts.name).replace("$", r"\$")  # no mathematics of matplotlib
+        region[drawn] = plot_bounds(parts.band, label, tokens=parts.tokens or None, width=_WIDTH)
     for title, figure in region.items():
         figure.axes[0].set_title(title)
     return found | ({"The trust region": region} if region else {})

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from bandpo.train.record import Record, Scores
 
@@ -108,7 +108,9 @@ def grouped(records: Sequence[Record]) -> list[Group]:
 
 
 def differing(groups: Sequence[Group]) -> list[Setting]:
-    """The settings that differ between the groups, with defaults, and what differs of the machine; the most important first.
+    """The settings that differ between the groups, with defaults, and what differs of the machine.
+
+    The most important come first, and of a kind those that a user has set.
 
     Args:
         groups: The groups.
@@ -122,7 +124,8 @@ def differing(groups: Sequence[Group]) -> list[Setting]:
             kind = OTHER_METHOD if _ABSENT in values.values() and _kind(name) != "machine" else _kind(name)
             found.append(Setting(name, kind, values))
     order = [*KINDS, "training", "seed", "machine", "no effect", OTHER_METHOD]
-    return sorted(found, key=lambda s: order.index(s.kind))
+    given = {str(name) for g in groups for record in g.records for name in record.given}
+    return sorted(found, key=lambda s: (order.index(s.kind), s.name not in given))
 
 
 def warnings(
@@ -179,7 +182,7 @@ def _flat(record: Record) -> dict[str, str]:
     """The settings of a run and its machine, by name."""
     found = {str(name): text_of(value) for name, value in record.resolved.items() if name not in ("output_dir",)}
     versions: Any = record.environment.get("versions")
-    packages: dict[str, Any] = versions if isinstance(versions, dict) else {}
+    packages = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {}
     more = {f"version of {name}": text_of(value) for name, value in packages.items()}
     return (
         found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bandpo.statistics import Difference, Interval, interval, paired
+from bandpo.statistics import Difference, Interval, interval, paired, t_half_width
 from bandpo.train.record import Scores
 
 Evaluations = Mapping[str, Scores]
@@ -51,9 +51,9 @@ def measures(
 ) -> dict[str, dict[str, Measured]]:
     """mean@k and pass@k of each group; pass@k only where all runs have the same k, which is above 1.
 
-    For one run the intervals are over its prompts, for several they are over the runs, and have no ends for two. A difference
-    is paired over the prompts that both groups have, each with its mean over the runs of a group; with three or more common
-    seeds it is paired over those instead.
+    For one run the intervals are over its prompts (BCa bootstrap), for several they are over the runs (Student's t, since a
+    bootstrap of a few values is too narrow). A difference is paired over the prompts that both groups have, each with its mean
+    over the runs of a group; with three or more common seeds it is paired over those instead.
 
     Args:
         groups: The evaluations of the runs of each group, by its label.
@@ -84,10 +84,14 @@ def _measured(
         if chosen is not None:
             pairs[label], over[label] = chosen
     differences: dict[str, Difference] = paired(pairs)
+    means = {label: found.mean for label, found in differences.items()}
+    for label, chosen in over.items():
+        if chosen.endswith("seeds"):
+            means[label] = _over_seeds(np.subtract(*pairs[label]).tolist())
     return {
         label: Measured(
             *own[label],
-            difference=differences[label].mean if label in differences else None if label == labels[0] else _UNKNOWN,
+            difference=means.get(label, None if label == labels[0] else _UNKNOWN),
             paired=over.get(label, ""),
             p_holm=differences[label].p_holm if label in differences else None,
         )
@@ -107,7 +111,7 @@ def _own(runs: Sequence[Evaluations], of: Any) -> tuple[Interval, Interval, Inte
         stage: [_mean(of(run[stage])) if stage in run else np.nan for run in runs] for stage in ("before", "after")
     }
     change = np.subtract(means["after"], means["before"]).tolist()
-    before, after, changed = (_over_values(x) for x in (means["before"], means["after"], change))
+    before, after, changed = (_over_seeds(x) for x in (means["before"], means["after"], change))
     return before, after, changed, f"{len(runs)} seeds"
 
 
@@ -152,6 +156,15 @@ def _by_prompt(runs: Sequence[Evaluations], stage: str, of: Any) -> dict[str, fl
 def _mean(values: NDArray[np.float64]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def _over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of some runs with its t-interval; NaN if a run has no value."""
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2 or not np.isfinite(x).all():
+        return Interval(float(x.mean()), math.nan, math.nan)
+    mean, half = float(x.mean()), float(t_half_width(x))
+    return Interval(mean, mean - half, mean + half)
 
 
 def _over_values(values: Sequence[float]) -> Interval:
