@@ -148,7 +148,7 @@ def test_mistakes_of_different_parts_are_named_together(tmp_path, capsys):
     [
         (["--dataset", "none.jsonl"], "dataset 'none.jsonl': no such file"),
         (["--answer_column", "result"], "has no column 'result'; set answer_column to one of prompt, answer"),
-        (["--model", "./modl"], "model './modl': there is no such folder or file"),
+        (["--model", "./modl"], "there is no such folder"),
         (["--model", "a b"], "it is no name of the Hub, which is ORGANISATION/NAME"),
         (["--dataset", "a/b/c"], "dataset 'a/b/c': there is no such folder or file"),
         (["--eval_prompts", "40"], "holding out 40 leaves none to train on"),

@@ -513,8 +513,8 @@ def _memory(run: RunConfig, args: Any, model: _Model, longest: int | None, machi
         parts = memory.estimate(shape, _load(run, args, model, longest))
         told = ", ".join(f"{name} {memory.size(number)}" for name, number in parts.items() if name != "peak")
         said = (
-            f"memory: about {memory.size(parts['peak'])} at the peak of each process, without the libraries (an estimate, "
-            f"wrong by up to {memory.ERROR:g} times: {told})"
+            f"memory: about {memory.size(parts['peak'])} at the peak of each process, without the libraries (an estimate, see "
+            f"docs/train.md: {told})"
         )
         available = memory.memory_of(machine, use_cpu=args.use_cpu)
         if available is not None:
