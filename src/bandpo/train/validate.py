@@ -74,7 +74,7 @@ class Report:
         """Print a finding.
 
         Args:
-            text: The finding; further lines of it are indented.
+            text: The finding; its further lines are indented.
             level: Its level.
         """
         self.problems += level == "problem"
@@ -317,7 +317,7 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
     text = config.get_text_config()
     kind = next(iter(config.architectures or []), None) or config.model_type
     size = sum(p.numel() for p in model.skeleton.parameters())
-    trained = "an adapter of it is trained" if run.lora_rank else "all of them are trained"
+    trained = "an adapter is trained" if run.lora_rank else "all of them are trained"
     window = "no limit" if model.window is None else f"{model.window} tokens"
     report.say(f"model: {run.model}, {kind}, {millions(size)} parameters; {trained}; window: {window}", "ok")
     if Path(place).is_dir() and not any(any(Path(place).glob(pattern)) for pattern in _WEIGHTS):
