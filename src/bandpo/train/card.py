@@ -44,8 +44,8 @@ class Base(NamedTuple):
     Args:
         name: The name that the user gave; None for bandpo's small model.
         loaded: Folder or Hub name that transformers loads.
-        hub: Its name on the Hub; None where it has none that is known.
-        licence: Its licence as its card or configuration states it; None where they do not.
+        hub: The name on the Hub; None where no such name is known.
+        licence: The licence that the card or the configuration of the model states; None where they state none.
     """
 
     name: str | None

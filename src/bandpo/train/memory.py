@@ -71,7 +71,7 @@ def shape_of(model: torch.nn.Module, config: Any, *, lora_rank: int = 0) -> Shap
 
     Args:
         model: The model.
-        config: Its configuration.
+        config: Configuration of the model.
         lora_rank: Rank of the adapters that are trained; 0 where all weights are.
     """
     text = config.get_text_config()

@@ -75,7 +75,7 @@ class Report:
 
         Args:
             text: The finding; its further lines are indented.
-            level: Its level.
+            level: Level of the finding.
         """
         self.problems += level == "problem"
         first, *others = text.splitlines() or [""]
