@@ -116,7 +116,7 @@ def finish_card(facts: Facts) -> None:
     if facts.base.hub is not None:
         data.base_model = facts.base.hub
         tags.append(f"base_model:adapter:{facts.base.hub}")
-    data.tags = sorted({*tags, *_metadata(facts).tags})
+    data.tags = sorted({*tags, *(_metadata(facts).tags or [])})
     write_text(path, redact_text(str(card)))
 
 
@@ -299,8 +299,9 @@ def _options(objective: Objective | PairObjective) -> dict[str, Any]:
 def _shown(part: object) -> str:
     """A part of an objective in its short form, without addresses in memory."""
     if isinstance(part, partial):
-        options = ", ".join(f"{name}={value}" for name, value in part.keywords.items())
-        return f"{_shown(cast('object', part.func))}({options})"
+        given = cast("partial[Any]", part)
+        options = ", ".join(f"{name}={value}" for name, value in given.keywords.items())
+        return f"{_shown(given.func)}({options})"
     if callable(part) and hasattr(part, "__name__"):
         return str(cast("Any", part).__name__)
     text = re.sub(r"divergence=FDivergence\(name='(\w+)'\)", r"\1", repr(part)).replace(", relax=None", "")

@@ -342,7 +342,7 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
 
 def _end_tokens(place: str, config: Any, tokenizer: Any) -> list[int]:
     try:
-        ends = cast("Any", GenerationConfig.from_pretrained(place)).eos_token_id
+        ends = cast("Any", GenerationConfig).from_pretrained(place).eos_token_id
     except (OSError, ValueError):  # there is none, and transformers makes one of the model's configuration
         ends = getattr(config.get_text_config(), "eos_token_id", None)
     found = ends if isinstance(ends, list) else [ends]
@@ -471,7 +471,9 @@ def _rendered(prompt: Any, tokenizer: Any, options: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "".join(str(part["content"]) for part in value) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    return "".join(str(part["content"]) for part in cast("list[dict[str, Any]]", value))
 
 
 def _column(rows: Dataset, name: str) -> list[Any]:
