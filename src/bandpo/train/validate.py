@@ -337,7 +337,7 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
             "the tokenizer and the generation config have no end token: every completion has the full length", "warning"
         )
     if tokenizer.pad_token_id is None:
-        report.say("the tokenizer has no padding token: the end token is used")
+        report.say("the tokenizer has no token for padding, and the one for the end is used")
 
 
 def _end_tokens(place: str, config: Any, tokenizer: Any) -> list[int]:
