@@ -210,8 +210,9 @@ def _check(parsed: Parsed, machine: Machine, report: Report, examine: Examine | 
     prompts, held_out = _data(run, args, model, report)
     _rewards(run, prompts, model, report)
     longest = None
-    if model is not None and prompts is not None and held_out is not None:
+    if model is not None and prompts is not None:
         longest = _lengths(run, args, prompts, model, report)
+    if prompts is not None and held_out is not None:
         counts = len(prompts), len(held_out)
         for mistake in plan_mistakes(run, args, *counts):
             report.wrong(mistake)
@@ -334,7 +335,8 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
     ends = _end_tokens(place, config, tokenizer)
     if not ends:
         report.say(
-            "the tokenizer and the generation config have no end token: every completion has the full length", "warning"
+            "neither the tokenizer nor the model has an end token, so that every completion has the full length",
+            "warning",
         )
     if tokenizer.pad_token_id is None:
         report.say("the tokenizer has no token for padding, and the one for the end is used")
@@ -374,7 +376,7 @@ def _data(
     lenient = dataclasses.replace(run, bad_rows="skip")
     tokenizer, window = (None, None) if model is None else (model.tokenizer, model.window)
     with report.attempt():
-        stand_in = tokenizer or SimpleNamespace(chat_template=None)
+        stand_in = tokenizer or SimpleNamespace(chat_template=None if run.shots is None else "not known")
         completion = args.max_completion_length or DEFAULT_LENGTH
         prompts, held_out = run_prompts(lenient, stand_in, window, completion=completion, seed=args.seed, say=say)
         if run.pairs is not None:
