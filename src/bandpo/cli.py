@@ -228,7 +228,11 @@ def print_completion(options: argparse.Namespace) -> None:
 
 def _later(path: str) -> Callable[..., object]:
     """A function that imports another one when it is called."""
-    return lambda *arguments, **options: cast("Callable[..., object]", _load(path))(*arguments, **options)
+
+    def call(*arguments: object, **options: object) -> object:
+        return cast("Callable[..., object]", _load(path))(*arguments, **options)
+
+    return call
 
 
 def _load(path: str) -> Callable[[Any], object]:

@@ -45,8 +45,8 @@ class Base(NamedTuple):
     Args:
         name: The name that the user gave; None for bandpo's small model.
         loaded: Folder or Hub name that transformers loads.
-        hub: Its name on the Hub; None where it has none that is known.
-        licence: Its licence as its card or configuration states it; None where they do not.
+        hub: The name on the Hub; None where no such name is known.
+        licence: The licence that the card or the configuration of the model states; None where they state none.
     """
 
     name: str | None
@@ -117,7 +117,7 @@ def finish_card(facts: Facts) -> None:
     if facts.base.hub is not None:
         data.base_model = facts.base.hub
         tags.append(f"base_model:adapter:{facts.base.hub}")
-    data.tags = sorted({*tags, *_metadata(facts).tags})
+    data.tags = sorted({*tags, *(_metadata(facts).tags or [])})
     write_text(path, redact_text(str(card)))
 
 
@@ -300,8 +300,9 @@ def _options(objective: Objective | PairObjective) -> dict[str, Any]:
 def _shown(part: object) -> str:
     """A part of an objective in its short form, without addresses in memory."""
     if isinstance(part, partial):
-        options = ", ".join(f"{name}={value}" for name, value in part.keywords.items())
-        return f"{_shown(cast('object', part.func))}({options})"
+        given = cast("partial[Any]", part)
+        options = ", ".join(f"{name}={value}" for name, value in given.keywords.items())
+        return f"{_shown(given.func)}({options})"
     if callable(part) and hasattr(part, "__name__"):
         return str(cast("Any", part).__name__)
     text = re.sub(r"divergence=FDivergence\(name='(\w+)'\)", r"\1", repr(part)).replace(", relax=None", "")

@@ -18,8 +18,6 @@ _PER_WIDTH, _PER_INNER, _PER_HEAD = 10, 4, 3
 """Numbers that the backward pass of one layer keeps for a token, in multiples of the width (inputs of norms and of products,
 residuals), of the inner width (gate, up, their product) and of the width of queries, keys and values."""
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
-ERROR = 1.5
-"""The largest factor between estimate and measurement in the runs that docs/train.md names."""
 
 
 class Shape(NamedTuple):
@@ -73,7 +71,7 @@ def shape_of(model: torch.nn.Module, config: Any, *, lora_rank: int = 0) -> Shap
 
     Args:
         model: The model.
-        config: Its configuration.
+        config: Configuration of the model.
         lora_rank: Rank of the adapters that are trained; 0 where all weights are.
     """
     text = config.get_text_config()

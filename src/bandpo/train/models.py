@@ -40,7 +40,7 @@ def loadable(name: str, say: Callable[[str], object]) -> str:
 
 
 def unmade(name: str) -> str | None:
-    """What `loadable` would have to fetch or make for the name of a model, in words; None where nothing is missing.
+    """A description of what `loadable` would have to fetch or make for the name of a model; None where nothing is missing.
 
     Args:
         name: Hub name or folder of a causal LM, GGUF file, or `wheel:NAME`.

@@ -28,7 +28,7 @@ def plan_mistakes(run: RunConfig, args: Any, training: int, held_out: int) -> li
 
 
 def plan_lines(run: RunConfig, args: Any, training: int, held_out: int) -> list[str]:
-    """What a run does with its data, in words.
+    """Lines about what a run does with its data.
 
     Args:
         run: bandpo's part of the configuration.

@@ -74,8 +74,8 @@ class Report:
         """Print a finding.
 
         Args:
-            text: The finding; further lines of it are indented.
-            level: Its level.
+            text: The finding; its further lines are indented.
+            level: Level of the finding.
         """
         self.problems += level == "problem"
         first, *others = text.splitlines() or [""]
@@ -210,8 +210,9 @@ def _check(parsed: Parsed, machine: Machine, report: Report, examine: Examine | 
     prompts, held_out = _data(run, args, model, report)
     _rewards(run, prompts, model, report)
     longest = None
-    if model is not None and prompts is not None and held_out is not None:
+    if model is not None and prompts is not None:
         longest = _lengths(run, args, prompts, model, report)
+    if prompts is not None and held_out is not None:
         counts = len(prompts), len(held_out)
         for mistake in plan_mistakes(run, args, *counts):
             report.wrong(mistake)
@@ -317,7 +318,7 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
     text = config.get_text_config()
     kind = next(iter(config.architectures or []), None) or config.model_type
     size = sum(p.numel() for p in model.skeleton.parameters())
-    trained = "an adapter of it is trained" if run.lora_rank else "all of them are trained"
+    trained = "an adapter is trained" if run.lora_rank else "all of them are trained"
     window = "no limit" if model.window is None else f"{model.window} tokens"
     report.say(f"model: {run.model}, {kind}, {millions(size)} parameters; {trained}; window: {window}", "ok")
     if Path(place).is_dir() and not any(any(Path(place).glob(pattern)) for pattern in _WEIGHTS):
@@ -334,15 +335,16 @@ def _describe(run: RunConfig, place: str, model: _Model, report: Report) -> None
     ends = _end_tokens(place, config, tokenizer)
     if not ends:
         report.say(
-            "the tokenizer and the generation config have no end token: every completion has the full length", "warning"
+            "neither the tokenizer nor the model has an end token, so that every completion has the full length",
+            "warning",
         )
     if tokenizer.pad_token_id is None:
-        report.say("the tokenizer has no padding token: the end token is used")
+        report.say("the tokenizer has no token for padding, and the one for the end is used")
 
 
 def _end_tokens(place: str, config: Any, tokenizer: Any) -> list[int]:
     try:
-        ends = cast("Any", GenerationConfig.from_pretrained(place)).eos_token_id
+        ends = cast("Any", GenerationConfig).from_pretrained(place).eos_token_id
     except (OSError, ValueError):  # there is none, and transformers makes one of the model's configuration
         ends = getattr(config.get_text_config(), "eos_token_id", None)
     found = ends if isinstance(ends, list) else [ends]
@@ -374,7 +376,7 @@ def _data(
     lenient = dataclasses.replace(run, bad_rows="skip")
     tokenizer, window = (None, None) if model is None else (model.tokenizer, model.window)
     with report.attempt():
-        stand_in = tokenizer or SimpleNamespace(chat_template=None)
+        stand_in = tokenizer or SimpleNamespace(chat_template=None if run.shots is None else "not known")
         completion = args.max_completion_length or DEFAULT_LENGTH
         prompts, held_out = run_prompts(lenient, stand_in, window, completion=completion, seed=args.seed, say=say)
         if run.pairs is not None:
@@ -471,7 +473,9 @@ def _rendered(prompt: Any, tokenizer: Any, options: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "".join(str(part["content"]) for part in value) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    return "".join(str(part["content"]) for part in cast("list[dict[str, Any]]", value))
 
 
 def _column(rows: Dataset, name: str) -> list[Any]:
@@ -513,8 +517,8 @@ def _memory(run: RunConfig, args: Any, model: _Model, longest: int | None, machi
         parts = memory.estimate(shape, _load(run, args, model, longest))
         told = ", ".join(f"{name} {memory.size(number)}" for name, number in parts.items() if name != "peak")
         said = (
-            f"memory: about {memory.size(parts['peak'])} at the peak of each process, without the libraries (an estimate, "
-            f"wrong by up to {memory.ERROR:g} times: {told})"
+            f"memory: about {memory.size(parts['peak'])} at the peak of each process, without the libraries (an estimate, see "
+            f"docs/train.md: {told})"
         )
         available = memory.memory_of(machine, use_cpu=args.use_cpu)
         if available is not None:
