@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_preference(
         topics.add_parser("preference", help="preference learning: links, coverage, distillation, designs, re-ranking")
     )
-    _add_forks(topics.add_parser("forks", help="the two halves of the band on a policy with a language model's token profile"))
+    _add_forks(
+        topics.add_parser("forks", help="the two halves of the band on a policy with a language model's token profile")
+    )
     _add_selection(topics.add_parser("selection", help="pruning and packing on the main job: reward, tokens, seconds"))
 
 

@@ -74,7 +74,10 @@ class Fork:
     def start(self) -> Tensor:
         """The initial logits, `(places, options)`, float64."""
         bad = torch.arange(1, self.options - self.good, dtype=torch.float64) ** (0.0 if self.even else -1.0)
-        first = [torch.tensor([self.common] + [self.rare] * self.good, dtype=torch.float64), bad / bad.sum() * self.rest]
+        first = [
+            torch.tensor([self.common] + [self.rare] * self.good, dtype=torch.float64),
+            bad / bad.sum() * self.rest,
+        ]
         other = torch.full((self.options,), (1 - self.certainty) / (self.options - 1), dtype=torch.float64)
         other[0] = self.certainty
         return torch.stack([torch.cat(first), *[other] * self.certain]).log()

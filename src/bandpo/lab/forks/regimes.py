@@ -43,9 +43,7 @@ def aligned(objective: Objective, name: str) -> Objective:
         objective: Whose bounds and surrogate are kept.
         name: The name of the arm.
     """
-    return replace(
-        objective, name=name, aggregation="seq-mean-token-mean", advantage="std", anchor="old", kl_coef=0.0
-    )
+    return replace(objective, name=name, aggregation="seq-mean-token-mean", advantage="std", anchor="old", kl_coef=0.0)
 
 
 def _arms() -> dict[str, Objective]:

@@ -14,7 +14,7 @@ from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS, Preset, Store, run_drift, run_map, run_regimes
-from bandpo.lab.forks.summary import summarise_drift, summarise_map, summarise_regimes
+from bandpo.lab.forks.summary import summarise_drift, summarise_map, summarise_regimes, summarise_theory
 
 PARTS = ("drift", "regimes", "map")
 """The parts of a study, in the order in which they are run."""
@@ -33,7 +33,9 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: If an option has a value that is not allowed.
     """
     if options.device != "cpu":
-        raise ValueError(f"--device {options.device}: bandpo lab forks runs small tables in float64; choose --device cpu")
+        raise ValueError(
+            f"--device {options.device}: bandpo lab forks runs small tables in float64; choose --device cpu"
+        )
     parts = PARTS if options.only is None else tuple(options.only.split(","))
     if unknown := [p for p in parts if p not in PARTS]:
         raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(PARTS)}")
@@ -62,14 +64,14 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def study(preset: Preset, store: Store, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
-    """The summaries of the parts of a study.
+    """The numbers of the theory, and the summaries of the parts of a study.
 
     Args:
         preset: What the study contains.
         store: The results of runs.
         parts: Names in `PARTS`.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"theory": summarise_theory()}
     if "drift" in parts:
         found["drift"] = summarise_drift(run_drift(preset, store))
     if "regimes" in parts:
