@@ -242,7 +242,7 @@ def plot_reach(budget: float = 1.0) -> str:
     Args:
         budget: T = |A|·η·K.
     """
-    p = torch.logspace(-4, math.log10(0.995), 40, dtype=torch.float64)
+    p = torch.logspace(-4, math.log10(0.995), 25, dtype=torch.float64)
     across, up = _scale(-4, 0, 60, 466), _scale(-2.4, 4.4, 300, 70)
     parts = [
         _text(8, 20, "How far a token moves itself in one rollout", "title"),

@@ -300,8 +300,8 @@ def free_drift(policy: Tensor, *, rate: float, steps: int, tokens: int = 1) -> T
     """Expected change of the entropy in one rollout under pure noise while no edge is reached, to second order in the rate.
 
     `η²/N·[K(K-1)·Σ g p (Σp² - p) + ½K² tr(M F)]`, for N sampled tokens, advantages of mean 0 and variance 1 that know nothing
-    of the tokens, and K gradient steps of rate η on the mean of r·A. The first term comes from reuse, the second one is there with
-    one step as well.
+    of the tokens, and K gradient steps of rate η on the mean of r·A. The first term comes from reuse; the second one
+    is there with one step as well.
 
     Args:
         policy: `(tokens,)`, float64.
