@@ -58,7 +58,9 @@ def enumerated(policy, bounds, *, rate, steps, tokens=1):
 
 def test_the_reciprocal_of_the_ratio_is_a_clock():
     """`1/r` falls by `A·|e_a - π|²` for each unit of rate x steps, by the library's loss; and the bounds of the speed."""
-    policies = torch.softmax(4 * torch.randn(50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1)
+    policies = torch.softmax(
+        4 * torch.randn(50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1
+    )
     for p in policies:
         rest = (1 - p).square()
         assert (speed(p) >= rest * (1 + 1 / 8) - 1e-15).all() and (speed(p) <= 2 * rest + 1e-15).all()

@@ -54,7 +54,8 @@ _SHORT = {
     "no-clip": "no clip",
 }
 _SHOWN = ("bandpo-kl-lower", "bandpo-kl", "bandpo-kl-upper", "clip-higher", "no-clip")
-_MEASURES = {"mean": "mean reward", "passed": "pass@16", "entropy": "entropy, nats"}
+_MEASURES = {"speed": "reward in training", "passed": "pass@16", "entropy": "entropy, nats"}
+_NOISE = "noise"  # nothing to learn there, so that reward and pass@k say nothing
 _ALL = {"speed": "reward over training", "mean": "reward at the end", "passed": "pass@16", "entropy": "entropy"}
 
 
@@ -107,12 +108,13 @@ def plot_regimes(regimes: Mapping[str, Any]) -> str:
     """
     parts = [
         _text(8, 20, "Against PPO's fixed clip, each at its best rate", "title"),
-        _text(8, 38, "left: lower, right: higher; bars: 95% intervals, all together", "note"),
+        _text(8, 38, "left: lower, right: higher; 95% intervals; filled: clearly so", "note"),
     ]
     columns = [(118 + 122 * i, 118 + 122 * i + 106) for i in range(3)]
     differences = [
         {m: regimes[r]["differences"]["own"].get(f"{a} - {BASELINE}", {}).get(m) for m in _MEASURES}
         for r in regimes
+        if r != _NOISE
         for a in _SHOWN
     ]
     limits = {
@@ -124,21 +126,27 @@ def plot_regimes(regimes: Mapping[str, Any]) -> str:
         parts.append(_text(right, y + 15, f"+{limits[measure]:.2g}", "note end"))
     y += 26
     top = y
+    last = y
     for regime, summary in regimes.items():
         y += 18
         parts.append(_text(8, y, f"{regime}: {WHAT[regime]}", ""))
         for arm in _SHOWN:
-            found = summary["differences"]["own"].get(f"{arm} - {BASELINE}")
+            found = summary["differences"]["same" if regime == _NOISE else "own"].get(f"{arm} - {BASELINE}")
             if found is None:
                 continue
             y += 17
             parts.append(_text(112, y + 4, _SHORT[arm], "note end"))
+            if regime == _NOISE:
+                kept = [summary["values"]["same"][name]["right"]["value"] for name in (BASELINE, arm)]
+                parts.append(_text(122, y + 4, f"certain tokens intact: {kept[0]:.0%} → {kept[1]:.0%}", "note"))
             for (left, right), measure in zip(columns, _MEASURES, strict=True):
-                if regime == "noise" and measure != "entropy":
-                    continue  # there is nothing to learn, so that mean and pass@k say nothing
+                if regime == _NOISE and measure != "entropy":
+                    continue
                 parts += _interval(found[measure], _scale(-limits[measure], limits[measure], left, right), y, arm)
         y += 8
-    parts += [_line((a + b) / 2, top, (a + b) / 2, y, "zero") for a, b in columns]
+        last = y if regime != _NOISE else last
+    ends = [last, last, y]
+    parts += [_line((a + b) / 2, top, (a + b) / 2, end, "zero") for (a, b), end in zip(columns, ends, strict=True)]
     return _svg("Differences from the fixed clip by regime", y + 12, parts)
 
 
@@ -234,7 +242,7 @@ def plot_reach(budget: float = 1.0) -> str:
     Args:
         budget: T = |A|·η·K.
     """
-    p = torch.logspace(-4, math.log10(0.995), 40, dtype=torch.float64)
+    p = torch.logspace(-4, math.log10(0.995), 25, dtype=torch.float64)
     across, up = _scale(-4, 0, 60, 466), _scale(-2.4, 4.4, 300, 70)
     parts = [
         _text(8, 20, "How far a token moves itself in one rollout", "title"),

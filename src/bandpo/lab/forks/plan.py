@@ -1,7 +1,7 @@
 """The cells of a study of forks: which runs it needs, where their results are kept, and how rates are chosen.
 
-Rates are chosen on tuning seeds by the mean reward over training, from a grid that is extended while its best cell is at an end.
-The report is made on other seeds, in two ways: each arm at its own rate, and every arm at the baseline's rate.
+Rates are chosen on tuning seeds by the mean reward over training, from a grid that is extended while its best cell is at an
+end. The report is made on other seeds, in two ways: each arm at its own rate, and every arm at the baseline's rate.
 """
 
 import json
@@ -132,6 +132,7 @@ PRESETS = {
     ),
     "quick": Preset(
         arms=_SHORT,
+        optimizers=("adam",),
         shares=(0.05, 0.2, 0.7),
         reuse=((1, 4), (2, 8)),
         map_arms=("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower"),

@@ -14,7 +14,7 @@ from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS, Preset, Store, run_drift, run_map, run_regimes
-from bandpo.lab.forks.summary import summarise_drift, summarise_map, summarise_regimes
+from bandpo.lab.forks.summary import summarise_drift, summarise_map, summarise_regimes, summarise_theory
 
 PARTS = ("drift", "regimes", "map")
 """The parts of a study, in the order in which they are run."""
@@ -64,14 +64,14 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def study(preset: Preset, store: Store, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
-    """The summaries of the parts of a study.
+    """The numbers of the theory, and the summaries of the parts of a study.
 
     Args:
         preset: What the study contains.
         store: The results of runs.
         parts: Names in `PARTS`.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"theory": summarise_theory()}
     if "drift" in parts:
         found["drift"] = summarise_drift(run_drift(preset, store))
     if "regimes" in parts:

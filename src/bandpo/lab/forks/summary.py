@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from bandpo.lab.forks.plan import NOISE
-from bandpo.lab.forks.regimes import BASELINE
-from bandpo.lab.forks.theory import entropy
+from bandpo.lab.forks.plan import DRIFT, NOISE
+from bandpo.lab.forks.regimes import ARMS, BASELINE
+from bandpo.lab.forks.theory import along_own_gradient, entropy, free_drift, neutral_upper, one_token_drift, reach
 from bandpo.statistics import Interval, t_interval, verdict
 
 SMALLEST: Mapping[str, float] = {"mean": 0.02, "passed": 0.03, "entropy": 0.1, "speed": 0.02, "right": 0.02}
@@ -134,3 +135,33 @@ def summarise_drift(found: Mapping[str, Any]) -> dict[str, Any]:
     }
     seeds = len(next(iter(next(iter(found.values())).values())))
     return {"start": round(start, _DIGITS), "seeds": seeds, "ends": ends}
+
+
+BUDGET = 0.25
+"""T = η·K/N of the SGD runs of rate 1 in the study of drift: 16 steps on 64 tokens."""
+
+
+def summarise_theory() -> dict[str, Any]:
+    """The numbers of the theory on the page: neutral upper edges, exponents, the drift of each interval, and the reach."""
+    start = NOISE.start()[0].softmax(-1)
+    intervals = {x.label: x.objective().bounds for x in DRIFT}
+    halves = {name: ARMS[name].bounds for name in ("bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower")}
+    drifts = {
+        name: round(1000 * one_token_drift(start, bounds, BUDGET).item(), 4)
+        for name, bounds in {**intervals, **halves}.items()
+    }
+    rare = torch.tensor([0.0001, 0.01, 0.5, 0.99], dtype=torch.float64)
+    reached = {
+        name: {side: [round(x, 4) for x in getattr(found, side).tolist()] for side in ("up", "down")}
+        for name in (BASELINE, "bandpo-kl", "no-clip")
+        for found in (reach(ARMS[name].bounds, rare, 1.0),)
+    }
+    neutral: dict[str, list[float | None]] = {}
+    exponents: dict[str, float] = {}
+    for common in (0.5, 0.7, 0.9, 0.99):
+        policy = torch.tensor([common] + [(1 - common) / 63] * 63, dtype=torch.float64)
+        edges = [neutral_upper(policy, 0.8, budget) for budget in (0.1, BUDGET, 0.5, 1.0)]
+        neutral[f"{common:g}"] = [None if np.isnan(u) else round(u, 3) for u in edges]
+        exponents[f"{common:g}"] = round(along_own_gradient(policy).exponent[1].item(), 3)
+    free = {str(k): round(free_drift(start, rate=1 / k, steps=k).item(), 5) for k in (1, 2, 16)}
+    return {"drift": drifts, "reach": reached, "neutral": neutral, "exponents": exponents, "free": free}

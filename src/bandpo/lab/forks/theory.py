@@ -1,12 +1,12 @@
 """How far a token's own gradient reaches, and what an interval of the ratio does to the entropy under pure reward noise.
 
-The policy is a softmax over logits θ, `π = softmax(θ)`, and one token `a` is sampled from it. Its term of the loss moves θ along
-`s = e_a - π` alone. Three facts follow, with proofs in docs/halves.md:
+The policy is a softmax over logits θ, `π = softmax(θ)`, and one token `a` is sampled from it. Its term of the loss moves θ
+along `s = e_a - π` alone. Three facts follow, with proofs in docs/halves.md:
 
-* the clock: with step sizes that are small, `d(1/r)/dt = -A·|s|²`, so that the reciprocal of the ratio moves at a nearly constant
-  speed until the edge stops it;
-* the end of the update depends on nothing but the ratio at which it stops, so that the expected entropy under noise is a sum over
-  tokens of their two ends;
+* the clock: with small steps, `d(1/r)/dt = -A·|s|²`: the reciprocal of the ratio moves at a nearly constant speed until the
+  edge stops it;
+* the end of the update depends on nothing but the ratio at which it stops, so that the expected entropy under noise is a sum
+  over tokens of their two ends;
 * without an edge, and for any number of tokens, the second order in the step size has a closed form.
 
 All functions take one policy `(tokens,)` in float64, of positive probabilities that add up to 1.
@@ -129,8 +129,8 @@ class Along(NamedTuple):
 def along_own_gradient(policy: Tensor) -> Along:
     """Slope and curvature of the entropy along the path that a token's own gradient takes.
 
-    With `s = e_a - π`, `F = diag(π) - ππᵀ`, `g = -π(log π + H)` the gradient of the entropy by the logits and M its Hessian: the
-    slope is `g·s/|s|²`, and the curvature `(sᵀMs - gᵀFs)/|s|⁴ + 2 (g·s)(sᵀFs)/|s|⁶`.
+    With `s = e_a - π`, `F = diag(π) - ππᵀ`, `g = -π(log π + H)` the gradient of the entropy by the logits and M its Hessian:
+    the slope is `g·s/|s|²`, and the curvature `(sᵀMs - gᵀFs)/|s|⁴ + 2 (g·s)(sᵀFs)/|s|⁶`.
 
     Args:
         policy: `(tokens,)`, float64.
@@ -299,9 +299,9 @@ def one_token_drift(policy: Tensor, bounds: Bounds, budget: float) -> Tensor:
 def free_drift(policy: Tensor, *, rate: float, steps: int, tokens: int = 1) -> Tensor:
     """Expected change of the entropy in one rollout under pure noise while no edge is reached, to second order in the rate.
 
-    `η²/N·[K(K-1)·Σ g p (Σp² - p) + ½K² tr(M F)]`, for N sampled tokens, advantages of mean 0 and variance 1 that know nothing of
-    the tokens, and K gradient steps of rate η on the mean of r·A. The first term comes from reuse, the second one is there with
-    one step as well.
+    `η²/N·[K(K-1)·Σ g p (Σp² - p) + ½K² tr(M F)]`, for N sampled tokens, advantages of mean 0 and variance 1 that know nothing
+    of the tokens, and K gradient steps of rate η on the mean of r·A. The first term comes from reuse; the second one
+    is there with one step as well.
 
     Args:
         policy: `(tokens,)`, float64.
