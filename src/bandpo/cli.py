@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import bandpo
 from bandpo._system.errors import LINES, RunError, Terminated, advice_in, printable
@@ -50,13 +50,10 @@ class Command(NamedTuple):
     """Is given the options, and returns the exit status, or something else for status 0."""
     extra: str | None = None
     """The extra that has all packages of the command, as in `pip install 'bandpo[lab]'`; None where the core is enough."""
-    uses: str | None = None
-    """A function of another room, which the function is given as well; it is imported when it is called."""
 
     def run(self, options: Any) -> object:
         """Import the function, and call it with the options."""
-        function = _load(self.function)
-        return function(options) if self.uses is None else function(options, _later(self.uses))
+        return _load(self.function)(options)
 
 
 COMMANDS = (
@@ -66,7 +63,6 @@ COMMANDS = (
         None,
         "bandpo.train.start:train",
         extra="lab",
-        uses="bandpo.doctor.entry:examine",
     ),
     Command(
         "evaluate",
@@ -224,15 +220,6 @@ def print_completion(options: argparse.Namespace) -> None:
             actions = parser._actions
         found.append(completed(command.name, command.help, actions, known))
     print(script(options.shell, found), end="")
-
-
-def _later(path: str) -> Callable[..., object]:
-    """A function that imports another one when it is called."""
-
-    def call(*arguments: object, **options: object) -> object:
-        return cast("Callable[..., object]", _load(path))(*arguments, **options)
-
-    return call
 
 
 def _load(path: str) -> Callable[[Any], object]:

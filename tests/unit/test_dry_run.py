@@ -232,7 +232,7 @@ def test_what_a_reward_prints_is_no_part_of_the_configuration(capsys):
     assert yaml.safe_load(out) == yaml.safe_load(CONFIG) | {"reward": ["my_rewards:talks"]}
 
 
-def test_the_doctor_is_given_the_configuration_of_the_run(capsys):
+def test_the_doctor_is_given_the_configuration_of_the_run(capsys, monkeypatch):
     asked = []
 
     def examine(args, *, vocabulary):
@@ -243,14 +243,14 @@ def test_the_doctor_is_given_the_configuration_of_the_run(capsys):
             Finding("c", "ok", "x"),
         ]
 
+    from bandpo.train import validate
     from bandpo.train.start import train
 
-    assert train(["--config", "run.yaml", "--dry_run", "--radius", "0.1"], examine) == 1
+    monkeypatch.setattr(validate, "examine", examine)
+    assert train(["--config", "run.yaml", "--dry_run", "--radius", "0.1"]) == 1
     out = capsys.readouterr().out
     assert asked == [("bandpo-kl", 0.1, 98)]
     assert "# ok doctor: fine: c\n# !! doctor: b: worse\n#    why: cause\n#    set: knob\n# ?? doctor: a: seen\n" in out
-    assert train(["--config", "run.yaml", "--dry_run", "true"]) == 0
-    assert "doctor" not in capsys.readouterr().out
 
 
 def test_methods_of_preferences(tmp_path, capsys):

@@ -329,7 +329,9 @@ def clipping(log: Symptomatic) -> Finding | None:
         )
     if values.largest == 0 and log.always("edgeless", 1):
         why = f"{log.series('edgeless')[0]} is 1: the objective has no region"
-        return Finding("clipping", "note", nowhere, why, "an objective with a region, to limit how far a token may move")
+        return Finding(
+            "clipping", "note", nowhere, why, "an objective with a region, to limit how far a token may move"
+        )
     if values.largest == 0:
         ratio, ratios = log.series("ratio")
         inert = bool(ratios) and max(abs(ratios.largest - 1), abs(ratios.smallest - 1)) < 1e-6

@@ -1,19 +1,16 @@
 """The start of `bandpo train`: help and mistakes in names and in bandpo's own options take no time; a run imports TRL."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bandpo.train.config import Request, RunConfig, read, run_keys
 from bandpo.train.options import declared_in, load_table, parsed
 
 
-def train(arguments: list[str], examine: Callable[..., Any] | None = None) -> Path | int:
+def train(arguments: list[str]) -> Path | int:
     """Run `bandpo train`: print the help or refuse what needs no TRL to be refused, then train or make a dry run.
 
     Args:
         arguments: Command line after `bandpo train`.
-        examine: The doctor's rules for a configuration, which a dry run applies; None leaves them out.
 
     Returns:
         Folder of the results; for a dry run its exit status.
@@ -26,7 +23,7 @@ def train(arguments: list[str], examine: Callable[..., Any] | None = None) -> Pa
     if _asks_for_dry_run(request):
         from bandpo.train.validate import dry_run  # transformers, TRL and torch
 
-        return dry_run(arguments, examine)
+        return dry_run(arguments)
     _check_values(request)
     from bandpo.train import command
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from bandpo._system.errors import RunError, exits_are_errors, printable
 from bandpo._system.progress import quiet_hosts
 from bandpo._system.secrets import redact, redact_text
+from bandpo.doctor.entry import examine
 from bandpo.integrations.trl.refusals import refuse_sampler
 from bandpo.integrations.trl.strategy import strategy_for
 from bandpo.monitoring.findings import Finding, Level
@@ -46,9 +47,6 @@ from bandpo.train.models import loadable, unmade
 from bandpo.train.needs import needs, sampler_line
 from bandpo.train.rewards import CheckedReward, checked_reward
 from bandpo.train.steps import plan_lines, plan_mistakes
-
-Examine = Callable[..., list[Finding]]
-"""The doctor's rules for a configuration: called with it, and with the size of the vocabulary as `vocabulary`."""
 
 _MARKS: dict[Level, str] = {"ok": "ok", "note": "--", "warning": "??", "problem": "!!"}
 _MEASURED_ROWS, _REWARDED_ROWS = 1000, 32
@@ -115,7 +113,7 @@ class _Model(NamedTuple):
     """The model without memory for its weights."""
 
 
-def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
+def dry_run(arguments: list[str]) -> int:
     """Check the run that the arguments describe, and print what was found, then its configuration as YAML.
 
     All checks are made that do not depend on a failed one. Nothing is fetched: what is not on this machine is named, and is not
@@ -123,7 +121,6 @@ def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
 
     Args:
         arguments: Command line after `bandpo train`.
-        examine: The doctor's rules for a configuration; None leaves them out.
 
     Returns:
         Exit status: 0 if nothing is wrong; 1 if the run would start, and a rule of the doctor or the check of a reward finds a
@@ -141,7 +138,7 @@ def dry_run(arguments: list[str], examine: Examine | None = None) -> int:
     with _offline(), exits_are_errors(), redirect_stdout(sys.stderr):  # what a reward prints is no YAML
         parsed = _configuration(arguments, report)
         if parsed is not None:
-            _check(parsed, machine, report, examine)
+            _check(parsed, machine, report)
     if report.mistakes:
         raise MistakesError(report.mistakes)
     assert parsed is not None
@@ -194,7 +191,7 @@ def _configuration(arguments: list[str], report: Report) -> Parsed | None:
     return None
 
 
-def _check(parsed: Parsed, machine: Machine, report: Report, examine: Examine | None) -> None:
+def _check(parsed: Parsed, machine: Machine, report: Report) -> None:
     run, args, given, compute = parsed
     report.say(f"configuration: {method_of(run, args)} on {run.task or run.dataset}, seed {args.seed}", "ok")
     report.say(
@@ -222,7 +219,7 @@ def _check(parsed: Parsed, machine: Machine, report: Report, examine: Examine | 
         _memory(run, args, model, longest, machine, report)
     if (sampler := sampler_line(args, machine)) is not None:
         report.say(sampler)
-    _doctor(run, args, model, report, examine)
+    _doctor(run, args, model, report)
     for need in needs(run, args, machine):
         report.say(f"this machine differs: {need}", "warning")
 
@@ -550,11 +547,9 @@ def _load(run: RunConfig, args: Any, model: _Model, longest: int | None) -> memo
     )
 
 
-def _doctor(run: RunConfig, args: TrainerConfig, model: _Model | None, report: Report, examine: Examine | None) -> None:
+def _doctor(run: RunConfig, args: TrainerConfig, model: _Model | None, report: Report) -> None:
     if run.method != "grpo":
         report.say(f"doctor: method {run.method} has no trust region on ratios, so no rule applies")
-        return
-    if examine is None:
         return
     vocabulary = None if model is None else int(model.config.get_text_config().vocab_size)
     with report.attempt():
