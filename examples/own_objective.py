@@ -133,6 +133,7 @@ def train(folder: Path, quick: bool) -> None:
             max_completion_length=8,
             learning_rate=1e-2,
             logging_steps=4,
+            full_metrics_every=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -148,8 +149,8 @@ def train(folder: Path, quick: bool) -> None:
     trainer.train()
     trainer.save_model(str(folder / "model"))
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    clipped = [row["clip_ratio/region_mean"] for row in trainer.state.log_history if "clip_ratio/region_mean" in row]
-    print(f"reward {rewards[0]:.3f} -> {rewards[-1]:.3f}, tokens outside in the last line {clipped[-1]:.3f}")
+    outside = [row["outside_fraction/any"] for row in trainer.state.log_history if "outside_fraction/any" in row]
+    print(f"reward {rewards[0]:.3f} -> {rewards[-1]:.3f}, tokens outside of the interval {outside[-1]:.3f}")
     print(f"model: {folder / 'model'}")
 
     # The same from a file: name the objective where Python finds this module, and every command takes it.

@@ -48,10 +48,11 @@ def correct(completions: list[list[dict[str, str]]], answer: list[str], **_: Any
     return [float(c[0]["content"][:1] == right) for c, right in zip(completions, answer, strict=True)]
 
 
-def form(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
-    """The share of digits, less for each character after the first."""
+def form(completions: list[list[dict[str, str]]], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The share of digits in the text, less for each token after the digit and the end."""
     texts = [c[0]["content"] for c in completions]
-    return [sum(x.isdigit() for x in text) / max(len(text), 1) - 0.1 * max(len(text) - 1, 0) for text in texts]
+    digits = [sum(x.isdigit() for x in text) / max(len(text), 1) for text in texts]
+    return [share - 0.25 * max(len(ids) - 2, 0) for share, ids in zip(digits, completion_ids, strict=True)]
 
 
 # ---- A tiny model with a chat template. With a real model all of this goes away.
@@ -88,6 +89,7 @@ def tiny_model(folder: Path) -> str:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 max_position_embeddings=128,
+                initializer_range=0.2,  # large enough for LoRA to change what random weights say
                 bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None) -> BandGRPOTrainer:
         reward_weights=[1.0, 0.5],  # in the order of `reward_funcs`
         # The optimiser. A real model wants a rate of about 1e-5 with LoRA.
         max_steps=options.steps,
-        learning_rate=2e-2,
+        learning_rate=5e-3,
         lr_scheduler_type="constant",  # so that a run that is resumed with more steps is the same run
         seed=0,
         # Evaluation, checkpoints and the log.
