@@ -33,15 +33,17 @@ def write_beside(result: Result, run: Path, options: argparse.Namespace, progres
     folder = run / "evaluations"
     path = folder / file_name(result)
     try:
-        if folder.is_symlink():
-            raise OSError(f"{folder} is a link")
-        folder.mkdir(exist_ok=True)
-        write_json(path, {**result.content(), "about": _about(options)})
+        wrong = f"{folder} is a link" if folder.is_symlink() else None
+        if wrong is None:
+            folder.mkdir(exist_ok=True)
+            write_json(path, {**result.content(), "about": _about(options)})
     except OSError as error:
-        more = "" if options.output else "; name a file with --output to keep it"
-        progress.say(f"the result is not written beside the run ({error.strerror or error}){more}")
-    else:
+        wrong = error.strerror or str(error)
+    if wrong is None:
         progress.say(f"result: {path}")
+    else:
+        more = "" if options.output else "; name a file with --output to keep it"
+        progress.say(f"the result is not written beside the run ({wrong}){more}")
 
 
 def write_results(results: Mapping[str, Result], options: argparse.Namespace, progress: Progress) -> None:

@@ -96,6 +96,9 @@ class Result:
         Args:
             path: A file of RUN/evaluations, or of `--output`.
 
+        Returns:
+            The result.
+
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no such file; the message says what is wrong.

@@ -33,11 +33,15 @@ class Row(NamedTuple):
     measure: str
     """Name of the measure in its first row, else empty."""
     model: str
+    """Label of the model."""
     value: str
+    """The estimate."""
     interval: str
+    """The ends of its 95% interval."""
     change: str
     """The paired difference to the first model; empty for that one."""
     change_interval: str
+    """The ends of its 95% interval."""
 
 
 def rows_of(results: Mapping[str, Result]) -> list[Row]:

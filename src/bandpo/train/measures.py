@@ -47,6 +47,9 @@ def tally(rewards: Sequence[float], answers: Sequence[str | None] | None = None)
         rewards: Reward of each sample; NaN where it has none.
         answers: Answer of each sample; None where it states none. None for all where there is nothing to vote by.
 
+    Returns:
+        The counts.
+
     Examples:
         >>> tally([1.0, 0.0, 1.0, 0.0, math.nan], ["7", "8", "7", None, "9"])
         Tally(mean=0.5, samples=4, right=2, votes=((2, 1.0), (1, 0.0)))
