@@ -58,7 +58,10 @@ def test_two_objectives(tmp_path, capsys):
 def test_seeds_are_grouped_and_the_interval_is_over_them(tmp_path):
     ends = {0: [(1, 1), (1, 0)], 1: [(1, 1), (1, 1)], 2: [(1, 0), (1, 0)]}
     a = [run_folder(tmp_path / f"a{s}", seed=s, after=x, prompts=("p", "q")) for s, x in ends.items()]
-    b = [run_folder(tmp_path / f"b{s}", seed=s, objective="grpo", prompts=("p", "q")) for s in (2, 0, 1)]
+    other = {2: [(1, 1), (1, 0)], 0: [(1, 1), (1, 1)], 1: [(0, 0), (1, 1)]}
+    b = [
+        run_folder(tmp_path / f"b{s}", seed=s, objective="grpo", after=x, prompts=("p", "q")) for s, x in other.items()
+    ]
     assert compared(tmp_path, *a, *b) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [[r["seed"] for r in g["runs"]] for g in found["groups"]] == [[0, 1, 2], [2, 0, 1]]
@@ -67,7 +70,7 @@ def test_seeds_are_grouped_and_the_interval_is_over_them(tmp_path):
     assert row["over"] == "3 seeds" and row["after"] == pytest.approx(student([0.75, 1.0, 0.5]))
     other = found["evaluations"]["mean@2"]["grpo"]
     assert other["paired"] == "paired over 3 seeds"
-    assert other["difference"] == pytest.approx(student([0.5, 0.25, 0.0]))  # by seed, not by place
+    assert other["difference"] == pytest.approx(student([0.25, 0.25, -0.5]))  # by seed, not by place
 
 
 def test_a_second_run_with_a_seed_is_no_further_seed(tmp_path):
@@ -138,9 +141,9 @@ def test_mistakes_are_refused(tmp_path, capsys):
 
 def test_prompts_are_paired_by_their_text_and_not_by_their_place():
     first = scores([[1, 1], [0, 0], [1, 0]], ["a", "b", "c"])
-    second = scores([[0, 0], [1, 1], [1, 1]], ["b", "a", "d"])
+    second = scores([[1, 0], [0, 0], [1, 1], [1, 1]], ["c", "b", "a", "d"])
     found = measures({"x": [{"after": first}], "y": [{"after": second}]}, [[0], [0]])["mean@2"]
-    assert found["y"].paired == "paired over 2 prompts" and found["y"].difference.value == 0.0
+    assert found["y"].paired == "paired over 3 prompts" and found["y"].difference == (0.0, 0.0, 0.0)
     assert found["x"].difference is None and math.isnan(found["x"].before.value)
     apart = measures({"x": [{"after": first}], "y": [{"after": scores([[1, 1]], ["z"])}]}, [[0], [0]])["mean@2"]
     assert apart["y"].paired == "" and math.isnan(apart["y"].difference.value)
