@@ -45,13 +45,14 @@ def test_the_printed_line_resumes_the_run(tmp_path, tmp_path_factory, monkeypatc
         "num_generations": 4, "warm_up_steps": 100, "eval_prompts": 6, "eval_samples": 4, "logging_steps": 2,
         "save_steps": 2, "use_cpu": True, "bf16": False, "threads": 1, "report_to": "none", "output_dir": "my run",
         "max_completion_length": 10, "gradient_checkpointing": False, "steps_per_generation": 1,
+        "per_device_eval_batch_size": 24,
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
     words = ["bandpo", "train", "--config", "run.yaml"]
     # In the first session, call 1 is the evaluation, and a step makes a call each.
     sessions = [
         ("SIGTERM 2", 143, "there is no checkpoint yet (save_steps); to begin again:"),
-        ("SIGINT 5", 130, "to continue after step 2, the last checkpoint:"),
+        ("SIGINT 4", 130, "to continue after step 2, the last checkpoint:"),
         ("raise 3", 1, "to continue after step 4, the last checkpoint:"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

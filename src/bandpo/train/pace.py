@@ -82,9 +82,8 @@ class Pace:
         if not self._sampling and not self._other:
             return None
         rest = max(0, self.total - self.done)
-        sampling = -(-self.total // self.cycle) - -(
-            -self.done // self.cycle
-        )  # multiples of the cycle from done to total
+        before, by_then = (-(-n // self.cycle) for n in (self.done, self.total))  # rollouts, the begun ones included
+        sampling = by_then - before
         means = [sum(x) / len(x) if x else None for x in (self._sampling, self._other)]
         known = next(x for x in means if x is not None)
         first, other = (known if x is None else x for x in means)
