@@ -1,6 +1,5 @@
 """`bandpo evaluate`: several models side by side, what is refused before sampling, and what is written where."""
 
-import argparse
 import json
 import math
 import os
@@ -28,7 +27,7 @@ SETTINGS = {
 
 def as_run(name, **changed):
     """The folder of a run as far as `bandpo evaluate` reads it."""
-    Path(name).mkdir(parents=True, exist_ok=True)
+    Path(name, "model").mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in {**SETTINGS, **changed}.items() if v is not ...}
     Path(name, "config.resolved.yaml").write_text(yaml.safe_dump(settings))
     Path(name, "evaluation.json").write_text('{"before": {}}')
@@ -211,7 +210,7 @@ def test_a_model_that_cannot_be_loaded_is_found_before_the_first_is_sampled(plac
     import bandpo.train.evaluate_command as commands
 
     monkeypatch.setattr(commands, "evaluate", lambda *_, **__: pytest.fail("a model was sampled"))
-    assert "cannot load runs/nope/model: there is no such folder" in refusal(capsys, "runs/a", "runs/nope/model")
+    assert "model runs/nope/model: there is no such folder" in refusal(capsys, "runs/a", "runs/nope/model")
     shutil.copytree("runs/b/model", "cut", dirs_exist_ok=True)
     weights = Path("cut/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -309,9 +308,10 @@ def test_the_figure_has_a_curve_for_each_model():
 
 
 def test_options_are_checked_before_torch_is_needed():
+    from bandpo._system.options import Parser
     from bandpo.train.arguments import add_evaluate_arguments
 
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_evaluate_arguments(parser)
     options = parser.parse_args(["a", "b", "--max_new_tokens", "3", "--as", "c"])
     assert (options.models, options.as_run, options.max_new_tokens) == (["a", "b"], "c", 3)
