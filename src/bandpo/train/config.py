@@ -79,7 +79,7 @@ class RunConfig:
     """bandpo's options of `bandpo train`: model, data, reward, evaluation. TRL's config holds the other options.
 
     Raises:
-        ValueError: If an option has no allowed value, or options contradict each other.
+        MistakesError: If options have no allowed value, or contradict each other; a ValueError that names all of them.
     """
 
     method: str = field(default="grpo", metadata={"help": f"One of {', '.join(METHODS)}."})

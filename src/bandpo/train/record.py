@@ -75,6 +75,9 @@ class Parts:
         Args:
             folder: Folder of the run.
 
+        Returns:
+            The parts; None where there is no file.
+
         Raises:
             ValueError: If the file is not what `write` writes.
         """
@@ -231,6 +234,9 @@ def read_record(folder: Path) -> Record:
 
     Args:
         folder: Folder of the run.
+
+    Returns:
+        What the files have.
 
     Raises:
         FileNotFoundError: If there is no such folder.

@@ -92,7 +92,14 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
 
 
 class ScoreRow(NamedTuple):
-    """A score before and after training, as texts; a dash where there is no number."""
+    """A score before and after training, as texts; a dash where there is no number.
+
+    Args:
+        name: Name of the score, such as mean@8.
+        before: The score before training.
+        after: The score after training.
+        change: The difference.
+    """
 
     name: str
     before: str

@@ -26,6 +26,7 @@ def report(options: argparse.Namespace) -> None:
         options: The options of `bandpo report`.
 
     Raises:
+        FileNotFoundError: If the folder of `--output` does not exist.
         ValueError: If the folder is none of a run, or a file of it cannot be read.
     """
     output: Path | None = options.output

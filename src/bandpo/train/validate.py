@@ -93,7 +93,11 @@ class Report:
 
     @contextmanager
     def attempt(self) -> Generator[None]:
-        """Take a refusal of the block for a mistake, so that the checks after it are made too."""
+        """Take a refusal of the block for a mistake, so that the checks after it are made too.
+
+        Returns:
+            A context for the block.
+        """
         try:
             yield
         except MistakesError as error:
@@ -127,7 +131,7 @@ def dry_run(arguments: list[str]) -> int:
         problem.
 
     Raises:
-        ValueError: If the run would not start, with all mistakes.
+        MistakesError: If the run would not start, with all mistakes.
     """
     quiet_hosts()
     main = PartialState().is_main_process
