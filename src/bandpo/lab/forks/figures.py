@@ -111,15 +111,7 @@ def plot_regimes(regimes: Mapping[str, Any]) -> str:
         _text(8, 38, "left: lower, right: higher; 95% intervals; filled: clearly so", "note"),
     ]
     columns = [(118 + 122 * i, 118 + 122 * i + 106) for i in range(3)]
-    differences = [
-        {m: regimes[r]["differences"]["own"].get(f"{a} - {BASELINE}", {}).get(m) for m in _MEASURES}
-        for r in regimes
-        if r != _NOISE
-        for a in _SHOWN
-    ]
-    limits = {
-        m: max((max(abs(d[m]["low"]), abs(d[m]["high"])) for d in differences if d[m]), default=1.0) for m in _MEASURES
-    }
+    limits = {m: _largest(regimes, m) for m in _MEASURES}
     y = 64.0
     for (left, right), (measure, title) in zip(columns, _MEASURES.items(), strict=True):
         parts += [_text((left + right) / 2, y, title, "mid"), _text(left, y + 15, f"-{limits[measure]:.2g}", "note")]
@@ -129,9 +121,10 @@ def plot_regimes(regimes: Mapping[str, Any]) -> str:
     last = y
     for regime, summary in regimes.items():
         y += 18
-        parts.append(_text(8, y, f"{regime}: {WHAT[regime]}", ""))
+        rate = ", one rate for all" if regime == _NOISE else ""
+        parts.append(_text(8, y, f"{regime}: {WHAT[regime]}{rate}", ""))
         for arm in _SHOWN:
-            found = summary["differences"]["same" if regime == _NOISE else "own"].get(f"{arm} - {BASELINE}")
+            found = summary["differences"][_way(regime)].get(f"{arm} - {BASELINE}")
             if found is None:
                 continue
             y += 17
@@ -148,6 +141,21 @@ def plot_regimes(regimes: Mapping[str, Any]) -> str:
     ends = [last, last, y]
     parts += [_line((a + b) / 2, top, (a + b) / 2, end, "zero") for (a, b), end in zip(columns, ends, strict=True)]
     return _svg("Differences from the fixed clip by regime", y + 12, parts)
+
+
+def _way(regime: str) -> str:
+    return "same" if regime == _NOISE else "own"
+
+
+def _largest(regimes: Mapping[str, Any], measure: str) -> float:
+    """The end of the scale of a measure: the largest end of an interval that is shown."""
+    found = [
+        summary["differences"][_way(regime)][f"{arm} - {BASELINE}"][measure]
+        for regime, summary in regimes.items()
+        for arm in _SHOWN
+        if f"{arm} - {BASELINE}" in summary["differences"]["own"] and (regime != _NOISE or measure == "entropy")
+    ]
+    return max((max(abs(x["low"]), abs(x["high"])) for x in found), default=1.0)
 
 
 def _interval(found: Mapping[str, Any], place: Callable[[float], float], y: float, arm: str) -> list[str]:
