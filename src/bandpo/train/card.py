@@ -113,7 +113,9 @@ def finish_card(facts: Facts) -> None:
         return
     card = ModelCard.load(path)
     data: Any = card.data
-    tags = [tag for tag in data.tags or [] if facts.base.hub is None or not tag.startswith("base_model:")]
+    tags = [
+        tag for tag in cast("list[str]", data.tags or []) if facts.base.hub is None or not tag.startswith("base_model:")
+    ]
     if facts.base.hub is not None:
         data.base_model = facts.base.hub
         tags.append(f"base_model:adapter:{facts.base.hub}")

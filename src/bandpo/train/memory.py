@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -161,7 +161,7 @@ def memory_of(machine: Machine, *, use_cpu: bool) -> tuple[str, float] | None:
         Name and bytes; None where it is not known.
     """
     if not use_cpu and machine.accelerator == "cuda":
-        return machine.name, torch.cuda.get_device_properties(0).total_memory
+        return machine.name, float(cast("Any", torch.cuda.get_device_properties(0)).total_memory)
     if not use_cpu and machine.accelerator is not None:
         return None
     import psutil

@@ -160,7 +160,10 @@ def _verdict(problems: int) -> str:
 @contextmanager
 def _offline() -> Generator[None]:
     """Keep the libraries of the Hub from fetching anything."""
-    places: list[tuple[Any, str]] = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
+    places: list[tuple[Any, str]] = [
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (cast("Any", datasets).config, "HF_HUB_OFFLINE"),
+    ]
     before = [getattr(module, name) for module, name in places]
     for module, name in places:
         setattr(module, name, True)
@@ -348,8 +351,8 @@ def _end_tokens(place: str, config: Any, tokenizer: Any) -> list[int]:
         ends = cast("Any", GenerationConfig).from_pretrained(place).eos_token_id
     except (OSError, ValueError):  # there is none, and transformers makes one of the model's configuration
         ends = getattr(config.get_text_config(), "eos_token_id", None)
-    found = ends if isinstance(ends, list) else [ends]
-    return [one for one in [*cast("list[int | None]", found), tokenizer.eos_token_id] if one is not None]
+    found = cast("list[int | None]", ends if isinstance(ends, list) else [ends])
+    return [one for one in [*found, tokenizer.eos_token_id] if one is not None]
 
 
 # ---- the data

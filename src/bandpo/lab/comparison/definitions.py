@@ -100,51 +100,52 @@ class _Walk:
             self._kept.append(value)
             yield from self._code_of(value) if _is_code(value) else self._data(value)
 
-    def _data(self, value: Any) -> Iterator[str]:
-        kind = _path(type(value))
+    def _data(self, value: object) -> Iterator[str]:
+        kind, whole = _path(type(value)), cast("Any", value)
         if isinstance(value, Tensor | np.ndarray):
-            yield _array(value)
+            yield _array(whole)
         elif isinstance(value, Mapping):
             yield kind
-            yield from self._named(cast("Mapping[object, object]", value))
+            yield from self._named(cast("Mapping[object, object]", whole))
         elif isinstance(value, tuple | list):
             yield kind
-            yield from self._all(cast("Iterable[object]", value))
+            yield from self._all(cast("Iterable[object]", whole))
         elif isinstance(value, AbstractSet):  # its order differs between processes
             yield kind
-            yield from sorted(" ".join(_Walk(self._top).words(x)) for x in cast("Iterable[object]", value))
+            yield from sorted(" ".join(_Walk(self._top).words(x)) for x in cast("Iterable[object]", whole))
         elif dataclasses.is_dataclass(value):
             left_out = _IN_WORDS if isinstance(value, Objective) else ()
-            yield from self.words(type(value))
-            names = [f.name for f in dataclasses.fields(value) if f.init and f.name not in left_out]
-            yield from self._named({name: getattr(value, name) for name in names})
+            yield from self.words(type(whole))
+            names = [f.name for f in dataclasses.fields(whole) if f.init and f.name not in left_out]
+            yield from self._named({name: getattr(whole, name) for name in names})
         elif self._is_own(type(value).__module__):
-            yield from self.words(type(value))
-            slots = {name for c in type(value).__mro__ for name in _slots(c) if hasattr(value, name)}
-            yield from self._named({**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})})
+            yield from self.words(type(whole))
+            slots = {name for c in type(whole).__mro__ for name in _slots(c) if hasattr(value, name)}
+            yield from self._named({**{name: getattr(whole, name) for name in slots}, **getattr(value, "__dict__", {})})
         else:
-            yield f"{kind} {in_words(value)}"
+            yield f"{kind} {in_words(whole)}"
 
-    def _code_of(self, value: Any) -> Iterator[str]:
+    def _code_of(self, value: object) -> Iterator[str]:
         """The words of something that is called, or whose code is: a function, a class, a module."""
+        whole = cast("Any", value)
         if isinstance(value, functools.partial):
             yield "partial"
-            yield from self._all((value.func, value.args, value.keywords))
+            yield from self._all((whole.func, whole.args, whole.keywords))
         elif isinstance(value, types.CodeType):
             yield from self._compiled(value, None)
         elif isinstance(value, types.MethodType | staticmethod | classmethod):
-            yield type(value).__name__
-            yield from self._all((value.__func__, getattr(value, "__self__", None)))
+            yield type(whole).__name__
+            yield from self._all((whole.__func__, getattr(whole, "__self__", None)))
         elif isinstance(value, property):
-            yield from self._all(("property", value.fget, value.fset))
+            yield from self._all(("property", whole.fget, whole.fset))
         elif isinstance(value, type):
             yield from self._class(value)
         else:
-            yield f"{type(value).__name__} {_path(value)}"
+            yield f"{type(whole).__name__} {_path(value)}"
             if isinstance(value, types.FunctionType) and self._is_own(value.__module__):
                 yield from self._function(value)
         if "__wrapped__" in getattr(value, "__dict__", {}):
-            yield from self.words(value.__wrapped__)
+            yield from self.words(whole.__wrapped__)
 
     def _function(self, function: types.FunctionType) -> Iterator[str]:
         yield from self._compiled(function.__code__, function.__doc__)
@@ -203,9 +204,9 @@ class _Walk:
 
 
 def _is_code(value: object) -> bool:
-    kinds = functools.partial | types.CodeType | types.ModuleType | staticmethod | classmethod | property | type
-    functions = types.FunctionType | types.MethodType | types.BuiltinFunctionType
-    return isinstance(value, kinds | functions) or "__wrapped__" in getattr(value, "__dict__", {})
+    code = (types.CodeType, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+    kinds: Any = (functools.partial, staticmethod, classmethod, property, type, *code)
+    return isinstance(value, kinds) or "__wrapped__" in getattr(value, "__dict__", {})
 
 
 @functools.cache

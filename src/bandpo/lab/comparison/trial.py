@@ -1,7 +1,7 @@
 """An objective tried on a small batch before hours of runs: can it be computed, and does it look at other sequences?"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,7 @@ def check_computable(name: str) -> None:
         with exits_are_errors():
             batch = _small_batch(objective, rows=8, time=3)
             loss, _ = policy_loss(objective=objective, max_length=length, ref_logprobs=batch["old_logprobs"], **batch)
-            (gradient,) = torch.autograd.grad(loss, batch["logprobs"])
+            (gradient,) = cast("tuple[torch.Tensor]", torch.autograd.grad(loss, batch["logprobs"]))
     except Exception as error:
         raise ValueError(
             f"objectives: {name} cannot be computed on a small batch: its code {what_happened(error)} at {place_of(error)}"
@@ -91,7 +91,7 @@ def _values(objective: Objective, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def _rows(batch: Mapping[str, Any], at: slice) -> dict[str, Any]:
     return {
-        name: {k: x[at] for k, x in value.items()} if isinstance(value, dict) else value[at]
+        name: {k: x[at] for k, x in cast("dict[str, Any]", value).items()} if isinstance(value, dict) else value[at]
         for name, value in batch.items()
     }
 

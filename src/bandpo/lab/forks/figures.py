@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -214,7 +214,7 @@ def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
         _text(8, 38, "coloured: the best arm, clearly better than the fixed clip", "note"),
         _text(8, 54, "grey: no arm clearly better; each at its best rate", "note"),
     ]
-    shown = [*dict.fromkeys(w for c in cells for w in c["winners"].values() if w is not None)]
+    shown = [*dict.fromkeys(cast("str", w) for c in cells for w in c["winners"].values() if w is not None)]
     for i, arm in enumerate(shown):
         x, y = 8 + 118 * (i % 4), 66 + 20 * (i // 4)
         parts += [f'<rect x="{x}" y="{y}" width="14" height="14" class="tinted {_CLASS.get(arm, "c7")}"/>']
@@ -230,7 +230,7 @@ def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
             parts.append(_text(132, y + 16, label, "note end"))
             for i, share in enumerate(shares):
                 cell = found[share, flip, steps]
-                winner = cell["winners"][measure]
+                winner: str | None = cell["winners"][measure]
                 style = "none" if winner is None else f"tinted {_CLASS.get(winner, 'c7')}"
                 x = 138 + width * i
                 parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{tall}" class="tile {style}"/>')
@@ -268,9 +268,8 @@ def plot_reach(budget: float = 1.0) -> str:
     for i, (name, (bounds, style)) in enumerate(arms.items()):
         found = reach(bounds, p, budget)
         for ratio in (found.up, found.down):
-            points = " ".join(
-                f"{across(x):.1f},{up(y):.1f}" for x, y in zip(p.log10().tolist(), ratio.log2().tolist(), strict=True)
-            )
+            xs, ys = (cast("list[float]", t.tolist()) for t in (p.log10(), ratio.log2()))
+            points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(xs, ys, strict=True))
             parts.append(f'<polyline points="{points}" class="{style}"/>')
         parts += [_line(8 + 165 * i, 342, 34 + 165 * i, 342, style), _text(40 + 165 * i, 346, name, "note")]
     return _svg("Reach of a token's own gradient", 356, parts)

@@ -5,11 +5,12 @@ end. The report is made on other seeds, in two ways: each arm at its own rate, a
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -209,16 +210,17 @@ class Store:
         path = self.folder / f"{name}.json"
         if path.exists():
             kept = parse_json(read_regular(path), str(path))
-            if isinstance(kept, dict) and kept.get("cell") == described:
+            found = cast("dict[str, Any]", kept) if isinstance(kept, dict) else {}
+            if found.get("cell") == described:
                 self.found += 1
-                return kept["result"]
+                return found["result"]
         outcome = train(
             cell.fork, cell.objective(), cell.schedule, rate=cell.rate, seeds=cell.seeds, seed=cell.seed
         ).as_json()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"cell": described, "result": outcome}, indent=None)
         self.made += 1
-        mean = np.mean(outcome["final"]["mean"])
+        mean = float(np.mean(cast("list[float]", outcome["final"]["mean"])))
         self.say(f"{cell.part}: {cell.arm}, rate {cell.rate:g}, {cell.seeds} seeds: mean {mean:.3f}")
         return outcome
 
@@ -248,8 +250,8 @@ def tuned_rate(store: Store, cell: Cell, rates: Sequence[float]) -> float:
 
 
 def _speed(store: Store, cell: Cell, rate: float) -> float:
-    value = float(np.mean(store.result(cell._replace(rate=rate))["final"]["speed"]))
-    return value if np.isfinite(value) else -np.inf
+    value = float(np.mean(cast("list[float]", store.result(cell._replace(rate=rate))["final"]["speed"])))
+    return value if math.isfinite(value) else -math.inf
 
 
 def run_regimes(preset: Preset, store: Store) -> dict[str, Any]:

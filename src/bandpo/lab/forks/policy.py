@@ -7,7 +7,7 @@ pass@k than one that keeps one of them, at the same mean.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Fork:
         p = logits.softmax(-1)
         right = p[..., 1:, 0].prod(-1)
         chance = (p[..., 0, :] @ self.solves().to(p.dtype).T) * right.unsqueeze(-1)
-        entropies = torch.special.entr(p).sum(-1)
+        entropies = cast(Tensor, torch.special.entr(p)).sum(-1)
         return Measures(
             chance.mean(-1), (1 - (1 - chance) ** k).mean(-1), entropies[..., 0], entropies.sum(-1) / self.places, right
         )

@@ -1,7 +1,7 @@
 """What the runs of a study say: paired differences with intervals that hold together, and verdicts by one rule."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,10 @@ def summarise_map(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
             for a, b in pairs
         }
-        means = {m: {arm: float(np.mean(row["own"]["final"][m])) for arm, row in arms.items()} for m in SMALLEST}
+        means = {
+            m: {arm: float(np.mean(cast("list[float]", row["own"]["final"][m]))) for arm, row in arms.items()}
+            for m in SMALLEST
+        }
         winners = {m: _winner(means[m], {n: d[m]["verdict"] for n, d in differences.items()}) for m in SMALLEST}
         summary.append(
             {

@@ -14,7 +14,7 @@ All functions take one policy `(tokens,)` in float64, of positive probabilities 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def entropy(policy: Tensor) -> Tensor:
     Returns:
         `(...)`.
     """
-    return torch.special.entr(policy).sum(-1)
+    return cast(Tensor, torch.special.entr(policy)).sum(-1)
 
 
 class Reach(NamedTuple):
