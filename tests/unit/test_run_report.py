@@ -178,6 +178,8 @@ def test_the_speed_is_tokens_of_a_rollout_over_the_seconds_of_its_steps(logging)
 def test_a_speed_needs_times_and_a_whole_rollout():
     rows = [{"step": i, "num_tokens": 100.0 * (1 + (i - 1) // 4), "step_time": 1.0} for i in range(1, 10)]
     assert Curves(rows).curve(SPEED).points() == ([4.0, 8.0], [25.0, 25.0])  # the third has one step of four so far
+    bare = [row if i % 4 == 0 else {k: v for k, v in row.items() if k != "num_tokens"} for i, row in enumerate(rows)]
+    assert Curves(bare).curve(SPEED).points() == ([4.0, 8.0], [25.0, 25.0])  # TRL names them only after a rollout
     assert Curves([{"step": 1, "num_tokens": 5.0}]).curve(SPEED).count == 0
     assert Curves([{"step": 1, "step_time": 5.0}]).curve(SPEED).count == 0
     again = [*rows, {"step": 4, "num_tokens": 100.0, "step_time": 1.0}]  # steps that go back

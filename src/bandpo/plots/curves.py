@@ -192,11 +192,12 @@ class _Speed:
 
         Args:
             step: The step of the row.
-            tokens: Tokens of all rollouts so far.
+            tokens: Tokens of all rollouts so far; None where there was no rollout since the last row.
             seconds: Mean seconds of a step since the last row.
         """
-        if tokens is None or seconds is None or not math.isfinite(tokens * seconds) or step <= self._step:
-            self._step, self._tokens, self._new = step, self._tokens if tokens is None else tokens, 0.0
+        tokens = self._tokens if tokens is None else tokens
+        if seconds is None or not math.isfinite(tokens * seconds) or step <= self._step:
+            self._step, self._tokens, self._new = step, tokens, 0.0
             return
         if tokens > self._tokens:
             self._close()
