@@ -115,11 +115,11 @@ class _Walk:
             yield from sorted(" ".join(_Walk(self._top).words(x)) for x in cast("Iterable[object]", whole))
         elif dataclasses.is_dataclass(value):
             left_out = _IN_WORDS if isinstance(value, Objective) else ()
-            yield from self.words(type(whole))
+            yield from self.words(cast("object", type(whole)))
             names = [f.name for f in dataclasses.fields(whole) if f.init and f.name not in left_out]
             yield from self._named({name: getattr(whole, name) for name in names})
         elif self._is_own(type(value).__module__):
-            yield from self.words(type(whole))
+            yield from self.words(cast("object", type(whole)))
             slots = {name for c in type(whole).__mro__ for name in _slots(c) if hasattr(value, name)}
             yield from self._named({**{name: getattr(whole, name) for name in slots}, **getattr(value, "__dict__", {})})
         else:
@@ -144,7 +144,7 @@ class _Walk:
             yield f"{type(whole).__name__} {_path(value)}"
             if isinstance(value, types.FunctionType) and self._is_own(value.__module__):
                 yield from self._function(value)
-        if "__wrapped__" in getattr(value, "__dict__", {}):
+        if "__wrapped__" in getattr(whole, "__dict__", {}):
             yield from self.words(whole.__wrapped__)
 
     def _function(self, function: types.FunctionType) -> Iterator[str]:

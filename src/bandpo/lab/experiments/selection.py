@@ -23,7 +23,7 @@ _MEASURED = (
     *("selection/prompts_kept", "selection/tokens", "selection/effective_sample_size"),
 )  # what `measure` keeps of the rows of a run
 _COMPLETIONS = 256  # of an optimiser step of the main job, before pruning
-_RESULT = "report.html"  # the file that `bandpo train` writes last
+_RESULT = "evaluation.json"  # the file that `bandpo train` writes at the end of a run; a report may be written before
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
