@@ -31,7 +31,7 @@ _EXAMPLES = (
     "train --config run.yaml         # any Hugging Face causal LM and dataset",
     "train --method dpo              # preference learning: dpo, chipo, online-dpo, pdfr, rebel, rdrc, rbrm",
     "doctor run.yaml                 # does the trust region act?",
-    "evaluate RUN                    # mean@k and pass@k of the model of a run",
+    "evaluate RUN RUN                # mean@k, pass@k and maj@k of the models of runs, side by side",
     "report RUN                      # the report of a run, also while it trains",
     "compare RUN RUN                 # finished runs against each other, in one report",
 )
@@ -66,7 +66,7 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "mean@k and pass@k of a model on held-out prompts",
+        "mean@k, pass@k and maj@k of models on held-out prompts, side by side",
         "bandpo.train.arguments:add_evaluate_arguments",
         "bandpo.train.arguments:run_evaluate",
         extra="lab",
@@ -87,7 +87,7 @@ COMMANDS = (
     ),
     Command(
         "compare",
-        "objectives against each other on small models, with intervals",
+        "runs against each other; or objectives on small models, with intervals",
         "bandpo.lab.comparison.arguments:add_arguments",
         "bandpo.lab.comparison.arguments:run",
         extra="lab",

@@ -184,4 +184,7 @@ def size(number: float) -> str:
         >>> size(3 * 2**20), size(23.5 * 2**30)
         ('3 MiB', '23.5 GiB')
     """
-    return f"{number / 2**30:.3g} GiB" if number >= 2**29 else f"{number / 2**20:.2g} MiB"
+    if number >= 2**29:
+        return f"{number / 2**30:.3g} GiB"
+    mebibytes = number / 2**20
+    return f"{mebibytes:.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.2g} MiB"
