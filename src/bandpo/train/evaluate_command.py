@@ -27,6 +27,7 @@ from bandpo.train.evaluate_options import Asked, Job, Sampling
 from bandpo.train.evaluate_results import Result, digest
 from bandpo.train.evaluate_tables import lines_of, notes, scored_on, table
 from bandpo.train.models import loadable
+from bandpo.train.progress import counting
 from bandpo.train.rewards import CheckedReward, get_reward, unscored_line
 from bandpo.train.votes import merged, voter_of
 
@@ -147,21 +148,23 @@ def _sampled(one: _Ready, options: argparse.Namespace, progress: Progress, *, se
     job, sampling = one.job, one.sampling
     started = time.monotonic()
     model = _load_model(one.loadable, one.compute, local=one.local, trust_remote_code=options.trust_remote_code)
-    found = evaluate(
-        model,
-        one.tokenizer,
-        one.rows,
-        one.reward,
-        samples=options.samples or job.run.eval_samples,
-        max_new_tokens=sampling.length,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=options.seed,
-        batch_size=sampling.per_device_eval_batch_size,
-        sampler=sampler_of(sampling),
-        autocast=torch.bfloat16 if one.compute.bf16 else None,
-        voter=voter_of(job.reward, one.reward.function),
-    )
+    samples = options.samples or job.run.eval_samples
+    with progress.stage(f"sampling {job.model}", len(one.rows) * samples, "completions") as advance:
+        found = evaluate(
+            model,
+            one.tokenizer,
+            one.rows,
+            counting(one.reward, advance),
+            samples=samples,
+            max_new_tokens=sampling.length,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=options.seed,
+            batch_size=sampling.per_device_eval_batch_size,
+            sampler=sampler_of(sampling),
+            autocast=torch.bfloat16 if one.compute.bf16 else None,
+            voter=voter_of(job.reward, one.reward.function),
+        )
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
