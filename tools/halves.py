@@ -68,7 +68,12 @@ def findings(data: Row) -> dict[str, str]:
     right = {arm: x["right"]["value"] for arm, x in regimes_of(data)["noise"]["values"]["same"].items()}
     drift, start = data["drift"]["ends"]["sgd 1"], data["drift"]["start"]
     theory = data["theory"]["drift"]
-    agree = sum((drift[x]["value"] > start) == (theory[x] > 0) for x in drift)
+    kinds = data["drift"]["ends"]
+    agree = {k: sum((rows[x]["value"] > start) == (theory[x] > 0) for x in rows) for k, rows in kinds.items()}
+    others = "; ".join(f"{k}: {n}" for k, n in agree.items() if k != "sgd 1")
+    ends = ", ".join(f"{rows['[0.8, 1.2]']['value']:.2f} ({k})" for k, rows in kinds.items())
+    goal = {"needle": 1.0, "race": 0.75}
+    means = {r: [x["mean"]["value"] for x in regimes_of(data)[r]["values"]["own"].values()] for r in goal}
     order = sorted(drift, key=lambda x: theory[x])
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if theory[a] != theory[b]]
     ordered = sum(drift[a]["value"] < drift[b]["value"] for a, b in pairs)
@@ -83,8 +88,17 @@ def findings(data: Row) -> dict[str, str]:
         "price_finding": "**The price of the upper half**: on coin-flip rewards the nearly certain tokens of a completion stay "
         f"right with chance {right[UPPER]:.2f} under the upper half and {right[BAND]:.2f} under the whole band, against "
         f"{right[CLIP]:.2f} under the fixed clip and {right[LOWER]:.2f} under the lower half.",
-        "drift_agreement": f"The theory has the sign of SGD at rate 1 for {agree} of {len(drift)} intervals, and the order for "
-        f"{ordered} of {len(pairs)} pairs of intervals.",
+        "drift_agreement": f"The theory has the sign of SGD at rate 1 for {agree['sgd 1']} of {len(drift)} intervals, and the "
+        f"order for {ordered} of {len(pairs)} pairs of intervals. Of the runs that it does not cover it has fewer signs "
+        f"({others}).",
+        "cancel_finding": f"For one token and T = 0.25 they cancel near [0.8, {data['theory']['neutral']['0.9'][1]:.2f}]; "
+        f"after the runs with [0.8, 1.2] the entropy, {start:.2f} at the beginning, is {ends}.",
+        "ceiling_finding": "At the end the mean of the arms is "
+        + ", and ".join(
+            f"from {min(x):.2f} to {max(x):.2f} in `{r}`, where one option reaches {goal[r]:g}"
+            for r, x in means.items()
+        )
+        + ".",
         "neutral_finding": sentence(data, f"neutral - {CLIP}", "passed", "Against the fixed clip, pass@16")
         + " "
         + sentence(data, f"neutral - {CLIP}", "speed", "Reward in training"),
@@ -227,6 +241,9 @@ def page(data: Row) -> str:
         "noise_rate": f"{regimes['noise']['rates'][CLIP]:g}",
         "neutral_drift": f"{data['theory']['drift']['[0.5, 1.755]']:+.2f}",
         "same_agreement": same_agreement(data),
+        "flat_upper": f"{data['theory']['flat'][UPPER]:+.1f}",
+        "flat_clip": f"{data['theory']['flat'][CLIP]:+.1f}",
+        "unseen": f"{100 * (1 - 0.05 ** (1 / regimes['noisy']['seeds'])):.1f}",
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     template = environment.from_string(TEXT.read_text(encoding="utf-8"))

@@ -145,6 +145,9 @@ def check_surrogate(surrogate: Surrogate, extras: Mapping[str, Tensor] | None = 
     x = torch.zeros_like(advantages, requires_grad=True)
     value = call(x)
     assert value.shape == x.shape, f"the value has shape {tuple(value.shape)}, the input {tuple(x.shape)}"
+    assert value.requires_grad, (
+        "the value has no gradient by the log-ratio: it was detached, or made from other numbers"
+    )
     (slope,) = torch.autograd.grad(value.sum(), x)
     assert torch.allclose(slope, advantages), (
         f"on policy the gradient must be A = {advantages.flatten().tolist()}, got {slope.flatten().tolist()}"

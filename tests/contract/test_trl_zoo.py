@@ -438,6 +438,12 @@ def test_resume_is_bit_exact_with_a_moving_radius_and_refilled_groups(make_model
         ({"objective": "troll", "epsilon": 0.1}, "epsilon=0.1 would be ignored"),
         ({"objective": "troll", "divergence": "tv"}, "divergence='tv'.*reverse_kl or kl"),
         ({"objective": "sapo", "epsilon": 0.1}, "epsilon=0.1 would be ignored.*has no interval"),
+        (
+            {"objective": "sapo", "sapo_temperature_pos": 5.0},
+            "sapo_temperature_pos=5.0 would be ignored.*loss_type='sapo'",
+        ),
+        ({"objective": "vespo", "vespo_k_pos": 9.0}, "vespo_k_pos=9.0 would be ignored.*loss_type='vespo'"),
+        ({"sapo_temperature_neg": 0.5}, "sapo_temperature_neg=0.5 would be ignored"),
         ({"dynamic_sampling": -1}, "dynamic_sampling"),
         ({"kl_penalty_target": 0.01}, "'bandpo-kl' has none; use objective='ppo-kl'"),
         ({"objective": "ppo-kl", "kl_penalty_target": 0.0}, "positive number of nats, got 0.0"),

@@ -41,6 +41,13 @@ def test_each_row_has_one_region(theirs, ours, case, tmp_path):
     assert before.objective.ratio_level == after.objective.ratio_level
 
 
+def test_losses_that_ignore_verl_s_aggregation_are_given_theirs():
+    """verl's sapo and geo_mean average in each sequence first, whatever loss_agg_mode is; with bandpo it acts."""
+    for theirs, ours, case in ROWS:
+        fixed = "loss_mode=sapo" in theirs or "loss_mode=geo_mean" in theirs
+        assert (f"loss_agg_mode={OBJECTIVES[case].aggregation}" in ours) == fixed
+
+
 def test_each_row_is_compared_in_verl_s_code():
     text = (ROOT / "tests" / "contract_verl" / "test_verl.py").read_text()
     assert len(ROWS) == 6

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bandpo import KL, Band, Clip, Objective, policy_loss
+from bandpo import KL, OBJECTIVES, Band, Clip, Objective, policy_loss
 from bandpo.bounds import RatioBounds
 from bandpo.bounds.regions import Sides, TopK
 from bandpo.lab.forks.theory import (
@@ -177,6 +177,16 @@ def test_the_order_holds_for_rollouts_of_two_tokens():
     assert found == sorted(found) and found[0] < 0 < found[-1]
     opened = enumerated(policy, Sides(lower=FREE, upper=Clip(0.2, 0.15)), rate=0.03, steps=25, tokens=2)
     assert opened < found[1]
+
+
+def test_the_order_of_the_halves_is_no_law_for_every_policy():
+    """One common and many rare tokens: upper half, clip, lower half. A flat policy: the upper half has the lowest drift."""
+    arms = [OBJECTIVES[name].bounds for name in ("bandpo-kl-upper", "grpo", "bandpo-kl-lower")]
+    peaked = [one_token_drift(PEAKED, bounds, 0.25).item() for bounds in arms]
+    assert peaked == sorted(peaked, reverse=True) and peaked[0] > 0 > peaked[2]
+    flat = torch.tensor([0.3] + [0.7 / 9] * 9, dtype=torch.float64)
+    upper, clip = (one_token_drift(flat, bounds, 1.0).item() for bounds in arms[:2])
+    assert upper < clip < 0
 
 
 def test_neutral_edges():

@@ -185,3 +185,8 @@ def test_wrong_extras_are_told_before_the_fused_kernel_could_run(objective, extr
     assert not ran
     policy_loss(logprobs=x.clone().requires_grad_(), objective=OBJECTIVES["grpo"], **given)
     assert ran == [OBJECTIVES["grpo"]]
+
+
+def test_a_surrogate_without_a_gradient_is_named():
+    with pytest.raises(AssertionError, match="no gradient by the log-ratio"):
+        check_surrogate(lambda log_ratio, advantages, bounds: (log_ratio.exp() * advantages).detach())

@@ -54,6 +54,12 @@ _FOLLOWING = (
 )
 """Fields that follow the objective where they are left at None."""
 
+_OF_OTHER_LOSSES = {
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
+"""Options that act in no loss but TRL's own of this `loss_type`, in whose place bandpo computes the objective of this name."""
+
 _PRUNING_OPTIONS = ("prompts", "completions", "mode", "zeros", "until")
 _PACKING_WINDOW = 8
 _PACKING_MASK_GIB = 4.0
@@ -196,7 +202,19 @@ class BandGRPOConfig(_Follows, RegionOptions, GRPOConfig):  # pyright: ignore[re
             raise ValueError(f"packing_mask_gib must be a positive number of GiB, got {self.packing_mask_gib}")
         if not self.packing and self.packing_mask_gib != _PACKING_MASK_GIB:
             raise ValueError(f"packing_mask_gib={self.packing_mask_gib} would be ignored: set packing")
+        self._refuse_options_of_other_losses()
         super().__post_init__()
+
+    def _refuse_options_of_other_losses(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+        for loss_type, names in _OF_OTHER_LOSSES.items():
+            given = [f"{n}={getattr(self, n)}" for n in names if n in defaults and getattr(self, n) != defaults[n]]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} would be ignored: only TRL's own loss_type={loss_type!r} reads it, and bandpo "
+                    "computes the objective; give the trainer an Objective whose surrogate has the constants you want: "
+                    f"dataclasses.replace(OBJECTIVES[{loss_type!r}], surrogate=...)"
+                )
 
     def following(self, objective: Objective) -> "BandGRPOConfig":
         """A copy of these options for an objective that is given as an object instead of the one they name.

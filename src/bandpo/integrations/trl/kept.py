@@ -14,7 +14,7 @@ from bandpo.integrations.trl.config import BandGRPOConfig
 from bandpo.objective import Objective
 from bandpo.terms import token_objective
 
-_OF_CONFIG = ("loss_type", "scale_rewards", "beta", "kl")
+_OF_CONFIG = ("loss_type", "scale_rewards", "beta", "kl", "delta", "top_entropy_quantile", "off_policy_mask_threshold")
 _NOT_IN_THE_LOSS = ("formula", "paper", "kl_coef", "kl")  # the last two are those of the configuration
 _PLACES = 12
 
@@ -71,7 +71,7 @@ class KeptObjective:
         changed = {
             part: (then["parts"].get(part), text)
             for part, text in now["parts"].items()
-            if then["parts"].get(part) != text
+            if then["parts"].get(part, text) != text  # a checkpoint of an earlier version has fewer parts
         }
         if changed:
             pairs = "; ".join(f"{part} {old} -> {new}" for part, (old, new) in changed.items())

@@ -12,7 +12,7 @@ from bandpo.lab.forks.theory import along_own_gradient, entropy, free_drift, neu
 from bandpo.statistics import Interval, t_interval, verdict
 
 SMALLEST: Mapping[str, float] = {"mean": 0.02, "passed": 0.03, "entropy": 0.1, "speed": 0.02, "right": 0.02}
-"""The smallest effect of interest of each measure, chosen before the report was run; entropy in nats, the others as shares."""
+"""The smallest effect of interest of each measure, set by hand and not registered; entropy in nats, the others as shares."""
 
 HALVES = (("bandpo-kl-upper", "bandpo-kl"), ("bandpo-kl-upper", "bandpo-kl-lower"), ("bandpo-kl-lower", "bandpo-kl"))
 """Pairs of arms that are compared beside the differences from the baseline."""
@@ -167,4 +167,11 @@ def summarise_theory() -> dict[str, Any]:
         neutral[f"{common:g}"] = [None if np.isnan(u) else round(u, 3) for u in edges]
         exponents[f"{common:g}"] = round(along_own_gradient(policy).exponent[1].item(), 3)
     free = {str(k): round(free_drift(start, rate=1 / k, steps=k).item(), 5) for k in (1, 2, 16)}
-    return {"drift": drifts, "reach": reached, "neutral": neutral, "exponents": exponents, "free": free}
+    flat = torch.tensor([0.3] + [0.7 / 9] * 9, dtype=torch.float64)
+    plain = {
+        name: round(1000 * one_token_drift(flat, ARMS[name].bounds, 1.0).item(), 4)
+        for name in (BASELINE, "bandpo-kl-upper", "bandpo-kl-lower")
+    }
+    return {
+        "drift": drifts, "reach": reached, "neutral": neutral, "exponents": exponents, "free": free, "flat": plain,
+    }  # fmt: skip
