@@ -60,9 +60,9 @@ def check() -> None:
     check_surrogate(MINE.surrogate)
     print("checks: the divergence, its bounds and the surrogate are as the library expects")
 
-    # A mistake would have been found. This function is not convex, so its "ball" is none.
+    # A mistake would have been found. This function is not convex far from 1, so its "ball" is none.
     try:
-        check_divergence(FDivergence("wrong", lambda u: -((u - 1) ** 2)))
+        check_divergence(FDivergence("wrong", lambda u: u.log() ** 2))
     except AssertionError as error:
         print(f"checks: a wrong one is refused: {error}")
 

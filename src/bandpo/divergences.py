@@ -149,6 +149,11 @@ def _slope_at_one(name: str, f: Callable[[Tensor], Tensor]) -> float:
         )
     left, right = (one - below) / _PROBE, (above - one) / _PROBE
     noise = 1e-8  # f rounds by about 1e-16, a chord by 1e-16 / _PROBE
+    if left - right > noise:
+        raise ValueError(
+            f"FDivergence({name!r}): f must be convex, but its slope falls at 1, from {left:.3g} to {right:.3g}: a policy "
+            "would get nearer by moving away; check the sign of f"
+        )
     if not (left > noise or right < -noise):
         return 0.0
     return (left + right) / 2

@@ -33,9 +33,9 @@ def check_divergence(divergence: FDivergence) -> None:
 
     Examples:
         >>> check_divergence(FDivergence("mine", lambda u: 2 * (1 + u) - 4 * u.sqrt()))
-        >>> check_divergence(FDivergence("concave", lambda u: -(u - 1).square()))
+        >>> check_divergence(FDivergence("below", lambda u: (u - 1).square() - (u - 1).abs() ** 3))
         Traceback (most recent call last):
-        AssertionError: concave: f must be >= 0, but f(0.001) = -0.998
+        AssertionError: below: f must be >= 0, but f(2.04) = -0.0453
     """
     _check_generator(divergence)
     _check_slope_at_infinity(divergence)

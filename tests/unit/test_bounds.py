@@ -362,6 +362,11 @@ def test_shapes_dtypes_empty_scalar_and_permuted():
         (lambda x: in_band(x[:2], x), ValueError, r"\(2,\).*\(5,\)"),
         (lambda x: alpha(math.inf), ValueError, "order"),
         (lambda x: FDivergence("x", 3), TypeError, "f must be a function"),
+        (
+            lambda x: FDivergence("x", lambda u: -(u - 1).square()),
+            ValueError,
+            "must be convex, but its slope falls at 1",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, words):

@@ -121,7 +121,7 @@ def test_broken_surrogates_are_refused(name):
 
 
 BROKEN_DIVERGENCES = {
-    "concave": (lambda: FDivergence("x", lambda u: -(u - 1).square()), "must be >= 0"),
+    "below 0": (lambda: FDivergence("x", lambda u: (u - 1).square() - (u - 1).abs() ** 3), "must be >= 0"),
     "not convex": (lambda: FDivergence("x", lambda u: u.log().square()), "convex"),
     "linear": (lambda: FDivergence("x", lambda u: 3 * (u - 1)), "linear"),
     "nothing": (lambda: FDivergence("x", lambda u: 0 * u), "linear"),

@@ -196,7 +196,9 @@ def test_links_inside_the_docs_lead_somewhere():
             file = page.parent / target if target else page
             assert file.exists(), f"{page.name}: {target}"
             assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
-            assert anchor.isascii(), f"{page.name}: {anchor}: GitHub and the site make different anchors of such a heading"
+            assert anchor.isascii(), (
+                f"{page.name}: {anchor}: GitHub and the site make different anchors of such a heading"
+            )
 
 
 # ---- pages that programs write ----

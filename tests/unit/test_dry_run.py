@@ -1,6 +1,8 @@
 """`bandpo train --dry_run`: what the start of a run would find is found, all of it, and nothing is trained, fetched or made."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -251,6 +253,24 @@ def test_the_doctor_is_given_the_configuration_of_the_run(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert asked == [("bandpo-kl", 0.1, 98)]
     assert "# ok doctor: fine: c\n# !! doctor: b: worse\n#    why: cause\n#    set: knob\n# ?? doctor: a: seen\n" in out
+
+
+def test_own_objectives_are_tried(capsys):
+    Path("dry_objectives.py").write_text(
+        "import dataclasses\nfrom bandpo import OBJECTIVES\n"
+        "WELL = dataclasses.replace(OBJECTIVES['grpo'], name='well')\n"
+        "def lost(log_ratio, advantages, bounds):\n    return (0 * log_ratio).log() * advantages\n"
+        "def broken(log_ratio, advantages, bounds):\n    return log_ratio @ advantages\n"
+        "LOST = dataclasses.replace(WELL, surrogate=lost)\nBROKEN = dataclasses.replace(WELL, surrogate=broken)\n"
+    )
+    out, _ = dry(capsys, "--objective", "dry_objectives:WELL")
+    assert "# ok objective dry_objectives:WELL: its surrogate pass the checks" in out
+    out, _ = dry(capsys, "--objective", "dry_objectives:LOST", status=1)
+    assert "# !! objective dry_objectives:LOST: its surrogate: on policy the gradient must be A" in out
+    out, _ = dry(capsys, "--objective", "dry_objectives:BROKEN", status=1)
+    assert re.search(
+        r"# !! objective dry_objectives:BROKEN: its surrogate cannot be tried: .* at .*dry_objectives.py:7", out
+    )
 
 
 def test_methods_of_preferences(tmp_path, capsys):

@@ -18,13 +18,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from bandpo._system.errors import RunError, exits_are_errors, printable
+from bandpo._system.errors import RunError, exits_are_errors, place_of, printable, what_happened
 from bandpo._system.progress import quiet_hosts
 from bandpo._system.secrets import redact, redact_text
 from bandpo.doctor.entry import examine
 from bandpo.integrations.trl.refusals import refuse_sampler
 from bandpo.integrations.trl.strategy import strategy_for
 from bandpo.monitoring.findings import Finding, Level
+from bandpo.testing import check_bounds, check_surrogate
 from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 from bandpo.train import memory
 from bandpo.train.check_reward import checked_answers, told_answers
@@ -210,6 +211,8 @@ def _check(parsed: Parsed, machine: Machine, report: Report) -> None:
     if run.method == "grpo":
         with report.attempt():
             _refused_by_trainer(args)
+        if ":" in args.objective:
+            _own_objective(args, report)
     model = _model(run, args, report)
     prompts, held_out = _data(run, args, model, report)
     _rewards(run, prompts, model, report)
@@ -239,6 +242,26 @@ def _check_reporters(args: TrainerConfig, report: Report) -> None:
             report.wrong(str(error))
         else:
             report.say(f"this machine differs: {error}", "warning")
+
+
+def _own_objective(args: Any, report: Report) -> None:
+    """Try the parts of the user's own objective, which `bandpo.testing` has checks for."""
+    try:
+        objective = args.resolve()
+    except (ValueError, TypeError, ImportError):
+        return  # named among the mistakes already
+    for part, check in (("bounds", check_bounds), ("surrogate", check_surrogate)):
+        try:
+            check(getattr(objective, part))
+        except AssertionError as error:
+            report.say(f"objective {args.objective}: its {part}: {error}", "problem")
+        except Exception as error:
+            report.say(
+                f"objective {args.objective}: its {part} cannot be tried: the code {what_happened(error)} at {place_of(error)}",
+                "problem",
+            )
+        else:
+            report.say(f"objective {args.objective}: its {part} pass the checks of bandpo.testing", "ok")
 
 
 def _refused_by_trainer(args: Any) -> None:
