@@ -44,6 +44,8 @@ def doctor(options: argparse.Namespace) -> int:
     """
     try:
         return _doctor(options)
+    except BrokenPipeError:  # the reader of the output is gone, which is no mistake in a file
+        raise
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(printable(str(error))) from None
 

@@ -386,10 +386,10 @@ def declared_by_trl(method: str) -> Declared:
     from trl.scripts.utils import TrlParser
 
     class Parser(TrlParser):
-        """A parser whose errors, which repeat what was typed, show no secrets."""
+        """A parser whose errors, which repeat what was typed or what a file has, are those of a value and show no secrets."""
 
         def error(self, message: str) -> NoReturn:
-            super().error(redact_text(message))
+            raise ValueError(redact_text(message))
 
     parser = Parser(cast("Any", (RunConfig, cls)), prog="bandpo train", usage=USAGE, allow_abbrev=False)
     return Declared(parser, _floats(cls))

@@ -187,7 +187,10 @@ def _configuration(arguments: list[str], report: Report) -> Parsed | None:
         report.wrong(mistake)
     request = read(arguments, declared_by_trl)
     request.set_defaults()
-    values = vars(request.declared.parser.parse_args(request.arguments))
+    try:
+        values = vars(request.declared.parser.parse_args(request.arguments))
+    except ValueError:  # a value of the wrong type, which is among the mistakes; the others cannot be compared with it
+        return None
     ours = {name: values[name] for name in run_keys()}
     theirs = {name: value for name, value in values.items() if name not in ours}
     [trainer] = [cls for cls in cast("Any", request.declared.parser).dataclass_types if cls is not RunConfig]

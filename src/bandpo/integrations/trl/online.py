@@ -296,7 +296,7 @@ class OnlinePreferenceTrainer:
         pairs = self._labelled_pairs(k, samples, scored, ranked)
         if not pairs:
             raise ValueError(
-                f"round {k}: no prompt has completions of different rewards, so there is no pair to learn from; raise "
+                f"round {k + 1}: no prompt has completions of different rewards, so there is no pair to learn from; raise "
                 "samples_per_prompt or prompts_per_round, or start from a model that sometimes succeeds"
             )
         measured = {"round": float(k), "pairs": float(len(pairs)), "generated_tokens": 0.0}
@@ -426,8 +426,8 @@ class OnlinePreferenceTrainer:
             known |= set(new[: max(0, wanted)])
         if all(key in known for key in keys):
             raise ValueError(
-                f"round {k}: each of its prompts has taught the probe, so none is left to rank; give more prompts, or lower "
-                "probe_prompts or rounds"
+                f"round {k + 1}: each of its prompts has taught the probe, so none is left to rank; give more prompts, or "
+                "lower probe_prompts or rounds"
             )
         return [key in known for key in keys]
 
