@@ -159,14 +159,14 @@ def test_a_line_has_the_same_values(both, line):
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_a_bad_value_has_the_same_message(both, line, capsys):
+def test_a_bad_value_has_the_same_message(both, line):
     messages = []
-    for declared, parse_line in ((both[0], both[0].parser.parse_args), (both[1], lambda x: options.parsed(both[1], x))):
-        with pytest.raises(SystemExit) as ended:
+    for parse_line in (both[0].parser.parse_args, lambda x: options.parsed(both[1], x)):
+        with pytest.raises(ValueError) as refused:
             parse_line(line.split())
-        messages.append((ended.value.code, capsys.readouterr().err, declared.parser.prog))
+        messages.append(str(refused.value))
     assert messages[0] == messages[1]
-    assert "bandpo train: error: argument --" in messages[0][1]
+    assert messages[0].startswith("argument --")
 
 
 @pytest.mark.parametrize("line", ["--optim x", "--bf16 perhaps", "--task countdown more", "--logging_strategy never"])

@@ -269,7 +269,7 @@ def parsed(declared: Declared, arguments: list[str]) -> dict[str, Any] | None:
         arguments: Command line after `bandpo train`, without `--config`.
 
     Raises:
-        SystemExit: If a text or a number is missing or wrong: the message is that of argparse, as TRL's parser writes it.
+        ValueError: If a text or a number is missing or wrong: the message is that of argparse, as TRL's parser has it.
     """
     parser = declared.parser
     try:
@@ -279,7 +279,7 @@ def parsed(declared: Declared, arguments: list[str]) -> dict[str, Any] | None:
     except argparse.ArgumentError as error:
         refused = next(a for a in parser._actions if "/".join(a.option_strings) == error.argument_name)
         if refused.type in _TYPES.values() and refused.type is not _truth:
-            argparse.ArgumentParser.error(parser, redact_text(str(error)))
+            raise ValueError(redact_text(str(error))) from None
         return None
 
 
