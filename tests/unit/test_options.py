@@ -51,7 +51,7 @@ def test_values_and_words_after_two_dashes_are_left_alone():
         ("trian", "unknown command 'trian'; did you mean 'train'"),
         ("xyzw", r"unknown command 'xyzw' \(all of them: train,"),
         ("bounds --raduis 1", "bandpo bounds: error: unknown option --raduis; did you mean '--radius'"),
-        ("compare --output_dir x", "unknown option --output_dir; did you mean '--output'"),
+        ("compare --outptu x", "unknown option --outptu; did you mean '--output'"),
         ("objectives --filtr=x", "--filtr; did you mean '--filter'"),
         ("compare --preset smok", "invalid choice: 'smok'; did you mean 'smoke'"),
         ("lab prefrence", "unknown topic 'prefrence'; did you mean 'preference'"),

@@ -31,7 +31,7 @@ def test_two_processes_train_one_model(tmp_path, tmp_path_factory):
         [*launch, *options], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("before training") == 1  # only the main process speaks
+    assert result.stdout.count("before training: mean@") == 1  # only the main process speaks
     folder = tmp_path / "out"
     assert json.loads((folder / "env.json").read_text())["processes"] == 2
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

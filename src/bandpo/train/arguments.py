@@ -143,6 +143,11 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)"
     )
+    add_examples(
+        parser,
+        "report RUN                     # also while the run trains",
+        "report RUN --output page.html",
+    )
 
 
 def add_check_reward_arguments(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser, folder: str) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, the only one that this topic has (default: cpu)")
     parser.add_argument(
-        *("--output", "--output_dir", "--output-dir"),
+        *("--output", "--output-dir"),
         type=Path,
         default=Path(folder),
         help=f"folder of the results (default: {folder})",

@@ -289,7 +289,7 @@ def one_token_drift(policy: Tensor, bounds: Bounds, budget: float) -> Tensor:
         >>> from bandpo import Clip
         >>> p = torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64)
         >>> [round(one_token_drift(p, Clip(0.2, high), 1.0).item(), 4) for high in (0.1, 0.2, 0.3)]
-        [-0.004, 0.0008, 0.0051]
+        [0.0022, 0.0031, 0.004]
     """
     found = _interval(bounds, policy.log())
     ends = [own_path(policy, edge.log(), budget).entropy for edge in (found.upper, found.lower)]
