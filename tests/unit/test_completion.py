@@ -56,7 +56,7 @@ def completed(folder, *words, cwd):
         (["compare", "--objectives", "grpo,cis"], ["grpo,cispo"]),
         (["compare", "--preset", "s"], ["smoke"]),
         (["evaluate", "--prompt-c"], ["--prompt-column"]),
-        (["lab", ""], ["forks", "preference", "selection"]),
+        (["lab", ""], ["preference", "forks", "selection"]),
         (["objectives", "gsp"], ["gspo"]),
         (["objectives", "--plot", ""], []),
         (["completion", ""], ["bash", "zsh", "fish"]),
