@@ -182,10 +182,12 @@ class _Speed:
 
     def __init__(self, curve: Curve) -> None:
         self._curve = curve
-        self._step = self._tokens = 0.0  # of the last row
-        self._new = self._seconds = 0.0  # of the rollouts that are counted
-        self._longest = 0.0  # steps of one rollout, at most
-        self._began = 0.0
+        self._step: float = 0.0  # of the last row, as are the tokens
+        self._tokens: float = 0.0
+        self._new: float = 0.0  # of the rollouts that are counted, as are the seconds
+        self._seconds: float = 0.0
+        self._longest: float = 0.0  # steps of one rollout, at most
+        self._began: float = 0.0
 
     def add(self, step: float, tokens: float | None, seconds: float | None) -> None:
         """Take a row.
