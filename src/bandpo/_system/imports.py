@@ -1,9 +1,14 @@
 """Imports an object that the user named as "package.module:NAME"."""
 
+import difflib
 import importlib
 import os
 import sys
 from typing import Any
+
+
+class UnknownNameError(AttributeError):
+    """A module was imported, and it has nothing of the name that was asked for."""
 
 
 def imported(path: str) -> Any:
@@ -15,9 +20,15 @@ def imported(path: str) -> Any:
     Args:
         path: "package.module:NAME"; NAME may have dots.
 
+    Raises:
+        UnknownNameError: If the module has no such name; the message has the nearest one.
+
     Examples:
         >>> imported("math:pi")
         3.141592653589793
+        >>> imported("math:sqtr")
+        Traceback (most recent call last):
+        bandpo._system.imports.UnknownNameError: math has no 'sqtr'; did you mean 'sqrt'?
     """
     module, _, names = path.partition(":")
     here = os.getcwd()
@@ -30,5 +41,10 @@ def imported(path: str) -> Any:
             sys.path.remove(here)  # the last one
             sys.path.reverse()
     for name in names.split("."):
-        found = getattr(found, name)
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            near = difflib.get_close_matches(name, dir(found), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnknownNameError(f"{module} has no {name!r}{hint}") from error
     return found

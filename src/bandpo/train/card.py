@@ -69,6 +69,7 @@ class Facts(NamedTuple):
         data: What it was trained on, in a few words.
         hub_data: Names of its datasets on the Hub.
         rows: Further facts for the table of the run.
+        longest: Tokens of the longest completion that it was trained for.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Facts(NamedTuple):
     data: str
     hub_data: tuple[str, ...]
     rows: Mapping[str, Any]
+    longest: int = 256
 
 
 def write_card(facts: Facts, evaluation: Mapping[str, Any] | None, lines: Sequence[str]) -> None:
@@ -353,7 +355,7 @@ def _loading(facts: Facts) -> str:
     )
     code = (
         f"{head}tokenizer = AutoTokenizer.from_pretrained({place})\n{prompt}"
-        "output = model.generate(**inputs, max_new_tokens=256)\n"
+        f"output = model.generate(**inputs, max_new_tokens={facts.longest})\n"
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     )
     again = f"`bandpo evaluate {_inline(str(facts.folder))}` scores it again."

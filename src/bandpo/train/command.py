@@ -296,6 +296,7 @@ def _facts(job: _Job) -> Facts:
             "computed in": "float16" if args.fp16 else "bfloat16, weights in float32" if args.bf16 else "float32",
             "seed": args.seed,
         },
+        longest=_longest_completion(args),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from bandpo._system.errors import LINES, RunError, Terminated, place_of, printable, what_happened
 from bandpo._system.files import write_jsonl
-from bandpo._system.imports import imported
+from bandpo._system.imports import UnknownNameError, imported
 from bandpo._system.secrets import redact_text
 from bandpo.toy.tasks import TASKS, score
 from bandpo.train.config import MATH, RunConfig
@@ -302,6 +302,8 @@ def get_reward(name: str, *, workers: int | None = None) -> RewardFunction:
         reward = imported(name)
     except KeyboardInterrupt:
         raise
+    except UnknownNameError as error:
+        raise ValueError(f"reward {name!r} could not be imported: {error}") from error
     except BaseException as error:  # the code of the module runs, and may raise anything
         raise ValueError(f"reward {name!r} could not be imported: its module {what_happened(error)}") from error
     if not callable(reward):
