@@ -64,6 +64,9 @@ def main(out: Path, folder: Path) -> None:
         ]
         found = {"processes": processes, "logs": logs, "weights": weights, "history": history}
         torch.save(found, out)
+    # A thread of gloo that is alive when a process ends aborts it ("terminate called without an active exception").
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
