@@ -29,6 +29,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "main_job.json", DOCS / "start.md"
 ARMS = ("bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower", "grpo", "dapo", "no-clip")
 SEEDS = (0, 1, 2, 3, 4)
+COMMAND = "python tools/main_job.py --measure FOLDER"
 BEGIN, END = "<!-- main job: begin, written by tools/main_job.py -->", "<!-- main job: end -->"
 
 Row = dict[str, Any]
@@ -123,7 +124,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if the table is out of date")
     options = parser.parse_args()
     if options.measure is not None and not options.check:
-        found = {"job": job(), "runs": measured(options.measure), "about": about(seeds=list(SEEDS))}
+        found = {"job": job(), "runs": measured(options.measure), "about": about(command=COMMAND, seeds=list(SEEDS))}
         DATA.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     old = PAGE.read_text(encoding="utf-8")
     new = page(old, table(json.loads(DATA.read_text(encoding="utf-8"))))
