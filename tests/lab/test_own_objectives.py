@@ -189,7 +189,7 @@ OWN = Objective(bounds=Band(FDivergence("gap", f=lambda u: ((u - 1).abs() - 0.5)
     ("name", "words"),
     [
         ("own_objective:NOT_ONE", "own_objective:NOT_ONE is no Objective"),
-        ("own_objective:NOTHING", "has no attribute 'NOTHING'"),
+        ("own_objective:NOTHING", "has no 'NOTHING'"),
         ("no_such_module:X", "No module named 'no_such_module'"),
         ("own objective:X", "write package.module:NAME"),
         ("a:b:c", "write package.module:NAME"),
