@@ -56,8 +56,8 @@ class Setting:
         split: `report`, or `tuning`: the problem's prompts for the choice of a learning rate, in training and evaluation.
 
     Raises:
-        ValueError: If the problem, the device, the split or the sampler is unknown, a number is out of range, or a rollout does not split
-            into the mini-batches.
+        ValueError: If the problem, the device, the split or the sampler is unknown, a number is out of range, or a rollout does
+            not split into the mini-batches.
     """
 
     problem: str

@@ -1,8 +1,8 @@
 """Learning problems as tensors: prompts of one length, demonstrations for the warm-up, and a verifiable reward.
 
-`paths` and `addition` are built so that a rare way is the better one. `detours` and `traps` have a vocabulary and a token profile
-like those of a language model: most tokens are near-certain, and a few forks have many rare options. The others are the tasks of
-`bandpo.toy.tasks`. Training and held-out prompts never share a problem.
+`paths` and `addition` are built so that a rare way is the better one. `detours` and `traps` have the token profile of a language
+model: most tokens are near-certain, and a few forks have many rare options. The others are the tasks of `bandpo.toy.tasks`.
+Training and held-out prompts never share a problem.
 """
 
 import random

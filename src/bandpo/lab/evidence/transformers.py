@@ -1,8 +1,8 @@
 """The runs of small transformers: rates chosen on seeds, warm-ups and prompts of their own, then the runs of the report.
 
 Every seed starts from a warm-up of its own. The rate of each arm is the one with the highest mean reward over training on the
-tuning seeds, from a grid that is the same for every arm and grows while the best rate is at an end. Each run leaves one file, so
-that an interrupted study makes only what is missing.
+tuning seeds, from a grid that is the same for every arm and grows while the best rate is at an end. Each run leaves one file,
+so that an interrupted study makes only what is missing.
 """
 
 import math
@@ -13,13 +13,13 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
-from bandpo.lab.evidence.protocol import Protocol
 
 from bandpo.lab.backends import BACKENDS
 from bandpo.lab.comparison.loop import Setting, checkpoint_of
 from bandpo.lab.comparison.plan import Arm, Job
 from bandpo.lab.comparison.study import Study, diverged
 from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
+from bandpo.lab.evidence.protocol import Protocol
 from bandpo.metrics import PROB_BINS
 from bandpo.statistics import t_interval
 
@@ -39,7 +39,7 @@ MEASURES = ("mean", "passed", "entropy", "speed")
 """The measures of a run: mean@16 and pass@16 on held-out prompts, entropy of the fork that decides, and mean over training."""
 
 PLATEAU = 0.05
-"""The largest change of an arm's mean reward over the last third of its rollouts, by least squares, that counts as a plateau."""
+"""The largest change of an arm's mean reward over the last third of its rollouts that counts as a plateau."""
 
 RARE = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1")
 """The bins of p of the tokens that count as rare."""
@@ -73,7 +73,7 @@ class Plan:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
-    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     tuned_like: Mapping[str, str] = field(default_factory=dict[str, str])
     setting: Mapping[str, Any] = field(default_factory=lambda: SETTING)
 
@@ -121,20 +121,20 @@ class Plan:
 
 
 SETTING: Mapping[str, Any] = MappingProxyType(
-    {"updates": 100, "prompts": 24, "group": 8, "epochs": 2, "minibatches": 8, "hidden_size": 32, "layers": 2}
+    {"updates": 60, "prompts": 24, "group": 8, "epochs": 2, "minibatches": 8, "hidden_size": 32, "layers": 2}
 )
 """The setting of every run: 192 completions in a rollout, 16 optimiser steps on each."""
 
 _SMALL = MappingProxyType(
     {**SETTING, "updates": 4, "prompts": 8, "minibatches": 4, "eval_samples": 16, "warm_up_steps": 120}
 )
-_SHORT = MappingProxyType({**SETTING, "updates": 40})
+_SHORT = MappingProxyType({**SETTING, "updates": 30})
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "full": {},
-        "quick": {"rates": (2e-4,), "setting": _SHORT},
-        "smoke": {"rates": (2e-4,), "setting": _SMALL},
+        "quick": {"rates": (4e-4,), "setting": _SHORT},
+        "smoke": {"rates": (4e-4,), "setting": _SMALL},
     }
 )
 
