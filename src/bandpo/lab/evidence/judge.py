@@ -17,7 +17,16 @@ from typing import Any, Literal
 import numpy as np
 
 from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Measure, Protocol
-from bandpo.statistics import Floats, Interval, Verdict, bounded_interval, pairs_needed, t_interval, unseen_share, verdict
+from bandpo.statistics import (
+    Floats,
+    Interval,
+    Verdict,
+    bounded_interval,
+    pairs_needed,
+    t_interval,
+    unseen_share,
+    verdict,
+)
 
 Values = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]]
 """`values[experiment][place][arm][measure]` has a number for each seed of the report, in the same order in every arm."""
@@ -100,7 +109,8 @@ class Judged:
             **{key: value for key, value in asdict(self).items() if key != "contrasts"},
             "counts": dict(self.counts),
             "contrasts": [
-                {k: _finite(list(v) if isinstance(v, tuple) else v) for k, v in asdict(c).items()} for c in self.contrasts
+                {k: _finite(list(v) if isinstance(v, tuple) else v) for k, v in asdict(c).items()}
+                for c in self.contrasts
             ],
         }
 
@@ -150,7 +160,9 @@ def _is_measured(protocol: Protocol, contrast: Contrast, values: Values) -> bool
 def _contrast(protocol: Protocol, contrast: Contrast, values: Values, comparisons: int) -> JudgedContrast:
     experiment = protocol.experiments[contrast.experiment]
     measure = experiment.places[contrast.place].measures[contrast.measure]
-    first, second = (_values(contrast, arm, values, experiment.seeds, measure) for arm in (contrast.first, contrast.second))
+    first, second = (
+        _values(contrast, arm, values, experiment.seeds, measure) for arm in (contrast.first, contrast.second)
+    )
     missing = int((~np.isfinite(first)).sum()), int((~np.isfinite(second)).sum())
     difference = _scored(first, measure) - _scored(second, measure)
     if measure.missing == "left out":
@@ -231,9 +243,7 @@ def _scored(values: Floats, measure: Measure) -> Floats:
     return values
 
 
-def _interval(
-    difference: Floats, measure: Measure, experiment: Experiment, comparisons: int
-) -> tuple[Interval, str]:
+def _interval(difference: Floats, measure: Measure, experiment: Experiment, comparisons: int) -> tuple[Interval, str]:
     if experiment.interval == "t" or measure.range is None:
         return t_interval(difference.tolist(), comparisons), "t"
     return _bounded(difference, measure, comparisons), "bounded"

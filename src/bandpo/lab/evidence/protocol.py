@@ -269,7 +269,11 @@ class _Node:
 
     def number(self, key: str, *, above: float = 0.0) -> float:
         value = self.take(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > above):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (math.isfinite(value) and value > above)
+        ):
             raise self.fail(key, f"give a number above {above:g}")
         return float(value)
 
@@ -388,7 +392,11 @@ def _reductions(node: _Node, full: Mapping[str, Experiment]) -> dict[str, Experi
         found[name] = _apart(
             replace(
                 before,
-                places={n: replace(p, arms=tuple(a for a in p.arms if a in arms)) for n, p in before.places.items() if n in names},
+                places={
+                    n: replace(p, arms=tuple(a for a in p.arms if a in arms))
+                    for n, p in before.places.items()
+                    if n in names
+                },
                 seeds=part.count("seeds", 2) if part.has("seeds") else before.seeds,
                 tuning_seeds=part.count("tuning_seeds") if part.has("tuning_seeds") else before.tuning_seeds,
             ),
