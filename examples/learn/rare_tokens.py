@@ -21,10 +21,10 @@ for x, a, b in zip(p, lower, upper, strict=True):
     print(f"{x:7.3f}     {0.8 * x:14.4f}, {1.2 * x:8.4f}     {a * x:14.4f}, {b * x:8.4f}")
 
 # %% [markdown]
-# The clip lets the rare token of 0.001 rise to 0.0012: after an update in which it led to the reward, it is still not
-# sampled. The band lets it rise to about 0.05. For the common token of 0.9 the clip allows a rise above 1, which is no
-# limit at all, while the band allows 0.97. (The band's lower edge of 0.0000 for the rarest token means that it may lose
-# everything.)
+# The clip lets the rare token of 0.001 rise to 0.0012: after an update in which it led to the reward, it is still hardly
+# ever sampled. The band lets it rise to about 0.05. For the common token of 0.9 the clip allows a rise above 1, which is
+# no limit at all, while the band allows 0.97. (The band's lower edge of 0.0000 for the rarest token means that it may
+# lose everything.)
 #
 # ## The two halves
 #
