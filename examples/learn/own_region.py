@@ -83,9 +83,9 @@ for name, objective in ours.items():
     print(f"{name:<6} weights at the ratios 0.8, 1.2, 1.4, 1.8: {weights(objective)}")
 
 # %% [markdown]
-# `objective=` of `policy_loss`, of the trainers for TRL and verl, and of `bandpo train --objective` takes such an object,
-# or its import path `"package.module:NAME"`. [The page on migration](../migrate_trl.md#an-objective-of-your-own) shows where it
-# goes in TRL, and `examples/own_objective.py` in the repository trains with one.
+# `objective=` of `policy_loss` and of the trainer for TRL takes such an object. The command line and verl take its import
+# path, `"package.module:NAME"`. [The page on migration](../migrate_trl.md#an-objective-of-your-own) shows where it goes in
+# TRL, and `examples/own_objective.py` in the repository trains with one.
 #
 # ## Exercise
 #
