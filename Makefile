@@ -102,8 +102,8 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
-notebook: $(VENV)/.docs-installed  ## examples/first_steps.ipynb from examples/first_steps.py
-	$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext": null}' examples/first_steps.py
+notebook: $(VENV)/.installed  ## the pages of docs/learn and all notebooks, from the scripts in examples/
+	OMP_NUM_THREADS=1 $(BIN)/python tools/learn.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-verl $(VENV)-lowest .hosts site runs .pytest_cache .ruff_cache .hypothesis

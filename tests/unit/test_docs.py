@@ -1,14 +1,11 @@
 """What the README and the docs show runs, every public name has an entry, and each page is written as CONTRIBUTING asks."""
 
-import importlib.util
 import json
 import pkgutil
 import re
 import subprocess
 import sys
-from functools import cache, partial
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 
 import pytest
 import torch
@@ -16,18 +13,9 @@ import yaml
 
 import bandpo
 from bandpo.divergences import DIVERGENCES
+from sources import ROOT, tool
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@cache
-def tool(name) -> ModuleType:
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "learn").glob("*.md"))]
 
 
 def loop():
@@ -57,6 +45,7 @@ def blocks(language):
     return [
         pytest.param(code, id=f"{page.name}-{i}")
         for page in PAGES
+        if page.parent.name != "learn"  # tests/unit/test_learn.py: each piece of a lesson needs those before it
         for i, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL))
     ]
 
@@ -173,21 +162,8 @@ def test_tests_that_the_docs_name_exist():
 
 
 def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert listed == {page.name for page in PAGES} - {"README.md"}
-
-
-def test_the_notebook_is_the_example():
-    """`make notebook` writes one from the other; both have the same cells."""
-    script = (ROOT / "examples" / "first_steps.py").read_text()
-    expected = []
-    for head, body in (cell.split("\n", 1) for cell in script.split("# %%")[1:]):
-        lines = body.strip().splitlines()
-        expected.append("\n".join((x[2:] if x.startswith("# ") else x[1:]) if "markdown" in head else x for x in lines))
-    notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text())
-    cells = notebook["cells"][1:]  # the first is the script's docstring
-    assert ["".join(cell["source"]) for cell in cells] == expected
-    assert not any(cell.get("outputs") for cell in cells)
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
 
 
 def test_links_inside_the_docs_lead_somewhere():
