@@ -1,0 +1,4 @@
+"""`bandpo lab evidence`: a registered protocol, the runs that it names, and verdicts on its claims.
+
+`protocol` reads protocol.yaml, which is committed before the runs, and `judge` turns the values of the runs into verdicts.
+"""
