@@ -1,4 +1,4 @@
-"""Parts of SVG figures for pages of the documentation: text with colours for light and dark pages, narrow enough for a phone."""
+"""Parts of SVG figures for the documentation: colours for light and dark pages, and a width that fits a phone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
