@@ -71,7 +71,8 @@ def _add_forks(parser: argparse.ArgumentParser) -> None:
         default="quick",
         help="smoke (seconds), quick (a quarter of an hour), full (some hours: all arms, more of the map; default: quick)",
     )
-    add("--only", help="parts separated by commas: drift, regimes, map (default: all)")
+    add("--only", help="parts separated by commas: drift, regimes, widths, map (default: all)")
+    add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
     _add_output(parser, "runs/lab-forks")
 
 
