@@ -272,7 +272,7 @@ FACTS = {
     r"every ratio is 1": "concepts.md",
     r"\b53\.5-fold": "radii.md",
     r"as the official implementation is described": "performance.md",
-    r"1356": "evidence.md",
+    r"came out as follows": "evidence.md",
     r"\bGPL-3\.0\. |code is GPL-3\.0": "README.md",
     r"steps_per_generation = gradient_accumulation_steps": "concepts.md",
     r"0\.659 ± 0\.037": "start.md",
@@ -311,7 +311,8 @@ def test_the_first_screen_of_the_readme():
 
 def test_tables_of_numbers_are_on_the_data_page():
     claims, data = ((ROOT / "docs" / name).read_text() for name in ("evidence.md", "evidence-data.md"))
-    assert "evidence-data.md#claim-by-claim" in claims and len(claims.splitlines()) < 100 < len(data.splitlines())
+    assert "evidence-data.md#the-registered-contrasts" in claims
+    assert len(claims.splitlines()) < 150 < len(data.splitlines())
     assert not re.search(r"\[[+-]\d\.\d+, [+-]\d", claims)  # an interval
 
 
