@@ -129,7 +129,7 @@ def test_every_objective_and_divergence_has_a_row():
     rows = {row.split("|")[2].strip(" `"): row for row in zoo.splitlines() if row.startswith("| ![")}
     assert list(rows) == list(bandpo.OBJECTIVES)
     for name, objective in bandpo.OBJECTIVES.items():
-        for text in (objective.formula.replace("|", "∣"), objective.paper, objective.aggregation, f"zoo/{name}.png"):
+        for text in (objective.formula.replace("|", "∣"), objective.paper, objective.aggregation, f"zoo/{name}.svg"):
             assert text in rows[name], (name, text)
 
 
