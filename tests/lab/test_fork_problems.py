@@ -120,8 +120,8 @@ def test_only_problems_with_prompts_for_tuning_have_that_split():
 
 
 def setting(**changes):
-    small = {"updates": 3, "prompts": 8, "group": 4, "epochs": 1, "minibatches": 4, "hidden_size": 32, "layers": 2}
-    return Setting(**{"problem": "detours", **small, "warm_up_steps": 300, **changes})
+    small = {"updates": 3, "prompts": 8, "group": 4, "epochs": 1, "minibatches": 4, "hidden_size": 32, "layers": 1}
+    return Setting(**{"problem": "detours", **small, "warm_up_steps": 20, **changes})
 
 
 def runs(seeds, rate=4e-4, warm_up=None):

@@ -59,6 +59,8 @@ class Problem:
         grade: Function of prompts and completions that returns their rewards, 0 or 1.
         text: Function that turns tokens into text for people.
         warm_up_steps: Supervised steps after which most groups have a signal.
+        warm_up_batch: Demonstrations of a supervised step.
+        warm_up_rate: Peak of the learning rate of these steps.
         vocabulary: Number of tokens of the models.
         forks: Places of a completion with many options, whose entropy is measured by itself.
         tuning: Training and evaluation prompts for the choice of a learning rate, which are in no other set; None if there are
@@ -78,6 +80,8 @@ class Problem:
     grade: Grade
     text: Callable[[list[int]], str]
     warm_up_steps: int
+    warm_up_batch: int = 128
+    warm_up_rate: float = 4e-3
     vocabulary: int = VOCABULARY
     forks: tuple[int, ...] = ()
     tuning: tuple[Tensor, Tensor] | None = None
@@ -319,7 +323,9 @@ def forks(name: str, *, good: int, common_solves: int, good_solves: int, base: s
         length=_KEY + 3,
         grade=grade,
         text=_fork_text,
-        warm_up_steps=400,
+        warm_up_steps=1200,
+        warm_up_batch=32,
+        warm_up_rate=8e-3,
         vocabulary=first + 2 * _OPTIONS,
         forks=(0, 3),
         tuning=(sets["tuning"], sets["tuning_held_out"]),
