@@ -400,7 +400,9 @@ def cluster_interval(values: Sequence[float], clusters: Sequence[Hashable], comp
         2.100 [-0.384, 4.584]
     """
     if len(values) != len(clusters):
-        raise ValueError(f"cluster_interval: {len(values)} values and {len(clusters)} clusters; give one cluster for each value")
+        raise ValueError(
+            f"cluster_interval: {len(values)} values and {len(clusters)} clusters; give one cluster for each value"
+        )
     groups: dict[Hashable, list[float]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         groups.setdefault(cluster, []).append(value)
@@ -447,7 +449,13 @@ def pairs_needed(
         >>> pairs_needed(1.0, 0.5), pairs_needed(0.0, 0.02, reach=1.0)
         (34, 183)
     """
-    if not (deviation >= 0 and effect != 0 and 0 < power < 1 and reach >= 0 and math.isfinite(deviation + abs(effect) + reach)):
+    if not (
+        deviation >= 0
+        and effect != 0
+        and 0 < power < 1
+        and reach >= 0
+        and math.isfinite(deviation + abs(effect) + reach)
+    ):
         raise ValueError(
             "pairs_needed: deviation and reach must be at least 0, effect not 0 and power between 0 and 1; got "
             f"deviation={deviation}, effect={effect}, power={power}, reach={reach}"
