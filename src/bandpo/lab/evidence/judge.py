@@ -12,7 +12,7 @@ opposite is seen" and changes nothing else.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -110,15 +110,14 @@ class Judged:
         return {
             **{key: value for key, value in asdict(self).items() if key != "contrasts"},
             "counts": dict(self.counts),
-            "contrasts": [
-                {k: _finite(list(v) if isinstance(v, tuple) else v) for k, v in asdict(c).items()}
-                for c in self.contrasts
-            ],
+            "contrasts": [{key: _as_json(value) for key, value in asdict(c).items()} for c in self.contrasts],
         }
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return list(cast("tuple[int, int]", value)) if isinstance(value, tuple) else value
 
 
 def judge(protocol: Protocol, values: Values) -> list[Judged]:
