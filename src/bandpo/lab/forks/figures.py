@@ -9,8 +9,7 @@ import torch
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
-from bandpo.lab.forks.plan import DRIFT
-from bandpo.lab.forks.regimes import BASELINE, WHAT
+from bandpo.lab.forks.regimes import BASELINE, DRIFT, WHAT
 from bandpo.lab.forks.theory import reach
 
 _WIDTH = 480
