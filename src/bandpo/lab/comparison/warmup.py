@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from bandpo._system.cache import cache_root, is_usable, sole_maker, store
 from bandpo.lab.comparison.architecture import shape_of
 from bandpo.lab.comparison.devices import device_kind, find_device, seeded
-from bandpo.lab.comparison.problems import PAD, PROBLEMS, Problem
+from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Stack
-from bandpo.toy.models import WarmUp, build_model, build_tokenizer
+from bandpo.toy.models import build_llama
 
 _FORMAT = 1  # part of the cache's key: raise it when the same configuration gives other weights
 _RISE = 50  # steps in which the learning rate rises to its peak
@@ -95,7 +95,8 @@ def _make(missing: list[Checkpoint]) -> None:
 
 
 def _fresh(c: Checkpoint) -> object:
-    return build_model(WarmUp(hidden_size=c.hidden_size, layers=c.layers, seed=c.seed), build_tokenizer())
+    vocabulary = PROBLEMS[c.problem]().vocabulary
+    return build_llama(vocabulary, PAD, END, hidden_size=c.hidden_size, layers=c.layers, seed=c.seed)
 
 
 def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> None:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from bandpo.bounds import Band, Bounds, Clip
 from bandpo.bounds.regions import Sides
+from bandpo.lab.comparison.aligned import aligned
 from bandpo.lab.forks.policy import Fork
 from bandpo.lab.forks.theory import neutral_edge
 from bandpo.objective import Objective
@@ -39,16 +39,6 @@ BASELINE = "grpo"
 
 NEUTRAL = Clip(0.5, neutral_edge(0.5, 1 / 3) - 1)
 """A wide interval that the theory calls nearly neutral for rare tokens: [0.5, 1.755]."""
-
-
-def aligned(objective: Objective, name: str) -> Objective:
-    """The objective with the aggregation, advantage and anchor that all arms share, and without a KL to a reference.
-
-    Args:
-        objective: Whose bounds and surrogate are kept.
-        name: The name of the arm.
-    """
-    return replace(objective, name=name, aggregation="seq-mean-token-mean", advantage="std", anchor="old", kl_coef=0.0)
 
 
 def _arms() -> dict[str, Objective]:
