@@ -1,11 +1,16 @@
-"""Writes the tables of the documentation that the source has: the options of a region, and the names that have moved.
+"""Writes the tables of the documentation that the source has, or a file that was measured.
+
+They are the options of a region, the names that have moved, and how far updates move a rare token on the bandit
+(docs/realised.json, from `bandpo.lab.comparison.sweeps.realised` with 1000 seeds).
 
 * `python tools/tables.py`: writes them.
+* `python tools/tables.py --measure`: runs `realised` first (a minute).
 * `python tools/tables.py --check`: changes nothing; status 1 if a page is out of date.
 """
 
 import argparse
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from bandpo._deprecations import LAST, MODULES, NAMES, RENAMED_OBJECTIVES
 from bandpo.integrations.options import HELP
 
 DOCS = Path(__file__).parents[1] / "docs"
+REALISED = DOCS / "realised.json"
 
 
 def options_table() -> str:
@@ -36,7 +42,27 @@ def moved_table() -> str:
     return "\n".join(["| old name | new name | works up to |", "|---|---|---|", *rows])
 
 
-TABLES = {("objectives.md", "options"): options_table, ("stability.md", "moved"): moved_table}
+def realised_table() -> str:
+    """The ratio of a rare token of the bandit after the steps on one rollout: median, 95% quantile, share beyond 1.2."""
+    found = json.loads(REALISED.read_text(encoding="utf-8"))
+    names = {"grpo": "fixed clip 0.2", "bandpo-kl": "KL band 0.05", "no-clip": "no clip"}
+    rows = [f"| rate | epochs x steps | {' | '.join(names.values())} |", f"|---|---|{'---|' * len(names)}"]
+    for j, rate in enumerate(found["rates"]):
+        for k, (epochs, steps) in enumerate(found["reuse"]):
+            if epochs > 1:
+                cells = [
+                    f"{found['median'][n][0][j][k]:.2f}, {found['high'][n][0][j][k]:.2f}, {found['beyond'][n][0][j][k][0]:.0%}"
+                    for n in names
+                ]
+                rows.append(f"| {rate:g} | {epochs} x {steps} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+TABLES = {
+    ("objectives.md", "options"): options_table,
+    ("stability.md", "moved"): moved_table,
+    ("theory.md", "realised"): realised_table,
+}
 
 
 def page(text: str, name: str, table: str) -> str:
@@ -62,7 +88,13 @@ def main() -> int:
     """Writes the tables, or compares them."""
     parser = argparse.ArgumentParser(description="The tables of the documentation that the source has.")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a table is out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--measure", action="store_true", help="run the bandit for the table of realised ratios first")
+    options = parser.parse_args()
+    check = options.check
+    if options.measure:
+        from bandpo.lab.comparison.sweeps import realised
+
+        REALISED.write_text(json.dumps(realised(1000)) + "\n", encoding="utf-8")
     stale = 0
     for (file, name), table in TABLES.items():
         old = (DOCS / file).read_text(encoding="utf-8")
