@@ -24,8 +24,8 @@ BLOCK = 64
 """Seeds that one run of the report trains together: they share a generator."""
 _FACTOR: dict[Optimizer, float] = {"adam": 2.0, "sgd": 4.0}
 _EXTENSIONS = 6
-_TUNED_LIKE = {"noise": "noisy"}
-"""Regimes without a reward to choose a rate by, and the regime whose rate they take."""
+_RATE_OF = {"noise": "noisy"}
+"""Regimes without a reward to choose a rate by, and the regime whose baseline gives all arms their rate."""
 SLOW = ("troll",)
 """Arms that take minutes for a run. They are not tuned and have the baseline's rate in both ways; they are run in
 `Preset.slow_regimes` only, on the first block of seeds, by Adam."""
@@ -66,7 +66,7 @@ class Preset:
     arms: tuple[str, ...] = tuple(ARMS)
     optimizers: tuple[Optimizer, ...] = ("adam", "sgd")
     rates: dict[Optimizer, tuple[float, ...]] = field(
-        default_factory=lambda: {"adam": (0.025, 0.05, 0.1), "sgd": (4.0, 16.0, 64.0)}
+        default_factory=lambda: {"adam": (0.05, 0.1, 0.2), "sgd": (4.0, 16.0, 64.0)}
     )
     rollouts: int = 60
     seeds: int = 192
@@ -81,7 +81,7 @@ class Preset:
     )
     width_regimes: tuple[str, ...] = ("needle", "diversity", "noisy", "race")
     width_factors: tuple[float, ...] = FACTORS
-    width_rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+    width_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
     width_seeds: int = 64
     drift_seeds: int = 256
     drift_rates: tuple[tuple[Optimizer, float], ...] = (("sgd", 1.0), ("sgd", 4.0), ("adam", 0.02))
@@ -229,7 +229,7 @@ def _speed(result: Result) -> float:
 
 def run_regimes(preset: Preset, store: Store) -> dict[str, Any]:
     """Each regime and optimiser: for each arm its rate, and its values at that rate and at the baseline's."""
-    places = [(regime, optimizer) for optimizer in preset.optimizers for regime in preset.regimes]
+    places: list[tuple[str, Optimizer]] = [(r, optimizer) for optimizer in preset.optimizers for r in preset.regimes]
     rates = _rates(preset, store, places)
     wanted = {
         (regime, optimizer, arm, way): report_cells(
@@ -266,23 +266,29 @@ def _rates(
     preset: Preset, store: Store, places: Sequence[tuple[str, Optimizer]]
 ) -> dict[tuple[str, Optimizer, str], float]:
     """The chosen rate of each arm in each place."""
+    sources: list[tuple[str, Optimizer, bool]] = [
+        (_RATE_OF.get(regime, regime), optimizer, regime in _RATE_OF) for regime, optimizer in places
+    ]
     cells = {
         (regime, optimizer, arm): Cell(
             f"{regime}, {optimizer}, tuning",
-            REGIMES[_TUNED_LIKE.get(regime, regime)],
+            REGIMES[regime],
             arm,
             Schedule(rollouts=preset.rollouts, optimizer=optimizer),
             0.0,
             preset.tuning_seeds,
             TUNING_SEED,
         )
-        for regime, optimizer in places
-        for arm in preset.arms
+        for regime, optimizer, taken in sources
+        for arm in ((BASELINE,) if taken else preset.arms)
         if arm not in SLOW
     }
     found = tuned_rates(store, "rates of the regimes", cells, preset.rates)
-    slow = {(r, o, arm): found[r, o, BASELINE] for r, o in places for arm in preset.arms if arm in SLOW}
-    return {**found, **slow}
+    return {
+        (regime, optimizer, arm): found[like, optimizer, BASELINE if taken or arm in SLOW else arm]
+        for (regime, optimizer), (like, _, taken) in zip(places, sources, strict=True)
+        for arm in preset.arms
+    }
 
 
 def run_map(preset: Preset, store: Store) -> list[dict[str, Any]]:
@@ -302,7 +308,7 @@ def run_map(preset: Preset, store: Store) -> list[dict[str, Any]]:
     }
     rates = tuned_rates(store, "rates of the map", cells, preset.rates)
     wanted = {
-        (place, arm): report_cells(part(*place), *places[place][:1], arm, places[place][1], rate, preset.map_seeds)
+        (place, arm): report_cells(part(*place), places[place][0], arm, places[place][1], rate, preset.map_seeds)
         for (place, arm), rate in rates.items()
     }
     results = report(store, "map", wanted)

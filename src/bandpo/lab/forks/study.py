@@ -110,7 +110,7 @@ def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[fl
 
     The places are, for a regime R and an optimiser O (`adam` or `sgd`):
 
-    * `R/O`: each arm at its own rate; in `noise`, where no rate is better than another one, all at the baseline's;
+    * `R/O`: each arm at its own rate, but in `noise`, where no rate is better than another one, at the baseline's;
     * `R/O/same-rate`: every arm at the baseline's rate;
     * `moves/R`: the same runs by Adam, with how far updates move rare tokens (`MOVES`);
     * `width/R`: the families `radius`, `upper`, `eps` and `two`, with `area` and `best`, the best of `TRIALS` cells, by Adam.
@@ -124,7 +124,7 @@ def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[fl
     for place, arms in found.get("regimes", {}).items():
         regime, _, optimizer = place.partition("/")
         ways = {way: {arm: row[way]["final"] for arm, row in arms.items()} for way in ("own", "same")}
-        values[place] = _only(ways["same" if regime == "noise" else "own"], MEASURES)
+        values[place] = _only(ways["own"], MEASURES)
         values[f"{place}/same-rate"] = _only(ways["same"], MEASURES)
         if optimizer == "adam":
             values[f"moves/{regime}"] = _only(ways["same"], MOVES)

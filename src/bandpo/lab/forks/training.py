@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def train(
     means = torch.stack(curve)
     counts = torch.stack(counted, -1)  # (2, 3, seeds, rollouts)
     final = {**last._asdict(), "speed": means.mean(0), **_moves(counts.sum(-1))}
-    moves = {name: x.tolist() for name, x in _moves(counts.sum(-2)).items()}
+    moves = {name: cast("list[float]", x.tolist()) for name, x in _moves(counts.sum(-2)).items()}
     return Outcome(final, means, torch.stack(entropies), moves)
 
 
@@ -246,18 +246,18 @@ def loss(objective: Objective, theta: Tensor, before: Tensor, batch: Batch, edge
         rollout_logprobs=old,
         advantages=batch.advantages.flatten(),
         mask=mask,
-        extras=_top(objective.top_k, logp, before, batch.tokens),
+        extras=_top(objective, logp, before, batch.tokens),
         bounds=None if edges is None else RatioBounds(*map(of_batch, edges)),
     )
     return -aggregate(terms.value, mask, objective.aggregation, normalizer=float(batch.tokens.shape[1]))
 
 
-def _top(k: int | None, logp: Tensor, before: Tensor, tokens: Tensor) -> Mapping[str, Tensor]:
+def _top(objective: Objective, logp: Tensor, before: Tensor, tokens: Tensor) -> Mapping[str, Tensor]:
     """The extras of an objective that asks for the top K tokens; none for any other one."""
-    if k is None:
+    if not objective.extras or objective.top_k is None:
         return {}
     old, new = (x.unsqueeze(1).expand(-1, tokens.shape[1], -1, -1).flatten(0, 1) for x in (before, logp))
-    return top_extras(top_tokens(old, tokens.flatten(0, 1), k), new)
+    return top_extras(top_tokens(old, tokens.flatten(0, 1), objective.top_k), new)
 
 
 def _optimizer(name: Optimizer, theta: Tensor, rate: float) -> torch.optim.Optimizer:
