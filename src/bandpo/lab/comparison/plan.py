@@ -35,11 +35,24 @@ KL_TARGET = 0.01
 _USUAL = MappingProxyType({"device": "cpu", "sampler": "eager", "split": "report"})
 _ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
-    {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "sums": 3e-4, "letter_counting": 3e-4}
+    {
+        "paths": 4e-4,
+        "addition": 3e-4,
+        "countdown": 4e-4,
+        "chain_sum": 3e-4,
+        "sums": 3e-4,
+        "letter_counting": 3e-4,
+        "detours": 4e-4,
+        "traps": 4e-4,
+    }
 )
 _SETTING = MappingProxyType({"prompts": 64, "group": 8, "epochs": 2, "minibatches": 2})
 _SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"addition": {"prompts": 32}, "countdown": {"epochs": 1, "minibatches": 4}}
+    {
+        "addition": {"prompts": 32},
+        "countdown": {"epochs": 1, "minibatches": 4},
+        **{key: {"prompts": 24, "minibatches": 8, "hidden_size": 32, "layers": 1} for key in ("detours", "traps")},
+    }
 )
 
 
