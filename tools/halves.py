@@ -49,14 +49,9 @@ def sentence(data: Row, pair: str, measure: str, what: str) -> str:
     return f"{what}: {summed} ({'; '.join(parts)})."
 
 
-def way(regime: str) -> str:
-    """Which rates a regime is shown at: each arm's own, or one for all where no rate is better than another."""
-    return "same" if regime == "noise" else "own"
-
-
 def findings(data: Row) -> dict[str, str]:
     """The sentences whose numbers come from the data."""
-    right = {arm: x["right"]["value"] for arm, x in regimes_of(data)["noise"]["values"]["same"].items()}
+    right = {arm: x["right"]["value"] for arm, x in regimes_of(data)["noise"]["values"]["own"].items()}
     drift, start = data["drift"]["ends"]["sgd 1"], data["drift"]["start"]
     theory = data["theory"]["drift"]
     kinds = data["drift"]["ends"]
@@ -106,14 +101,14 @@ def findings(data: Row) -> dict[str, str]:
 def _shown(found: Row, regime: str, pair: str, measure: str) -> str:
     if regime == "noise" and measure == "passed":
         return "–"  # there is nothing to pass
-    return cell(found["differences"][way(regime)][pair][measure])
+    return cell(found["differences"]["own"][pair][measure])
 
 
 def same_agreement(data: Row) -> str:
     """In how many of the decided verdicts the sign at the baseline's rate is that at the own rate."""
     agree = total = 0
     for regime, found in regimes_of(data).items():
-        if way(regime) == "same":
+        if regime == "noise":  # one rate in both ways
             continue
         for pair, row in found["differences"]["own"].items():
             for measure, x in row.items():
@@ -178,7 +173,7 @@ def tables(data: Row) -> dict[str, str]:
                     "{value:.3f} [{low:.3f}, {high:.3f}]".format(**x["right"]),
                     "{value:.2f} [{low:.2f}, {high:.2f}]".format(**x["entropy"]),
                 ]
-                for arm, x in regimes["noise"]["values"]["same"].items()
+                for arm, x in regimes["noise"]["values"]["own"].items()
             ],
         ),
         "what_list": "\n".join(f"* **{name}**: {text}" for name, text in WHAT.items()),
