@@ -9,10 +9,11 @@ measured by tests/lab/test_coverage.py:
 * `cluster_interval`: runs that share something, such as a warmed-up model; it counts groups, not runs.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -267,7 +268,7 @@ def sign_flip_interval(values: Sequence[float], comparisons: int = 1, *, seed: i
 def _subset_means(x: Floats, seed: int) -> Floats:
     """The means of all subsets that are not empty, or of `RESAMPLES` random ones."""
     if len(x) <= _EXACT_PAIRS:
-        chosen = (np.arange(1, 2 ** len(x))[:, None] >> np.arange(len(x))) & 1
+        chosen = np.array(list(itertools.product((0.0, 1.0), repeat=len(x)))[1:])
         return chosen @ x / chosen.sum(1)
     rng = np.random.default_rng(seed)
     # A random sign vector without a flip ties with the data at every centre, and is drawn with chance 2^-n: it is left out.
@@ -335,8 +336,12 @@ def _dirichlet_quantile(z: Floats, tail: float) -> float:
         start, step = end, 2 * step
         end = min(1.0, start + step)
     # At 1 the chance is 0, which the integral does not show: the sum is below 1 there in all but rounding.
-    found = optimize.brentq(lambda q: (_chance_above(scaled, q) if q < 1 else 0.0) - tail, start, end, xtol=1e-9)
-    return low + (high - low) * float(found)
+    found = _root(lambda q: (_chance_above(scaled, q) if q < 1 else 0.0) - tail, start, end)
+    return low + (high - low) * found
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(cast(float, optimize.brentq(function, low, high, xtol=1e-9)))
 
 
 def _chance_above(z: Floats, q: float) -> float:
@@ -400,7 +405,9 @@ def cluster_interval(values: Sequence[float], clusters: Sequence[Hashable], comp
         2.100 [-0.384, 4.584]
     """
     if len(values) != len(clusters):
-        raise ValueError(f"cluster_interval: {len(values)} values and {len(clusters)} clusters; give one cluster for each value")
+        raise ValueError(
+            f"cluster_interval: {len(values)} values and {len(clusters)} clusters; give one cluster for each value"
+        )
     groups: dict[Hashable, list[float]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         groups.setdefault(cluster, []).append(value)
@@ -447,7 +454,13 @@ def pairs_needed(
         >>> pairs_needed(1.0, 0.5), pairs_needed(0.0, 0.02, reach=1.0)
         (34, 183)
     """
-    if not (deviation >= 0 and effect != 0 and 0 < power < 1 and reach >= 0 and math.isfinite(deviation + abs(effect) + reach)):
+    if not (
+        deviation >= 0
+        and effect != 0
+        and 0 < power < 1
+        and reach >= 0
+        and math.isfinite(deviation + abs(effect) + reach)
+    ):
         raise ValueError(
             "pairs_needed: deviation and reach must be at least 0, effect not 0 and power between 0 and 1; got "
             f"deviation={deviation}, effect={effect}, power={power}, reach={reach}"
@@ -480,9 +493,7 @@ def smallest_detectable(pairs: int, deviation: float, comparisons: int = 1, *, p
         >>> round(smallest_detectable(34, 1.0), 2)
         0.5
     """
-    return deviation * float(
-        optimize.brentq(lambda effect: t_power(pairs, 1.0, effect, comparisons) - power, 1e-6, 1e3, xtol=1e-9)
-    )
+    return deviation * _root(lambda effect: t_power(pairs, 1.0, effect, comparisons) - power, 1e-6, 1e3)
 
 
 def _check_comparisons(name: str, comparisons: int) -> None:

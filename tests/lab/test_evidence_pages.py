@@ -18,7 +18,7 @@ from bandpo.lab.evidence import study as study_module
 from bandpo.lab.evidence.figures import SENSES, draw, place_title
 from bandpo.lab.evidence.judge import judge
 from bandpo.lab.evidence.protocol import read
-from bandpo.lab.evidence.study import EXPERIMENTS, Outcome, explored, measured, study
+from bandpo.lab.evidence.study import EXPERIMENTS, Outcome, explored, forks_preset, measured, restricted, study
 from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.statistics import t_interval
 from evidence_samples import few_seeds, made_up_values
@@ -51,7 +51,7 @@ def evidence(protocol):
     """The content of evidence.json with made-up values."""
     patch = pytest.MonkeyPatch()
     patch.setattr(study_module, "EXPERIMENTS", made_up(made_up_values(protocol)))
-    found = study(protocol, Path("nowhere"), tuple(protocol.experiments), 1, lambda _: None)
+    found = study(protocol, Path("nowhere"), 1, lambda _: None)
     patch.undo()
     return json.loads(json.dumps(found))
 
@@ -78,6 +78,7 @@ def test_the_command_writes_the_result_and_the_figures(tmp_path, monkeypatch, pr
     ("words", "message"),
     [
         (["--only", "fork"], "--only: got 'fork'; did you mean 'forks'"),
+        (["--only", "forks/x*"], "--only: got 'forks/x"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda: .* choose --device cpu"),
     ],
@@ -86,6 +87,27 @@ def test_wrong_options_are_refused(words, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(options(*words, "--output", str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_only_names_experiments_and_places():
+    quick = read("quick")
+    some = restricted(quick, ["forks/n*/adam", "transformers"])
+    assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
+    assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
+    assert not restricted(quick, ["forks"]).experiments["transformers"].places
+
+
+def test_the_study_of_forks_has_the_places_of_the_protocol():
+    full = read("full")
+    preset, parts = forks_preset(restricted(full, ["forks/*/adam", "forks/moves/*"]))
+    assert preset.optimizers == ("adam",) and parts == ("regimes",) and preset.seeds == full.experiments["forks"].seeds
+    preset, parts = forks_preset(restricted(full, ["forks/width/noisy"]))
+    assert preset.width_regimes == ("noisy",) and parts == ("widths",)
+    for name in ("smoke", "quick", "full"):  # what is registered can be made
+        protocol = read(name)
+        preset, parts = forks_preset(protocol)
+        assert {"regimes", "drift", "map"} <= set(parts)
+        assert set(protocol.experiments["forks"].arms) - {"radius", "upper", "eps", "two"} <= set(preset.arms)
 
 
 def test_values_that_the_protocol_asks_for_and_that_are_missing_are_named(protocol):
@@ -101,7 +123,7 @@ def test_values_that_the_protocol_asks_for_and_that_are_missing_are_named(protoc
 def test_seeds_of_the_runs_are_those_of_the_protocol(protocol, tmp_path):
     forks = replace(protocol.experiments["forks"], report_seed=77_000)
     other = replace(protocol, experiments={**protocol.experiments, "forks": forks})
-    with pytest.raises(ValueError, match=r"registers the seeds \(77000, .* must agree"):
+    with pytest.raises(ValueError, match=r"registers the first seeds \(77000, .* must agree"):
         EXPERIMENTS["forks"](other, tmp_path, 1, lambda _: None)
 
 

@@ -9,11 +9,10 @@ import torch
 from bandpo._system.about import about
 from bandpo._system.files import finite_or_null, write_json, write_text
 from bandpo._system.locks import claim_output, released
-from bandpo._system.options import not_one_of
 from bandpo._system.progress import Progress
 from bandpo.lab.evidence.figures import draw
 from bandpo.lab.evidence.protocol import read
-from bandpo.lab.evidence.study import EXPERIMENTS, study
+from bandpo.lab.evidence.study import restricted, study
 
 
 def lab_evidence(options: argparse.Namespace) -> dict[str, Any]:
@@ -36,18 +35,16 @@ def lab_evidence(options: argparse.Namespace) -> dict[str, Any]:
             f"--device {options.device}: the protocol of bandpo lab evidence is one for the CPU, whose results are the same on "
             "every machine of a kind; choose --device cpu"
         )
-    parts = tuple(EXPERIMENTS) if options.only is None else tuple(dict.fromkeys(options.only.split(",")))
-    for name in parts:
-        if name not in EXPERIMENTS:
-            raise ValueError(not_one_of("--only", name, EXPERIMENTS))
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     protocol = read(options.preset)
+    if options.only is not None:
+        protocol = restricted(protocol, options.only.split(","))
     progress = Progress()
     torch.set_num_threads(1)
     folder: Path = options.output
     with released(claim_output(folder)):
-        found: dict[str, Any] = finite_or_null(study(protocol, folder, parts, options.jobs, progress.say))
+        found: dict[str, Any] = finite_or_null(study(protocol, folder, options.jobs, progress.say))
         write_json(folder / "evidence.json", found, indent=None)
         if "forks" in found:  # what tools/halves.py reads
             write_json(folder / "forks.json", {**about(), "bandpo": found["bandpo"], **found["forks"]}, indent=None)

@@ -12,7 +12,7 @@ opposite is seen" and changes nothing else.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -57,6 +57,7 @@ class JudgedContrast:
         low: Lower end of its interval.
         high: Upper end of its interval.
         unseen: The largest share of failures that so many seeds without one allow.
+        hidden: Whether only failures that so many seeds may not show keep it from being `equivalent`.
         verdict: `better`, `worse`, `equivalent`, `undecided`, or `not measured`.
         sense: What this says of the claim.
         needed: Seeds that would find the smallest effect of interest with the power of the protocol, where it is undecided.
@@ -76,6 +77,7 @@ class JudgedContrast:
     low: float
     high: float
     unseen: float
+    hidden: bool
     verdict: Verdict | Literal["not measured"]
     sense: Sense
     needed: int | None
@@ -108,21 +110,21 @@ class Judged:
         return {
             **{key: value for key, value in asdict(self).items() if key != "contrasts"},
             "counts": dict(self.counts),
-            "contrasts": [
-                {k: _finite(list(v) if isinstance(v, tuple) else v) for k, v in asdict(c).items()}
-                for c in self.contrasts
-            ],
+            "contrasts": [{key: _as_json(value) for key, value in asdict(c).items()} for c in self.contrasts],
         }
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return list(cast("tuple[int, int]", value)) if isinstance(value, tuple) else value
 
 
 def judge(protocol: Protocol, values: Values) -> list[Judged]:
     """The verdict on each claim of a protocol.
 
-    An experiment that `values` has not, and a place or an arm that the preset leaves out, is not measured.
+    An experiment or a place that `values` has not, and a place or an arm that the preset leaves out, is not measured. The
+    verdict of the claim names how many of its places these are.
 
     Args:
         protocol: The protocol, reduced to the preset of the runs.
@@ -132,8 +134,8 @@ def judge(protocol: Protocol, values: Values) -> list[Judged]:
         The claims in the order of the protocol.
 
     Raises:
-        ValueError: If a place, an arm or a measure of the preset is missing in an experiment of `values`, or has another number
-            of values than the preset has seeds, or a value is outside its range.
+        ValueError: If an arm or a measure of the preset is missing in a place of `values`, or has another number of values than
+            the preset has seeds, or a value is outside its range.
     """
     return [_judge(protocol, claim, values) for claim in protocol.claims]
 
@@ -154,25 +156,26 @@ def _judge(protocol: Protocol, claim: Claim, values: Values) -> Judged:
 def _is_measured(protocol: Protocol, contrast: Contrast, values: Values) -> bool:
     place = protocol.experiments[contrast.experiment].places.get(contrast.place)
     arms = place.arms if place else ()
-    return contrast.experiment in values and contrast.first in arms and contrast.second in arms
+    return contrast.place in values.get(contrast.experiment, {}) and {contrast.first, contrast.second} <= set(arms)
 
 
 def _contrast(protocol: Protocol, contrast: Contrast, values: Values, comparisons: int) -> JudgedContrast:
     experiment = protocol.experiments[contrast.experiment]
-    measure = experiment.places[contrast.place].measures[contrast.measure]
-    first, second = (
-        _values(contrast, arm, values, experiment.seeds, measure) for arm in (contrast.first, contrast.second)
-    )
+    place = experiment.places[contrast.place]
+    measure = place.measures[contrast.measure]
+    first, second = (_values(contrast, arm, values, place.seeds, measure) for arm in (contrast.first, contrast.second))
     missing = int((~np.isfinite(first)).sum()), int((~np.isfinite(second)).sum())
     difference = _scored(first, measure) - _scored(second, measure)
     if measure.missing == "left out":
         difference = difference[np.isfinite(difference)]
     found, method = _interval(difference, measure, experiment, comparisons)
     state = verdict(found, measure.smallest)
-    hidden = False
     if state == "equivalent" and method == "t" and measure.range is not None:
-        hidden = verdict(_bounded(difference, measure, comparisons), measure.smallest) != "equivalent"
-        state = "undecided" if hidden else state
+        state = verdict(_bounded(difference, measure, comparisons), measure.smallest)
+        state = state if state == "equivalent" else "undecided"
+    hidden = (
+        state == "undecided" and verdict(t_interval(difference.tolist(), comparisons), measure.smallest) == "equivalent"
+    )
     reach = measure.range[1] - measure.range[0] if measure.range and (hidden or method == "bounded") else 0.0
     return JudgedContrast(
         **asdict(contrast),
@@ -184,6 +187,7 @@ def _contrast(protocol: Protocol, contrast: Contrast, values: Values, comparison
         low=found.low,
         high=found.high,
         unseen=unseen_share(len(difference), comparisons) if len(difference) else 1.0,
+        hidden=hidden,
         verdict=state,
         sense=_sense(state, contrast.claimed),
         needed=_needed(difference, measure, comparisons, protocol.power, reach) if state == "undecided" else None,
@@ -201,6 +205,7 @@ def _unmeasured(protocol: Protocol, contrast: Contrast) -> JudgedContrast:
         low=math.nan,
         high=math.nan,
         unseen=1.0,
+        hidden=False,
         verdict=NOT_MEASURED,
         sense=NOT_MEASURED,
         needed=None,
@@ -292,18 +297,21 @@ def verdict_of(counts: Mapping[str, int], needed: int | None = None) -> str:
         ('holds', 'holds in 1 of 3 places, the opposite in 1')
         >>> verdict_of({"undecided": 2}, 310), verdict_of({"not measured": 2})
         ('undecided (310 seeds would be needed)', 'not measured')
+        >>> verdict_of({"holds": 2, "not measured": 1})
+        'holds (1 place not measured)'
     """
     holds, opposite, equal, open_ = (counts.get(x, 0) for x in ("holds", "opposite", "equivalent", "undecided"))
-    total = holds + opposite + equal + open_
+    total, left = holds + opposite + equal + open_, counts.get(NOT_MEASURED, 0)
     if not total:
         return NOT_MEASURED
-    for count, text in ((holds, "holds"), (opposite, "the opposite holds"), (equal, "no difference that matters")):
-        if count == total:
-            return text
     if open_ == total:
-        return "undecided" if needed is None else f"undecided ({needed} seeds would be needed)"
-    if holds:
-        return f"holds in {holds} of {total} places" + (f", the opposite in {opposite}" if opposite else "")
-    if opposite:
-        return f"the opposite in {opposite} of {total} places"
-    return f"no difference that matters in {equal} of {total} places"
+        text = "undecided" if needed is None else f"undecided ({needed} seeds would be needed)"
+    elif total in (holds, opposite, equal):
+        text = "holds" if holds else "the opposite holds" if opposite else "no difference that matters"
+    elif holds:
+        text = f"holds in {holds} of {total} places" + (f", the opposite in {opposite}" if opposite else "")
+    elif opposite:
+        text = f"the opposite in {opposite} of {total} places"
+    else:
+        text = f"no difference that matters in {equal} of {total} places"
+    return f"{text} ({left} place{'s' if left > 1 else ''} not measured)" if left else text

@@ -1,7 +1,7 @@
 """The registered protocol of the evidence: what is run, what is claimed, and what counts as an effect.
 
-The reader is strict, since a protocol in which a misspelt arm is ignored registers nothing: what it does not know is refused with
-the nearest name that it knows.
+The reader is strict, since a protocol in which a misspelt arm is ignored registers nothing: what it does not know is refused
+with the nearest name that it knows.
 """
 
 import math
@@ -50,10 +50,12 @@ class Place:
     Args:
         arms: The arms.
         measures: The measures of each of their runs by name, with the ranges that they have here.
+        seeds: Number of seeds of the report, at most that of the experiment.
     """
 
     arms: tuple[str, ...]
     measures: Mapping[str, Measure]
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,9 @@ class _Node:
             raise ValueError(f"{self.where}: {key} is missing{hint}")
         return self._values[key]
 
+    def names(self) -> list[str]:
+        return list(map(str, self._values))
+
     def has(self, key: str) -> bool:
         return key in self._values
 
@@ -340,23 +345,25 @@ def _measure(node: _Node) -> Measure:
 
 def _experiment(node: _Node, measures: Mapping[str, Measure]) -> Experiment:
     places: dict[str, Place] = {}
+    seeds = node.count("seeds", 2)
     for part in node.items("places"):
         names = part.texts("names")
         arms = part.texts("arms")
         here = {name: measures[name] for name in part.choices("measures", measures)}
         if part.has("ranges"):
             ranges = part.node("ranges")
-            for name, _ in list(ranges._values.items()):
+            for name in ranges.names():
                 if name not in here:
                     raise ValueError(not_one_of(ranges.where, name, here))
                 here[name] = replace(here[name], range=ranges.range(name))
+        count = _at_most(part, "seeds", seeds) if part.has("seeds") else seeds
         part.done()
         if twice := [name for name in names if name in places]:
             raise ValueError(f"{part.where}: names: {', '.join(twice)} is there twice; name each place once")
-        places.update({name: Place(arms, here) for name in names})
+        places.update({name: Place(arms, here, count) for name in names})
     found = Experiment(
         interval=node.choice("interval", get_args(Method)),
-        seeds=node.count("seeds", 2),
+        seeds=seeds,
         report_seed=node.count("report_seed", 0),
         tuning_seeds=node.count("tuning_seeds"),
         tuning_seed=node.count("tuning_seed", 0),
@@ -364,6 +371,13 @@ def _experiment(node: _Node, measures: Mapping[str, Measure]) -> Experiment:
     )
     node.done()
     return _apart(found, node.where)
+
+
+def _at_most(node: _Node, key: str, most: int) -> int:
+    value = node.count(key, 2)
+    if value > most:
+        raise node.fail(key, f"the experiment has {most} seeds; give at most so many")
+    return value
 
 
 def _apart(experiment: Experiment, where: str) -> Experiment:
@@ -389,19 +403,20 @@ def _reductions(node: _Node, full: Mapping[str, Experiment]) -> dict[str, Experi
         before = full[name]
         names = part.choices("places", before.places) if part.has("places") else tuple(before.places)
         arms = part.choices("arms", before.arms) if part.has("arms") else before.arms
-        found[name] = _apart(
-            replace(
-                before,
-                places={
-                    n: replace(p, arms=tuple(a for a in p.arms if a in arms))
-                    for n, p in before.places.items()
-                    if n in names
-                },
-                seeds=part.count("seeds", 2) if part.has("seeds") else before.seeds,
-                tuning_seeds=part.count("tuning_seeds") if part.has("tuning_seeds") else before.tuning_seeds,
-            ),
-            part.where,
-        )
+        seeds = _at_most(part, "seeds", before.seeds) if part.has("seeds") else before.seeds
+        places = {
+            n: replace(p, arms=tuple(a for a in p.arms if a in arms), seeds=min(p.seeds, seeds))
+            for n, p in before.places.items()
+            if n in names
+        }
+        if part.has("seeds_of"):
+            counts = part.node("seeds_of")
+            for place in counts.names():
+                if place not in places:
+                    raise ValueError(not_one_of(counts.where, place, places))
+                places[place] = replace(places[place], seeds=_at_most(counts, place, places[place].seeds))
+        tuning = part.count("tuning_seeds") if part.has("tuning_seeds") else before.tuning_seeds
+        found[name] = _apart(replace(before, places=places, seeds=seeds, tuning_seeds=tuning), part.where)
         part.done()
     return found
 

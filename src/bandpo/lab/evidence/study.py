@@ -1,6 +1,7 @@
 """The runs of the protocol, part by part, and the verdicts on its claims: the content of evidence.json."""
 
 import dataclasses
+import fnmatch
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +11,13 @@ from typing import Any, NamedTuple
 
 import bandpo
 from bandpo._system.about import about
+from bandpo._system.options import not_one_of
 from bandpo._system.progress import clock_time
 from bandpo.lab.evidence.judge import Values, judge
-from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Protocol
+from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Protocol, read
+from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, TUNING_SEED, Preset
+from bandpo.lab.forks.store import Store
+from bandpo.lab.forks.study import PARTS, results, summarise, values_of
 from bandpo.statistics import t_interval
 
 Say = Callable[[str], None]
@@ -38,13 +43,12 @@ class Outcome(NamedTuple):
     core_seconds: float
 
 
-def study(protocol: Protocol, folder: Path, parts: Sequence[str], jobs: int, say: Say) -> dict[str, Any]:
+def study(protocol: Protocol, folder: Path, jobs: int, say: Say) -> dict[str, Any]:
     """Make the runs that are missing, and judge the claims.
 
     Args:
-        protocol: The protocol, reduced to a preset.
-        folder: Folder of the results; each part has a folder in it, with one file for each run.
-        parts: Names in `EXPERIMENTS`.
+        protocol: The protocol, reduced to a preset or more.
+        folder: Folder of the results; each experiment has a folder in it, with one file for each run.
         jobs: Runs at once.
         say: Function that is called with each line of the progress.
 
@@ -52,8 +56,9 @@ def study(protocol: Protocol, folder: Path, parts: Sequence[str], jobs: int, say
         The content of evidence.json.
     """
     outcomes: dict[str, Outcome] = {}
-    for i, name in enumerate(parts):
-        say(f"part {i + 1} of {len(parts)}: {name}, {described(protocol.experiments[name])}")
+    parts = {name: experiment for name, experiment in protocol.experiments.items() if experiment.places}
+    for i, (name, experiment) in enumerate(parts.items()):
+        say(f"part {i + 1} of {len(parts)}: {name}, {described(experiment)}")
         began = time.monotonic()
         outcomes[name] = EXPERIMENTS[name](protocol, folder / name, jobs, say)
         say(f"{name}: done after {clock_time(time.monotonic() - began)}")
@@ -166,23 +171,72 @@ def measured(experiment: Experiment, values: Found) -> dict[str, dict[str, dict[
     return found
 
 
+def restricted(protocol: Protocol, only: Sequence[str]) -> Protocol:
+    """The protocol with some of its experiments and places. The claims stay; what they lack is not measured.
+
+    Args:
+        protocol: The protocol, reduced to a preset.
+        only: Names of experiments, and patterns of `EXPERIMENT/PLACE` such as `forks/*/adam`.
+
+    Raises:
+        ValueError: If one of them names nothing of the preset.
+    """
+    known = [f"{name}/{place}" for name, experiment in protocol.experiments.items() for place in experiment.places]
+    chosen: set[str] = set()
+    for pattern in only:
+        found = fnmatch.filter(known, f"{pattern}/*" if pattern in protocol.experiments else pattern)
+        if not found:
+            raise ValueError(not_one_of("--only", pattern, [*protocol.experiments, *known]))
+        chosen.update(found)
+    experiments = {
+        name: dataclasses.replace(
+            experiment, places={p: x for p, x in experiment.places.items() if f"{name}/{p}" in chosen}
+        )
+        for name, experiment in protocol.experiments.items()
+    }
+    return dataclasses.replace(protocol, experiments=experiments)
+
+
 def _forks(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
     """The exact policies."""
-    from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, TUNING_SEED
-    from bandpo.lab.forks.store import Store
-    from bandpo.lab.forks.study import results, summarise, values_of
-
     experiment = protocol.experiments["forks"]
     registered, made = (experiment.report_seed, experiment.tuning_seed), (REPORT_SEED, TUNING_SEED)
     if registered != made:
         raise ValueError(
-            f"the protocol registers the seeds {registered} of forks, and lab.forks has {made}; they must agree"
+            f"the protocol registers the first seeds {registered} of forks, and lab.forks has {made}; they must agree"
         )
-    preset = dataclasses.replace(PRESETS[protocol.preset], seeds=experiment.seeds, tuning_seeds=experiment.tuning_seeds)
+    preset, parts = forks_preset(protocol)
     store = Store(folder / "cells", say, jobs)
-    found = results(preset, store)
+    found = results(preset, store, parts)
     summary = {"preset": protocol.preset, "runs": store.made + store.found, **summarise(found)}
     return Outcome(measured(experiment, values_of(found)), summary, store.seconds)
+
+
+def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
+    """The study of forks that has the places of the protocol, and its parts.
+
+    The drift and the map, on which no claim rests, are made where all places of the preset are.
+
+    Args:
+        protocol: The protocol, reduced to a preset or more.
+    """
+    experiment, whole = protocol.experiments["forks"], read(protocol.preset).experiments["forks"]
+    names = [place.partition("/") for place in experiment.places]
+    trained = {(x, "adam") if name == "moves" else (name, x) for name, _, x in names if name != "width"}
+    widths = [x for name, _, x in names if name == "width"]
+    full = PRESETS[protocol.preset]
+    preset = dataclasses.replace(
+        full,
+        seeds=experiment.seeds,
+        tuning_seeds=experiment.tuning_seeds,
+        regimes=tuple(x for x in full.regimes if x in {regime for regime, _ in trained}),
+        optimizers=tuple(x for x in full.optimizers if x in {optimizer for _, optimizer in trained}),
+        width_regimes=tuple(x for x in full.width_regimes if x in widths),
+        slow_regimes=(),
+    )
+    if set(experiment.places) == set(whole.places):
+        return preset if widths else full, PARTS
+    return preset, tuple(part for part, wanted in (("regimes", trained), ("widths", widths)) if wanted)
 
 
 def _transformers(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:

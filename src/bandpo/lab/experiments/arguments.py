@@ -86,7 +86,7 @@ def _add_evidence(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--only",
-        help="parts separated by commas: forks, transformers (default: all); claims are judged on what is there",
+        help="forks, transformers, or patterns of their places ('forks/*/adam'), separated by commas (default: all)",
     )
     add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
     _add_output(parser, "runs/lab-evidence")
