@@ -483,10 +483,19 @@ def test_the_command_on_its_smallest_preset(tmp_path, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
     assert run(parser.parse_args(options)) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == before
+    part = ["--only=regimes", "--regimes=noise", "--arms=grpo, bandpo-kl"]
+    assert run(parser.parse_args([*options, *part])) == 0
+    reduced = json.loads((tmp_path / "forks.json").read_text())
+    assert set(reduced) & {"drift", "widths", "map"} == set() and set(reduced["regimes"]) == {"noise/adam"}
+    assert set(reduced["regimes"]["noise/adam"]["rates"]) == {"grpo", "bandpo-kl"}
     for wrong, message in (
         ("--only=nothing", "choose from drift"),
         ("--device=cuda", "float64"),
         ("--jobs=0", "at least 1, got 0"),
+        ("--arms=bandpo-kl", "compared with grpo"),
+        ("--arms=grpo,gpro", "--arms gpro: choose from grpo"),
+        ("--regimes=race", "choose from diversity, noise, noisy"),
+        ("--optimizers=sgd", "choose from adam"),
     ):
         with pytest.raises(ValueError, match=message):
             run(parser.parse_args([*options, wrong]))
