@@ -184,7 +184,9 @@ def mapped(data: Row) -> dict[str, str]:
 def under_sgd(data: Row) -> str:
     """The halves under SGD, or nothing."""
     found = {k.partition("/")[0]: x for k, x in data["regimes"].items() if k.endswith("/sgd")}
-    return found and table(
+    if not found:
+        return ""
+    return table(
         ["regime", "arm", "rate", *(NAMES[m] for m in NAMES)],
         [
             [
