@@ -55,6 +55,8 @@ def draw(evidence: Mapping[str, Any]) -> dict[str, str]:
     if tasks:
         head = "Small transformers against PPO's fixed clip"
         found["evidence-transformers"] = plot_differences(head, tasks, OTHERS, evidence["smallest"])
+    if curves := evidence.get("transformers", {}).get("curves"):
+        found["evidence-curves"] = plot_curves(curves)
     if moved := {key: rows for key, rows in evidence["means"].get("forks", {}).items() if key.startswith("moves/")}:
         found["evidence-moved"] = plot_moved(moved)
     return found
@@ -262,3 +264,38 @@ def plot_moved(places: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]) 
         y += 6
     parts += [line(place(0), top, place(0), y, "zero") for place in across]
     return picture("How far updates move rare tokens", y + 10, [*parts, *rows])
+
+
+def plot_curves(places: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str:
+    """The mean reward of each rollout, over all seeds, by place and arm.
+
+    Args:
+        places: `[place][arm]["reward"]`, one number for each rollout.
+    """
+    names = list(next(iter(places.values())))
+    parts = [
+        text(8, 20, "Mean reward of each rollout", "title"),
+        text(8, 38, "mean over the seeds; each arm at its own learning rate", "note"),
+    ]
+    for i, arm in enumerate(names):
+        x, y = 8 + 118 * (i % 4), 58 + 20 * (i // 4)
+        parts += [line(x, y - 4, x + 20, y - 4, f"line {COLOURS[arm]}"), text(x + 25, y, NAMES.get(arm, arm), "note")]
+    y = 68.0 + 20 * ((len(names) - 1) // 4)
+    for place, arms in places.items():
+        highest = max(max(row["reward"]) for row in arms.values()) or 1.0
+        top, bottom = y + 28, y + 138
+        up = scale(0, highest, bottom, top)
+        parts += [text(8, y + 18, place_title(place)), text(44, top + 6, f"{highest:.2g}", "note end")]
+        parts += [
+            text(44, bottom + 4, "0", "note end"),
+            line(50, bottom, 470, bottom, "axis"),
+            line(50, top, 470, top, "axis"),
+        ]
+        for arm, row in arms.items():
+            across = scale(0, max(1, len(row["reward"]) - 1), 50, 470)
+            points = " ".join(f"{across(i):.1f},{up(value):.1f}" for i, value in enumerate(row["reward"]))
+            parts.append(f'<polyline points="{points}" class="line {COLOURS[arm]}"/>')
+        y = bottom
+    count = len(next(iter(next(iter(places.values())).values()))["reward"])
+    parts.append(text(470, y + 18, f"{count} rollouts", "note end"))
+    return picture("Mean reward of each rollout", y + 28, parts)
