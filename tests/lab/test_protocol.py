@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.evidence.protocol import FILE, Protocol, read
+from bandpo.lab.evidence.transformers import plan_of
+from bandpo.lab.forks import plan as forks_plan
 from bandpo.lab.forks.regimes import ARMS, REGIMES
 from bandpo.statistics import pairs_needed, smallest_detectable
 
@@ -122,3 +125,47 @@ def test_the_reader_refuses(what: str, tmp_path: Path) -> None:
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'quick'"):
         read("quik")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_of_the_forks_are_those_of_the_protocol(preset: str) -> None:
+    protocol, plan = read(preset).experiments["forks"], forks_plan.PRESETS[preset]
+    assert (protocol.report_seed, protocol.tuning_seed) == (forks_plan.REPORT_SEED, forks_plan.TUNING_SEED)
+    assert (protocol.seeds, protocol.tuning_seeds) == (plan.seeds, plan.tuning_seeds)
+    for name, place in protocol.places.items():
+        first, _, second = name.partition("/")
+        if first == "width":
+            assert second in plan.width_regimes and place.seeds == plan.width_seeds
+            continue
+        regime, optimizer = (second, "adam") if first == "moves" else (first, second)
+        assert regime in plan.regimes and optimizer in plan.optimizers and place.seeds == plan.seeds
+        assert set(place.arms) <= set(plan.arms)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_runs_of_the_transformers_are_those_of_the_protocol(preset: str) -> None:
+    protocol = read(preset)
+    found = protocol.experiments["transformers"]
+    plan = plan_of(protocol)
+    assert set(plan.places) == set(found.places) and set(plan.arms) == set(found.arms)
+    assert not set(plan.seeds) & set(plan.tuning_seeds)
+    for place, arms in found.places.items():
+        for arm in arms.arms:
+            report = plan.jobs(place, arm, 1e-3, plan.seeds)
+            tuning = plan.tuning_jobs(place, arm, 1e-3)
+            # Neither a seed, nor a warm-up, nor a set of prompts is in both.
+            assert not {job.seed for job in report} & {job.seed for job in tuning}
+            assert {job.setting.split for job in report} == {"report"} and {job.setting.split for job in tuning} == {
+                "tuning"
+            }
+
+
+@pytest.mark.parametrize("task", ["detours", "traps"])
+def test_the_prompts_of_tuning_and_of_the_report_have_none_in_common(task: str) -> None:
+    problem = PROBLEMS[task]()
+    tuning = problem.for_tuning()
+    sets = [
+        set(map(tuple, cast("list[list[int]]", x.tolist())))
+        for x in (problem.prompts, problem.held_out, tuning.prompts, tuning.held_out)
+    ]
+    assert all(sets) and sum(map(len, sets)) == len(set.union(*sets))

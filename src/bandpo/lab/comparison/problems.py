@@ -1,8 +1,8 @@
 """Learning problems as tensors: prompts of one length, demonstrations for the warm-up, and a verifiable reward.
 
-`paths` and `addition` are built so that a rare way is the better one. `detours` and `traps` have the token profile of a language
-model: most tokens are near-certain, and a few forks have many rare options. The others are the tasks of `bandpo.toy.tasks`.
-Training and held-out prompts never share a problem.
+`paths` and `addition` are built so that a rare way is the better one. `detours` and `traps` have the token profile of a
+language model: most tokens are near-certain, and a few forks have many rare options. The others are the tasks of
+`bandpo.toy.tasks`. Training and held-out prompts never share a problem.
 """
 
 import random
@@ -59,6 +59,8 @@ class Problem:
         grade: Function of prompts and completions that returns their rewards, 0 or 1.
         text: Function that turns tokens into text for people.
         warm_up_steps: Supervised steps after which most groups have a signal.
+        warm_up_batch: Demonstrations of a supervised step.
+        warm_up_rate: Peak of the learning rate of these steps.
         vocabulary: Number of tokens of the models.
         forks: Places of a completion with many options, whose entropy is measured by itself.
         tuning: Training and evaluation prompts for the choice of a learning rate, which are in no other set; None if there are
@@ -78,6 +80,8 @@ class Problem:
     grade: Grade
     text: Callable[[list[int]], str]
     warm_up_steps: int
+    warm_up_batch: int = 128
+    warm_up_rate: float = 4e-3
     vocabulary: int = VOCABULARY
     forks: tuple[int, ...] = ()
     tuning: tuple[Tensor, Tensor] | None = None
@@ -182,7 +186,7 @@ def paths(nodes: int = 64, degree: int = 4, seed: int = 0) -> Problem:
         held_out=torch.tensor(held_out) + FIRST,
         demonstrations=_pad([[t + FIRST for t in d[:-1]] + [END] for d in demonstrations]),
         length=longest + 2,
-        grade=_one_by_one(reward),
+        grade=one_by_one(reward),
         text=lambda tokens: "→".join(str(t - FIRST) for t in tokens if t >= FIRST),
         warm_up_steps=600,
     )
@@ -230,7 +234,7 @@ def addition(rare: float = 0.02, right: float = 0.4, seed: int = 0) -> Problem:
         held_out=torch.tensor([_encode(f"{a}+{b}") for a, b in held_out]),
         demonstrations=_pad([[*_encode(d), END] for d in demonstrations]),
         length=6,
-        grade=_one_by_one(reward),
+        grade=one_by_one(reward),
         text=lambda tokens: _decode(tuple(tokens)),
         warm_up_steps=1500,
     )
@@ -261,7 +265,7 @@ def reasoning(task: str) -> Problem:
         held_out=torch.tensor([_encode(r["prompt"].rjust(widest)) for r in held_out]),
         demonstrations=_pad([[*_encode(r["prompt"].rjust(widest) + r["answer"]), END] for r in train]),
         length=chosen.max_completion_length,
-        grade=_one_by_one(reward),
+        grade=one_by_one(reward),
         text=lambda tokens: _decode(tuple(tokens)).lstrip(),
         warm_up_steps=250,
     )
@@ -319,7 +323,9 @@ def forks(name: str, *, good: int, common_solves: int, good_solves: int, base: s
         length=_KEY + 3,
         grade=grade,
         text=_fork_text,
-        warm_up_steps=400,
+        warm_up_steps=1200,
+        warm_up_batch=32,
+        warm_up_rate=8e-3,
         vocabulary=first + 2 * _OPTIONS,
         forks=(0, 3),
         tuning=(sets["tuning"], sets["tuning_held_out"]),
@@ -402,8 +408,12 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
 """The description of each problem, for pages: making `paths` takes more than a second."""
 
 
-def _one_by_one(reward: Reward) -> Grade:
-    """A function that computes rewards on the host, one completion after the other; 0 for one without END."""
+def one_by_one(reward: Reward) -> Grade:
+    """The grade of a reward that the host computes for one completion after the other; 0 for one without END.
+
+    Args:
+        reward: The reward of a single completion.
+    """
 
     def grade(prompts: Tensor, completions: Tensor) -> Tensor:
         asked, answers = (cast("list[list[int]]", x.tolist()) for x in (prompts, completions))
