@@ -24,6 +24,8 @@ DOCS = ROOT / "docs"
 PAGES = {DOCS / name: ROOT / "tools" / name for name in ("evidence.md", "evidence-data.md")}
 """Each page with its template."""
 DATA, FIGURES = DOCS / "evidence.json", DOCS / "assets" / "evidence"
+HALVES_FIGURES = DOCS / "assets" / "halves"
+"""Pictures of tools/halves.py, which the page shows too."""
 DIGITS = 5
 LARGEST = 1_000_000
 """Bytes that the committed file may have."""
@@ -270,6 +272,25 @@ def moved_sentence(data: Row) -> str:
     )
 
 
+def widths_sentence(data: Row) -> str:
+    """In which share of a grid of learning rates and widths each way to set a region learns."""
+    found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("width/")}
+    families = {
+        "radius": "one radius (the band)",
+        "upper": "one radius (its upper half)",
+        "eps": "one ε",
+        "two": "two ε",
+    }
+    parts = [
+        f"{place_title(key)} "
+        + ", ".join(f"{number(rows[name]['area'][0], sign=False)} with {words}" for name, words in families.items())
+        for key, rows in found.items()
+    ]
+    if not parts:
+        return "How easy a width is to tune was not measured."
+    return f"The share of a grid of learning rate and width in which a policy learns: {'; '.join(parts)}."
+
+
 def transformers_sentences(data: Row) -> str:
     """The tasks, the tokens of the warmed-up models, and how the main arms came out."""
     found = data["explored"].get("transformers", {})
@@ -353,8 +374,10 @@ def pages(data: Row) -> dict[Path, str]:
         "means_tables": means_tables(data),
         "rates_table": rates_table(data),
         "moved": moved_sentence(data),
+        "widths": widths_sentence(data),
         "transformers": transformers_sentences(data),
         "figures": sorted(draw(data)),
+        "halves_figures": sorted(path.stem for path in HALVES_FIGURES.glob("*.svg")),
     }
     return {path: render(template.read_text(encoding="utf-8"), values) for path, template in PAGES.items()}
 

@@ -224,6 +224,8 @@ def test_the_pages_are_what_the_data_give(tool, committed):
     for path, text in tool.pages(committed).items():
         assert path.read_text() == text, path.name
     pictures = draw(committed)
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    assert all(page.count(f"](assets/evidence/{name}.svg)") == 1 for name in pictures)
     assert {p.stem for p in tool.FIGURES.iterdir()} == set(pictures)
     for name, picture in pictures.items():
         assert (tool.FIGURES / f"{name}.svg").read_text() == picture, name
