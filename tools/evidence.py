@@ -24,8 +24,6 @@ DOCS = ROOT / "docs"
 PAGES = {DOCS / name: ROOT / "tools" / name for name in ("evidence.md", "evidence-data.md")}
 """Each page with its template."""
 DATA, FIGURES = DOCS / "evidence.json", DOCS / "assets" / "evidence"
-HALVES_FIGURES = DOCS / "assets" / "halves"
-"""Pictures of tools/halves.py, which the page shows too."""
 DIGITS = 5
 LARGEST = 1_000_000
 """Bytes that the committed file may have."""
@@ -347,6 +345,7 @@ def numbers(data: Row) -> Row:
         "preset": data["preset"],
         "registered": data["protocol"]["registered"],
         "sha": data["protocol"]["sha256"][:12],
+        "amended": f", with {len(amended)} amendments since" if (amended := data["protocol"]["amendments"]) else "",
         "bandpo": data["bandpo"],
         "git": data.get("git") or "no checkout",
         "torch": data["versions"]["torch"],
@@ -377,7 +376,6 @@ def pages(data: Row) -> dict[Path, str]:
         "widths": widths_sentence(data),
         "transformers": transformers_sentences(data),
         "figures": sorted(draw(data)),
-        "halves_figures": sorted(path.stem for path in HALVES_FIGURES.glob("*.svg")),
     }
     return {path: render(template.read_text(encoding="utf-8"), values) for path, template in PAGES.items()}
 
