@@ -58,8 +58,10 @@ bench: $(VENV)/.installed  ## everything beside its simplest equivalent and besi
 gpu: $(VENV)/.installed  ## on a GPU, under nine minutes: tests, kernel, loss, head, training; benchmarks/gpu.json (CPU: ARGS=--tiny)
 	$(BIN)/python benchmarks/gpu $(ARGS)
 
-evidence: $(VENV)/.installed  ## an hour or more: the full comparison, and the evidence page made from it
-	$(BIN)/bandpo compare --preset full --evidence docs $(ARGS)
+evidence: $(VENV)/.installed  ## up to four hours, continues where it stopped: the registered protocol, and the pages made from it (ARGS='--preset quick')
+	$(BIN)/bandpo lab evidence --preset full --output runs/evidence $(ARGS)
+	$(BIN)/python tools/evidence.py --from runs/evidence/evidence.json
+	$(BIN)/python tools/halves.py --from runs/evidence/forks.json
 
 lint: $(VENV)/.installed  ## style
 	$(BIN)/ruff check .

@@ -68,6 +68,12 @@ def modules() -> dict[str, Module]:
     return found
 
 
+_PROMISED = """bounds divergences experimental groups logprobs losses metrics objective preference schedules selection
+    surrogates terms testing zoo"""
+CORE = [name for name in (f"bandpo.{room}" for room in _PROMISED.split()) if name in modules()]
+"""The modules whose names are promised."""
+
+
 def imports(module: Module) -> Iterator[tuple[str, str | None, int]]:
     """Each import of bandpo's own: the module, the name taken from it (None for the module itself), and the line."""
     for node in ast.walk(module.tree):
