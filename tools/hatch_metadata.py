@@ -15,7 +15,8 @@ if sys.version_info >= (3, 11):
 else:  # hatchling requires it there
     import tomli as tomllib
 
-_LINK = re.compile(r"(!?)(\[(?:[^\[\]]|\[[^\]]*\])*\]\()(?!https?:|mailto:|#)([^)\s]+)")
+_TARGET = r"(?!https?:|mailto:|#)([^)\s]+)"
+_PICTURE, _LINK = re.compile(rf"(!\[[^\]]*\]\(){_TARGET}"), re.compile(rf"(\]\(){_TARGET}")
 
 
 def absolute_links(text: str, repository: str, version: str) -> str:
@@ -33,7 +34,8 @@ def absolute_links(text: str, repository: str, version: str) -> str:
     if not repository:
         return text
     root = repository.rstrip("/")
-    return _LINK.sub(lambda m: f"{m[1]}{m[2]}{root}/{'raw' if m[1] else 'blob'}/v{version}/{m[3]}", text)
+    text = _PICTURE.sub(rf"\g<1>{root}/raw/v{version}/\g<2>", text)  # first, because a link may be around a picture
+    return _LINK.sub(rf"\g<1>{root}/blob/v{version}/\g<2>", text)
 
 
 def urls(repository: str, site: str) -> dict[str, str]:
