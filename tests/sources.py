@@ -1,6 +1,7 @@
 """What the tests of the house read from the source: modules, public names, signatures and prose, without importing any."""
 
 import ast
+import importlib.util
 import io
 import re
 import tokenize
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
@@ -47,6 +49,15 @@ class Module:
 
 
 @cache
+def tool(name) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
 def modules() -> dict[str, Module]:
     """All modules of bandpo by name."""
     found = {}
@@ -55,6 +66,12 @@ def modules() -> dict[str, Module]:
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found[name] = Module(name, path)
     return found
+
+
+_PROMISED = """bounds divergences experimental groups logprobs losses metrics objective preference schedules selection
+    surrogates terms testing zoo"""
+CORE = [name for name in (f"bandpo.{room}" for room in _PROMISED.split()) if name in modules()]
+"""The modules whose names are promised."""
 
 
 def imports(module: Module) -> Iterator[tuple[str, str | None, int]]:

@@ -19,6 +19,7 @@ import pytest
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from sources import (
+    CORE,
     FUNCTION,
     ROOT,
     Module,
@@ -34,10 +35,6 @@ from sources import (
 
 GOLDEN = ROOT / "tests" / "golden" / "api.txt"
 WRITE = "python tests/unit/test_api.py --write"
-NAMES = """bounds divergences experimental groups logprobs losses metrics objective preference schedules selection surrogates
-    terms testing zoo"""
-CORE = [name for name in (f"bandpo.{room}" for room in NAMES.split()) if name in modules()]
-"""The modules whose names are promised."""
 
 # ---------------------------------------------------------------- names and signatures
 

@@ -3,7 +3,6 @@
 Building, installing and running are `make packages` itself, which CI runs (.ci/run).
 """
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,17 +11,7 @@ from pathlib import Path
 import pytest
 
 import bandpo
-
-ROOT = Path(__file__).parents[2]
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from sources import ROOT, tool
 
 packages = tool("packages")
 VERSION = packages.source_version()

@@ -12,17 +12,7 @@ import pytest
 import yaml
 
 import bandpo
-
-ROOT = Path(__file__).parents[2]
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from sources import ROOT, tool
 
 release = tool("release")
 LOG = """# Changelog

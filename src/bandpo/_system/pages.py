@@ -27,6 +27,10 @@ _DARK = {
     "#cc79a7": "#e3a3c8",
     "#7b3294": "#b98bd0",
     "#a6611a": "#d3a06a",
+    "#56b4e9": "#a6d8f5",
+    "#332288": "#9a8fe0",
+    "#117733": "#57b97a",
+    "#dcdcdc": "#4a4f54",
 }
 """Colours of the figures, and what takes their place on a dark page: paper, ink, grid, and the palette. Others stay."""
 _COLOUR = re.compile(r"(fill|stroke|stop-color): (#[0-9a-f]{6})\b")

@@ -10,7 +10,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from bandpo.bounds.regions import log_clip
 from bandpo.experimental import Balanced, clip_cov, kl_cov, second_moment
 from bandpo.groups import kl_dual
 from bandpo.objective import Objective
-from bandpo.plots.figures import BLACK, GREY
+from bandpo.plots.figures import BLACK, STYLE
 from bandpo.surrogates import clip
 from bandpo.terms import gradient_weight
 from bandpo.zoo import OBJECTIVES, get_objective
@@ -27,6 +27,12 @@ from bandpo.zoo import OBJECTIVES, get_objective
 _LOGITS = torch.linspace(-7.5, 5.5, 90, dtype=torch.float64)
 _LOG_RATIOS = torch.linspace(-1.6, 1.6, 90, dtype=torch.float64)
 _NORM = TwoSlopeNorm(vmin=-1.0, vcenter=0.0, vmax=2.0)
+_COLOURS = LinearSegmentedColormap.from_list(
+    "weights",
+    [(0.0, "#8f5bb8"), (0.5, "#8f5bb800"), (0.5, "#d55e0000"), (0.75, "#d55e0099"), (1.0, "#d55e00")],
+)
+"""Violet for a negative weight, orange for a positive one, and the paper for 0: the figure is legible on light and on dark."""
+_COLOURS.set_bad("#80808090")  # π > 1
 
 
 def plot_weight(objective: Objective | str) -> Figure:
@@ -39,6 +45,29 @@ def plot_weight(objective: Objective | str) -> Figure:
         figure = Figure(figsize=(2.7, 1.45), layout="constrained")
         pair = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True))
         _draw_pair(pair, get_objective(objective), labels=True)
+    return figure
+
+
+def plot_key(objective: Objective | str = "bandpo-kl") -> Figure:
+    """How to read the pictures of weights: one objective with its axes named and the scale of the colours.
+
+    Args:
+        objective: Objective or its name.
+    """
+    objective = get_objective(objective)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+        pair = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True))
+        picture = _draw_pair(pair, objective, labels=False)
+        for axes, title in zip(pair, ("A > 0", "A < 0"), strict=True):
+            axes.set(title=f"{objective.name}, {title}", xlabel="probability p")
+            axes.set_xticks([math.log(p / (1 - p)) for p in (0.001, 0.01, 0.1, 0.5, 0.9, 0.99)])
+            axes.set_xticklabels(["0.001", "0.01", "0.1", "0.5", "0.9", "0.99"])
+        pair[0].set(ylabel="ratio r (log scale)")
+        pair[0].set_yticks([math.log(r) for r in (0.25, 0.5, 1, 2, 4)], ["¼", "½", "1", "2", "4"])
+        bar = figure.colorbar(picture, ax=pair, label="weight w", ticks=[-1, 0, 1, 2])
+        bar.solids.set(edgecolor="none", rasterized=True)
+        pair[1].text(0.97, 0.95, "π > 1", transform=pair[1].transAxes, ha="right", va="top")
     return figure
 
 
@@ -79,9 +108,9 @@ def _draw(axes: Axes, objective: Objective, advantage: float) -> ScalarMappable:
     r, logit = torch.meshgrid(_LOG_RATIOS.exp(), _LOGITS, indexing="ij")
     shown = _of_one_token(objective)
     weight = gradient_weight(shown, r, logit.sigmoid(), advantage, _extras(shown, r.numel(), advantage))
-    axes.set_facecolor(GREY)
+    axes.set_facecolor("none")
     grid = (x.numpy() for x in (_LOGITS, _LOG_RATIOS, weight.clamp(-1, 2)))
-    picture = axes.pcolormesh(*grid, cmap="PuOr_r", norm=_NORM, rasterized=True)
+    picture = axes.pcolormesh(*grid, cmap=_COLOURS, norm=_NORM, rasterized=True)
     axes.axhline(0, color=BLACK, lw=0.4)
     axes.set_xticks([])
     axes.set_yticks([math.log(x) for x in (0.25, 1, 4)], ["¼", "1", "4"])
