@@ -1,7 +1,7 @@
 """Writes the tables of the documentation that the source has, or a file that was measured.
 
-They are the options of a region, the names that have moved, and how far updates move a rare token on the bandit
-(docs/realised.json, from `bandpo.lab.comparison.sweeps.realised` with 1000 seeds).
+They are the options of a region, the names that have moved, the tested versions, and how far updates move a rare token on
+the bandit (docs/realised.json, from `bandpo.lab.comparison.sweeps.realised` with 1000 seeds).
 
 * `python tools/tables.py`: writes them.
 * `python tools/tables.py --measure`: runs `realised` first (a minute).
@@ -11,11 +11,15 @@ They are the options of a region, the names that have moved, and how far updates
 import argparse
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
+import tomllib
+
 import bandpo._public  # noqa: F401  (it imports all modules of the core)
 from bandpo._deprecations import LAST, MODULES, NAMES, RENAMED_OBJECTIVES
+from bandpo._system import supported
 from bandpo.integrations.options import HELP
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -58,10 +62,29 @@ def realised_table() -> str:
     return "\n".join(rows)
 
 
+def versions_table() -> str:
+    """Packages and hosts with the accepted range of pyproject.toml and the tested versions, and Python."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
+    ranges: dict[str, str] = {}
+    for line in lines:
+        if match := re.match(r"([\w.-]+)([<>=!~][^;]*)", line):
+            ranges.setdefault(supported.normal(match[1]), match[2].strip().replace(",", ", "))
+    rows = [f"| Python | {project['requires-python']} | {', '.join(PYTHONS)} |"]
+    for name, versions in (supported.PACKAGES | supported.HOSTS).items():
+        limits = ranges.get(supported.normal(name), "not limited")
+        rows.append(f"| `{name}` | {limits} | {', '.join(versions) or 'its source'} |")
+    return "\n".join(["| package | accepted | tests ran with |", "|---|---|---|", *rows])
+
+
+PYTHONS = ("3.10 (`make test-lowest`)", "3.11 (all tests)")
+"""What tests ran on so far. The hosted workflow `tests.yml` names 3.10 to 3.14, and has not run yet."""
 TABLES = {
     ("objectives.md", "options"): options_table,
     ("stability.md", "moved"): moved_table,
     ("theory.md", "realised"): realised_table,
+    ("stability.md", "versions"): versions_table,
 }
 
 

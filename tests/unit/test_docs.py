@@ -16,6 +16,7 @@ from bandpo.divergences import DIVERGENCES
 from sources import ROOT, tool
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAPERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]  # written as the pages are, and no part of the site
 
 
 def loop():
@@ -185,7 +186,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_links_inside_the_docs_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *PAPERS]:
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
             file = page.parent / target if target else page
             assert file.exists(), f"{page.name}: {target}"
@@ -305,7 +306,7 @@ def test_a_fact_is_said_once(fact):
 
 def test_lines_are_wrapped():
     """At most 120 columns, but for tables and for links and pictures, which nobody can break."""
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *PAPERS]:
         for i, line in enumerate(page.read_text().splitlines(), 1):
             free = line.lstrip().startswith(("|", "![", "<iframe")) or re.search(
                 r"\]\(\S{40,}\)|https?://\S{40,}", line
@@ -338,7 +339,7 @@ def test_no_page_speaks_the_old_dialect():
     old = (
         r"goes on|gone on|nobody's|serves? only|\bhas go\b|turns? round|would turn|say so\b|says so\b|as there\b|mend\b"
     )
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *PAPERS]:
         found = re.search(old, re.sub(r"\s+", " ", prose(page)))
         assert not found, f"{page.name}: {found[0]}"
 
