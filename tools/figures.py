@@ -73,6 +73,26 @@ def figures() -> dict[str, Callable[[], Figure]]:
     return found
 
 
+def current(name: str) -> bool:
+    """Whether the file of a figure is what would be drawn now.
+
+    Args:
+        name: Path of the figure below docs/assets.
+    """
+    path = ASSETS / name
+    return path.exists() and same(path.read_text(encoding="utf-8"), svg(name))
+
+
+def svg(name: str) -> str:
+    """A figure as SVG, the same text each time.
+
+    Args:
+        name: Path of the figure below docs/assets.
+    """
+    with mpl.rc_context({key: STYLE[key] for key in ("svg.fonttype", "svg.hashsalt")}):
+        return save_svg(figures()[name]())
+
+
 def same(one: str, other: str) -> bool:
     """Whether two figures agree: everything that is text, and the pixels of what is embedded.
 
@@ -97,25 +117,19 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only figures whose path contains this (default: all)")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a figure is out of date")
     options = parser.parse_args()
-    chosen = {k: v for k, v in figures().items() if not options.names or any(n in k for n in options.names)}
+    chosen = [name for name in figures() if not options.names or any(part in name for part in options.names)]
     if not chosen:
         parser.error(f"no figure has {' or '.join(options.names)} in its path; there are {', '.join(figures())}")
-    mpl.rcParams.update({key: STYLE[key] for key in ("svg.fonttype", "svg.hashsalt")})
-    stale = 0
-    for name, draw in chosen.items():
-        path = ASSETS / name
-        text = save_svg(draw())
-        if path.exists() and same(path.read_text(encoding="utf-8"), text):
-            continue
+    stale = [name for name in chosen if not current(name)]
+    for name in stale:
         if options.check:
             print(f"docs/assets/{name} is out of date; run python tools/figures.py {name}")
-            stale += 1
-        else:
-            path.write_text(text, encoding="utf-8")
-            if name == README:
-                draw().savefig(path.with_suffix(".png"), dpi=150)
-            print(f"figure: docs/assets/{name}")
-    return 1 if stale else 0
+            continue
+        (ASSETS / name).write_text(svg(name), encoding="utf-8")
+        if name == README:
+            figures()[name]().savefig((ASSETS / name).with_suffix(".png"), dpi=150)
+        print(f"figure: docs/assets/{name}")
+    return 1 if options.check and stale else 0
 
 
 if __name__ == "__main__":

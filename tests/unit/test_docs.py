@@ -1,14 +1,12 @@
 """What the README and the docs show runs, every public name has an entry, and each page is written as CONTRIBUTING asks."""
 
-import importlib.util
 import json
 import pkgutil
 import re
 import subprocess
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,18 +14,10 @@ import yaml
 
 import bandpo
 from bandpo.divergences import DIVERGENCES
+from page_tools import tool
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-@cache
-def tool(name) -> ModuleType:
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def loop():
@@ -270,6 +260,40 @@ def test_tables_that_the_source_has():
         assert tables.page(text, name, table()) == text, file
     with pytest.raises(ValueError, match="the page has no"):
         tables.page("nothing", "moved", "")
+
+
+@pytest.mark.slow
+def test_figures_that_formulas_and_committed_numbers_make():
+    """If it fails: `python tools/figures.py`, with the matplotlib of constraints.txt."""
+    made = tool("figures")
+    drawn = made.figures()
+    assert {path.stem for path in (made.ASSETS / "zoo").iterdir()} == set(bandpo.OBJECTIVES)
+    for name in drawn:
+        assert made.current(name), f"docs/assets/{name} is out of date"
+
+
+def test_a_figure_that_differs_is_noticed():
+    made = tool("figures")
+    text = (made.ASSETS / "zoo" / "grpo.svg").read_text()
+    other = (made.ASSETS / "zoo" / "dapo.svg").read_text()
+    assert made.same(text, text)
+    assert not made.same(text, other)  # they differ in the embedded pixels alone
+    assert not made.same(text, text.replace("#000000", "#000001"))
+
+
+def test_the_site_shows_the_version_and_links_to_the_sources_once_they_have_an_address():
+    """If it fails: `python tools/site.py`."""
+    site = tool("site")
+    text = site.CONFIG.read_text()
+    assert site.config(text, bandpo.__version__, site.address()) == text
+    given = site.config(text, "9.9", "https://github.com/a/b")
+    assert "copyright: bandpo 9.9 · Apache-2.0\nrepo_url: https://github.com/a/b\nedit_uri: edit/main/docs/\n" in given
+    assert site.config(given, bandpo.__version__, "") == site.config(text, bandpo.__version__, "")
+    for wrong in ("github.com/a/b", "https://github.com/a", "https://github.com/a/b/"):
+        with pytest.raises(ValueError, match="OWNER/NAME"):
+            site.config(text, "9.9", wrong)
+    with pytest.raises(ValueError, match="has 0"):
+        site.config("nav: []", "9.9", "")
 
 
 def test_table_of_the_default_job():
