@@ -58,8 +58,10 @@ bench: $(VENV)/.installed  ## everything beside its simplest equivalent and besi
 gpu: $(VENV)/.installed  ## on a GPU, under nine minutes: tests, kernel, loss, head, training; benchmarks/gpu.json (CPU: ARGS=--tiny)
 	$(BIN)/python benchmarks/gpu $(ARGS)
 
-evidence: $(VENV)/.installed  ## an hour or more: the full comparison, and the evidence page made from it
-	$(BIN)/bandpo compare --preset full --evidence docs $(ARGS)
+evidence: $(VENV)/.installed  ## up to four hours, continues where it stopped: the registered protocol, and the pages made from it (ARGS='--preset quick')
+	$(BIN)/bandpo lab evidence --preset full --output runs/evidence $(ARGS)
+	$(BIN)/python tools/evidence.py --from runs/evidence/evidence.json
+	$(BIN)/python tools/halves.py --from runs/evidence/forks.json
 
 lint: $(VENV)/.installed  ## style
 	$(BIN)/ruff check .
@@ -102,8 +104,8 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
-notebook: $(VENV)/.docs-installed  ## examples/first_steps.ipynb from examples/first_steps.py
-	$(BIN)/jupytext --to ipynb --update-metadata '{"jupytext": null}' examples/first_steps.py
+notebook: $(VENV)/.installed  ## the pages of docs/learn and all notebooks, from the scripts in examples/
+	OMP_NUM_THREADS=1 $(BIN)/python tools/learn.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-verl $(VENV)-lowest .hosts site runs .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).parent
-RECIPES = TESTS.parent / "recipes" / "trl"
+RECIPES = TESTS.parent / "src" / "bandpo" / "recipes" / "trl"
 ONE_PROCESS = (
     *("--cpu", "--num_processes", "1", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no"),

@@ -1,6 +1,7 @@
 """What the tests of the house read from the source: modules, public names, signatures and prose, without importing any."""
 
 import ast
+import importlib.util
 import io
 import re
 import tokenize
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
@@ -44,6 +46,15 @@ class Module:
         """Top-level statements, and those under `if TYPE_CHECKING:`."""
         for node in self.tree.body:
             yield from node.body if isinstance(node, ast.If) else [node]
+
+
+@cache
+def tool(name) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @cache

@@ -39,6 +39,7 @@ FLOORS: dict[str, dict[str, str]] = {
         "selection": "pruning, packing",
         "statistics": "intervals of paired runs",
         "monitoring": "metrics, their symptoms",
+        "recipes": "files of whole runs",
     },
     "Front door": {"bandpo": "the public names"},
     "Core": {

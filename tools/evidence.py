@@ -1,48 +1,363 @@
-"""Writes docs/evidence.md and docs/evidence-data.md anew from docs/evidence.json; only `--measure` runs something.
+"""Writes docs/evidence.md and docs/evidence-data.md from docs/evidence.json and the text in tools/: `python tools/evidence.py`.
 
-* `python tools/evidence.py`: the two pages.
-* `python tools/evidence.py --figures`: the pictures in docs/assets/evidence too.
-* `python tools/evidence.py --measure`: measures the realised ratios of rare tokens anew (half a minute), with the seeds of
-  the recorded plan, and puts them into docs/evidence.json before the pages are written. Nothing else in it changes.
-* `python tools/evidence.py --check`: changes nothing; status 1 if a page is not what the JSON file gives.
+* `--from FILE`: take an evidence.json of `bandpo lab evidence` as docs/evidence.json, and draw the figures from it.
+* `--check`: changes nothing; status 1 if a page or a figure is not what the JSON file gives.
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from bandpo.lab.comparison.report import evidence_pages, write_evidence
-from bandpo.lab.comparison.sweeps import realised
+from bandpo._system.files import finite_or_null
+from bandpo.lab.drawing import NAMES
+from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
+from bandpo.lab.forks.regimes import BASELINE, WHAT
+from bandpo.lab.pages import render, table
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {DOCS / name: ROOT / "tools" / name for name in ("evidence.md", "evidence-data.md")}
+"""Each page with its template."""
+DATA, FIGURES = DOCS / "evidence.json", DOCS / "assets" / "evidence"
+DIGITS = 5
+LARGEST = 1_000_000
+"""Bytes that the committed file may have."""
+Row = dict[str, Any]
+
+DECIDED = ("better", "worse")
+
+
+def compact(evidence: Row) -> Row:
+    """What the pages and their readers need of the result of `bandpo lab evidence`, with fewer digits.
+
+    The values of each seed stay, so that every verdict can be computed again. What docs/halves.json has is left out.
+
+    Raises:
+        ValueError: If the result is too large to be committed.
+    """
+    forks = evidence.get("forks", {})
+    kept = {name: forks[name] for name in ("preset", "runs", "cpu_seconds") if name in forks}
+    kept["rates"] = {place: found["rates"] for place, found in forks.get("regimes", {}).items()}
+    found = finite_or_null({**evidence, "forks": kept}, digits=DIGITS)
+    size = len(json.dumps(found))
+    if size > LARGEST:
+        raise ValueError(
+            f"docs/evidence.json would have {size:,} bytes, more than {LARGEST:,}; keep fewer values in it"
+        )
+    return found
+
+
+def number(value: float | None, *, sign: bool = True) -> str:
+    """A number as the pages print it; a run that diverged has none."""
+    return "diverged" if value is None else f"{value:+.3f}" if sign else f"{value:.3f}"
+
+
+def interval(found: Sequence[Any], *, sign: bool = True) -> str:
+    """A value with its interval."""
+    value, low, high = found[:3]
+    if value is None or low is None or high is None:
+        return number(value, sign=sign)
+    return f"{number(value, sign=sign)} [{number(low, sign=sign)}, {number(high, sign=sign)}]"
+
+
+def cell(found: Sequence[Any]) -> str:
+    """A difference with its interval and verdict, a decided one in bold."""
+    words = f"{interval(found)} {found[3]}"
+    return f"**{words}**" if found[3] in DECIDED else words
+
+
+def arm_name(arm: str) -> str:
+    """An arm as the page names it."""
+    return NAMES.get(arm, f"`{arm}`")
+
+
+def primary(data: Row) -> list[Row]:
+    """The registered claims."""
+    return [claim for claim in data["judged"] if claim["kind"] == "primary"]
+
+
+def counted(claim: Row) -> str:
+    """How the contrasts of a claim came out, and the seeds that undecided ones would need."""
+    parts = [f"{claim['counts'][sense]} {word}" for sense, word in SENSES.items() if claim["counts"].get(sense)]
+    needed = [x["needed"] for x in claim["contrasts"] if x["needed"] is not None]
+    return (", ".join(parts) or "–") + (f" (needs up to {max(needed):,} seeds)" if needed else "")
+
+
+def claims_table(data: Row) -> str:
+    """The registered claims with their verdicts."""
+    rows = [
+        [f"{i + 1}", f"{claim['text']} ({claim['source']})", f"**{claim['verdict']}**", counted(claim)]
+        for i, claim in enumerate(primary(data))
+    ]
+    return table(["", "claim", "verdict", "contrasts"], rows)
+
+
+def listed(words: Sequence[str]) -> str:
+    """A list as a sentence has it."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def outcome_sentence(data: Row) -> str:
+    """How the contrasts of the registered claims came out, by whose claims they are."""
+    parts: list[str] = []
+    for whose in dict.fromkeys(claim["source"] for claim in primary(data)):
+        claims = [claim for claim in primary(data) if claim["source"] == whose]
+        count: Counter[str] = Counter()
+        for claim in claims:
+            count.update({sense: claim["counts"].get(sense, 0) for sense in SENSES})
+        found = [f"{count[sense]} {word}" for sense, word in SENSES.items() if count[sense]]
+        parts.append(f"{whose} ({len(claims)}): {', '.join(found) or 'not measured'}")
+    return (
+        f"{len(primary(data))} claims were registered, with {sum(len(x['contrasts']) for x in primary(data))} contrasts. By "
+        f"whose claims they are, the contrasts came out as follows. {'; '.join(parts)}."
+    )
+
+
+def places(data: Row) -> dict[str, Row]:
+    """The differences at each place of the page: the exact regimes under Adam, and the transformers."""
+    forks = data["explored"].get("forks", {})
+    return {
+        **{place: rows for place, rows in forks.items() if place.endswith("/adam")},
+        **data["explored"].get("transformers", {}),
+    }
+
+
+def against_clip(data: Row, arm: str, measure: str) -> str:
+    """In how many places an arm is better and worse than the fixed clip, and by how much at the extremes."""
+    found = {
+        place: rows[f"{arm} - {BASELINE}"][measure]
+        for place, rows in places(data).items()
+        if measure in rows.get(f"{arm} - {BASELINE}", {}) and shown(place, measure)
+    }
+    count = Counter(x[3] for x in found.values())
+    decided = sorted((x[0], place) for place, x in found.items() if x[3] in DECIDED)
+    ends = [f"{place_title(place)} {number(value)}" for value, place in dict.fromkeys([*decided[:1], *decided[-1:]])]
+    where = f" ({' to '.join(ends)})" if ends else ""
+    return f"higher in {count['better']} and lower in {count['worse']} of {len(found)} places{where}"
+
+
+def halves_sentences(data: Row) -> str:
+    """What each half and the whole band do to pass@16 and to the entropy."""
+    arms = [arm for arm in reversed(HALVES) if any(f"{arm} - {BASELINE}" in rows for rows in places(data).values())]
+    return "\n".join(
+        f"* **{arm_name(arm).capitalize()}**, against the fixed clip: pass@16 is {against_clip(data, arm, 'passed')}; the "
+        f"entropy is {against_clip(data, arm, 'entropy')}."
+        for arm in arms
+    )
+
+
+def price_sentence(data: Row) -> str:
+    """What noise does to the tokens that were nearly certain."""
+    found = data["means"].get("forks", {}).get("noise/adam", {})
+    right = {arm: row["right"][0] for arm, row in found.items() if "right" in row and arm in (BASELINE, *HALVES)}
+    if not right:
+        return "The price of each half was not measured here."
+    shares = [f"{number(x, sign=False)} under the {arm_name(arm)}" for arm, x in right.items()]
+    return (
+        "The price shows where rewards are coin flips: the nearly certain tokens of a completion all stay right with chance "
+        f"{listed(shares)}."
+    )
+
+
+def winners_table(data: Row) -> str:
+    """Which of the main arms are better and worse than the fixed clip, place by place."""
+    measures = ("mean", "passed", "entropy")
+    rows: list[list[str]] = []
+    for place, pairs in places(data).items():
+        what = WHAT.get(place.partition("/")[0])
+        cells = [f"**{place_title(place)}**" + (f": {what}" if what else "")]
+        for measure in measures:
+            if not shown(place, measure):
+                cells.append("–")
+                continue
+            found = {
+                verdict: [
+                    arm_name(arm)
+                    for arm in OTHERS
+                    if measure in (row := pairs.get(f"{arm} - {BASELINE}", {})) and row[measure][3] == verdict
+                ]
+                for verdict in DECIDED
+            }
+            words = {"better": "above", "worse": "below"}
+            cells.append("; ".join(f"{words[v]}: {', '.join(arms)}" for v, arms in found.items() if arms) or "nobody")
+        rows.append(cells)
+    return table(["", "mean reward", "pass@16", "entropy"], rows)
+
+
+def contrasts_table(data: Row, kind: str) -> str:
+    """Every contrast of the claims of one kind."""
+    head = ["claim", "where", "difference", "measure", "claimed", "value, interval", "verdict", "pairs", "would need"]
+    rows = [
+        [
+            str(claim["id"]),
+            place_title(x["place"]),
+            f"{arm_name(x['first'])} - {arm_name(x['second'])}",
+            MEASURES.get(x["measure"], x["measure"]),
+            x["claimed"],
+            "–" if x["verdict"] == "not measured" else interval([x["value"], x["low"], x["high"]]),
+            f"**{x['verdict']}**" if x["verdict"] in DECIDED else x["verdict"],
+            str(x["pairs"]),
+            "–" if x["needed"] is None else f"{x['needed']:,}",
+        ]
+        for claim in data["judged"]
+        if claim["kind"] == kind
+        for x in claim["contrasts"]
+    ]
+    return table(head, rows) if rows else "There are no such claims."
+
+
+def differences_tables(data: Row) -> str:
+    """The differences of every arm from the fixed clip, and of the halves, at each place."""
+    parts: list[str] = []
+    for experiment, found in data["explored"].items():
+        for place, pairs in found.items():
+            measures = [m for m in MEASURES if any(m in row for row in pairs.values()) and shown(place, m)]
+            rows = [
+                [
+                    " - ".join(arm_name(x) for x in pair.split(" - ")),
+                    *(cell(row[m]) if m in row else "–" for m in measures),
+                ]
+                for pair, row in pairs.items()
+            ]
+            parts += [f"### {experiment}: {place}", table(["difference", *(MEASURES[m] for m in measures)], rows)]
+    return "\n\n".join(parts)
+
+
+def means_tables(data: Row) -> str:
+    """The mean of every arm in every measure at each place."""
+    parts: list[str] = []
+    for experiment, found in data["means"].items():
+        for place, arms in found.items():
+            measures = [m for m in MEASURES if any(m in row for row in arms.values())]
+            rows = [
+                [arm_name(arm), *(interval(row[m], sign=False) if m in row else "–" for m in measures)]
+                for arm, row in arms.items()
+            ]
+            parts += [f"### {experiment}: {place}, values", table(["arm", *(MEASURES[m] for m in measures)], rows)]
+    return "\n\n".join(parts)
+
+
+def rates_table(data: Row) -> str:
+    """The learning rates that tuning chose."""
+    rates = {**data["forks"].get("rates", {}), **data["transformers"].get("rates", {})}
+    if not rates:
+        return "Nothing was tuned."
+    arms = list(dict.fromkeys(arm for row in rates.values() for arm in row))
+    rows = [[place, *(f"{row[arm]:g}" if arm in row else "–" for arm in arms)] for place, row in rates.items()]
+    return table(["place", *(arm_name(arm) for arm in arms)], rows)
+
+
+def moved_sentence(data: Row) -> str:
+    """How far updates move rare rewarded tokens under the fixed clip and under the band."""
+    found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("moves/")}
+    parts = [
+        f"{place_title(key)} {number(rows[BASELINE]['moved_up'][0])} and {number(rows['bandpo-kl']['moved_up'][0])}"
+        for key, rows in found.items()
+        if "moved_up" in rows.get(BASELINE, {}) and "moved_up" in rows.get("bandpo-kl", {})
+    ]
+    if not parts:
+        return "Not measured for these arms."
+    return (
+        "The paper's bottleneck, measured. The mean log-ratio of a rare rewarded token, over the steps on one rollout, "
+        f"under the fixed clip and under the whole band: {'; '.join(parts)}. The edge of the fixed clip is at log 1.2 = 0.182; "
+        "it stops the gradient of a token, and not what the updates of other tokens do to it."
+    )
+
+
+def transformers_sentence(data: Row) -> str:
+    """What the transformers add to the exact regimes."""
+    found = data["explored"].get("transformers", {})
+    if not found:
+        return ""
+    rows = {arm: [x for pairs in found.values() for x in _compared(pairs, arm, ("mean", "passed"))] for arm in OTHERS}
+    count = {arm: Counter(x[3] for x in row) for arm, row in rows.items()}
+    total = max(sum(x.values()) for x in count.values())
+    parts = [f"{arm_name(arm)} {x['better']} and {x['worse']}" for arm, x in count.items() if x]
+    named = "; ".join(place_title(place) for place in found)
+    return (
+        f"{len(found)} place{'s' if len(found) > 1 else ''} ({named}), every seed with its own warm-up. Of the {total} "
+        f"comparisons with the fixed clip in mean reward and pass@16, clearly above and clearly below are: {'; '.join(parts)}."
+    )
+
+
+def _compared(pairs: Row, arm: str, measures: Sequence[str]) -> list[Any]:
+    """An arm against the fixed clip, in those of the measures that a place has."""
+    found = pairs.get(f"{arm} - {BASELINE}", {})
+    return [found[measure] for measure in measures if measure in found]
+
+
+def numbers(data: Row) -> Row:
+    """The single numbers of the pages."""
+    values = data["values"]
+    seeds = {
+        name: len(next(iter(next(iter(next(iter(found.values())).values())).values())))
+        for name, found in values.items()
+    }
+    seconds = data.get("core_seconds", {})
+    return {
+        "preset": data["preset"],
+        "registered": data["protocol"]["registered"],
+        "sha": data["protocol"]["sha256"][:12],
+        "bandpo": data["bandpo"],
+        "git": data.get("git") or "no checkout",
+        "torch": data["versions"]["torch"],
+        "platform": data["platform"],
+        "claims": len(primary(data)),
+        "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
+        "seeds": listed([f"{count} paired seeds ({name})" for name, count in seeds.items()]),
+        "core_hours": f"{sum(seconds.values()) / 3600:.1f}",
+        "smallest": ", ".join(f"{MEASURES[m]} {x:g}" for m, x in data["smallest"].items() if m in MEASURES),
+    }
+
+
+def pages(data: Row) -> dict[Path, str]:
+    """The text of each page, by its file."""
+    values = {
+        **numbers(data),
+        "claims_table": claims_table(data),
+        "outcome": outcome_sentence(data),
+        "halves": halves_sentences(data),
+        "price": price_sentence(data),
+        "winners_table": winners_table(data),
+        "primary_table": contrasts_table(data, "primary"),
+        "exploratory_table": contrasts_table(data, "exploratory"),
+        "differences_tables": differences_tables(data),
+        "means_tables": means_tables(data),
+        "rates_table": rates_table(data),
+        "moved": moved_sentence(data),
+        "transformers": transformers_sentence(data),
+        "figures": sorted(draw(data)),
+    }
+    return {path: render(template.read_text(encoding="utf-8"), values) for path, template in PAGES.items()}
 
 
 def main() -> int:
     """Writes the pages, or compares them."""
-    parser = argparse.ArgumentParser(description="The evidence pages from docs/evidence.json.")
-    parser.add_argument("--figures", action="store_true", help="draw the pictures too")
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
-    parser.add_argument("--measure", action="store_true", help="measure the realised ratios anew")
+    parser = argparse.ArgumentParser(description="The pages of the evidence from docs/evidence.json.")
+    parser.add_argument("--from", dest="source", type=Path, help="an evidence.json of bandpo lab evidence")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something is out of date")
     options = parser.parse_args()
-    summary = json.loads((DOCS / "evidence.json").read_text(encoding="utf-8"))
-    if options.measure and not options.check:
-        summary["realised"] = json.loads(json.dumps(realised(summary["about"]["plan"]["exact_seeds"])))
-        (DOCS / "evidence.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
-    if options.figures and not options.check:
-        write_evidence(DOCS, summary)
-        return 0
-    stale = {name: text for name, text in evidence_pages(summary).items() if _content(DOCS / name) != text}
-    for name, text in stale.items():
-        if options.check:
-            print(f"docs/{name} is out of date; run python tools/evidence.py")
-        else:
-            (DOCS / name).write_text(text, encoding="utf-8")
-    return 1 if options.check and stale else 0
-
-
-def _content(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    data = json.loads((options.source or DATA).read_text(encoding="utf-8"))
+    data = compact(data) if options.source else data
+    made = {**pages(data), **{FIGURES / f"{name}.svg": figure for name, figure in draw(data).items()}}
+    extra = [path for path in FIGURES.glob("*") if path not in made]
+    if options.check:
+        stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        for path in [*stale, *extra]:
+            print(f"{path.relative_to(ROOT)} is out of date; run python tools/evidence.py")
+        return int(bool(stale or extra))
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for path in extra:
+        path.unlink()
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")
+    if options.source:
+        DATA.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

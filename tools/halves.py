@@ -7,30 +7,21 @@
 import argparse
 import json
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS
 from bandpo.lab.forks.regimes import WHAT
 from bandpo.lab.forks.summary import SMALLEST
+from bandpo.lab.pages import render, table
 
 ROOT = Path(__file__).parents[1]
 TEXT, PAGE, DATA = ROOT / "tools" / "halves.md", ROOT / "docs" / "halves.md", ROOT / "docs" / "halves.json"
 FIGURES = ROOT / "docs" / "assets" / "halves"
-WIDTH = 120
 NAMES = {"speed": "reward in training", "mean": "mean", "passed": "pass@16", "entropy": "entropy"}
 UPPER, LOWER, BAND, CLIP = "bandpo-kl-upper", "bandpo-kl-lower", "bandpo-kl", "grpo"
 Row = dict[str, Any]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def signed(found: Row) -> str:
@@ -194,35 +185,6 @@ def tables(data: Row) -> dict[str, str]:
     }
 
 
-def wrapped(text: str) -> str:
-    """The page with its paragraphs and list items filled to the width; tables, code, quotes and pictures stay as they are."""
-    blocks: list[str] = []
-    for i, part in enumerate(text.split("```")):
-        if i % 2:
-            blocks.append(f"```{part}```")
-            continue
-        for block in part.strip("\n").split("\n\n"):
-            if block.startswith(("|", "#", "!", ">")):
-                blocks.append(block)
-            elif block.startswith("* "):
-                items = block[2:].split("\n* ")
-                blocks.append("\n".join(_filled(x, "* ", "  ") for x in items))
-            elif block:
-                blocks.append(_filled(block, "", ""))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _filled(text: str, first: str, other: str) -> str:
-    return textwrap.fill(
-        " ".join(text.split()),
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=other,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
 def page(data: Row) -> str:
     """The page."""
     regimes, preset = regimes_of(data), PRESETS[data["preset"]]
@@ -245,9 +207,7 @@ def page(data: Row) -> str:
         "flat_clip": f"{data['theory']['flat'][CLIP]:+.1f}",
         "unseen": f"{100 * (1 - 0.05 ** (1 / regimes['noisy']['seeds'])):.1f}",
     }
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
-    template = environment.from_string(TEXT.read_text(encoding="utf-8"))
-    return wrapped(template.render(**numbers, **findings(data), **tables(data)))
+    return render(TEXT.read_text(encoding="utf-8"), {**numbers, **findings(data), **tables(data)})
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from bandpo import _deprecations
 if TYPE_CHECKING:
     from bandpo._public import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 _sys.meta_path.insert(0, _deprecations.MovedModules())
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LAST = "0.2"
-"""The last minor release in which the old names below work."""
+LAST = "1"
+"""The last release in which the old names below work: all of 1.x."""
 
 _INTERNAL = {name: f"_system.{name.removeprefix('_')}" for name in ("_errors", "_files", "_locks", "_secrets")}
 _TRL = {
@@ -94,7 +94,7 @@ def warn_moved(old: str, new: str, *, last: str = LAST, version: str | None = No
     Args:
         old: The old name, in full.
         new: The new one.
-        last: The last minor release in which the old name works.
+        last: The last release in which the old name works, with as many numbers as count: "0.2", or "1" for all of 1.x.
         version: The version of bandpo; by default this one.
         stacklevel: How many frames up the user's line is, as in `warnings.warn`.
 
@@ -109,7 +109,8 @@ def warn_moved(old: str, new: str, *, last: str = LAST, version: str | None = No
     """
     if version is None:
         from bandpo import __version__ as version
-    if _minor(version) > _minor(last):
+    end = tuple(int(number) for number in last.split("."))
+    if tuple(int(number) for number in version.split(".")[: len(end)]) > end:
         raise ImportError(f"{old} was removed after bandpo {last}; use {new}")
     warnings.warn(f"{old} is now {new}; the old name works up to bandpo {last}.*", FutureWarning, stacklevel=stacklevel)
 
@@ -140,7 +141,7 @@ def moved_within(module: str, names: dict[str, str]) -> Callable[[str], object]:
     Examples:
         >>> from bandpo import bounds
         >>> bounds.Elastic  # doctest: +SKIP
-        FutureWarning: bandpo.bounds.Elastic is now bandpo.experimental.Elastic; the old name works up to bandpo 0.2.*
+        FutureWarning: bandpo.bounds.Elastic is now bandpo.experimental.Elastic; the old name works up to bandpo 1.*
     """
 
     def find(name: str) -> object:
@@ -215,8 +216,3 @@ def _is_from_import() -> bool:
     for _ in range(3):  # moved_name, bandpo.__getattr__, and what called it
         frame = frame.f_back if frame else None
     return frame is not None and frame.f_code.co_name == "_handle_fromlist"
-
-
-def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)

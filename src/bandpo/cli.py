@@ -21,8 +21,8 @@ from bandpo._system.secrets import redact_text, remember
 _SECTIONS = {
     "train and score": ("train", "evaluate", "check-reward"),
     "look at a run or a configuration": ("doctor", "report"),
-    "compare and choose": ("compare", "objectives", "bounds", "lab"),
-    "the command line itself": ("completion",),
+    "compare and choose": ("compare", "objectives", "bounds", "recipes", "lab"),
+    "the command line itself": ("env", "completion"),
 }
 """The sections of `bandpo --help` with their commands, by what users do; a command that none has is in the last one."""
 
@@ -116,6 +116,18 @@ COMMANDS = (
         "the named objectives: formula and paper",
         "bandpo.plots.arguments:add_objectives_arguments",
         "bandpo.plots.command:show_objectives",
+    ),
+    Command(
+        "recipes",
+        "configurations and scripts of whole runs, to read or to copy",
+        "bandpo.recipes.command:add_arguments",
+        "bandpo.recipes.command:run",
+    ),
+    Command(
+        "env",
+        "versions, devices and paths of this machine, to paste into a report",
+        "bandpo._system.environment:add_arguments",
+        "bandpo._system.environment:run",
     ),
     Command(
         "completion",
@@ -282,7 +294,7 @@ def _unexpected(error: Exception) -> int:
     _print_traceback()
     print(
         f"bandpo: unexpected {type(error).__name__}. This is a bug in bandpo, or in a library that it calls; please report it "
-        "with the lines above",
+        "with the lines above and what `bandpo env` prints",
         file=sys.stderr,
     )
     _print_advice(error)

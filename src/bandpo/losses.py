@@ -251,7 +251,7 @@ def _reduced(
     if aggregation == "token-sum":
         return values.sum()
     lengths = None if aggregation == "token-mean" else valid.sum(-1)
-    count = valid.sum() if lengths is None else (lengths > 0).sum()
+    count = valid.sum() if lengths is None else lengths.count_nonzero()
     if lengths is not None and aggregation == "seq-mean-token-mean":
         values = values.sum(-1) / lengths.clamp_min(1)
     # A part without a token adds 0, also where the whole has none: there, and only there, the divisor may be 0.

@@ -192,8 +192,8 @@ def policy_sums(
 
 def _used(terms: TokenObjective) -> Tensor:
     """The tokens that are in the statistics."""
-    used, bounds = terms.mask & ~terms.nonfinite, terms.bounds
-    if not isinstance(bounds, RatioBounds):
+    used, bounds = terms.mask > terms.nonfinite, terms.bounds
+    if not isinstance(bounds, RatioBounds) or type(terms.objective.bounds) is Clip:
         return used
     # Not where an edge is NaN. Edges that are crossed are an empty interval, outside of which each token is.
     return used & (bounds.lower + bounds.upper >= -torch.inf)

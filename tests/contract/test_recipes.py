@@ -1,4 +1,4 @@
-"""Every file in recipes/trl and src/bandpo/configs: read as it is meant to be, with the paper's numbers, and dry-run."""
+"""Every file in recipes/trl and configs: read as it is meant to be, with the paper's numbers, and dry-run."""
 
 import importlib.resources
 from pathlib import Path
@@ -14,7 +14,7 @@ from bandpo.train.compute import Machine
 from bandpo.train.config import METHODS, parse
 from bandpo.train.needs import missing, sampler_line
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "trl"
+RECIPES = Path(__file__).parents[2] / "src" / "bandpo" / "recipes" / "trl"
 GPU = Machine("cuda", "NVIDIA H100", bf16=True)
 FOR_ACCELERATE = {"fsdp2": ("FSDP", 8), "deepspeed_zero3": ("DEEPSPEED", 8), "two_cpus": ("MULTI_GPU", 2)}
 JOBS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in FOR_ACCELERATE)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from bandpo.doctor import examine_setup
 from bandpo.doctor.verl import _ALONE, _NO_GROUPS, DEFAULTS, read_verl
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "verl" / "config"
+RECIPES = Path(__file__).parents[2] / "src" / "bandpo" / "recipes" / "verl" / "config"
 
 
 def test_defaults_are_verl_s():

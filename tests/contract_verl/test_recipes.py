@@ -19,7 +19,7 @@ from verl.workers.config import ActorConfig, RolloutConfig
 from bandpo.integrations.verl import BandPolicyLossConfig
 from batches import batch
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "verl"
+RECIPES = Path(__file__).parents[2] / "src" / "bandpo" / "recipes" / "verl"
 METHODS = sorted(p.stem for p in (RECIPES / "config" / "method").iterdir())
 MODELS = sorted(p.stem for p in (RECIPES / "config" / "model").iterdir())
 

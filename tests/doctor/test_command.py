@@ -9,7 +9,7 @@ from bandpo import KL, Band, Clip
 from bandpo.cli import main
 from bandpo.doctor.command import read_config
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "src" / "bandpo" / "recipes"
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from bandpo.lab.comparison.devices import device_kind, find_device
 from bandpo.lab.comparison.exact import Tree, on_bandits, run_tree
 from bandpo.lab.comparison.loop import Loop, Run, Setting
 from bandpo.lab.comparison.plan import PRESETS, Arm, jobs_of
-from bandpo.lab.comparison.problems import PROBLEMS, Problem
+from bandpo.lab.comparison.problems import PROBLEMS, Problem, one_by_one
 from bandpo.lab.comparison.stack import Stack
 from bandpo.lab.comparison.sweeps import bandit
 from bandpo.lab.comparison.top import has_inputs
@@ -40,7 +40,15 @@ def tiny():
     prompts = torch.randint(3, 9, (60, 2), generator=g)
     demonstrations = torch.cat([prompts, prompts[:, :1], torch.ones(60, 1, dtype=torch.int64)], 1)
     return Problem(
-        "tiny", "", prompts[:50], prompts[50:], demonstrations, 3, lambda p, c: float(c[:1] == p[:1]), str, 6
+        "tiny",
+        "",
+        prompts[:50],
+        prompts[50:],
+        demonstrations,
+        3,
+        one_by_one(lambda p, c: float(c[:1] == p[:1])),
+        str,
+        6,
     )
 
 

@@ -12,13 +12,27 @@ import pytest
 import torch
 
 from bandpo import policy_loss
+from bandpo._system.errors import RunError
 from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.lab.forks.figures import plot_map
-from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, TUNING_SEED, Cell, Store, tuned_rate
+from bandpo.lab.forks.plan import (
+    BLOCK,
+    PRESETS,
+    REPORT_SEED,
+    SLOW,
+    TUNING_SEED,
+    Preset,
+    joined,
+    report_cells,
+    tuned_rates,
+)
 from bandpo.lab.forks.policy import Fork
-from bandpo.lab.forks.regimes import ARMS, REGIMES, mixed
+from bandpo.lab.forks.regimes import ARMS, FACTORS, PEAK, REGIMES, families, mixed, objective_of
+from bandpo.lab.forks.store import Cell, Store
+from bandpo.lab.forks.study import results, values_of
 from bandpo.lab.forks.summary import compared, summarise_map
-from bandpo.lab.forks.training import Batch, Schedule, loss, sample, train
+from bandpo.lab.forks.training import MEASURES, MOVES, Batch, Schedule, _edges, count_moves, loss, sample, train
+from bandpo.lab.forks.widths import SHARE, best_of, width_values
 from bandpo.statistics import Interval, t_interval, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -164,36 +178,196 @@ def cell(**changes):
     return Cell("test", TINY, "grpo", SHORT, 0.1, 2, REPORT_SEED)._replace(**changes)
 
 
+def result_of(store, found):
+    """As text, in which two NaN are equal."""
+    [result] = store.results("test", [found])
+    return json.dumps({name: x for name, x in result.items() if name != "cpu_seconds"})
+
+
 def test_results_are_kept_and_made_anew_where_they_do_not_fit(tmp_path):
     first = Store(tmp_path, lambda _: None)
-    made = first.result(cell())
+    made = result_of(first, cell())
     second = Store(tmp_path, lambda _: None)
-    assert second.result(cell()) == made and (second.made, second.found) == (0, 1)
-    second.result(cell(rate=0.2))
-    second.result(cell(arm="bandpo-kl"))
-    assert second.made == 2
-    assert "0x" not in json.dumps([cell(arm=arm).describe() for arm in ARMS])  # an address would differ in each process
+    assert result_of(second, cell()) == made and (second.made, second.found) == (0, 1)
+    assert second.seconds == first.seconds
+    both = second.results("test", [cell(rate=0.2), cell(arm="bandpo-kl"), cell(rate=0.2)])
+    assert second.made == 2 and both[0] == both[2] != both[1]
+    everything = [*ARMS, *(width for family in families().values() for width in family)]
+    assert "0x" not in json.dumps(
+        [cell(arm=arm).describe() for arm in everything]
+    )  # addresses differ between processes
     [kept] = [p for p in tmp_path.glob("*.json") if json.loads(p.read_text())["cell"] == cell().describe()]
     kept.write_text(json.dumps({"cell": "of another run", "result": {}}))
-    assert Store(tmp_path, lambda _: None).result(cell()) == made
+    assert result_of(Store(tmp_path, lambda _: None), cell()) == made
+
+
+def test_a_number_that_is_missing_stays_one(tmp_path):
+    """Without a rare token with A > 0 a seed has no move: NaN in the process that made it and in one that reads it."""
+    sure = Fork(options=3, common=0.4, good=1, rare=0.3, common_solves=3, good_solves=3, types=3, certain=0)
+    made = [result_of(Store(tmp_path, lambda _: None), cell(fork=sure)) for _ in range(2)]
+    for result in map(json.loads, made):
+        assert all(math.isnan(x) for name in MOVES for x in result["final"][name])
+        assert all(math.isfinite(x) for name in MEASURES for x in result["final"][name])
+
+
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    cells = [cell(arm=arm) for arm in ("grpo", "bandpo-kl", "dppo-kl")]
+    one = Store(tmp_path / "one", lambda _: None).results("test", cells)
+    monkeypatch.setattr("bandpo.lab.forks.store._WORTH", 0)
+    two = Store(tmp_path / "two", lambda _: None, 2).results("test", cells)
+    for first, second in zip(one, two, strict=True):
+        first.pop("cpu_seconds"), second.pop("cpu_seconds")
+        assert json.dumps(first) == json.dumps(second)
+
+
+def test_an_error_of_a_process_names_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("bandpo.lab.forks.store._WORTH", 0)
+    broken = Fork(options=64)
+    object.__setattr__(broken, "flip", "much")
+    store = Store(tmp_path, lambda _: None, 2)
+    with pytest.raises(RunError, match=r"test, grpo, rate 0\.1, seed"):
+        store.results("test", [cell(fork=broken), cell(fork=broken, rate=0.2)])
+
+
+class Fake(Store):
+    """A store that makes its results up and remembers what it was asked for."""
+
+    def __init__(self, speed=lambda cell: 0.0):
+        self.speed, self.asked = speed, []
+
+    def results(self, what, cells):
+        self.asked += cells
+        return [self._made_up(cell) for cell in cells]
+
+    def _made_up(self, cell):
+        row = [self.speed(cell)] * cell.seeds
+        return {
+            "final": dict.fromkeys((*MEASURES, *MOVES), row),
+            "curve": [0.0],
+            "entropies": [0.0],
+            "moves": {name: [0.0] for name in MOVES},
+        }
 
 
 def test_a_grid_grows_while_its_best_cell_is_at_an_end():
-    class Fake(Store):
-        def __init__(self, best):
-            self.best, self.asked = best, []
+    wanted = {"low": 0.0125, "in": 0.05, "high": 0.4}
+    best = {"grpo": wanted["low"], "bandpo-kl": wanted["in"], "no-clip": wanted["high"]}
+    store = Fake(lambda cell: -abs(math.log(cell.rate / best[cell.arm])))
+    cells = {arm: cell(arm=arm, seed=TUNING_SEED) for arm in best}
+    assert tuned_rates(store, "test", cells, {"adam": (0.025, 0.05, 0.1)}) == pytest.approx(best)
+    assert {x.seed for x in store.asked} == {TUNING_SEED}
+    for arm, rate in best.items():
+        rates = [x.rate for x in store.asked if x.arm == arm]
+        assert len(set(rates)) == len(rates) and min(rates) < rate < max(rates)
+    assert tuned_rates(store, "test", cells, {"adam": (0.3,)}) == dict.fromkeys(best, 0.3)
 
-        def result(self, cell):
-            self.asked.append((cell.rate, cell.seed))
-            return {"final": {"speed": [-abs(math.log(cell.rate / self.best))]}}
 
-    for best, wanted in ((0.05, 0.05), (0.4, 0.4), (0.0125, 0.0125)):
-        store = Fake(best)
-        assert tuned_rate(store, cell(seed=TUNING_SEED), (0.025, 0.05, 0.1)) == pytest.approx(wanted)
-        assert {seed for _, seed in store.asked} == {TUNING_SEED}
-        rates = [rate for rate, _ in store.asked]
-        assert min(rates) < wanted < max(rates)
-    assert TUNING_SEED != REPORT_SEED
+def test_nothing_that_was_tuned_on_enters_the_report():
+    store = Fake()
+    found = results(PRESETS["full"], store, ("regimes", "widths", "map", "drift"))
+    assert {x.seeds for x in store.asked if x.seed == TUNING_SEED} == {PRESETS["full"].tuning_seeds}
+    report = {x.seed for x in store.asked} - {TUNING_SEED}
+    assert report == {REPORT_SEED, REPORT_SEED + 1, REPORT_SEED + 2} and PRESETS["full"].seeds == 3 * BLOCK
+    values = values_of(found)
+    assert {"noisy/adam", "noisy/sgd", "noisy/adam/same-rate", "moves/noisy", "width/noisy"} < set(values)
+    for place, arms in values.items():
+        sizes = {arm: {len(x) for x in row.values()} for arm, row in arms.items()}
+        seeds = BLOCK if place.startswith("width/") else 3 * BLOCK
+        assert all(size == {BLOCK if arm in SLOW else seeds} for arm, size in sizes.items()), place
+    assert set(values["noisy/adam"]) == set(ARMS) and set(values["race/adam"]) == set(ARMS) - set(SLOW)
+
+
+def test_blocks_of_seeds_are_the_same_for_every_arm():
+    first, second = (
+        report_cells("test", TINY, arm, SHORT, rate, 192) for arm, rate in (("grpo", 0.1), ("no-clip", 0.3))
+    )
+    assert [(x.seed, x.seeds) for x in first] == [(x.seed, x.seeds) for x in second]
+    assert [x.seeds for x in report_cells("test", TINY, "grpo", SHORT, 0.1, 8)] == [8]
+    both = joined(
+        [{"final": {"mean": [i]}, "curve": [i], "entropies": [i], "moves": {"moved_up": [i]}} for i in (1.0, 3.0)]
+    )
+    assert both == {"final": {"mean": [1.0, 3.0]}, "curve": [2.0], "entropies": [2.0], "moves": {"moved_up": [2.0]}}
+    for wrong in ({"seeds": 100}, {"map_seeds": 0}, {"width_rates": (0.1,), "width_factors": (1.0,)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Preset(**wrong)
+
+
+def test_edges_of_the_table_are_those_of_the_tokens():
+    before, batch = batch_of(REGIMES["noisy"])
+    theta = (before + 0.3 * torch.randn(before.shape, dtype=torch.float64)).requires_grad_()
+    known = 0
+    for arm in ARMS.values():
+        edges = _edges(arm, before)
+        known += edges is not None
+        values = [loss(arm, theta, before, batch, x) for x in (edges, None)]
+        torch.testing.assert_close(*(torch.autograd.grad(x, theta)[0] for x in values), rtol=1e-12, atol=1e-14)
+    assert known >= 10  # bounds that also ask for the new log-probs, such as those of dppo, are not in the table
+
+
+def test_moves_are_counted_token_by_token(monkeypatch):
+    monkeypatch.setattr("bandpo.lab.forks.training.RARE", 0.3)
+    before = 0.4 * torch.stack([logits(TINY, seed) for seed in range(3)])  # flat, so that rare tokens are sampled
+    before = before.log_softmax(-1)
+    batch = sample(TINY, before, SHORT, torch.Generator().manual_seed(5), TINY.solves())
+    after = (before + 0.4 * torch.randn(before.shape, dtype=torch.float64)).log_softmax(-1)
+    found = count_moves(before, after, batch)
+    for seed, (side, sign) in itertools.product(range(3), enumerate((1, -1))):
+        moves = [
+            (after - before)[seed, place, token].item()
+            for row, tokens in enumerate(batch.tokens[seed].tolist())
+            for place, token in enumerate(tokens)
+            if before[seed, place, token].exp() < 0.3 and sign * batch.advantages[seed, row] > 0
+        ]
+        beyond = sum(sign * x > (math.log(1.2) if sign == 1 else -math.log(0.8)) for x in moves)
+        assert found[side, :, seed].tolist() == pytest.approx([len(moves), sum(moves), beyond])
+    assert found[:, 0].min() > 0
+
+
+def test_one_step_of_sgd_moves_a_token_by_its_gradient():
+    """After one step from a policy that gives each option 1/n, log-ratios have a closed form that no edge changes."""
+    even = Fork(options=20, common=0.05, good=18, rare=0.05, common_solves=0, good_solves=1, types=2, certain=0)
+    schedule = Schedule(rollouts=1, queries=2, group=8, epochs=1, minibatches=1, optimizer="sgd")
+    batch = sample(even, even.start().log_softmax(-1)[None], schedule, torch.Generator().manual_seed(4), even.solves())
+    step = torch.zeros(20, dtype=torch.float64)
+    for row, token in enumerate(batch.tokens[0, :, 0].tolist()):
+        step += 0.7 / 16 * batch.advantages[0, row] * (torch.arange(20) == token)
+    moved = step - torch.logsumexp(step - math.log(20), 0)
+    up = [moved[batch.tokens[0, row, 0]].item() for row in range(16) if batch.advantages[0, row] > 0]
+    found = train(even, ARMS["bandpo-kl"], schedule, rate=0.7, seeds=1, seed=4).final
+    assert found["moved_up"].item() == pytest.approx(np.mean(up))
+    assert found["beyond_up"].item() == np.mean([x > math.log(1.2) for x in up])
+
+
+def test_grids_of_widths_match():
+    found = families()
+    assert {name: len(family) for name, family in found.items()} == {"radius": 5, "upper": 5, "eps": 5, "two": 25}
+    assert set(found["eps"]) < set(found["two"]) and 1.0 in FACTORS
+    for family, default in (("radius", "bandpo-kl"), ("eps", "grpo"), ("upper", "bandpo-kl-upper")):
+        middle = [*found[family]][FACTORS.index(1.0)]
+        old = torch.tensor([[-7.0, -1.0, -0.01]], dtype=torch.float64)
+        for mine, theirs in zip(objective_of(middle).bounds(old), ARMS[default].bounds(old), strict=True):
+            torch.testing.assert_close(mine, theirs, msg=family)
+
+
+def test_the_best_of_a_few_trials_by_enumeration():
+    scores = [0.3, 0.9, 0.1, 0.5, 0.7]
+    for trials in (1, 2, 3, 5):
+        draws = list(itertools.combinations(range(5), trials))
+        wins = [sum(max(draw, key=lambda i: scores[i]) == cell for draw in draws) / len(draws) for cell in range(5)]
+        assert best_of(scores, trials).tolist() == pytest.approx(wins)
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match="from 1 to the number of cells, 5"):
+            best_of(scores, wrong)
+
+
+def test_areas_and_best_of_a_grid_that_is_known():
+    good, bad = SHARE * PEAK["noisy"] + 0.01, SHARE * PEAK["noisy"] - 0.01
+    nan = float("nan")
+    rows = ((0.4, [good, bad]), (0.1, [bad, bad]), (0.2, [good, bad]), (0.3, [good, 1.0]))
+    cells = [{"tuning": tuning, "mean": mean} for tuning, mean in rows]
+    found = width_values({"noisy/adam": {"eps": cells, "radius": [*cells[:3], {"tuning": 0.0, "mean": [nan, 0.0]}]}})
+    assert found["noisy/adam"]["eps"] == {"area": [0.75, 0.25], "best": pytest.approx([good, bad])}
+    assert math.isnan(found["noisy/adam"]["radius"]["area"][0]) and found["noisy/adam"]["radius"]["area"][1] == 0
 
 
 def test_verdicts_are_symmetrical_and_known():
@@ -253,7 +427,7 @@ def test_the_command_on_its_smallest_preset(tmp_path, monkeypatch):
 
     from bandpo.lab.forks import plan
 
-    small = replace(PRESETS["smoke"], rollouts=1, seeds=3, tuning_seeds=2, drift_seeds=2)
+    small = replace(PRESETS["smoke"], rollouts=1, seeds=3, tuning_seeds=2, drift_seeds=2, map_seeds=2, width_seeds=2)
     monkeypatch.setitem(plan.PRESETS, "smoke", small)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -261,12 +435,17 @@ def test_the_command_on_its_smallest_preset(tmp_path, monkeypatch):
     assert run(parser.parse_args(options)) == 0
     found = json.loads((tmp_path / "forks.json").read_text())
     assert set(found["regimes"]) == {"diversity/adam", "noise/adam"} and len(found["map"]) == 1
+    assert set(found["moves"]["places"]) == set(found["regimes"]) and set(found["widths"]["places"]) == {"noisy/adam"}
     names = {"halves-reach", "halves-drift", "halves-regimes-adam", "halves-map"}
     assert {p.stem for p in tmp_path.glob("*.svg")} == names
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
     assert run(parser.parse_args(options)) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == before
-    for wrong, message in (("--only=nothing", "choose from drift"), ("--device=cuda", "float64")):
+    for wrong, message in (
+        ("--only=nothing", "choose from drift"),
+        ("--device=cuda", "float64"),
+        ("--jobs=0", "at least 1, got 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             run(parser.parse_args([*options, wrong]))
 

@@ -7,7 +7,7 @@ import torch
 
 from bandpo import OBJECTIVES, Clip, Objective, policy_loss
 from bandpo.lab.comparison.loop import Loop, Run, Setting
-from bandpo.lab.comparison.problems import PROBLEMS, Problem
+from bandpo.lab.comparison.problems import PROBLEMS, Problem, one_by_one
 from bandpo.lab.comparison.stack import Stack
 from bandpo.surrogates.filters import SequenceFilter
 
@@ -21,7 +21,15 @@ def tiny():
     said = torch.where(torch.rand(200, generator=g) < 0.34, prompts[:, 0], torch.randint(3, 9, (200,), generator=g))
     demonstrations = torch.cat([prompts, said.unsqueeze(1), torch.ones(200, 1, dtype=torch.int64)], 1)
     return Problem(
-        "tiny", "", prompts[:150], prompts[150:], demonstrations, 3, lambda p, c: float(c[:1] == p[:1]), str, 200
+        "tiny",
+        "",
+        prompts[:150],
+        prompts[150:],
+        demonstrations,
+        3,
+        one_by_one(lambda p, c: float(c[:1] == p[:1])),
+        str,
+        200,
     )
 
 

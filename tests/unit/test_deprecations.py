@@ -99,7 +99,8 @@ def test_old_and_new_names_do_not_meet():
 
 
 @pytest.mark.parametrize(
-    ("version", "works"), [("0.1.0", True), ("0.2.9", True), ("0.3.0", False), ("1.0.0rc1", False)]
+    ("version", "works"),
+    [("0.9.0", True), ("1.0.0rc1", True), ("1.12.3", True), ("2.0.0rc1", False), ("2.0.0", False), ("10.0.0", False)],
 )
 def test_an_old_name_ends_after_its_last_release(version, works, monkeypatch):
     monkeypatch.setattr(bandpo, "__version__", version)
@@ -109,12 +110,31 @@ def test_an_old_name_ends_after_its_last_release(version, works, monkeypatch):
         with pytest.warns(FutureWarning, match="DIVERGENCES"):
             _ = bandpo.DIVERGENCES
         return
-    with pytest.raises(ImportError, match=r"bandpo\.tokens was removed after bandpo 0\.2; use bandpo\.terms"):
+    with pytest.raises(ImportError, match=r"bandpo\.tokens was removed after bandpo 1; use bandpo\.terms"):
         importlib.import_module("bandpo.tokens")
     with pytest.raises(ImportError, match=r"use bandpo\.divergences\.DIVERGENCES"):
         _ = bandpo.DIVERGENCES
     with pytest.raises(ImportError, match="use new"):
         warn_moved("old", "new")
+
+
+@pytest.mark.parametrize(
+    ("last", "version", "works"),
+    [
+        ("0.2", "0.2.9", True),
+        ("0.2", "0.3.0", False),
+        ("0.2", "1.0.0", False),
+        ("1.3", "1.3.7", True),
+        ("1.3", "1.4.0rc2", False),
+    ],
+)
+def test_a_last_release_has_as_many_numbers_as_count(last, version, works):
+    with (
+        pytest.warns(FutureWarning, match=rf"up to bandpo {last}\.\*")
+        if works
+        else pytest.raises(ImportError, match=last)
+    ):
+        warn_moved("old", "new", last=last, version=version)
 
 
 OLD_PICKLES = [

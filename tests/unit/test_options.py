@@ -57,6 +57,8 @@ def test_values_and_words_after_two_dashes_are_left_alone():
         ("lab prefrence", "unknown topic 'prefrence'; did you mean 'preference'"),
         ("lab selection --step 3 --ony x", "unknown option --ony; did you mean '--only'"),
         ("completion bahs", "did you mean 'bash'"),
+        ("recipes copi", "unknown action 'copi'; did you mean 'copy'"),
+        ("recipes copy trl --too x", "unknown option --too; did you mean '--to'"),
         ("evaluate x --promt_column y", "--promt_column; did you mean '--prompt-column'"),
         ("doctor x --tokenn=hf_abcdefghijklmnopqrstuv", "unknown option --tokenn"),
     ],
@@ -135,6 +137,9 @@ SAID = {
     "bounds": (2, r"bandpo.plots needs matplotlib: pip install 'bandpo\[plot\]'"),
     "objectives --filter gspo": (0, ""),
     "completion bash": (0, ""),
+    "recipes": (0, ""),
+    "recipes copy trl": (0, ""),
+    "env": (0, ""),
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_the_command_prints_it(capsys):
     jsonschema.Draft7Validator.check_schema(printed)
 
 
-FILES = [*(ROOT / "src/bandpo/configs").glob("*.yaml"), *(ROOT / "recipes/trl").glob("paper*.yaml")]
+FILES = [*(ROOT / "src/bandpo/configs").glob("*.yaml"), *(ROOT / "src/bandpo/recipes/trl").glob("paper*.yaml")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -73,8 +73,9 @@ def completed(name: str, help: str, actions: Iterable[argparse.Action], known: K
         )
         if option.names:
             found.setdefault(option.names[0], option)
-        else:  # words without a dash, or the names of the parsers below
-            rest = option
+        else:  # words without a dash, or the names of the parsers below, which may have such words themselves
+            words = tuple(dict.fromkeys([*rest.words, *option.words]))
+            rest = option._replace(words=words, files=rest.files or option.files)
     return Completed(name, help, tuple(found.values()), rest)
 
 

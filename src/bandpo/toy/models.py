@@ -124,11 +124,29 @@ def build_model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaFor
         tokenizer: Tokenizer of `build_tokenizer`.
     """
     pad, end = _special_ids(tokenizer)
+    return build_llama(
+        len(tokenizer), pad, end, hidden_size=warm_up.hidden_size, layers=warm_up.layers, seed=warm_up.seed
+    )
+
+
+def build_llama(
+    vocabulary: int, pad: int, end: int, *, hidden_size: int, layers: int, seed: int
+) -> LlamaForCausalLM:
+    """A Llama with random weights and four attention heads.
+
+    Args:
+        vocabulary: Number of tokens.
+        pad: Token that fills places after the end.
+        end: Token that ends a completion.
+        hidden_size: Width of the model.
+        layers: Number of layers.
+        seed: Seed of the weights.
+    """
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=warm_up.hidden_size,
-        intermediate_size=2 * warm_up.hidden_size,
-        num_hidden_layers=warm_up.layers,
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=128,
         pad_token_id=pad,
@@ -136,7 +154,7 @@ def build_model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaFor
         bos_token_id=None,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(warm_up.seed)
+        torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.generation_config.pad_token_id = pad
     return model

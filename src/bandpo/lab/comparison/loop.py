@@ -23,14 +23,14 @@ from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.top import TopTokens, has_inputs, top_extras, top_tokens
 from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
-from bandpo.metrics import PROB_BINS, approx_kl, pass_at_powers, policy_sums
+from bandpo.metrics import PROB_BINS, PROB_EDGES, approx_kl, pass_at_powers, policy_sums
 from bandpo.objective import Objective
 from bandpo.reference import reference_kl
 from bandpo.schedules import Adaptive
 from bandpo.terms import TokenObjective, token_objective
 
 _SEED_STRIDE = 1_000_003  # a run's generator starts from seed * stride + warm-up: no two pairs share a stream
-_EVALUATION_SEED = 20_261_124  # the same noise in every evaluation, whatever the run
+_EVALUATION_SEED = 20_261_124  # the noise of evaluations depends on this and the warm-up, and on nothing else of a run
 _SHOWN_PROMPTS, _SHOWN_SAMPLES = 8, 4  # of the final evaluation, kept as text
 
 
@@ -53,10 +53,11 @@ class Setting:
         warm_up_steps: Supervised steps before the first rollout; None takes the problem's number.
         device: `cpu`, `cuda`, or one card as `cuda:0`. Another kind of device draws other random numbers.
         sampler: `eager`, or `graph`: each new token by a CUDA graph.
+        split: `report`, or `tuning`: the problem's prompts for the choice of a learning rate, in training and evaluation.
 
     Raises:
-        ValueError: If the problem, the device or the sampler is unknown, a number is out of range, or a rollout does not split
-            into the mini-batches.
+        ValueError: If the problem, the device, the split or the sampler is unknown, a number is out of range, or a rollout does
+            not split into the mini-batches.
     """
 
     problem: str
@@ -73,8 +74,11 @@ class Setting:
     warm_up_steps: int | None = None
     device: str = "cpu"
     sampler: str = "eager"
+    split: str = "report"
 
     def __post_init__(self) -> None:
+        if self.split not in ("report", "tuning"):
+            raise ValueError(f"split: got {self.split!r}; choose report or tuning")
         if self.problem not in PROBLEMS:
             raise ValueError(f"problem: got {self.problem!r}; choose one of {', '.join(PROBLEMS)}")
         device_kind(self.device)
@@ -121,6 +125,7 @@ class Result:
         entropy: Entropy estimate of each rollout, in nats per token: the mean of -log p over the sampled tokens.
         clip: Share of clipped tokens by bin of p, over the run: `{"low": {bin: share}, "high": ...}`.
         tokens: Share of tokens in each bin of p.
+        pushed: Share of sampled tokens with an advantage above and below 0 by bin of p: `{"up": {bin: share}, "down": ...}`.
         before: Evaluation before training.
         after: Evaluation after training.
         rewards: `(prompts, k)`, rewards of the final evaluation.
@@ -131,6 +136,7 @@ class Result:
     entropy: list[float] = field(default_factory=list[float])
     clip: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     tokens: dict[str, float] = field(default_factory=dict[str, float])
+    pushed: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     before: dict[str, float] = field(default_factory=dict[str, float])
     after: dict[str, float] = field(default_factory=dict[str, float])
     rewards: list[list[float]] = field(default_factory=list[list[float]])
@@ -169,8 +175,9 @@ class Loop:
                 )
         self.device = find_device(setting.device)
         with self.clock.part("warm-up"):
-            self.problem: Problem = PROBLEMS[setting.problem]().to(self.device)
-            self.stack = warmed_up([_checkpoint(setting, r.warm_up) for r in self.runs])
+            problem = PROBLEMS[setting.problem]()
+            self.problem: Problem = (problem.for_tuning() if setting.split == "tuning" else problem).to(self.device)
+            self.stack = warmed_up([checkpoint_of(setting, r.warm_up) for r in self.runs])
         self._start: Stack | None = None  # the reference, where an objective has a KL to it
         if any(run.objective.kl_coef for run in self.runs):
             self._start = Stack({name: w.detach().clone() for name, w in self.stack.weights.items()}, self.stack.shape)
@@ -185,6 +192,7 @@ class Loop:
         self.penalties = [_Penalty(r) if r.kl_target is not None else None for r in self.runs]
         self._past: deque[dict[str, Tensor]] = deque(maxlen=setting.lag + 1)
         self._counts = torch.zeros(len(self.runs), 3, len(PROB_BINS), device=self.device)
+        self._pushes = torch.zeros(len(self.runs), 3, len(PROB_BINS), device=self.device)
 
     def train(self) -> list[Result]:
         """Make the rollouts that are left, and evaluate before the first and after the last.
@@ -202,6 +210,8 @@ class Loop:
         for result, (low, high, n) in zip(self.results, self._counts, strict=True):
             result.clip = {"low": _by_bin((low / n).nan_to_num()), "high": _by_bin((high / n).nan_to_num())}
             result.tokens = _by_bin(n / n.sum().clamp_min(1))
+        for result, (up, down, n) in zip(self.results, self._pushes, strict=True):
+            result.pushed = {"up": _by_bin((up / n).nan_to_num()), "down": _by_bin((down / n).nan_to_num())}
         return self.results
 
     def update(self) -> None:
@@ -227,6 +237,7 @@ class Loop:
         extras = [
             run.objective.group_inputs(r, a, s.group) for run, r, a in zip(self.runs, rewards, advantages, strict=True)
         ]
+        self._count_pushes(rollout, torch.stack(advantages))
         top = self._top_tokens(prompts, rollout)
         rows = s.prompts * s.group
         for epoch in range(s.epochs):
@@ -306,6 +317,15 @@ class Loop:
         counts = [sums[f"{name}/{of}"].numerator for name in names for of in PROB_BINS]
         self._counts[run] += torch.stack(counts).view(3, -1)
 
+    @torch.no_grad()
+    def _count_pushes(self, rollout: Rollout, advantages: Tensor) -> None:
+        """Count the tokens of a rollout by p and by the sign of their advantages `(runs, sequences)`."""
+        edges = torch.tensor(PROB_EDGES, device=self.device)
+        cell = torch.bucketize(rollout.logprobs.exp(), edges, right=True).flatten(1)
+        used, sign = rollout.mask.float(), advantages.unsqueeze(-1)
+        for kind, counted in enumerate((used * (sign > 0), used * (sign < 0), used)):
+            self._pushes[:, kind].scatter_add_(1, cell, counted.flatten(1))
+
     def _prompts(self) -> Tensor:
         known, count = self.problem.prompts, (self.setting.prompts,)
         picked = [torch.randint(len(known), count, generator=g, device=self.device) for g in self.draws]
@@ -347,14 +367,14 @@ class Loop:
     def _evaluate(self, stage: Literal["before", "after"]) -> None:
         k, held_out = self.setting.eval_samples, self.problem.held_out
         prompts = held_out.repeat_interleave(k, 0)
-        draw = seeded(self.device, _EVALUATION_SEED)
-        noise = torch.rand(len(prompts), self.problem.length, generator=draw, device=self.device)
         # Before training, all runs that start from one checkpoint are one model: it is evaluated once.
         same = [r.warm_up for r in self.runs] if stage == "before" else list(range(len(self.runs)))
         which = list(dict.fromkeys(same))
-        rollout = self.stack.select([same.index(x) for x in which]).sample(
+        first = [same.index(x) for x in which]
+        noise = {r.warm_up: self._evaluation_noise(len(prompts), r.warm_up) for r in self.runs}
+        rollout = self.stack.select(first).sample(
             held_out.expand(len(which), -1, -1),
-            noise.expand(len(which), -1, -1),
+            torch.stack([noise[self.runs[i].warm_up] for i in first]),
             end=END,
             pad=PAD,
             repeats=k,
@@ -369,11 +389,26 @@ class Loop:
                 **pass_at_powers(right, torch.full_like(right, k), k),
                 "entropy": -(rollout.logprobs[i].sum() / rollout.mask[i].sum()).item(),
                 "groups with signal": ((right > 0) & (right < k)).double().mean().item(),
+                "near-certain": (rollout.logprobs[i][rollout.mask[i]].exp() >= PROB_EDGES[-1]).double().mean().item(),
+                **self._entropy_of_forks(rollout.logprobs[i], rollout.mask[i]),
             }
             setattr(result, stage, report)
             if stage == "after":
                 result.rewards = rewards.tolist()
                 result.samples = self._samples_as_text(rollout.tokens[i].view(-1, k, rollout.tokens.shape[-1]))
+
+    def _evaluation_noise(self, rows: int, warm_up: int) -> Tensor:
+        """The noise of an evaluation: the same for every objective and stage, and another one for each warm-up."""
+        draw = seeded(self.device, _EVALUATION_SEED + _SEED_STRIDE * warm_up)
+        return torch.rand(rows, self.problem.length, generator=draw, device=self.device)
+
+    def _entropy_of_forks(self, logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+        """The entropy of each fork of a problem, of completions `(rows, time)`: the mean of -log p, in nats."""
+        found: dict[str, float] = {}
+        for number, place in enumerate(self.problem.forks, 1):
+            if count := int(mask[:, place].sum()):  # a ruined policy may never come to a later fork
+                found[f"entropy of fork {number}"] = -logprobs[:, place].sum().item() / count
+        return found
 
     def _samples_as_text(self, completions: Tensor) -> list[tuple[str, list[str]]]:
         """The first held-out prompts and the first completions of each, of `(prompts, k, time)` tokens."""
@@ -395,6 +430,7 @@ class Loop:
             "done": self.done,
             "past": [{k: w.clone() for k, w in past.items()} for past in self._past],
             "counts": self._counts.clone(),
+            "pushes": self._pushes.clone(),
             "penalties": [penalty and penalty.rule.value for penalty in self.penalties],
             "results": [(list(r.reward), list(r.entropy), dict(r.before)) for r in self.results],
         }
@@ -426,6 +462,7 @@ class Loop:
         past = [{name: w.to(self.device) for name, w in weights.items()} for weights in state["past"]]
         self._past = deque(past, maxlen=self.setting.lag + 1)
         self._counts = state["counts"].to(self.device, copy=True)
+        self._pushes = state["pushes"].to(self.device, copy=True)
         for penalty, value in zip(self.penalties, state["penalties"], strict=True):
             if penalty is not None:
                 penalty.rule.value = value
@@ -471,10 +508,10 @@ class _Penalty:
         self._kl = self._tokens = 0.0
 
 
-def _checkpoint(setting: Setting, number: int) -> Checkpoint:
+def checkpoint_of(setting: Setting, number: int) -> Checkpoint:
     """The checkpoint of a number that runs of the setting start from."""
     return Checkpoint(
-        setting.problem,
+        PROBLEMS[setting.problem]().base or setting.problem,
         number,
         setting.hidden_size,
         setting.layers,

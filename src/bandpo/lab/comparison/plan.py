@@ -17,6 +17,7 @@ from bandpo.bounds import DCPO, Band, Bounds, Clip
 from bandpo.bounds.calibration import match_radius
 from bandpo.bounds.combined import change_leaves
 from bandpo.bounds.regions import TopK
+from bandpo.lab.comparison.aligned import aligned
 from bandpo.lab.comparison.devices import device_kind
 from bandpo.lab.comparison.loop import Setting
 from bandpo.lab.comparison.own import definition_of, is_own, objective_of
@@ -24,14 +25,14 @@ from bandpo.objective import Objective
 from bandpo.surrogates.stops import stops_outside
 from bandpo.zoo import OBJECTIVES
 
-_FORMAT = 2  # part of every hash: raise it when the same configuration gives other numbers
+_FORMAT = 3  # part of every hash: raise it when the same configuration gives other numbers
 TUNING_SEEDS = 1000
 """The first seed of the tuning; the seeds of the report are below it."""
 
 KL_TARGET = 0.01
 """The target of an arm whose KL penalty adapts, in nats for a token; PPO's paper uses 0.003, 0.01 and 0.03 (its table 1)."""
 
-_USUAL = MappingProxyType({"device": "cpu", "sampler": "eager"})
+_USUAL = MappingProxyType({"device": "cpu", "sampler": "eager", "split": "report"})
 _ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
     {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "sums": 3e-4, "letter_counting": 3e-4}
@@ -189,7 +190,8 @@ class Arm:
 
     Args:
         objective: Name of the objective, or the import path of an own one.
-        variant: `default`, `matched`, `tuned`, `adaptive` (the β of a KL penalty follows `KL_TARGET`), or one of `ABLATIONS`.
+        variant: `default`, `matched`, `tuned`, `adaptive` (the β of a KL penalty follows `KL_TARGET`), `aligned` (with the
+            aggregation, advantage and anchor of `bandpo.lab.comparison.aligned`), or one of `ABLATIONS`.
         width: Multiple of the objective's own ε or δ.
         rate: Multiple of the task's learning rate.
     """
@@ -214,6 +216,8 @@ class Arm:
         base = objective_of(self.objective)
         if self.variant == "matched":
             return matched(base)
+        if self.variant == "aligned":
+            return aligned(base, self.objective)
         if self.variant in HALVES:
             return OBJECTIVES[f"{self.objective}-{self.variant}"]
         if self.variant in _CHANGES:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -13,9 +14,9 @@ from torch.nn import functional as F
 from bandpo._system.cache import cache_root, is_usable, sole_maker, store
 from bandpo.lab.comparison.architecture import shape_of
 from bandpo.lab.comparison.devices import device_kind, find_device, seeded
-from bandpo.lab.comparison.problems import PAD, PROBLEMS, Problem
+from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Stack
-from bandpo.toy.models import WarmUp, build_model, build_tokenizer
+from bandpo.toy.models import build_llama
 
 _FORMAT = 1  # part of the cache's key: raise it when the same configuration gives other weights
 _RISE = 50  # steps in which the learning rate rises to its peak
@@ -32,8 +33,8 @@ class Checkpoint:
         seed: Seed of weights and batches.
         hidden_size: Width of the model.
         layers: Number of layers of the model.
-        batch_size: Demonstrations of a step.
-        learning_rate: Peak of the cosine schedule.
+        batch_size: Demonstrations of a step; None takes the problem's number.
+        learning_rate: Peak of the cosine schedule; None takes the problem's.
         steps: Supervised steps; None takes the problem's number.
         device: Name of the device on which it is made and used. Another kind of device has other random numbers, and so a
             checkpoint of its own; the cards of a machine share theirs.
@@ -43,8 +44,8 @@ class Checkpoint:
     seed: int = 0
     hidden_size: int = 64
     layers: int = 2
-    batch_size: int = 128
-    learning_rate: float = 4e-3
+    batch_size: int | None = None
+    learning_rate: float | None = None
     steps: int | None = None
     device: str = "cpu"
 
@@ -53,13 +54,24 @@ class Checkpoint:
         """The folder of the weights, in the user's cache directory or $BANDPO_CACHE."""
         problem = PROBLEMS[self.problem]()
         data = hashlib.sha256(problem.demonstrations.numpy().tobytes()).hexdigest()
-        steps = problem.warm_up_steps if self.steps is None else self.steps
-        settings = {name: value for name, value in asdict(self).items() if name != "device"}
+        full = self.resolved()
+        settings = {name: value for name, value in asdict(full).items() if name not in ("device", "steps")}
+        settings["steps"] = self.steps  # the names of checkpoints are as they were before there were other usual values
         kind = device_kind(self.device)
         if kind != "cpu":  # the name of a checkpoint of the CPU is as it was before there was a choice
             settings["device"] = kind
-        decides = json.dumps([_FORMAT, settings, steps, data], sort_keys=True)
+        decides = json.dumps([_FORMAT, settings, full.steps, data], sort_keys=True)
         return cache_root() / "lab" / f"{self.problem}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
+
+    def resolved(self) -> "Checkpoint":
+        """The same with the problem's values where this one has None."""
+        problem = PROBLEMS[self.problem]()
+        usual = {
+            "batch_size": problem.warm_up_batch,
+            "learning_rate": problem.warm_up_rate,
+            "steps": problem.warm_up_steps,
+        }
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
 
 def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = print) -> Stack:
@@ -95,20 +107,21 @@ def _make(missing: list[Checkpoint]) -> None:
 
 
 def _fresh(c: Checkpoint) -> object:
-    return build_model(WarmUp(hidden_size=c.hidden_size, layers=c.layers, seed=c.seed), build_tokenizer())
+    vocabulary = PROBLEMS[c.problem]().vocabulary
+    return build_llama(vocabulary, PAD, END, hidden_size=c.hidden_size, layers=c.layers, seed=c.seed)
 
 
 def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> None:
-    first = checkpoints[0]
+    first = checkpoints[0].resolved()
+    size, rate, steps = (cast("Any", getattr(first, name)) for name in ("batch_size", "learning_rate", "steps"))
     rows, width = problem.demonstrations, problem.prompts.shape[1]
     for w in stack.weights.values():
         w.requires_grad_()
-    rates = torch.full((stack.runs,), first.learning_rate, device=stack.device)
+    rates = torch.full((stack.runs,), rate, device=stack.device)
     optimizer = Adam(stack.weights, rates)
     draws = [seeded(stack.device, c.seed) for c in checkpoints]
-    steps = problem.warm_up_steps if first.steps is None else first.steps
     for step in range(steps):
-        picks = [torch.randint(len(rows), (first.batch_size,), generator=g, device=stack.device) for g in draws]
+        picks = [torch.randint(len(rows), (size,), generator=g, device=stack.device) for g in draws]
         x = torch.stack([rows[pick] for pick in picks])
         done = step / steps
         optimizer.rates = rates * min(1.0, step / _RISE) * (1 + math.cos(math.pi * done)) / 2

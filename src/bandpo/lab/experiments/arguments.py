@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_forks(
         topics.add_parser("forks", help="the two halves of the band on a policy with a language model's token profile")
     )
+    _add_evidence(topics.add_parser("evidence", help="the registered protocol: which claims about trust regions hold"))
     _add_selection(topics.add_parser("selection", help="pruning and packing on the main job: reward, tokens, seconds"))
     add_examples(parser, "lab preference --only links,coverage", "lab selection --steps 20")
 
@@ -33,6 +34,11 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         Exit status: 1 if a run failed, else 0.
     """
+    if options.topic == "evidence":
+        from bandpo.lab.evidence.command import lab_evidence  # it needs no matplotlib
+
+        lab_evidence(options)
+        return 0
     if options.topic == "forks":
         from bandpo.lab.forks.study import lab_forks  # it needs no matplotlib
 
@@ -65,8 +71,25 @@ def _add_forks(parser: argparse.ArgumentParser) -> None:
         default="quick",
         help="smoke (seconds), quick (a quarter of an hour), full (some hours: all arms, more of the map; default: quick)",
     )
-    add("--only", help="parts separated by commas: drift, regimes, map (default: all)")
+    add("--only", help="parts separated by commas: drift, regimes, widths, map (default: all)")
+    add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
     _add_output(parser, "runs/lab-forks")
+
+
+def _add_evidence(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=("smoke", "quick", "full"),
+        default="quick",
+        help="smoke (seconds), quick (five minutes on two cores), full (up to four hours: what is registered; default: quick)",
+    )
+    add(
+        "--only",
+        help="forks, transformers, or patterns of their places ('forks/*/adam'), separated by commas (default: all)",
+    )
+    add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
+    _add_output(parser, "runs/lab-evidence")
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,7 @@ import torch
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
-from bandpo.lab.forks.plan import DRIFT
-from bandpo.lab.forks.regimes import BASELINE, WHAT
+from bandpo.lab.forks.regimes import BASELINE, DRIFT, WHAT
 from bandpo.lab.forks.theory import reach
 
 _WIDTH = 480
@@ -72,6 +71,11 @@ def draw(found: Mapping[str, Any]) -> dict[str, str]:
         own = {k.partition("/")[0]: v for k, v in found.get("regimes", {}).items() if k.endswith(f"/{optimizer}")}
         if own:
             pictures[f"halves-regimes-{optimizer}"] = plot_regimes(own)
+    if "moves" in found:
+        own = {k.partition("/")[0]: v for k, v in found["moves"]["places"].items() if k.endswith("/adam")}
+        pictures["halves-moves"] = plot_moves(own, found["moves"]["tracked"])
+    if "widths" in found:
+        pictures["halves-widths"] = plot_widths(found["widths"])
     if "map" in found:
         pictures["halves-map"] = plot_map(found["map"])
     return pictures
@@ -201,6 +205,108 @@ def _optimizer(name: str) -> str:
     return f"{'Adam' if kind == 'adam' else 'SGD'}, rate {rate}"
 
 
+def plot_moves(places: Mapping[str, Any], tracked: int) -> str:
+    """How far the updates on a rollout move rare tokens, up and down, as factors of their probability, by arm.
+
+    Args:
+        places: The moves of each regime, by Adam.
+        tracked: Number of rollouts.
+    """
+    parts = [
+        _text(8, 20, "How far updates really move rare tokens", "title"),
+        _text(8, 38, f"after one rollout, mean of the first {tracked}, one learning rate for all arms", "note"),
+        _dot(14, 54, "open c2"),
+        _text(24, 58, "punished (A < 0)", "note"),
+        _dot(144, 54, "dot c1"),
+        _text(154, 58, "rewarded (A > 0)", "note"),
+        _text(284, 58, "zone: the fixed clip, 0.8 to 1.2", "note"),
+    ]
+    shown = ("grpo", *_SHOWN)
+    rows = [(regime, row) for regime, row in places.items() if regime in _MOVED]
+    ends = [
+        row["values"][arm][m][end]
+        for _, row in rows
+        for arm in shown
+        if arm in row["values"]
+        for m, end in (("moved_up", "high"), ("moved_down", "low"))
+    ]
+    limits = [min([x for x in ends if x is not None], default=-1), max([x for x in ends if x is not None], default=1)]
+    place = _scale(min(limits[0], -0.3) - 0.05, max(limits[1], 0.3) + 0.05, 120, 468)
+    y = 76.0
+    for regime, row in rows:
+        present = [arm for arm in shown if arm in row["values"]]
+        edges = place(math.log(0.8)), place(math.log(1.2))
+        height = 17 * len(present) + 6
+        parts.append(
+            f'<rect x="{edges[0]:.1f}" y="{y + 8:.1f}" width="{edges[1] - edges[0]:.1f}" height="{height}" class="none"/>'
+        )
+        parts += [
+            _text(8, y + 4, f"{regime}: {WHAT[regime]}", ""),
+            _line(place(0), y + 8, place(0), y + 8 + height, "zero"),
+        ]
+        for arm in present:
+            y += 17
+            parts.append(_text(112, y + 4, _SHORT.get(arm, arm), "note end"))
+            for measure, style in (("moved_down", "open c2"), ("moved_up", "dot c1")):
+                found = row["values"][arm][measure]
+                if None in found.values() or math.isnan(found["value"]):
+                    continue
+                parts.append(_line(place(found["low"]), y, place(found["high"]), y, f"line {style[-2:]}"))
+                parts.append(_dot(place(found["value"]), y, style))
+        y += 34
+    for ratio in (0.05, 0.1, 0.2, 0.5, 0.8, 1.0, 1.2, 2, 5, 10):
+        if limits[0] - 0.05 <= math.log(ratio) <= limits[1] + 0.05 or ratio in (0.8, 1.0, 1.2):
+            parts.append(_text(place(math.log(ratio)), y - 6, f"{ratio:g}", "mid note"))
+    parts.append(_text(294, y + 11, "new probability over old", "mid note"))
+    return _svg("How far updates move rare tokens", y + 22, parts)
+
+
+_MOVED = ("needle", "diversity", "noisy")
+_FAMILIES = {
+    "radius": ("one radius, the band", "c3"),
+    "upper": ("one radius, upper half", "c1"),
+    "eps": ("one epsilon", "c0"),
+    "two": ("two epsilons", "c4"),
+}
+
+
+def plot_widths(widths: Mapping[str, Any]) -> str:
+    """The share of a grid of learning rate and width in which learning succeeds, and what a few random trials find.
+
+    Args:
+        widths: Summary of the study of widths.
+    """
+    columns = [(158, 300), (324, 466)]
+    titles = {
+        "area": ("share of the grid", "that learns"),
+        "best": ("reward of the best", f"of {widths['trials']} random cells"),
+    }
+    parts = [
+        _text(8, 20, "Which region is easier to tune?", "title"),
+        _text(8, 38, "grid of learning rates and widths from a quarter to 4 times the default", "note"),
+    ]
+    for (left, right), lines in zip(columns, titles.values(), strict=True):
+        parts += [_text((left + right) / 2, 62 + 15 * i, text, "mid note") for i, text in enumerate(lines)]
+    y = 84.0
+    for place, row in widths["places"].items():
+        y += 22
+        regime = place.partition("/")[0]
+        parts.append(_text(8, y, f"{regime}: learns if its reward at the end is above {row['needed']:g}", ""))
+        for name, (label, colour) in _FAMILIES.items():
+            y += 18
+            parts.append(_text(150, y + 4, label, "note end"))
+            for (left, right), measure in zip(columns, titles, strict=True):
+                at = _scale(0, 1, left, right)
+                found = row["values"][name][measure]
+                parts += [_line(left, y, right, y, "axis"), _dot(at(found["value"]), y, f"dot {colour}")]
+                parts.append(_line(at(found["low"]), y, at(found["high"]), y, f"line {colour}"))
+                parts.append(_text(right + 2, y - 4, f"{found['value']:.2f}", "note end"))
+        y += 8
+    for left, right in columns:
+        parts += [_text(left, y + 14, "0", "mid note"), _text(right, y + 14, "1", "mid note")]
+    return _svg("One radius against one and two epsilons", y + 24, parts)
+
+
 def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
     """Who wins where: share of good options among the rare ones, steps for each rollout, and wrong rewards.
 
@@ -211,36 +317,35 @@ def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
     rows = sorted({(c["flip"], c["steps"]) for c in cells})
     parts = [
         _text(8, 20, "Who wins where", "title"),
-        _text(8, 38, "coloured: the best arm, clearly better than the fixed clip", "note"),
-        _text(8, 54, "grey: no arm clearly better; each at its best rate", "note"),
+        _text(8, 38, "tile: the best arm, and its lead over the fixed clip where that is clear", "note"),
+        _text(8, 54, "grey: no arm is clearly better than the fixed clip; each at its best rate", "note"),
     ]
-    shown = [*dict.fromkeys(cast("str", w) for c in cells for w in c["winners"].values() if w is not None)]
-    for i, arm in enumerate(shown):
-        x, y = 8 + 118 * (i % 4), 66 + 20 * (i // 4)
-        parts += [f'<rect x="{x}" y="{y}" width="14" height="14" class="tinted {_CLASS.get(arm, "c7")}"/>']
-        parts.append(_text(x + 19, y + 12, _SHORT.get(arm, arm), "note"))
-    y = 66 + 20 * math.ceil(len(shown) / 4) + 20
-    width, tall = 330 / max(1, len(shares)), 24
+    y = 84.0
+    width, tall = 330 / max(1, len(shares)), 36
     found = {(c["share"], c["flip"], c["steps"]): c for c in cells}
     for measure, title in _ALL.items():
         parts.append(_text(138, y, title, ""))
         y += 8
         for flip, steps in rows:
-            label = f"{steps} steps" + (f", {flip:.0%} wrong" if flip else "")
-            parts.append(_text(132, y + 16, label, "note end"))
+            parts.append(_text(132, y + 15, f"{steps} steps a rollout", "note end"))
+            parts.append(_text(132, y + 29, f"{flip:.0%} of rewards wrong", "note end"))
             for i, share in enumerate(shares):
                 cell = found[share, flip, steps]
                 winner: str | None = cell["winners"][measure]
                 style = "none" if winner is None else f"tinted {_CLASS.get(winner, 'c7')}"
                 x = 138 + width * i
                 parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{tall}" class="tile {style}"/>')
-                text = "" if winner is None else _SHORT.get(winner, winner)
-                parts.append(_text(x + width / 2, y + 16, text, "mid on"))
+                if winner is not None:
+                    parts.append(_text(x + width / 2, y + 15, _SHORT.get(winner, winner), "mid on"))
+                    lead = cell["differences"].get(f"{winner} - {BASELINE}")
+                    parts.append(
+                        _text(x + width / 2, y + 29, "" if lead is None else f"{lead[measure]['value']:+.2f}", "mid on")
+                    )
             y += tall
         y += 26
     y -= 10
     parts += [_text(138 + width * (i + 0.5), y, f"{share:.0%}", "mid note") for i, share in enumerate(shares)]
-    parts.append(_text(303, y + 17, "of the rare options are good", "mid note"))
+    parts.append(_text(303, y + 17, "of the rare options are better than the common one", "mid note"))
     return _svg("Which arm wins where", y + 28, parts)
 
 

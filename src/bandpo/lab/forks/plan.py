@@ -1,73 +1,35 @@
-"""The cells of a study of forks: which runs it needs, where their results are kept, and how rates are chosen.
+"""The parts of a study of forks: which runs they need, and how rates are chosen.
 
 Rates are chosen on tuning seeds by the mean reward over training, from a grid that is extended while its best cell is at an
 end. The report is made on other seeds, in two ways: each arm at its own rate, and every arm at the baseline's rate.
 """
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from bandpo._system.bounded import parse_json, read_regular
-from bandpo._system.files import write_json
-from bandpo.bounds import Clip
 from bandpo.lab.forks.policy import Fork
-from bandpo.lab.forks.regimes import ARMS, BASELINE, REGIMES, aligned, mixed
-from bandpo.lab.forks.training import Optimizer, Schedule, train
-from bandpo.objective import Objective
+from bandpo.lab.forks.regimes import ARMS, BASELINE, DRIFT, FACTORS, NOISE, REGIMES, families, mixed
+from bandpo.lab.forks.store import Cell, Result, Store
+from bandpo.lab.forks.training import Optimizer, Schedule
+from bandpo.lab.forks.widths import TRIALS
 
-TUNING_SEED, REPORT_SEED = 1_000, 2_000
-"""Seeds of the generators: what is tuned on never enters the report."""
+TUNING_SEED, REPORT_SEED = 1_000, 30_000
+"""Seeds of the generators: what is tuned on never enters the report. Block number i of the report has the seed
+`REPORT_SEED + i`."""
+BLOCK = 64
+"""Seeds that one run of the report trains together: they share a generator."""
 _FACTOR: dict[Optimizer, float] = {"adam": 2.0, "sgd": 4.0}
 _EXTENSIONS = 6
-_FORMAT = 1
-"""Raised when the content of a result changes, so that older results are made anew."""
-_TUNED_LIKE = {"noise": "noisy"}
-"""Regimes without a reward to choose a rate by, and the regime whose rate they take."""
+_RATE_OF = {"noise": "noisy"}
+"""Regimes without a reward to choose a rate by, and the regime whose baseline gives all arms their rate."""
 SLOW = ("troll",)
-"""Arms that take minutes for a run. They are not tuned and have the baseline's rate in both ways."""
-
-
-class Interval(NamedTuple):
-    """A fixed interval of the ratio in the study of drift.
-
-    Args:
-        lower: l.
-        upper: u.
-    """
-
-    lower: float
-    upper: float
-
-    @property
-    def label(self) -> str:
-        """The interval as it is printed."""
-        return f"[{self.lower:g}, {'∞' if self.upper == float('inf') else f'{self.upper:g}'}]"
-
-    def objective(self) -> Objective:
-        """PPO's clip to the interval."""
-        return aligned(Objective(bounds=Clip(1 - self.lower, self.upper - 1)), self.label)
-
-
-_INF = float("inf")
-DRIFT = tuple(
-    Interval(*edges)
-    for edges in (
-        *((0.8, u) for u in (1.1, 1.15, 1.2, 1.25, 1.28, 1.5, _INF)),
-        *((0.5, u) for u in (1.5, 1.755, 2.0)),
-        *((0.0, u) for u in (1.2, _INF)),
-    )
-)
-"""The intervals of the study of drift."""
-
-NOISE = Fork(certain=0, good=1, rare=0.1 / 63, common_solves=8, good_solves=8, flip=0.5, even=True)
-"""One fork and rewards that are coin flips: the problem of the study of drift."""
+"""Arms that take minutes for a run. They are not tuned and have the baseline's rate in both ways; they are run in
+`Preset.slow_regimes` only, on the first block of seeds, by Adam."""
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -76,44 +38,64 @@ class Preset:
 
     Args:
         regimes: Names in `REGIMES`.
+        slow_regimes: Those of them in which the arms of `SLOW` are run.
         arms: Names in `ARMS`; the baseline is among them.
         optimizers: `adam`, `sgd`.
         rates: First grid of learning rates of each optimiser.
         rollouts: Rollouts of a run.
-        seeds: Seeds of the report.
+        seeds: Seeds of the report: a multiple of `BLOCK`, or fewer than one block.
         tuning_seeds: Seeds on which rates are chosen.
+        map_seeds: Seeds of a cell of the map, like `seeds`.
         shares: Shares of good options among the rare ones, of the map.
         reuse: Epochs and mini-batches of the map.
         flips: Chances of a wrong reward, of the map.
         map_arms: Arms of the map.
+        width_regimes: Regimes of the study of widths.
+        width_factors: Widths as multiples of the default.
+        width_rates: Learning rates of the study of widths, by Adam.
+        width_seeds: Seeds of one of its cells, like `seeds`.
         drift_seeds: Seeds of the study of drift.
         drift_rates: Optimisers and rates of the study of drift.
+
+    Raises:
+        ValueError: If a number of seeds cannot be split into blocks, or the study of widths has too few cells.
     """
 
     regimes: tuple[str, ...] = tuple(REGIMES)
+    slow_regimes: tuple[str, ...] = ()
     arms: tuple[str, ...] = tuple(ARMS)
     optimizers: tuple[Optimizer, ...] = ("adam", "sgd")
     rates: dict[Optimizer, tuple[float, ...]] = field(
-        default_factory=lambda: {"adam": (0.025, 0.05, 0.1), "sgd": (4.0, 16.0, 64.0)}
+        default_factory=lambda: {"adam": (0.05, 0.1, 0.2), "sgd": (4.0, 16.0, 64.0)}
     )
     rollouts: int = 60
-    seeds: int = 64
+    seeds: int = 192
     tuning_seeds: int = 16
+    map_seeds: int = 64
     shares: tuple[float, ...] = (0.05, 0.2, 0.4, 0.7)
-    reuse: tuple[tuple[int, int], ...] = ((1, 4), (2, 8), (8, 8))
+    reuse: tuple[tuple[int, int], ...] = ((1, 4), (2, 8), (4, 8))
     flips: tuple[float, ...] = (0.0, 0.25)
     map_arms: tuple[str, ...] = (
         *("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper"),
         *("bandpo-kl-lower", "no-clip"),
     )
+    width_regimes: tuple[str, ...] = ("needle", "diversity", "noisy", "race")
+    width_factors: tuple[float, ...] = FACTORS
+    width_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    width_seeds: int = 64
     drift_seeds: int = 256
     drift_rates: tuple[tuple[Optimizer, float], ...] = (("sgd", 1.0), ("sgd", 4.0), ("adam", 0.02))
 
+    def __post_init__(self) -> None:
+        for name in ("seeds", "map_seeds", "width_seeds"):
+            value = getattr(self, name)
+            if value < 1 or (value > BLOCK and value % BLOCK):
+                raise ValueError(f"{name}: must be a multiple of {BLOCK}, or fewer than {BLOCK}; got {value}")
+        if self.width_regimes and len(self.width_factors) * len(self.width_rates) < TRIALS:
+            raise ValueError(f"width_factors x width_rates: at least {TRIALS} cells, got {self!r}")
 
-_SHORT = (
-    *("grpo", "clip-higher", "dcpo", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower"),
-    *("neutral", "no-clip"),
-)
+
+_SHORT = ("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower", "no-clip")
 
 PRESETS = {
     "smoke": Preset(
@@ -124,198 +106,278 @@ PRESETS = {
         rollouts=4,
         seeds=8,
         tuning_seeds=4,
+        map_seeds=8,
         shares=(0.2,),
         reuse=((1, 4),),
         flips=(0.0,),
         map_arms=("grpo", "bandpo-kl-upper"),
+        width_regimes=("noisy",),
+        width_factors=(0.5, 1.0),
+        width_rates=(0.05, 0.1),
+        width_seeds=8,
         drift_seeds=8,
         drift_rates=(("sgd", 1.0),),
     ),
     "quick": Preset(
         arms=_SHORT,
         optimizers=("adam",),
-        shares=(0.05, 0.2, 0.7),
-        reuse=((1, 4), (2, 8)),
-        map_arms=("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower"),
+        seeds=64,
+        shares=(0.05, 0.7),
+        reuse=((1, 4),),
+        map_arms=("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper"),
+        width_regimes=("noisy",),
+        width_factors=(0.25, 1.0, 4.0),
+        width_rates=(0.05, 0.1, 0.2),
+        width_seeds=16,
+        drift_seeds=64,
+        drift_rates=(("sgd", 1.0),),
     ),
-    "full": Preset(),
+    "full": Preset(slow_regimes=("noisy",)),
 }
 """The studies by name."""
 
 
-class Cell(NamedTuple):
-    """One run of a number of seeds.
+def report_cells(part: str, fork: Fork, arm: str, schedule: Schedule, rate: float, seeds: int) -> list[Cell]:
+    """The runs of one arm for the report: a block of seeds each, whose numbers are the same for every arm.
 
     Args:
         part: Part of the study, and the problem in it, for messages.
         fork: The problem.
-        arm: Name of the arm, or the label of an interval.
+        arm: A name that `objective_of` knows.
         schedule: How the policy is trained.
         rate: Learning rate.
-        seeds: Number of seeds.
-        seed: Seed of the generator.
+        seeds: Number of seeds of all blocks.
     """
-
-    part: str
-    fork: Fork
-    arm: str
-    schedule: Schedule
-    rate: float
-    seeds: int
-    seed: int
-
-    def describe(self) -> dict[str, Any]:
-        """All that decides the result, as JSON has it."""
-        found = {
-            "format": _FORMAT,
-            "fork": asdict(self.fork),
-            "arm": self.arm,
-            "schedule": asdict(self.schedule),
-            "rate": self.rate,
-            "seeds": self.seeds,
-            "seed": self.seed,
-            "objective": _spelled(self.objective()),
-        }
-        return json.loads(json.dumps(found))
-
-    def objective(self) -> Objective:
-        """The objective of the arm."""
-        if self.arm in ARMS:
-            return ARMS[self.arm]
-        return next(x for x in DRIFT if x.label == self.arm).objective()
+    size = min(seeds, BLOCK)
+    return [Cell(part, fork, arm, schedule, rate, size, REPORT_SEED + i) for i in range(seeds // size)]
 
 
-def _spelled(objective: Objective) -> str:
-    """Bounds and surrogate as text that is the same in every process: the repr of a function has its address."""
-    surrogate: Any = objective.surrogate
-    return f"{objective.bounds!r}, {getattr(surrogate, '__name__', surrogate)!s}"
-
-
-class Store:
-    """The results of cells in a folder, one file each; a cell that has its result is not run again.
+def joined(results: Sequence[Result]) -> Result:
+    """The results of several blocks of seeds as one.
 
     Args:
-        folder: The folder.
-        say: Function that is called with a line for each run that ends.
+        results: The results, of blocks of equal size.
     """
-
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
-        self.made, self.found = 0, 0
-
-    def result(self, cell: Cell) -> dict[str, Any]:
-        """The result of a cell, run if it is not there: `final` by measure and seed, `curve`, `entropies`."""
-        described = cell.describe()
-        name = sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            kept = parse_json(read_regular(path), str(path))
-            found = cast("dict[str, Any]", kept) if isinstance(kept, dict) else {}
-            if found.get("cell") == described:
-                self.found += 1
-                return found["result"]
-        outcome = train(
-            cell.fork, cell.objective(), cell.schedule, rate=cell.rate, seeds=cell.seeds, seed=cell.seed
-        ).as_json()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"cell": described, "result": outcome}, indent=None)
-        self.made += 1
-        mean = float(np.mean(cast("list[float]", outcome["final"]["mean"])))
-        self.say(f"{cell.part}: {cell.arm}, rate {cell.rate:g}, {cell.seeds} seeds: mean {mean:.3f}")
-        return outcome
+    final = {name: [x for result in results for x in result["final"][name]] for name in results[0]["final"]}
+    curves = {name: np.mean([result[name] for result in results], 0).tolist() for name in ("curve", "entropies")}
+    moves = {
+        name: np.mean(np.array([result["moves"][name] for result in results], float), 0).tolist()
+        for name in results[0]["moves"]
+    }
+    return {"final": final, **curves, "moves": moves}
 
 
-def tuned_rate(store: Store, cell: Cell, rates: Sequence[float]) -> float:
-    """The rate with the highest mean reward over training, on the tuning seeds of a cell.
+def report(store: Store, what: str, wanted: Mapping[Key, Sequence[Cell]]) -> dict[Key, Result]:
+    """The results of many arms, each over all of its blocks.
+
+    Args:
+        store: The results.
+        what: The work in a few words, for messages.
+        wanted: The runs of each arm.
+    """
+    results = iter(store.results(what, [cell for cells in wanted.values() for cell in cells]))
+    return {key: joined([next(results) for _ in cells]) for key, cells in wanted.items()}
+
+
+def tuned_rates(
+    store: Store, what: str, cells: Mapping[Key, Cell], rates: Mapping[Optimizer, Sequence[float]]
+) -> dict[Key, float]:
+    """For each cell the rate with the highest mean reward over training, on the tuning seeds.
 
     While the best rate is at an end of the grid, the grid grows there by the optimiser's factor, six times at most.
 
     Args:
         store: The results.
-        cell: The cell, whose rate is replaced.
-        rates: First grid.
+        what: The work in a few words, for messages.
+        cells: The cells, whose rates are replaced.
+        rates: First grid of each optimiser.
 
     Returns:
-        The chosen rate.
+        The chosen rates.
     """
-    factor = _FACTOR[cell.schedule.optimizer]
-    speeds = {rate: _speed(store, cell, rate) for rate in rates}
-    for _ in range(_EXTENSIONS if len(rates) > 1 else 0):
-        best = max(speeds, key=lambda rate: speeds[rate])
-        if best not in (min(speeds), max(speeds)):
+    speeds: dict[Key, dict[float, float]] = {key: {} for key in cells}
+    wanted: dict[Key, list[float]] = {key: [*rates[cell.schedule.optimizer]] for key, cell in cells.items()}
+    for _ in range(1 + _EXTENSIONS):
+        tried = [(key, rate) for key, more in wanted.items() for rate in more]
+        if not tried:
             break
-        new = best * factor if best == max(speeds) else best / factor
-        speeds[new] = _speed(store, cell, new)
+        results = store.results(what, [cells[key]._replace(rate=rate) for key, rate in tried])
+        for (key, rate), result in zip(tried, results, strict=True):
+            speeds[key][rate] = _speed(result)
+        wanted = {
+            key: _beyond(speeds[key], _FACTOR[cell.schedule.optimizer])
+            for key, cell in cells.items()
+            if len(rates[cell.schedule.optimizer]) > 1
+        }
+    return {key: _best(found) for key, found in speeds.items()}
+
+
+def _best(speeds: Mapping[float, float]) -> float:
     return max(speeds, key=lambda rate: speeds[rate])
 
 
-def _speed(store: Store, cell: Cell, rate: float) -> float:
-    value = float(np.mean(cast("list[float]", store.result(cell._replace(rate=rate))["final"]["speed"])))
+def _beyond(speeds: Mapping[float, float], factor: float) -> list[float]:
+    """The next rate, where the best one is at an end of the grid."""
+    best = _best(speeds)
+    return [best * factor] if best == max(speeds) else [best / factor] if best == min(speeds) else []
+
+
+def _speed(result: Result) -> float:
+    value = float(np.mean(cast("list[float]", result["final"]["speed"])))
     return value if math.isfinite(value) else -math.inf
 
 
 def run_regimes(preset: Preset, store: Store) -> dict[str, Any]:
     """Each regime and optimiser: for each arm its rate, and its values at that rate and at the baseline's."""
-    found: dict[str, Any] = {}
-    for optimizer in preset.optimizers:
-        schedule = Schedule(rollouts=preset.rollouts, optimizer=optimizer)
-        for regime in preset.regimes:
-            rates = _rates(preset, store, schedule, regime)
-            part = f"{regime}, {optimizer}"
-            found[f"{regime}/{optimizer}"] = {
-                arm: {
-                    "rate": rates[arm],
-                    **{
-                        way: store.result(Cell(part, REGIMES[regime], arm, schedule, rate, preset.seeds, REPORT_SEED))
-                        for way, rate in (("own", rates[arm]), ("same", rates[BASELINE]))
-                    },
-                }
-                for arm in preset.arms
-            }
-    return found
-
-
-def _rates(preset: Preset, store: Store, schedule: Schedule, regime: str) -> dict[str, float]:
-    """The chosen rate of each arm."""
-    like = _TUNED_LIKE.get(regime, regime)
-    grid = preset.rates[schedule.optimizer]
-
-    def chosen(arm: str) -> float:
-        cell = Cell(
-            f"{like}, {schedule.optimizer}, tuning", REGIMES[like], arm, schedule, 0.0, preset.tuning_seeds, TUNING_SEED
+    places: list[tuple[str, Optimizer]] = [(r, optimizer) for optimizer in preset.optimizers for r in preset.regimes]
+    rates = _rates(preset, store, places)
+    wanted = {
+        (regime, optimizer, arm, way): report_cells(
+            f"{regime}, {optimizer}",
+            REGIMES[regime],
+            arm,
+            Schedule(rollouts=preset.rollouts, optimizer=optimizer),
+            rate,
+            min(preset.seeds, BLOCK) if arm in SLOW else preset.seeds,
         )
-        return tuned_rate(store, cell, grid)
+        for regime, optimizer in places
+        for arm in _arms(preset, regime, optimizer)
+        for way, rate in (("own", rates[regime, optimizer, arm]), ("same", rates[regime, optimizer, BASELINE]))
+    }
+    results = report(store, "regimes", wanted)
+    return {
+        f"{regime}/{optimizer}": {
+            arm: {
+                "rate": rates[regime, optimizer, arm],
+                **{way: results[regime, optimizer, arm, way] for way in ("own", "same")},
+            }
+            for arm in _arms(preset, regime, optimizer)
+        }
+        for regime, optimizer in places
+    }
 
-    baseline = chosen(BASELINE)
-    return {arm: baseline if arm in (BASELINE, *SLOW) else chosen(arm) for arm in preset.arms}
+
+def _arms(preset: Preset, regime: str, optimizer: Optimizer) -> list[str]:
+    slow = regime in preset.slow_regimes and optimizer == "adam"
+    return [arm for arm in preset.arms if slow or arm not in SLOW]
+
+
+def _rates(
+    preset: Preset, store: Store, places: Sequence[tuple[str, Optimizer]]
+) -> dict[tuple[str, Optimizer, str], float]:
+    """The chosen rate of each arm in each place."""
+    sources: list[tuple[str, Optimizer, bool]] = [
+        (_RATE_OF.get(regime, regime), optimizer, regime in _RATE_OF) for regime, optimizer in places
+    ]
+    cells = {
+        (regime, optimizer, arm): Cell(
+            f"{regime}, {optimizer}, tuning",
+            REGIMES[regime],
+            arm,
+            Schedule(rollouts=preset.rollouts, optimizer=optimizer),
+            0.0,
+            preset.tuning_seeds,
+            TUNING_SEED,
+        )
+        for regime, optimizer, taken in sources
+        for arm in ((BASELINE,) if taken else preset.arms)
+        if arm not in SLOW
+    }
+    found = tuned_rates(store, "rates of the regimes", cells, preset.rates)
+    return {
+        (regime, optimizer, arm): found[like, optimizer, BASELINE if taken or arm in SLOW else arm]
+        for (regime, optimizer), (like, _, taken) in zip(places, sources, strict=True)
+        for arm in preset.arms
+    }
 
 
 def run_map(preset: Preset, store: Store) -> list[dict[str, Any]]:
     """Each cell of the map, by Adam: share of good options, steps for each rollout, wrong rewards, and each arm's values."""
-    found: list[dict[str, Any]] = []
-    for flip in preset.flips:
-        for epochs, minibatches in preset.reuse:
-            schedule = Schedule(rollouts=preset.rollouts, epochs=epochs, minibatches=minibatches)
-            for share in preset.shares:
-                fork, part = mixed(share, flip), f"map, share {share:g}, {schedule.steps} steps, {flip:g} wrong"
-                arms: dict[str, Any] = {}
-                for arm in preset.map_arms:
-                    cell = Cell(f"{part}, tuning", fork, arm, schedule, 0.0, preset.tuning_seeds, TUNING_SEED)
-                    rate = tuned_rate(store, cell, preset.rates["adam"])
-                    cell = Cell(part, fork, arm, schedule, rate, preset.seeds, REPORT_SEED)
-                    arms[arm] = {"rate": rate, "own": store.result(cell)}
-                found.append({"share": share, "steps": schedule.steps, "flip": flip, "arms": arms})
-    return found
+    places = {
+        (share, schedule.steps, flip): (mixed(share, flip), schedule)
+        for flip in preset.flips
+        for epochs, minibatches in preset.reuse
+        for schedule in (Schedule(rollouts=preset.rollouts, epochs=epochs, minibatches=minibatches),)
+        for share in preset.shares
+    }
+    part = "map, share {:g}, {} steps, {:g} wrong".format
+    cells = {
+        (place, arm): Cell(part(*place), fork, arm, schedule, 0.0, preset.tuning_seeds, TUNING_SEED)
+        for place, (fork, schedule) in places.items()
+        for arm in preset.map_arms
+    }
+    rates = tuned_rates(store, "rates of the map", cells, preset.rates)
+    wanted = {
+        (place, arm): report_cells(part(*place), places[place][0], arm, places[place][1], rate, preset.map_seeds)
+        for (place, arm), rate in rates.items()
+    }
+    results = report(store, "map", wanted)
+    return [
+        {
+            **dict(zip(("share", "steps", "flip"), place, strict=True)),
+            "arms": {arm: {"rate": rates[place, arm], "own": results[place, arm]} for arm in preset.map_arms},
+        }
+        for place in places
+    ]
+
+
+def run_widths(preset: Preset, store: Store) -> dict[str, Any]:
+    """Each regime by Adam: every width of every family at every rate, with the speed on the tuning seeds and the final mean."""
+    schedule = Schedule(rollouts=preset.rollouts)
+    found = families(preset.width_factors)
+    widths = [*dict.fromkeys(width for family in found.values() for width in family)]
+    grid = [(regime, width, rate) for regime in preset.width_regimes for width in widths for rate in preset.width_rates]
+    wanted = {
+        **{
+            ("tuning", *at): [
+                Cell(f"widths, {at[0]}", REGIMES[at[0]], at[1], schedule, at[2], preset.tuning_seeds, TUNING_SEED)
+            ]
+            for at in grid
+        },
+        **{
+            ("report", *at): report_cells(
+                f"widths, {at[0]}", REGIMES[at[0]], at[1], schedule, at[2], preset.width_seeds
+            )
+            for at in grid
+        },
+    }
+    results = report(store, "widths", wanted)
+    return {
+        f"{regime}/adam": {
+            name: [
+                {
+                    "width": width,
+                    "rate": rate,
+                    "tuning": _speed(results["tuning", regime, width, rate]),
+                    "mean": results["report", regime, width, rate]["final"]["mean"],
+                }
+                for width in family
+                for rate in preset.width_rates
+            ]
+            for name, family in found.items()
+        }
+        for regime in preset.width_regimes
+    }
 
 
 def run_drift(preset: Preset, store: Store) -> dict[str, Any]:
     """The entropy of one fork on each seed after 40 rollouts of 64 tokens and 16 steps under pure noise, by interval."""
-    found: dict[str, Any] = {}
-    for optimizer, rate in preset.drift_rates:
-        rollouts = min(40, preset.rollouts)
-        schedule = Schedule(rollouts=rollouts, queries=1, group=64, epochs=16, minibatches=1, optimizer=optimizer)
-        cells = [
-            Cell(f"drift, {optimizer}", NOISE, x.label, schedule, rate, preset.drift_seeds, REPORT_SEED) for x in DRIFT
-        ]
-        found[f"{optimizer} {rate:g}"] = {cell.arm: store.result(cell)["final"]["entropy"] for cell in cells}
-    return found
+    rollouts = min(40, preset.rollouts)
+    cells = {
+        (f"{optimizer} {rate:g}", x.label): Cell(
+            f"drift, {optimizer}",
+            NOISE,
+            x.label,
+            Schedule(rollouts=rollouts, queries=1, group=64, epochs=16, minibatches=1, optimizer=optimizer),
+            rate,
+            preset.drift_seeds,
+            REPORT_SEED,
+        )
+        for optimizer, rate in preset.drift_rates
+        for x in DRIFT
+    }
+    results = dict(zip(cells, store.results("drift", [*cells.values()]), strict=True))
+    return {
+        f"{optimizer} {rate:g}": {x.label: results[f"{optimizer} {rate:g}", x.label]["final"]["entropy"] for x in DRIFT}
+        for optimizer, rate in preset.drift_rates
+    }

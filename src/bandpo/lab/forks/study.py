@@ -1,11 +1,9 @@
 """`bandpo lab forks`: runs the parts of a study, and writes forks.json and the figures."""
 
 import argparse
-import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import bandpo
 from bandpo._system.about import about
@@ -13,10 +11,32 @@ from bandpo._system.files import finite_or_null, write_json, write_text
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.forks.figures import draw
-from bandpo.lab.forks.plan import PRESETS, Preset, Store, run_drift, run_map, run_regimes
-from bandpo.lab.forks.summary import summarise_drift, summarise_map, summarise_regimes, summarise_theory
+from bandpo.lab.forks.plan import PRESETS, Preset, run_drift, run_map, run_regimes, run_widths
+from bandpo.lab.forks.store import Store
+from bandpo.lab.forks.summary import (
+    summarise_drift,
+    summarise_map,
+    summarise_moves,
+    summarise_regimes,
+    summarise_theory,
+    summarise_widths,
+)
+from bandpo.lab.forks.training import MEASURES, MOVES
+from bandpo.lab.forks.widths import width_values
 
-PARTS = ("drift", "regimes", "map")
+_RUNS: Mapping[str, Callable[[Preset, Store], Any]] = {
+    "drift": run_drift,
+    "regimes": run_regimes,
+    "widths": run_widths,
+    "map": run_map,
+}
+_SUMMARIES: Mapping[str, Callable[[Any], Any]] = {
+    "drift": summarise_drift,
+    "regimes": summarise_regimes,
+    "widths": summarise_widths,
+    "map": summarise_map,
+}
+PARTS = tuple(_RUNS)
 """The parts of a study, in the order in which they are run."""
 
 
@@ -39,20 +59,19 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
     parts = PARTS if options.only is None else tuple(options.only.split(","))
     if unknown := [p for p in parts if p not in PARTS]:
         raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(PARTS)}")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     progress = Progress()
-    torch.set_num_threads(1)
     folder: Path = options.output
     with released(claim_output(folder)):
-        store = Store(folder / "cells", progress.say)
-        started = time.process_time()
-        found = study(PRESETS[options.preset], store, parts)
-        seconds = round(time.process_time() - started, 1)
+        store = Store(folder / "cells", progress.say, options.jobs)
+        found = summarise(results(PRESETS[options.preset], store, parts))
         content = {
             **about(),
             "bandpo": bandpo.__version__,
             "preset": options.preset,
             "runs": store.made + store.found,
-            "cpu_seconds": seconds,
+            "cpu_seconds": store.seconds,
             **found,
         }
         write_json(folder / "forks.json", finite_or_null(content), indent=None)
@@ -63,19 +82,55 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def study(preset: Preset, store: Store, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
-    """The numbers of the theory, and the summaries of the parts of a study.
+def results(preset: Preset, store: Store, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """What the runs of a study gave, by part, with the values of each seed.
 
     Args:
         preset: What the study contains.
         store: The results of runs.
         parts: Names in `PARTS`.
     """
-    found: dict[str, Any] = {"theory": summarise_theory()}
-    if "drift" in parts:
-        found["drift"] = summarise_drift(run_drift(preset, store))
-    if "regimes" in parts:
-        found["regimes"] = summarise_regimes(run_regimes(preset, store))
-    if "map" in parts:
-        found["map"] = summarise_map(run_map(preset, store))
-    return found
+    return {name: run(preset, store) for name, run in _RUNS.items() if name in parts}
+
+
+def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the theory, and the summaries of the parts of a study.
+
+    Args:
+        found: Result of `results`.
+    """
+    summary: dict[str, Any] = {"theory": summarise_theory()}
+    if "regimes" in found:
+        summary["moves"] = summarise_moves(found["regimes"])
+    return {**summary, **{name: _SUMMARIES[name](part) for name, part in found.items()}}
+
+
+def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """The values of each report seed, `values[place][arm][measure]`; the same position is the same seed in every arm.
+
+    The places are, for a regime R and an optimiser O (`adam` or `sgd`):
+
+    * `R/O`: each arm at its own rate, but in `noise`, where no rate is better than another one, at the baseline's;
+    * `R/O/same-rate`: every arm at the baseline's rate;
+    * `moves/R`: the same runs by Adam, with how far updates move rare tokens (`MOVES`);
+    * `width/R`: the families `radius`, `upper`, `eps` and `two`, with `area` and `best`, the best of `TRIALS` cells, by Adam.
+
+    A run that diverged has NaN. Arms of `bandpo.lab.forks.plan.SLOW` have fewer seeds, the first ones of the others.
+
+    Args:
+        found: Result of `results`.
+    """
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for place, arms in found.get("regimes", {}).items():
+        regime, _, optimizer = place.partition("/")
+        ways = {way: {arm: row[way]["final"] for arm, row in arms.items()} for way in ("own", "same")}
+        values[place] = _only(ways["own"], MEASURES)
+        values[f"{place}/same-rate"] = _only(ways["same"], MEASURES)
+        if optimizer == "adam":
+            values[f"moves/{regime}"] = _only(ways["same"], MOVES)
+    widths = width_values(found.get("widths", {}))
+    return {**values, **{f"width/{place.partition('/')[0]}": families for place, families in widths.items()}}
+
+
+def _only(arms: Mapping[str, Mapping[str, list[float]]], measures: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    return {arm: {measure: row[measure] for measure in measures} for arm, row in arms.items()}

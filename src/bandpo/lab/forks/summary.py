@@ -6,13 +6,22 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from bandpo.lab.forks.plan import DRIFT, NOISE
-from bandpo.lab.forks.regimes import ARMS, BASELINE
+from bandpo.lab.forks.regimes import ARMS, BASELINE, DRIFT, NOISE, PEAK
 from bandpo.lab.forks.theory import along_own_gradient, entropy, free_drift, neutral_upper, one_token_drift, reach
+from bandpo.lab.forks.training import MOVES, RARE, TRACKED
+from bandpo.lab.forks.widths import SHARE, TRIALS, width_values
 from bandpo.statistics import Interval, t_interval, verdict
 
 SMALLEST: Mapping[str, float] = {"mean": 0.02, "passed": 0.03, "entropy": 0.1, "speed": 0.02, "right": 0.02}
-"""The smallest effect of interest of each measure, set by hand and not registered; entropy in nats, the others as shares."""
+"""The smallest effect of interest of each measure, set by hand; entropy in nats, the others as shares."""
+
+SMALLEST_MOVES: Mapping[str, float] = {"moved_up": 0.05, "moved_down": 0.05, "beyond_up": 0.02, "beyond_down": 0.02}
+"""The same for how far updates move rare tokens: nats of the log-ratio, and shares."""
+
+SMALLEST_WIDTHS: Mapping[str, float] = {"area": 0.02, "best": 0.02}
+"""The same for the study of widths, as shares."""
+
+_SMALLEST = {**SMALLEST, **SMALLEST_MOVES, **SMALLEST_WIDTHS}
 
 HALVES = (("bandpo-kl-upper", "bandpo-kl"), ("bandpo-kl-upper", "bandpo-kl-lower"), ("bandpo-kl-lower", "bandpo-kl"))
 """Pairs of arms that are compared beside the differences from the baseline."""
@@ -35,12 +44,13 @@ def compared(first: Sequence[float], second: Sequence[float], measure: str, comp
 
     Args:
         first: Values of the first arm by seed.
-        second: Values of the second arm on the same seeds.
-        measure: A name in `SMALLEST`.
+        second: Values of the second arm on the same seeds; of two lists the longer one is cut.
+        measure: A name in `SMALLEST`, `SMALLEST_MOVES` or `SMALLEST_WIDTHS`.
         comparisons: Intervals that hold together with a chance of 95%.
     """
-    found = t_interval(list(np.subtract(first, second)), comparisons)
-    return {**_rounded(found), "verdict": verdict(found, SMALLEST[measure])}
+    pairs = min(len(first), len(second))
+    found = t_interval(list(np.subtract(first[:pairs], second[:pairs])), comparisons)
+    return {**_rounded(found), "verdict": verdict(found, _SMALLEST[measure])}
 
 
 def _rounded(found: Interval) -> dict[str, float]:
@@ -138,6 +148,68 @@ def summarise_drift(found: Mapping[str, Any]) -> dict[str, Any]:
     }
     seeds = len(next(iter(next(iter(found.values())).values())))
     return {"start": round(start, _DIGITS), "seeds": seeds, "ends": ends}
+
+
+def summarise_moves(found: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the updates of the first rollouts moved rare tokens, every arm at the baseline's rate, in each place.
+
+    The intervals of the differences in one measure hold together over all places and arms.
+
+    Args:
+        found: Result of `bandpo.lab.forks.plan.run_regimes`.
+    """
+    others = sum(len(arms) - 1 for arms in found.values())
+    places: dict[str, Any] = {}
+    for key, arms in found.items():
+        values = {arm: row["same"]["final"] for arm, row in arms.items()}
+        places[key] = {
+            "rate": arms[BASELINE]["rate"],
+            "values": {arm: {m: _rounded(t_interval(row[m])) for m in MOVES} for arm, row in values.items()},
+            "differences": {
+                f"{arm} - {BASELINE}": {m: compared(row[m], values[BASELINE][m], m, others) for m in MOVES}
+                for arm, row in values.items()
+                if arm != BASELINE
+            },
+            "by_rollout": {
+                arm: {m: [round(x, 4) for x in row["same"]["moves"][m]] for m in ("moved_up", "moved_down")}
+                for arm, row in arms.items()
+            },
+        }
+    return {"tracked": TRACKED, "rare": RARE, "family": others, "places": places}
+
+
+def summarise_widths(found: Mapping[str, Any]) -> dict[str, Any]:
+    """One radius against one or two epsilons: area and best of a few trials, and how they differ from those of one epsilon.
+
+    The intervals of the differences in one measure hold together over all places and families.
+
+    Args:
+        found: Result of `bandpo.lab.forks.plan.run_widths`.
+    """
+    values = width_values(found)
+    others = sum(len(families) - 1 for families in values.values())
+    places = {
+        place: {
+            "needed": round(SHARE * PEAK[place.partition("/")[0]], _DIGITS),
+            "seeds": len(families["eps"]["area"]),
+            "cells": {name: len(found[place][name]) for name in families},
+            "values": {name: {m: _rounded(t_interval(x)) for m, x in row.items()} for name, row in families.items()},
+            "differences": {
+                f"{name} - eps": {m: compared(x, families["eps"][m], m, others) for m, x in row.items()}
+                for name, row in families.items()
+                if name != "eps"
+            },
+            "grid": {name: [_grid_cell(cell) for cell in found[place][name]] for name in families},
+        }
+        for place, families in values.items()
+    }
+    return {"share": SHARE, "trials": TRIALS, "family": others, "places": places}
+
+
+def _grid_cell(cell: Mapping[str, Any]) -> list[Any]:
+    """Width, rate, speed on the tuning seeds, and mean at the end."""
+    mean = float(np.mean(cast("list[float]", cell["mean"])))
+    return [cell["width"], cell["rate"], round(cell["tuning"], 4), round(mean, 4)]
 
 
 BUDGET = 0.25

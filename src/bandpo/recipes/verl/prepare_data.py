@@ -8,7 +8,9 @@ modified one that is not public; this is made from the public sources and so not
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 INSTRUCTION = "\n\nReason step by step. End with one line of the form 'Answer: ' followed by the final answer alone."
 TRAIN = {
@@ -22,10 +24,18 @@ EVALUATION = {
 }
 QUESTION = ("prompt", "problem", "question")
 ANSWER = ("answer", "solution")
+Row = dict[str, Any]
 
 
-def convert(row: dict, source: str, index: int, split: str) -> dict | None:
-    """A row of a source as verl's, None where it is left out (MATH below level 3, no answer)."""
+def convert(row: Row, source: str, index: int, split: str) -> Row | None:
+    """A row of a source as verl's, None where it is left out (MATH below level 3, no answer).
+
+    Args:
+        row: The row.
+        source: Name of the source, by which verl chooses the reward of evaluation rows.
+        index: Number of the row in its source.
+        split: "train" or "test".
+    """
     level = re.search(r"\d", str(row.get("level", "")))
     if level and int(level.group()) < 3:
         return None
@@ -43,8 +53,16 @@ def convert(row: dict, source: str, index: int, split: str) -> dict | None:
     }
 
 
-def first(row: dict, names: tuple[str, ...]) -> str:
-    """The first of the columns that the row has."""
+def first(row: Row, names: Sequence[str]) -> str:
+    """The first of the columns that the row has.
+
+    Args:
+        row: The row.
+        names: Names of columns.
+
+    Raises:
+        KeyError: If the row has none of them.
+    """
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -52,7 +70,11 @@ def first(row: dict, names: tuple[str, ...]) -> str:
 
 
 def boxed(solution: str) -> str:
-    r"""What stands in the last \boxed{...} of a solution; empty if its braces do not close."""
+    r"""The content of the last \boxed{...} of a solution; empty if its braces do not close.
+
+    Args:
+        solution: A solution with at least one such box.
+    """
     start = solution.rindex("\\boxed") + len("\\boxed")
     depth = 0
     for end in range(start, len(solution)):
@@ -62,9 +84,26 @@ def boxed(solution: str) -> str:
     return ""
 
 
-def key(row: dict) -> str:
-    """A prompt without white space, to find what both sides have."""
+def key(row: Row) -> str:
+    """A prompt without white space, to find what both sides have.
+
+    Args:
+        row: A row of verl.
+    """
     return re.sub(r"\s", "", row["prompt"][0]["content"])
+
+
+def rows_of(path: str, config: str | None, split: str) -> Sequence[Row]:
+    """The rows of a dataset of the Hugging Face hub.
+
+    Args:
+        path: Name of the dataset.
+        config: Name of its configuration; None for the only one.
+        split: Name of the split.
+    """
+    import datasets
+
+    return cast("Any", datasets).load_dataset(path, config, split=split)
 
 
 def main() -> None:
@@ -75,20 +114,17 @@ def main() -> None:
     )
     folder = parser.parse_args().output
     import pandas as pd
-    from datasets import load_dataset
 
     folder.mkdir(parents=True, exist_ok=True)
     held_out: set[str] = set()
     for name, (path, config, split) in EVALUATION.items():
-        rows = [
-            r for i, row in enumerate(load_dataset(path, config, split=split)) if (r := convert(row, name, i, "test"))
-        ]
+        rows = [r for i, row in enumerate(rows_of(path, config, split)) if (r := convert(row, name, i, "test"))]
         held_out |= {key(r) for r in rows}
         pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
         print(f"{name}: {len(rows)} problems from {path}")
-    train: dict[str, dict] = {}
+    train: dict[str, Row] = {}
     for name, (path, config, split) in TRAIN.items():
-        rows = [convert(row, name, i, "train") for i, row in enumerate(load_dataset(path, config, split=split))]
+        rows = [convert(row, name, i, "train") for i, row in enumerate(rows_of(path, config, split))]
         train |= {key(r): r for r in rows if r is not None and key(r) not in held_out}
         print(f"{name}: {sum(r is not None for r in rows)} of {len(rows)} problems from {path}")
     pd.DataFrame(list(train.values())).to_parquet(folder / "train.parquet")

@@ -1,0 +1,254 @@
+"""The runs of the protocol, part by part, and the verdicts on its claims: the content of evidence.json."""
+
+import dataclasses
+import fnmatch
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import bandpo
+from bandpo._system.about import about
+from bandpo._system.options import not_one_of
+from bandpo._system.progress import clock_time
+from bandpo.lab.evidence.judge import Values, judge
+from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Protocol, read
+from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, TUNING_SEED, Preset
+from bandpo.lab.forks.store import Store
+from bandpo.lab.forks.study import PARTS, results, summarise, values_of
+from bandpo.statistics import t_interval
+
+Say = Callable[[str], None]
+Found = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+
+HALVES = (("bandpo-kl-upper", "bandpo-kl"), ("bandpo-kl-upper", "bandpo-kl-lower"), ("bandpo-kl-lower", "bandpo-kl"))
+"""Pairs of arms that are explored beside the differences from the baseline."""
+
+_OF_WIDTHS = "eps"  # what the other families of widths are compared with: one epsilon, as in the baseline
+
+
+class Outcome(NamedTuple):
+    """What the runs of an experiment gave.
+
+    Args:
+        values: The value of each report seed, `[place][arm][measure]`.
+        summary: What the experiment tells beside them, as JSON has it.
+        core_seconds: Processor time of all of its runs, also of those that an earlier command made.
+    """
+
+    values: Found
+    summary: Mapping[str, Any]
+    core_seconds: float
+
+
+def study(protocol: Protocol, folder: Path, jobs: int, say: Say) -> dict[str, Any]:
+    """Make the runs that are missing, and judge the claims.
+
+    Args:
+        protocol: The protocol, reduced to a preset or more.
+        folder: Folder of the results; each experiment has a folder in it, with one file for each run.
+        jobs: Runs at once.
+        say: Function that is called with each line of the progress.
+
+    Returns:
+        The content of evidence.json.
+    """
+    outcomes: dict[str, Outcome] = {}
+    parts = {name: experiment for name, experiment in protocol.experiments.items() if experiment.places}
+    for i, (name, experiment) in enumerate(parts.items()):
+        say(f"part {i + 1} of {len(parts)}: {name}, {described(experiment)}")
+        began = time.monotonic()
+        outcomes[name] = EXPERIMENTS[name](protocol, folder / name, jobs, say)
+        say(f"{name}: done after {clock_time(time.monotonic() - began)}")
+    values = {name: outcome.values for name, outcome in outcomes.items()}
+    return {
+        **about(),
+        "bandpo": bandpo.__version__,
+        "preset": protocol.preset,
+        "protocol": {
+            "sha256": protocol.sha256,
+            "registered": protocol.registered,
+            "amendments": list(protocol.amendments),
+        },
+        "smallest": {name: measure.smallest for name, measure in protocol.measures.items()},
+        "core_seconds": {name: round(outcome.core_seconds, 1) for name, outcome in outcomes.items()},
+        **verdicts(protocol, values),
+        "values": values,
+        **{name: outcome.summary for name, outcome in outcomes.items()},
+    }
+
+
+def described(experiment: Experiment) -> str:
+    """The size of an experiment in a few words.
+
+    Args:
+        experiment: The experiment.
+    """
+    places, arms = len(experiment.places), len(experiment.arms)
+    return f"{places} places, {arms} arms, {experiment.seeds} seeds, and {experiment.tuning_seeds} others for tuning"
+
+
+def verdicts(protocol: Protocol, values: Values) -> dict[str, Any]:
+    """All that the values say, and that needs no run: claims, exploratory differences, and means.
+
+    Args:
+        protocol: The protocol, reduced to the preset of the runs.
+        values: The value of each report seed.
+
+    Returns:
+        `judged`: the claims. `explored`: `[experiment][place]["first - second"][measure]` with the value, an interval that
+        holds alone, and the verdict. `means`: `[experiment][place][arm][measure]` with Student's interval.
+    """
+    return {
+        "judged": [claim.as_json() for claim in judge(protocol, values)],
+        "explored": explored(protocol, values),
+        "means": {
+            experiment: {
+                place: {arm: {measure: _mean(found) for measure, found in row.items()} for arm, row in arms.items()}
+                for place, arms in places.items()
+            }
+            for experiment, places in values.items()
+        },
+    }
+
+
+def explored(protocol: Protocol, values: Values) -> dict[str, Any]:
+    """Every arm against the baseline, and the halves, in every measure and place: differences that no claim rests on.
+
+    Args:
+        protocol: The protocol, reduced to the preset of the runs.
+        values: The value of each report seed.
+    """
+    contrasts = [x for name in values for x in _contrasts(protocol, name)]
+    claims = tuple(Claim(str(i), "", "", "exploratory", (contrast,)) for i, contrast in enumerate(contrasts))
+    found: dict[str, Any] = {}
+    for claim in judge(dataclasses.replace(protocol, claims=claims), values):
+        (x,) = claim.contrasts
+        pairs = found.setdefault(x.experiment, {}).setdefault(x.place, {})
+        row = [*(number if math.isfinite(number) else None for number in (x.value, x.low, x.high)), x.verdict]
+        pairs.setdefault(f"{x.first} - {x.second}", {})[x.measure] = row
+    return found
+
+
+def _contrasts(protocol: Protocol, name: str) -> Iterator[Contrast]:
+    for place, has in protocol.experiments[name].places.items():
+        base = protocol.baseline if protocol.baseline in has.arms else _OF_WIDTHS
+        pairs = [(arm, base) for arm in has.arms if arm != base]
+        pairs += [pair for pair in HALVES if set(pair) <= set(has.arms)]
+        for first, second in pairs:
+            for measure in has.measures:
+                yield Contrast(name, place, first, second, measure, "better")
+
+
+def _mean(values: Sequence[float]) -> list[float | None]:
+    kept = [x for x in values if math.isfinite(x)]  # a seed on which the arm has no such token
+    return [x if math.isfinite(x) else None for x in t_interval(kept)]
+
+
+def measured(experiment: Experiment, values: Found) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """The values that the protocol asks for, in its order; others are left out.
+
+    Args:
+        experiment: The experiment.
+        values: All values of its runs.
+
+    Raises:
+        ValueError: If a place, an arm or a measure has no values.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for place, has in experiment.places.items():
+        for arm in has.arms:
+            for measure in has.measures:
+                try:
+                    row = values[place][arm][measure]
+                except KeyError as missing:
+                    raise ValueError(
+                        f"the runs have no {measure} of {arm} at {place} ({missing} is missing), which the protocol asks for"
+                    ) from None
+                found.setdefault(place, {}).setdefault(arm, {})[measure] = list(row)[: experiment.seeds]
+    return found
+
+
+def restricted(protocol: Protocol, only: Sequence[str]) -> Protocol:
+    """The protocol with some of its experiments and places. The claims stay; what they lack is not measured.
+
+    Args:
+        protocol: The protocol, reduced to a preset.
+        only: Names of experiments, and patterns of `EXPERIMENT/PLACE` such as `forks/*/adam`.
+
+    Raises:
+        ValueError: If one of them names nothing of the preset.
+    """
+    known = [f"{name}/{place}" for name, experiment in protocol.experiments.items() for place in experiment.places]
+    chosen: set[str] = set()
+    for pattern in only:
+        found = fnmatch.filter(known, f"{pattern}/*" if pattern in protocol.experiments else pattern)
+        if not found:
+            raise ValueError(not_one_of("--only", pattern, [*protocol.experiments, *known]))
+        chosen.update(found)
+    experiments = {
+        name: dataclasses.replace(
+            experiment, places={p: x for p, x in experiment.places.items() if f"{name}/{p}" in chosen}
+        )
+        for name, experiment in protocol.experiments.items()
+    }
+    return dataclasses.replace(protocol, experiments=experiments)
+
+
+def _forks(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
+    """The exact policies."""
+    experiment = protocol.experiments["forks"]
+    registered, made = (experiment.report_seed, experiment.tuning_seed), (REPORT_SEED, TUNING_SEED)
+    if registered != made:
+        raise ValueError(
+            f"the protocol registers the first seeds {registered} of forks, and lab.forks has {made}; they must agree"
+        )
+    preset, parts = forks_preset(protocol)
+    store = Store(folder / "cells", say, jobs)
+    found = results(preset, store, parts)
+    summary = {"preset": protocol.preset, "runs": store.made + store.found, **summarise(found)}
+    return Outcome(measured(experiment, values_of(found)), summary, store.seconds)
+
+
+def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
+    """The study of forks that has the places of the protocol, and its parts.
+
+    The drift and the map, on which no claim rests, are made where all places of the preset are.
+
+    Args:
+        protocol: The protocol, reduced to a preset or more.
+    """
+    experiment, whole = protocol.experiments["forks"], read(protocol.preset).experiments["forks"]
+    names = [place.partition("/") for place in experiment.places]
+    trained = {(x, "adam") if name == "moves" else (name, x) for name, _, x in names if name != "width"}
+    widths = [x for name, _, x in names if name == "width"]
+    full = PRESETS[protocol.preset]
+    preset = dataclasses.replace(
+        full,
+        seeds=experiment.seeds,
+        tuning_seeds=experiment.tuning_seeds,
+        regimes=tuple(x for x in full.regimes if x in {regime for regime, _ in trained}),
+        optimizers=tuple(x for x in full.optimizers if x in {optimizer for _, optimizer in trained}),
+        width_regimes=tuple(x for x in full.width_regimes if x in widths),
+        slow_regimes=(),
+    )
+    if set(experiment.places) == set(whole.places):
+        return preset if widths else full, PARTS
+    return preset, tuple(part for part, wanted in (("regimes", trained), ("widths", widths)) if wanted)
+
+
+def _transformers(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
+    """The small transformers."""
+    from bandpo.lab.evidence.transformers import run
+
+    found = run(protocol, folder, jobs, say)
+    experiment = protocol.experiments["transformers"]
+    return Outcome(measured(experiment, found["values"]), found["summary"], found["core_seconds"])
+
+
+EXPERIMENTS: Mapping[str, Callable[[Protocol, Path, int, Say], Outcome]] = MappingProxyType(
+    {"forks": _forks, "transformers": _transformers}
+)
+"""The experiments of the protocol by name, in the order in which they are made."""

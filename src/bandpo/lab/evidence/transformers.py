@@ -1,0 +1,434 @@
+"""The runs of small transformers: rates chosen on seeds, warm-ups and prompts of their own, then the runs of the report.
+
+Every seed starts from a warm-up of its own. The rate of each arm is the one with the highest mean reward over training on the
+tuning seeds, from a grid that is the same for every arm and grows while the best rate is at an end. Each run leaves one file,
+so that an interrupted study makes only what is missing.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+
+from bandpo.lab.backends import BACKENDS
+from bandpo.lab.comparison.loop import Setting, checkpoint_of
+from bandpo.lab.comparison.plan import Arm, Job
+from bandpo.lab.comparison.study import Study, diverged
+from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
+from bandpo.lab.evidence.protocol import Protocol
+from bandpo.metrics import PROB_BINS
+from bandpo.statistics import t_interval
+
+ARMS: Mapping[str, Arm] = MappingProxyType(
+    {
+        "grpo": Arm("grpo", "aligned"),
+        "clip-higher": Arm("dapo", "aligned"),
+        "bandpo-kl": Arm("bandpo-kl", "aligned"),
+        "bandpo-kl-upper": Arm("bandpo-kl-upper", "aligned"),
+        "bandpo-kl-lower": Arm("bandpo-kl-lower", "aligned"),
+        "no-clip": Arm("no-clip", "aligned"),
+    }
+)
+"""The arms by name: bounds and surrogate of the zoo, one aggregation, one advantage, one anchor."""
+
+MEASURES = ("mean", "passed", "entropy", "speed")
+"""The measures of a run: mean@16 and pass@16 on held-out prompts, entropy of the fork that decides, and mean over training."""
+
+PLATEAU = 0.05
+"""The largest change of an arm's mean reward over the last third of its rollouts that counts as a plateau."""
+
+RARE = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1")
+"""The bins of p of the tokens that count as rare."""
+
+_FACTOR = 2.0  # by which the grid of rates grows
+_EXTENSIONS = 5
+_TOGETHER = 12  # warm-ups of one stack
+_PROFILE_ROLLOUTS = 8
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of small transformers.
+
+    Args:
+        places: `TASK/lagN`: the name of a problem, and how many rollouts the sampler is behind.
+        arms: Names in `ARMS`.
+        seeds: Seeds of the report; each is also the number of its warm-up.
+        tuning_seeds: Seeds and warm-ups on which rates are chosen.
+        rates: First grid of learning rates.
+        tuned_like: Places without a tuning of their own, and the place whose rates they take.
+        setting: Fields of `Setting` of all runs.
+
+    Raises:
+        ValueError: If a place or an arm is unknown, a place takes the rates of one that is not tuned, or seeds of the report
+            are among those of tuning.
+    """
+
+    places: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
+    tuned_like: Mapping[str, str] = field(default_factory=dict[str, str])
+    setting: Mapping[str, Any] = field(default_factory=lambda: SETTING)
+
+    def __post_init__(self) -> None:
+        for place in self.places:
+            self.setting_of(place)
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise ValueError(f"arms: {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
+        if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
+            raise ValueError(
+                f"seeds {both} are in the report and in tuning; what is tuned on must not enter the report"
+            )
+        for place, like in self.tuned_like.items():
+            if place in self.places and (like in self.tuned_like or like not in self.places):
+                raise ValueError(f"tuned_like: {place} takes the rates of {like}, which is not tuned itself")
+
+    def setting_of(self, place: str, **changes: Any) -> Setting:
+        """The setting of a place's runs.
+
+        Args:
+            place: `TASK/lagN`.
+            **changes: Fields of `Setting` that differ from the plan's.
+        """
+        task, _, lag = place.partition("/lag")
+        if not lag.isdecimal():
+            raise ValueError(f"place {place!r}: write TASK/lagN, such as detours/lag0")
+        return Setting(task, **{**self.setting, "lag": int(lag), **changes})
+
+    def jobs(self, place: str, arm: str, rate: float, seeds: Sequence[int], **changes: Any) -> list[Job]:
+        """The runs of an arm at a rate.
+
+        Args:
+            place: `TASK/lagN`.
+            arm: Name of the arm.
+            rate: Learning rate.
+            seeds: The seeds, which are also the numbers of the warm-ups.
+            **changes: Fields of `Setting` that differ from the plan's.
+        """
+        setting = self.setting_of(place, **changes)
+        return [Job(setting, ARMS[arm], rate, seed, seed) for seed in seeds]
+
+    def tuning_jobs(self, place: str, arm: str, rate: float) -> list[Job]:
+        """The runs of one cell of the tuning grid, on the prompts for tuning."""
+        return self.jobs(place, arm, rate, self.tuning_seeds, split="tuning")
+
+
+SETTING: Mapping[str, Any] = MappingProxyType(
+    {"updates": 60, "prompts": 24, "group": 8, "epochs": 2, "minibatches": 8, "hidden_size": 32, "layers": 1}
+)
+"""The setting of every run: 192 completions in a rollout, 16 optimiser steps on each."""
+
+TUNED_LIKE: Mapping[str, str] = MappingProxyType({"detours/lag4": "detours/lag0"})
+"""Places without a tuning of their own, to save an hour, and the place whose rates they take."""
+
+_SMALL = MappingProxyType(
+    {**SETTING, "updates": 4, "prompts": 8, "minibatches": 4, "eval_samples": 16, "warm_up_steps": 120}
+)
+_SHORT = MappingProxyType({**SETTING, "updates": 30})
+
+_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "full": {},
+        "quick": {"rates": (4e-4,), "setting": _SHORT},
+        "smoke": {"rates": (4e-4,), "setting": _SMALL},
+    }
+)
+
+
+def plan_of(protocol: Protocol) -> Plan:
+    """The plan of a protocol's preset.
+
+    Args:
+        protocol: What `bandpo.lab.evidence.protocol.read` returned.
+    """
+    found = protocol.experiments["transformers"]
+    return Plan(
+        places=tuple(found.places),
+        arms=found.arms,
+        seeds=tuple(range(found.report_seed, found.report_seed + found.seeds)),
+        tuning_seeds=tuple(range(found.tuning_seed, found.tuning_seed + found.tuning_seeds)),
+        **{
+            "tuned_like": {place: like for place, like in TUNED_LIKE.items() if place in found.places},
+            **_PRESETS[protocol.preset],
+        },
+    )
+
+
+def run(protocol: Protocol, folder: Path, jobs: int = 2, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Make the runs of a protocol that are missing.
+
+    Args:
+        protocol: What `bandpo.lab.evidence.protocol.read` returned.
+        folder: Folder of the results; its subfolder `runs` has one file for each run.
+        jobs: Number of worker processes.
+        say: Function that is called with each line of the progress.
+
+    Returns:
+        `values[place][arm][measure]`, one number for each seed of the report, NaN for a run that diverged; `summary` (see
+        `summarise`); and `core_seconds`.
+
+    Raises:
+        RuntimeError: If a run failed.
+    """
+    return run_plan(plan_of(protocol), folder, jobs, say)
+
+
+def run_plan(plan: Plan, folder: Path, jobs: int = 2, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Make the runs of a plan that are missing; see `run`."""
+    study = Study(folder, jobs, say)
+    _warm_up(plan, plan.tuning_seeds, jobs, say)
+    rates = choose_rates(plan, study)
+    _warm_up(plan, plan.seeds, jobs, say)
+    cells = {
+        (place, arm): plan.jobs(place, arm, rates[place][arm], plan.seeds) for place in plan.places for arm in plan.arms
+    }
+    for place in plan.places:
+        _make(study, [job for arm in plan.arms for job in cells[place, arm]], f"{place}, report")
+    profiles = {place: profile(plan, place, study) for place in plan.places}
+    found = {cell: [_result(study, job) for job in jobs_] for cell, jobs_ in cells.items()}
+    values = {
+        place: {
+            arm: values_of(found[place, arm], cast("int", plan.setting_of(place).eval_samples)) for arm in plan.arms
+        }
+        for place in plan.places
+    }
+    summary = {**summarise(plan, found), "rates": rates, "profile": profiles}
+    every = [job for cell in cells.values() for job in cell]
+    return {"values": values, "summary": summary, "core_seconds": study.core_seconds(every)}
+
+
+def choose_rates(plan: Plan, study: Study) -> dict[str, dict[str, float]]:
+    """The rate of each arm in each place, with the highest mean reward over training on the tuning seeds.
+
+    While an arm's best rate is at an end of its grid, the grid grows there by a factor of 2, five times at most. A rate at
+    which a run diverged is not chosen.
+
+    Args:
+        plan: The plan.
+        study: The results.
+
+    Returns:
+        `rates[place][arm]`.
+    """
+    tuned = [place for place in plan.places if place not in plan.tuned_like]
+    grids = {(place, arm): list(plan.rates) for place in tuned for arm in plan.arms}
+    speeds: dict[tuple[str, str], dict[float, float]] = {cell: {} for cell in grids}
+    for _ in range(_EXTENSIONS + 1):
+        wanted = {cell: [r for r in grid if r not in speeds[cell]] for cell, grid in grids.items()}
+        for place in tuned:  # the runs of all arms and rates together, so that their stacks are full
+            runs = [j for arm in plan.arms for rate in wanted[place, arm] for j in plan.tuning_jobs(place, arm, rate)]
+            _make(study, runs, f"{place}, tuning")
+        for (place, arm), rates in wanted.items():
+            for rate in rates:
+                speeds[place, arm][rate] = _speed([_result(study, j) for j in plan.tuning_jobs(place, arm, rate)])
+        if len(plan.rates) == 1 or not _extend(grids, speeds):
+            break
+    chosen = {cell: _best(found) for cell, found in speeds.items()}
+    return {place: {arm: chosen[plan.tuned_like.get(place, place), arm] for arm in plan.arms} for place in plan.places}
+
+
+def _extend(grids: dict[tuple[str, str], list[float]], speeds: Mapping[tuple[str, str], Mapping[float, float]]) -> bool:
+    """Add a rate beyond the end at which a grid's best rate is; whether any grid has grown."""
+    grown = False
+    for cell, grid in grids.items():
+        best = _best(speeds[cell])
+        if best in (min(grid), max(grid)):
+            grid.append(best * _FACTOR if best == max(grid) else best / _FACTOR)
+            grown = True
+    return grown
+
+
+def _best(speeds: Mapping[float, float]) -> float:
+    return max(speeds, key=lambda rate: speeds[rate])
+
+
+def _speed(results: Sequence[Mapping[str, Any]]) -> float:
+    """The mean reward over training, -inf if a run diverged."""
+    if any(diverged(r) for r in results):
+        return -math.inf
+    return float(np.mean([r["reward"] for r in results]))
+
+
+def values_of(results: Sequence[Mapping[str, Any]], k: int = 16) -> dict[str, list[float]]:
+    """The measures of an arm by seed; NaN for a run that diverged.
+
+    Args:
+        results: Results of runs, by seed.
+        k: Samples of mean@k and pass@k.
+
+    Returns:
+        `{measure: [value of each seed]}`, for each of `MEASURES`.
+    """
+    rows = [
+        (r["after"][f"mean@{k}"], r["after"][f"pass@{k}"], r["after"]["entropy of fork 1"], float(np.mean(r["reward"])))
+        if not diverged(r)
+        else (math.nan,) * len(MEASURES)
+        for r in results
+    ]
+    return {name: [float(x) for x in column] for name, column in zip(MEASURES, zip(*rows, strict=True), strict=True)}
+
+
+def profile(plan: Plan, place: str, study: Study) -> dict[str, float]:
+    """The tokens that the warmed-up models sample, on the seeds and prompts of tuning: rollouts at a learning rate of 0.
+
+    Args:
+        plan: The plan.
+        place: `TASK/lagN`.
+        study: The results.
+
+    Returns:
+        Shares of sampled tokens: `near-certain` (p >= 0.99), `rare` (p < 0.1), and of the rare ones `rewarded` (A > 0) and
+        `punished` (A < 0); mean reward, pass@16 and entropies of the warmed-up models on the prompts of the evaluation.
+    """
+    jobs = plan.jobs(place, plan.arms[0], 0.0, plan.tuning_seeds, split="tuning", updates=_PROFILE_ROLLOUTS, lag=0)
+    _make(study, jobs, f"{place}, profile of the warmed-up models")
+    results = [_result(study, job) for job in jobs]
+    before = {name: float(np.mean([r["before"][name] for r in results])) for name in results[0]["before"]}
+    k = plan.setting_of(place).eval_samples
+    names = {"mean": f"mean@{k}", "passed": f"pass@{k}", "groups with signal": "groups with signal"}
+    names |= {name: name for name in before if name.startswith("entropy of fork")}
+    found = {name: before[key] for name, key in names.items()}
+    tokens = _mean_tokens(results)
+    return _rounded({**found, "near-certain": tokens[">=0.99"], **_rare(results)})
+
+
+def _mean_tokens(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {b: float(np.mean([r["tokens"][b] for r in results])) for b in PROB_BINS}
+
+
+def _rare(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of rare tokens, and the shares of them with an advantage above and below 0, over all rollouts of some runs."""
+    weight = np.array([[r["tokens"][b] for b in RARE] for r in results])
+    total = max(float(weight.sum()), 1e-12)
+    up, down = (np.array([[r["pushed"][side][b] for b in RARE] for r in results]) for side in ("up", "down"))
+    return {
+        "rare": float(weight.sum(1).mean()),
+        "rewarded": float((up * weight).sum() / total),
+        "punished": float((down * weight).sum() / total),
+    }
+
+
+def summarise(plan: Plan, found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What the runs of the report say beside the measures.
+
+    Args:
+        plan: The plan.
+        found: Results by place and arm, in the order of the seeds.
+
+    Returns:
+        For each place and arm: `curves` (mean reward and token entropy of each rollout), `plateau` (the change of the reward
+        over the last third of the rollouts with a 95% interval, and whether it is within `PLATEAU`), `clip` (shares of stopped
+        tokens by bin of p and side), `rare` (the rare tokens that were sampled), `after` (mean values of the last evaluation),
+        and `diverged`; and `setting`, `seeds`, `tuning_seeds`, `bins`.
+    """
+    summary: dict[str, Any] = {
+        "setting": dict(plan.setting),
+        "seeds": [plan.seeds[0], plan.seeds[-1]],
+        "tuning_seeds": [plan.tuning_seeds[0], plan.tuning_seeds[-1]],
+        "grid": list(plan.rates),
+        "tuned_like": dict(plan.tuned_like),
+        "bins": list(PROB_BINS),
+        "allowed_change": PLATEAU,
+    }
+    parts: dict[str, Any] = {name: {} for name in ("curves", "plateau", "clip", "rare", "after", "diverged")}
+    for place in plan.places:
+        for name, of in (
+            ("curves", _curves),
+            ("plateau", _plateau),
+            ("clip", _clip_map),
+            ("rare", lambda rows: _rounded(_rare(rows))),
+            ("after", _after),
+            ("diverged", lambda rows: sum(map(diverged, rows))),
+        ):
+            parts[name][place] = {arm: of(found[place, arm]) for arm in plan.arms}
+    return {**summary, **parts}
+
+
+def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    return {name: [float(f"{x:.4g}") for x in np.mean([r[name] for r in results], 0)] for name in ("reward", "entropy")}
+
+
+def change_at_the_end(rewards: Sequence[float]) -> float:
+    """The change of a curve over the last third of its places, by least squares.
+
+    Args:
+        rewards: The reward of each rollout.
+
+    Examples:
+        >>> round(change_at_the_end([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.2, 0.3]), 3)
+        0.3
+    """
+    last = np.asarray(rewards[-max(2, len(rewards) // 3) :])
+    return float(np.polyfit(np.arange(len(last)), last, 1)[0] * len(last))
+
+
+def _plateau(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    changes = [change_at_the_end(r["reward"]) for r in results]
+    interval = t_interval(changes)
+    return {**_rounded(interval._asdict()), "reached": bool(abs(np.mean(changes)) <= PLATEAU)}
+
+
+def _clip_map(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The share of stopped tokens in each bin of p, where a run weighs as much as its tokens there, and the share of tokens."""
+    weight = np.array([[r["tokens"][b] for b in PROB_BINS] for r in results])
+    found = {"tokens": weight.mean(0)}
+    for side in ("low", "high"):
+        stopped = np.array([[r["clip"][side][b] for b in PROB_BINS] for r in results])
+        found[side] = (stopped * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)
+    return {name: [float(f"{v:.4g}") for v in x] for name, x in found.items()}
+
+
+def _after(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The means of the numbers of the last evaluation over the runs that have them."""
+    names = dict.fromkeys(name for r in results for name in r["after"])
+    return _rounded({n: float(np.mean([r["after"][n] for r in results if n in r["after"]])) for n in names})
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{x:.{_DIGITS}g}") for name, x in values.items()}
+
+
+def _make(study: Study, jobs: list[Job], what: str) -> None:
+    """Make the runs that are missing.
+
+    Raises:
+        RuntimeError: If one failed.
+    """
+    failed = len(study.failures)
+    study.run(jobs, what)
+    if study.failures[failed:]:
+        raise RuntimeError(f"{what}: {study.failures[failed]}")
+
+
+def _result(study: Study, job: Job) -> dict[str, Any]:
+    found = study.result(job)
+    assert found is not None  # `_make` raised otherwise
+    return found
+
+
+def _warm_up(plan: Plan, seeds: Sequence[int], workers: int, say: Callable[[str], None]) -> None:
+    """Make the warm-ups of some seeds that are missing, in stacks, so that no run has to wait for one."""
+    checkpoints: dict[str, Checkpoint] = {}
+    for place in plan.places:
+        setting = plan.setting_of(place)
+        for seed in seeds:
+            one = checkpoint_of(setting, seed)
+            checkpoints.setdefault(str(one.path), one)
+    missing = [c for path, c in checkpoints.items() if not Path(path).exists()]
+    stacks = [missing[i : i + _TOGETHER] for i in range(0, len(missing), _TOGETHER)]
+    if missing:
+        say(f"warm-ups: {len(missing)} to make")
+    for stack, made in BACKENDS["processes"](stacks, _make_warm_ups, workers, say):
+        if isinstance(made, Exception):
+            raise RuntimeError(f"the warm-ups {[c.seed for c in stack]} failed: {made}") from made
+
+
+def _make_warm_ups(stack: list[Checkpoint]) -> None:
+    warmed_up(stack)

@@ -1,0 +1,274 @@
+"""`bandpo lab evidence` and its pages. Made-up values stand for the runs where these would take long."""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from bandpo.lab.evidence import command
+from bandpo.lab.evidence import study as study_module
+from bandpo.lab.evidence.figures import SENSES, draw, place_title
+from bandpo.lab.evidence.judge import judge
+from bandpo.lab.evidence.protocol import read
+from bandpo.lab.evidence.study import EXPERIMENTS, Outcome, explored, forks_preset, measured, restricted, study
+from bandpo.lab.experiments.arguments import add_arguments, run
+from bandpo.statistics import t_interval
+from evidence_samples import few_seeds, made_up_values
+
+ROOT = Path(__file__).parents[2]
+INTERVAL = r"\[[+-]\d\.\d+, [+-]\d"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("tools_evidence", ROOT / "tools" / "evidence.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def protocol():
+    """The smoke preset with the transformers of the quick one, so that all parts of the pages have something to show."""
+    smoke, quick = few_seeds(read("smoke")), few_seeds(read("quick"))
+    return replace(smoke, experiments={**smoke.experiments, "transformers": quick.experiments["transformers"]})
+
+
+def made_up(values):
+    return {name: lambda protocol, folder, jobs, say, name=name: Outcome(values[name], {}, 3600.0) for name in values}
+
+
+@pytest.fixture(scope="module")
+def evidence(protocol):
+    """The content of evidence.json with made-up values."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(study_module, "EXPERIMENTS", made_up(made_up_values(protocol)))
+    found = study(protocol, Path("nowhere"), 1, lambda _: None)
+    patch.undo()
+    return json.loads(json.dumps(found))
+
+
+def options(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["evidence", *words])
+
+
+def test_the_command_writes_the_result_and_the_figures(tmp_path, monkeypatch, protocol, capsys):
+    monkeypatch.setattr(command, "read", lambda preset: protocol)
+    monkeypatch.setattr(study_module, "EXPERIMENTS", made_up(made_up_values(protocol)))
+    assert run(options("--preset", "smoke", "--only", "forks", "--output", str(tmp_path))) == 0
+    found = json.loads((tmp_path / "evidence.json").read_text())
+    assert found["protocol"]["sha256"] == protocol.sha256 and list(found["values"]) == ["forks"]
+    assert {p.stem for p in tmp_path.glob("*.svg")} == set(draw(found)) >= {"evidence-claims", "evidence-halves"}
+    said = capsys.readouterr().out
+    primary = [claim for claim in found["judged"] if claim["kind"] == "primary"]
+    assert "part 1 of 1: forks" in said and all(claim["text"] in said for claim in primary)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "fork"], "--only: got 'fork'; did you mean 'forks'"),
+        (["--only", "forks/x*"], "--only: got 'forks/x"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--device", "cuda"], "--device cuda: .* choose --device cpu"),
+    ],
+)
+def test_wrong_options_are_refused(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(options(*words, "--output", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_names_experiments_and_places():
+    quick = read("quick")
+    some = restricted(quick, ["forks/n*/adam", "transformers"])
+    assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
+    assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
+    assert not restricted(quick, ["forks"]).experiments["transformers"].places
+
+
+def test_the_study_of_forks_has_the_places_of_the_protocol():
+    full = read("full")
+    preset, parts = forks_preset(restricted(full, ["forks/*/adam", "forks/moves/*"]))
+    assert preset.optimizers == ("adam",) and parts == ("regimes",) and preset.seeds == full.experiments["forks"].seeds
+    preset, parts = forks_preset(restricted(full, ["forks/width/noisy"]))
+    assert preset.width_regimes == ("noisy",) and parts == ("widths",)
+    for name in ("smoke", "quick", "full"):  # what is registered can be made
+        protocol = read(name)
+        preset, parts = forks_preset(protocol)
+        assert {"regimes", "drift", "map"} <= set(parts)
+        assert set(protocol.experiments["forks"].arms) - {"radius", "upper", "eps", "two"} <= set(preset.arms)
+
+
+def test_values_that_the_protocol_asks_for_and_that_are_missing_are_named(protocol):
+    experiment = protocol.experiments["forks"]
+    values = made_up_values(protocol)["forks"]
+    extra = {**values, "other/adam": {"grpo": {"mean": [0.0]}}}
+    assert measured(experiment, extra) == values
+    del extra["noise/adam"]["grpo"]["right"]
+    with pytest.raises(ValueError, match="no right of grpo at noise/adam"):
+        measured(experiment, extra)
+
+
+def test_seeds_of_the_runs_are_those_of_the_protocol(protocol, tmp_path):
+    forks = replace(protocol.experiments["forks"], report_seed=77_000)
+    other = replace(protocol, experiments={**protocol.experiments, "forks": forks})
+    with pytest.raises(ValueError, match=r"registers the first seeds \(77000, .* must agree"):
+        EXPERIMENTS["forks"](other, tmp_path, 1, lambda _: None)
+
+
+def test_exploratory_differences_hold_alone_and_a_diverged_run_is_no_number(protocol):
+    values = made_up_values(protocol)
+    row = values["transformers"]["detours/lag0"]["no-clip"]
+    row["entropy"][0] = math.nan
+    found = explored(protocol, values)["transformers"]["detours/lag0"]
+    upper = values["transformers"]["detours/lag0"]["bandpo-kl-upper"]["mean"]
+    base = values["transformers"]["detours/lag0"]["grpo"]["mean"]
+    expected = t_interval(np.subtract(upper, base).tolist())  # Student's, of one comparison
+    assert found["bandpo-kl-upper - grpo"]["mean"][:3] == pytest.approx(list(expected))
+    assert found["no-clip - grpo"]["entropy"] == [None, None, None, "undecided"]
+    assert "bandpo-kl-upper - bandpo-kl-lower" in found
+
+
+def test_the_page_counts_what_the_claims_say(tool, evidence):
+    page = {p.name: text for p, text in tool.pages(tool.compact(evidence)).items()}
+    claims, data = page["evidence.md"], page["evidence-data.md"]
+    primary = [claim for claim in evidence["judged"] if claim["kind"] == "primary"]
+    for claim in primary:
+        assert f"{claim['text']} ({claim['source']}) | **{claim['verdict']}**" in claims
+        for x in claim["contrasts"]:
+            if x["verdict"] != "not measured":
+                assert f"{x['value']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]" in data
+    ours = Counter(x["sense"] for claim in primary if claim["source"] == "ours" for x in claim["contrasts"])
+    assert f"ours ({sum(c['source'] == 'ours' for c in primary)}): {ours['holds']} as claimed" in claims.replace(
+        "\n", " "
+    )
+    assert not re.search(INTERVAL, claims) and re.search(INTERVAL, data)
+    assert "Preset `smoke`" in claims  # few runs say so themselves
+
+
+def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
+    def said(verdict, value):
+        changed = json.loads(json.dumps(evidence))
+        changed["explored"]["forks"]["diversity/adam"]["bandpo-kl-upper - grpo"]["passed"] = [
+            value,
+            value,
+            value,
+            verdict,
+        ]
+        changed["explored"]["transformers"] = {}
+        lines = tool.halves_sentences(changed).splitlines()
+        return next(line for line in lines if line.startswith("* **Upper half**"))
+
+    assert "pass@16 is higher in 1 and lower in 0 of 1 places (diversity +0.300)" in said("better", 0.3)
+    assert "pass@16 is higher in 0 and lower in 1 of 1 places (diversity -0.300)" in said("worse", -0.3)
+    assert "pass@16 is higher in 0 and lower in 0 of 1 places;" in said("undecided", -0.3)
+
+
+def test_what_a_claim_did_not_measure_is_not_counted(tool, evidence):
+    claims = [claim for claim in evidence["judged"] if claim["kind"] == "primary"]
+    [radius] = [claim for claim in claims if claim["id"] == "one-radius"]  # the preset has no widths
+    assert radius["verdict"] == "not measured" and tool.counted(radius) == "–"
+    assert "not measured" in tool.claims_table(evidence)
+
+
+def test_the_figures_are_pictures_with_colours_for_light_and_dark(evidence):
+    for name, picture in draw(evidence).items():
+        root = ElementTree.fromstring(picture)
+        assert "prefers-color-scheme: dark" in picture and root.get("aria-label"), name
+        left, _, width, height = map(float, root.get("viewBox").split())
+        for element in root.iter():
+            for key in ("x", "x1", "x2", "cx"):
+                assert left <= float(element.get(key, 0)) <= width, (name, element.attrib)
+            for key in ("y", "y1", "y2", "cy"):
+                assert 0 <= float(element.get(key, 0)) <= height, (name, element.attrib)
+
+
+def test_a_diverged_arm_has_a_word_in_place_of_a_dot(evidence):
+    changed = json.loads(json.dumps(evidence))
+    row = changed["explored"]["transformers"]["detours/lag0"]["no-clip - grpo"]
+    row["entropy"] = [None, None, None, "undecided"]
+    assert draw(changed)["evidence-transformers"].count(">diverged<") == 1
+
+
+def test_places_have_short_names():
+    names = {
+        "noisy/adam": "noisy",
+        "noisy/sgd": "noisy, SGD",
+        "moves/noisy": "noisy",
+        "detours/lag16": "detours, lag 16",
+    }
+    assert {place: place_title(place) for place in names} == names
+
+
+# ---- the committed pages ----
+
+
+@pytest.fixture(scope="module")
+def committed(tool):
+    return json.loads(tool.DATA.read_text())
+
+
+def test_the_pages_are_what_the_data_give(tool, committed):
+    """If it fails: `python tools/evidence.py`."""
+    for path, text in tool.pages(committed).items():
+        assert path.read_text() == text, path.name
+    pictures = draw(committed)
+    assert {p.stem for p in tool.FIGURES.iterdir()} == set(pictures)
+    for name, picture in pictures.items():
+        assert (tool.FIGURES / f"{name}.svg").read_text() == picture, name
+    assert tool.DATA.stat().st_size < tool.LARGEST
+
+
+def test_the_page_is_two_screens_of_prose(tool):
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    prose = [block for block in page.split("\n\n") if not block.startswith(("|", "#", "!", "```"))]
+    words = sum(len(re.sub(r"\(https?://\S+\)", "", block).split()) for block in prose)
+    assert words < 1000
+
+
+def test_the_verdicts_follow_from_the_committed_values(committed):
+    """Judged again, with what rounding to 5 digits may change."""
+    protocol = read(committed["preset"])
+    assert committed["protocol"] == {
+        "sha256": protocol.sha256,
+        "registered": protocol.registered,
+        "amendments": list(protocol.amendments),
+    }
+    primary = replace(protocol, claims=tuple(claim for claim in protocol.claims if claim.kind == "primary"))
+    values = {
+        name: {
+            place: {
+                arm: {m: [math.nan if x is None else x for x in row] for m, row in rows.items()}
+                for arm, rows in arms.items()
+            }
+            for place, arms in places.items()
+        }
+        for name, places in committed["values"].items()
+    }
+    again = {claim.id: claim.as_json() for claim in judge(primary, values)}
+    for claim in committed["judged"]:
+        if claim["kind"] != "primary":
+            continue
+        found = again[claim["id"]]
+        assert found["verdict"] == claim["verdict"] and found["counts"] == claim["counts"]
+        for x, y in zip(found["contrasts"], claim["contrasts"], strict=True):
+            assert x["verdict"] == y["verdict"]
+            if x["value"] is not None:
+                ends = [[c["value"], c["low"], c["high"]] for c in (x, y)]
+                assert ends[0] == pytest.approx(ends[1], abs=2e-4)
+
+
+def test_every_sense_has_a_colour_and_a_word(committed):
+    senses = {x["sense"] for claim in committed["judged"] for x in claim["contrasts"]}
+    assert senses <= {*SENSES, "not measured"}
