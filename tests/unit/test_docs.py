@@ -252,6 +252,35 @@ def test_tables_that_the_source_has():
         tables.page("nothing", "moved", "")
 
 
+@pytest.mark.slow
+def test_figures_that_formulas_and_committed_numbers_make():
+    """If it fails: `python tools/figures.py`, with the matplotlib of constraints.txt."""
+    made = tool("figures")
+    drawn = made.figures()
+    assert {path.stem for path in (made.ASSETS / "zoo").iterdir()} == set(bandpo.OBJECTIVES)
+    for name in drawn:
+        assert made.current(name), f"docs/assets/{name} is out of date"
+
+
+def test_a_figure_that_differs_is_noticed():
+    made = tool("figures")
+    text = (made.ASSETS / "zoo" / "grpo.svg").read_text()
+    other = (made.ASSETS / "zoo" / "dapo.svg").read_text()
+    assert made.same(text, text)
+    assert not made.same(text, other)  # they differ in the embedded pixels alone
+    assert not made.same(text, text.replace("#000000", "#000001"))
+
+
+def test_the_site_shows_the_version():
+    """If it fails: `python tools/site.py`."""
+    site = tool("site")
+    text = site.CONFIG.read_text()
+    assert site.config(text, bandpo.__version__) == text
+    assert "\ncopyright: bandpo 9.9 · Apache-2.0\n" in site.config(text, "9.9")
+    with pytest.raises(ValueError, match="has 0"):
+        site.config("nav: []", "9.9")
+
+
 def test_table_of_the_default_job():
     """If it fails: `python tools/main_job.py`; after a change of the job itself with `--measure FOLDER`, half an hour."""
     made = tool("main_job")
