@@ -176,10 +176,12 @@ def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
 
 
 def test_what_a_claim_did_not_measure_is_not_counted(tool, evidence):
-    claims = [claim for claim in evidence["judged"] if claim["kind"] == "primary"]
-    [radius] = [claim for claim in claims if claim["id"] == "one-radius"]  # the preset has no widths
-    assert radius["verdict"] == "not measured" and tool.counted(radius) == "–"
-    assert "not measured" in tool.claims_table(evidence)
+    found = {"source": "ours", "kind": "primary", "text": "T", "verdict": "not measured", "counts": {"not measured": 2}}
+    assert tool.counted(found) == "–"
+    found["counts"] = {"holds": 1, "opposite": 0, "not measured": 2}
+    assert tool.counted(found) == "1 as claimed"
+    missing = [claim for claim in evidence["judged"] if claim["counts"]["not measured"]]
+    assert missing and all(x["verdict"] == "not measured" for x in missing[0]["contrasts"] if not x["pairs"])
 
 
 def test_the_figures_are_pictures_with_colours_for_light_and_dark(evidence):
@@ -224,6 +226,8 @@ def test_the_pages_are_what_the_data_give(tool, committed):
     for path, text in tool.pages(committed).items():
         assert path.read_text() == text, path.name
     pictures = draw(committed)
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    assert all(page.count(f"](assets/evidence/{name}.svg)") == 1 for name in pictures)
     assert {p.stem for p in tool.FIGURES.iterdir()} == set(pictures)
     for name, picture in pictures.items():
         assert (tool.FIGURES / f"{name}.svg").read_text() == picture, name

@@ -90,14 +90,17 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml_in_the_docs_has_known_keys(text):
+def test_yaml_in_the_docs_has_known_keys_and_numbers_that_fit(text, tmp_path):
     from dataclasses import fields
 
     from bandpo.integrations.trl import BandGRPOConfig
     from bandpo.train.config import RunConfig
 
-    known = {f.name for cls in (RunConfig, BandGRPOConfig) for f in fields(cls)}
-    assert set(yaml.safe_load(text)) <= known
+    options, given = {f.name for f in fields(BandGRPOConfig)}, yaml.safe_load(text)
+    assert set(given) <= {f.name for f in fields(RunConfig)} | options
+    host = {name: value for name, value in given.items() if name in options and name != "objective"}
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):  # the numbers fit together
+        BandGRPOConfig(**{**host, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
 
 
 def test_every_public_name_that_is_explained_is_on_an_api_page():
@@ -247,6 +250,35 @@ def test_tables_that_the_source_has():
         assert tables.page(text, name, table()) == text, file
     with pytest.raises(ValueError, match="the page has no"):
         tables.page("nothing", "moved", "")
+
+
+@pytest.mark.slow
+def test_figures_that_formulas_and_committed_numbers_make():
+    """If it fails: `python tools/figures.py`, with the matplotlib of constraints.txt."""
+    made = tool("figures")
+    drawn = made.figures()
+    assert {path.stem for path in (made.ASSETS / "zoo").iterdir()} == set(bandpo.OBJECTIVES)
+    for name in drawn:
+        assert made.current(name), f"docs/assets/{name} is out of date"
+
+
+def test_a_figure_that_differs_is_noticed():
+    made = tool("figures")
+    text = (made.ASSETS / "zoo" / "grpo.svg").read_text()
+    other = (made.ASSETS / "zoo" / "dapo.svg").read_text()
+    assert made.same(text, text)
+    assert not made.same(text, other)  # they differ in the embedded pixels alone
+    assert not made.same(text, text.replace("#000000", "#000001"))
+
+
+def test_the_site_shows_the_version():
+    """If it fails: `python tools/site.py`."""
+    site = tool("site")
+    text = site.CONFIG.read_text()
+    assert site.config(text, bandpo.__version__) == text
+    assert "\ncopyright: bandpo 9.9 · Apache-2.0\n" in site.config(text, "9.9")
+    with pytest.raises(ValueError, match="has 0"):
+        site.config("nav: []", "9.9")
 
 
 def test_table_of_the_default_job():
