@@ -7,6 +7,7 @@ from io import StringIO
 
 import pytest
 
+from bandpo import recipes
 from bandpo.cli import COMMANDS, _parser
 from bandpo.train.config import read
 from bandpo.train.options import declared_in, packaged_table, parsed
@@ -45,6 +46,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def test_the_command_line_accepts_it(page, call, tmp_path, monkeypatch):
     """Names of commands and options, and the kinds of their values; nothing runs."""
     monkeypatch.chdir(tmp_path)
+    recipes.copy(recipes.chosen("trl"), tmp_path / "recipes")  # as the pages tell the reader to do
     for name in ("run.yaml", "other.yaml", "RUN/config.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("objective: bandpo-kl\n")
