@@ -167,7 +167,7 @@ def measured(experiment: Experiment, values: Found) -> dict[str, dict[str, dict[
                     raise ValueError(
                         f"the runs have no {measure} of {arm} at {place} ({missing} is missing), which the protocol asks for"
                     ) from None
-                found.setdefault(place, {}).setdefault(arm, {})[measure] = list(row)[: experiment.seeds]
+                found.setdefault(place, {}).setdefault(arm, {})[measure] = list(row)[: has.seeds]
     return found
 
 
@@ -220,11 +220,11 @@ def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
     Args:
         protocol: The protocol, reduced to a preset or more.
     """
-    experiment, whole = protocol.experiments["forks"], read(protocol.preset).experiments["forks"]
+    experiment, full = protocol.experiments["forks"], PRESETS[protocol.preset]
+    whole = set(experiment.places) == set(read(protocol.preset).experiments["forks"].places)
     names = [place.partition("/") for place in experiment.places]
     trained = {(x, "adam") if name == "moves" else (name, x) for name, _, x in names if name != "width"}
-    widths = [x for name, _, x in names if name == "width"]
-    full = PRESETS[protocol.preset]
+    widths = {x: experiment.places[f"width/{x}"].seeds for name, _, x in names if name == "width"}
     preset = dataclasses.replace(
         full,
         seeds=experiment.seeds,
@@ -232,11 +232,10 @@ def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
         regimes=tuple(x for x in full.regimes if x in {regime for regime, _ in trained}),
         optimizers=tuple(x for x in full.optimizers if x in {optimizer for _, optimizer in trained}),
         width_regimes=tuple(x for x in full.width_regimes if x in widths),
-        slow_regimes=(),
+        width_seeds=max(widths.values(), default=1),
+        slow_regimes=full.slow_regimes if whole else (),
     )
-    if set(experiment.places) == set(whole.places):
-        return preset if widths else full, PARTS
-    return preset, tuple(part for part, wanted in (("regimes", trained), ("widths", widths)) if wanted)
+    return preset, PARTS if whole else tuple(part for part, has in (("regimes", trained), ("widths", widths)) if has)
 
 
 def _transformers(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
