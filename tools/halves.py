@@ -1,20 +1,27 @@
 """Writes docs/halves.md from docs/halves.json and the text in tools/halves.md: `python tools/halves.py`.
 
-* `--from FILE`: take a forks.json of `bandpo lab forks` as docs/halves.json, and draw the figures from it.
+* `--from FILE...`: take forks.json of `bandpo lab forks` as docs/halves.json, and draw the figures from it. Of several files,
+  each later one adds the parts that the first one has not.
 * `--check`: changes nothing; status 1 if the page or a figure is not what the JSON file gives.
 """
 
 import argparse
 import json
+import math
+import re
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS
-from bandpo.lab.forks.regimes import WHAT
+from bandpo.lab.forks.regimes import FACTORS, WHAT
+from bandpo.lab.forks.study import PARTS
 from bandpo.lab.forks.summary import SMALLEST
 from bandpo.lab.pages import render, table
+from bandpo.statistics import unseen_share
 
 ROOT = Path(__file__).parents[1]
 TEXT, PAGE, DATA = ROOT / "tools" / "halves.md", ROOT / "docs" / "halves.md", ROOT / "docs" / "halves.json"
@@ -49,14 +56,155 @@ def sentence(data: Row, pair: str, measure: str, what: str) -> str:
     return f"{what}: {summed} ({'; '.join(parts)})."
 
 
-def way(regime: str) -> str:
-    """Which rates a regime is shown at: each arm's own, or one for all where no rate is better than another."""
-    return "same" if regime == "noise" else "own"
+def factor(found: Row) -> str:
+    """A mean log-ratio as a factor of the probability, with its interval."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*(math.exp(found[x]) for x in ("value", "low", "high")))
+
+
+def moves_of(data: Row) -> Row:
+    """How far updates move rare tokens under Adam, by regime; `noise` has nothing that is worth a move."""
+    places = data["moves"]["places"].items() if "moves" in data else ()
+    return {k.partition("/")[0]: x for k, x in places if k.endswith("/adam") and not k.startswith("noise")}
+
+
+def moved(data: Row) -> dict[str, str]:
+    """The sentences and the table of how far updates move rare tokens."""
+    places = moves_of(data)
+    if not places:
+        return {"moves_finding": "", "moves_text": "", "moves_table": ""}
+    arms = [*next(iter(places.values()))["values"]]
+
+    def told(arm: str) -> str:
+        verdicts = [x["differences"][f"{arm} - {CLIP}"]["moved_up"]["verdict"] for x in places.values()]
+        counts = ", ".join(f"{name} {verdicts.count(word)}" for name, word in MOVED.items())
+        return f"under `{arm}` {counts}"
+
+    values = {
+        arm: ", ".join(f"{math.exp(x['values'][arm]['moved_up']['value']):.2f} in {r}" for r, x in places.items())
+        for arm in (CLIP, BAND, UPPER)
+    }
+    text = (
+        f"Against the fixed clip, in the {len(places)} regimes, a rewarded rare token moves {told(BAND)}, and {told(UPPER)}. A "
+        "clip takes away a token's own gradient beyond the edge and no more: other tokens, momentum and the last step move it "
+        "too."
+    )
+    beyond = ", ".join(f"{x['values'][CLIP]['beyond_up']['value']:.0%} in {r}" for r, x in places.items())
+    return {
+        "moves_finding": "**The bottleneck, measured**: updates on a rollout multiply the probability of a rewarded rare token "
+        f"by {values[CLIP]} under the fixed clip, by {values[BAND]} under the whole band, and by {values[UPPER]} under the "
+        "upper half, all at one rate (geometric means).",
+        "moves_text": f"{text} Under the fixed clip the share of rewarded rare tokens that end above 1.2 is {beyond}.",
+        "moves_table": table(
+            [
+                "regime",
+                "arm",
+                "rewarded: new over old",
+                "punished: new over old",
+                "rewarded, above 1.2",
+                "punished, below 0.8",
+            ],
+            [
+                [
+                    r,
+                    f"`{arm}`",
+                    *(factor(x["values"][arm][m]) for m in ("moved_up", "moved_down")),
+                    *(f"{x['values'][arm][m]['value']:.0%}" for m in ("beyond_up", "beyond_down")),
+                ]
+                for r, x in places.items()
+                for arm in arms
+            ],
+        ),
+    }
+
+
+MOVED = {"further": "better", "less far": "worse", "the same": "equivalent", "undecided": "undecided"}
+FAMILIES = {
+    "radius": "one radius, the band",
+    "upper": "one radius, its upper half",
+    "eps": "one epsilon",
+    "two": "two epsilons",
+}
+
+
+def widened(data: Row) -> dict[str, str]:
+    """The sentences and the table of one radius against one and two epsilons."""
+    if "widths" not in data:
+        return {"widths_finding": "", "widths_text": "", "widths_table": ""}
+    places = {k.partition("/")[0]: x for k, x in data["widths"]["places"].items()}
+    area = "; ".join(
+        f"{r} " + ", ".join(f"{x['values'][f]['area']['value']:.2f} ({FAMILIES[f]})" for f in ("radius", "eps", "two"))
+        for r, x in places.items()
+    )
+    found = {
+        f: {r: x["differences"][f"{f} - eps"]["area"]["verdict"] for r, x in places.items()}
+        for f in FAMILIES
+        if f != "eps"
+    }
+    verdicts = "; ".join(f"{FAMILIES[f]} is {', '.join(f'{v} in {r}' for r, v in x.items())}" for f, x in found.items())
+    cells = next(iter(places.values()))["cells"]
+    return {
+        "widths_finding": f"**One radius against two epsilons**, share of the grid of rate and width that learns: {area}.",
+        "widths_text": f"There are {cells['radius']} cells for one radius or one epsilon and {cells['two']} for two. "
+        f"The area against that of one epsilon: {verdicts}.",
+        "widths_table": table(
+            [
+                "regime",
+                "region",
+                "cells",
+                "area",
+                "best of a few",
+                "area - that of one epsilon",
+                "best - that of one epsilon",
+            ],
+            [
+                [
+                    r,
+                    FAMILIES[f],
+                    str(x["cells"][f]),
+                    *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**x["values"][f][m]) for m in ("area", "best")),
+                    *("–" if f == "eps" else cell(x["differences"][f"{f} - eps"][m]) for m in ("area", "best")),
+                ]
+                for r, x in places.items()
+                for f in FAMILIES
+            ],
+        ),
+    }
+
+
+def mapped(data: Row) -> dict[str, str]:
+    """How often each arm wins on the map."""
+    tiles = data.get("map", [])
+    counts = [
+        f"{NAMES[m]}: {', '.join(f'{arm} {n}' for arm, n in Counter(t['winners'][m] or 'nobody' for t in tiles).most_common())}"
+        for m in NAMES
+    ]
+    return {"map_text": f"The winners of the {len(tiles)} tiles: {'; '.join(counts)}."}
+
+
+def under_sgd(data: Row) -> str:
+    """The halves under SGD, or nothing."""
+    found = {k.partition("/")[0]: x for k, x in data["regimes"].items() if k.endswith("/sgd")}
+    if not found:
+        return ""
+    return table(
+        ["regime", "arm", "rate", *(NAMES[m] for m in NAMES)],
+        [
+            [
+                r,
+                f"`{arm}`",
+                f"{x['rates'][arm]:g}",
+                *(cell(x["differences"]["own"][f"{arm} - {CLIP}"][m]) for m in NAMES),
+            ]
+            for r, x in found.items()
+            for arm in x["rates"]
+            if arm != CLIP
+        ],
+    )
 
 
 def findings(data: Row) -> dict[str, str]:
     """The sentences whose numbers come from the data."""
-    right = {arm: x["right"]["value"] for arm, x in regimes_of(data)["noise"]["values"]["same"].items()}
+    right = {arm: x["right"]["value"] for arm, x in regimes_of(data)["noise"]["values"]["own"].items()}
     drift, start = data["drift"]["ends"]["sgd 1"], data["drift"]["start"]
     theory = data["theory"]["drift"]
     kinds = data["drift"]["ends"]
@@ -93,27 +241,42 @@ def findings(data: Row) -> dict[str, str]:
         "neutral_finding": sentence(data, f"neutral - {CLIP}", "passed", "Against the fixed clip, pass@16")
         + " "
         + sentence(data, f"neutral - {CLIP}", "speed", "Reward in training"),
-        "undone": (
-            "The map (share of good rare options x steps for each rollout x wrong rewards), SGD in the regimes, the other "
-            "balls, `dppo`, `cfpo` and `troll` are parts of `--preset full` and not in these numbers."
-            if "map" not in data
-            else "SGD in the regimes, the other balls, `dppo`, `cfpo` and `troll` are parts of `--preset full` and not in "
-            "these numbers."
-        ),
+        "undone": undone(data),
     }
+
+
+def undone(data: Row) -> str:
+    """What the full study has and these numbers have not."""
+    full, regimes = PRESETS["full"], data["regimes"]
+    arms = [arm for arm in full.arms if not any(arm in x["rates"] for x in regimes.values())]
+    places = [f"{r} under {o.upper()}" for o in full.optimizers for r in full.regimes if f"{r}/{o}" not in regimes]
+    widths = [r for r in full.width_regimes if f"{r}/adam" not in data.get("widths", {}).get("places", {})]
+    tiles = len(full.shares) * len(full.reuse) * len(full.flips)
+    parts = [
+        f"the arms {', '.join(f'`{arm}`' for arm in arms)}" if arms else "",
+        f"the regimes {', '.join(places)}" if places else "",
+        f"the widths in {', '.join(widths)}" if widths else "",
+        f"{tiles - len(data.get('map', []))} of {tiles} tiles of the map" if len(data.get("map", [])) < tiles else "",
+    ]
+    missing = "; ".join(part for part in parts if part)
+    return (
+        f"`--preset full` has more than these numbers: {missing}."
+        if missing
+        else "All parts of `--preset full` are here."
+    )
 
 
 def _shown(found: Row, regime: str, pair: str, measure: str) -> str:
     if regime == "noise" and measure == "passed":
         return "–"  # there is nothing to pass
-    return cell(found["differences"][way(regime)][pair][measure])
+    return cell(found["differences"]["own"][pair][measure])
 
 
 def same_agreement(data: Row) -> str:
     """In how many of the decided verdicts the sign at the baseline's rate is that at the own rate."""
     agree = total = 0
     for regime, found in regimes_of(data).items():
-        if way(regime) == "same":
+        if regime == "noise":  # one rate in both ways
             continue
         for pair, row in found["differences"]["own"].items():
             for measure, x in row.items():
@@ -178,7 +341,7 @@ def tables(data: Row) -> dict[str, str]:
                     "{value:.3f} [{low:.3f}, {high:.3f}]".format(**x["right"]),
                     "{value:.2f} [{low:.2f}, {high:.2f}]".format(**x["entropy"]),
                 ]
-                for arm, x in regimes["noise"]["values"]["same"].items()
+                for arm, x in regimes["noise"]["values"]["own"].items()
             ],
         ),
         "what_list": "\n".join(f"* **{name}**: {text}" for name, text in WHAT.items()),
@@ -205,18 +368,46 @@ def page(data: Row) -> str:
         "same_agreement": same_agreement(data),
         "flat_upper": f"{data['theory']['flat'][UPPER]:+.1f}",
         "flat_clip": f"{data['theory']['flat'][CLIP]:+.1f}",
-        "unseen": f"{100 * (1 - 0.05 ** (1 / regimes['noisy']['seeds'])):.1f}",
+        "unseen": f"{100 * unseen_share(regimes['noisy']['seeds'], regimes['noisy']['family']):.1f}",
+        "moves": data.get("moves"),
+        "widths": data.get("widths"),
+        "map": data.get("map"),
+        "factors": ", ".join(f"{x:g}" for x in FACTORS),
+        "sgd_table": under_sgd(data),
+        "commands": "\n".join([*commands(data), "python tools/halves.py --from runs/lab-forks/forks.json"]),
     }
-    return render(TEXT.read_text(encoding="utf-8"), {**numbers, **findings(data), **tables(data)})
+    made = {**findings(data), **moved(data), **widened(data), **mapped(data), **tables(data)}
+    return render(TEXT.read_text(encoding="utf-8"), {**numbers, **made})
+
+
+def commands(data: Row) -> list[str]:
+    """The commands that made the data, without their folder."""
+    return [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
+
+
+def merged(files: Sequence[Path]) -> Row:
+    """The content of several files as one: later ones add the parts that the first one has not, and what made them."""
+    first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    for other in others:
+        parts = {key: other[key] for key in PARTS if key in other and key not in first}
+        made_by = {key: x for key, x in other.items() if key not in (*PARTS, "theory", "moves")}
+        first = {**first, **parts, "also": [*first.get("also", []), made_by]}
+    return first
 
 
 def main() -> int:
     """Writes the page, or compares it."""
     parser = argparse.ArgumentParser(description="The page of the two halves from docs/halves.json.")
-    parser.add_argument("--from", dest="source", type=Path, help="a forks.json of bandpo lab forks")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        nargs="+",
+        help="forks.json of bandpo lab forks; several ones of different parts",
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something is out of date")
     options = parser.parse_args()
-    data = json.loads((options.source or DATA).read_text(encoding="utf-8"))
+    data = merged(options.source or [DATA])
     made = {PAGE: page(data), **{FIGURES / f"{name}.svg": picture for name, picture in draw(data).items()}}
     if options.check:
         stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

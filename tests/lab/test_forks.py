@@ -13,6 +13,7 @@ import torch
 
 from bandpo import policy_loss
 from bandpo._system.errors import RunError
+from bandpo.lab.evidence.protocol import read
 from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.lab.forks.figures import plot_map
 from bandpo.lab.forks.plan import (
@@ -30,7 +31,7 @@ from bandpo.lab.forks.policy import Fork
 from bandpo.lab.forks.regimes import ARMS, FACTORS, PEAK, REGIMES, families, mixed, objective_of
 from bandpo.lab.forks.store import Cell, Store
 from bandpo.lab.forks.study import results, values_of
-from bandpo.lab.forks.summary import compared, summarise_map
+from bandpo.lab.forks.summary import SMALLEST, SMALLEST_MOVES, SMALLEST_WIDTHS, compared, range_of, summarise_map
 from bandpo.lab.forks.training import MEASURES, MOVES, Batch, Schedule, _edges, count_moves, loss, sample, train
 from bandpo.lab.forks.widths import SHARE, best_of, width_values
 from bandpo.statistics import Interval, t_interval, verdict
@@ -372,11 +373,11 @@ def test_areas_and_best_of_a_grid_that_is_known():
 
 def test_verdicts_are_symmetrical_and_known():
     rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.05, 64)
+    noise = rng.normal(0, 0.05, 512)
     noise -= noise.mean()
     for shift, wanted in ((0.1, "better"), (-0.1, "worse"), (0.0, "equivalent")):
-        assert compared(noise + shift, np.zeros(64), "mean", 1)["verdict"] == wanted
-    assert compared(10 * noise, np.zeros(64), "mean", 1)["verdict"] == "undecided"
+        assert compared(noise + shift, np.zeros(512), "mean", 1)["verdict"] == wanted
+    assert compared(5 * noise, np.zeros(512), "mean", 1)["verdict"] == "undecided"
     assert verdict(Interval(0.01, 0.005, 0.015), 0.02) == "equivalent"  # not 0, but too small to matter
     nan = float("nan")
     assert verdict(t_interval([1.0, nan]), 0.1) == "undecided" and math.isnan(t_interval([1.0, nan]).value)
@@ -384,6 +385,47 @@ def test_verdicts_are_symmetrical_and_known():
         verdict(Interval(0, 0, 0), 0.0)
     with pytest.raises(ValueError, match="at least 1"):
         t_interval([1.0, 2.0], 0)
+
+
+def test_no_number_of_equal_seeds_excludes_a_rare_failure():
+    """64 seeds without a failure leave 5.6% of failures possible; a narrower range or more seeds can exclude what matters."""
+    same = [0.4] * 64
+    found = compared(same, same, "mean", 1)
+    assert found["verdict"] == "undecided" and found["high"] == pytest.approx(1 - 0.025 ** (1 / 64), rel=1e-4)
+    assert compared(same, same, "mean", 1, "noisy")["high"] == pytest.approx(0.5 * found["high"], rel=1e-4)
+    assert compared(same * 3, same * 3, "mean", 1, "noisy")["verdict"] == "equivalent"
+    assert range_of("race", "mean") == (0, 0.75) and range_of("race", "passed") == (0, 1)
+
+
+def test_seeds_without_such_a_token_are_left_out_and_longer_lists_are_cut():
+    nan = float("nan")
+    found = compared([1.0, nan, 1.2, 9.0], [0.0, 0.0, 0.0], "moved_up", 1)
+    assert found["value"] == pytest.approx(1.1)
+    assert math.isnan(compared([0.1, nan], [0.1, 0.1], "mean", 1)["value"])  # a run that diverged is not left out
+
+
+def test_the_protocol_and_the_study_agree():
+    full, experiment = PRESETS["full"], read("full").experiments["forks"]
+    assert (experiment.seeds, experiment.report_seed) == (full.seeds, REPORT_SEED)
+    assert (experiment.tuning_seeds, experiment.tuning_seed) == (full.tuning_seeds, TUNING_SEED)
+    places = {f"{regime}/{optimizer}" for regime in full.regimes for optimizer in full.optimizers}
+    places |= {f"width/{regime}" for regime in full.width_regimes}
+    assert places == {name for name in experiment.places if not name.startswith("moves/")}
+    for name, place in experiment.places.items():
+        if name.startswith("width/"):
+            assert set(place.arms) == set(families())
+        else:
+            assert set(place.arms) == set(ARMS) - set(SLOW)
+        for measure, registered in place.measures.items():
+            smallest = {**SMALLEST, **SMALLEST_MOVES, **SMALLEST_WIDTHS}
+            if measure in smallest:
+                assert registered.smallest == smallest[measure], (name, measure)
+                ours = range_of(name.split("/")[name.startswith(("width/", "moves/"))], measure)
+                if measure in SMALLEST:
+                    assert registered.range == (None if ours is None else pytest.approx(ours, abs=1e-4)), (
+                        name,
+                        measure,
+                    )
 
 
 def test_intervals_cover_what_they_promise():
@@ -401,7 +443,7 @@ def test_intervals_cover_what_they_promise():
 def test_the_map_has_a_winner_only_where_there_is_one():
     def arms(**values):
         measures = ("mean", "passed", "entropy", "speed", "right")
-        final = {a: {m: (v + 0.001 * np.arange(8)).tolist() for m in measures} for a, v in values.items()}
+        final = {a: {m: (v + 0.001 * np.arange(64)).tolist() for m in measures} for a, v in values.items()}
         return {a: {"rate": 0.1, "own": {"final": f}} for a, f in final.items()}
 
     [found] = summarise_map(
@@ -436,15 +478,24 @@ def test_the_command_on_its_smallest_preset(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "forks.json").read_text())
     assert set(found["regimes"]) == {"diversity/adam", "noise/adam"} and len(found["map"]) == 1
     assert set(found["moves"]["places"]) == set(found["regimes"]) and set(found["widths"]["places"]) == {"noisy/adam"}
-    names = {"halves-reach", "halves-drift", "halves-regimes-adam", "halves-map"}
+    names = {f"halves-{name}" for name in ("reach", "drift", "regimes-adam", "moves", "widths", "map")}
     assert {p.stem for p in tmp_path.glob("*.svg")} == names
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
     assert run(parser.parse_args(options)) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == before
+    part = ["--only=regimes", "--regimes=noise", "--arms=grpo, bandpo-kl"]
+    assert run(parser.parse_args([*options, *part])) == 0
+    reduced = json.loads((tmp_path / "forks.json").read_text())
+    assert set(reduced) & {"drift", "widths", "map"} == set() and set(reduced["regimes"]) == {"noise/adam"}
+    assert set(reduced["regimes"]["noise/adam"]["rates"]) == {"grpo", "bandpo-kl"}
     for wrong, message in (
         ("--only=nothing", "choose from drift"),
         ("--device=cuda", "float64"),
         ("--jobs=0", "at least 1, got 0"),
+        ("--arms=bandpo-kl", "compared with grpo"),
+        ("--arms=grpo,gpro", "--arms gpro: choose from grpo"),
+        ("--regimes=race", "choose from diversity, noise, noisy"),
+        ("--optimizers=sgd", "choose from adam"),
     ):
         with pytest.raises(ValueError, match=message):
             run(parser.parse_args([*options, wrong]))

@@ -65,12 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder of the results (default: runs/compare-PRESET, or runs/compared)",
     )
-    add(
-        "--evidence",
-        type=Path,
-        metavar="DIR",
-        help="also write evidence.md, evidence.json and pictures there, as in docs/",
-    )
     add_examples(
         parser,
         "compare --preset smoke                            # does it run? half a minute",

@@ -69,9 +69,12 @@ def _add_forks(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("smoke", "quick", "full"),
         default="quick",
-        help="smoke (seconds), quick (a quarter of an hour), full (some hours: all arms, more of the map; default: quick)",
+        help="smoke (seconds), quick (five minutes), full (three hours of a core: all arms, SGD, the map; default: quick)",
     )
     add("--only", help="parts separated by commas: drift, regimes, widths, map (default: all)")
+    add("--regimes", help="regimes of the parts regimes and widths, separated by commas (default: those of the preset)")
+    add("--arms", help="arms of the part regimes, separated by commas, grpo among them (default: those of the preset)")
+    add("--optimizers", help="optimisers of the part regimes, separated by commas (default: those of the preset)")
     add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
     _add_output(parser, "runs/lab-forks")
 
@@ -88,6 +91,7 @@ def _add_evidence(parser: argparse.ArgumentParser) -> None:
         "--only",
         help="forks, transformers, or patterns of their places ('forks/*/adam'), separated by commas (default: all)",
     )
+    add("--arms", help="arms beside grpo, separated by commas (default: all); a claim without its arms is not measured")
     add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
     _add_output(parser, "runs/lab-evidence")
 

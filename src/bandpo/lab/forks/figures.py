@@ -2,56 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any, cast
 
 import torch
 
 from bandpo.bounds import Band, Clip
 from bandpo.divergences import KL
+from bandpo.lab.drawing import COLOURS, NAMES, box, dot, line, picture, scale, text
 from bandpo.lab.forks.regimes import BASELINE, DRIFT, WHAT
 from bandpo.lab.forks.theory import reach
 
-_WIDTH = 480
-_STYLE = """\
-<style>
-  text { font: 13px system-ui, sans-serif; fill: #1f2430 }
-  .title { font-weight: 600; font-size: 15px }
-  .note { fill: #525a6b; font-size: 12px }
-  .mid { text-anchor: middle } .end { text-anchor: end }
-  .axis { stroke: #8892a6; stroke-width: 1; fill: none } .zero { stroke: #525a6b; stroke-width: 1.4 }
-  .tile { stroke: #ffffff; stroke-width: 2 }
-  .none { fill: #e3e6ee } .on { fill: #ffffff; font-weight: 600; font-size: 12px }
-  .c0 { --c: #6f7b95 } .c1 { --c: #0b7a75 } .c2 { --c: #b54708 } .c3 { --c: #2f55d4 } .c4 { --c: #8a3ffc } .c5 { --c: #a61b4a }
-  .c6 { --c: #7a5c00 } .c7 { --c: #1f2430 }
-  .dot { fill: var(--c) } .line { stroke: var(--c); stroke-width: 2; fill: none } .open { fill: #ffffff; stroke: var(--c);
-    stroke-width: 1.6 } .tinted { fill: var(--c) } .dash { stroke-dasharray: 5 4 }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #e8eaf0 } .note { fill: #aab2c4 } .axis { stroke: #6f7b95 } .zero { stroke: #aab2c4 }
-    .tile { stroke: #1b1f2b } .none { fill: #2d3344 } .open { fill: #1b1f2b } .on { fill: #ffffff }
-    .line, .dot, .open { --c: var(--d, var(--c)) }
-    .c0 { --d: #aab2c4 } .c1 { --d: #4fd1c5 } .c2 { --d: #ffa94d } .c3 { --d: #8ea2ff } .c4 { --d: #c9a2ff }
-    .c5 { --d: #ff8fab } .c6 { --d: #e0c060 } .c7 { --d: #e8eaf0 }
-  }
-</style>"""
-_CLASS = {
-    "grpo": "c0",
-    "bandpo-kl-upper": "c1",
-    "bandpo-kl-lower": "c2",
-    "bandpo-kl": "c3",
-    "clip-higher": "c4",
-    "no-clip": "c5",
-    "neutral": "c6",
-    "dcpo": "c7",
-}
-_SHORT = {
-    "grpo": "fixed clip",
-    "bandpo-kl-upper": "upper half",
-    "bandpo-kl-lower": "lower half",
-    "bandpo-kl": "whole band",
-    "clip-higher": "Clip-Higher",
-    "no-clip": "no clip",
-}
 _SHOWN = ("bandpo-kl-lower", "bandpo-kl", "bandpo-kl-upper", "clip-higher", "no-clip")
 _MEASURES = {"speed": "reward in training", "passed": "pass@16", "entropy": "entropy, nats"}
 _NOISE = "noise"  # nothing to learn there, so that reward and pass@k say nothing
@@ -62,7 +22,7 @@ def draw(found: Mapping[str, Any]) -> dict[str, str]:
     """All figures for which a study has the numbers, by name.
 
     Args:
-        found: Summaries of the parts, as `bandpo.lab.forks.study.study` gives them.
+        found: Summaries of the parts, as `bandpo.lab.forks.study.summarise` gives them.
     """
     pictures = {"halves-reach": plot_reach()}
     if "drift" in found:
@@ -81,27 +41,6 @@ def draw(found: Mapping[str, Any]) -> dict[str, str]:
     return pictures
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" width="{_WIDTH}" role="img"'
-    return "\n".join([f'{head} aria-label="{escape(title)}">', _STYLE, *parts, "</svg>", ""])
-
-
-def _text(x: float, y: float, text: str, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{escape(text)}</text>'
-
-
-def _line(x0: float, y0: float, x1: float, y1: float, style: str) -> str:
-    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" class="{style}"/>'
-
-
-def _dot(x: float, y: float, style: str) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{style}"/>'
-
-
-def _scale(low: float, high: float, left: float, right: float) -> Callable[[float], float]:
-    return lambda value: left + (min(max(value, low), high) - low) / (high - low) * (right - left)
-
-
 def plot_regimes(regimes: Mapping[str, Any]) -> str:
     """Differences from the fixed clip in each regime, each arm at its own rate: three measures side by side.
 
@@ -111,50 +50,46 @@ def plot_regimes(regimes: Mapping[str, Any]) -> str:
         regimes: Summary of each regime, of one optimiser.
     """
     parts = [
-        _text(8, 20, "Against PPO's fixed clip, each at its best rate", "title"),
-        _text(8, 38, "left: lower, right: higher; 95% intervals; filled: clearly so", "note"),
+        text(8, 20, "Against PPO's fixed clip, each at its best rate", "title"),
+        text(8, 38, "left: lower, right: higher; 95% intervals; filled: clearly so", "note"),
     ]
     columns = [(118 + 122 * i, 118 + 122 * i + 106) for i in range(3)]
     limits = {m: _largest(regimes, m) for m in _MEASURES}
     y = 64.0
     for (left, right), (measure, title) in zip(columns, _MEASURES.items(), strict=True):
-        parts += [_text((left + right) / 2, y, title, "mid"), _text(left, y + 15, f"-{limits[measure]:.2g}", "note")]
-        parts.append(_text(right, y + 15, f"+{limits[measure]:.2g}", "note end"))
+        parts += [text((left + right) / 2, y, title, "mid"), text(left, y + 15, f"-{limits[measure]:.2g}", "note")]
+        parts.append(text(right, y + 15, f"+{limits[measure]:.2g}", "note end"))
     y += 26
     top = y
     last = y
     for regime, summary in regimes.items():
         y += 18
         rate = ", one rate for all" if regime == _NOISE else ""
-        parts.append(_text(8, y, f"{regime}: {WHAT[regime]}{rate}", ""))
+        parts.append(text(8, y, f"{regime}: {WHAT[regime]}{rate}", ""))
         for arm in _SHOWN:
-            found = summary["differences"][_way(regime)].get(f"{arm} - {BASELINE}")
+            found = summary["differences"]["own"].get(f"{arm} - {BASELINE}")
             if found is None:
                 continue
             y += 17
-            parts.append(_text(112, y + 4, _SHORT[arm], "note end"))
+            parts.append(text(112, y + 4, NAMES[arm], "note end"))
             if regime == _NOISE:
-                kept = [summary["values"]["same"][name]["right"]["value"] for name in (BASELINE, arm)]
-                parts.append(_text(122, y + 4, f"certain tokens intact: {kept[0]:.0%} → {kept[1]:.0%}", "note"))
+                kept = [summary["values"]["own"][name]["right"]["value"] for name in (BASELINE, arm)]
+                parts.append(text(122, y + 4, f"certain tokens intact: {kept[0]:.0%} → {kept[1]:.0%}", "note"))
             for (left, right), measure in zip(columns, _MEASURES, strict=True):
                 if regime == _NOISE and measure != "entropy":
                     continue
-                parts += _interval(found[measure], _scale(-limits[measure], limits[measure], left, right), y, arm)
+                parts += _interval(found[measure], scale(-limits[measure], limits[measure], left, right), y, arm)
         y += 8
         last = y if regime != _NOISE else last
     ends = [last, last, y]
-    parts += [_line((a + b) / 2, top, (a + b) / 2, end, "zero") for (a, b), end in zip(columns, ends, strict=True)]
-    return _svg("Differences from the fixed clip by regime", y + 12, parts)
-
-
-def _way(regime: str) -> str:
-    return "same" if regime == _NOISE else "own"
+    parts += [line((a + b) / 2, top, (a + b) / 2, end, "zero") for (a, b), end in zip(columns, ends, strict=True)]
+    return picture("Differences from the fixed clip by regime", y + 12, parts)
 
 
 def _largest(regimes: Mapping[str, Any], measure: str) -> float:
     """The end of the scale of a measure: the largest end of an interval that is shown."""
     found = [
-        summary["differences"][_way(regime)][f"{arm} - {BASELINE}"][measure]
+        summary["differences"]["own"][f"{arm} - {BASELINE}"][measure]
         for regime, summary in regimes.items()
         for arm in _SHOWN
         if f"{arm} - {BASELINE}" in summary["differences"]["own"] and (regime != _NOISE or measure == "entropy")
@@ -165,8 +100,8 @@ def _largest(regimes: Mapping[str, Any], measure: str) -> float:
 def _interval(found: Mapping[str, Any], place: Callable[[float], float], y: float, arm: str) -> list[str]:
     clear = found["verdict"] in ("better", "worse")
     ends = place(found["low"]), place(found["high"])
-    dot = _dot(place(found["value"]), y, f"{'dot' if clear else 'open'} {_CLASS[arm]}")
-    return [_line(ends[0], y, ends[1], y, f"line {_CLASS[arm]}"), dot]
+    style = f"{'dot' if clear else 'open'} {COLOURS[arm]}"
+    return [line(ends[0], y, ends[1], y, f"line {COLOURS[arm]}"), dot(place(found["value"]), y, style)]
 
 
 def plot_drift(drift: Mapping[str, Any]) -> str:
@@ -176,28 +111,28 @@ def plot_drift(drift: Mapping[str, Any]) -> str:
         drift: Summary of the study of drift.
     """
     highest = max(row["value"] for rows in drift["ends"].values() for row in rows.values())
-    place = _scale(0, 1.05 * max(highest, drift["start"]), 120, 468)
+    place = scale(0, 1.05 * max(highest, drift["start"]), 120, 468)
     labels = [x.label for x in DRIFT]
     parts = [
-        _text(8, 20, "Rewards are coin flips: the interval alone decides", "title"),
-        _text(8, 38, "entropy after training, nats; the line is where it began", "note"),
+        text(8, 20, "Rewards are coin flips: the interval alone decides", "title"),
+        text(8, 38, "entropy after training, nats; the line is where it began", "note"),
     ]
     top, y = 78.0, 78.0
     for i, name in enumerate(drift["ends"]):
         parts += [
-            _dot(126 + 115 * i, 58, f"dot c{(1, 3, 2)[i % 3]}"),
-            _text(135 + 115 * i, 62, _optimizer(name), "note"),
+            dot(126 + 115 * i, 58, f"dot c{(1, 3, 2)[i % 3]}"),
+            text(135 + 115 * i, 62, _optimizer(name), "note"),
         ]
     for i, label in enumerate(labels):
         y += 20 + 8 * (i > 0 and DRIFT[i].lower != DRIFT[i - 1].lower)
-        parts += [_text(112, y + 4, label, "end"), _line(120, y, 468, y, "axis")]
+        parts += [text(112, y + 4, label, "end"), line(120, y, 468, y, "axis")]
         for j, rows in enumerate(drift["ends"].values()):
             if label in rows:
-                parts.append(_dot(place(rows[label]["value"]), y, f"dot c{(1, 3, 2)[j % 3]}"))
+                parts.append(dot(place(rows[label]["value"]), y, f"dot c{(1, 3, 2)[j % 3]}"))
     x = place(drift["start"])
-    parts += [_line(x, top, x, y + 10, "zero"), _text(x - 4, y + 24, "◂ falls", "note end")]
-    parts += [_text(x + 4, y + 24, "rises ▸", "note"), _text(8, top + 4, "interval", "note")]
-    return _svg("Entropy under pure noise by interval", y + 34, parts)
+    parts += [line(x, top, x, y + 10, "zero"), text(x - 4, y + 24, "◂ falls", "note end")]
+    parts += [text(x + 4, y + 24, "rises ▸", "note"), text(8, top + 4, "interval", "note")]
+    return picture("Entropy under pure noise by interval", y + 34, parts)
 
 
 def _optimizer(name: str) -> str:
@@ -213,52 +148,66 @@ def plot_moves(places: Mapping[str, Any], tracked: int) -> str:
         tracked: Number of rollouts.
     """
     parts = [
-        _text(8, 20, "How far updates really move rare tokens", "title"),
-        _text(8, 38, f"after one rollout, mean of the first {tracked}, one learning rate for all arms", "note"),
-        _dot(14, 54, "open c2"),
-        _text(24, 58, "punished (A < 0)", "note"),
-        _dot(144, 54, "dot c1"),
-        _text(154, 58, "rewarded (A > 0)", "note"),
-        _text(284, 58, "zone: the fixed clip, 0.8 to 1.2", "note"),
+        text(8, 20, "How far updates really move rare tokens", "title"),
+        text(8, 38, f"probability after the updates on a rollout over that before, first {tracked} rollouts", "note"),
+        dot(14, 54, "open c2"),
+        text(24, 58, "punished (A < 0)", "note"),
+        dot(144, 54, "dot c1"),
+        text(154, 58, "rewarded (A > 0)", "note"),
+        text(284, 58, "zone: the fixed clip, 0.8 to 1.2", "note"),
     ]
-    shown = ("grpo", *_SHOWN)
-    rows = [(regime, row) for regime, row in places.items() if regime in _MOVED]
-    ends = [
-        row["values"][arm][m][end]
-        for _, row in rows
-        for arm in shown
-        if arm in row["values"]
-        for m, end in (("moved_up", "high"), ("moved_down", "low"))
+    y = 80.0
+    for regime in _MOVED:
+        if regime in places:
+            parts += _moves_of_regime(regime, places[regime], y)
+            y += 17 * len(_with_baseline(places[regime]["values"])) + 54
+    return picture("How far updates move rare tokens", y - 10, parts)
+
+
+def _with_baseline(values: Mapping[str, Any]) -> list[str]:
+    return [arm for arm in (BASELINE, *_SHOWN) if arm in values]
+
+
+def _moves_of_regime(regime: str, row: Mapping[str, Any], y: float) -> list[str]:
+    """One block of `plot_moves`, with a scale of its own."""
+    measures = {"moved_down": "open c2", "moved_up": "dot c1"}
+    shown = {
+        (arm, measure): row["values"][arm][measure]
+        for arm in _with_baseline(row["values"])
+        for measure in measures
+        if all(x is not None and math.isfinite(x) for x in row["values"][arm][measure].values())
+    }
+    low = min([-0.3, *(x["low"] for x in shown.values())])
+    high = max([0.3, *(x["high"] for x in shown.values())])
+    place = scale(low, high, 120, 468)
+    height = 17 * len(_with_baseline(row["values"])) + 6
+    edges = place(math.log(0.8)), place(math.log(1.2))
+    parts = [
+        text(8, y, f"{regime}: {WHAT[regime]}", ""),
+        box(edges[0], y + 4, edges[1] - edges[0], height, "zone"),
+        line(place(0), y + 4, place(0), y + 4 + height, "zero"),
     ]
-    limits = [min([x for x in ends if x is not None], default=-1), max([x for x in ends if x is not None], default=1)]
-    place = _scale(min(limits[0], -0.3) - 0.05, max(limits[1], 0.3) + 0.05, 120, 468)
-    y = 76.0
-    for regime, row in rows:
-        present = [arm for arm in shown if arm in row["values"]]
-        edges = place(math.log(0.8)), place(math.log(1.2))
-        height = 17 * len(present) + 6
-        parts.append(
-            f'<rect x="{edges[0]:.1f}" y="{y + 8:.1f}" width="{edges[1] - edges[0]:.1f}" height="{height}" class="none"/>'
-        )
-        parts += [
-            _text(8, y + 4, f"{regime}: {WHAT[regime]}", ""),
-            _line(place(0), y + 8, place(0), y + 8 + height, "zero"),
-        ]
-        for arm in present:
-            y += 17
-            parts.append(_text(112, y + 4, _SHORT.get(arm, arm), "note end"))
-            for measure, style in (("moved_down", "open c2"), ("moved_up", "dot c1")):
-                found = row["values"][arm][measure]
-                if None in found.values() or math.isnan(found["value"]):
-                    continue
-                parts.append(_line(place(found["low"]), y, place(found["high"]), y, f"line {style[-2:]}"))
-                parts.append(_dot(place(found["value"]), y, style))
-        y += 34
-    for ratio in (0.05, 0.1, 0.2, 0.5, 0.8, 1.0, 1.2, 2, 5, 10):
-        if limits[0] - 0.05 <= math.log(ratio) <= limits[1] + 0.05 or ratio in (0.8, 1.0, 1.2):
-            parts.append(_text(place(math.log(ratio)), y - 6, f"{ratio:g}", "mid note"))
-    parts.append(_text(294, y + 11, "new probability over old", "mid note"))
-    return _svg("How far updates move rare tokens", y + 22, parts)
+    for i, arm in enumerate(_with_baseline(row["values"]), 1):
+        parts.append(text(112, y + 17 * i + 4, NAMES.get(arm, arm), "note end"))
+        for measure, style in measures.items():
+            if found := shown.get((arm, measure)):
+                parts.append(
+                    line(place(found["low"]), y + 17 * i, place(found["high"]), y + 17 * i, f"line {style[-2:]}")
+                )
+                parts.append(dot(place(found["value"]), y + 17 * i, style))
+    return [*parts, *_ratios(low, high, place, y + height + 18)]
+
+
+def _ratios(low: float, high: float, place: Callable[[float], float], y: float) -> list[str]:
+    """Labels of ratios below an axis of their logarithms, the simplest ones first, as many as have room."""
+    parts: list[str] = []
+    taken: list[float] = []
+    for ratio in (1, 10, 0.1, 0.01, 0.001, 2, 0.5, 5, 0.2, 1.5, 0.7, 20, 0.05):
+        x = place(math.log(ratio))
+        if low <= math.log(ratio) <= high and all(abs(x - other) >= 34 for other in taken):
+            taken.append(x)
+            parts.append(text(x, y, f"{ratio:g}", "mid note"))
+    return parts
 
 
 _MOVED = ("needle", "diversity", "noisy")
@@ -282,29 +231,29 @@ def plot_widths(widths: Mapping[str, Any]) -> str:
         "best": ("reward of the best", f"of {widths['trials']} random cells"),
     }
     parts = [
-        _text(8, 20, "Which region is easier to tune?", "title"),
-        _text(8, 38, "grid of learning rates and widths from a quarter to 4 times the default", "note"),
+        text(8, 20, "Which region is easier to tune?", "title"),
+        text(8, 38, "grid of learning rates and widths from a quarter to 4 times the default", "note"),
     ]
     for (left, right), lines in zip(columns, titles.values(), strict=True):
-        parts += [_text((left + right) / 2, 62 + 15 * i, text, "mid note") for i, text in enumerate(lines)]
+        parts += [text((left + right) / 2, 62 + 15 * i, words, "mid note") for i, words in enumerate(lines)]
     y = 84.0
     for place, row in widths["places"].items():
         y += 22
         regime = place.partition("/")[0]
-        parts.append(_text(8, y, f"{regime}: learns if its reward at the end is above {row['needed']:g}", ""))
+        parts.append(text(8, y, f"{regime}: learns if its reward at the end is above {row['needed']:g}", ""))
         for name, (label, colour) in _FAMILIES.items():
             y += 18
-            parts.append(_text(150, y + 4, label, "note end"))
+            parts.append(text(150, y + 4, label, "note end"))
             for (left, right), measure in zip(columns, titles, strict=True):
-                at = _scale(0, 1, left, right)
+                at = scale(0, 1, left, right)
                 found = row["values"][name][measure]
-                parts += [_line(left, y, right, y, "axis"), _dot(at(found["value"]), y, f"dot {colour}")]
-                parts.append(_line(at(found["low"]), y, at(found["high"]), y, f"line {colour}"))
-                parts.append(_text(right + 2, y - 4, f"{found['value']:.2f}", "note end"))
+                parts += [line(left, y, right, y, "axis"), dot(at(found["value"]), y, f"dot {colour}")]
+                parts.append(line(at(found["low"]), y, at(found["high"]), y, f"line {colour}"))
+                parts.append(text(right + 2, y - 4, f"{found['value']:.2f}", "note end"))
         y += 8
     for left, right in columns:
-        parts += [_text(left, y + 14, "0", "mid note"), _text(right, y + 14, "1", "mid note")]
-    return _svg("One radius against one and two epsilons", y + 24, parts)
+        parts += [text(left, y + 14, "0", "mid note"), text(right, y + 14, "1", "mid note")]
+    return picture("One radius against one and two epsilons", y + 24, parts)
 
 
 def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -316,37 +265,37 @@ def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
     shares = sorted({c["share"] for c in cells})
     rows = sorted({(c["flip"], c["steps"]) for c in cells})
     parts = [
-        _text(8, 20, "Who wins where", "title"),
-        _text(8, 38, "tile: the best arm, and its lead over the fixed clip where that is clear", "note"),
-        _text(8, 54, "grey: no arm is clearly better than the fixed clip; each at its best rate", "note"),
+        text(8, 20, "Who wins where", "title"),
+        text(8, 38, "tile: the best arm, and its lead over the fixed clip where that is clear", "note"),
+        text(8, 54, "grey: no arm is clearly better than the fixed clip; each at its best rate", "note"),
     ]
     y = 84.0
     width, tall = 330 / max(1, len(shares)), 36
     found = {(c["share"], c["flip"], c["steps"]): c for c in cells}
     for measure, title in _ALL.items():
-        parts.append(_text(138, y, title, ""))
+        parts.append(text(138, y, title, ""))
         y += 8
         for flip, steps in rows:
-            parts.append(_text(132, y + 15, f"{steps} steps a rollout", "note end"))
-            parts.append(_text(132, y + 29, f"{flip:.0%} of rewards wrong", "note end"))
+            parts.append(text(132, y + 15, f"{steps} steps a rollout", "note end"))
+            parts.append(text(132, y + 29, f"{flip:.0%} of rewards wrong", "note end"))
             for i, share in enumerate(shares):
                 cell = found[share, flip, steps]
                 winner: str | None = cell["winners"][measure]
-                style = "none" if winner is None else f"tinted {_CLASS.get(winner, 'c7')}"
+                style = "none" if winner is None else f"tinted {COLOURS.get(winner, 'c7')}"
                 x = 138 + width * i
-                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{tall}" class="tile {style}"/>')
+                parts.append(box(x, y, width, tall, f"tile {style}"))
                 if winner is not None:
-                    parts.append(_text(x + width / 2, y + 15, _SHORT.get(winner, winner), "mid on"))
+                    parts.append(text(x + width / 2, y + 15, NAMES.get(winner, winner), "mid on"))
                     lead = cell["differences"].get(f"{winner} - {BASELINE}")
                     parts.append(
-                        _text(x + width / 2, y + 29, "" if lead is None else f"{lead[measure]['value']:+.2f}", "mid on")
+                        text(x + width / 2, y + 29, "" if lead is None else f"{lead[measure]['value']:+.2f}", "mid on")
                     )
             y += tall
         y += 26
     y -= 10
-    parts += [_text(138 + width * (i + 0.5), y, f"{share:.0%}", "mid note") for i, share in enumerate(shares)]
-    parts.append(_text(303, y + 17, "of the rare options are better than the common one", "mid note"))
-    return _svg("Which arm wins where", y + 28, parts)
+    parts += [text(138 + width * (i + 0.5), y, f"{share:.0%}", "mid note") for i, share in enumerate(shares)]
+    parts.append(text(303, y + 17, "of the rare options are better than the common one", "mid note"))
+    return picture("Which arm wins where", y + 28, parts)
 
 
 def plot_reach(budget: float = 1.0) -> str:
@@ -356,15 +305,15 @@ def plot_reach(budget: float = 1.0) -> str:
         budget: T = |A|·η·K.
     """
     p = torch.logspace(-4, math.log10(0.995), 25, dtype=torch.float64)
-    across, up = _scale(-4, 0, 60, 466), _scale(-2.4, 4.4, 300, 70)
+    across, up = scale(-4, 0, 60, 466), scale(-2.4, 4.4, 300, 70)
     parts = [
-        _text(8, 20, "How far a token moves itself in one rollout", "title"),
-        _text(8, 38, "new probability over old, by the old one; up: A > 0, down: A < 0", "note"),
+        text(8, 20, "How far a token moves itself in one rollout", "title"),
+        text(8, 38, "new probability over old, by the old one; up: A > 0, down: A < 0", "note"),
     ]
     for value in (0.2, 0.5, 1, 2, 5, 10, 20):
         y = up(math.log2(value))
-        parts += [_line(60, y, 466, y, "zero" if value == 1 else "axis"), _text(54, y + 4, f"{value:g}x", "note end")]
-    parts += [_text(across(math.log10(x)), 318, f"{x:g}", "mid note") for x in (1e-4, 1e-3, 1e-2, 0.1, 1)]
+        parts += [line(60, y, 466, y, "zero" if value == 1 else "axis"), text(54, y + 4, f"{value:g}x", "note end")]
+    parts += [text(across(math.log10(x)), 318, f"{x:g}", "mid note") for x in (1e-4, 1e-3, 1e-2, 0.1, 1)]
     arms = {
         "fixed clip 0.8 … 1.2": (Clip(0.2), "line c0"),
         "KL band 0.05": (Band(KL, 0.05), "line c3"),
@@ -376,5 +325,5 @@ def plot_reach(budget: float = 1.0) -> str:
             xs, ys = (cast("list[float]", t.tolist()) for t in (p.log10(), ratio.log2()))
             points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(xs, ys, strict=True))
             parts.append(f'<polyline points="{points}" class="{style}"/>')
-        parts += [_line(8 + 165 * i, 342, 34 + 165 * i, 342, style), _text(40 + 165 * i, 346, name, "note")]
-    return _svg("Reach of a token's own gradient", 356, parts)
+        parts += [line(8 + 165 * i, 342, 34 + 165 * i, 342, style), text(40 + 165 * i, 346, name, "note")]
+    return picture("Reach of a token's own gradient", 356, parts)

@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bandpo
 from bandpo._system.about import about
@@ -12,6 +13,7 @@ from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS, Preset, run_drift, run_map, run_regimes, run_widths
+from bandpo.lab.forks.regimes import BASELINE
 from bandpo.lab.forks.store import Store
 from bandpo.lab.forks.summary import (
     summarise_drift,
@@ -21,7 +23,7 @@ from bandpo.lab.forks.summary import (
     summarise_theory,
     summarise_widths,
 )
-from bandpo.lab.forks.training import MEASURES, MOVES
+from bandpo.lab.forks.training import MEASURES, MOVES, Optimizer
 from bandpo.lab.forks.widths import width_values
 
 _RUNS: Mapping[str, Callable[[Preset, Store], Any]] = {
@@ -56,16 +58,15 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--device {options.device}: bandpo lab forks runs small tables in float64; choose --device cpu"
         )
-    parts = PARTS if options.only is None else tuple(options.only.split(","))
-    if unknown := [p for p in parts if p not in PARTS]:
-        raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(PARTS)}")
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    parts = _chosen("--only", options.only, PARTS)
+    preset = _restricted(PRESETS[options.preset], options)
     progress = Progress()
     folder: Path = options.output
     with released(claim_output(folder)):
         store = Store(folder / "cells", progress.say, options.jobs)
-        found = summarise(results(PRESETS[options.preset], store, parts))
+        found = summarise(results(preset, store, parts))
         content = {
             **about(),
             "bandpo": bandpo.__version__,
@@ -80,6 +81,29 @@ def lab_forks(options: argparse.Namespace) -> dict[str, Any]:
             progress.say(f"figure: {folder / f'{name}.svg'}")
     progress.say(f"{store.made} runs made, {store.found} found from before; {folder / 'forks.json'}")
     return content
+
+
+def _restricted(preset: Preset, options: argparse.Namespace) -> Preset:
+    """The preset with the regimes, arms and optimisers that the options name."""
+    regimes = _chosen("--regimes", options.regimes, [*dict.fromkeys((*preset.regimes, *preset.width_regimes))])
+    arms = _chosen("--arms", options.arms, preset.arms)
+    if BASELINE not in arms:
+        raise ValueError(f"--arms {','.join(arms)}: all arms are compared with {BASELINE}; name it too")
+    return replace(
+        preset,
+        regimes=tuple(x for x in preset.regimes if x in regimes),
+        width_regimes=tuple(x for x in preset.width_regimes if x in regimes),
+        arms=arms,
+        optimizers=cast("tuple[Optimizer, ...]", _chosen("--optimizers", options.optimizers, preset.optimizers)),
+    )
+
+
+def _chosen(option: str, given: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The names of an option, in the order of the known ones; all of them where it is not given."""
+    names = [*known] if given is None else [x.strip() for x in given.split(",")]
+    if unknown := [x for x in names if x not in known]:
+        raise ValueError(f"{option} {','.join(unknown)}: choose from {', '.join(known)}")
+    return tuple(x for x in known if x in names)
 
 
 def results(preset: Preset, store: Store, parts: Sequence[str] = PARTS) -> dict[str, Any]:

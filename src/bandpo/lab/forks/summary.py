@@ -1,24 +1,26 @@
 """What the runs of a study say: paired differences with intervals that hold together, and verdicts by one rule."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from bandpo.lab.forks.policy import Fork
 from bandpo.lab.forks.regimes import ARMS, BASELINE, DRIFT, NOISE, PEAK
 from bandpo.lab.forks.theory import along_own_gradient, entropy, free_drift, neutral_upper, one_token_drift, reach
 from bandpo.lab.forks.training import MOVES, RARE, TRACKED
 from bandpo.lab.forks.widths import SHARE, TRIALS, width_values
-from bandpo.statistics import Interval, t_interval, verdict
+from bandpo.statistics import Interval, bounded_interval, t_interval, verdict
 
 SMALLEST: Mapping[str, float] = {"mean": 0.02, "passed": 0.03, "entropy": 0.1, "speed": 0.02, "right": 0.02}
 """The smallest effect of interest of each measure, set by hand; entropy in nats, the others as shares."""
 
-SMALLEST_MOVES: Mapping[str, float] = {"moved_up": 0.05, "moved_down": 0.05, "beyond_up": 0.02, "beyond_down": 0.02}
+SMALLEST_MOVES: Mapping[str, float] = {"moved_up": 0.05, "moved_down": 0.05, "beyond_up": 0.05, "beyond_down": 0.05}
 """The same for how far updates move rare tokens: nats of the log-ratio, and shares."""
 
-SMALLEST_WIDTHS: Mapping[str, float] = {"area": 0.02, "best": 0.02}
+SMALLEST_WIDTHS: Mapping[str, float] = {"area": 0.05, "best": 0.02}
 """The same for the study of widths, as shares."""
 
 _SMALLEST = {**SMALLEST, **SMALLEST_MOVES, **SMALLEST_WIDTHS}
@@ -39,17 +41,46 @@ def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
     return [*found, *((a, b) for a, b in HALVES if a in arms and b in arms)]
 
 
-def compared(first: Sequence[float], second: Sequence[float], measure: str, comparisons: int) -> dict[str, Any]:
+def range_of(regime: str | None, measure: str) -> tuple[float, float] | None:
+    """The smallest and the largest value that a measure can have; None where it has no end.
+
+    Args:
+        regime: A name in `REGIMES`; None for a problem of the map.
+        measure: A name in `SMALLEST`, `SMALLEST_MOVES` or `SMALLEST_WIDTHS`.
+    """
+    if measure.startswith("moved"):
+        return None
+    if measure == "entropy":
+        return 0.0, math.log(Fork().options)
+    peak = PEAK.get(regime or "", 1.0) if measure in ("mean", "speed") else 1.0
+    return 0.0, peak
+
+
+def compared(
+    first: Sequence[float], second: Sequence[float], measure: str, comparisons: int, regime: str | None = None
+) -> dict[str, Any]:
     """The paired difference of two arms in a measure, with its verdict.
+
+    A measure with a range has an interval that allows for failures that no seed has shown (`bounded_interval`), the others
+    Student's. A seed on which one of the two has no such token is left out; a run that diverged makes all numbers NaN.
 
     Args:
         first: Values of the first arm by seed.
         second: Values of the second arm on the same seeds; of two lists the longer one is cut.
         measure: A name in `SMALLEST`, `SMALLEST_MOVES` or `SMALLEST_WIDTHS`.
         comparisons: Intervals that hold together with a chance of 95%.
+        regime: A name in `REGIMES`; None for a problem of the map.
     """
     pairs = min(len(first), len(second))
-    found = t_interval(list(np.subtract(first[:pairs], second[:pairs])), comparisons)
+    differences = np.subtract(first[:pairs], second[:pairs], dtype=float)
+    if measure in SMALLEST_MOVES:
+        differences = differences[np.isfinite(differences)]
+    ends = range_of(regime, measure)
+    if ends is None or not np.isfinite(differences).all():
+        found = t_interval(differences.tolist(), comparisons)
+    else:
+        reach = ends[1] - ends[0]
+        found = bounded_interval(differences.clip(-reach, reach).tolist(), -reach, reach, comparisons)
     return {**_rounded(found), "verdict": verdict(found, _SMALLEST[measure])}
 
 
@@ -68,6 +99,7 @@ def summarise_regimes(found: Mapping[str, Any]) -> dict[str, Any]:
     optimizers = [key.partition("/")[2] for key in found]
     summary: dict[str, Any] = {}
     for key, arms in found.items():
+        regime = key.partition("/")[0]
         pairs = pairs_of(list(arms))
         family = len(pairs) * optimizers.count(key.partition("/")[2])
         values = {
@@ -77,7 +109,7 @@ def summarise_regimes(found: Mapping[str, Any]) -> dict[str, Any]:
         differences = {
             way: {
                 f"{a} - {b}": {
-                    m: compared(arms[a][way]["final"][m], arms[b][way]["final"][m], m, family) for m in SMALLEST
+                    m: compared(arms[a][way]["final"][m], arms[b][way]["final"][m], m, family, regime) for m in SMALLEST
                 }
                 for a, b in pairs
             }
@@ -92,6 +124,8 @@ def summarise_regimes(found: Mapping[str, Any]) -> dict[str, Any]:
 def summarise_map(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each cell of the map: values, differences from the baseline, and the arm that wins in each measure.
 
+    The intervals of one measure hold together within a cell, and not over the map.
+
     An arm wins if it has the best mean of all and is better than the baseline by the rule of `verdict`; the baseline wins if
     every other arm is worse than it; otherwise nobody does.
 
@@ -102,7 +136,7 @@ def summarise_map(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for cell in found:
         arms = cell["arms"]
         pairs = pairs_of(list(arms))
-        family = len(pairs) * len(found)
+        family = len(pairs)
         differences = {
             f"{a} - {b}": {
                 m: compared(arms[a]["own"]["final"][m], arms[b]["own"]["final"][m], m, family) for m in SMALLEST
@@ -161,12 +195,13 @@ def summarise_moves(found: Mapping[str, Any]) -> dict[str, Any]:
     others = sum(len(arms) - 1 for arms in found.values())
     places: dict[str, Any] = {}
     for key, arms in found.items():
+        regime = key.partition("/")[0]
         values = {arm: row["same"]["final"] for arm, row in arms.items()}
         places[key] = {
             "rate": arms[BASELINE]["rate"],
-            "values": {arm: {m: _rounded(t_interval(row[m])) for m in MOVES} for arm, row in values.items()},
+            "values": {arm: {m: _rounded(t_interval(_present(row[m]))) for m in MOVES} for arm, row in values.items()},
             "differences": {
-                f"{arm} - {BASELINE}": {m: compared(row[m], values[BASELINE][m], m, others) for m in MOVES}
+                f"{arm} - {BASELINE}": {m: compared(row[m], values[BASELINE][m], m, others, regime) for m in MOVES}
                 for arm, row in values.items()
                 if arm != BASELINE
             },
@@ -195,7 +230,9 @@ def summarise_widths(found: Mapping[str, Any]) -> dict[str, Any]:
             "cells": {name: len(found[place][name]) for name in families},
             "values": {name: {m: _rounded(t_interval(x)) for m, x in row.items()} for name, row in families.items()},
             "differences": {
-                f"{name} - eps": {m: compared(x, families["eps"][m], m, others) for m, x in row.items()}
+                f"{name} - eps": {
+                    m: compared(x, families["eps"][m], m, others, place.partition("/")[0]) for m, x in row.items()
+                }
                 for name, row in families.items()
                 if name != "eps"
             },
@@ -204,6 +241,11 @@ def summarise_widths(found: Mapping[str, Any]) -> dict[str, Any]:
         for place, families in values.items()
     }
     return {"share": SHARE, "trials": TRIALS, "family": others, "places": places}
+
+
+def _present(values: Sequence[float]) -> list[float]:
+    """Without the seeds that had no such token."""
+    return [x for x in values if not math.isnan(x)]
 
 
 def _grid_cell(cell: Mapping[str, Any]) -> list[Any]:
