@@ -16,7 +16,7 @@ LOWEST := $(addprefix tests/,property selection preference contract/test_trl.py 
 	$(addprefix unit/test_run.py::test_,datasets_and_rewards_are_checked report_escapes_what_models_write \
 	progress_is_a_bar_on_a_terminal tasks_split_without_leakage_and_score_their_answers))
 
-.PHONY: train smol test test-lowest test-verl test-hosts test-hosts-and-verl test-browser bench gpu fuzz evidence lint types docs notebook format clean
+.PHONY: train smol test test-lowest test-verl test-hosts test-hosts-and-verl test-browser packages bench gpu fuzz evidence lint types docs notebook format clean
 
 train: $(VENV)/.installed  ## BandPO training of a small language model: table, plots, report, saved model
 	$(BIN)/bandpo train $(ARGS)
@@ -30,8 +30,9 @@ test: $(VENV)/.installed test-hosts-and-verl  ## all tests; those in other hosts
 test-verl: $(VENV)-verl/.installed
 	$(VENV)-verl/bin/python -m pytest tests/contract_verl -q -p no:cacheprovider -o filterwarnings=default
 
-test-hosts: $(VENV)/.installed $(VENV)-verl/.installed  ## our adapters in the hosts' own wheels (HOSTS=skyrl for one; STRICT=1: the records must be fresh)
-	$(BIN)/python tests/hosts/run.py --main $(BIN)/python --verl $(VENV)-verl/bin/python $(addprefix --only ,$(HOSTS))
+test-hosts: $(VENV)/.installed $(VENV)-verl/.installed  ## our adapters in the hosts' own wheels (HOSTS=skyrl for one; NEWEST=1: the newest wheels; STRICT=1: the records must be fresh)
+	$(BIN)/python tests/hosts/run.py --main $(BIN)/python --verl $(VENV)-verl/bin/python $(if $(NEWEST),--newest) \
+		$(addprefix --only ,$(HOSTS))
 	$(if $(STRICT),STRICT=1 $(BIN)/python -m pytest tests/hosts -q -p no:cacheprovider)
 
 # Both cores are busy: verl's contract tests are one job among those of the hosts.
@@ -42,8 +43,11 @@ test-lowest: $(VENV)-lowest/.installed  ## the core and TRL with the lowest vers
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -o filterwarnings=default \
 		--disable-warnings -k "$(NOT_LOWEST)" $(LOWEST) $(ARGS)
 
-test-browser: $(VENV)/.installed  ## reports and the explorer in a headless Chromium; `make test` skips these where there is none
+test-browser: $(VENV)/.docs-installed  ## reports, the explorer and the built site in a headless Chromium; `make test` skips what it has no Chromium or zensical for
 	$(BIN)/python -m pytest tests/browser
+
+packages: $(VENV)/.installed  ## wheel and sdist: built, checked, and used as a stranger would (ARGS="--out dist" keeps them)
+	$(BIN)/python tools/packages.py --reuse $(ARGS)
 
 fuzz: $(VENV)/.installed  ## nightly: a million bad inputs, none of which may crash, hang or pass as good
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/fuzz.py $(ARGS)

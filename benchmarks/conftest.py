@@ -243,11 +243,12 @@ def START():
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if (
-        session.config.getoption("--fail-on-worse")
-        and exitstatus == 0
-        and any(c.worse for *_, c in _changes(session.config))
-    ):
+    option = session.config.getoption
+    if exitstatus or option("--update"):  # which is asked for where a change is meant
+        return
+    changes = _changes(session.config)
+    worse = option("--fail-on-worse") and any(c.worse for *_, c in changes)
+    if worse or any(record.regression(row, before) for row, before, _ in changes):
         session.exitstatus = 1
 
 
@@ -256,8 +257,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write = terminalreporter.write_line
     terminalreporter.section("results")
-    path = _baseline(config)
-    write(f"beside {path}" if path.exists() else f"no record of this kind of machine yet: {path}; --update writes it")
+    write(_beside(config))
     write(f"{'what':58} {'now':>9} {'unit':8} {'before':>9} {'now/before':>10} {'target':8} {'met':4}")
     changes = _changes(config)
     for row, before, change in changes:
@@ -266,12 +266,16 @@ def pytest_terminal_summary(terminalreporter, config):
         line = (
             f"{row['what']:58} {row['value']:>9g} {row['unit']:8} {was:>9} {ratio:>10} {row['target']:8} {row['met']:4}"
         )
-        write(f"{line} {change.worse}".rstrip())
+        write(f"{line} {record.regression(row, before) or change.worse}".rstrip())
         details = _details(row)
         if details:
             write(f"    {details}")
     worse, missed = [r["what"] for r, _, c in changes if c.worse], [r["what"] for r, *_ in changes if r["met"] == "no"]
-    write(f"{len(changes)} rows; {len(worse)} worse than before; {len(missed)} miss their target")
+    regressions = sum(bool(record.regression(row, before)) for row, before, _ in changes)
+    write(
+        f"{len(changes)} rows; {len(worse)} worse than before, {regressions} of them regressions; "
+        f"{len(missed)} miss their target"
+    )
     _write_records(config, write)
 
 
@@ -287,16 +291,32 @@ def _details(row: record.Row) -> str:
 
 
 def _baseline(config) -> Path:
-    return Path(config.getoption("--baseline") or record.BASELINES / f"{record.kind(record.machine())}.json")
+    return Path(config.getoption("--baseline") or record.nearest(record.machine()))
+
+
+def _is_own(config) -> bool:
+    """Whether the record is that of this kind of machine, or a file that was named."""
+    return bool(config.getoption("--baseline")) or _baseline(config).stem == record.kind(record.machine())
+
+
+def _beside(config) -> str:
+    path, own = _baseline(config), record.kind(record.machine())
+    if not path.exists():
+        return f"no record yet: --update writes {own}.json"
+    if _is_own(config):
+        return f"beside {path}"
+    return f"beside {path}, of another kind of machine: ratios alone are compared; --update writes {own}.json"
 
 
 def _changes(config) -> list[tuple[record.Row, record.Row | None, record.Change]]:
-    files = record.load(_baseline(config))["files"]
+    files, own = record.load(_baseline(config))["files"], _is_own(config)
     found = []
     for name, rows in _RUN.rows.items():
         known = {row["what"]: row for row in files.get(name, [])}
         for row in rows:
-            before = None if config.getoption("--quick") else known.get(row["what"])
+            before = known.get(row["what"])
+            if config.getoption("--quick") or (before is not None and not own and not record.is_ratio(before)):
+                before = None  # tiny sizes, or a time of another machine: nothing to compare
             found.append((row, before, record.change(row, before)))
     return found
 

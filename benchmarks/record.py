@@ -5,6 +5,10 @@
 
 A row became worse when its value is worse than before by more than a margin. Ratios of paired timings carry the quartiles of
 their rounds: those must lie apart as well, so that a neighbour's load on some rounds is no finding.
+
+A regression is what no noise and no other machine explains: a ratio that is three times worse, or a cost that grows with the
+size by half a power faster. Times are not looked at. `make bench` fails on one; on a kind of machine without a record of its
+own, the ratios of the fullest record are the ones to compare with.
 """
 
 import json
@@ -25,6 +29,7 @@ FACTOR, FACTORS = 1.8, {"s": 2.0, "CPU s": 2.0, "ns/token": 2.0}  # a time alone
 PAIRED, EXACT = 1.5, 1.05  # ratios with quartiles; counts and bytes, which do not depend on the machine
 DIFFERENCES = {"exponent": 0.25, "%": 2.0}
 GROWTH = 0.25  # exponent of a row that has one beside its ratio
+WIDE, WIDE_GROWTH = 3.0, 0.5  # of a regression; the greatest ratio of two runs in one state was 1.58 (see above)
 
 
 class Change(NamedTuple):
@@ -80,6 +85,48 @@ def _worse_value(now: Row, before: Row, ratio: float | None) -> str:
 def _worse_growth(now: Row, before: Row) -> str:
     a, b = now.get("growth"), before.get("growth")
     return "GROWS FASTER" if a is not None and b is not None and a > b + GROWTH else ""
+
+
+def regression(now: Row, before: Row | None) -> str:
+    """Why a row is a regression on any machine, or nothing; rows that are times are none."""
+    if before is None or now["unit"] != before["unit"] or not is_ratio(now):
+        return ""
+    up = higher_is_better(now)
+    a, b = now["value"], before["value"]
+    if now["unit"] == "exponent":
+        worse = (b - a if up else a - b) > WIDE_GROWTH
+    else:
+        ratio = a / b if b and a / b > 0 else 1.0
+        worse = (1 / ratio if up else ratio) > WIDE
+    if worse and "quartiles" in now and "quartiles" in before:
+        (low, high), (low_before, high_before) = now["quartiles"], before["quartiles"]
+        worse = high < low_before if up else low > high_before
+    grown = (
+        now.get("growth") is not None
+        and before.get("growth") is not None
+        and now["growth"] > before["growth"] + WIDE_GROWTH
+    )
+    return "REGRESSION" if worse or grown else ""
+
+
+def is_ratio(row: Row) -> bool:
+    """Whether a row compares two costs, or the costs at several sizes, so that it says something about other machines too."""
+    return row["unit"] in ("x", "exponent")
+
+
+def nearest(about: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """The record to compare with: that of this kind of machine, else the fullest one; of the own kind if there is none at all.
+
+    Args:
+        about: The machine, as `machine` tells it.
+        folder: Folder of the records.
+    """
+    folder = BASELINES if folder is None else folder
+    own = folder / f"{kind(about)}.json"
+    others = sorted(folder.glob("*.json"))
+    return (
+        own if own.exists() or not others else max(others, key=lambda path: sum(map(len, load(path)["files"].values())))
+    )
 
 
 def machine() -> dict[str, Any]:

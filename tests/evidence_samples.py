@@ -19,7 +19,7 @@ def made_up_values(protocol):
     return {
         name: {
             place: {
-                arm: {name: numbers(arm, measure, experiment.seeds) for name, measure in has.measures.items()}
+                arm: {name: numbers(arm, measure, has.seeds) for name, measure in has.measures.items()}
                 for arm in has.arms
             }
             for place, has in experiment.places.items()
@@ -30,5 +30,10 @@ def made_up_values(protocol):
 
 def few_seeds(protocol, seeds=8):
     """The protocol with few seeds, so that a test takes less than a second."""
-    fewer = {name: dataclasses.replace(x, seeds=seeds) for name, x in protocol.experiments.items()}
+    fewer = {
+        name: dataclasses.replace(
+            x, seeds=seeds, places={place: dataclasses.replace(has, seeds=seeds) for place, has in x.places.items()}
+        )
+        for name, x in protocol.experiments.items()
+    }
     return dataclasses.replace(protocol, experiments=fewer)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bandpo._system.files import finite_or_null
+from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.drawing import NAMES
 from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
 from bandpo.lab.forks.regimes import BASELINE, WHAT
@@ -81,10 +82,11 @@ def primary(data: Row) -> list[Row]:
 
 
 def counted(claim: Row) -> str:
-    """How the contrasts of a claim came out, and the seeds that undecided ones would need."""
-    parts = [f"{claim['counts'][sense]} {word}" for sense, word in SENSES.items() if claim["counts"].get(sense)]
-    needed = [x["needed"] for x in claim["contrasts"] if x["needed"] is not None]
-    return (", ".join(parts) or "–") + (f" (needs up to {max(needed):,} seeds)" if needed else "")
+    """How the contrasts of a claim came out."""
+    return (
+        ", ".join(f"{claim['counts'][sense]} {word}" for sense, word in SENSES.items() if claim["counts"].get(sense))
+        or "–"
+    )
 
 
 def claims_table(data: Row) -> str:
@@ -268,8 +270,27 @@ def moved_sentence(data: Row) -> str:
     )
 
 
-def transformers_sentence(data: Row) -> str:
-    """What the transformers add to the exact regimes."""
+def widths_sentence(data: Row) -> str:
+    """In which share of a grid of learning rates and widths each way to set a region learns."""
+    found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("width/")}
+    families = {
+        "radius": "one radius (the band)",
+        "upper": "one radius (its upper half)",
+        "eps": "one ε",
+        "two": "two ε",
+    }
+    parts = [
+        f"{place_title(key)} "
+        + ", ".join(f"{number(rows[name]['area'][0], sign=False)} with {words}" for name, words in families.items())
+        for key, rows in found.items()
+    ]
+    if not parts:
+        return "How easy a width is to tune was not measured."
+    return f"The share of a grid of learning rate and width in which a policy learns: {'; '.join(parts)}."
+
+
+def transformers_sentences(data: Row) -> str:
+    """The tasks, the tokens of the warmed-up models, and how the main arms came out."""
     found = data["explored"].get("transformers", {})
     if not found:
         return ""
@@ -277,10 +298,32 @@ def transformers_sentence(data: Row) -> str:
     count = {arm: Counter(x[3] for x in row) for arm, row in rows.items()}
     total = max(sum(x.values()) for x in count.values())
     parts = [f"{arm_name(arm)} {x['better']} and {x['worse']}" for arm, x in count.items() if x]
-    named = "; ".join(place_title(place) for place in found)
     return (
-        f"{len(found)} place{'s' if len(found) > 1 else ''} ({named}), every seed with its own warm-up. Of the {total} "
-        f"comparisons with the fixed clip in mean reward and pass@16, clearly above and clearly below are: {'; '.join(parts)}."
+        f"{_tokens(data)} Every seed has its own warm-up. {_plateau(data)} Each arm has {total} comparisons with the fixed "
+        f"clip in mean reward and pass@16. Above and below are: {'; '.join(parts)}."
+    )
+
+
+def _tokens(data: Row) -> str:
+    """What the tasks are, and which tokens the warmed-up models sample."""
+    profiles = {place.partition("/")[0]: found for place, found in data["transformers"].get("profile", {}).items()}
+    parts = [
+        f"`{task}` ({DESCRIPTIONS[task]}): {x['near-certain']:.0%} of the sampled tokens have p ≥ 0.99 and {x['rare']:.1%} "
+        f"have p < 0.1, of which {x['rewarded']:.0%} are rewarded and {x['punished']:.0%} punished"
+        for task, x in profiles.items()
+    ]
+    return f"At the start of training. {'; '.join(parts)}." if parts else ""
+
+
+def _plateau(data: Row) -> str:
+    """In how many cells the reward has stopped to change."""
+    cells = [x["reached"] for arms in data["transformers"].get("plateau", {}).values() for x in arms.values()]
+    allowed = data["transformers"].get("allowed_change")
+    if not cells:
+        return ""
+    return (
+        f"In {sum(cells)} of {len(cells)} cells of arm, task and lag the mean reward changes by at most {allowed:g} over the "
+        "last third of the rollouts."
     )
 
 
@@ -302,6 +345,7 @@ def numbers(data: Row) -> Row:
         "preset": data["preset"],
         "registered": data["protocol"]["registered"],
         "sha": data["protocol"]["sha256"][:12],
+        "amended": f", with {len(amended)} amendments since" if (amended := data["protocol"]["amendments"]) else "",
         "bandpo": data["bandpo"],
         "git": data.get("git") or "no checkout",
         "torch": data["versions"]["torch"],
@@ -329,7 +373,8 @@ def pages(data: Row) -> dict[Path, str]:
         "means_tables": means_tables(data),
         "rates_table": rates_table(data),
         "moved": moved_sentence(data),
-        "transformers": transformers_sentence(data),
+        "widths": widths_sentence(data),
+        "transformers": transformers_sentences(data),
         "figures": sorted(draw(data)),
     }
     return {path: render(template.read_text(encoding="utf-8"), values) for path, template in PAGES.items()}

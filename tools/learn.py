@@ -19,6 +19,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # hatchling and pytest require it there
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "learn"
 BADGE = "../assets/open-in-colab.svg"
@@ -94,11 +99,9 @@ def title(name: str) -> str:
 
 
 def repository() -> str:
-    """The address of the repository, from the one place that has it; empty as long as there is none."""
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project.get("urls", {}).get("Repository", "")
+    """The address of the repository, from tools/addresses.toml, which alone has it; empty as long as there is none."""
+    path = ROOT / "tools" / "addresses.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))["repository"] if path.exists() else ""
 
 
 def badge(name: str, address: str) -> str:

@@ -1,19 +1,29 @@
-"""Writes the tables of the documentation that the source has: the options of a region, and the names that have moved.
+"""Writes the tables of the documentation that the source has, or a file that was measured.
+
+They are the options of a region, the names that have moved, the tested versions, and how far updates move a rare token on
+the bandit (docs/realised.json, from `bandpo.lab.comparison.sweeps.realised` with 1000 seeds).
 
 * `python tools/tables.py`: writes them.
+* `python tools/tables.py --measure`: runs `realised` first (a minute).
 * `python tools/tables.py --check`: changes nothing; status 1 if a page is out of date.
 """
 
 import argparse
 import inspect
+import json
+import re
 import sys
 from pathlib import Path
 
+import tomllib
+
 import bandpo._public  # noqa: F401  (it imports all modules of the core)
 from bandpo._deprecations import LAST, MODULES, NAMES, RENAMED_OBJECTIVES
+from bandpo._system import supported
 from bandpo.integrations.options import HELP
 
 DOCS = Path(__file__).parents[1] / "docs"
+REALISED = DOCS / "realised.json"
 
 
 def options_table() -> str:
@@ -36,7 +46,46 @@ def moved_table() -> str:
     return "\n".join(["| old name | new name | works up to |", "|---|---|---|", *rows])
 
 
-TABLES = {("objectives.md", "options"): options_table, ("stability.md", "moved"): moved_table}
+def realised_table() -> str:
+    """The ratio of a rare token of the bandit after the steps on one rollout: median, 95% quantile, share beyond 1.2."""
+    found = json.loads(REALISED.read_text(encoding="utf-8"))
+    names = {"grpo": "fixed clip 0.2", "bandpo-kl": "KL band 0.05", "no-clip": "no clip"}
+    rows = [f"| rate | epochs x steps | {' | '.join(names.values())} |", f"|---|---|{'---|' * len(names)}"]
+    for j, rate in enumerate(found["rates"]):
+        for k, (epochs, steps) in enumerate(found["reuse"]):
+            if epochs > 1:
+                cells = [
+                    f"{found['median'][n][0][j][k]:.2f}, {found['high'][n][0][j][k]:.2f}, {found['beyond'][n][0][j][k][0]:.0%}"
+                    for n in names
+                ]
+                rows.append(f"| {rate:g} | {epochs} x {steps} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def versions_table() -> str:
+    """Packages and hosts with the accepted range of pyproject.toml and the tested versions, and Python."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
+    ranges: dict[str, str] = {}
+    for line in lines:
+        if match := re.match(r"([\w.-]+)([<>=!~][^;]*)", line):
+            ranges.setdefault(supported.normal(match[1]), match[2].strip().replace(",", ", "))
+    rows = [f"| Python | {project['requires-python']} | {', '.join(PYTHONS)} |"]
+    for name, versions in (supported.PACKAGES | supported.HOSTS).items():
+        limits = ranges.get(supported.normal(name), "not limited")
+        rows.append(f"| `{name}` | {limits} | {', '.join(versions) or 'its source'} |")
+    return "\n".join(["| package | accepted | tests ran with |", "|---|---|---|", *rows])
+
+
+PYTHONS = ("3.10 (`make test-lowest`)", "3.11 (all tests)")
+"""What tests ran on so far. The hosted workflow `tests.yml` names 3.10 to 3.14, and has not run yet."""
+TABLES = {
+    ("objectives.md", "options"): options_table,
+    ("stability.md", "moved"): moved_table,
+    ("theory.md", "realised"): realised_table,
+    ("stability.md", "versions"): versions_table,
+}
 
 
 def page(text: str, name: str, table: str) -> str:
@@ -62,7 +111,13 @@ def main() -> int:
     """Writes the tables, or compares them."""
     parser = argparse.ArgumentParser(description="The tables of the documentation that the source has.")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a table is out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--measure", action="store_true", help="run the bandit for the table of realised ratios first")
+    options = parser.parse_args()
+    check = options.check
+    if options.measure:
+        from bandpo.lab.comparison.sweeps import realised
+
+        REALISED.write_text(json.dumps(realised(1000)) + "\n", encoding="utf-8")
     stale = 0
     for (file, name), table in TABLES.items():
         old = (DOCS / file).read_text(encoding="utf-8")

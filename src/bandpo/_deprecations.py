@@ -23,7 +23,7 @@ _TRL = {
 _RUN = ("answers", "config", "data", "evaluate", "folder", "grpo", "preference", "progress", "report", "rewards")
 
 _COMPARISON = (
-    *("claims", "exact", "figures", "loop", "plan", "problems", "report", "stack", "study", "summary", "sweeps"),
+    *("exact", "figures", "loop", "plan", "problems", "report", "stack", "study", "summary", "sweeps"),
     "warmup",
 )
 _EXPERIMENTS = ("command", "preference", "preference_figures", "reranking", "selection", "selection_figures", "tabular")

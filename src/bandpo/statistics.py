@@ -62,6 +62,7 @@ class Difference(NamedTuple):
         p_holm: p-value after Holm's correction over the comparisons made together.
         effect: Mean difference over the standard deviation of the differences (Cohen's d for pairs).
         pairs: Number of pairs.
+        clusters: Number of clusters, whose means take the place of the pairs; None where runs share nothing.
     """
 
     mean: Interval
@@ -69,6 +70,7 @@ class Difference(NamedTuple):
     p_holm: float
     effect: float
     pairs: int
+    clusters: int | None = None
 
 
 def iqm(values: Sequence[float] | Floats, axis: int = -1) -> Any:
@@ -152,45 +154,64 @@ def compare(results: Mapping[str, Sequence[float]], baseline: str, *, seed: int 
     return paired({name: (results[name], results[baseline]) for name in results if name != baseline}, seed=seed)
 
 
-def paired(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> dict[Key, Difference]:
-    """The differences first - second of pairs of arms, with p-values that are corrected together.
+def paired(
+    pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]],
+    *,
+    clusters: Mapping[Key, Sequence[Hashable]] | None = None,
+    seed: int = 0,
+) -> dict[Key, Difference]:
+    """The differences first - second of pairs of arms, with Student's intervals, and p-values that are corrected together.
 
     The test flips the signs of the differences in all 2^n ways up to n = 13, else in 9999 random ways (scipy's
-    permutation_test).
+    permutation_test). With clusters, the means of the clusters take the place of the differences, since runs that share a
+    warmed-up model are not independent: three warm-ups are three numbers, however many runs there are.
 
     Args:
         pairs: Values of two arms, in the same order of runs.
+        clusters: The cluster of each run of a pair, such as its warmed-up model; None where runs share nothing.
         seed: Seed of the resampling.
 
     Returns:
         The difference of each pair.
 
     Raises:
-        ValueError: If two arms have different numbers of runs.
+        ValueError: If two arms have different numbers of runs, or a pair has another number of clusters.
+
+    Examples:
+        >>> found = paired({"a - b": ([1.0, 1.2, 2.0, 2.2], [0.0] * 4)}, clusters={"a - b": "xxyy"})["a - b"]
+        >>> found.pairs, found.clusters, round(found.mean.value, 2)
+        (4, 2, 1.6)
     """
-    found: dict[Key, tuple[Interval, float, float, int]] = {}
+    found: dict[Key, tuple[Interval, float, float, int, int | None]] = {}
     for name, (first, second) in pairs.items():
         if len(first) != len(second):
             raise ValueError(f"{name}: {len(first)} and {len(second)} runs cannot be paired")
-        difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-        count = len(difference)
-        if not np.isfinite(difference).all():  # a run diverged, so there is no difference to test
-            found[name] = (Interval(math.nan, math.nan, math.nan), math.nan, math.nan, count)
+        units = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+        groups = None
+        if clusters is not None:
+            units = np.array(_cluster_means(units.tolist(), clusters[name], str(name)))
+            groups = len(units)
+        if not np.isfinite(units).all():  # a run diverged, so there is no difference to test
+            found[name] = (_NOTHING, math.nan, math.nan, len(first), groups)
             continue
-        deviation = float(np.std(difference, ddof=1)) if count > 1 else math.nan
-        mean = float(difference.mean())
+        deviation = float(np.std(units, ddof=1)) if len(units) > 1 else math.nan
+        mean = float(units.mean())
         effect = mean / deviation if deviation else (0.0 if mean == 0 else math.copysign(math.inf, mean))
-        found[name] = (
-            interval(list(difference), np.mean, seed=seed),
-            _sign_flips(difference, seed),
-            effect,
-            count,
-        )
-    corrected = holm([p for _, p, _, _ in found.values()])
+        found[name] = (t_interval(units.tolist()), _sign_flips(units, seed), effect, len(first), groups)
+    corrected = holm([p for _, p, _, _, _ in found.values()])
     return {
-        name: Difference(mean, p, q, effect, count)
-        for (name, (mean, p, effect, count)), q in zip(found.items(), corrected, strict=True)
+        name: Difference(mean, p, q, effect, count, groups)
+        for (name, (mean, p, effect, count, groups)), q in zip(found.items(), corrected, strict=True)
     }
+
+
+def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable], where: str) -> list[float]:
+    if len(values) != len(clusters):
+        raise ValueError(f"{where}: {len(values)} values and {len(clusters)} clusters; give each value its cluster")
+    groups: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        groups.setdefault(cluster, []).append(value)
+    return [math.fsum(group) / len(group) for group in groups.values()]
 
 
 def t_half_width(x: Floats) -> Floats:
@@ -404,14 +425,7 @@ def cluster_interval(values: Sequence[float], clusters: Sequence[Hashable], comp
         >>> print(cluster_interval([1.0, 1.2, 2.0, 2.2, 3.0, 3.2], "aabbcc"))
         2.100 [-0.384, 4.584]
     """
-    if len(values) != len(clusters):
-        raise ValueError(
-            f"cluster_interval: {len(values)} values and {len(clusters)} clusters; give one cluster for each value"
-        )
-    groups: dict[Hashable, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        groups.setdefault(cluster, []).append(value)
-    return t_interval([math.fsum(group) / len(group) for group in groups.values()], comparisons)
+    return t_interval(_cluster_means(values, clusters, "cluster_interval"), comparisons)
 
 
 def t_power(pairs: int, deviation: float, effect: float, comparisons: int = 1) -> float:

@@ -3,10 +3,12 @@
     python tests/hosts/run.py [--only skyrl] [--into .hosts] [--main .venv/bin/python] [--verl .venv-verl/bin/python]
 
 A wheel is installed once, without its dependencies. Where the registry cannot be reached its tests are skipped, and said so.
+`--newest` takes the newest release of each host in place of the versions of wheels.toml, to see what has changed there.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,23 @@ def install(wheel, folder, python):
         raise RuntimeError(f"{wheel['requirement']}: {found.stderr.strip()}")
     done.write_text("\n".join(wanted))
     return None
+
+
+def newest(wheels, python):
+    """One wheel for each host, of its newest release."""
+    found = {}
+    for wheel in wheels:
+        name = wheel["requirement"].partition("==")[0]
+        if name in found:
+            continue
+        command = [python, "-m", "pip", "index", "versions", "--disable-pip-version-check",
+                   "--ignore-requires-python", name]  # fmt: skip
+        said = subprocess.run(command, capture_output=True, text=True)
+        version = re.match(r"\S+ \(([^)]+)\)", said.stdout)
+        if version is None:
+            raise RuntimeError(f"the newest version of {name} is not known: {said.stderr.strip()[-500:]}")
+        found[name] = {**wheel, "requirement": f"{name}=={version[1]}"}
+    return list(found.values())
 
 
 def run(wheel, options):
@@ -66,11 +85,13 @@ def main():
     parser.add_argument("--into", type=Path, default=Path(".hosts"))
     parser.add_argument("--main", default=sys.executable)
     parser.add_argument("--verl", default=".venv-verl/bin/python")
+    parser.add_argument("--newest", action="store_true", help="the newest release of each host")
     parser.add_argument("--contract-verl", action="store_true", help="run tests/contract_verl beside the hosts' tests")
     options, options.pytest = parser.parse_known_args()
     options.into = options.into.resolve()
     wheels = tomllib.loads((HERE / "wheels.toml").read_text())["wheel"]
     wheels = [w for w in wheels if not options.only or w["host"] in options.only]
+    wheels = newest(wheels, options.main) if options.newest else wheels
     jobs = [partial(run, wheel, options) for wheel in wheels]
     if options.contract_verl:
         jobs.insert(0, partial(run_contract_verl, options))  # the longest of all comes first

@@ -243,7 +243,6 @@ def test_the_parts_of_a_run_add_up_to_its_seconds(tmp_path):
 
 def test_each_result_is_read_a_constant_number_of_times(tmp_path, monkeypatch):
     """The work after the runs is linear in their number: so many readings a run, whatever the number."""
-    monkeypatch.setattr("bandpo.statistics.RESAMPLES", 99)
     [row] = run_stack(jobs_of(dataclasses.replace(PRESETS["smoke"], updates=1), "paths", [Arm("grpo")], [0]))
     reads = []
     inner = study_module.read_checked_json

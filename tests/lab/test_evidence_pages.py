@@ -20,6 +20,7 @@ from bandpo.lab.evidence.judge import judge
 from bandpo.lab.evidence.protocol import read
 from bandpo.lab.evidence.study import EXPERIMENTS, Outcome, explored, forks_preset, measured, restricted, study
 from bandpo.lab.experiments.arguments import add_arguments, run
+from bandpo.monitoring.catalog import RULES
 from bandpo.statistics import t_interval
 from evidence_samples import few_seeds, made_up_values
 
@@ -79,6 +80,7 @@ def test_the_command_writes_the_result_and_the_figures(tmp_path, monkeypatch, pr
     [
         (["--only", "fork"], "--only: got 'fork'; did you mean 'forks'"),
         (["--only", "forks/x*"], "--only: got 'forks/x"),
+        (["--arms", "bandpo"], "--arms: got 'bandpo'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda: .* choose --device cpu"),
     ],
@@ -95,11 +97,15 @@ def test_only_names_experiments_and_places():
     assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
     assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
     assert not restricted(quick, ["forks"]).experiments["transformers"].places
+    few = restricted(quick, None, ["bandpo-kl"]).experiments["forks"]
+    assert few.places["noisy/adam"].arms == ("grpo", "bandpo-kl")
+    assert few.places["width/noisy"] == quick.experiments["forks"].places["width/noisy"]
 
 
 def test_the_study_of_forks_has_the_places_of_the_protocol():
     full = read("full")
     preset, parts = forks_preset(restricted(full, ["forks/*/adam", "forks/moves/*"]))
+    assert set(preset.arms) == set(full.experiments["forks"].places["noisy/adam"].arms)
     assert preset.optimizers == ("adam",) and parts == ("regimes",) and preset.seeds == full.experiments["forks"].seeds
     preset, parts = forks_preset(restricted(full, ["forks/width/noisy"]))
     assert preset.width_regimes == ("noisy",) and parts == ("widths",)
@@ -176,10 +182,12 @@ def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
 
 
 def test_what_a_claim_did_not_measure_is_not_counted(tool, evidence):
-    claims = [claim for claim in evidence["judged"] if claim["kind"] == "primary"]
-    [radius] = [claim for claim in claims if claim["id"] == "one-radius"]  # the preset has no widths
-    assert radius["verdict"] == "not measured" and tool.counted(radius) == "–"
-    assert "not measured" in tool.claims_table(evidence)
+    found = {"source": "ours", "kind": "primary", "text": "T", "verdict": "not measured", "counts": {"not measured": 2}}
+    assert tool.counted(found) == "–"
+    found["counts"] = {"holds": 1, "opposite": 0, "not measured": 2}
+    assert tool.counted(found) == "1 as claimed"
+    missing = [claim for claim in evidence["judged"] if claim["counts"]["not measured"]]
+    assert missing and all(x["verdict"] == "not measured" for x in missing[0]["contrasts"] if not x["pairs"])
 
 
 def test_the_figures_are_pictures_with_colours_for_light_and_dark(evidence):
@@ -224,6 +232,8 @@ def test_the_pages_are_what_the_data_give(tool, committed):
     for path, text in tool.pages(committed).items():
         assert path.read_text() == text, path.name
     pictures = draw(committed)
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    assert all(page.count(f"](assets/evidence/{name}.svg)") == 1 for name in pictures)
     assert {p.stem for p in tool.FIGURES.iterdir()} == set(pictures)
     for name, picture in pictures.items():
         assert (tool.FIGURES / f"{name}.svg").read_text() == picture, name
@@ -272,3 +282,28 @@ def test_the_verdicts_follow_from_the_committed_values(committed):
 def test_every_sense_has_a_colour_and_a_word(committed):
     senses = {x["sense"] for claim in committed["judged"] for x in claim["contrasts"]}
     assert senses <= {*SENSES, "not measured"}
+
+
+# ---- advice that rests on claims ----
+
+ADVICE = [
+    *((f"rule {rule.name}", claim, how) for rule in RULES.values() for claim, how in rule.rests_on.items()),
+    *(
+        (page.name, *pair.split())
+        for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        for found in re.findall(r"<!-- rests on: (.*?) -->", page.read_text())
+        for pair in found.split("; ")
+    ),
+]
+"""Where, the id of a claim, and how it came out, for each advice that names one: `holds` or `fails`."""
+
+
+@pytest.mark.parametrize(("where", "claim", "how"), ADVICE)
+def test_an_advice_names_what_the_evidence_says(where, claim, how, committed):
+    """If a new run overturns it, the advice has to change."""
+    claims = {found["id"]: found["counts"] for found in committed["judged"]}
+    assert claim in claims, f"{where}: choose from {', '.join(claims)}"
+    counts = claims[claim]
+    decided = sum(counts[sense] for sense in SENSES)
+    came_out = {"holds": counts["holds"] > 0 and not counts["opposite"], "fails": decided > 0 and not counts["holds"]}
+    assert came_out[how], f"{where}: {claim} {counts}"

@@ -326,7 +326,6 @@ def test_a_comparison_with_an_own_objective_from_its_plan_to_its_report_and_agai
     name = "objective_of_mine:OWN"
     small = dataclasses.replace(PRESETS["smoke"], tuning_seeds=0, exact_seeds=20, sweep_seeds=0)
     monkeypatch.setattr("bandpo.lab.comparison.command.PRESETS", {"smoke": small})
-    monkeypatch.setattr("bandpo.lab.comparison.command.realised", lambda *_: {})
     command = ["compare", "--preset", "smoke", "--objectives", f"grpo,{name}", "--seeds", "0,1", "--updates", "1"]
     command += ["--jobs", "1", "--output", "out"]
     assert main(command) == 0

@@ -80,6 +80,43 @@ def test_what_counts_as_worse(now, before, worse):
     assert record.change(now, before).worse == worse
 
 
+@pytest.mark.parametrize(
+    ("now", "before", "found"),
+    [
+        (row(value=3.1), row(), True),
+        (row(value=2.9), row(), False),  # worse, but no regression
+        (row(value=0.2), row(), False),
+        (row(value=0.3, better="higher"), row(), True),
+        (row(value=10, target=">= 30"), row(value=40), True),
+        (row(value=9.0, unit="s"), row(unit="s"), False),  # times tell nothing
+        (row(value=9.0, unit="ns/token"), row(unit="ns/token"), False),
+        (row(value=9.0, unit="", exact=True), row(unit=""), False),
+        (row(value=1.6, unit="exponent"), row(unit="exponent"), True),
+        (row(value=1.4, unit="exponent"), row(unit="exponent"), False),
+        (row(growth=1.6), row(growth=1.0), True),
+        (row(growth=1.4), row(growth=1.0), False),
+        (row(value=4.0, quartiles=[1.0, 9.0]), row(quartiles=[0.9, 1.1]), False),  # the rounds do not agree
+        (row(value=4.0, quartiles=[3.0, 9.0]), row(quartiles=[0.9, 1.1]), True),
+        (row(value=9.0), None, False),
+        (row(value=9.0, unit="exponent"), row(), False),
+        (row(value=0.0), row(), False),
+    ],
+)
+def test_what_counts_as_a_regression(now, before, found):
+    assert record.regression(now, before) == ("REGRESSION" if found else "")
+    assert not found or record.change(now, before).worse  # a regression is worse by every margin
+
+
+def test_the_record_of_another_machine_is_the_fullest(tmp_path):
+    mine = {"processor": "Mine", "cores": 4}
+    assert record.nearest(mine, tmp_path) == tmp_path / "mine-4-cores.json"
+    for name, rows in (("a-2-cores", [row("a")]), ("b-8-cores", [row("a"), row("b")])):
+        (tmp_path / f"{name}.json").write_text(record.dump({"machine": {}, "files": {"bench_a": rows}}))
+    assert record.nearest(mine, tmp_path).stem == "b-8-cores"
+    (tmp_path / "mine-4-cores.json").write_text(record.dump({"machine": {}, "files": {"bench_a": [row("a")]}}))
+    assert record.nearest(mine, tmp_path).stem == "mine-4-cores"
+
+
 def test_the_change_is_now_over_before():
     assert record.change(row(value=3.0), row(value=2.0)).ratio == 1.5
     assert record.change(row(value=3.0), None).ratio is None
@@ -274,7 +311,15 @@ def test_a_run_beside_the_record(tmp_path):
     path.write_text(before.replace('"count", "value": 10', '"count", "value": 5'))
     out = run(tmp_path, "bench_x.py", "-k", "test_it", "--json=found.json", "--fail-on-worse")
     assert out.returncode == 1, out.stdout
-    assert "WORSE" in out.stdout and "2.00" in out.stdout and "1 worse than before" in out.stdout
+    assert "WORSE" in out.stdout and "2.00" in out.stdout and "1 worse than before, 0 of them regressions" in out.stdout
+    path.write_text(re.sub(r'("sums", "value": )[\d.]+', r"\g<1>0.01", re.sub(r'"quartiles": \S+ \S+ ', "", before)))
+    out = run(tmp_path, "bench_x.py", "-k", "test_it")  # without an option: a ratio that is a hundred times worse
+    assert out.returncode == 1 and "REGRESSION" in out.stdout and "1 of them regressions" in out.stdout, out.stdout
+    path.rename(path.with_name("other-9-cores.json"))
+    out = run(tmp_path, "bench_x.py", "-k", "test_it")
+    assert out.returncode == 1 and "of another kind of machine: ratios alone are compared" in out.stdout
+    assert not re.search(r"^count .* WORSE", out.stdout, re.MULTILINE)
+    path.with_name("other-9-cores.json").rename(path)
     assert len(record.load(tmp_path / "found.json")["files"]["bench_x"]) == 2
     out = run(tmp_path, "--update", "--quick")
     assert out.returncode != 0 and "leave out --quick" in out.stderr

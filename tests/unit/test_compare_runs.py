@@ -10,7 +10,6 @@ from scipy import stats
 from bandpo.cli import main
 from bandpo.plots.compared import MOST_DRAWN, compared_clips, compared_panels, thinned
 from bandpo.plots.curves import Curves
-from bandpo.statistics import interval
 from bandpo.train.record import Scores, read_record
 from bandpo.train.run_groups import OTHER_METHOD, differing, grouped, warnings
 from bandpo.train.run_scores import measures
@@ -45,8 +44,9 @@ def test_two_objectives(tmp_path, capsys):
     row = found["evaluations"]["mean@2"]["grpo"]
     assert row["before"]["value"] == 0.5 and row["after"]["value"] == pytest.approx(0.25)
     assert row["change"]["value"] == pytest.approx(-0.25) and row["over"] == "4 prompts"
-    own = interval([-1.0, 0.0, -0.5, 0.0], np.mean)  # prompt by prompt
-    assert row["difference"] == pytest.approx(own._asdict()) and row["paired"] == "paired over 4 prompts"
+    low, high = stats.t.interval(0.95, 3, -0.375, stats.sem([-1.0, 0.0, -0.5, 0.0]))  # prompt by prompt
+    assert row["difference"] == pytest.approx({"value": -0.375, "low": low, "high": high})
+    assert row["paired"] == "paired over 4 prompts"
     assert found["evaluations"]["pass@2"]["grpo"]["after"]["value"] == 0.5
     page = (tmp_path / "out" / "report.html").read_text()
     assert (

@@ -16,6 +16,7 @@ from bandpo.divergences import DIVERGENCES
 from sources import ROOT, tool
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAPERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]  # written as the pages are, and no part of the site
 
 
 def loop():
@@ -89,14 +90,17 @@ def test_python_in_the_docs_runs(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml_in_the_docs_has_known_keys(text):
+def test_yaml_in_the_docs_has_known_keys_and_numbers_that_fit(text, tmp_path):
     from dataclasses import fields
 
     from bandpo.integrations.trl import BandGRPOConfig
     from bandpo.train.config import RunConfig
 
-    known = {f.name for cls in (RunConfig, BandGRPOConfig) for f in fields(cls)}
-    assert set(yaml.safe_load(text)) <= known
+    options, given = {f.name for f in fields(BandGRPOConfig)}, yaml.safe_load(text)
+    assert set(given) <= {f.name for f in fields(RunConfig)} | options
+    host = {name: value for name, value in given.items() if name in options and name != "objective"}
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):  # the numbers fit together
+        BandGRPOConfig(**{**host, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
 
 
 def test_every_public_name_that_is_explained_is_on_an_api_page():
@@ -182,7 +186,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_links_inside_the_docs_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *PAPERS]:
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
             file = page.parent / target if target else page
             assert file.exists(), f"{page.name}: {target}"
@@ -248,6 +252,35 @@ def test_tables_that_the_source_has():
         tables.page("nothing", "moved", "")
 
 
+@pytest.mark.slow
+def test_figures_that_formulas_and_committed_numbers_make():
+    """If it fails: `python tools/figures.py`, with the matplotlib of constraints.txt."""
+    made = tool("figures")
+    drawn = made.figures()
+    assert {path.stem for path in (made.ASSETS / "zoo").iterdir()} == set(bandpo.OBJECTIVES)
+    for name in drawn:
+        assert made.current(name), f"docs/assets/{name} is out of date"
+
+
+def test_a_figure_that_differs_is_noticed():
+    made = tool("figures")
+    text = (made.ASSETS / "zoo" / "grpo.svg").read_text()
+    other = (made.ASSETS / "zoo" / "dapo.svg").read_text()
+    assert made.same(text, text)
+    assert not made.same(text, other)  # they differ in the embedded pixels alone
+    assert not made.same(text, text.replace("#000000", "#000001"))
+
+
+def test_the_site_shows_the_version():
+    """If it fails: `python tools/site.py`."""
+    site = tool("site")
+    text = site.CONFIG.read_text()
+    assert site.config(text, bandpo.__version__) == text
+    assert "\ncopyright: bandpo 9.9 · Apache-2.0\n" in site.config(text, "9.9")
+    with pytest.raises(ValueError, match="has 0"):
+        site.config("nav: []", "9.9")
+
+
 def test_table_of_the_default_job():
     """If it fails: `python tools/main_job.py`; after a change of the job itself with `--measure FOLDER`, half an hour."""
     made = tool("main_job")
@@ -302,7 +335,7 @@ def test_a_fact_is_said_once(fact):
 
 def test_lines_are_wrapped():
     """At most 120 columns, but for tables and for links and pictures, which nobody can break."""
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *PAPERS]:
         for i, line in enumerate(page.read_text().splitlines(), 1):
             free = line.lstrip().startswith(("|", "![", "<iframe")) or re.search(
                 r"\]\(\S{40,}\)|https?://\S{40,}", line
@@ -335,7 +368,7 @@ def test_no_page_speaks_the_old_dialect():
     old = (
         r"goes on|gone on|nobody's|serves? only|\bhas go\b|turns? round|would turn|say so\b|says so\b|as there\b|mend\b"
     )
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *PAPERS]:
         found = re.search(old, re.sub(r"\s+", " ", prose(page)))
         assert not found, f"{page.name}: {found[0]}"
 

@@ -30,9 +30,8 @@ _NORM = TwoSlopeNorm(vmin=-1.0, vcenter=0.0, vmax=2.0)
 _COLOURS = LinearSegmentedColormap.from_list(
     "weights",
     [(0.0, "#8f5bb8"), (0.5, "#8f5bb800"), (0.5, "#d55e0000"), (0.75, "#d55e0099"), (1.0, "#d55e00")],
-)
+).with_extremes(bad="#80808090")  # π > 1
 """Violet for a negative weight, orange for a positive one, and the paper for 0: the figure is legible on light and on dark."""
-_COLOURS.set_bad("#80808090")  # π > 1
 
 
 def plot_weight(objective: Objective | str) -> Figure:

@@ -129,9 +129,7 @@ def build_model(warm_up: WarmUp, tokenizer: PreTrainedTokenizerFast) -> LlamaFor
     )
 
 
-def build_llama(
-    vocabulary: int, pad: int, end: int, *, hidden_size: int, layers: int, seed: int
-) -> LlamaForCausalLM:
+def build_llama(vocabulary: int, pad: int, end: int, *, hidden_size: int, layers: int, seed: int) -> LlamaForCausalLM:
     """A Llama with random weights and four attention heads.
 
     Args:

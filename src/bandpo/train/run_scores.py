@@ -53,7 +53,7 @@ def measures(
 
     For one run the intervals are over its prompts (BCa bootstrap), for several they are over the runs (Student's t, since a
     bootstrap of a few values is too narrow). A difference is paired over the prompts that both groups have, each with its mean
-    over the runs of a group; with three or more common seeds it is paired over those instead.
+    over the runs of a group; with three or more common seeds it is paired over those instead. Its interval is Student's.
 
     Args:
         groups: The evaluations of the runs of each group, by its label.

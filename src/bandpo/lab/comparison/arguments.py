@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names separated by commas, see `bandpo objectives`, or package.module:NAME of your own, which is imported "
         "(default: the preset's)",
     )
-    add("--tasks", help="paths, addition, countdown, chain_sum, sums, letter_counting (default: the preset's)")
+    add(
+        "--tasks",
+        help="paths, addition, detours, traps, countdown, chain_sum, sums, letter_counting (default: the preset's)",
+    )
     add("--seeds", help="seeds of the report, 0-9 or 0,3,5 (default: the preset's)")
     add("--updates", type=int, help="rollouts of a run (default: the preset's)")
     add("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
@@ -61,12 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir",
         type=Path,
         help="folder of the results (default: runs/compare-PRESET, or runs/compared)",
-    )
-    add(
-        "--evidence",
-        type=Path,
-        metavar="DIR",
-        help="also write evidence.md, evidence.json and pictures there, as in docs/",
     )
     add_examples(
         parser,

@@ -32,10 +32,10 @@ from bandpo.lab.comparison.plan import (
     tuning_jobs,
 )
 from bandpo.lab.comparison.problems import PROBLEMS
-from bandpo.lab.comparison.report import write_evidence, write_report
+from bandpo.lab.comparison.report import write_report
 from bandpo.lab.comparison.study import Study
 from bandpo.lab.comparison.summary import summarise, write_tables
-from bandpo.lab.comparison.sweeps import bandit, realised, sweep
+from bandpo.lab.comparison.sweeps import bandit, sweep
 from bandpo.lab.comparison.terminal import show
 from bandpo.lab.comparison.trial import check_computable, why_not_on_bandits
 from bandpo.statistics import wilson
@@ -101,7 +101,6 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
     with clock.part("exact experiments"):
         exact = _on_bandits(objectives, progress.say) if plan.exact_seeds or plan.sweep_seeds else []
         summary["exact"] = _exact(exact, plan) if plan.exact_seeds else {}
-        summary["realised"] = realised(plan.exact_seeds, plan.device) if plan.exact_seeds else {}
     with clock.part("sweeps"):
         summary["sweeps"] = _sweeps(exact, plan, folder, options.jobs, progress.say) if plan.sweep_seeds else {}
     with clock.part("tables"):
@@ -109,8 +108,6 @@ def _compare(options: argparse.Namespace, plan: Plan, folder: Path, clock: Clock
         summary = write_tables(summary, folder)
     report = write_report(folder, summary, clock)
     show(summary, progress)
-    if options.evidence is not None:
-        progress.say(f"evidence: {write_evidence(options.evidence, summary)}")
     seconds = clock.parts()
     total = sum(seconds.values())
     times = {

@@ -44,7 +44,7 @@ def plot_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def plot_forest(differences: Mapping[str, Mapping[str, Any]], baseline: str, measure: str) -> Figure:
-    """Paired differences with a baseline: mean and BCa interval, filled where Holm's p is below 0.05.
+    """Paired differences with a baseline: mean and Student's 95% interval, filled where Holm's p is below 0.05.
 
     Args:
         differences: `{"mean": {"value", "low", "high"}, "p_holm": ...}` of each arm.

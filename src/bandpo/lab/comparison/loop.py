@@ -15,12 +15,15 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from bandpo.bounds import RatioBounds
 from bandpo.groups import group_advantages
 from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.devices import check_sampler, device_kind, find_device, seeded
+from bandpo.lab.comparison.exact import on_bandits
 from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Rollout, Stack
 from bandpo.lab.comparison.top import TopTokens, has_inputs, top_extras, top_tokens
+from bandpo.lab.comparison.trial import looks_at_neighbours
 from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.losses import aggregate
 from bandpo.metrics import PROB_BINS, PROB_EDGES, approx_kl, pass_at_powers, policy_sums
@@ -144,7 +147,11 @@ class Result:
 
 
 class _Batch(NamedTuple):
-    """A run's part of a rollout: `(sequences, time)` log-probs of policy and sampler and mask, advantages, and extras."""
+    """A part of the rollouts of runs that are alike.
+
+    `(runs, sequences, time)` log-probs of policy and sampler and mask, `(runs, sequences)` advantages, and the extras of a run
+    that is alone.
+    """
 
     logprobs: Tensor
     old: Tensor
@@ -189,6 +196,7 @@ class Loop:
         self.draws = [seeded(self.device, _SEED_STRIDE * r.seed + r.warm_up) for r in self.runs]
         self.results = [Result() for _ in self.runs]
         self.done = 0
+        self._joins = [_joins(run) for run in self.runs]
         self.penalties = [_Penalty(r) if r.kl_target is not None else None for r in self.runs]
         self._past: deque[dict[str, Tensor]] = deque(maxlen=setting.lag + 1)
         self._counts = torch.zeros(len(self.runs), 3, len(PROB_BINS), device=self.device)
@@ -273,42 +281,68 @@ class Loop:
                 with torch.no_grad():
                     ref = self._start.part(which).logprobs(prompts[which], tokens, s.temperature)
             losses: list[Tensor] = []
-            for j, i in enumerate(range(*which.indices(len(self.runs)))):
+            for alike in self._alike(range(*which.indices(len(self.runs)))):
+                at = slice(alike.start - which.start, alike.stop - which.start)
+                i, j = alike.start, at.start
                 given = {k: v[part[i]] for k, v in extras[i].items()}
                 if top and i in top:
                     mine = TopTokens(*(x[part[i], :length] for x in top[i]))
                     given |= top_extras(mine, scores[j])
-                batch = _Batch(new[j], chosen.logprobs[i], chosen.mask[i], advantages[i][part[i]], given)
-                losses.append(self._loss(i, batch, None if ref is None else ref[j], count=last))
+                old, mask = (x[alike.start : alike.stop] for x in (chosen.logprobs, chosen.mask))
+                batch = _Batch(new[at], old, mask, torch.stack([advantages[k][part[k]] for k in alike]), given)
+                losses += self._losses(alike, batch, None if ref is None else ref[j], count=last)
             gradients.append(torch.autograd.grad(torch.stack(losses).sum(), list(stack.weights.values())))
         self.optimizer.step([torch.cat(g) if len(g) > 1 else g[0] for g in zip(*gradients, strict=True)])  # pyright: ignore[reportGeneralTypeIssues]
 
-    def _loss(self, i: int, batch: "_Batch", ref: Tensor | None, *, count: bool) -> Tensor:
-        """The loss of run `i` on its part of a rollout; `ref` is that of the reference, where a run of the stack has one."""
-        run, penalty = self.runs[i], self.penalties[i]
-        terms = token_objective(
+    def _alike(self, runs: range) -> list[range]:
+        """Consecutive runs whose loss is computed in one call: those of one objective that treats each token by itself."""
+        found: list[range] = []
+        for i in runs:
+            before = found[-1] if found else None
+            joins = before is not None and self._joins[i] and self._joins[before.start]
+            if before and joins and self.runs[before.start].objective == self.runs[i].objective:
+                found[-1] = range(before.start, i + 1)
+            else:
+                found.append(range(i, i + 1))
+        return found
+
+    def _losses(self, runs: range, batch: "_Batch", ref: Tensor | None, *, count: bool) -> list[Tensor]:
+        """The loss of each of some runs that are alike; `ref` is that of the reference, where a run of the stack has one."""
+        run, penalty = self.runs[runs.start], self.penalties[runs.start]
+        joined = token_objective(
             run.objective if penalty is None else penalty.objective,
-            logprobs=batch.logprobs,
-            old_logprobs=batch.old,
-            rollout_logprobs=batch.old,
-            advantages=batch.advantages,
-            mask=batch.mask,
+            logprobs=batch.logprobs.flatten(0, 1),
+            old_logprobs=batch.old.flatten(0, 1),
+            rollout_logprobs=batch.old.flatten(0, 1),
+            advantages=batch.advantages.flatten(),
+            mask=batch.mask.flatten(0, 1),
             extras=batch.extras,
         )
         maximum = self.problem.length if run.objective.aggregation == "seq-mean-token-sum-norm" else None
         if penalty is not None:
-            penalty.measure(terms)
-        value = terms.value
-        if ref is not None and run.objective.kl_coef:
-            used = batch.mask & ~terms.nonfinite
-            term = reference_kl(
-                batch.logprobs, ref, run.objective.kl, old_logprobs=batch.old, mask=used, weights=terms.weights
-            )
-            value = value - run.objective.kl_coef * term
-        if count:
-            self._count(i, terms)
-        counted = batch.mask if terms.counted is None else batch.mask & terms.counted
-        return -aggregate(value, counted, run.objective.aggregation, max_length=maximum)
+            penalty.measure(joined)
+        losses: list[Tensor] = []
+        for j, i in enumerate(runs):
+            terms, mask, value = joined, batch.mask[j], joined.value
+            if len(runs) > 1:
+                terms = _rows_of(joined, slice(j * len(mask), (j + 1) * len(mask)))
+                value = terms.value
+            if ref is not None and run.objective.kl_coef:
+                used = mask & ~terms.nonfinite
+                term = reference_kl(
+                    batch.logprobs[j],
+                    ref,
+                    run.objective.kl,
+                    old_logprobs=batch.old[j],
+                    mask=used,
+                    weights=terms.weights,
+                )
+                value = value - run.objective.kl_coef * term
+            if count:
+                self._count(i, terms)
+            counted = mask if terms.counted is None else mask & terms.counted
+            losses.append(-aggregate(value, counted, run.objective.aggregation, max_length=maximum))
+        return losses
 
     @torch.no_grad()
     def _count(self, run: int, terms: TokenObjective) -> None:
@@ -506,6 +540,25 @@ class _Penalty:
         if self._tokens:
             self.rule.update(self._kl / self._tokens)
         self._kl = self._tokens = 0.0
+
+
+def _joins(run: Run) -> bool:
+    """Whether the loss of a run can be computed with those of others: nothing in it but its own tokens decides about them."""
+    objective = run.objective
+    alone = run.kl_target is not None or objective.kl_coef or not on_bandits(objective)
+    return not alone and not objective.extras and not looks_at_neighbours(objective)
+
+
+def _rows_of(terms: TokenObjective, rows: slice) -> TokenObjective:
+    """The terms of some sequences."""
+    count = len(terms.mask)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, RatioBounds):
+            return RatioBounds(*map(cut, value))
+        return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+
+    return TokenObjective(*map(cut, terms))
 
 
 def checkpoint_of(setting: Setting, number: int) -> Checkpoint:

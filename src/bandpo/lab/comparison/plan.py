@@ -35,11 +35,24 @@ KL_TARGET = 0.01
 _USUAL = MappingProxyType({"device": "cpu", "sampler": "eager", "split": "report"})
 _ROBUST_SEEDS = 500  # the first seed of the robustness maps
 _RATES = MappingProxyType(
-    {"paths": 4e-4, "addition": 3e-4, "countdown": 4e-4, "chain_sum": 3e-4, "sums": 3e-4, "letter_counting": 3e-4}
+    {
+        "paths": 4e-4,
+        "addition": 3e-4,
+        "countdown": 4e-4,
+        "chain_sum": 3e-4,
+        "sums": 3e-4,
+        "letter_counting": 3e-4,
+        "detours": 4e-4,
+        "traps": 4e-4,
+    }
 )
 _SETTING = MappingProxyType({"prompts": 64, "group": 8, "epochs": 2, "minibatches": 2})
 _SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"addition": {"prompts": 32}, "countdown": {"epochs": 1, "minibatches": 4}}
+    {
+        "addition": {"prompts": 32},
+        "countdown": {"epochs": 1, "minibatches": 4},
+        **{key: {"prompts": 24, "minibatches": 8, "hidden_size": 32, "layers": 1} for key in ("detours", "traps")},
+    }
 )
 
 
@@ -51,7 +64,8 @@ class Plan:
         objectives: Names of objectives, or import paths of own ones, "package.module:NAME"; `no-clip` is always compared too.
         tasks: Names of problems.
         seeds: Seeds of the report, below 1000.
-        warm_ups: Number of checkpoints; seed s starts from checkpoint s modulo this number.
+        warm_ups: Number of warmed-up models; seed s starts from model s modulo this number, and the tables then count models,
+            not seeds. None gives every seed a model of its own.
         rates: Learning rate of each task before tuning.
         tuning_seeds: Number of seeds for tuning; 0 leaves the tuned arms out.
         tuning_rates: Multiples of the rate that are tried.
@@ -87,7 +101,7 @@ class Plan:
     )
     tasks: tuple[str, ...] = ("paths", "addition", "countdown")
     seeds: tuple[int, ...] = tuple(range(10))
-    warm_ups: int = 3
+    warm_ups: int | None = None
     rates: Mapping[str, float] = field(default_factory=lambda: _RATES)
     tuning_seeds: int = 2
     tuning_rates: tuple[float, ...] = (1.0, 2.0)
@@ -112,6 +126,8 @@ class Plan:
             self.setting_of(task)
         if not self.seeds or max(self.seeds) >= TUNING_SEEDS or min(self.seeds) < 0:
             raise ValueError(f"seeds: at least one, from 0 to {TUNING_SEEDS - 1}; got {self.seeds}")
+        if self.warm_ups is not None and self.warm_ups < 1:
+            raise ValueError(f"warm_ups: at least 1, or None for one of each seed; got {self.warm_ups}")
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields with plain dictionaries: a `MappingProxyType` cannot be pickled."""
@@ -119,6 +135,14 @@ class Plan:
             name: dict(cast("Mapping[str, Any]", getattr(self, name))) for name in ("rates", "setting", "sizes")
         }
         return {**vars(self), **mappings}
+
+    def warm_up_of(self, seed: int) -> int:
+        """The number of the warmed-up model that a seed starts from.
+
+        Args:
+            seed: The seed.
+        """
+        return seed if self.warm_ups is None else seed % self.warm_ups
 
     def setting_of(self, task: str, **changes: Any) -> Setting:
         """The setting of a task's runs.
@@ -400,7 +424,7 @@ def jobs_of(plan: Plan, task: str, arms: Iterable[Arm], seeds: Iterable[int], **
     """
     setting = plan.setting_of(task, **changes)
     return [
-        Job(setting, arm, plan.rates[task] * arm.rate, seed, seed % plan.warm_ups) for arm in arms for seed in seeds
+        Job(setting, arm, plan.rates[task] * arm.rate, seed, plan.warm_up_of(seed)) for arm in arms for seed in seeds
     ]
 
 

@@ -1,7 +1,5 @@
-"""The report of a comparison: figures, one self-contained page, and the evidence page of the documentation."""
+"""The report of a comparison: figures, and one self-contained page."""
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +8,6 @@ from matplotlib.figure import Figure
 
 from bandpo._system.files import write_text
 from bandpo._system.pages import save_svg, template
-from bandpo.lab.comparison.claims import UNMEASURED, claims, duels
 from bandpo.lab.comparison.clock import Clock
 from bandpo.lab.comparison.figures import (
     plot_clip_maps,
@@ -103,14 +100,11 @@ def write_report(folder: Path, summary: Mapping[str, Any], clock: Clock | None =
         for i, picture in enumerate(pictures(summary)):
             path = folder / "figures" / f"{picture.section}-{i}.svg"
             figures.setdefault(picture.section, {})[picture.title] = save_svg(picture.figure, path)
-    judged = claims(summary)
     page = template("bandpo.lab.comparison", "compare.html.j2", _FILTERS).render(
         title="Trust regions compared: " + ", ".join(summary["tasks"]),
         summary=summary,
         figures=figures,
         tasks=_tasks(summary),
-        claims=[c for c in judged if c.verdict != UNMEASURED],
-        unmeasured=[c for c in judged if c.verdict == UNMEASURED],
         own=summary["about"].get(RECORDS, {}),
         exact_text=_exact_text(summary),
         about=summary["about"],
@@ -121,86 +115,10 @@ def write_report(folder: Path, summary: Mapping[str, Any], clock: Clock | None =
     return path
 
 
-def evidence_pages(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The evidence pages of the documentation in Markdown, by file name: the claims, and the data behind them.
-
-    Args:
-        summary: The content of summary.json.
-    """
-    content = {
-        "about": summary["about"],
-        "claims": claims(summary),
-        "duels": _scores(summary),
-        "tasks": _tasks(summary),
-        "summary": summary,
-        "exact_text": _exact_text(summary),
-        "pictures": {title: file for title, file, _ in evidence_pictures(summary)},
-    }
-    return {
-        name: template("bandpo.lab.comparison", f"{name}.j2", _FILTERS).render(content).rstrip("\n") + "\n"
-        for name in ("evidence.md", "evidence-data.md")
-    }
-
-
-def evidence_pictures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Title, file name and figure of the pictures on the evidence pages."""
-    for picture in pictures(summary):
-        title = picture.title if picture.section == "exact" else f"{picture.section}: {picture.title}"
-        if picture.section == "exact" or picture.title.startswith(("mean@", "entropy", "Who", "Robust", "Learning")):
-            name = "".join(c if c.isalnum() else "-" for c in title.lower())
-            yield title, f"{'-'.join(filter(None, name.split('-')))}.png", picture.figure
-
-
-def write_evidence(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """Writes evidence.md, evidence-data.md and evidence.json, with pictures in assets/evidence/.
-
-    Args:
-        folder: The folder of the documentation.
-        summary: The content of summary.json.
-
-    Returns:
-        The path of evidence.md.
-    """
-    assets = folder / "assets" / "evidence"
-    assets.mkdir(parents=True, exist_ok=True)
-    for old in assets.glob("*.png"):
-        old.unlink()
-    for _, file, figure in evidence_pictures(summary):
-        figure.savefig(assets / file, dpi=110)
-    write_text(folder / "evidence.json", json.dumps(summary) + "\n")
-    for name, text in evidence_pages(summary).items():
-        write_text(folder / name, text)
-    return folder / "evidence.md"
-
-
 def _times(summary: Mapping[str, Any], clock: Clock) -> dict[str, dict[str, float]]:
     """The seconds of each part of this command, up to the page, and the core seconds of the runs."""
     found = {"this command, seconds": clock.parts(), "the runs, core seconds": summary["about"].get("core_seconds", {})}
     return {title: parts for title, parts in found.items() if parts}
-
-
-def _scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The wins, ties and losses of each band against each rival, over the tasks."""
-    rows: list[dict[str, Any]] = []
-    for variant in ("", " tuned"):
-        for task, measures in duels(summary, variant).items():
-            for measure, pairs in measures.items():
-                for (band, rival), d in pairs.items():
-                    state = "diverged" if math.isnan(d.mean.value) else "tie"
-                    if d.p_holm < 0.05:
-                        state = "win" if d.mean.value > 0 else "loss"
-                    rows.append(
-                        {
-                            "band": band,
-                            "rival": rival,
-                            "variant": variant.strip() or "default",
-                            "task": task,
-                            "measure": measure,
-                            "state": state,
-                            "difference": d,
-                        }
-                    )
-    return rows
 
 
 def _tasks(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,17 @@ from bandpo.lab.comparison.plan import (
 )
 from bandpo.lab.comparison.study import Study, diverged
 from bandpo.metrics import PROB_BINS
-from bandpo.statistics import Difference, best_of_bootstrap, interval, iqm, number, paired, t_half_width
+from bandpo.statistics import (
+    Difference,
+    Interval,
+    best_of_bootstrap,
+    bounded_interval,
+    cluster_interval,
+    number,
+    paired,
+    t_half_width,
+    t_interval,
+)
 
 Result = dict[str, Any]
 """A run's result, the fields of `bandpo.lab.comparison.loop.Result`."""
@@ -131,10 +141,10 @@ def _task(results: Mapping[Arm, dict[int, Result]], plan: Plan, study: Study, ta
     start = (f"mean@{k}", f"pass@{k}", "entropy", "groups with signal")
     return {
         "baseline": baseline,
-        "before": {m: iqm([r["before"][m] for r in runs[baseline]]) for m in start},
-        "table": {label: _row(arms[label], runs[label], v, plan, task) for label, v in values.items()},
-        "differences": {m: _differences(main, seeds, baseline, m) for m in compared},
-        "ablations": {m: _differences(parts, seeds, ABLATED, m) for m in ablated},
+        "before": {m: float(np.mean([r["before"][m] for r in runs[baseline]])) for m in start},
+        "table": {label: _row(arms[label], runs[label], seeds[label], v, plan, task) for label, v in values.items()},
+        "differences": {m: _differences(plan, main, seeds, baseline, m) for m in compared},
+        "ablations": {m: _differences(plan, parts, seeds, ABLATED, m) for m in ablated},
         "values": values,
         "seeds": seeds,
         "curves": {label: _curves(found) for label, found in runs.items()},
@@ -144,7 +154,9 @@ def _task(results: Mapping[Arm, dict[int, Result]], plan: Plan, study: Study, ta
     }
 
 
-def _row(arm: Arm, runs: Sequence[Result], values: Values, plan: Plan, task: str) -> dict[str, Any]:
+def _row(
+    arm: Arm, runs: Sequence[Result], seeds: Sequence[int], values: Values, plan: Plan, task: str
+) -> dict[str, Any]:
     """A row of the main table."""
     rate = plan.rates[task] * arm.rate
     return {
@@ -152,20 +164,37 @@ def _row(arm: Arm, runs: Sequence[Result], values: Values, plan: Plan, task: str
         "runs": len(runs),
         "missing": len(plan.seeds) - len(runs),
         "diverged": sum(diverged(r) for r in runs),
-        **{measure: interval(v)._asdict() for measure, v in values.items()},
+        **{measure: _mean(measure, v, seeds, plan)._asdict() for measure, v in values.items()},
     }
+
+
+def _mean(measure: str, values: Sequence[float], seeds: Sequence[int], plan: Plan) -> Interval:
+    """The mean over runs with its 95% interval: Student's, over warmed-up models where runs share them.
+
+    The share of collapsed runs has that of Clopper and Pearson: where no run collapsed, Student's would have the width 0.
+    """
+    if measure == "collapsed":
+        return bounded_interval(values, 0.0, 1.0)
+    if plan.warm_ups is None:
+        return t_interval(values)
+    return cluster_interval(values, [plan.warm_up_of(seed) for seed in seeds])
 
 
 def _differences(
-    values: Mapping[str, Values], seeds: Mapping[str, list[int]], baseline: str, measure: str
+    plan: Plan, values: Mapping[str, Values], seeds: Mapping[str, list[int]], baseline: str, measure: str
 ) -> dict[str, Any]:
     """The paired differences of a measure between each other arm and the baseline."""
     pairs = {
-        label: common_seeds(v[measure], seeds[label], values[baseline][measure], seeds[baseline])
+        label: pair
         for label, v in values.items()
         if label != baseline
+        and (pair := common_seeds(v[measure], seeds[label], values[baseline][measure], seeds[baseline]))[0]
     }
-    return {label: as_dict(d) for label, d in paired({n: p for n, p in pairs.items() if p[0]}).items()}
+    clusters = None
+    if plan.warm_ups is not None:
+        common = {label: [s for s in seeds[label] if s in seeds[baseline]] for label in pairs}
+        clusters = {label: [plan.warm_up_of(s) for s in found] for label, found in common.items()}
+    return {label: as_dict(d) for label, d in paired(pairs, clusters=clusters).items()}
 
 
 def common_seeds(

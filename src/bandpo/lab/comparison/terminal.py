@@ -1,4 +1,4 @@
-"""What `bandpo compare` prints at its end: a table of each task, the verdicts, and what diverged, failed or is missing."""
+"""What `bandpo compare` prints at its end: a table of each task, and what diverged, failed or is missing."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from rich.text import Text
 
 from bandpo._system.errors import printable
 from bandpo._system.progress import Progress
-from bandpo.lab.comparison.claims import UNMEASURED, UNTESTABLE, Claim, claims
 from bandpo.lab.comparison.summary import runs_of
 from bandpo.statistics import number
 
@@ -19,7 +18,7 @@ WIDTH = 100
 
 
 def show(summary: Mapping[str, Any], progress: Progress) -> None:
-    """Print the tables and the verdicts of a comparison, and what is not there.
+    """Print the tables of a comparison, and what is not there.
 
     Args:
         summary: The content of summary.json.
@@ -28,12 +27,11 @@ def show(summary: Mapping[str, Any], progress: Progress) -> None:
     wide = not progress.console.is_terminal and "COLUMNS" not in os.environ
     console = Console(width=WIDTH, highlight=False) if wide else progress.console
     tables = [task_table(task, found) for task, found in summary["tasks"].items() if found]
-    judged = claims(summary)
-    for table in filter(None, (*tables, claims_table(judged))):
+    for table in tables:
         console.print()
         console.print(table)
     console.print()
-    for line in (*_not_judged(judged), *missing_lines(summary)):
+    for line in missing_lines(summary):
         progress.say(line)
 
 
@@ -48,7 +46,7 @@ def task_table(task: str, found: Mapping[str, Any]) -> Table:
     first = next(iter(rows.values()))
     main, other = (next(m for m in first if m.startswith(start)) for start in ("mean@", "pass@"))
     differences = found["differences"].get(main, {})
-    title = f"{task}: interquartile means over runs, with 95% intervals"
+    title = f"{task}: means over runs, with 95% intervals"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold")
     table.add_column("runs")
@@ -65,34 +63,6 @@ def task_table(task: str, found: Mapping[str, Any]) -> Table:
         cells += [number(row[m]["value"]) for m in (other, "entropy", "speed")]
         table.add_row(Text(printable(label)), runs_of(row), *cells)
     return table
-
-
-def claims_table(judged: list[Claim]) -> Table | None:
-    """The verdicts on the claims that this comparison has numbers for; None if there are none.
-
-    Args:
-        judged: All claims.
-    """
-    shown = [c for c in judged if c.verdict not in (UNMEASURED, UNTESTABLE)]
-    if not shown:
-        return None
-    table = Table(
-        title="claims", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False
-    )
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("claim")
-    for claim in shown:
-        table.add_row(claim.verdict, Text(claim.text))
-    return table
-
-
-def _not_judged(judged: list[Claim]) -> list[str]:
-    """One line about the claims of which this comparison has no numbers."""
-    count = sum(c.verdict == UNMEASURED for c in judged)
-    if not count:
-        return []
-    need = "claims need" if count > 1 else "claim needs"
-    return [f"{count} more {need} other objectives, more seeds or --preset paper; the report has them"]
 
 
 def missing_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -55,8 +55,8 @@ def draw(evidence: Mapping[str, Any]) -> dict[str, str]:
     if tasks:
         head = "Small transformers against PPO's fixed clip"
         found["evidence-transformers"] = plot_differences(head, tasks, OTHERS, evidence["smallest"])
-    if moved := {key: rows for key, rows in evidence["means"].get("forks", {}).items() if key.startswith("moves/")}:
-        found["evidence-moved"] = plot_moved(moved)
+    if curves := evidence.get("transformers", {}).get("curves"):
+        found["evidence-curves"] = plot_curves(curves)
     return found
 
 
@@ -226,39 +226,36 @@ def _in_units(contrast: Mapping[str, Any], place: Callable[[float], float], y: f
     ]
 
 
-def plot_moved(places: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]) -> str:
-    """How far the updates of a rollout moved the rare tokens that were sampled, up and down, by arm.
+def plot_curves(places: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str:
+    """The mean reward of each rollout, over all seeds, by place and arm.
 
     Args:
-        places: `[place][arm][measure]`, each a mean with its interval.
+        places: `[place][arm]["reward"]`, one number for each rollout.
     """
-    measures = {"moved_up": "rewarded (A > 0)", "moved_down": "punished (A < 0)"}
-    ends = [x for rows in places.values() for row in rows.values() for m in measures if m in row for x in row[m][1:3]]
-    low, high = min([0.0, *(x for x in ends if x is not None)]), max([0.0, *(x for x in ends if x is not None)])
-    columns = [(118, 282), (306, 470)]
+    names = list(next(iter(places.values())))
     parts = [
-        text(8, 20, "How far updates really move rare tokens", "title"),
-        text(8, 38, "mean log(probability after / before) over the steps on a rollout,", "note"),
-        text(8, 54, "of sampled tokens with p < 0.1; one learning rate for all arms", "note"),
+        text(8, 20, "Mean reward of each rollout", "title"),
+        text(8, 38, "mean over the seeds; each arm at its own learning rate", "note"),
     ]
-    across = [scale(low, high or 1.0, *ends) for ends in columns]
-    y = 80.0
-    for (left, right), place, title in zip(columns, across, measures.values(), strict=True):
-        parts += [text((left + right) / 2, y, title, "mid"), text(left, y + 15, f"{low:+.2g}", "note")]
-        parts += [text(right, y + 15, f"{high:+.2g}", "note end"), text(place(0), y + 15, "0", "note mid")]
-    top = y = y + 22
-    rows: list[str] = []
-    for name, arms in places.items():
-        y += 20
-        rows.append(text(8, y, place_title(name)))
-        for arm, found in arms.items():
-            if arm not in COLOURS or not any(m in found for m in measures):
-                continue
-            y += 17
-            rows.append(text(112, y + 4, NAMES.get(arm, arm), "note end"))
-            for measure, place in zip(measures, across, strict=True):
-                if measure in found:
-                    rows += _interval([*found[measure][:3], "better"], place, y, COLOURS[arm])
-        y += 6
-    parts += [line(place(0), top, place(0), y, "zero") for place in across]
-    return picture("How far updates move rare tokens", y + 10, [*parts, *rows])
+    for i, arm in enumerate(names):
+        x, y = 8 + 118 * (i % 4), 58 + 20 * (i // 4)
+        parts += [line(x, y - 4, x + 20, y - 4, f"line {COLOURS[arm]}"), text(x + 25, y, NAMES.get(arm, arm), "note")]
+    y = 68.0 + 20 * ((len(names) - 1) // 4)
+    for place, arms in places.items():
+        highest = max(max(row["reward"]) for row in arms.values()) or 1.0
+        top, bottom = y + 30, y + 140
+        up = scale(0, highest, bottom, top)
+        parts += [text(8, y + 18, place_title(place)), text(44, top + 6, f"{highest:.2g}", "note end")]
+        parts += [
+            text(44, bottom + 4, "0", "note end"),
+            line(50, bottom, 470, bottom, "axis"),
+            line(50, top, 470, top, "axis"),
+        ]
+        for arm, row in arms.items():
+            across = scale(0, max(1, len(row["reward"]) - 1), 50, 470)
+            points = " ".join(f"{across(i):.1f},{up(value):.1f}" for i, value in enumerate(row["reward"]))
+            parts.append(f'<polyline points="{points}" class="line {COLOURS[arm]}"/>')
+        y = bottom + 12
+    count = len(next(iter(next(iter(places.values())).values()))["reward"])
+    parts.append(text(470, y + 8, f"{count} rollouts", "note end"))
+    return picture("Mean reward of each rollout", y + 18, parts)
