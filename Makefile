@@ -43,7 +43,7 @@ test-lowest: $(VENV)-lowest/.installed  ## the core and TRL with the lowest vers
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -o filterwarnings=default \
 		--disable-warnings -k "$(NOT_LOWEST)" $(LOWEST) $(ARGS)
 
-test-browser: $(VENV)/.installed  ## reports and the explorer in a headless Chromium; `make test` skips these where there is none
+test-browser: $(VENV)/.docs-installed  ## reports, the explorer and the built site in a headless Chromium; `make test` skips what it has no Chromium or zensical for
 	$(BIN)/python -m pytest tests/browser
 
 packages: $(VENV)/.installed  ## wheel and sdist: built, checked, and used as a stranger would (ARGS="--out dist" keeps them)

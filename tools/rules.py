@@ -60,6 +60,9 @@ def _section(rule: Rule) -> str:
     ]
     lines += [_wrapped(f"**Healthy:** {rule.healthy} **From:** {_sentence(rule.source)}"), ""]
     lines += [_wrapped(f"**Tested** {_tests(fires, quiet)}"), ""]
+    if rule.rests_on:
+        claims = ", ".join(f"`{claim}` ({came_out})" for claim, came_out in rule.rests_on.items())
+        lines += [_wrapped(f"**Rests on** registered claims of [the evidence](evidence-data.md): {claims}."), ""]
     if rule.knobs:
         lines += [
             "| host | set |",

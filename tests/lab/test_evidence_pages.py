@@ -20,6 +20,7 @@ from bandpo.lab.evidence.judge import judge
 from bandpo.lab.evidence.protocol import read
 from bandpo.lab.evidence.study import EXPERIMENTS, Outcome, explored, forks_preset, measured, restricted, study
 from bandpo.lab.experiments.arguments import add_arguments, run
+from bandpo.monitoring.catalog import RULES
 from bandpo.statistics import t_interval
 from evidence_samples import few_seeds, made_up_values
 
@@ -276,3 +277,28 @@ def test_the_verdicts_follow_from_the_committed_values(committed):
 def test_every_sense_has_a_colour_and_a_word(committed):
     senses = {x["sense"] for claim in committed["judged"] for x in claim["contrasts"]}
     assert senses <= {*SENSES, "not measured"}
+
+
+# ---- advice that rests on claims ----
+
+ADVICE = [
+    *((f"rule {rule.name}", claim, how) for rule in RULES.values() for claim, how in rule.rests_on.items()),
+    *(
+        (page.name, *pair.split())
+        for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        for found in re.findall(r"<!-- rests on: (.*?) -->", page.read_text())
+        for pair in found.split("; ")
+    ),
+]
+"""Where, the id of a claim, and how it came out, for each advice that names one: `holds` or `fails`."""
+
+
+@pytest.mark.parametrize(("where", "claim", "how"), ADVICE)
+def test_an_advice_names_what_the_evidence_says(where, claim, how, committed):
+    """If a new run overturns it, the advice has to change."""
+    claims = {found["id"]: found["counts"] for found in committed["judged"]}
+    assert claim in claims, f"{where}: choose from {', '.join(claims)}"
+    counts = claims[claim]
+    decided = sum(counts[sense] for sense in SENSES)
+    came_out = {"holds": counts["holds"] > 0 and not counts["opposite"], "fails": decided > 0 and not counts["holds"]}
+    assert came_out[how], f"{where}: {claim} {counts}"

@@ -114,7 +114,7 @@ def test_the_page_says_it_too(tmp_path):
 
     study = study_of(tmp_path, gone={("bandpo-kl", 2)}, missing={("grpo", 3)})
     summary = summarise(study, PLAN)
-    plan = {"seeds": [0], "exact_seeds": 0}
+    plan = {"warm_ups": None, "seeds": [0], "exact_seeds": 0}
     about = {
         "command": "bandpo compare",
         "bandpo": "0",

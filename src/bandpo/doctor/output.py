@@ -154,6 +154,8 @@ def explained(name: str, *, width: int = _USUAL) -> str:
     rule = RULES[name]
     lines = [f"{rule.name}, of {_listed(rule)}"]
     parts = {"looks at": rule.sees, "why": rule.why, "healthy": rule.healthy, "from": rule.source}
+    if rule.rests_on:
+        parts["rests on"] = ", ".join(f"claim {claim} ({came_out})" for claim, came_out in rule.rests_on.items())
     parts |= {f"set, {host}": knob for host, knob in rule.knobs.items()}
     return "\n".join([*lines, *(_wrap(f"{what}: {text}", width, 1, 4) for what, text in parts.items())])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Reads = Literal["configuration", "log", "batch"]
+CameOut = Literal["holds", "fails"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Rule:
         healthy: The healthy range, with its units.
         source: Where that range comes from: a paper with its number, or "our judgement".
         knobs: What to set, for each host that has a knob for it.
+        rests_on: Registered claims of the evidence that the advice rests on, by id, and how they came out: `holds` (somewhere,
+            and nowhere the opposite) or `fails` (nowhere). A test compares this with docs/evidence.json.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Rule:
     healthy: str
     source: str
     knobs: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+    rests_on: Mapping[str, CameOut] = field(default_factory=dict[str, CameOut], hash=False)
 
 
 _CONFIGURATION = (

@@ -149,49 +149,65 @@ def plot_moves(places: Mapping[str, Any], tracked: int) -> str:
     """
     parts = [
         text(8, 20, "How far updates really move rare tokens", "title"),
-        text(8, 38, f"after one rollout, mean of the first {tracked}, one learning rate for all arms", "note"),
+        text(8, 38, f"probability after the updates on a rollout over that before, first {tracked} rollouts", "note"),
         dot(14, 54, "open c2"),
         text(24, 58, "punished (A < 0)", "note"),
         dot(144, 54, "dot c1"),
         text(154, 58, "rewarded (A > 0)", "note"),
         text(284, 58, "zone: the fixed clip, 0.8 to 1.2", "note"),
     ]
-    shown = ("grpo", *_SHOWN)
-    rows = [(regime, row) for regime, row in places.items() if regime in _MOVED]
-    ends = [
-        row["values"][arm][m][end]
-        for _, row in rows
-        for arm in shown
-        if arm in row["values"]
-        for m, end in (("moved_up", "high"), ("moved_down", "low"))
+    y = 80.0
+    for regime in _MOVED:
+        if regime in places:
+            parts += _moves_of_regime(regime, places[regime], y)
+            y += 17 * len(_with_baseline(places[regime]["values"])) + 54
+    return picture("How far updates move rare tokens", y - 10, parts)
+
+
+def _with_baseline(values: Mapping[str, Any]) -> list[str]:
+    return [arm for arm in (BASELINE, *_SHOWN) if arm in values]
+
+
+def _moves_of_regime(regime: str, row: Mapping[str, Any], y: float) -> list[str]:
+    """One block of `plot_moves`, with a scale of its own."""
+    measures = {"moved_down": "open c2", "moved_up": "dot c1"}
+    shown = {
+        (arm, measure): row["values"][arm][measure]
+        for arm in _with_baseline(row["values"])
+        for measure in measures
+        if all(x is not None and math.isfinite(x) for x in row["values"][arm][measure].values())
+    }
+    low = min([-0.3, *(x["low"] for x in shown.values())])
+    high = max([0.3, *(x["high"] for x in shown.values())])
+    place = scale(low, high, 120, 468)
+    height = 17 * len(_with_baseline(row["values"])) + 6
+    edges = place(math.log(0.8)), place(math.log(1.2))
+    parts = [
+        text(8, y, f"{regime}: {WHAT[regime]}", ""),
+        box(edges[0], y + 4, edges[1] - edges[0], height, "zone"),
+        line(place(0), y + 4, place(0), y + 4 + height, "zero"),
     ]
-    limits = [min([x for x in ends if x is not None], default=-1), max([x for x in ends if x is not None], default=1)]
-    place = scale(min(limits[0], -0.3) - 0.05, max(limits[1], 0.3) + 0.05, 120, 468)
-    y = 76.0
-    for regime, row in rows:
-        present = [arm for arm in shown if arm in row["values"]]
-        edges = place(math.log(0.8)), place(math.log(1.2))
-        height = 17 * len(present) + 6
-        parts.append(box(edges[0], y + 8, edges[1] - edges[0], height, "zone"))
-        parts += [
-            text(8, y + 4, f"{regime}: {WHAT[regime]}", ""),
-            line(place(0), y + 8, place(0), y + 8 + height, "zero"),
-        ]
-        for arm in present:
-            y += 17
-            parts.append(text(112, y + 4, NAMES.get(arm, arm), "note end"))
-            for measure, style in (("moved_down", "open c2"), ("moved_up", "dot c1")):
-                found = row["values"][arm][measure]
-                if None in found.values() or math.isnan(found["value"]):
-                    continue
-                parts.append(line(place(found["low"]), y, place(found["high"]), y, f"line {style[-2:]}"))
-                parts.append(dot(place(found["value"]), y, style))
-        y += 34
-    for ratio in (0.05, 0.1, 0.2, 0.5, 0.8, 1.0, 1.2, 2, 5, 10):
-        if limits[0] - 0.05 <= math.log(ratio) <= limits[1] + 0.05 or ratio in (0.8, 1.0, 1.2):
-            parts.append(text(place(math.log(ratio)), y - 6, f"{ratio:g}", "mid note"))
-    parts.append(text(294, y + 11, "new probability over old", "mid note"))
-    return picture("How far updates move rare tokens", y + 22, parts)
+    for i, arm in enumerate(_with_baseline(row["values"]), 1):
+        parts.append(text(112, y + 17 * i + 4, NAMES.get(arm, arm), "note end"))
+        for measure, style in measures.items():
+            if found := shown.get((arm, measure)):
+                parts.append(
+                    line(place(found["low"]), y + 17 * i, place(found["high"]), y + 17 * i, f"line {style[-2:]}")
+                )
+                parts.append(dot(place(found["value"]), y + 17 * i, style))
+    return [*parts, *_ratios(low, high, place, y + height + 18)]
+
+
+def _ratios(low: float, high: float, place: Callable[[float], float], y: float) -> list[str]:
+    """Labels of ratios below an axis of their logarithms, the simplest ones first, as many as have room."""
+    parts: list[str] = []
+    taken: list[float] = []
+    for ratio in (1, 10, 0.1, 0.01, 0.001, 2, 0.5, 5, 0.2, 1.5, 0.7, 20, 0.05):
+        x = place(math.log(ratio))
+        if low <= math.log(ratio) <= high and all(abs(x - other) >= 34 for other in taken):
+            taken.append(x)
+            parts.append(text(x, y, f"{ratio:g}", "mid note"))
+    return parts
 
 
 _MOVED = ("needle", "diversity", "noisy")
