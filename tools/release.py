@@ -85,6 +85,8 @@ def _of_version(state: State, tag: str | None) -> list[str]:
         )
     if (cited := value(state.files["CITATION.cff"], "version")) != state.version:
         wrong.append(f"CITATION.cff has version {cited}, and the source {state.version}")
+    if (foot := value(state.files["mkdocs.yml"], "copyright")) and f"bandpo {state.version} " not in foot:
+        wrong.append(f"the foot of the site is {foot!r}, and the version {state.version}; run python tools/site.py")
     return wrong
 
 
@@ -187,7 +189,7 @@ def with_value(text: str, key: str, new: str) -> str:
     lines = [line for line in text.splitlines() if not line.startswith(f"{key}:")]
     if new:
         before = next((i for i, line in enumerate(text.splitlines()) if line.startswith(f"{key}:")), 1)
-        lines.insert(before, f'{key}: "{new}"')
+        lines.insert(before, f"{key}: {new}")
     return "\n".join([*lines, ""])
 
 

@@ -45,6 +45,7 @@ def train(steps_per_rollout: int, lag: int = 0, rate: float = 1.0, rollouts: int
 
 
 def mean(rows: list[dict[str, float]], name: str) -> float:
+    """The mean of a metric over the rollouts."""
     return sum(row[name] for row in rows) / len(rows)
 
 

@@ -45,7 +45,8 @@ def newest(wheels, python):
         name = wheel["requirement"].partition("==")[0]
         if name in found:
             continue
-        command = [python, "-m", "pip", "index", "versions", "--disable-pip-version-check", name]
+        command = [python, "-m", "pip", "index", "versions", "--disable-pip-version-check",
+                   "--ignore-requires-python", name]  # fmt: skip
         said = subprocess.run(command, capture_output=True, text=True)
         version = re.match(r"\S+ \(([^)]+)\)", said.stdout)
         if version is None:

@@ -80,6 +80,7 @@ def test_the_command_writes_the_result_and_the_figures(tmp_path, monkeypatch, pr
     [
         (["--only", "fork"], "--only: got 'fork'; did you mean 'forks'"),
         (["--only", "forks/x*"], "--only: got 'forks/x"),
+        (["--arms", "bandpo"], "--arms: got 'bandpo'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda: .* choose --device cpu"),
     ],
@@ -96,11 +97,15 @@ def test_only_names_experiments_and_places():
     assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
     assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
     assert not restricted(quick, ["forks"]).experiments["transformers"].places
+    few = restricted(quick, None, ["bandpo-kl"]).experiments["forks"]
+    assert few.places["noisy/adam"].arms == ("grpo", "bandpo-kl")
+    assert few.places["width/noisy"] == quick.experiments["forks"].places["width/noisy"]
 
 
 def test_the_study_of_forks_has_the_places_of_the_protocol():
     full = read("full")
     preset, parts = forks_preset(restricted(full, ["forks/*/adam", "forks/moves/*"]))
+    assert set(preset.arms) == set(full.experiments["forks"].places["noisy/adam"].arms)
     assert preset.optimizers == ("adam",) and parts == ("regimes",) and preset.seeds == full.experiments["forks"].seeds
     preset, parts = forks_preset(restricted(full, ["forks/width/noisy"]))
     assert preset.width_regimes == ("noisy",) and parts == ("widths",)

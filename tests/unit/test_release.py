@@ -80,6 +80,11 @@ def changed(**more):
             None,
             "has version 1.2.2",
         ),
+        (
+            changed(files={**FILES, "mkdocs.yml": FILES["mkdocs.yml"] + "copyright: bandpo 1.2 · x\n"}),
+            None,
+            r"tools/site\.py",
+        ),
         (changed(version="1.2"), None, "version '1.2' must be X.Y.Z"),
         (changed(version="1.2.3-rc1"), None, "version '1.2.3-rc1' must be X.Y.Z"),
     ],
