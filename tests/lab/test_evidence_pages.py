@@ -80,6 +80,7 @@ def test_the_command_writes_the_result_and_the_figures(tmp_path, monkeypatch, pr
     [
         (["--only", "fork"], "--only: got 'fork'; did you mean 'forks'"),
         (["--only", "forks/x*"], "--only: got 'forks/x"),
+        (["--arms", "bandpo"], "--arms: got 'bandpo'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda: .* choose --device cpu"),
     ],
@@ -96,11 +97,15 @@ def test_only_names_experiments_and_places():
     assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
     assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
     assert not restricted(quick, ["forks"]).experiments["transformers"].places
+    few = restricted(quick, None, ["bandpo-kl"]).experiments["forks"]
+    assert few.places["noisy/adam"].arms == ("grpo", "bandpo-kl")
+    assert few.places["width/noisy"] == quick.experiments["forks"].places["width/noisy"]
 
 
 def test_the_study_of_forks_has_the_places_of_the_protocol():
     full = read("full")
     preset, parts = forks_preset(restricted(full, ["forks/*/adam", "forks/moves/*"]))
+    assert set(preset.arms) == set(full.experiments["forks"].places["noisy/adam"].arms)
     assert preset.optimizers == ("adam",) and parts == ("regimes",) and preset.seeds == full.experiments["forks"].seeds
     preset, parts = forks_preset(restricted(full, ["forks/width/noisy"]))
     assert preset.width_regimes == ("noisy",) and parts == ("widths",)
@@ -156,6 +161,14 @@ def test_the_page_counts_what_the_claims_say(tool, evidence):
     )
     assert not re.search(INTERVAL, claims) and re.search(INTERVAL, data)
     assert "Preset `smoke`" in claims  # few runs say so themselves
+
+
+@pytest.mark.parametrize("part", ["forks", "transformers"])
+def test_the_pages_of_one_experiment_alone(tool, protocol, part, monkeypatch):
+    monkeypatch.setattr(study_module, "EXPERIMENTS", made_up(made_up_values(protocol)))
+    found = study(restricted(protocol, [part]), Path("nowhere"), 1, lambda _: None)
+    page, data = tool.pages(tool.compact(json.loads(json.dumps(found)))).values()
+    assert ("## Transformers" in page) == (part == "transformers") and f"### {part}: " in data
 
 
 def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
@@ -242,6 +255,22 @@ def test_the_page_is_two_screens_of_prose(tool):
     assert words < 1000
 
 
+def as_measured(protocol, values):
+    """The protocol with the places and arms that there are values of."""
+    experiments = {
+        name: replace(
+            experiment,
+            places={
+                place: replace(has, arms=tuple(arm for arm in has.arms if arm in values[name][place]))
+                for place, has in experiment.places.items()
+                if place in values.get(name, {})
+            },
+        )
+        for name, experiment in protocol.experiments.items()
+    }
+    return replace(protocol, experiments=experiments)
+
+
 def test_the_verdicts_follow_from_the_committed_values(committed):
     """Judged again, with what rounding to 5 digits may change."""
     protocol = read(committed["preset"])
@@ -250,7 +279,8 @@ def test_the_verdicts_follow_from_the_committed_values(committed):
         "registered": protocol.registered,
         "amendments": list(protocol.amendments),
     }
-    primary = replace(protocol, claims=tuple(claim for claim in protocol.claims if claim.kind == "primary"))
+    claims = tuple(claim for claim in protocol.claims if claim.kind == "primary")
+    primary = replace(as_measured(protocol, committed["values"]), claims=claims)
     values = {
         name: {
             place: {

@@ -10,7 +10,7 @@ import pytest
 from bandpo import OBJECTIVES
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.evidence import protocol, transformers
-from bandpo.lab.evidence.transformers import ARMS, Plan, change_at_the_end, choose_rates, plan_of, run_plan, values_of
+from bandpo.lab.evidence.transformers import ARMS, Plan, change_at_the_end, plan_of, rates_of, run_plan, tune, values_of
 
 TINY = {
     "updates": 3,
@@ -107,13 +107,13 @@ def test_the_grid_grows_until_the_best_rate_is_inside_for_every_arm_alike():
     best = {"grpo": 4e-4, "bandpo-kl-upper": 3.2e-3}
     study = Faked(lambda arm, rate: -abs(math.log(rate / best[arm])))
     wide = plan(rates=(2e-4, 4e-4, 8e-4))
-    assert choose_rates(wide, study) == {"detours/lag0": best}
+    assert rates_of(wide, tune(wide, study)) == {"detours/lag0": best}
     tried = {arm: sorted({rate for a, rate, _ in study.asked if a == arm}) for arm in best}
     assert tried["grpo"] == pytest.approx([2e-4, 4e-4, 8e-4])
     assert tried["bandpo-kl-upper"] == pytest.approx([2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3])
     assert {split for _, _, split in study.asked} == {"tuning"}
     down = Faked(lambda arm, rate: -rate)
-    assert choose_rates(wide, down)["detours/lag0"]["grpo"] == pytest.approx(2e-4 / 2**5)  # five times at most
+    assert rates_of(wide, tune(wide, down))["detours/lag0"]["grpo"] == pytest.approx(2e-4 / 2**5)  # five times at most
 
 
 def test_a_rate_at_which_a_run_diverged_is_not_chosen_and_a_place_may_take_the_rates_of_another():
@@ -121,7 +121,7 @@ def test_a_rate_at_which_a_run_diverged_is_not_chosen_and_a_place_may_take_the_r
     two = plan(
         places=("detours/lag0", "detours/lag4"), rates=(1e-4, 2e-4, 4e-4), tuned_like={"detours/lag4": "detours/lag0"}
     )
-    rates = choose_rates(two, study)
+    rates = rates_of(two, tune(two, study))
     assert rates["detours/lag0"] == rates["detours/lag4"] == {"grpo": 2e-4, "bandpo-kl-upper": 2e-4}
     assert len(study.asked) == 2 * 2 * 3
 
@@ -146,8 +146,7 @@ def test_runs_leave_files_are_found_again_and_give_the_same_values(tmp_path):
     again = run_plan(small, tmp_path, 1, said.append)
     assert again == first
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()} == made
-    # per place: 2 arms x (2 tuning + 2 report), and the profile of 2 warm-ups
-    assert len(made) == 2 * (2 * 4 + 2)
+    assert len(made) == 2 * (2 * 2 + 2)  # per place: 2 arms x 2 seeds, and the profile of 2 warm-ups
     (tmp_path / "runs" / next(iter(made))).unlink()
     assert run_plan(small, tmp_path, 1, said.append)["values"] == first["values"]
     for place in small.places:

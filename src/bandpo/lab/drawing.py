@@ -74,7 +74,7 @@ def text(x: float, y: float, words: str, style: str = "") -> str:
 
     Args:
         x: Where it begins; its middle or end with the classes `mid` and `end`.
-        y: Its base line.
+        y: The base line.
         words: The text.
         style: Classes, separated by spaces.
     """
@@ -98,8 +98,8 @@ def dot(x: float, y: float, style: str) -> str:
     """A dot.
 
     Args:
-        x: Its middle.
-        y: Its middle.
+        x: The middle.
+        y: The middle.
         style: Classes.
     """
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{style}"/>'
@@ -109,10 +109,10 @@ def box(x: float, y: float, width: float, height: float, style: str) -> str:
     """A rectangle.
 
     Args:
-        x: Its left side.
-        y: Its upper side.
-        width: Its width.
-        height: Its height.
+        x: Left side.
+        y: Upper side.
+        width: The width.
+        height: The height.
         style: Classes.
     """
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="{style}"/>'

@@ -24,7 +24,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
     Args:
         template: The text of the template.
-        values: Its values.
+        values: The values that it names.
     """
     import jinja2  # the extra `lab` has it
 

@@ -61,6 +61,7 @@ class Problem:
         warm_up_steps: Supervised steps after which most groups have a signal.
         warm_up_batch: Demonstrations of a supervised step.
         warm_up_rate: Peak of the learning rate of these steps.
+        near_certain: The least share of tokens of demonstrations that must have p >= 0.99 after the warm-up.
         vocabulary: Number of tokens of the models.
         forks: Places of a completion with many options, whose entropy is measured by itself.
         tuning: Training and evaluation prompts for the choice of a learning rate, which are in no other set; None if there are
@@ -82,6 +83,7 @@ class Problem:
     warm_up_steps: int
     warm_up_batch: int = 128
     warm_up_rate: float = 4e-3
+    near_certain: float = 0.0
     vocabulary: int = VOCABULARY
     forks: tuple[int, ...] = ()
     tuning: tuple[Tensor, Tensor] | None = None
@@ -297,7 +299,8 @@ def forks(name: str, *, good: int, common_solves: int, good_solves: int, base: s
     first = FIRST + _SYMBOLS
     keys = torch.randperm(_SYMBOLS**_KEY, generator=draw)[: sum(_KEYS.values())]
     digits = torch.stack([keys // _SYMBOLS**i % _SYMBOLS for i in range(_KEY)], 1) + FIRST
-    sets = dict(zip(_KEYS, digits.split(list(_KEYS.values())), strict=True))
+    parts = cast("tuple[Tensor, ...]", digits.split(list(_KEYS.values())))
+    sets = dict(zip(_KEYS, parts, strict=True))
     start = Fork(options=_OPTIONS, good=8, rare=0.008).start()[0].exp()
     solves = solutions(Fork(options=_OPTIONS, good=good, common_solves=common_solves, good_solves=good_solves))
 
@@ -326,6 +329,7 @@ def forks(name: str, *, good: int, common_solves: int, good_solves: int, base: s
         warm_up_steps=1200,
         warm_up_batch=32,
         warm_up_rate=8e-3,
+        near_certain=0.6,
         vocabulary=first + 2 * _OPTIONS,
         forks=(0, 3),
         tuning=(sets["tuning"], sets["tuning_held_out"]),

@@ -6,20 +6,25 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
 from bandpo._system.cache import cache_root, is_usable, sole_maker, store
+from bandpo._system.errors import RunError
 from bandpo.lab.comparison.architecture import shape_of
 from bandpo.lab.comparison.devices import device_kind, find_device, seeded
 from bandpo.lab.comparison.problems import END, PAD, PROBLEMS, Problem
 from bandpo.lab.comparison.stack import Adam, Stack
+from bandpo.metrics import PROB_EDGES
 from bandpo.toy.models import build_llama
 
 _FORMAT = 1  # part of the cache's key: raise it when the same configuration gives other weights
 _RISE = 50  # steps in which the learning rate rises to its peak
+
+_STARTS = 4  # from how many weights a checkpoint is tried
+_START_STRIDE = 1_000_003  # between the seeds of these weights
+_PROBED = 512  # demonstrations on which it is tried whether a checkpoint has learned
 
 _WEIGHTS = "weights.pt"
 
@@ -35,7 +40,8 @@ class Checkpoint:
         layers: Number of layers of the model.
         batch_size: Demonstrations of a step; None takes the problem's number.
         learning_rate: Peak of the cosine schedule; None takes the problem's.
-        steps: Supervised steps; None takes the problem's number.
+        steps: Supervised steps; None takes the problem's number, after which a checkpoint without the problem's token profile
+            is made again from other weights.
         device: Name of the device on which it is made and used. Another kind of device has other random numbers, and so a
             checkpoint of its own; the cards of a machine share theirs.
     """
@@ -82,7 +88,7 @@ def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = prin
         say: Function that is called with a message for each damaged checkpoint that is made again, and before a wait.
 
     Raises:
-        RunError: If a checkpoint is not in the cache, and the cache cannot be written.
+        RunError: If a checkpoint is not in the cache, and the cache cannot be written or the checkpoint cannot be learned.
     """
     wanted = list(dict.fromkeys(checkpoints))
     usable = [is_usable(c.path, say) for c in wanted]
@@ -96,14 +102,46 @@ def warmed_up(checkpoints: list[Checkpoint], say: Callable[[str], object] = prin
 
 
 def _make(missing: list[Checkpoint]) -> None:
-    if not missing:  # another process has just made them
-        return
-    device = find_device(missing[0].device)
-    stack = Stack.load([_fresh(c) for c in missing], device)
-    _learn(stack, missing, PROBLEMS[missing[0].problem]().to(device))
-    for run, checkpoint in enumerate(missing):
-        weights = {name: w[run].cpu().clone() for name, w in stack.weights.items()}
-        store(checkpoint.path, lambda folder, weights=weights: torch.save(weights, folder / _WEIGHTS))
+    """Make checkpoints together. Where one has not learned what its problem asks for, it is made again from other weights.
+
+    Raises:
+        RunError: If a checkpoint has not learned it from four starts.
+    """
+    for attempt in range(_STARTS):
+        if not missing:  # another process has just made them, or all are made
+            return
+        starts = [replace(c, seed=c.seed + attempt * _START_STRIDE) for c in missing]
+        problem, device = PROBLEMS[missing[0].problem](), find_device(missing[0].device)
+        stack = Stack.load([_fresh(c) for c in starts], device)
+        _learn(stack, starts, problem.to(device))
+        learned = [
+            c.steps is not None or share >= problem.near_certain
+            for c, share in zip(missing, near_certain(stack, problem.to(device)), strict=True)
+        ]
+        for run, checkpoint in enumerate(missing):
+            if learned[run]:
+                weights = {name: w[run].cpu().clone() for name, w in stack.weights.items()}
+                store(checkpoint.path, lambda folder, weights=weights: torch.save(weights, folder / _WEIGHTS))
+        missing = [c for c, done in zip(missing, learned, strict=True) if not done]
+    if missing:
+        raise RunError(
+            f"the warm-ups {[c.seed for c in missing]} of {missing[0].problem} do not have its token profile after "
+            f"{_STARTS} starts; give its warm-up more steps"
+        )
+
+
+@torch.no_grad()
+def near_certain(stack: Stack, problem: Problem) -> list[float]:
+    """The share of tokens of demonstrations that have p >= 0.99 under each model of a stack.
+
+    Args:
+        stack: The models.
+        problem: The problem, on the device of the stack.
+    """
+    rows, width = problem.demonstrations[:_PROBED].expand(stack.runs, -1, -1), problem.prompts.shape[1]
+    completions = rows[..., width:]
+    p, used = stack.logprobs(rows[..., :width], completions).exp(), completions != PAD
+    return (((p >= PROB_EDGES[-1]) & used).flatten(1).sum(1) / used.flatten(1).sum(1)).tolist()
 
 
 def _fresh(c: Checkpoint) -> object:
@@ -113,7 +151,8 @@ def _fresh(c: Checkpoint) -> object:
 
 def _learn(stack: Stack, checkpoints: list[Checkpoint], problem: Problem) -> None:
     first = checkpoints[0].resolved()
-    size, rate, steps = (cast("Any", getattr(first, name)) for name in ("batch_size", "learning_rate", "steps"))
+    assert first.batch_size is not None and first.learning_rate is not None and first.steps is not None
+    size, rate, steps = first.batch_size, first.learning_rate, first.steps
     rows, width = problem.demonstrations, problem.prompts.shape[1]
     for w in stack.weights.values():
         w.requires_grad_()

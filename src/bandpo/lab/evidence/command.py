@@ -38,8 +38,8 @@ def lab_evidence(options: argparse.Namespace) -> dict[str, Any]:
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     protocol = read(options.preset)
-    if options.only is not None:
-        protocol = restricted(protocol, options.only.split(","))
+    only, arms = (None if names is None else names.split(",") for names in (options.only, options.arms))
+    protocol = restricted(protocol, only, arms)
     progress = Progress()
     torch.set_num_threads(1)
     folder: Path = options.output

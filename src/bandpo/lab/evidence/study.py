@@ -14,8 +14,8 @@ from bandpo._system.about import about
 from bandpo._system.options import not_one_of
 from bandpo._system.progress import clock_time
 from bandpo.lab.evidence.judge import Values, judge
-from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Protocol, read
-from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, TUNING_SEED, Preset
+from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Place, Protocol, read
+from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, SLOW, TUNING_SEED, Preset
 from bandpo.lab.forks.store import Store
 from bandpo.lab.forks.study import PARTS, results, summarise, values_of
 from bandpo.statistics import t_interval
@@ -171,26 +171,37 @@ def measured(experiment: Experiment, values: Found) -> dict[str, dict[str, dict[
     return found
 
 
-def restricted(protocol: Protocol, only: Sequence[str]) -> Protocol:
-    """The protocol with some of its experiments and places. The claims stay; what they lack is not measured.
+def restricted(protocol: Protocol, only: Sequence[str] | None, arms: Sequence[str] | None = None) -> Protocol:
+    """The protocol with some of its experiments, places and arms. The claims stay; what they lack is not measured.
 
     Args:
         protocol: The protocol, reduced to a preset.
-        only: Names of experiments, and patterns of `EXPERIMENT/PLACE` such as `forks/*/adam`.
+        only: Names of experiments, and patterns of `EXPERIMENT/PLACE` such as `forks/*/adam`; None keeps all.
+        arms: Arms that are kept beside the baseline, at the places that have the baseline; None keeps all.
 
     Raises:
         ValueError: If one of them names nothing of the preset.
     """
     known = [f"{name}/{place}" for name, experiment in protocol.experiments.items() for place in experiment.places]
     chosen: set[str] = set()
-    for pattern in only:
+    for pattern in known if only is None else only:
         found = fnmatch.filter(known, f"{pattern}/*" if pattern in protocol.experiments else pattern)
         if not found:
             raise ValueError(not_one_of("--only", pattern, [*protocol.experiments, *known]))
         chosen.update(found)
+    every = dict.fromkeys(arm for experiment in protocol.experiments.values() for arm in experiment.arms)
+    for arm in arms or ():
+        if arm not in every:
+            raise ValueError(not_one_of("--arms", arm, every))
+
+    def kept(place: Place) -> Place:
+        if arms is None or protocol.baseline not in place.arms:
+            return place
+        return dataclasses.replace(place, arms=tuple(x for x in place.arms if x in (protocol.baseline, *arms)))
+
     experiments = {
         name: dataclasses.replace(
-            experiment, places={p: x for p, x in experiment.places.items() if f"{name}/{p}" in chosen}
+            experiment, places={p: kept(x) for p, x in experiment.places.items() if f"{name}/{p}" in chosen}
         )
         for name, experiment in protocol.experiments.items()
     }
@@ -230,6 +241,7 @@ def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
         seeds=experiment.seeds,
         tuning_seeds=experiment.tuning_seeds,
         regimes=tuple(x for x in full.regimes if x in {regime for regime, _ in trained}),
+        arms=tuple(x for x in full.arms if x in experiment.arms or (whole and x in SLOW)),
         optimizers=tuple(x for x in full.optimizers if x in {optimizer for _, optimizer in trained}),
         width_regimes=tuple(x for x in full.width_regimes if x in widths),
         width_seeds=max(widths.values(), default=1),

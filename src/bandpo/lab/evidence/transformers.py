@@ -10,18 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from bandpo.lab.backends import BACKENDS
-from bandpo.lab.comparison.loop import Setting, checkpoint_of
+from bandpo.lab.comparison.loop import Setting
 from bandpo.lab.comparison.plan import Arm, Job
 from bandpo.lab.comparison.study import Study, diverged
-from bandpo.lab.comparison.warmup import Checkpoint, warmed_up
 from bandpo.lab.evidence.protocol import Protocol
 from bandpo.metrics import PROB_BINS
 from bandpo.statistics import t_interval
+
+Results = Sequence[Mapping[str, Any]]
+"""The results of some runs, each with the fields of `bandpo.lab.comparison.loop.Result`."""
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
@@ -46,7 +47,6 @@ RARE = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1")
 
 _FACTOR = 2.0  # by which the grid of rates grows
 _EXTENSIONS = 5
-_TOGETHER = 12  # warm-ups of one stack
 _PROFILE_ROLLOUTS = 8
 _DIGITS = 5
 
@@ -100,7 +100,8 @@ class Plan:
         task, _, lag = place.partition("/lag")
         if not lag.isdecimal():
             raise ValueError(f"place {place!r}: write TASK/lagN, such as detours/lag0")
-        return Setting(task, **{**self.setting, "lag": int(lag), **changes})
+        fields: dict[str, Any] = {**self.setting, "lag": int(lag), **changes}
+        return Setting(task, **fields)
 
     def jobs(self, place: str, arm: str, rate: float, seeds: Sequence[int], **changes: Any) -> list[Job]:
         """The runs of an arm at a rate.
@@ -119,6 +120,15 @@ class Plan:
         """The runs of one cell of the tuning grid, on the prompts for tuning."""
         return self.jobs(place, arm, rate, self.tuning_seeds, split="tuning")
 
+    def profile_jobs(self, place: str) -> list[Job]:
+        """Rollouts of the warmed-up models at a learning rate of 0, on the seeds and prompts of tuning.
+
+        Args:
+            place: `TASK/lagN`.
+        """
+        changes = {"split": "tuning", "updates": _PROFILE_ROLLOUTS, "lag": 0}
+        return self.jobs(place, self.arms[0], 0.0, self.tuning_seeds, **changes)
+
 
 SETTING: Mapping[str, Any] = MappingProxyType(
     {"updates": 60, "prompts": 24, "group": 8, "epochs": 2, "minibatches": 8, "hidden_size": 32, "layers": 1}
@@ -136,8 +146,8 @@ _SHORT = MappingProxyType({**SETTING, "updates": 30})
 _PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "full": {},
-        "quick": {"rates": (4e-4,), "setting": _SHORT},
-        "smoke": {"rates": (4e-4,), "setting": _SMALL},
+        "quick": {"rates": (8e-4,), "setting": _SHORT},
+        "smoke": {"rates": (8e-4,), "setting": _SMALL},
     }
 )
 
@@ -149,15 +159,14 @@ def plan_of(protocol: Protocol) -> Plan:
         protocol: What `bandpo.lab.evidence.protocol.read` returned.
     """
     found = protocol.experiments["transformers"]
+    like = {place: other for place, other in TUNED_LIKE.items() if place in found.places}
+    changes: dict[str, Any] = {"tuned_like": like, **_PRESETS[protocol.preset]}
     return Plan(
         places=tuple(found.places),
         arms=found.arms,
         seeds=tuple(range(found.report_seed, found.report_seed + found.seeds)),
         tuning_seeds=tuple(range(found.tuning_seed, found.tuning_seed + found.tuning_seeds)),
-        **{
-            "tuned_like": {place: like for place, like in TUNED_LIKE.items() if place in found.places},
-            **_PRESETS[protocol.preset],
-        },
+        **changes,
     )
 
 
@@ -172,7 +181,8 @@ def run(protocol: Protocol, folder: Path, jobs: int = 2, say: Callable[[str], No
 
     Returns:
         `values[place][arm][measure]`, one number for each seed of the report, NaN for a run that diverged; `summary` (see
-        `summarise`); and `core_seconds`.
+        `summarise`; and `rates`, `tuning` with the speed at each rate that was tried, and `profile`); and `core_seconds` of all
+        runs.
 
     Raises:
         RuntimeError: If a run failed.
@@ -183,41 +193,50 @@ def run(protocol: Protocol, folder: Path, jobs: int = 2, say: Callable[[str], No
 def run_plan(plan: Plan, folder: Path, jobs: int = 2, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Make the runs of a plan that are missing; see `run`."""
     study = Study(folder, jobs, say)
-    _warm_up(plan, plan.tuning_seeds, jobs, say)
-    rates = choose_rates(plan, study)
-    _warm_up(plan, plan.seeds, jobs, say)
+    speeds = tune(plan, study)
+    rates = rates_of(plan, speeds)
     cells = {
         (place, arm): plan.jobs(place, arm, rates[place][arm], plan.seeds) for place in plan.places for arm in plan.arms
     }
     for place in plan.places:
-        _make(study, [job for arm in plan.arms for job in cells[place, arm]], f"{place}, report")
+        runs = [job for arm in plan.arms for job in cells[place, arm]]
+        _make(study, [*runs, *plan.profile_jobs(place)], f"{place}, report")
     profiles = {place: profile(plan, place, study) for place in plan.places}
-    found = {cell: [_result(study, job) for job in jobs_] for cell, jobs_ in cells.items()}
+    found = {cell: [_result(study, job) for job in runs] for cell, runs in cells.items()}
     values = {
-        place: {
-            arm: values_of(found[place, arm], cast("int", plan.setting_of(place).eval_samples)) for arm in plan.arms
-        }
+        place: {arm: values_of(found[place, arm], plan.setting_of(place).eval_samples) for arm in plan.arms}
         for place in plan.places
     }
-    summary = {**summarise(plan, found), "rates": rates, "profile": profiles}
-    every = [job for cell in cells.values() for job in cell]
-    return {"values": values, "summary": summary, "core_seconds": study.core_seconds(every)}
+    tried = {place: {arm: sorted(found.items()) for arm, found in row.items()} for place, row in speeds.items()}
+    summary = {**summarise(plan, found), "rates": rates, "tuning": tried, "profile": profiles}
+    every = [job for cell in cells.values() for job in cell] + [
+        j for place in plan.places for j in plan.profile_jobs(place)
+    ]
+    for place, row in speeds.items():
+        every += [job for arm in plan.arms for rate in row[arm] for job in plan.tuning_jobs(place, arm, rate)]
+    return {"values": values, "summary": summary, "core_seconds": round(study.core_seconds(every), 1)}
 
 
-def choose_rates(plan: Plan, study: Study) -> dict[str, dict[str, float]]:
-    """The rate of each arm in each place, with the highest mean reward over training on the tuning seeds.
+Speeds = dict[str, dict[str, dict[float, float]]]
+"""The mean reward over training on the tuning seeds, by place, arm and rate."""
 
-    While an arm's best rate is at an end of its grid, the grid grows there by a factor of 2, five times at most. A rate at
-    which a run diverged is not chosen.
+
+def tune(plan: Plan, study: Study) -> Speeds:
+    """The tuning grids of all arms, in the places that have a tuning of their own.
+
+    While an arm's best rate is at an end of its grid, the grid grows there by a factor of 2, five times at most. A grid of a
+    single rate needs no runs.
 
     Args:
         plan: The plan.
         study: The results.
 
     Returns:
-        `rates[place][arm]`.
+        The mean reward over training on the tuning seeds by place, arm and rate; -inf where a run diverged.
     """
     tuned = [place for place in plan.places if place not in plan.tuned_like]
+    if len(plan.rates) == 1:
+        return {place: {arm: {} for arm in plan.arms} for place in tuned}
     grids = {(place, arm): list(plan.rates) for place in tuned for arm in plan.arms}
     speeds: dict[tuple[str, str], dict[float, float]] = {cell: {} for cell in grids}
     for _ in range(_EXTENSIONS + 1):
@@ -228,10 +247,28 @@ def choose_rates(plan: Plan, study: Study) -> dict[str, dict[str, float]]:
         for (place, arm), rates in wanted.items():
             for rate in rates:
                 speeds[place, arm][rate] = _speed([_result(study, j) for j in plan.tuning_jobs(place, arm, rate)])
-        if len(plan.rates) == 1 or not _extend(grids, speeds):
+        if not _extend(grids, speeds):
             break
-    chosen = {cell: _best(found) for cell, found in speeds.items()}
-    return {place: {arm: chosen[plan.tuned_like.get(place, place), arm] for arm in plan.arms} for place in plan.places}
+    return {place: {arm: speeds[place, arm] for arm in plan.arms} for place in tuned}
+
+
+def rates_of(plan: Plan, speeds: Speeds) -> dict[str, dict[str, float]]:
+    """The rate of each arm in each place, with the highest mean reward over training on the tuning seeds.
+
+    Args:
+        plan: The plan.
+        speeds: What `tune` returned.
+
+    Returns:
+        `rates[place][arm]`.
+    """
+    return {
+        place: {
+            arm: _best(found) if (found := speeds[plan.tuned_like.get(place, place)][arm]) else plan.rates[0]
+            for arm in plan.arms
+        }
+        for place in plan.places
+    }
 
 
 def _extend(grids: dict[tuple[str, str], list[float]], speeds: Mapping[tuple[str, str], Mapping[float, float]]) -> bool:
@@ -249,14 +286,14 @@ def _best(speeds: Mapping[float, float]) -> float:
     return max(speeds, key=lambda rate: speeds[rate])
 
 
-def _speed(results: Sequence[Mapping[str, Any]]) -> float:
+def _speed(results: Results) -> float:
     """The mean reward over training, -inf if a run diverged."""
     if any(diverged(r) for r in results):
         return -math.inf
     return float(np.mean([r["reward"] for r in results]))
 
 
-def values_of(results: Sequence[Mapping[str, Any]], k: int = 16) -> dict[str, list[float]]:
+def values_of(results: Results, k: int = 16) -> dict[str, list[float]]:
     """The measures of an arm by seed; NaN for a run that diverged.
 
     Args:
@@ -266,30 +303,28 @@ def values_of(results: Sequence[Mapping[str, Any]], k: int = 16) -> dict[str, li
     Returns:
         `{measure: [value of each seed]}`, for each of `MEASURES`.
     """
-    rows = [
-        (r["after"][f"mean@{k}"], r["after"][f"pass@{k}"], r["after"]["entropy of fork 1"], float(np.mean(r["reward"])))
-        if not diverged(r)
-        else (math.nan,) * len(MEASURES)
-        for r in results
-    ]
-    return {name: [float(x) for x in column] for name, column in zip(MEASURES, zip(*rows, strict=True), strict=True)}
+    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for r in results:
+        after = r["after"]
+        numbers = (after[f"mean@{k}"], after[f"pass@{k}"], after["entropy of fork 1"], np.mean(r["reward"]))
+        for name, x in zip(MEASURES, numbers, strict=True):
+            found[name].append(math.nan if diverged(r) else float(x))
+    return found
 
 
 def profile(plan: Plan, place: str, study: Study) -> dict[str, float]:
-    """The tokens that the warmed-up models sample, on the seeds and prompts of tuning: rollouts at a learning rate of 0.
+    """The tokens that the warmed-up models sample, on the seeds and prompts of tuning.
 
     Args:
         plan: The plan.
         place: `TASK/lagN`.
-        study: The results.
+        study: The results, with those of `plan.profile_jobs`.
 
     Returns:
         Shares of sampled tokens: `near-certain` (p >= 0.99), `rare` (p < 0.1), and of the rare ones `rewarded` (A > 0) and
         `punished` (A < 0); mean reward, pass@16 and entropies of the warmed-up models on the prompts of the evaluation.
     """
-    jobs = plan.jobs(place, plan.arms[0], 0.0, plan.tuning_seeds, split="tuning", updates=_PROFILE_ROLLOUTS, lag=0)
-    _make(study, jobs, f"{place}, profile of the warmed-up models")
-    results = [_result(study, job) for job in jobs]
+    results = [_result(study, job) for job in plan.profile_jobs(place)]
     before = {name: float(np.mean([r["before"][name] for r in results])) for name in results[0]["before"]}
     k = plan.setting_of(place).eval_samples
     names = {"mean": f"mean@{k}", "passed": f"pass@{k}", "groups with signal": "groups with signal"}
@@ -299,23 +334,25 @@ def profile(plan: Plan, place: str, study: Study) -> dict[str, float]:
     return _rounded({**found, "near-certain": tokens[">=0.99"], **_rare(results)})
 
 
-def _mean_tokens(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_tokens(results: Results) -> dict[str, float]:
     return {b: float(np.mean([r["tokens"][b] for r in results])) for b in PROB_BINS}
 
 
-def _rare(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _rare(results: Results) -> dict[str, float]:
     """The share of rare tokens, and the shares of them with an advantage above and below 0, over all rollouts of some runs."""
     weight = np.array([[r["tokens"][b] for b in RARE] for r in results])
     total = max(float(weight.sum()), 1e-12)
     up, down = (np.array([[r["pushed"][side][b] for b in RARE] for r in results]) for side in ("up", "down"))
-    return {
-        "rare": float(weight.sum(1).mean()),
-        "rewarded": float((up * weight).sum() / total),
-        "punished": float((down * weight).sum() / total),
-    }
+    return _rounded(
+        {
+            "rare": float(weight.sum(1).mean()),
+            "rewarded": float((up * weight).sum() / total),
+            "punished": float((down * weight).sum() / total),
+        }
+    )
 
 
-def summarise(plan: Plan, found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def summarise(plan: Plan, found: Mapping[tuple[str, str], Results]) -> dict[str, Any]:
     """What the runs of the report say beside the measures.
 
     Args:
@@ -337,21 +374,20 @@ def summarise(plan: Plan, found: Mapping[tuple[str, str], Sequence[Mapping[str, 
         "bins": list(PROB_BINS),
         "allowed_change": PLATEAU,
     }
-    parts: dict[str, Any] = {name: {} for name in ("curves", "plateau", "clip", "rare", "after", "diverged")}
-    for place in plan.places:
-        for name, of in (
-            ("curves", _curves),
-            ("plateau", _plateau),
-            ("clip", _clip_map),
-            ("rare", lambda rows: _rounded(_rare(rows))),
-            ("after", _after),
-            ("diverged", lambda rows: sum(map(diverged, rows))),
-        ):
-            parts[name][place] = {arm: of(found[place, arm]) for arm in plan.arms}
-    return {**summary, **parts}
+    parts: dict[str, Callable[[Results], Any]] = {
+        "curves": _curves,
+        "plateau": _plateau,
+        "clip": _clip_map,
+        "rare": _rare,
+        "after": _after,
+        "diverged": lambda results: sum(map(diverged, results)),
+    }
+    for name, of in parts.items():
+        summary[name] = {place: {arm: of(found[place, arm]) for arm in plan.arms} for place in plan.places}
+    return summary
 
 
-def _curves(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def _curves(results: Results) -> dict[str, list[float]]:
     return {name: [float(f"{x:.4g}") for x in np.mean([r[name] for r in results], 0)] for name in ("reward", "entropy")}
 
 
@@ -369,13 +405,13 @@ def change_at_the_end(rewards: Sequence[float]) -> float:
     return float(np.polyfit(np.arange(len(last)), last, 1)[0] * len(last))
 
 
-def _plateau(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _plateau(results: Results) -> dict[str, Any]:
     changes = [change_at_the_end(r["reward"]) for r in results]
     interval = t_interval(changes)
-    return {**_rounded(interval._asdict()), "reached": bool(abs(np.mean(changes)) <= PLATEAU)}
+    return {**_rounded(interval._asdict()), "reached": abs(interval.value) <= PLATEAU}
 
 
-def _clip_map(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def _clip_map(results: Results) -> dict[str, list[float]]:
     """The share of stopped tokens in each bin of p, where a run weighs as much as its tokens there, and the share of tokens."""
     weight = np.array([[r["tokens"][b] for b in PROB_BINS] for r in results])
     found = {"tokens": weight.mean(0)}
@@ -385,7 +421,7 @@ def _clip_map(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {name: [float(f"{v:.4g}") for v in x] for name, x in found.items()}
 
 
-def _after(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _after(results: Results) -> dict[str, float]:
     """The means of the numbers of the last evaluation over the runs that have them."""
     names = dict.fromkeys(name for r in results for name in r["after"])
     return _rounded({n: float(np.mean([r["after"][n] for r in results if n in r["after"]])) for n in names})
@@ -411,24 +447,3 @@ def _result(study: Study, job: Job) -> dict[str, Any]:
     found = study.result(job)
     assert found is not None  # `_make` raised otherwise
     return found
-
-
-def _warm_up(plan: Plan, seeds: Sequence[int], workers: int, say: Callable[[str], None]) -> None:
-    """Make the warm-ups of some seeds that are missing, in stacks, so that no run has to wait for one."""
-    checkpoints: dict[str, Checkpoint] = {}
-    for place in plan.places:
-        setting = plan.setting_of(place)
-        for seed in seeds:
-            one = checkpoint_of(setting, seed)
-            checkpoints.setdefault(str(one.path), one)
-    missing = [c for path, c in checkpoints.items() if not Path(path).exists()]
-    stacks = [missing[i : i + _TOGETHER] for i in range(0, len(missing), _TOGETHER)]
-    if missing:
-        say(f"warm-ups: {len(missing)} to make")
-    for stack, made in BACKENDS["processes"](stacks, _make_warm_ups, workers, say):
-        if isinstance(made, Exception):
-            raise RuntimeError(f"the warm-ups {[c.seed for c in stack]} failed: {made}") from made
-
-
-def _make_warm_ups(stack: list[Checkpoint]) -> None:
-    warmed_up(stack)

@@ -91,6 +91,7 @@ def _add_evidence(parser: argparse.ArgumentParser) -> None:
         "--only",
         help="forks, transformers, or patterns of their places ('forks/*/adam'), separated by commas (default: all)",
     )
+    add("--arms", help="arms beside grpo, separated by commas (default: all); a claim without its arms is not measured")
     add("--jobs", type=int, default=2, help="runs at once; the results do not depend on it (default: 2)")
     _add_output(parser, "runs/lab-evidence")
 
