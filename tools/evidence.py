@@ -43,7 +43,7 @@ def compact(evidence: Row) -> Row:
     forks = evidence.get("forks", {})
     kept = {name: forks[name] for name in ("preset", "runs", "cpu_seconds") if name in forks}
     kept["rates"] = {place: found["rates"] for place, found in forks.get("regimes", {}).items()}
-    found = finite_or_null({**evidence, "forks": kept}, digits=DIGITS)
+    found = finite_or_null({**evidence, "forks": kept, "transformers": evidence.get("transformers", {})}, digits=DIGITS)
     size = len(json.dumps(found))
     if size > LARGEST:
         raise ValueError(

@@ -163,6 +163,14 @@ def test_the_page_counts_what_the_claims_say(tool, evidence):
     assert "Preset `smoke`" in claims  # few runs say so themselves
 
 
+@pytest.mark.parametrize("part", ["forks", "transformers"])
+def test_the_pages_of_one_experiment_alone(tool, protocol, part, monkeypatch):
+    monkeypatch.setattr(study_module, "EXPERIMENTS", made_up(made_up_values(protocol)))
+    found = study(restricted(protocol, [part]), Path("nowhere"), 1, lambda _: None)
+    page, data = tool.pages(tool.compact(json.loads(json.dumps(found)))).values()
+    assert ("## Transformers" in page) == (part == "transformers") and f"### {part}: " in data
+
+
 def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
     def said(verdict, value):
         changed = json.loads(json.dumps(evidence))
@@ -247,6 +255,22 @@ def test_the_page_is_two_screens_of_prose(tool):
     assert words < 1000
 
 
+def as_measured(protocol, values):
+    """The protocol with the places and arms that there are values of."""
+    experiments = {
+        name: replace(
+            experiment,
+            places={
+                place: replace(has, arms=tuple(arm for arm in has.arms if arm in values[name][place]))
+                for place, has in experiment.places.items()
+                if place in values.get(name, {})
+            },
+        )
+        for name, experiment in protocol.experiments.items()
+    }
+    return replace(protocol, experiments=experiments)
+
+
 def test_the_verdicts_follow_from_the_committed_values(committed):
     """Judged again, with what rounding to 5 digits may change."""
     protocol = read(committed["preset"])
@@ -255,7 +279,8 @@ def test_the_verdicts_follow_from_the_committed_values(committed):
         "registered": protocol.registered,
         "amendments": list(protocol.amendments),
     }
-    primary = replace(protocol, claims=tuple(claim for claim in protocol.claims if claim.kind == "primary"))
+    claims = tuple(claim for claim in protocol.claims if claim.kind == "primary")
+    primary = replace(as_measured(protocol, committed["values"]), claims=claims)
     values = {
         name: {
             place: {

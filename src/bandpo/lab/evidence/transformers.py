@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -355,10 +355,15 @@ def values_of(results: Results, k: int = 16) -> dict[str, list[float]]:
     """
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
     for r in results:
-        after = r["after"]
-        numbers = (after[f"mean@{k}"], after[f"pass@{k}"], after["entropy of fork 1"], np.mean(r["reward"]))
+        after = cast("Mapping[str, float]", r["after"])
+        numbers = (
+            after[f"mean@{k}"],
+            after[f"pass@{k}"],
+            after["entropy of fork 1"],
+            float(np.mean(cast("list[float]", r["reward"]))),
+        )
         for name, x in zip(MEASURES, numbers, strict=True):
-            found[name].append(math.nan if diverged(r) else float(x))
+            found[name].append(math.nan if diverged(r) else x)
     return found
 
 
