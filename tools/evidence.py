@@ -16,6 +16,7 @@ from bandpo._system.files import finite_or_null
 from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.drawing import NAMES
 from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
+from bandpo.lab.evidence.protocol import Experiment, read
 from bandpo.lab.forks.regimes import BASELINE, WHAT
 from bandpo.lab.pages import render, table
 
@@ -270,6 +271,30 @@ def moved_sentence(data: Row) -> str:
     )
 
 
+def missing_sentence(data: Row) -> str:
+    """What the preset of the protocol has and these numbers have not."""
+    experiments, values = read(data["preset"]).experiments, data["values"]
+    places = [
+        f"`{name}/{place}`"
+        for name, x in experiments.items()
+        for place in x.places
+        if place not in values.get(name, {})
+    ]
+    arms = [
+        f"`{arm}`"
+        for name, found in values.items()
+        for arm in experiments[name].arms
+        if not any(arm in rows for rows in found.values()) and not _of_widths(experiments[name], arm)
+    ]
+    parts = [*(["the places " + listed(places)] if places else []), *(["the arms " + listed(arms)] if arms else [])]
+    return f"Registered, and not yet run: {'; '.join(parts)}." if parts else "Everything that is registered was run."
+
+
+def _of_widths(experiment: Experiment, arm: str) -> bool:
+    """Whether an arm is a family of widths, whose places are named already."""
+    return all(place.startswith("width/") for place, has in experiment.places.items() if arm in has.arms)
+
+
 def widths_sentence(data: Row) -> str:
     """In which share of a grid of learning rates and widths each way to set a region learns."""
     found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("width/")}
@@ -374,6 +399,7 @@ def pages(data: Row) -> dict[Path, str]:
         "rates_table": rates_table(data),
         "moved": moved_sentence(data),
         "widths": widths_sentence(data),
+        "missing": missing_sentence(data),
         "transformers": transformers_sentences(data),
         "figures": sorted(draw(data)),
     }
