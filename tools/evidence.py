@@ -271,8 +271,8 @@ def moved_sentence(data: Row) -> str:
     )
 
 
-def missing_sentence(data: Row) -> str:
-    """What the preset of the protocol has and these numbers have not."""
+def missing(data: Row) -> tuple[list[str], list[str]]:
+    """The places and the arms that the preset of the protocol has and these numbers have not."""
     experiments, values = read(data["preset"]).experiments, data["values"]
     places = [
         f"`{name}/{place}`"
@@ -286,8 +286,20 @@ def missing_sentence(data: Row) -> str:
         for arm in experiments[name].arms
         if not any(arm in rows for rows in found.values()) and not _of_widths(experiments[name], arm)
     ]
-    parts = [*(["the places " + listed(places)] if places else []), *(["the arms " + listed(arms)] if arms else [])]
-    return f"Registered, and not yet run: {'; '.join(parts)}." if parts else "Everything that is registered was run."
+    return places, arms
+
+
+def missing_sentences(data: Row) -> dict[str, str]:
+    """What is registered and was not run: how much, for the page, and which, for the page of the data."""
+    places, arms = missing(data)
+    if not (places or arms):
+        return dict.fromkeys(("missing", "missing_list"), "Everything that is registered was run.")
+    parts = [f"{len(names)} {word}" for names, word in ((places, "places"), (arms, "arms")) if names]
+    named = [f"{word}: {listed(names)}" for names, word in ((places, "places"), (arms, "arms")) if names]
+    return {
+        "missing": f"Not yet run of it are {' and '.join(parts)} ([list](evidence-data.md#not-yet-run)).",
+        "missing_list": f"Registered, and not in these numbers. {'; '.join(named)}.",
+    }
 
 
 def _of_widths(experiment: Experiment, arm: str) -> bool:
@@ -399,7 +411,7 @@ def pages(data: Row) -> dict[Path, str]:
         "rates_table": rates_table(data),
         "moved": moved_sentence(data),
         "widths": widths_sentence(data),
-        "missing": missing_sentence(data),
+        **missing_sentences(data),
         "transformers": transformers_sentences(data),
         "figures": sorted(draw(data)),
     }

@@ -174,12 +174,13 @@ def test_the_pages_of_one_experiment_alone(tool, protocol, part, monkeypatch):
 def test_what_was_not_run_is_named(tool):
     quick = read("quick")
     data = {"preset": "quick", "values": made_up_values(quick)}
-    assert tool.missing_sentence(data) == "Everything that is registered was run."
+    assert set(tool.missing_sentences(data).values()) == {"Everything that is registered was run."}
     data["values"] = made_up_values(restricted(quick, ["forks"], ["bandpo-kl"]))
     del data["values"]["transformers"], data["values"]["forks"]["noise/adam"]
-    said = tool.missing_sentence(data)
-    assert "the places `forks/noise/adam` and `transformers/detours/lag0`" in said and "`radius`" not in said
-    assert "the arms `clip-higher`, `bandpo-kl-upper`, `bandpo-kl-lower` and `no-clip`" in said
+    places, arms = tool.missing(data)
+    assert places == ["`forks/noise/adam`", "`transformers/detours/lag0`"]
+    assert arms == ["`clip-higher`", "`bandpo-kl-upper`", "`bandpo-kl-lower`", "`no-clip`"]
+    assert "are 2 places and 4 arms" in tool.missing_sentences(data)["missing"]
 
 
 def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
