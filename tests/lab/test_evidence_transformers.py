@@ -159,7 +159,22 @@ def test_runs_leave_files_are_found_again_and_give_the_same_values(tmp_path):
     assert set(summary["profile"]["traps/lag0"]) >= {"near-certain", "rare", "rewarded", "punished", "mean", "passed"}
     assert set(summary["plateau"]["traps/lag0"]["grpo"]) == {"value", "low", "high", "reached"}
     assert len(summary["curves"]["traps/lag0"]["grpo"]["reward"]) == 3
+    assert (
+        first["values"]["traps/lag0/same-rate"] == first["values"]["traps/lag0"]
+    )  # with one rate they are the same runs
     json.dumps(first, allow_nan=False)
+
+
+def test_at_the_same_rate_every_arm_has_that_of_the_baseline(tmp_path, monkeypatch):
+    rates = {"grpo": 4e-4, "bandpo-kl-upper": 8e-4}
+    monkeypatch.setattr(transformers, "rates_of", lambda plan, speeds: dict.fromkeys(plan.places, rates))
+    small = plan(seeds=(3000, 3001))
+    values = run_plan(small, tmp_path, 1, lambda _: None)["values"]
+    own, same = values["detours/lag0"], values["detours/lag0/same-rate"]
+    assert own["grpo"] == same["grpo"] and own["bandpo-kl-upper"]["entropy"] != same["bandpo-kl-upper"]["entropy"]
+    configs = [json.loads(p.read_text())["config"] for p in (tmp_path / "runs").iterdir()]
+    made = {(c["arm"]["objective"], c["learning_rate"]) for c in configs if c["setting"]["split"] == "report"}
+    assert made == {("grpo", 4e-4), ("bandpo-kl-upper", 8e-4), ("bandpo-kl-upper", 4e-4)}
 
 
 def test_values_are_what_the_runs_have(tmp_path):

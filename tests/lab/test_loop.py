@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from bandpo import OBJECTIVES, Clip, Objective, policy_loss
+from bandpo._system.errors import RunError
+from bandpo.lab.comparison import warmup
 from bandpo.lab.comparison.loop import Loop, Run, Setting
 from bandpo.lab.comparison.problems import PROBLEMS, Problem, one_by_one
 from bandpo.lab.comparison.stack import Stack
+from bandpo.lab.comparison.warmup import Checkpoint
 from bandpo.surrogates.filters import SequenceFilter
+from bandpo.toy.models import build_llama
 
 TOP_K = [name for name, objective in OBJECTIVES.items() if objective.top_k is not None]
 
@@ -265,3 +269,43 @@ def test_a_top_k_objective_trains_beside_others(name):
     results = loop.train()
     assert weights(loop).isfinite().all() and (weights(loop) != start).any(1).all()
     assert results[0].reward[0] == results[2].reward[0]  # paired with the other run of its seed
+
+
+def unlearned(monkeypatch, **changes):
+    """The tiny problem with a warm-up of five steps, under a name whose checkpoints no other test has."""
+    made = dataclasses.replace(tiny(), name="short", warm_up_steps=5, **changes)
+    for module in ("loop", "warmup"):
+        monkeypatch.setattr(f"bandpo.lab.comparison.{module}.PROBLEMS", {**PROBLEMS, "short": lambda: made})
+    return [Checkpoint("short", seed, hidden_size=16, layers=1) for seed in (0, 1)]
+
+
+def test_a_warm_up_without_the_profile_is_made_again_from_other_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path))
+    checkpoints = unlearned(monkeypatch, near_certain=0.6)
+    answers = [[0.7, 0.2], [0.6]]  # the second one fails once
+    starts = []
+    fresh = warmup._fresh
+    monkeypatch.setattr(warmup, "near_certain", lambda stack, problem: answers.pop(0))
+    monkeypatch.setattr(warmup, "_fresh", lambda c: (starts.append(c.seed), fresh(c))[1])
+    found = warmup.warmed_up(checkpoints)
+    assert starts[:3] == [0, 1, 1 + warmup._START_STRIDE] and not answers
+    again = warmup.warmed_up(checkpoints)
+    assert all(torch.equal(w, again.weights[name]) for name, w in found.weights.items())
+
+
+def test_a_warm_up_that_never_learns_ends_with_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path))
+    checkpoints = unlearned(monkeypatch, near_certain=1.0)
+    with pytest.raises(RunError, match=r"\[0, 1\] of short do not have its token profile after 4 starts"):
+        warmup.warmed_up(checkpoints)
+    given = [dataclasses.replace(c, steps=3) for c in checkpoints]  # who gives the steps takes what comes
+    assert warmup.warmed_up(given).runs == 2
+
+
+def test_near_certain_tokens_are_counted_in_completions_without_padding(monkeypatch):
+    problem = tiny()
+    stack = Stack.load([build_llama(98, 0, 1, hidden_size=16, layers=1, seed=0)])
+    rows = problem.demonstrations
+    p = stack.logprobs(rows[:, :2].unsqueeze(0), rows[:, 2:].unsqueeze(0)).exp()
+    monkeypatch.setattr(warmup, "PROB_EDGES", (p.median().item(),))
+    assert warmup.near_certain(stack, problem)[0] == pytest.approx(0.5, abs=0.01)

@@ -22,6 +22,13 @@
     }
   }
 
+  // What scrolls sideways, on a phone above all, can be reached and moved with the keyboard.
+  function reachable() {
+    for (const box of document.querySelectorAll(".md-typeset__scrollwrap, div.arithmatex, pre > code")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    }
+  }
+
   // The frame of the explorer has the height of its page, the colours of the site, and the state of this page's address.
   function explorer() {
     const frame = document.querySelector("iframe[src$='explorer.html']");
@@ -142,5 +149,6 @@
 
   zoo();
   explorer();
-  typeset();
+  typeset().then(reachable);
+  new ResizeObserver(reachable).observe(document.body);
 })();

@@ -10,6 +10,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
@@ -54,7 +55,7 @@ def plot_key(objective: Objective | str = "bandpo-kl") -> Figure:
         objective: Objective or its name.
     """
     objective = get_objective(objective)
-    with plt.rc_context(STYLE | {"axes.grid": False}):
+    with plt.rc_context(STYLE), plt.rc_context({"axes.grid": False}):
         figure = Figure(figsize=(7.6, 3.6), layout="constrained")
         pair = cast("Sequence[Axes]", figure.subplots(1, 2, sharey=True))
         picture = _draw_pair(pair, objective, labels=False)
@@ -65,7 +66,7 @@ def plot_key(objective: Objective | str = "bandpo-kl") -> Figure:
         pair[0].set(ylabel="ratio r (log scale)")
         pair[0].set_yticks([math.log(r) for r in (0.25, 0.5, 1, 2, 4)], ["¼", "½", "1", "2", "4"])
         bar = figure.colorbar(picture, ax=pair, label="weight w", ticks=[-1, 0, 1, 2])
-        bar.solids.set(edgecolor="none", rasterized=True)
+        cast("QuadMesh", bar.solids).set(edgecolor="none", rasterized=True)
         pair[1].text(0.97, 0.95, "π > 1", transform=pair[1].transAxes, ha="right", va="top")
     return figure
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.nn import functional as F
@@ -141,7 +142,8 @@ def near_certain(stack: Stack, problem: Problem) -> list[float]:
     rows, width = problem.demonstrations[:_PROBED].expand(stack.runs, -1, -1), problem.prompts.shape[1]
     completions = rows[..., width:]
     p, used = stack.logprobs(rows[..., :width], completions).exp(), completions != PAD
-    return (((p >= PROB_EDGES[-1]) & used).flatten(1).sum(1) / used.flatten(1).sum(1)).tolist()
+    share = ((p >= PROB_EDGES[-1]) & used).flatten(1).sum(1) / used.flatten(1).sum(1)
+    return cast("list[float]", share.tolist())
 
 
 def _fresh(c: Checkpoint) -> object:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from bandpo.lab.comparison.study import Study, diverged
 from bandpo.lab.evidence.protocol import Protocol
 from bandpo.metrics import PROB_BINS
 from bandpo.statistics import t_interval
+
+Values = dict[str, dict[str, dict[str, list[float]]]]
+"""Numbers by place, arm, measure and seed."""
 
 Results = Sequence[Mapping[str, Any]]
 """The results of some runs, each with the fields of `bandpo.lab.comparison.loop.Result`."""
@@ -35,6 +38,9 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
     }
 )
 """The arms by name: bounds and surrogate of the zoo, one aggregation, one advantage, one anchor."""
+
+BASELINE = "grpo"
+"""The arm that the others are compared with."""
 
 MEASURES = ("mean", "passed", "entropy", "speed")
 """The measures of a run: mean@16 and pass@16 on held-out prompts, entropy of the fork that decides, and mean over training."""
@@ -102,6 +108,11 @@ class Plan:
             raise ValueError(f"place {place!r}: write TASK/lagN, such as detours/lag0")
         fields: dict[str, Any] = {**self.setting, "lag": int(lag), **changes}
         return Setting(task, **fields)
+
+    @property
+    def baseline(self) -> str:
+        """The arm whose rate all arms have in a place with the end `/same-rate`: `BASELINE`, or else the first one."""
+        return BASELINE if BASELINE in self.arms else self.arms[0]
 
     def jobs(self, place: str, arm: str, rate: float, seeds: Sequence[int], **changes: Any) -> list[Job]:
         """The runs of an arm at a rate.
@@ -180,7 +191,8 @@ def run(protocol: Protocol, folder: Path, jobs: int = 2, say: Callable[[str], No
         say: Function that is called with each line of the progress.
 
     Returns:
-        `values[place][arm][measure]`, one number for each seed of the report, NaN for a run that diverged; `summary` (see
+        `values[place][arm][measure]`, one number for each seed of the report, NaN for a run that diverged, and the same under
+        `PLACE/same-rate` for all arms at the rate of the baseline, which is exploratory; `summary` (of the own rates, see
         `summarise`; and `rates`, `tuning` with the speed at each rate that was tried, and `profile`); and `core_seconds` of all
         runs.
 
@@ -195,26 +207,39 @@ def run_plan(plan: Plan, folder: Path, jobs: int = 2, say: Callable[[str], None]
     study = Study(folder, jobs, say)
     speeds = tune(plan, study)
     rates = rates_of(plan, speeds)
-    cells = {
-        (place, arm): plan.jobs(place, arm, rates[place][arm], plan.seeds) for place in plan.places for arm in plan.arms
-    }
+    own = {(p, arm): plan.jobs(p, arm, rates[p][arm], plan.seeds) for p in plan.places for arm in plan.arms}
+    same = {(p, arm): plan.jobs(p, arm, rates[p][plan.baseline], plan.seeds) for p, arm in own}
     for place in plan.places:
-        runs = [job for arm in plan.arms for job in cells[place, arm]]
-        _make(study, [*runs, *plan.profile_jobs(place)], f"{place}, report")
-    profiles = {place: profile(plan, place, study) for place in plan.places}
-    found = {cell: [_result(study, job) for job in runs] for cell, runs in cells.items()}
-    values = {
-        place: {arm: values_of(found[place, arm], plan.setting_of(place).eval_samples) for arm in plan.arms}
-        for place in plan.places
+        jobs_here = [job for way in (own, same) for arm in plan.arms for job in way[place, arm]]
+        _make(study, [*dict.fromkeys(jobs_here), *plan.profile_jobs(place)], f"{place}, report")
+    found = {cell: [_result(study, job) for job in runs] for cell, runs in own.items()}
+    tried = {place: {arm: sorted(row.items()) for arm, row in rows.items()} for place, rows in speeds.items()}
+    summary = {
+        **summarise(plan, found),
+        "rates": rates,
+        "tuning": tried,
+        "profile": {place: profile(plan, place, study) for place in plan.places},
     }
-    tried = {place: {arm: sorted(found.items()) for arm, found in row.items()} for place, row in speeds.items()}
-    summary = {**summarise(plan, found), "rates": rates, "tuning": tried, "profile": profiles}
-    every = [job for cell in cells.values() for job in cell] + [
-        j for place in plan.places for j in plan.profile_jobs(place)
-    ]
-    for place, row in speeds.items():
-        every += [job for arm in plan.arms for rate in row[arm] for job in plan.tuning_jobs(place, arm, rate)]
-    return {"values": values, "summary": summary, "core_seconds": round(study.core_seconds(every), 1)}
+    values: Values = {}
+    for (place, arm), results in found.items():
+        k = plan.setting_of(place).eval_samples
+        values.setdefault(place, {})[arm] = values_of(results, k)
+        at_same = values_of([_result(study, job) for job in same[place, arm]], k)
+        values.setdefault(f"{place}/same-rate", {})[arm] = at_same
+    return {
+        "values": values,
+        "summary": summary,
+        "core_seconds": round(_core_seconds(plan, study, speeds, own, same), 1),
+    }
+
+
+def _core_seconds(plan: Plan, study: Study, speeds: "Speeds", *reports: Mapping[Any, list[Job]]) -> float:
+    """The core seconds of all runs of a plan: report, profile and tuning."""
+    every = [job for report in reports for runs in report.values() for job in runs]
+    every += [job for place in plan.places for job in plan.profile_jobs(place)]
+    for place, rows in speeds.items():
+        every += [job for arm, row in rows.items() for rate in row for job in plan.tuning_jobs(place, arm, rate)]
+    return study.core_seconds(every)
 
 
 Speeds = dict[str, dict[str, dict[float, float]]]
@@ -305,10 +330,15 @@ def values_of(results: Results, k: int = 16) -> dict[str, list[float]]:
     """
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
     for r in results:
-        after = r["after"]
-        numbers = (after[f"mean@{k}"], after[f"pass@{k}"], after["entropy of fork 1"], np.mean(r["reward"]))
+        after = cast("Mapping[str, float]", r["after"])
+        numbers = (
+            after[f"mean@{k}"],
+            after[f"pass@{k}"],
+            after["entropy of fork 1"],
+            float(np.mean(cast("list[float]", r["reward"]))),
+        )
         for name, x in zip(MEASURES, numbers, strict=True):
-            found[name].append(math.nan if diverged(r) else float(x))
+            found[name].append(math.nan if diverged(r) else x)
     return found
 
 

@@ -266,8 +266,8 @@ def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
     rows = sorted({(c["flip"], c["steps"]) for c in cells})
     parts = [
         text(8, 20, "Who wins where", "title"),
-        text(8, 38, "tile: the best arm, and its lead over the fixed clip where that is clear", "note"),
-        text(8, 54, "grey: no arm is clearly better than the fixed clip; each at its best rate", "note"),
+        text(8, 38, "tile: the best arm, and its lead over the fixed clip; each arm at its best rate", "note"),
+        text(8, 54, "coloured: the lead is clear; grey: it may be chance, or too small to matter", "note"),
     ]
     y = 84.0
     width, tall = 330 / max(1, len(shares)), 36
@@ -277,25 +277,31 @@ def plot_map(cells: Sequence[Mapping[str, Any]]) -> str:
         y += 8
         for flip, steps in rows:
             parts.append(text(132, y + 15, f"{steps} steps a rollout", "note end"))
-            parts.append(text(132, y + 29, f"{flip:.0%} of rewards wrong", "note end"))
+            parts.append(text(132, y + 29, f"{flip:.0%} rewards wrong", "note end"))
             for i, share in enumerate(shares):
-                cell = found[share, flip, steps]
-                winner: str | None = cell["winners"][measure]
-                style = "none" if winner is None else f"tinted {COLOURS.get(winner, 'c7')}"
-                x = 138 + width * i
-                parts.append(box(x, y, width, tall, f"tile {style}"))
-                if winner is not None:
-                    parts.append(text(x + width / 2, y + 15, NAMES.get(winner, winner), "mid on"))
-                    lead = cell["differences"].get(f"{winner} - {BASELINE}")
-                    parts.append(
-                        text(x + width / 2, y + 29, "" if lead is None else f"{lead[measure]['value']:+.2f}", "mid on")
-                    )
+                parts += _tile(found[share, flip, steps], measure, 138 + width * i, y, width, tall)
             y += tall
         y += 26
     y -= 10
     parts += [text(138 + width * (i + 0.5), y, f"{share:.0%}", "mid note") for i, share in enumerate(shares)]
     parts.append(text(303, y + 17, "of the rare options are better than the common one", "mid note"))
     return picture("Which arm wins where", y + 28, parts)
+
+
+def _tile(cell: Mapping[str, Any], measure: str, x: float, y: float, width: float, tall: float) -> list[str]:
+    """The best arm of a cell of the map in one measure, coloured where it wins."""
+    winner: str | None = cell["winners"][measure]
+    means: Mapping[str, float] = cell["means"][measure]
+    best = max(means, key=lambda arm: means[arm])
+    style = "none" if winner is None else f"tinted {COLOURS.get(winner, 'c7')}"
+    lead = "" if best == BASELINE else f"{means[best] - means[BASELINE]:+.2f}"
+    words = "mid note" if winner is None else "mid on"
+    middle = x + width / 2
+    return [
+        box(x, y, width, tall, f"tile {style}"),
+        text(middle, y + 15, NAMES.get(best, best), words),
+        text(middle, y + 29, lead, words),
+    ]
 
 
 def plot_reach(budget: float = 1.0) -> str:
