@@ -16,6 +16,7 @@ from bandpo._system.files import finite_or_null
 from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.drawing import NAMES
 from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
+from bandpo.lab.evidence.protocol import Experiment, read
 from bandpo.lab.forks.regimes import BASELINE, WHAT
 from bandpo.lab.pages import render, table
 
@@ -270,6 +271,42 @@ def moved_sentence(data: Row) -> str:
     )
 
 
+def missing(data: Row) -> tuple[list[str], list[str]]:
+    """The places and the arms that the preset of the protocol has and these numbers have not."""
+    experiments, values = read(data["preset"]).experiments, data["values"]
+    places = [
+        f"`{name}/{place}`"
+        for name, x in experiments.items()
+        for place in x.places
+        if place not in values.get(name, {})
+    ]
+    arms = [
+        f"`{arm}`"
+        for name, found in values.items()
+        for arm in experiments[name].arms
+        if not any(arm in rows for rows in found.values()) and not _of_widths(experiments[name], arm)
+    ]
+    return places, arms
+
+
+def missing_sentences(data: Row) -> dict[str, str]:
+    """What is registered and was not run: how much, for the page, and which, for the page of the data."""
+    places, arms = missing(data)
+    if not (places or arms):
+        return dict.fromkeys(("missing", "missing_list"), "Everything that is registered was run.")
+    parts = [f"{len(names)} {word}" for names, word in ((places, "places"), (arms, "arms")) if names]
+    named = [f"{word}: {listed(names)}" for names, word in ((places, "places"), (arms, "arms")) if names]
+    return {
+        "missing": f"Not yet run of it are {' and '.join(parts)} ([list](evidence-data.md#not-yet-run)).",
+        "missing_list": f"Registered, and not in these numbers. {'; '.join(named)}.",
+    }
+
+
+def _of_widths(experiment: Experiment, arm: str) -> bool:
+    """Whether an arm is a family of widths, whose places are named already."""
+    return all(place.startswith("width/") for place, has in experiment.places.items() if arm in has.arms)
+
+
 def widths_sentence(data: Row) -> str:
     """In which share of a grid of learning rates and widths each way to set a region learns."""
     found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("width/")}
@@ -374,6 +411,7 @@ def pages(data: Row) -> dict[Path, str]:
         "rates_table": rates_table(data),
         "moved": moved_sentence(data),
         "widths": widths_sentence(data),
+        **missing_sentences(data),
         "transformers": transformers_sentences(data),
         "figures": sorted(draw(data)),
     }

@@ -93,6 +93,13 @@ def test_the_advice_against_collapse_is_what_the_evidence_shows():
     assert "bandpo-kl-upper" in found.knob and "Clip-Higher" in found.knob and "tighter lower edge" in found.knob
     assert "Not the whole band" in found.knob
     assert "bandpo-kl)" not in found.knob
+    # tests/lab/test_evidence_pages.py compares these with the verdicts
+    assert RULES["entropy"].rests_on == {
+        "upper-entropy": "mixed",
+        "band-entropy": "mixed",
+        "lower-entropy": "holds",
+        "upper-price": "holds",
+    }
 
 
 def test_the_page_is_fresh_and_is_linked():

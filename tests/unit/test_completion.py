@@ -56,7 +56,7 @@ def completed(folder, *words, cwd):
         (["compare", "--objectives", "grpo,cis"], ["grpo,cispo"]),
         (["compare", "--preset", "s"], ["smoke"]),
         (["evaluate", "--prompt-c"], ["--prompt-column"]),
-        (["lab", ""], ["preference", "forks", "selection"]),
+        (["lab", ""], ["preference", "forks", "evidence", "selection"]),
         (["recipes", "c"], ["copy"]),
         (["recipes", "show", "trl/pa"], ["trl/paper.yaml", "trl/paper_server.yaml"]),
         (["recipes", "copy", "--t"], ["--to"]),

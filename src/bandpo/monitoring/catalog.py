@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Reads = Literal["configuration", "log", "batch"]
-CameOut = Literal["holds", "fails"]
+CameOut = Literal["holds", "fails", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Rule:
         healthy: The healthy range, with its units.
         source: Where that range comes from: a paper with its number, or "our judgement".
         knobs: What to set, for each host that has a knob for it.
-        rests_on: Registered claims of the evidence that the advice rests on, by id, and how they came out: `holds` (somewhere,
-            and nowhere the opposite) or `fails` (nowhere). A test compares this with docs/evidence.json.
+        rests_on: Claims of the evidence's protocol that the advice rests on, by id, and how they came out: `holds` (somewhere,
+            and nowhere the opposite), `mixed` (somewhere, and elsewhere the opposite) or `fails` (nowhere). A test compares
+            this with docs/evidence.json.
     """
 
     name: str
@@ -248,7 +249,9 @@ _LOG = (
         "explosion is a policy that forgets how to write. An upper edge holds rare tokens down; a lower edge holds them up.",
         healthy="Between a fifth and twice its start, or above 0.05 nats.",
         source="the range is our judgement; the advice: DAPO, arXiv:2503.14476, for Clip-Higher; arXiv:2509.26114, for the "
-        "lower side; docs/evidence.md, where a whole band did not keep the entropy higher",
+        "lower side; docs/evidence.md, where the upper half kept the entropy higher if several answers were right, and the "
+        "whole band did not",
+        rests_on={"upper-entropy": "mixed", "band-entropy": "mixed", "lower-entropy": "holds", "upper-price": "holds"},
         knobs={
             "TRL": "collapse: objective=bandpo-kl-upper, or epsilon_high=0.28, or a smaller epsilon (the lower side); "
             "explosion: a smaller epsilon_high or radius, a smaller learning_rate, top_p=1.0",
@@ -459,6 +462,7 @@ _MEASURES = (
         "band opens both for rare tokens. Which half acts decides where the entropy and pass@k go.",
         healthy="A region takes away at most half of the gradient of either half.",
         source="our judgement; what each half does is measured in docs/evidence.md",
+        rests_on={"upper-passed": "holds", "lower-entropy": "holds", "bottleneck": "holds"},
         knobs={
             "TRL": "epsilon for A < 0, epsilon_high for A > 0; radius of the objective",
             "bandpo train": "radius, or an objective with one half of the band",

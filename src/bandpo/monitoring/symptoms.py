@@ -293,7 +293,8 @@ def entropy(log: Symptomatic) -> Finding | None:
             "rewards can no longer be sampled",
             "a higher upper edge for rare tokens: the upper half of a band (objective=bandpo-kl-upper) or Clip-Higher "
             "(epsilon_high=0.28, clip_ratio_high=0.28); or a tighter lower edge (a smaller epsilon, clip_ratio_low), a smaller "
-            "learning rate, fewer steps for each rollout. Not the whole band: its lower half lets rare tokens fall",
+            "learning rate, fewer steps for each rollout. Not the whole band: its lower half lets rare tokens fall. An "
+            "upper half needs rewards that can be trusted on the whole: noise alone spreads tokens that were nearly certain",
             numbers=numbers,
         )
     if end > EXPLOSION * start and end > start + LOW_ENTROPY:
