@@ -20,7 +20,7 @@ from bandpo.lab.forks.plan import PRESETS
 from bandpo.lab.forks.regimes import FACTORS, WHAT
 from bandpo.lab.forks.study import PARTS
 from bandpo.lab.forks.summary import SMALLEST
-from bandpo.lab.pages import render, table
+from bandpo.lab.pages import WIDTH, render, table
 from bandpo.statistics import unseen_share
 
 ROOT = Path(__file__).parents[1]
@@ -382,8 +382,9 @@ def page(data: Row) -> str:
 
 
 def commands(data: Row) -> list[str]:
-    """The commands that made the data, without their folder."""
-    return [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
+    """The commands that made the data, without their folder, in lines that fit the page."""
+    made = [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
+    return [x if len(x) <= WIDTH else x.replace(" --arms", " \\\n    --arms") for x in made]
 
 
 def merged(files: Sequence[Path]) -> Row:
