@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -51,7 +50,6 @@ def test_the_command_line_accepts_it(page, call, tmp_path, monkeypatch):
     for name in ("run.yaml", "other.yaml", "RUN/config.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("objective: bandpo-kl\n")
-    shutil.copytree(ROOT / "src" / "bandpo" / "recipes" / "trl", tmp_path / "recipes" / "trl")
     command = next((c for c in COMMANDS if call[:1] == [c.name]), None)
     assert command is not None or call[0].startswith("-") or call[0] == "COMMAND", call
     if command is None or len(call) == 1:  # of the program itself, or the name of a command in a sentence
