@@ -20,7 +20,7 @@ from bandpo.lab.forks.plan import PRESETS
 from bandpo.lab.forks.regimes import FACTORS, WHAT
 from bandpo.lab.forks.study import PARTS
 from bandpo.lab.forks.summary import SMALLEST
-from bandpo.lab.pages import render, table
+from bandpo.lab.pages import WIDTH, render, table
 from bandpo.statistics import unseen_share
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def sentence(data: Row, pair: str, measure: str, what: str) -> str:
 
 def factor(found: Row) -> str:
     """A mean log-ratio as a factor of the probability, with its interval."""
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*(math.exp(found[x]) for x in ("value", "low", "high")))
+    return "{:.2g} [{:.2g}, {:.2g}]".format(*(math.exp(found[x]) for x in ("value", "low", "high")))
 
 
 def moves_of(data: Row) -> Row:
@@ -76,17 +76,18 @@ def moved(data: Row) -> dict[str, str]:
 
     def told(arm: str) -> str:
         verdicts = [x["differences"][f"{arm} - {CLIP}"]["moved_up"]["verdict"] for x in places.values()]
-        counts = ", ".join(f"{name} {verdicts.count(word)}" for name, word in MOVED.items())
+        counts = ", ".join(f"{name} in {n}" for name, word in MOVED.items() if (n := verdicts.count(word)))
         return f"under `{arm}` {counts}"
 
+    registered = {r: x for r, x in places.items() if r != "race"}  # as in the protocol and the figure
     values = {
-        arm: ", ".join(f"{math.exp(x['values'][arm]['moved_up']['value']):.2f} in {r}" for r, x in places.items())
+        arm: ", ".join(f"{math.exp(x['values'][arm]['moved_up']['value']):.2f} in {r}" for r, x in registered.items())
         for arm in (CLIP, BAND, UPPER)
     }
     text = (
-        f"Against the fixed clip, in the {len(places)} regimes, a rewarded rare token moves {told(BAND)}, and {told(UPPER)}. A "
-        "clip takes away a token's own gradient beyond the edge and no more: other tokens, momentum and the last step move it "
-        "too."
+        f"A rewarded rare token moves, compared with the fixed clip and counted over {len(places)} regimes, {told(BAND)}; "
+        f"{told(UPPER)}. A clip takes away a token's own gradient beyond the edge and no more: other tokens, momentum and the "
+        "last step move it too."
     )
     beyond = ", ".join(f"{x['values'][CLIP]['beyond_up']['value']:.0%} in {r}" for r, x in places.items())
     return {
@@ -381,8 +382,9 @@ def page(data: Row) -> str:
 
 
 def commands(data: Row) -> list[str]:
-    """The commands that made the data, without their folder."""
-    return [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
+    """The commands that made the data, without their folder, in lines that fit the page."""
+    made = [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
+    return [x if len(x) <= WIDTH else x.replace(" --arms", " \\\n    --arms") for x in made]
 
 
 def merged(files: Sequence[Path]) -> Row:

@@ -562,7 +562,12 @@ def _rows_of(terms: TokenObjective, rows: slice) -> TokenObjective:
 
 
 def checkpoint_of(setting: Setting, number: int) -> Checkpoint:
-    """The checkpoint of a number that runs of the setting start from."""
+    """The checkpoint of a number that runs of a setting start from.
+
+    Args:
+        setting: The setting.
+        number: Number of the checkpoint, `Run.warm_up`.
+    """
     return Checkpoint(
         PROBLEMS[setting.problem]().base or setting.problem,
         number,

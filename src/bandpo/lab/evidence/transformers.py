@@ -102,6 +102,9 @@ class Plan:
         Args:
             place: `TASK/lagN`.
             **changes: Fields of `Setting` that differ from the plan's.
+
+        Raises:
+            ValueError: If the place has no lag, or its problem is unknown.
         """
         task, _, lag = place.partition("/lag")
         if not lag.isdecimal():
@@ -128,7 +131,13 @@ class Plan:
         return [Job(setting, ARMS[arm], rate, seed, seed) for seed in seeds]
 
     def tuning_jobs(self, place: str, arm: str, rate: float) -> list[Job]:
-        """The runs of one cell of the tuning grid, on the prompts for tuning."""
+        """The runs of one cell of the tuning grid, on the prompts for tuning.
+
+        Args:
+            place: `TASK/lagN`.
+            arm: Name of the arm.
+            rate: Learning rate.
+        """
         return self.jobs(place, arm, rate, self.tuning_seeds, split="tuning")
 
     def profile_jobs(self, place: str) -> list[Job]:
@@ -203,7 +212,20 @@ def run(protocol: Protocol, folder: Path, jobs: int = 2, say: Callable[[str], No
 
 
 def run_plan(plan: Plan, folder: Path, jobs: int = 2, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Make the runs of a plan that are missing; see `run`."""
+    """Make the runs of a plan that are missing.
+
+    Args:
+        plan: The plan.
+        folder: Folder of the results; its subfolder `runs` has one file for each run.
+        jobs: Number of worker processes.
+        say: Function that is called with each line of the progress.
+
+    Returns:
+        `values`, `summary` and `core_seconds`, as `run` has them.
+
+    Raises:
+        RuntimeError: If a run failed.
+    """
     study = Study(folder, jobs, say)
     speeds = tune(plan, study)
     rates = rates_of(plan, speeds)
@@ -247,7 +269,7 @@ Speeds = dict[str, dict[str, dict[float, float]]]
 
 
 def tune(plan: Plan, study: Study) -> Speeds:
-    """The tuning grids of all arms, in the places that have a tuning of their own.
+    """Make the runs of the tuning grids of all arms, in the places that have a tuning of their own.
 
     While an arm's best rate is at an end of its grid, the grid grows there by a factor of 2, five times at most. A grid of a
     single rate needs no runs.
@@ -258,6 +280,9 @@ def tune(plan: Plan, study: Study) -> Speeds:
 
     Returns:
         The mean reward over training on the tuning seeds by place, arm and rate; -inf where a run diverged.
+
+    Raises:
+        RuntimeError: If a run failed.
     """
     tuned = [place for place in plan.places if place not in plan.tuned_like]
     if len(plan.rates) == 1:
