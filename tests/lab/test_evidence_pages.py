@@ -75,6 +75,21 @@ def test_the_command_writes_the_result_and_the_figures(tmp_path, monkeypatch, pr
     assert "part 1 of 1: forks" in said and all(claim["text"] in said for claim in primary)
 
 
+def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch):
+    """Real runs, of one rollout."""
+    monkeypatch.setattr(command, "read", lambda preset: few_seeds(read(preset), 3))
+    monkeypatch.setitem(study_module.PRESETS, "smoke", replace(study_module.PRESETS["smoke"], rollouts=1))
+    words = ("--preset", "smoke", "--only", "forks/diversity/adam", "--arms", "bandpo-kl", "--output", str(tmp_path))
+    found = []
+    for _ in range(2):
+        assert run(options(*words, "--jobs", "1")) == 0
+        content = json.loads((tmp_path / "evidence.json").read_text())
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "forks" / "cells").iterdir()}
+        found.append((made, {name: content[name] for name in ("judged", "explored", "means", "values")}))
+    assert found[0] == found[1] and len(found[0][0]) >= 4
+    assert set(found[0][1]["values"]["forks"]["diversity/adam"]) == {"grpo", "bandpo-kl"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
