@@ -16,6 +16,7 @@ from bandpo._system.files import finite_or_null
 from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.drawing import NAMES
 from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
+from bandpo.lab.evidence.judge import NOT_MEASURED
 from bandpo.lab.evidence.protocol import Experiment, read
 from bandpo.lab.forks.regimes import BASELINE, WHAT
 from bandpo.lab.pages import render, table
@@ -111,9 +112,10 @@ def outcome_sentence(data: Row) -> str:
         claims = [claim for claim in primary(data) if claim["source"] == whose]
         count: Counter[str] = Counter()
         for claim in claims:
-            count.update({sense: claim["counts"].get(sense, 0) for sense in SENSES})
-        found = [f"{count[sense]} {word}" for sense, word in SENSES.items() if count[sense]]
-        parts.append(f"{whose} ({len(claims)}): {', '.join(found) or 'not measured'}")
+            count.update(claim["counts"])
+        words = {**SENSES, NOT_MEASURED: NOT_MEASURED}
+        found = [f"{count[sense]} {word}" for sense, word in words.items() if count[sense]]
+        parts.append(f"{whose} ({len(claims)}): {', '.join(found)}")
     return (
         f"{len(primary(data))} claims were registered, with {sum(len(x['contrasts']) for x in primary(data))} contrasts. By "
         f"whose claims they are, the contrasts came out as follows. {'; '.join(parts)}."

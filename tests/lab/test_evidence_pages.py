@@ -336,6 +336,14 @@ def test_every_sense_has_a_colour_and_a_word(committed):
     assert senses <= {*SENSES, "not measured"}
 
 
+def test_every_contrast_is_counted_by_whose_claim_it_is(tool, committed):
+    """Also those that were not measured: the counts add up to the registered ones."""
+    words = tool.outcome_sentence(committed)
+    (total,) = map(int, re.findall(r"with (\d+) contrasts", words))
+    counted = re.findall(r"(\d+) (?:as claimed|the opposite|no difference|undecided|not measured)", words)
+    assert sum(map(int, counted)) == total
+
+
 # ---- advice that rests on claims ----
 
 ADVICE = [

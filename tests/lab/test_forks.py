@@ -202,6 +202,30 @@ def test_results_are_kept_and_made_anew_where_they_do_not_fit(tmp_path):
     assert result_of(Store(tmp_path, lambda _: None), cell()) == made
 
 
+def _without_result(kept):
+    del kept["result"]
+
+
+def _one_seed_too_few(kept):
+    kept["result"]["final"]["mean"].pop()
+
+
+@pytest.mark.parametrize("harm", [None, _without_result, _one_seed_too_few])
+def test_a_damaged_result_is_made_anew(tmp_path, harm):
+    made = result_of(Store(tmp_path, lambda _: None), cell())
+    [path] = tmp_path.glob("*.json")
+    if harm is None:
+        path.write_text(path.read_text()[:100])
+    else:
+        kept = json.loads(path.read_text())
+        harm(kept)
+        path.write_text(json.dumps(kept))
+    said: list[str] = []
+    store = Store(tmp_path, said.append)
+    assert result_of(store, cell()) == made and store.made == 1
+    assert f"{path} is damaged: the run is made again" in said[0]
+
+
 def test_a_number_that_is_missing_stays_one(tmp_path):
     """Without a rare token with A > 0 a seed has no move: NaN in the process that made it and in one that reads it."""
     sure = Fork(options=3, common=0.4, good=1, rare=0.3, common_solves=3, good_solves=3, types=3, certain=0)

@@ -85,6 +85,9 @@ def test_the_power_calculations_are_those_of_the_numbers_beside_them() -> None:
 REFUSED = {
     "a key": (lambda c: c.update(alpha=0.05), "got 'alpha'"),
     "a missing key": (lambda c: c.pop("power"), "power is missing"),
+    "a power above 1": (lambda c: c.update(power=5), "above 0 and below 1"),
+    "a power of 1": (lambda c: c.update(power=1.0), "above 0 and below 1"),
+    "a word for the day": (lambda c: c.update(registered="soon"), "give a day as YYYY-MM-DD"),
     "another level": (lambda c: c.update(level=0.9), "level: got 0.9"),
     "an arm": (
         lambda c: c["claims"][0]["contrasts"][0].update(first="bandpo-kl-uper"),

@@ -7,6 +7,7 @@ with the nearest name that it knows.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -207,10 +208,10 @@ def read(preset: str = "full", path: Path = FILE) -> Protocol:
         raise ValueError(not_one_of("preset", preset, presets))
     reduced = {name: _reductions(node, full) for name, node in presets.items()}
     protocol = Protocol(
-        registered=top.text("registered"),
+        registered=top.day("registered"),
         amendments=top.texts("amendments"),
         preset=preset,
-        power=top.number("power"),
+        power=top.number("power", below=1.0),
         baseline=top.text("baseline"),
         measures=measures,
         experiments={name: reduced[preset].get(name, experiment) for name, experiment in full.items()},
@@ -257,11 +258,16 @@ class _Node:
 
     def text(self, key: str) -> str:
         value = self.take(key)
-        if key == "registered":
-            value = str(value)  # YAML reads a date
         if not (isinstance(value, str) and value):
             raise self.fail(key, "give a text")
         return value
+
+    def day(self, key: str) -> str:
+        value = self.text(key)
+        try:
+            return date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise self.fail(key, "give a day as YYYY-MM-DD") from None
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.take(key)
@@ -272,14 +278,11 @@ class _Node:
             raise self.fail(key, "name each one once")
         return found
 
-    def number(self, key: str, *, above: float = 0.0) -> float:
+    def number(self, key: str, *, above: float = 0.0, below: float = math.inf) -> float:
         value = self.take(key)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not (math.isfinite(value) and value > above)
-        ):
-            raise self.fail(key, f"give a number above {above:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
+            limit = "" if below == math.inf else f" and below {below:g}"
+            raise self.fail(key, f"give a number above {above:g}{limit}")
         return float(value)
 
     def count(self, key: str, least: int = 1) -> int:

@@ -135,9 +135,14 @@ class Store:
         path = self.folder / f"{name}.json"
         if not path.exists():
             return None
-        content = parse_json(read_regular(path), str(path))
-        found = cast("Result", content) if isinstance(content, dict) else {}
-        return _with_nan(found["result"]) if found.get("cell") == cell.describe() else None
+        try:
+            found = parse_json(read_regular(path), str(path))
+            if found["cell"] != cell.describe():
+                return None
+            return _checked(_with_nan(found["result"]), cell.seeds)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.say(f"  {path} is damaged: the run is made again")
+            return None
 
     def _make(self, what: str, missing: dict[str, Cell]) -> dict[str, Result]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +167,17 @@ class Store:
         if self.jobs == 1 or len(cells) == 1 or steps < _WORTH:
             return ((cell, run_cell(cell)) for cell in cells)
         return processes(cells, run_cell, min(self.jobs, len(cells)), self.say)
+
+
+def _checked(result: Result, seeds: int) -> Result:
+    """The result, where each measure has a number for each seed and the time is there.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if any(len(values) != seeds for values in result["final"].values()) or not result["cpu_seconds"] >= 0:
+        raise ValueError("the result does not have a number for each seed")
+    return result
 
 
 def _with_nan(result: Result) -> Result:
