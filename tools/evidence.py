@@ -193,9 +193,38 @@ def winners_table(data: Row) -> str:
     return table(["", "mean reward", "pass@16", "entropy"], rows)
 
 
+def same_rate(data: Row, contrast: Row) -> list[Any] | None:
+    """The difference of a contrast with every arm at the rate of the fixed clip, as `explored` has it; None if not run."""
+    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(contrast["place"], {})
+    return found.get(f"{contrast['first']} - {contrast['second']}", {}).get(contrast["measure"])
+
+
+def same_rate_sentence(data: Row) -> str:
+    """Which registered verdicts of better or worse are not those at one rate."""
+    both = [
+        (x, found)
+        for claim in primary(data)
+        for x in claim["contrasts"]
+        if x["verdict"] in DECIDED and (found := same_rate(data, x)) is not None
+    ]
+    other = [
+        f"{arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES.get(x['measure'], x['measure'])}, "
+        f"{place_title(x['place'])} ({x['verdict']}, then {found[3]})"
+        for x, found in both
+        if found[3] != x["verdict"]
+    ]
+    if not both:
+        return ""
+    text = (
+        f"Of {len(both)} registered contrasts that are better or worse, {len(both) - len(other)} are so at one rate too"
+    )
+    return f"{text}; not so: {'; '.join(other)}." if other else f"{text}."
+
+
 def contrasts_table(data: Row, kind: str) -> str:
     """Every contrast of the claims of one kind."""
-    head = ["claim", "where", "difference", "measure", "claimed", "value, interval", "verdict", "pairs", "would need"]
+    head = ["claim", "where", "difference", "measure", "claimed", "value, interval", "verdict", "at one rate"]
+    head += ["pairs", "would need"]
     rows = [
         [
             str(claim["id"]),
@@ -205,6 +234,7 @@ def contrasts_table(data: Row, kind: str) -> str:
             x["claimed"],
             "–" if x["verdict"] == "not measured" else interval([x["value"], x["low"], x["high"]]),
             f"**{x['verdict']}**" if x["verdict"] in DECIDED else x["verdict"],
+            "–" if (found := same_rate(data, x)) is None else f"{interval(found)} {found[3]}",
             str(x["pairs"]),
             "–" if x["needed"] is None else f"{x['needed']:,}",
         ]
@@ -333,14 +363,7 @@ def transformers_sentences(data: Row) -> str:
     found = data["explored"].get("transformers", {})
     if not found:
         return ""
-    rows = {arm: [x for pairs in found.values() for x in _compared(pairs, arm, ("mean", "passed"))] for arm in OTHERS}
-    count = {arm: Counter(x[3] for x in row) for arm, row in rows.items()}
-    total = max(sum(x.values()) for x in count.values())
-    parts = [f"{arm_name(arm)} {x['better']} and {x['worse']}" for arm, x in count.items() if x]
-    return (
-        f"{_tokens(data)} Every seed has its own warm-up. {_plateau(data)} Each arm has {total} comparisons with the fixed "
-        f"clip in mean reward and pass@16. Above and below are: {'; '.join(parts)}."
-    )
+    return f"{_tokens(data)} Every seed has its own warm-up. {_plateau(data)}"
 
 
 def _tokens(data: Row) -> str:
@@ -366,12 +389,6 @@ def _plateau(data: Row) -> str:
     )
 
 
-def _compared(pairs: Row, arm: str, measures: Sequence[str]) -> list[Any]:
-    """An arm against the fixed clip, in those of the measures that a place has."""
-    found = pairs.get(f"{arm} - {BASELINE}", {})
-    return [found[measure] for measure in measures if measure in found]
-
-
 def numbers(data: Row) -> Row:
     """The single numbers of the pages."""
     values = data["values"]
@@ -390,6 +407,7 @@ def numbers(data: Row) -> Row:
         "git": data.get("git") or "no checkout",
         "torch": data["versions"]["torch"],
         "platform": data["platform"],
+        "same_rate": same_rate_sentence(data),
         "claims": len(primary(data)),
         "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
         "seeds": listed([f"{count} paired seeds ({name})" for name, count in seeds.items()]),

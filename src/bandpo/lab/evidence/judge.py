@@ -141,9 +141,10 @@ def judge(protocol: Protocol, values: Values) -> list[Judged]:
 
 
 def _judge(protocol: Protocol, claim: Claim, values: Values) -> Judged:
-    measured = [c for c in claim.contrasts if _is_measured(protocol, c, values)]
+    # The intervals hold together for all contrasts of the claim, so that leaving some out makes none of the others narrower.
+    together = len(claim.contrasts)
     found = tuple(
-        _contrast(protocol, c, values, len(measured)) if c in measured else _unmeasured(protocol, c)
+        _contrast(protocol, c, values, together) if _is_measured(protocol, c, values) else _unmeasured(protocol, c)
         for c in claim.contrasts
     )
     senses: list[Sense] = [c.sense for c in found]

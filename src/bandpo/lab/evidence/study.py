@@ -36,11 +36,13 @@ class Outcome(NamedTuple):
         values: The value of each report seed, `[place][arm][measure]`.
         summary: What the experiment tells beside them, as JSON has it.
         core_seconds: Processor time of all of its runs, also of those that an earlier command made.
+        same_rate: The values of the places in which every arm was also trained at the rate of the baseline.
     """
 
     values: Found
     summary: Mapping[str, Any]
     core_seconds: float
+    same_rate: Found = MappingProxyType({})
 
 
 def study(protocol: Protocol, folder: Path, jobs: int, say: Say) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def study(protocol: Protocol, folder: Path, jobs: int, say: Say) -> dict[str, An
         "smallest": {name: measure.smallest for name, measure in protocol.measures.items()},
         "core_seconds": {name: round(outcome.core_seconds, 1) for name, outcome in outcomes.items()},
         **verdicts(protocol, values),
+        "same_rate": at_one_rate(protocol, {name: outcome.same_rate for name, outcome in outcomes.items()}),
         "values": values,
         **{name: outcome.summary for name, outcome in outcomes.items()},
     }
@@ -132,6 +135,22 @@ def explored(protocol: Protocol, values: Values) -> dict[str, Any]:
     return found
 
 
+def at_one_rate(protocol: Protocol, values: Values) -> dict[str, Any]:
+    """The differences of `explored` where every arm has the learning rate of the baseline, for the places that were run so.
+
+    They show how much of a difference at the arms' own rates is that of the edge, and how much that of the rate.
+
+    Args:
+        protocol: The protocol, reduced to the preset of the runs.
+        values: The value of each report seed at the baseline's rate.
+    """
+    experiments = {
+        name: dataclasses.replace(has, places={p: x for p, x in has.places.items() if p in values.get(name, {})})
+        for name, has in protocol.experiments.items()
+    }
+    return explored(dataclasses.replace(protocol, experiments=experiments), values)
+
+
 def _contrasts(protocol: Protocol, name: str) -> Iterator[Contrast]:
     for place, has in protocol.experiments[name].places.items():
         base = protocol.baseline if protocol.baseline in has.arms else _OF_WIDTHS
@@ -169,6 +188,16 @@ def measured(experiment: Experiment, values: Found) -> dict[str, dict[str, dict[
                     ) from None
                 found.setdefault(place, {}).setdefault(arm, {})[measure] = list(row)[: has.seeds]
     return found
+
+
+_SAME_RATE = "/same-rate"
+
+
+def _same_rate(experiment: Experiment, values: Found) -> Found:
+    """The values at the baseline's rate, by the names of the places."""
+    renamed = {place.removesuffix(_SAME_RATE): found for place, found in values.items() if place.endswith(_SAME_RATE)}
+    places = {place: has for place, has in experiment.places.items() if place in renamed}
+    return measured(dataclasses.replace(experiment, places=places), renamed)
 
 
 def restricted(protocol: Protocol, only: Sequence[str] | None, arms: Sequence[str] | None = None) -> Protocol:
@@ -220,7 +249,8 @@ def _forks(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
     store = Store(folder / "cells", say, jobs)
     found = results(preset, store, parts)
     summary = {"preset": protocol.preset, "runs": store.made + store.found, **summarise(found)}
-    return Outcome(measured(experiment, values_of(found)), summary, store.seconds)
+    values = values_of(found)
+    return Outcome(measured(experiment, values), summary, store.seconds, _same_rate(experiment, values))
 
 
 def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
@@ -256,7 +286,10 @@ def _transformers(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outc
 
     found = run(protocol, folder, jobs, say)
     experiment = protocol.experiments["transformers"]
-    return Outcome(measured(experiment, found["values"]), found["summary"], found["core_seconds"])
+    values = found["values"]
+    return Outcome(
+        measured(experiment, values), found["summary"], found["core_seconds"], _same_rate(experiment, values)
+    )
 
 
 EXPERIMENTS: Mapping[str, Callable[[Protocol, Path, int, Say], Outcome]] = MappingProxyType(
