@@ -139,7 +139,7 @@ AREAS = {
     ),
     "lab": Area(
         "Lab",
-        "Experiments and their statistics, as far as others may want to use them. Needs the extra `lab`.",
+        "Experiments and their statistics, as far as others may want to use them. Needs scipy, which the extra `lab` brings.",
         (
             *("statistics", "lab.comparison.exact", "lab.comparison.loop", "lab.experiments.tabular"),
             *("lab.experiments.preference", "lab.experiments.reranking", "lab.experiments.selection"),

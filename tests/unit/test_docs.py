@@ -299,7 +299,8 @@ def test_options_of_a_region_are_tabled_once_and_completely():
     from bandpo.integrations.options import RegionOptions
 
     for option in fields(RegionOptions):
-        rows = [page.name for page in PAGES if re.search(rf"^\| `{option.name}` \|", page.read_text(), re.MULTILINE)]
+        pages = [page for page in PAGES if page.name != "evidence-data.md"]  # which has an arm of the name `radius`
+        rows = [page.name for page in pages if re.search(rf"^\| `{option.name}` \|", page.read_text(), re.MULTILINE)]
         assert rows == ["objectives.md"], option.name
 
 
