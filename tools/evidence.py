@@ -207,18 +207,13 @@ def same_rate_sentence(data: Row) -> str:
         for x in claim["contrasts"]
         if x["verdict"] in DECIDED and (found := same_rate(data, x)) is not None
     ]
-    other = [
-        f"{arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES.get(x['measure'], x['measure'])}, "
-        f"{place_title(x['place'])} ({x['verdict']}, then {found[3]})"
-        for x, found in both
-        if found[3] != x["verdict"]
-    ]
     if not both:
         return ""
-    text = (
-        f"Of {len(both)} registered contrasts that are better or worse, {len(both) - len(other)} are so at one rate too"
+    kept = sum(found[3] == x["verdict"] for x, found in both)
+    return (
+        f"At one rate for all, {kept} of {len(both)} registered contrasts that are better or worse are so too "
+        "([which](evidence-data.md#the-registered-contrasts))."
     )
-    return f"{text}; not so: {'; '.join(other)}." if other else f"{text}."
 
 
 def contrasts_table(data: Row, kind: str) -> str:
@@ -363,18 +358,25 @@ def transformers_sentences(data: Row) -> str:
     found = data["explored"].get("transformers", {})
     if not found:
         return ""
-    return f"{_tokens(data)} Every seed has its own warm-up. {_plateau(data)}"
+    return f"{_tokens(data)} {_plateau(data)}"
 
 
 def _tokens(data: Row) -> str:
     """What the tasks are, and which tokens the warmed-up models sample."""
     profiles = {place.partition("/")[0]: found for place, found in data["transformers"].get("profile", {}).items()}
-    parts = [
-        f"`{task}` ({DESCRIPTIONS[task]}): {x['near-certain']:.0%} of the sampled tokens have p ≥ 0.99 and {x['rare']:.1%} "
-        f"have p < 0.1, of which {x['rewarded']:.0%} are rewarded and {x['punished']:.0%} punished"
+    tasks = [
+        f"in `{task}` ({DESCRIPTIONS[task]}) {x['rewarded']:.0%} are rewarded and {x['punished']:.0%} punished"
         for task, x in profiles.items()
     ]
-    return f"At the start of training. {'; '.join(parts)}." if parts else ""
+    if not tasks:
+        return ""
+    certain, rare = (
+        {f"{x[name]:{form}}" for x in profiles.values()} for name, form in (("near-certain", ".0%"), ("rare", ".1%"))
+    )
+    return (
+        f"At the start of training, {' to '.join(sorted(certain))} of the sampled tokens have p ≥ 0.99 and "
+        f"{' to '.join(sorted(rare))} have p < 0.1, of which {listed(tasks)}."
+    )
 
 
 def _plateau(data: Row) -> str:

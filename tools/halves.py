@@ -384,7 +384,7 @@ def page(data: Row) -> str:
 def commands(data: Row) -> list[str]:
     """The commands that made the data, without their folder, in lines that fit the page."""
     made = [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
-    return [x if len(x) <= WIDTH else x.replace(" --arms", " \\\n    --arms") for x in made]
+    return [x if len(x) <= WIDTH else re.sub(r" --(only|arms)", r" \\\n    --\1", x) for x in made]
 
 
 def merged(files: Sequence[Path]) -> Row:
