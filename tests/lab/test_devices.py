@@ -150,10 +150,10 @@ def test_a_checkpoint_is_made_there_and_kept_apart(monkeypatch):
 
 
 def test_names_of_results_and_checkpoints_of_the_cpu_are_those_of_before():
-    """Written down before there was a choice: an older comparison is continued, and its checkpoints are used."""
+    """Written down when the format was last raised: a comparison of that time is continued, and its checkpoints are used."""
     plan = PRESETS["smoke"]
     [job] = jobs_of(plan, "paths", [Arm("grpo")], [0])
-    assert job.key == "57f3c387a869ed5876b1"
+    assert job.key == "7a1146fcc3955e0a8cdc"
     assert Checkpoint("paths", 1, 32).path.name == "paths-b03c1ea78a9f1e00"
     keys = {}
     for device, sampler in (("cpu", "eager"), ("cuda", "eager"), ("cuda:0", "eager"), ("cuda:1", "graph")):

@@ -312,9 +312,10 @@ def forks(name: str, *, good: int, common_solves: int, good_solves: int, base: s
     def grade(asked: Tensor, made: Tensor) -> Tensor:
         a, b = made[:, 0] - first, made[:, 3] - first - _OPTIONS
         options = (a >= 0) & (a < _OPTIONS) & (b >= 0) & (b < _OPTIONS)
-        copied = (made[:, [1, 2, 4, 5]] == asked).all(1) & (made[:, 6] == END)
+        copied = (torch.cat([made[:, 1:3], made[:, 4:6]], 1) == asked).all(1) & (made[:, 6] == END)
         table = solves.to(made.device)
-        return (options & copied & table[hidden_type(asked, len(table)), a.clamp(0, _OPTIONS - 1)]).float()
+        solved = table[hidden_type(asked, len(table)), a.clamp(0, _OPTIONS - 1)]
+        return (options & copied & solved).float()
 
     asked = sets["demonstrations"].repeat(3, 1)
     return Problem(
