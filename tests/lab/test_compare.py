@@ -231,7 +231,7 @@ def test_the_parts_of_a_run_add_up_to_its_seconds(tmp_path):
     for row in rows:
         assert set(row["parts"]) == {"warm-up", "evaluation", "rollouts", "updates", REST}
         assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
-        assert 0 <= row["parts"][REST] < 0.1 * row["seconds"]
+        assert 0 <= row["parts"][REST] < 0.1 * row["seconds"] + 0.05  # another process may stop this one for a moment
     study = Study(tmp_path)
     study._keep(jobs, rows, "")
     found = study.core_parts([*jobs, jobs[0]])
