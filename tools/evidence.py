@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +46,10 @@ def compact(evidence: Row) -> Row:
     forks = evidence.get("forks", {})
     kept = {name: forks[name] for name in ("preset", "runs", "cpu_seconds") if name in forks}
     kept["rates"] = {place: found["rates"] for place, found in forks.get("regimes", {}).items()}
-    found = finite_or_null({**evidence, "forks": kept, "transformers": evidence.get("transformers", {})}, digits=DIGITS)
+    command = re.sub(r" --output[ =]\S+", "", evidence.get("command", ""))  # the folder is that of one machine
+    found = finite_or_null(
+        {**evidence, "command": command, "forks": kept, "transformers": evidence.get("transformers", {})}, digits=DIGITS
+    )
     size = len(json.dumps(found))
     if size > LARGEST:
         raise ValueError(

@@ -381,6 +381,10 @@ def page(data: Row) -> str:
     return render(TEXT.read_text(encoding="utf-8"), {**numbers, **made})
 
 
+_FOLDER = re.compile(r" --output[ =][^ \"]+")
+"""The folder of a command, which is that of one machine."""
+
+
 def commands(data: Row) -> list[str]:
     """The commands that made the data, without their folder, in lines that fit the page."""
     made = [re.sub(r" --(output|output-dir|jobs)[ =]\S+", "", x["command"]) for x in (data, *data.get("also", []))]
@@ -420,7 +424,7 @@ def main() -> int:
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")
     if options.source:
-        DATA.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        DATA.write_text(_FOLDER.sub("", json.dumps(data)) + "\n", encoding="utf-8")
     return 0
 
 
