@@ -30,6 +30,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Libraries complain of what nobody frees at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory, request):
     """All tests of all workers find warmed-up models in one cache, which is not the user's; its locks let them share it."""

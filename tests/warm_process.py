@@ -4,6 +4,7 @@ A fork is a process with fresh imports and the problems of countdown, which take
 started. It leaves as any command does.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -33,6 +34,7 @@ if __name__ == "__main__":
     assert bandpo.train.command.train and bandpo.train.evaluate_command and reasoning_gym
     make_splits(TASKS["countdown"])
     gc.freeze()  # no search for garbage visits the imports, and so copies their pages
+    atexit.register(gc.unfreeze)  # of a fork; libraries complain of what nobody frees at the end
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
