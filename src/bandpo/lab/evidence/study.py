@@ -246,7 +246,8 @@ def _forks(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
         registered, made = (has.report_seed, experiment.tuning_seed), (first, TUNING_SEED)
         if registered != made:
             raise ValueError(
-                f"the protocol registers the first seeds {registered} of forks, {place}, and lab.forks has {made}; they must agree"
+                f"the protocol registers the first seeds {registered} of forks, {place}, and lab.forks has {made}; they must "
+                "agree"
             )
     preset, parts = forks_preset(protocol)
     store = Store(folder / "cells", say, jobs)
