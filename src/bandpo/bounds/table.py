@@ -77,8 +77,49 @@ class Table(NamedTuple):
                 x[block] = found
         return bounds[0].view_as(logp), bounds[1].view_as(logp)
 
+    def pushed(self, logp: Tensor, signs: Tensor, cap: float) -> Tensor:
+        """`s·b`, with the bound b of one side for each token as `bounds` has it: half of the reads.
+
+        Args:
+            logp: `log p`, float32, `(batch, time)`, finite; NaN gives NaN.
+            signs: s, float32, `(batch, 1)` or `(batch, time)`: 1 for the upper bound, -1 for the lower one, 0 for neither.
+            cap: The largest upper bound, finite.
+
+        Returns:
+            A float32 tensor of the shape of `logp`; 0 where the sign is 0.
+        """
+        up = signs.clamp_min(0.0)
+        # The rows of the upper bound follow those of the lower one. s·b lies between s and the cap, or between -1 and 0.
+        first, highest = (up * (4 * (self.last + 1))).to(torch.int32), up * cap
+        if not is_plain(logp) or logp.device.type != "cpu" or logp.numel() <= _BLOCK:
+            return self._pushed(logp, signs, first, highest)
+        found = torch.empty_like(logp)
+        rows = max(_BLOCK // logp.shape[1], 1)
+        for start in range(0, len(logp), rows):
+            block = slice(start, start + rows)
+            found[block] = self._pushed(logp[block], signs[block], first[block], highest[block])
+        return found
+
+    def _pushed(self, logp: Tensor, signs: Tensor, first: Tensor, highest: Tensor) -> Tensor:
+        row, u = self._places(logp.neg())
+        index = (row + first).flatten()
+        coefficients = self.coefficients.flatten()
+        c0, c1, c2, c3 = (
+            coefficients[k * (self.last + 1) :].index_select(0, index).view_as(logp) for k in range(4)
+        )
+        return c3.mul_(u).add_(c2).mul_(u).add_(c1).mul_(u).add_(c0).mul_(signs).clamp_(signs, highest)
+
     def _bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         negated = logp.neg()
+        row, u = self._places(negated)
+        a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
+        impossible = negated.sub_(_LARGEST_LOG).clamp_min_(0.0)  # infinite for p = 0, and 0 for any p that is a number
+        lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).sub_(impossible).clamp(0.0, 1.0)
+        upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).add_(impossible).clamp_min_(1.0)
+        return lower, upper
+
+    def _places(self, negated: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each `-log p`, int32, and the place in it, from 0 to 1."""
         t = negated.clamp(0.0, self.end)
         x, first = t, torch.zeros((), dtype=torch.int32, device=t.device)
         for center, left, right in self.centers:
@@ -96,12 +137,7 @@ class Table(NamedTuple):
         # The dtype is named: an integer times a Python float would take torch's default dtype.
         u_fine = (bits & FRACTION).to(torch.float32).mul_(2.0**-SHIFT)
         u = _choose(fine, u_fine.view(torch.int32), scaled.sub_(cell).view(torch.int32)).view(torch.float32)
-        row = _choose(fine, octave, cell.add_(self.uniform)).clamp(0, self.last)  # NaN has no row
-        a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
-        impossible = negated.sub_(_LARGEST_LOG).clamp_min_(0.0)  # infinite for p = 0, and 0 for any p that is a number
-        lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).sub_(impossible).clamp(0.0, 1.0)
-        upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).add_(impossible).clamp_min_(1.0)
-        return lower, upper
+        return _choose(fine, octave, cell.add_(self.uniform)).clamp(0, self.last), u  # NaN has no row
 
 
 # torch.where takes ten times as long as an operation on integers, on a CPU without torch.compile.
