@@ -1,4 +1,4 @@
-"""Two steps of the loss in a form that torch's eager kernels do fast: masking by bits, and gradients that are known.
+"""Steps of the loss in a form that torch's eager kernels do fast: masking by bits, a held difference, and known gradients.
 
 Without `torch.compile` each operation is a pass over the tokens, and the passes differ: on a CPU, `torch.where` takes ten times
 as long as an addition, and the backward pass of `torch.minimum` as long as thirty. Results are those of the plain forms, which

@@ -171,7 +171,18 @@ def token_objective(
             ratio = log_ratio.detach().exp()
             value, stopped = clipped_to_edge(log_ratio, advantages, edge, fill, ratio)
             return TokenObjective(
-                value, log_ratio, edge, anchor, advantages, None, nonfinite, stopped, valid, objective, ratio=ratio, used=used
+                value,
+                log_ratio,
+                edge,
+                anchor,
+                advantages,
+                None,
+                nonfinite,
+                stopped,
+                valid,
+                objective,
+                ratio=ratio,
+                used=used,
             )
 
     new, old = fill(widened(logprobs)), fill(widened(anchor))

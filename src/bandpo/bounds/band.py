@@ -275,7 +275,7 @@ def _table(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radius]) 
     return table_for(divergence, low, high, logp.device)
 
 
-def pushed_edge(bounds: Bounds, old_logprobs: Tensor, advantages: Tensor) -> Tensor | None:
+def pushed_edge(bounds: object, old_logprobs: Tensor, advantages: Tensor) -> Tensor | None:
     """`s·b`, with s the sign of A, and b the edge that A pushes to: upper for A > 0, lower for A < 0.
 
     Times s, each token has an upper edge alone: it is `outside` exactly where `s·r > s·b`.

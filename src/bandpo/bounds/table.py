@@ -48,6 +48,8 @@ class Table(NamedTuple):
 
     coefficients: Tensor
     """c0, c1, c2, c3 of the lower bound, then of the upper bound, `(8, rows)` float32."""
+    of_sides: Tensor
+    """The same as `(4, 2·rows)`: the rows of the lower bound, then those of the upper one, so that the row chooses the side."""
     centers: tuple[tuple[float, int, int], ...]
     """For each center: the float32 center in t, the first row on the left, and the first row on the right."""
     uniform: int
@@ -89,8 +91,7 @@ class Table(NamedTuple):
             A float32 tensor of the shape of `logp`; 0 where the sign is 0.
         """
         up = signs.clamp_min(0.0)
-        # The rows of the upper bound follow those of the lower one. s·b lies between s and the cap, or between -1 and 0.
-        first, highest = (up * (4 * (self.last + 1))).to(torch.int32), up * cap
+        first, highest = (up * (self.last + 1)).to(torch.int32), up * cap  # s·b is between s and the cap, or -1 and 0
         if not is_plain(logp) or logp.device.type != "cpu" or logp.numel() <= _BLOCK:
             return self._pushed(logp, signs, first, highest)
         found = torch.empty_like(logp)
@@ -103,11 +104,8 @@ class Table(NamedTuple):
     def _pushed(self, logp: Tensor, signs: Tensor, first: Tensor, highest: Tensor) -> Tensor:
         row, u = self._places(logp.neg())
         index = (row + first).flatten()
-        coefficients = self.coefficients.flatten()
-        c0, c1, c2, c3 = (
-            coefficients[k * (self.last + 1) :].index_select(0, index).view_as(logp) for k in range(4)
-        )
-        return c3.mul_(u).add_(c2).mul_(u).add_(c1).mul_(u).add_(c0).mul_(signs).clamp_(signs, highest)
+        c0, c1, c2, c3 = (c.index_select(0, index).view_as(logp) for c in self.of_sides.unbind())
+        return c3.mul_(u).add_(c2).mul_(u).add_(c1).mul_(u).add_(c0).mul_(signs).clamp(signs, highest)
 
     def _bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         negated = logp.neg()
@@ -176,14 +174,15 @@ def _constant_table(divergence: FDivergence, radius_low: float, radius_high: flo
     return _cached_table(divergence, radius_low, radius_high, device)
 
 
-# A schedule of radii makes a table for each; 64 of them are 25 MB.
+# A schedule of radii makes a table for each; 64 of them are 50 MB.
 @functools.lru_cache(maxsize=64)
 def _cached_table(divergence: FDivergence, radius_low: float, radius_high: float, device: str) -> Table | None:
     # A new thread has none of the caller's modes: fake tensors, default device, inference, autocast.
     with ThreadPoolExecutor(max_workers=1) as pool:
         table = pool.submit(_build, divergence, radius_low, radius_high).result()
         if isinstance(table, Table):
-            return table._replace(coefficients=pool.submit(table.coefficients.to, device).result())
+            there = [pool.submit(x.to, device).result() for x in (table.coefficients, table.of_sides)]
+            return table._replace(coefficients=there[0], of_sides=there[1])
     warnings.warn(
         f"The bounds of {divergence.name} at radius {(radius_low, radius_high)} bend too sharply for a float32 table: "
         f"{table}. Each call solves for them in float64 instead, which is slower and just as exact.",
@@ -237,7 +236,8 @@ def _build(divergence: FDivergence, radius_low: float, radius_high: float) -> Ta
             return f"the {name} one near log p = {-t[row, 4]:.4g} would be {4 * worst:.3g} units off, with 4 allowed"
     coefficients = torch.cat([above_lower, -above_upper]).contiguous()
     rows = tuple((c, left, right) for c, (left, right) in zip(centers, firsts, strict=True))
-    return Table(coefficients, rows, uniform, end, last=coefficients.shape[1] - 1)
+    of_sides = torch.cat(coefficients.chunk(2), dim=1)
+    return Table(coefficients, of_sides, rows, uniform, end, last=coefficients.shape[1] - 1)
 
 
 def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
