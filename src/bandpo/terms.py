@@ -164,7 +164,12 @@ def token_objective(
     # At token level a column stays one: a surrogate tells by it that a sequence has one advantage.
     as_column = not per_token and objective.ratio_level == "token"
     advantages = columns.nan_to_num(0.0, 0.0, 0.0) if as_column else fill(columns)
-    if not both_edges and bounds is None and _is_clipped(objective) and not _by_kernel(logprobs, anchor, objective):
+    if (
+        not both_edges
+        and bounds is None
+        and _is_decided_by_one_edge(objective, logprobs)
+        and not _by_kernel(logprobs, anchor, objective)
+    ):
         edge = pushed_edge(objective.bounds, widened(anchor), advantages)
         if edge is not None:
             log_ratio = fill.difference(widened(logprobs), widened(anchor), MAX_LOG_RATIO)
@@ -492,9 +497,11 @@ def _by_kernel(logprobs: Tensor, old_logprobs: Tensor, objective: Objective) -> 
     return fits and plain and _runs_triton(logprobs.device.type)
 
 
-def _is_clipped(objective: Objective) -> bool:
-    """Whether an objective is the clip of each token's ratio alone, of which one edge decides."""
+def _is_decided_by_one_edge(objective: Objective, logprobs: Tensor) -> bool:
+    """Whether an objective is the clip of each token's ratio alone, and one edge is less work than both."""
     alone = objective.correction is None and not objective.filters
+    if type(objective.bounds) is Clip and not is_plain(logprobs):
+        return False  # two numbers are no work at all, and the compiler makes faster code of both edges
     return objective.surrogate is clip and objective.ratio_level == "token" and alone
 
 
