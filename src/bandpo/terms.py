@@ -123,8 +123,8 @@ def token_objective(
         extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token.
         bounds: The result of `objective.bounds` for these tokens, `(batch, time)`, where it is known already; None computes it.
         both_edges: Whether the terms must have both edges, which the full set of metrics reads. False saves time and memory
-            where the surrogate is a clip: the edge that the advantage pushes to decides alone. Values, gradients and the basic
-            metrics are the same to the last bit.
+            where the surrogate is a clip, because the edge that the advantage pushes to decides alone. Values, gradients and
+            the basic metrics are the same to the last bit.
 
     Returns:
         The value of each token, and what it was made from.
