@@ -13,6 +13,7 @@ import torch
 
 from bandpo import policy_loss
 from bandpo._system.errors import RunError
+from bandpo._system.files import read_checked_json, write_checked_json
 from bandpo.lab.evidence.protocol import read
 from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.lab.forks.figures import plot_map
@@ -210,20 +211,56 @@ def _one_seed_too_few(kept):
     kept["result"]["final"]["mean"].pop()
 
 
-@pytest.mark.parametrize("harm", [None, _without_result, _one_seed_too_few])
+def _without_a_start(kept):
+    """Nothing in it was computed; a run that diverged has numbers at its start."""
+    kept["result"]["curve"] = [None] * len(kept["result"]["curve"])
+    kept["result"]["final"]["mean"] = [None] * len(kept["result"]["final"]["mean"])
+
+
+@pytest.mark.parametrize("harm", [None, _without_result, _one_seed_too_few, _without_a_start])
 def test_a_damaged_result_is_made_anew(tmp_path, harm):
     made = result_of(Store(tmp_path, lambda _: None), cell())
     [path] = tmp_path.glob("*.json")
     if harm is None:
         path.write_text(path.read_text()[:100])
     else:
-        kept = json.loads(path.read_text())
+        kept = read_checked_json(path)
         harm(kept)
-        path.write_text(json.dumps(kept))
+        write_checked_json(path, kept)
     said: list[str] = []
     store = Store(tmp_path, said.append)
     assert result_of(store, cell()) == made and store.made == 1
     assert f"{path} is damaged: the run is made again" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["changed", "without a checksum"])
+def test_a_result_whose_checksum_does_not_fit_is_made_anew(tmp_path, kind):
+    """A value that was changed in the file keeps its form, and only the checksum shows it."""
+    made = result_of(Store(tmp_path, lambda _: None), cell())
+    [path] = tmp_path.glob("*.json")
+    kept = json.loads(path.read_text())
+    if kind == "changed":
+        kept["result"]["final"]["mean"][0] = 1.0
+    else:
+        del kept["crc32"]
+    path.write_text(json.dumps(kept))
+    said: list[str] = []
+    store = Store(tmp_path, said.append)
+    assert result_of(store, cell()) == made and store.made == 1
+    assert f"{path} is damaged: the run is made again" in said[0]
+    assert result_of(again := Store(tmp_path, said.append), cell()) == made and again.made == 0
+
+
+def test_the_files_of_results_are_strict_json_with_the_checksum_first(tmp_path):
+    sure = Fork(options=3, common=0.4, good=1, rare=0.3, common_solves=3, good_solves=3, types=3, certain=0)
+    result_of(Store(tmp_path, lambda _: None), cell(fork=sure))  # its moves are not numbers
+    [path] = tmp_path.glob("*.json")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert list(found) == ["crc32", "cell", "result"] and found["result"]["final"]["moved_up"][0] is None
 
 
 def test_a_number_that_is_missing_stays_one(tmp_path):
