@@ -19,7 +19,7 @@ from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS
 from bandpo.lab.forks.regimes import FACTORS, WHAT
 from bandpo.lab.forks.study import PARTS
-from bandpo.lab.forks.summary import SMALLEST
+from bandpo.lab.forks.summary import smallest_of
 from bandpo.lab.pages import WIDTH, render, table
 from bandpo.statistics import unseen_share
 
@@ -353,7 +353,7 @@ def page(data: Row) -> str:
     """The page."""
     regimes, preset = regimes_of(data), PRESETS[data["preset"]]
     shown = (
-        f"{SMALLEST['speed']:g} in reward, {SMALLEST['passed']:g} in pass@16, {SMALLEST['entropy']:g} nats in entropy"
+        f"{smallest_of('speed'):g} in reward, {smallest_of('passed'):g} in pass@16, {smallest_of('entropy'):g} nats in entropy"
     )
     numbers = {
         "theory": data["theory"],

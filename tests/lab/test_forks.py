@@ -32,7 +32,7 @@ from bandpo.lab.forks.policy import Fork
 from bandpo.lab.forks.regimes import ARMS, FACTORS, PEAK, REGIMES, families, mixed, objective_of
 from bandpo.lab.forks.store import Cell, Store
 from bandpo.lab.forks.study import results, values_of
-from bandpo.lab.forks.summary import SMALLEST, SMALLEST_MOVES, SMALLEST_WIDTHS, compared, range_of, summarise_map
+from bandpo.lab.forks.summary import MEASURED, WIDTHS, compared, range_of, smallest_of, summarise_map
 from bandpo.lab.forks.training import MEASURES, MOVES, Batch, Schedule, _edges, count_moves, loss, sample, train
 from bandpo.lab.forks.widths import SHARE, best_of, width_values
 from bandpo.statistics import Interval, t_interval, verdict
@@ -465,6 +465,25 @@ def test_seeds_without_such_a_token_are_left_out_and_longer_lists_are_cut():
     assert math.isnan(compared([0.1, nan], [0.1, 0.1], "mean", 1)["value"])  # a run that diverged is not left out
 
 
+def test_how_far_tokens_move_has_no_range_and_is_never_equivalent():
+    """The share beyond an edge has a range, and can be."""
+    small = [0.01 * (i % 3 - 1) for i in range(300)]
+    assert compared(small, [0.0] * 300, "moved_up", 1)["verdict"] == "undecided"
+    assert compared([0.1 + x for x in small], [0.0] * 300, "moved_up", 1)["verdict"] == "better"
+    level = [0.5 + x for x in small]
+    assert compared(level, [0.5] * 300, "beyond_up", 1)["verdict"] == "equivalent"
+
+
+def test_the_smallest_effects_are_those_of_the_protocol(monkeypatch):
+    """They stand in one place: another number there is another verdict here."""
+    protocol = read()
+    level = [0.53 + 0.001 * (i % 3 - 1) for i in range(300)]
+    assert compared(level, [0.5] * 300, "mean", 1)["verdict"] == "better"
+    measures = {**protocol.measures, "mean": replace(protocol.measures["mean"], smallest=0.2)}
+    monkeypatch.setattr("bandpo.lab.forks.summary._protocol", lambda: replace(protocol, measures=measures))
+    assert compared(level, [0.5] * 300, "mean", 1)["verdict"] == "equivalent"
+
+
 def test_the_protocol_and_the_study_agree():
     full, experiment = PRESETS["full"], read("full").experiments["forks"]
     assert (experiment.seeds, experiment.report_seed) == (full.seeds, REPORT_SEED)
@@ -478,11 +497,10 @@ def test_the_protocol_and_the_study_agree():
         else:
             assert set(place.arms) == set(ARMS) - set(SLOW)
         for measure, registered in place.measures.items():
-            smallest = {**SMALLEST, **SMALLEST_MOVES, **SMALLEST_WIDTHS}
-            if measure in smallest:
-                assert registered.smallest == smallest[measure], (name, measure)
+            if measure in (*MEASURED, *MOVES, *WIDTHS):
+                assert registered.smallest == smallest_of(measure), (name, measure)
                 ours = range_of(name.split("/")[name.startswith(("width/", "moves/"))], measure)
-                if measure in SMALLEST:
+                if measure in MEASURED:
                     assert registered.range == (None if ours is None else pytest.approx(ours, abs=1e-4)), (
                         name,
                         measure,

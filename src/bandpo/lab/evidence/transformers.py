@@ -352,9 +352,17 @@ def values_of(results: Results, k: int = 16) -> dict[str, list[float]]:
 
     Returns:
         `{measure: [value of each seed]}`, for each of `MEASURES`.
+
+    Raises:
+        ValueError: If a run has no numbers before its training: it did not diverge, and was never computed.
     """
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
-    for r in results:
+    for number, r in enumerate(results):
+        if not all(math.isfinite(x) for x in r["before"].values()):
+            raise ValueError(
+                f"run {number} has no numbers before its training: its warm-up is broken, so it says nothing of its arm; remove "
+                "its file, and its warm-up from the cache"
+            )
         after = cast("Mapping[str, float]", r["after"])
         numbers = (
             after[f"mean@{k}"],
