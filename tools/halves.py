@@ -352,9 +352,8 @@ def tables(data: Row) -> dict[str, str]:
 def page(data: Row) -> str:
     """The page."""
     regimes, preset = regimes_of(data), PRESETS[data["preset"]]
-    shown = (
-        f"{smallest_of('speed'):g} in reward, {smallest_of('passed'):g} in pass@16, {smallest_of('entropy'):g} nats in entropy"
-    )
+    reward, passed, entropy = (f"{smallest_of(measure):g}" for measure in ("speed", "passed", "entropy"))
+    shown = f"{reward} in reward, {passed} in pass@16, {entropy} nats in entropy"
     numbers = {
         "theory": data["theory"],
         "tuning_seeds": preset.tuning_seeds,

@@ -161,7 +161,9 @@ def _judge(protocol: Protocol, claim: Claim, values: Values, diverged: Diverged)
     # The intervals hold together for all contrasts of the claim, so that leaving some out makes none of the others narrower.
     together = len(claim.contrasts)
     found = tuple(
-        _contrast(protocol, c, values, diverged, together) if _is_measured(protocol, c, values) else _unmeasured(protocol, c)
+        _contrast(protocol, c, values, diverged, together)
+        if _is_measured(protocol, c, values)
+        else _unmeasured(protocol, c)
         for c in claim.contrasts
     )
     senses: list[Sense] = [c.sense for c in found]
@@ -256,7 +258,9 @@ def _no_number(arms: tuple[str, str], raw: Sequence[Floats], difference: Floats)
     if not len(difference):
         return f"no run of {without[0]} gave a number" if without else "no seed has a number of both arms"
     if left := int((~np.isfinite(difference)).sum()):
-        return f"no run of {without[0]} gave a number" if without else f"{left} seeds lack a number of one arm or of both"
+        return (
+            f"no run of {without[0]} gave a number" if without else f"{left} seeds lack a number of one arm or of both"
+        )
     return ""
 
 
@@ -340,6 +344,34 @@ def _sense(state: Verdict, claimed: str) -> Sense:
     if state == claimed:
         return "holds"
     return "equivalent" if state == "equivalent" else "opposite"
+
+
+def came_out(counts: Mapping[str, int]) -> str:
+    """How a claim came out, in the classes that advice names (`bandpo.monitoring.catalog.Rule.rests_on`).
+
+    | of the measured contrasts | class |
+    |---|---|
+    | all hold | holds |
+    | some hold, in none the opposite is seen | in part |
+    | some hold, in others the opposite is seen | mixed |
+    | none holds, in some the opposite is seen | opposite |
+    | none holds, in none the opposite is seen, or none is measured | open |
+
+    Args:
+        counts: Number of contrasts of each `Sense`; a sense that is left out has none.
+
+    Examples:
+        >>> came_out({"holds": 2}), came_out({"holds": 2, "undecided": 1}), came_out({"undecided": 3})
+        ('holds', 'in part', 'open')
+        >>> came_out({"holds": 1, "opposite": 1}), came_out({"opposite": 1, "undecided": 4})
+        ('mixed', 'opposite')
+    """
+    holds, opposite, equal, open_ = (counts.get(x, 0) for x in ("holds", "opposite", "equivalent", "undecided"))
+    if opposite:
+        return "mixed" if holds else "opposite"
+    if not holds:
+        return "open"
+    return "in part" if equal or open_ else "holds"
 
 
 def verdict_of(counts: Mapping[str, int], needed: tuple[int, float] | None = None) -> str:

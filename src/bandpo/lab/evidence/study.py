@@ -70,11 +70,7 @@ def study(protocol: Protocol, folder: Path, jobs: int, say: Say) -> dict[str, An
         **about(),
         "bandpo": bandpo.__version__,
         "preset": protocol.preset,
-        "protocol": {
-            "sha256": protocol.sha256,
-            "registered": protocol.registered,
-            "amendments": list(protocol.amendments),
-        },
+        "protocol": registration(protocol),
         "smallest": {name: measure.smallest for name, measure in protocol.measures.items()},
         "core_seconds": {name: round(outcome.core_seconds, 1) for name, outcome in outcomes.items()},
         **verdicts(protocol, values, diverged),
@@ -144,6 +140,72 @@ def verdicts(protocol: Protocol, values: Values, diverged: Diverged) -> dict[str
             }
             for experiment, places in values.items()
         },
+    }
+
+
+def judged_again(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of an evidence.json, judged by the protocol as it is now; no run is made.
+
+    An amendment that changes how something is judged needs this. The differences at one rate for all arms keep the rule by
+    which they were judged, because their values are not in the file.
+
+    Args:
+        evidence: The content of an evidence.json, also in its compact form, whose values have fewer digits.
+
+    Raises:
+        ValueError: If the values do not fit the protocol.
+    """
+    protocol = read(evidence["preset"])
+    values: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = {
+        name: {
+            place: {
+                arm: {m: [math.nan if x is None else x for x in row] for m, row in rows.items()}
+                for arm, rows in arms.items()
+            }
+            for place, arms in places.items()
+        }
+        for name, places in evidence["values"].items()
+    }
+    reduced = with_values(protocol, values)
+    diverged = diverged_in(reduced, values)
+    return {
+        **evidence,
+        "protocol": registration(protocol),
+        "smallest": {name: measure.smallest for name, measure in protocol.measures.items()},
+        **verdicts(reduced, values, diverged),
+        "diverged": diverged,
+    }
+
+
+def with_values(protocol: Protocol, values: Values) -> Protocol:
+    """The protocol with the places and arms that there are values of.
+
+    Args:
+        protocol: The protocol, reduced to the preset of the runs.
+        values: The value of each report seed.
+    """
+    experiments: dict[str, Experiment] = {}
+    for name, experiment in protocol.experiments.items():
+        found = values.get(name, {})
+        places = {
+            place: dataclasses.replace(has, arms=tuple(arm for arm in has.arms if arm in found[place]))
+            for place, has in experiment.places.items()
+            if place in found
+        }
+        experiments[name] = dataclasses.replace(experiment, places=places)
+    return dataclasses.replace(protocol, experiments=experiments)
+
+
+def registration(protocol: Protocol) -> dict[str, Any]:
+    """What evidence.json has of the protocol itself.
+
+    Args:
+        protocol: The protocol.
+    """
+    return {
+        "sha256": protocol.sha256,
+        "registered": protocol.registered,
+        "amendments": list(protocol.amendments),
     }
 
 

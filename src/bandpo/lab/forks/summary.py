@@ -74,7 +74,8 @@ def compared(
     """The paired difference of two arms in a measure, with its verdict.
 
     A measure with a range has an interval that allows for failures that no seed has shown (`bounded_interval`), the others
-    Student's, which is too narrow to say `equivalent`: their verdict is `undecided` then. A seed on which one of the two has no such token is left out; a run that diverged makes all numbers NaN.
+    Student's, which is too narrow to say `equivalent`: their verdict is `undecided` then. A seed on which one of the two has no
+    such token is left out; a run that diverged makes all numbers NaN.
 
     Args:
         first: Values of the first arm by seed.
