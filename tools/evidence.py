@@ -2,7 +2,6 @@
 
 * `--from FILE`: take an evidence.json of `bandpo lab evidence` as docs/evidence.json, and draw the figures from it. A file of
   another protocol than the committed one is refused.
-* `--judge`: judge the values of docs/evidence.json by the protocol as it is now, after an amendment; no run is made.
 * `--check`: changes nothing; status 1 if a page or a figure is not what the JSON file gives.
 """
 
@@ -21,7 +20,6 @@ from bandpo.lab.drawing import NAMES
 from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
 from bandpo.lab.evidence.judge import NOT_MEASURED
 from bandpo.lab.evidence.protocol import Experiment, read
-from bandpo.lab.evidence.study import judged_again
 from bandpo.lab.forks.regimes import BASELINE, WHAT
 from bandpo.lab.pages import render, table
 
@@ -41,7 +39,8 @@ DECIDED = ("better", "worse")
 def compact(evidence: Row) -> Row:
     """What the pages and their readers need of the result of `bandpo lab evidence`, with fewer digits.
 
-    The values of each seed stay, so that every verdict can be computed again. What docs/halves.json has is left out.
+    The values of each seed that a claim rests on stay, so that every verdict can be computed again; those of the exploratory
+    differences, and what docs/halves.json has, are left out.
 
     Raises:
         ValueError: If the result is too large to be committed.
@@ -51,7 +50,14 @@ def compact(evidence: Row) -> Row:
     kept["rates"] = {place: found["rates"] for place, found in forks.get("regimes", {}).items()}
     command = re.sub(r" --output[ =]\S+", "", evidence.get("command", ""))  # the folder is that of one machine
     found = finite_or_null(
-        {**evidence, "command": command, "forks": kept, "transformers": evidence.get("transformers", {})}, digits=DIGITS
+        {
+            **evidence,
+            "command": command,
+            "forks": kept,
+            "transformers": evidence.get("transformers", {}),
+            "values": claimed_values(evidence),
+        },
+        digits=DIGITS,
     )
     size = len(json.dumps(found))
     if size > LARGEST:
@@ -59,11 +65,6 @@ def compact(evidence: Row) -> Row:
             f"docs/evidence.json would have {size:,} bytes, more than {LARGEST:,}; keep fewer values in it"
         )
     return found
-
-
-def compact_again(evidence: Row) -> Row:
-    """A result that is compact but for what was judged again."""
-    return finite_or_null(evidence, digits=DIGITS)
 
 
 def check_protocol(evidence: Row, where: Path) -> None:
@@ -78,6 +79,19 @@ def check_protocol(evidence: Row, where: Path) -> None:
             f"{where} is of another protocol (SHA-256 {then[:12]}…) than the committed one ({now[:12]}…). Give the command "
             "that made it again: finished runs are used again, and the claims are judged by the committed protocol"
         )
+
+
+def claimed_values(evidence: Row) -> Row:
+    """The values that the measured contrasts of the claims are computed from, `[experiment][place][arm][measure]`."""
+    found: Row = {}
+    for claim in evidence["judged"]:
+        for x in claim["contrasts"]:
+            if x["verdict"] == NOT_MEASURED:
+                continue
+            for arm in (x["first"], x["second"]):
+                row = found.setdefault(x["experiment"], {}).setdefault(x["place"], {}).setdefault(arm, {})
+                row[x["measure"]] = evidence["values"][x["experiment"]][x["place"]][arm][x["measure"]]
+    return found
 
 
 def number(value: float | None, *, sign: bool = True) -> str:
@@ -149,10 +163,10 @@ def outcome_sentence(data: Row) -> str:
 
 
 def places(data: Row) -> dict[str, Row]:
-    """The differences at each place of the page: the exact regimes under Adam, and the transformers."""
+    """The differences at each place of the page: the confirmation of the exact regimes, and the transformers."""
     forks = data["explored"].get("forks", {})
     return {
-        **{place: rows for place, rows in forks.items() if place.endswith("/adam")},
+        **{place: rows for place, rows in forks.items() if place.endswith("/confirmation")},
         **data["explored"].get("transformers", {}),
     }
 
@@ -183,7 +197,7 @@ def halves_sentences(data: Row) -> str:
 
 def price_sentence(data: Row) -> str:
     """What noise does to the tokens that were nearly certain."""
-    found = data["means"].get("forks", {}).get("noise/adam", {})
+    found = data["means"].get("forks", {}).get("noise/confirmation", {})
     right = {arm: row["right"][0] for arm, row in found.items() if "right" in row and arm in (BASELINE, *HALVES)}
     if not right:
         return "The price of each half was not measured here."
@@ -219,9 +233,40 @@ def winners_table(data: Row) -> str:
     return table(["", "mean reward", "pass@16", "entropy"], rows)
 
 
+def first_place(place: str) -> str:
+    """The place that has the first seeds of a place of the confirmation; any other place is its own."""
+    return place.replace("/confirmation", "/adam")
+
+
+def first_seeds(data: Row, contrast: Row) -> list[Any] | None:
+    """The difference of a contrast of the confirmation on the seeds that had been seen before it; None if there are none."""
+    place = first_place(contrast["place"])
+    found = {} if place == contrast["place"] else data["explored"].get(contrast["experiment"], {}).get(place, {})
+    return found.get(f"{contrast['first']} - {contrast['second']}", {}).get(contrast["measure"])
+
+
+def first_seeds_sentence(data: Row) -> str:
+    """How many registered contrasts of the confirmation have the verdict that the first seeds gave."""
+    both = [
+        (x["verdict"], found[3])
+        for claim in primary(data)
+        for x in claim["contrasts"]
+        if (found := first_seeds(data, x)) is not None and x["verdict"] != NOT_MEASURED
+    ]
+    if not both:
+        return ""
+    decided = [(now, before) for now, before in both if before in DECIDED]
+    kept = sum(now == before for now, before in decided)
+    turned = sum({now, before} == set(DECIDED) for now, before in decided)
+    return (
+        f"The claims on forks are judged on fresh seeds. Of the {len(decided)} contrasts that were better or worse on the "
+        f"first 192 seeds, by an interval that holds alone, {kept} are so again, and {turned} turned into their opposite."
+    )
+
+
 def same_rate(data: Row, contrast: Row) -> list[Any] | None:
     """The difference of a contrast with every arm at the rate of the fixed clip, as `explored` has it; None if not run."""
-    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(contrast["place"], {})
+    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(first_place(contrast["place"]), {})
     return found.get(f"{contrast['first']} - {contrast['second']}", {}).get(contrast["measure"])
 
 
@@ -244,7 +289,17 @@ def same_rate_sentence(data: Row) -> str:
 
 def contrasts_table(data: Row, kind: str) -> str:
     """Every contrast of the claims of one kind."""
-    head = ["claim", "where", "difference", "measure", "claimed", "value, interval", "verdict", "at one rate"]
+    head = [
+        "claim",
+        "where",
+        "difference",
+        "measure",
+        "claimed",
+        "value, interval",
+        "verdict",
+        "first seeds",
+        "at one rate",
+    ]
     head += ["pairs", "would need"]
     rows = [
         [
@@ -255,6 +310,7 @@ def contrasts_table(data: Row, kind: str) -> str:
             x["claimed"],
             "–" if x["verdict"] == "not measured" else interval([x["value"], x["low"], x["high"]]),
             f"**{x['verdict']}**" if x["verdict"] in DECIDED else x["verdict"],
+            "–" if (found := first_seeds(data, x)) is None else f"{interval(found)} {found[3]}",
             "–" if (found := same_rate(data, x)) is None else f"{interval(found)} {found[3]}",
             str(x["pairs"]),
             "–" if x["needed"] is None else f"{x['needed']:,}",
@@ -357,7 +413,7 @@ def hours_sentence(data: Row) -> str:
 
 def missing(data: Row) -> tuple[list[str], list[str]]:
     """The places and the arms that the preset of the protocol has and these numbers have not."""
-    experiments, values = read(data["preset"]).experiments, data["values"]
+    experiments, values = read(data["preset"]).experiments, data["means"]
     places = [
         f"`{name}/{place}`"
         for name, x in experiments.items()
@@ -450,10 +506,11 @@ def _plateau(data: Row) -> str:
 
 def numbers(data: Row) -> Row:
     """The single numbers of the pages."""
-    values = data["values"]
     seeds = {
-        name: len(next(iter(next(iter(next(iter(found.values())).values())).values())))
-        for name, found in values.items()
+        name: sorted(
+            {place.seeds for key, place in read(data["preset"]).experiments[name].places.items() if key in found}
+        )
+        for name, found in data["means"].items()
     }
     seconds = data.get("core_seconds", {})
     return {
@@ -467,9 +524,10 @@ def numbers(data: Row) -> Row:
         "torch": data["versions"]["torch"],
         "platform": data["platform"],
         "same_rate": same_rate_sentence(data),
+        "first_seeds": first_seeds_sentence(data),
         "claims": len(primary(data)),
         "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
-        "seeds": listed([f"{count} paired seeds ({name})" for name, count in seeds.items()]),
+        "seeds": listed([f"{' to '.join(map(str, count))} paired seeds ({name})" for name, count in seeds.items()]),
         "core_hours": f"{sum(seconds.values()) / 3600:.1f}",
         "smallest": ", ".join(f"{MEASURES[m]} {x:g}" for m, x in data["smallest"].items() if m in MEASURES),
     }
@@ -503,17 +561,15 @@ def main() -> int:
     """Writes the pages, or compares them."""
     parser = argparse.ArgumentParser(description="The pages of the evidence from docs/evidence.json.")
     parser.add_argument("--from", dest="source", type=Path, help="an evidence.json of bandpo lab evidence")
-    parser.add_argument("--judge", action="store_true", help="judge docs/evidence.json by the protocol as it is now")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something is out of date")
     options = parser.parse_args()
     data = json.loads((options.source or DATA).read_text(encoding="utf-8"))
-    if options.judge:
-        data = compact_again(judged_again(data))
-    try:
-        check_protocol(data, options.source or DATA)
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
-    data = compact(data) if options.source else data
+    if options.source:
+        try:
+            check_protocol(data, options.source)
+        except ValueError as error:
+            parser.exit(1, f"{error}\n")
+        data = compact(data)
     made = {**pages(data), **{FIGURES / f"{name}.svg": figure for name, figure in draw(data).items()}}
     extra = [path for path in FIGURES.glob("*") if path not in made]
     if options.check:
@@ -526,7 +582,7 @@ def main() -> int:
         path.unlink()
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")
-    if options.source or options.judge:
+    if options.source:
         DATA.write_text(json.dumps(data) + "\n", encoding="utf-8")
     return 0
 

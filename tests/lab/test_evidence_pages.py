@@ -15,7 +15,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from bandpo._system.files import finite_or_null
 from bandpo.lab.evidence import command
 from bandpo.lab.evidence import study as study_module
 from bandpo.lab.evidence.figures import SENSES, draw, place_title
@@ -26,11 +25,9 @@ from bandpo.lab.evidence.study import (
     Outcome,
     explored,
     forks_preset,
-    judged_again,
     measured,
     restricted,
     study,
-    with_values,
 )
 from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.monitoring.catalog import RULES, CameOut
@@ -92,7 +89,16 @@ def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch)
     """Real runs, of one rollout."""
     monkeypatch.setattr(command, "read", lambda preset: few_seeds(read(preset), 3))
     monkeypatch.setitem(study_module.PRESETS, "smoke", replace(study_module.PRESETS["smoke"], rollouts=1))
-    words = ("--preset", "smoke", "--only", "forks/diversity/adam", "--arms", "bandpo-kl", "--output", str(tmp_path))
+    words = (
+        "--preset",
+        "smoke",
+        "--only",
+        "forks/diversity/confirmation",
+        "--arms",
+        "bandpo-kl",
+        "--output",
+        str(tmp_path),
+    )
     found = []
     for _ in range(2):
         assert run(options(*words, "--jobs", "1")) == 0
@@ -100,7 +106,7 @@ def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch)
         made = {path: path.stat().st_mtime_ns for path in (tmp_path / "forks" / "cells").iterdir()}
         found.append((made, {name: content[name] for name in ("judged", "explored", "means", "values")}))
     assert found[0] == found[1] and len(found[0][0]) >= 4
-    assert set(found[0][1]["values"]["forks"]["diversity/adam"]) == {"grpo", "bandpo-kl"}
+    assert set(found[0][1]["values"]["forks"]["diversity/confirmation"]) == {"grpo", "bandpo-kl"}
 
 
 def test_a_folder_of_another_protocol_or_preset_is_named(tmp_path, monkeypatch, protocol, capsys):
@@ -139,32 +145,18 @@ def test_the_pages_are_not_made_from_another_protocol(tool, evidence, tmp_path, 
     assert f"{path} is of another protocol (SHA-256 000000000000…)" in capsys.readouterr().err
 
 
-def test_values_are_judged_again_without_runs(protocol, monkeypatch):
-    """By the protocol as it is then: with a larger smallest effect, a small difference is undecided or none."""
+def test_runs_that_diverged_are_in_the_result(protocol, monkeypatch):
+    """An arm without any number, and one with a single measure that was not computed."""
     values = made_up_values(protocol)
-    values["forks"]["diversity/adam"]["bandpo-kl-upper"] = {
-        m: [math.nan] * len(row) for m, row in values["forks"]["diversity/adam"]["bandpo-kl-upper"].items()
-    }
+    arms = values["forks"]["diversity/confirmation"]
+    arms["bandpo-kl-upper"] = {m: [math.nan] * len(row) for m, row in arms["bandpo-kl-upper"].items()}
+    arms["grpo"]["mean"][0] = math.nan
     monkeypatch.setattr(study_module, "EXPERIMENTS", made_up(values))
-    monkeypatch.setattr(study_module, "read", lambda preset: protocol)
-    found = json.loads(json.dumps(finite_or_null(study(protocol, Path("nowhere"), 1, lambda _: None))))
-    assert found["diverged"]["forks"]["diversity/adam"] == {"bandpo-kl-upper": list(range(8))}
-    again = json.loads(json.dumps(finite_or_null(judged_again(found))))
-    assert again == found
-    measures = {name: replace(x, smallest=0.9) for name, x in protocol.measures.items()}
-    places = {
-        p: replace(x, measures={m: replace(y, smallest=0.9) for m, y in x.measures.items()})
-        for p, x in protocol.experiments["transformers"].places.items()
-    }
-    experiment = replace(protocol.experiments["transformers"], places=places)
-    larger = replace(
-        protocol, measures=measures, experiments={**protocol.experiments, "transformers": experiment}, sha256="1" * 64
-    )
-    monkeypatch.setattr(study_module, "read", lambda preset: larger)
-    again = judged_again(found)
-    assert again["protocol"]["sha256"] == "1" * 64 and again["smallest"]["mean"] == 0.9
-    rows = again["explored"]["transformers"]["detours/lag0"].values()
-    assert {row["mean"][3] for row in rows} <= {"undecided", "equivalent"} and again["values"] == found["values"]
+    found = study(protocol, Path("nowhere"), 1, lambda _: None)
+    assert found["diverged"] == {"forks": {"diversity/confirmation": {"bandpo-kl-upper": list(range(8))}}}
+    row = found["explored"]["forks"]["diversity/confirmation"]
+    assert row["bandpo-kl-upper - grpo"]["passed"][3] == "worse"
+    assert row["bandpo-kl-upper - grpo"]["mean"][3] == row["bandpo-kl - grpo"]["mean"][3] == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -185,12 +177,12 @@ def test_wrong_options_are_refused(words, message, tmp_path):
 
 def test_only_names_experiments_and_places():
     quick = read("quick")
-    some = restricted(quick, ["forks/n*/adam", "transformers"])
-    assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
+    some = restricted(quick, ["forks/n*/confirmation", "transformers"])
+    assert list(some.experiments["forks"].places) == ["needle/confirmation", "noisy/confirmation", "noise/confirmation"]
     assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
     assert not restricted(quick, ["forks"]).experiments["transformers"].places
     few = restricted(quick, None, ["bandpo-kl"]).experiments["forks"]
-    assert few.places["noisy/adam"].arms == ("grpo", "bandpo-kl")
+    assert few.places["noisy/confirmation"].arms == ("grpo", "bandpo-kl")
     assert few.places["width/noisy"] == quick.experiments["forks"].places["width/noisy"]
 
 
@@ -211,15 +203,17 @@ def test_the_study_of_forks_has_the_places_of_the_protocol():
 def test_values_that_the_protocol_asks_for_and_that_are_missing_are_named(protocol):
     experiment = protocol.experiments["forks"]
     values = made_up_values(protocol)["forks"]
-    extra = {**values, "other/adam": {"grpo": {"mean": [0.0]}}}
+    extra = {**values, "other/confirmation": {"grpo": {"mean": [0.0]}}}
     assert measured(experiment, extra) == values
-    del extra["noise/adam"]["grpo"]["right"]
-    with pytest.raises(ValueError, match="no right of grpo at noise/adam"):
+    del extra["noise/confirmation"]["grpo"]["right"]
+    with pytest.raises(ValueError, match="no right of grpo at noise/confirmation"):
         measured(experiment, extra)
 
 
 def test_seeds_of_the_runs_are_those_of_the_protocol(protocol, tmp_path):
-    forks = replace(protocol.experiments["forks"], report_seed=77_000)
+    forks = protocol.experiments["forks"]
+    places = {place: replace(has, report_seed=77_000) for place, has in forks.places.items()}
+    forks = replace(forks, places=places)
     other = replace(protocol, experiments={**protocol.experiments, "forks": forks})
     with pytest.raises(ValueError, match=r"registers the first seeds \(77000, .* must agree"):
         EXPERIMENTS["forks"](other, tmp_path, 1, lambda _: None)
@@ -265,12 +259,12 @@ def test_the_pages_of_one_experiment_alone(tool, protocol, part, monkeypatch):
 
 def test_what_was_not_run_is_named(tool):
     quick = read("quick")
-    data = {"preset": "quick", "values": made_up_values(quick)}
+    data = {"preset": "quick", "means": made_up_values(quick)}
     assert set(tool.missing_sentences(data).values()) == {"Everything that is registered was run."}
-    data["values"] = made_up_values(restricted(quick, ["forks"], ["bandpo-kl"]))
-    del data["values"]["transformers"], data["values"]["forks"]["noise/adam"]
+    data["means"] = made_up_values(restricted(quick, ["forks"], ["bandpo-kl"]))
+    del data["means"]["transformers"], data["means"]["forks"]["noise/confirmation"]
     places, arms = tool.missing(data)
-    assert places == ["`forks/noise/adam`", "`transformers/detours/lag0`"]
+    assert places == ["`forks/noise/confirmation`", "`transformers/detours/lag0`"]
     assert arms == ["`clip-higher`", "`bandpo-kl-upper`", "`bandpo-kl-lower`", "`no-clip`"]
     assert "are 2 places and 4 arms" in tool.missing_sentences(data)["missing"]
 
@@ -278,7 +272,7 @@ def test_what_was_not_run_is_named(tool):
 def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
     def said(verdict, value):
         changed = json.loads(json.dumps(evidence))
-        changed["explored"]["forks"]["diversity/adam"]["bandpo-kl-upper - grpo"]["passed"] = [
+        changed["explored"]["forks"]["diversity/confirmation"]["bandpo-kl-upper - grpo"]["passed"] = [
             value,
             value,
             value,
@@ -349,7 +343,8 @@ def test_a_diverged_arm_has_a_word_in_place_of_a_dot(evidence):
 
 def test_places_have_short_names():
     names = {
-        "noisy/adam": "noisy",
+        "noisy/confirmation": "noisy",
+        "noisy/adam": "noisy, first seeds",
         "noisy/sgd": "noisy, SGD",
         "moves/noisy": "noisy",
         "detours/lag16": "detours, lag 16",
@@ -385,6 +380,22 @@ def test_the_page_is_two_screens_of_prose(tool):
     assert words < 1100
 
 
+def as_measured(protocol, values):
+    """The protocol with the places and arms that there are values of."""
+    experiments = {
+        name: replace(
+            experiment,
+            places={
+                place: replace(has, arms=tuple(arm for arm in has.arms if arm in values[name][place]))
+                for place, has in experiment.places.items()
+                if place in values.get(name, {})
+            },
+        )
+        for name, experiment in protocol.experiments.items()
+    }
+    return replace(protocol, experiments=experiments)
+
+
 def test_the_verdicts_follow_from_the_committed_values(committed):
     """Judged again, with what rounding to 5 digits may change."""
     protocol = read(committed["preset"])
@@ -394,7 +405,7 @@ def test_the_verdicts_follow_from_the_committed_values(committed):
         "amendments": list(protocol.amendments),
     }
     claims = tuple(claim for claim in protocol.claims if claim.kind == "primary")
-    primary = replace(with_values(protocol, committed["values"]), claims=claims)
+    primary = replace(as_measured(protocol, committed["values"]), claims=claims)
     values = {
         name: {
             place: {
