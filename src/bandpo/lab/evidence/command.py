@@ -55,7 +55,7 @@ def lab_evidence(options: argparse.Namespace) -> dict[str, Any]:
             write_text(folder / f"{name}.svg", picture)
     for claim in found["judged"]:
         if claim["kind"] == "primary":
-            progress.say(f"{claim['verdict']:<44} {claim['text']} ({claim['source']})")
+            progress.say(f"{claim['text']} ({claim['source']}): {claim['verdict']}")
     progress.say(
         f"{folder / 'evidence.json'}; python tools/evidence.py --from {folder / 'evidence.json'} writes the pages"
     )
