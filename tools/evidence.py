@@ -1,6 +1,7 @@
 """Writes docs/evidence.md and docs/evidence-data.md from docs/evidence.json and the text in tools/: `python tools/evidence.py`.
 
-* `--from FILE`: take an evidence.json of `bandpo lab evidence` as docs/evidence.json, and draw the figures from it.
+* `--from FILE`: take an evidence.json of `bandpo lab evidence` as docs/evidence.json, and draw the figures from it. A file of
+  another protocol than the committed one is refused.
 * `--check`: changes nothing; status 1 if a page or a figure is not what the JSON file gives.
 """
 
@@ -64,6 +65,20 @@ def compact(evidence: Row) -> Row:
             f"docs/evidence.json would have {size:,} bytes, more than {LARGEST:,}; keep fewer values in it"
         )
     return found
+
+
+def check_protocol(evidence: Row, where: Path) -> None:
+    """Check that a result is of the committed protocol.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    now, then = read(evidence["preset"]).sha256, evidence["protocol"]["sha256"]
+    if then != now:
+        raise ValueError(
+            f"{where} is of another protocol (SHA-256 {then[:12]}…) than the committed one ({now[:12]}…). Give the command "
+            "that made it again: finished runs are used again, and the claims are judged by the committed protocol"
+        )
 
 
 def claimed_values(evidence: Row) -> Row:
@@ -348,21 +363,52 @@ def rates_table(data: Row) -> str:
     return table(["place", *(arm_name(arm) for arm in arms)], rows)
 
 
-def moved_sentence(data: Row) -> str:
-    """How far updates move rare rewarded tokens under the fixed clip and under the band."""
-    found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("moves/")}
-    parts = [
-        f"{place_title(key)} {number(rows[BASELINE]['moved_up'][0])} and {number(rows['bandpo-kl']['moved_up'][0])}"
-        for key, rows in found.items()
-        if "moved_up" in rows.get(BASELINE, {}) and "moved_up" in rows.get("bandpo-kl", {})
+def moved(data: Row) -> str:
+    """How far updates move rare rewarded tokens under the fixed clip and under the band: the mean, and the share beyond 1.2."""
+    found = {
+        key: (rows[BASELINE], rows["bandpo-kl"], pairs[f"bandpo-kl - {BASELINE}"])
+        for key, rows in data["means"].get("forks", {}).items()
+        if key.startswith("moves/")
+        and {BASELINE, "bandpo-kl"} <= set(rows)
+        and f"bandpo-kl - {BASELINE}" in (pairs := data["explored"]["forks"].get(key, {}))
+    }
+    if not found:
+        return "How far updates move rare tokens was not measured for these arms."
+    rows = [
+        [
+            place_title(key),
+            *(
+                words
+                for measure, sign in (("moved_up", True), ("beyond_up", False))
+                for words in (
+                    number(clip[measure][0], sign=sign),
+                    number(band[measure][0], sign=sign),
+                    difference[measure][3],
+                )
+            ),
+        ]
+        for key, (clip, band, difference) in found.items()
     ]
-    if not parts:
-        return "Not measured for these arms."
+    head = ["", "mean, fixed clip", "mean, band", "verdict", "beyond 1.2, fixed clip", "beyond 1.2, band", "verdict"]
+    apart = [
+        place_title(key)
+        for key, (_, _, difference) in found.items()
+        if {difference[m][3] for m in ("moved_up", "beyond_up")} == set(DECIDED)
+    ]
+    against = f" The two say the opposite of each other in {listed(apart)}." if apart else ""
     return (
-        "The paper's bottleneck, measured. The mean log-ratio of a rare rewarded token, over the steps on one rollout, "
-        f"under the fixed clip and under the whole band: {'; '.join(parts)}. The edge of the fixed clip is at log 1.2 = 0.182; "
-        "it stops the gradient of a token, and not what the updates of other tokens do to it."
+        "The paper's bottleneck, for rare rewarded tokens of one rollout: their mean log-ratio, which the claim is about, and "
+        "the share that ends beyond ratio 1.2 (log 0.182), the edge of the fixed clip. Each interval holds alone."
+        f"\n\n{table(head, rows)}\n\n"
+        f"The edge stops a token's own gradient only.{against}"
     )
+
+
+def hours_sentence(data: Row) -> str:
+    """Whose time the core hours are."""
+    warm_up = data["transformers"].get("core_parts", {}).get("warm-up")
+    counted = "" if warm_up is None else f" (here {warm_up / 60:.1f} minutes)"
+    return f"All runs count, tuning among them, and a warm-up where it was not in the cache already{counted}."
 
 
 def missing(data: Row) -> tuple[list[str], list[str]]:
@@ -501,7 +547,8 @@ def pages(data: Row) -> dict[Path, str]:
         "differences_tables": differences_tables(data),
         "means_tables": means_tables(data),
         "rates_table": rates_table(data),
-        "moved": moved_sentence(data),
+        "moved": moved(data),
+        "hours": hours_sentence(data),
         "widths": widths_sentence(data),
         **missing_sentences(data),
         "transformers": transformers_sentences(data),
@@ -517,7 +564,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if something is out of date")
     options = parser.parse_args()
     data = json.loads((options.source or DATA).read_text(encoding="utf-8"))
-    data = compact(data) if options.source else data
+    if options.source:
+        try:
+            check_protocol(data, options.source)
+        except ValueError as error:
+            parser.exit(1, f"{error}\n")
+        data = compact(data)
     made = {**pages(data), **{FIGURES / f"{name}.svg": figure for name, figure in draw(data).items()}}
     extra = [path for path in FIGURES.glob("*") if path not in made]
     if options.check:

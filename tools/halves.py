@@ -19,7 +19,7 @@ from bandpo.lab.forks.figures import draw
 from bandpo.lab.forks.plan import PRESETS
 from bandpo.lab.forks.regimes import FACTORS, WHAT
 from bandpo.lab.forks.study import PARTS
-from bandpo.lab.forks.summary import SMALLEST
+from bandpo.lab.forks.summary import smallest_of
 from bandpo.lab.pages import WIDTH, render, table
 from bandpo.statistics import unseen_share
 
@@ -352,9 +352,8 @@ def tables(data: Row) -> dict[str, str]:
 def page(data: Row) -> str:
     """The page."""
     regimes, preset = regimes_of(data), PRESETS[data["preset"]]
-    shown = (
-        f"{SMALLEST['speed']:g} in reward, {SMALLEST['passed']:g} in pass@16, {SMALLEST['entropy']:g} nats in entropy"
-    )
+    reward, passed, entropy = (f"{smallest_of(measure):g}" for measure in ("speed", "passed", "entropy"))
+    shown = f"{reward} in reward, {passed} in pass@16, {entropy} nats in entropy"
     numbers = {
         "theory": data["theory"],
         "tuning_seeds": preset.tuning_seeds,

@@ -442,8 +442,11 @@ def t_power(pairs: int, deviation: float, effect: float, comparisons: int = 1) -
         0.81
     """
     freedom = pairs - 1
-    critical = stats.t.ppf(1 - _ALPHA / 2 / comparisons, freedom)
-    return float(stats.nct.sf(critical, freedom, abs(effect) / deviation * math.sqrt(pairs)))
+    critical = float(stats.t.ppf(1 - _ALPHA / 2 / comparisons, freedom))
+    shift = abs(effect) / deviation * math.sqrt(pairs)
+    if shift > 20 * max(critical, 1.0):  # misses with a chance below 1e-22; scipy has NaN for very large shifts
+        return 1.0
+    return float(stats.nct.sf(critical, freedom, shift))
 
 
 def pairs_needed(

@@ -143,6 +143,43 @@ def test_what_people_write_in_yaml_is_read_as_before():
     assert parse_json("9" * 4000, "t") == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "t, line 3: the key 'a' is there twice (first in line 1); keep one of the two"),
+        ("x:\n  - {b: 1, c: 2,\n     b: 1}\n", "t, line 3: the key 'b' is there twice (first in line 2)"),
+        ("'a': 1\na: 1\n", "line 2: the key 'a' is there twice"),
+        ("1: a\n0x1: b\n", "line 2: the key '0x1' is there twice"),
+        ("x: &x {a: 1}\ny:\n  <<: *x\n  a: 2\n  a: 3\n", "line 5: the key 'a' is there twice (first in line 4)"),
+        ("? {a: 1, a: 2}\n: b\n", "the key 'a' is there twice"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_there_twice_is_refused_with_its_line(text, message):
+    """YAML's own reader keeps the last value in silence."""
+    with pytest.raises(ValueError, match=r"^t, line \d+: the key ") as error:
+        parse_yaml(text, "t")
+    assert message in str(error.value)
+
+
+def test_the_same_key_in_another_mapping_and_a_key_that_replaces_a_merged_one_are_read():
+    text = "a: &a {k: 1, x: 1}\nb: &b {<<: *a, k: 2}\nc: {<<: *b, k: 3}\nd: {<<: *a, <<: *b}\n"
+    text += "e: [{k: 1}, {k: 2}]\n1: i\n'1': s\n"
+    assert parse_yaml(text, "t") == {
+        "a": {"k": 1, "x": 1}, "b": {"k": 2, "x": 1}, "c": {"k": 3, "x": 1}, "d": {"k": 2, "x": 1},
+        "e": [{"k": 1}, {"k": 2}], 1: "i", "1": "s",
+    }  # fmt: skip
+
+
+def test_json_of_a_configuration_has_each_key_once():
+    text = '{"a": {"delta": 0.1, "b": 2, "delta": 0.1}}'
+    with pytest.raises(ValueError, match=r"^t: the key 'delta' is there twice; keep one of the two$"):
+        parse_json(text, "t", unique=True)
+    assert parse_json(text, "t") == {"a": {"delta": 0.1, "b": 2}}
+    assert parse_json('{"a": {"k": 1}, "b": [{"k": 2}, {"k": 3}]}', "t", unique=True) == {
+        "a": {"k": 1}, "b": [{"k": 2}, {"k": 3}],
+    }  # fmt: skip
+
+
 def test_escapes_are_written_out():
     assert printable(ESCAPES).isprintable()
     assert printable("δ ≤ 0.05 日本 é") == "δ ≤ 0.05 日本 é"

@@ -139,7 +139,12 @@ def test_the_exchange_waits_for_the_import(monkeypatch, tmp_path):
         ("{}", {"loss_fn": "cispo"}, "loss_fn='cispo' would be ignored"),
         ('{"objective": "gspo"}', {}, "whole sequences, one in a row"),
         ('{"objective": "dppo-kl"}', {}, "log-probs of the sampler; open-instruct does not give"),
-        ("bandpo-kl", {}, "BANDPO_LOSS='bandpo-kl' is no JSON"),
+        (
+            '{"radius": 0.05, "radius": 0.1}',
+            {},
+            "the key 'radius' is there twice; keep one of the two; open-instruct reads",
+        ),
+        ("bandpo-kl", {}, "BANDPO_LOSS='bandpo-kl' is not JSON"),
         ("[1]", {}, "must be a JSON object"),
     ],
 )

@@ -22,6 +22,7 @@ from bandpo.statistics import (
     pairs_needed,
     sign_flip_interval,
     t_interval,
+    t_power,
     verdict,
 )
 
@@ -252,6 +253,14 @@ def test_the_calculated_number_of_pairs_has_the_power(comparisons: int) -> None:
     rng = np.random.default_rng(6)
     found = [t_interval(rng.normal(0.04, 0.1, n).tolist(), comparisons).low > 0 for _ in range(4000)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.02 + 3 * math.sqrt(0.16 / 4000))
+
+
+def test_differences_that_hardly_spread_need_as_many_pairs_as_those_that_do_not():
+    """With a spread of rounding errors scipy has no power, and without care the search for the pairs would never end."""
+    assert pairs_needed(4.7e-13, 0.03, reach=1.0) == pairs_needed(0.0, 0.03, reach=1.0)
+    assert pairs_needed(1e-300, 0.02) == 2
+    powers = [t_power(12, 1.0, effect) for effect in np.geomspace(1e-3, 1e12, 200)]
+    assert powers == sorted(powers) and powers[-1] == 1.0
 
 
 def test_the_pairs_that_unseen_failures_need_decide_equal_arms() -> None:

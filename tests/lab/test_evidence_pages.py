@@ -2,12 +2,14 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,11 +18,19 @@ import pytest
 from bandpo.lab.evidence import command
 from bandpo.lab.evidence import study as study_module
 from bandpo.lab.evidence.figures import SENSES, draw, place_title
-from bandpo.lab.evidence.judge import judge
+from bandpo.lab.evidence.judge import came_out, judge, verdict_of
 from bandpo.lab.evidence.protocol import read
-from bandpo.lab.evidence.study import EXPERIMENTS, Outcome, explored, forks_preset, measured, restricted, study
+from bandpo.lab.evidence.study import (
+    EXPERIMENTS,
+    Outcome,
+    explored,
+    forks_preset,
+    measured,
+    restricted,
+    study,
+)
 from bandpo.lab.experiments.arguments import add_arguments, run
-from bandpo.monitoring.catalog import RULES
+from bandpo.monitoring.catalog import RULES, CameOut
 from bandpo.statistics import t_interval
 from evidence_samples import few_seeds, made_up_values
 
@@ -79,7 +89,16 @@ def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch)
     """Real runs, of one rollout."""
     monkeypatch.setattr(command, "read", lambda preset: few_seeds(read(preset), 3))
     monkeypatch.setitem(study_module.PRESETS, "smoke", replace(study_module.PRESETS["smoke"], rollouts=1))
-    words = ("--preset", "smoke", "--only", "forks/diversity/confirmation", "--arms", "bandpo-kl", "--output", str(tmp_path))
+    words = (
+        "--preset",
+        "smoke",
+        "--only",
+        "forks/diversity/confirmation",
+        "--arms",
+        "bandpo-kl",
+        "--output",
+        str(tmp_path),
+    )
     found = []
     for _ in range(2):
         assert run(options(*words, "--jobs", "1")) == 0
@@ -88,6 +107,58 @@ def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch)
         found.append((made, {name: content[name] for name in ("judged", "explored", "means", "values")}))
     assert found[0] == found[1] and len(found[0][0]) >= 4
     assert set(found[0][1]["values"]["forks"]["diversity/confirmation"]) == {"grpo", "bandpo-kl"}
+
+
+def test_a_folder_of_another_protocol_or_preset_is_named(tmp_path, monkeypatch, protocol, capsys):
+    monkeypatch.setattr(command, "read", lambda preset: protocol)
+    monkeypatch.setattr(study_module, "EXPERIMENTS", made_up(made_up_values(protocol)))
+    words = ("--preset", "smoke", "--only", "forks", "--output", str(tmp_path))
+    assert run(options(*words)) == run(options(*words)) == 0
+    assert "is of another protocol" not in (said := capsys.readouterr().out) and "is of the preset" not in said
+    path = tmp_path / "evidence.json"
+    found = json.loads(path.read_text())
+    for change, expected in (
+        (
+            {"protocol": {**found["protocol"], "sha256": "ab" * 32}},
+            "is of another protocol (SHA-256 abababababab…, now ",
+        ),
+        (
+            {"preset": "full"},
+            "is of the preset full, and is replaced by that of smoke; runs that both ask for are used again",
+        ),
+        ({"protocol": None}, "cannot be read"),
+    ):
+        path.write_text(json.dumps({**found, **change}))
+        assert run(options(*words)) == 0
+        assert f"{path} {expected}" in capsys.readouterr().out
+        assert json.loads(path.read_text())["protocol"]["sha256"] == protocol.sha256
+
+
+def test_the_pages_are_not_made_from_another_protocol(tool, evidence, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "evidence.json"
+    before = tool.DATA.read_bytes()
+    path.write_text(json.dumps({**evidence, "protocol": {**evidence["protocol"], "sha256": "0" * 64}}))
+    monkeypatch.setattr("sys.argv", ["evidence.py", "--from", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    assert ended.value.code == 1 and tool.DATA.read_bytes() == before
+    assert f"{path} is of another protocol (SHA-256 000000000000…)" in capsys.readouterr().err
+
+
+def test_runs_that_diverged_are_in_the_result(protocol, monkeypatch):
+    """An arm without any number, and one with a single measure that was not computed."""
+    values = made_up_values(protocol)
+    arms = values["forks"]["diversity/confirmation"]
+    arms["bandpo-kl-upper"] = {m: [math.nan] * len(row) for m, row in arms["bandpo-kl-upper"].items()}
+    arms["grpo"]["mean"][0] = math.nan
+    monkeypatch.setattr(study_module, "EXPERIMENTS", made_up(values))
+    found = study(protocol, Path("nowhere"), 1, lambda _: None)
+    assert found["diverged"] == {"forks": {"diversity/confirmation": {"bandpo-kl-upper": list(range(8))}}}
+    row = found["explored"]["forks"]["diversity/confirmation"]
+    assert row["bandpo-kl-upper - grpo"]["passed"][0] == pytest.approx(
+        -np.mean(arms["grpo"]["passed"])
+    )  # the worst is 0
+    assert row["bandpo-kl-upper - grpo"]["mean"][0] is None and row["bandpo-kl - grpo"]["mean"][0] is None
 
 
 @pytest.mark.parametrize(
@@ -154,7 +225,7 @@ def test_exploratory_differences_hold_alone_and_a_diverged_run_is_no_number(prot
     values = made_up_values(protocol)
     row = values["transformers"]["detours/lag0"]["no-clip"]
     row["entropy"][0] = math.nan
-    found = explored(protocol, values)["transformers"]["detours/lag0"]
+    found = explored(protocol, values, {})["transformers"]["detours/lag0"]
     upper = values["transformers"]["detours/lag0"]["bandpo-kl-upper"]["mean"]
     base = values["transformers"]["detours/lag0"]["grpo"]["mean"]
     expected = t_interval(np.subtract(upper, base).tolist())  # Student's, of one comparison
@@ -216,6 +287,32 @@ def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
     assert "pass@16 is higher in 1 and lower in 0 of 1 places (diversity +0.300)" in said("better", 0.3)
     assert "pass@16 is higher in 0 and lower in 1 of 1 places (diversity -0.300)" in said("worse", -0.3)
     assert "pass@16 is higher in 0 and lower in 0 of 1 places;" in said("undecided", -0.3)
+
+
+def test_both_measures_of_the_bottleneck_are_side_by_side(tool, evidence):
+    changed = json.loads(json.dumps(evidence))
+    pairs = changed["explored"]["forks"]["moves/diversity"]
+    for measure, row in (("moved_up", [0.1, 0.05, 0.15, "better"]), ("beyond_up", [-0.1, -0.15, -0.05, "worse"])):
+        pairs["bandpo-kl - grpo"][measure] = row
+    words = tool.moved(changed)
+    means = changed["means"]["forks"]["moves/diversity"]
+    numbers = [
+        f"{means[arm][m][0]:{form}}"
+        for m, form in (("moved_up", "+.3f"), ("beyond_up", ".3f"))
+        for arm in ("grpo", "bandpo-kl")
+    ]
+    assert f"| diversity | {numbers[0]} | {numbers[1]} | better | {numbers[2]} | {numbers[3]} | worse |" in words
+    assert "The two say the opposite of each other in diversity." in words
+    pairs["bandpo-kl - grpo"]["beyond_up"] = [0.1, 0.05, 0.15, "better"]
+    assert "the opposite of each other" not in tool.moved(changed)
+    del changed["means"]["forks"]["moves/diversity"]
+    assert "was not measured" in tool.moved(changed)
+
+
+def test_the_page_says_whose_time_the_core_hours_are(tool, evidence):
+    assert "tuning among them, and a warm-up where it was not in the cache already." in tool.hours_sentence(evidence)
+    with_parts = {**evidence, "transformers": {"core_parts": {"warm-up": 90.0, "updates": 1000.0}}}
+    assert "already (here 1.5 minutes)." in tool.hours_sentence(with_parts)
 
 
 def test_what_a_claim_did_not_measure_is_not_counted(tool, evidence):
@@ -321,7 +418,7 @@ def test_the_verdicts_follow_from_the_committed_values(committed):
         }
         for name, places in committed["values"].items()
     }
-    again = {claim.id: claim.as_json() for claim in judge(primary, values)}
+    again = {claim.id: claim.as_json() for claim in judge(primary, values, committed["diverged"])}
     for claim in committed["judged"]:
         if claim["kind"] != "primary":
             continue
@@ -349,16 +446,25 @@ def test_every_contrast_is_counted_by_whose_claim_it_is(tool, committed):
 
 # ---- advice that rests on claims ----
 
+MARK = re.compile(r"<!-- rests on: (.*?) -->")
 ADVICE = [
     *((f"rule {rule.name}", claim, how) for rule in RULES.values() for claim, how in rule.rests_on.items()),
     *(
-        (page.name, *pair.split())
+        (page.name, *pair.split(maxsplit=1))
         for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        for found in re.findall(r"<!-- rests on: (.*?) -->", page.read_text())
+        for found in MARK.findall(page.read_text())
         for pair in found.split("; ")
     ),
 ]
 """Where, the id of a claim, and how it came out (see `Rule.rests_on`), for each advice that names one."""
+
+LIMITS = {
+    "in part": r"\b(one|two|three|four|five|\d) of (two|three|four|five|six|seven|\d)\b|[Ww]here|some|not shown",
+    "mixed": r"\b(one|two|three|four|five|\d) of (two|three|four|five|six|seven|\d)\b|[Ww]here|some",
+    "opposite": r"lower|less|worse",
+    "open": r"not shown|not known|undecided|no difference",
+}
+"""Words of which a paragraph has one if it rests on a claim that came out so: it must not read as if the claim held."""
 
 
 @pytest.mark.parametrize(("where", "claim", "how"), ADVICE)
@@ -366,11 +472,24 @@ def test_an_advice_names_what_the_evidence_says(where, claim, how, committed):
     """If a new run overturns it, the advice has to change."""
     claims = {found["id"]: found["counts"] for found in committed["judged"]}
     assert claim in claims, f"{where}: choose from {', '.join(claims)}"
-    counts = claims[claim]
-    decided = sum(counts[sense] for sense in SENSES)
-    came_out = {
-        "holds": counts["holds"] > 0 and not counts["opposite"],
-        "mixed": counts["holds"] > 0 and counts["opposite"] > 0,
-        "fails": decided > 0 and not counts["holds"],
-    }
-    assert came_out[how], f"{where}: {claim} {counts}"
+    assert how == came_out(claims[claim]), f"{where}: {claim} {claims[claim]}"
+
+
+def test_a_paragraph_that_rests_on_a_claim_is_as_strong_as_its_class():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for paragraph in re.split(r"\n\s*\n|\n\* ", page.read_text()):
+            for pair in [pair for mark in MARK.findall(paragraph) for pair in mark.split("; ")]:
+                claim, how = pair.split(maxsplit=1)
+                words = " ".join(MARK.sub("", paragraph).split())
+                assert re.search(LIMITS.get(how, ""), words), f"{page.name}, {claim} ({how}): {words}"
+
+
+def test_the_classes_of_advice_are_those_of_the_judge():
+    counts = [
+        dict(zip(("holds", "opposite", "equivalent", "undecided"), x, strict=True))
+        for x in itertools.product(range(3), repeat=4)
+    ]
+    assert {came_out(x) for x in counts} == set(get_args(CameOut))
+    for x in counts:
+        assert (came_out(x) == "holds") == (verdict_of(x) == "holds")
+        assert ("the opposite" in verdict_of(x)) == (came_out(x) in ("mixed", "opposite"))

@@ -13,6 +13,7 @@ import torch
 
 from bandpo import policy_loss
 from bandpo._system.errors import RunError
+from bandpo._system.files import read_checked_json, write_checked_json
 from bandpo.lab.evidence.protocol import read
 from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.lab.forks.figures import plot_map
@@ -32,7 +33,7 @@ from bandpo.lab.forks.policy import Fork
 from bandpo.lab.forks.regimes import ARMS, FACTORS, PEAK, REGIMES, families, mixed, objective_of
 from bandpo.lab.forks.store import Cell, Store
 from bandpo.lab.forks.study import results, values_of
-from bandpo.lab.forks.summary import SMALLEST, SMALLEST_MOVES, SMALLEST_WIDTHS, compared, range_of, summarise_map
+from bandpo.lab.forks.summary import MEASURED, WIDTHS, compared, range_of, smallest_of, summarise_map
 from bandpo.lab.forks.training import MEASURES, MOVES, Batch, Schedule, _edges, count_moves, loss, sample, train
 from bandpo.lab.forks.widths import SHARE, best_of, width_values
 from bandpo.statistics import Interval, t_interval, verdict
@@ -211,20 +212,56 @@ def _one_seed_too_few(kept):
     kept["result"]["final"]["mean"].pop()
 
 
-@pytest.mark.parametrize("harm", [None, _without_result, _one_seed_too_few])
+def _without_a_start(kept):
+    """Nothing in it was computed; a run that diverged has numbers at its start."""
+    kept["result"]["curve"] = [None] * len(kept["result"]["curve"])
+    kept["result"]["final"]["mean"] = [None] * len(kept["result"]["final"]["mean"])
+
+
+@pytest.mark.parametrize("harm", [None, _without_result, _one_seed_too_few, _without_a_start])
 def test_a_damaged_result_is_made_anew(tmp_path, harm):
     made = result_of(Store(tmp_path, lambda _: None), cell())
     [path] = tmp_path.glob("*.json")
     if harm is None:
         path.write_text(path.read_text()[:100])
     else:
-        kept = json.loads(path.read_text())
+        kept = read_checked_json(path)
         harm(kept)
-        path.write_text(json.dumps(kept))
+        write_checked_json(path, kept)
     said: list[str] = []
     store = Store(tmp_path, said.append)
     assert result_of(store, cell()) == made and store.made == 1
     assert f"{path} is damaged: the run is made again" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["changed", "without a checksum"])
+def test_a_result_whose_checksum_does_not_fit_is_made_anew(tmp_path, kind):
+    """A value that was changed in the file keeps its form, and only the checksum shows it."""
+    made = result_of(Store(tmp_path, lambda _: None), cell())
+    [path] = tmp_path.glob("*.json")
+    kept = json.loads(path.read_text())
+    if kind == "changed":
+        kept["result"]["final"]["mean"][0] = 1.0
+    else:
+        del kept["crc32"]
+    path.write_text(json.dumps(kept))
+    said: list[str] = []
+    store = Store(tmp_path, said.append)
+    assert result_of(store, cell()) == made and store.made == 1
+    assert f"{path} is damaged: the run is made again" in said[0]
+    assert result_of(again := Store(tmp_path, said.append), cell()) == made and again.made == 0
+
+
+def test_the_files_of_results_are_strict_json_with_the_checksum_first(tmp_path):
+    sure = Fork(options=3, common=0.4, good=1, rare=0.3, common_solves=3, good_solves=3, types=3, certain=0)
+    result_of(Store(tmp_path, lambda _: None), cell(fork=sure))  # its moves are not numbers
+    [path] = tmp_path.glob("*.json")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert list(found) == ["crc32", "cell", "result"] and found["result"]["final"]["moved_up"][0] is None
 
 
 def test_a_number_that_is_missing_stays_one(tmp_path):
@@ -437,6 +474,25 @@ def test_seeds_without_such_a_token_are_left_out_and_longer_lists_are_cut():
     assert math.isnan(compared([0.1, nan], [0.1, 0.1], "mean", 1)["value"])  # a run that diverged is not left out
 
 
+def test_how_far_tokens_move_has_no_range_and_is_never_equivalent():
+    """The share beyond an edge has a range, and can be."""
+    small = [0.01 * (i % 3 - 1) for i in range(300)]
+    assert compared(small, [0.0] * 300, "moved_up", 1)["verdict"] == "undecided"
+    assert compared([0.1 + x for x in small], [0.0] * 300, "moved_up", 1)["verdict"] == "better"
+    level = [0.5 + x for x in small]
+    assert compared(level, [0.5] * 300, "beyond_up", 1)["verdict"] == "equivalent"
+
+
+def test_the_smallest_effects_are_those_of_the_protocol(monkeypatch):
+    """They stand in one place: another number there is another verdict here."""
+    protocol = read()
+    level = [0.53 + 0.001 * (i % 3 - 1) for i in range(300)]
+    assert compared(level, [0.5] * 300, "mean", 1)["verdict"] == "better"
+    measures = {**protocol.measures, "mean": replace(protocol.measures["mean"], smallest=0.2)}
+    monkeypatch.setattr("bandpo.lab.forks.summary._protocol", lambda: replace(protocol, measures=measures))
+    assert compared(level, [0.5] * 300, "mean", 1)["verdict"] == "equivalent"
+
+
 def test_the_protocol_and_the_study_agree():
     full, experiment = PRESETS["full"], read("full").experiments["forks"]
     assert (experiment.seeds, experiment.report_seed) == (full.seeds, REPORT_SEED)
@@ -453,11 +509,10 @@ def test_the_protocol_and_the_study_agree():
         else:
             assert set(place.arms) == set(ARMS) - set(SLOW)
         for measure, registered in place.measures.items():
-            smallest = {**SMALLEST, **SMALLEST_MOVES, **SMALLEST_WIDTHS}
-            if measure in smallest:
-                assert registered.smallest == smallest[measure], (name, measure)
+            if measure in (*MEASURED, *MOVES, *WIDTHS):
+                assert registered.smallest == smallest_of(measure), (name, measure)
                 ours = range_of(name.split("/")[name.startswith(("width/", "moves/"))], measure)
-                if measure in SMALLEST:
+                if measure in MEASURED:
                     assert registered.range == (None if ours is None else pytest.approx(ours, abs=1e-4)), (
                         name,
                         measure,

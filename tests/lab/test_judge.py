@@ -10,6 +10,7 @@ import pytest
 
 from bandpo.lab.evidence.judge import Judged, judge, verdict_of
 from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Measure, Place, Protocol, read
+from bandpo.lab.evidence.study import diverged_in
 
 MEAN = Measure("mean reward", 0.02, (0.0, 1.0), "worst")
 ENTROPY = Measure("entropy", 0.1, (0.0, 4.0), "undecided")
@@ -73,7 +74,8 @@ def test_few_seeds_leave_a_claim_undecided_and_say_how_many_it_would_take() -> N
     protocol = protocol_of(seeds=12, interval="t")
     found = claim(judge(protocol, values_of(protocol, 0.01, 0.1)))
     needed = [c.needed for c in found.contrasts]
-    assert found.verdict == f"undecided ({max(n for n in needed if n)} seeds would be needed)"
+    most = max(n for n in needed if n)
+    assert found.verdict == f"undecided (a difference of 0.02 would need about {most:,} seeds)"
     assert all(n is not None and n > 12 for n in needed)
 
 
@@ -158,17 +160,75 @@ def test_intervals_of_a_claim_hold_together() -> None:
     assert wrong / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
+def first_seeds(values: dict[str, Any], arm: str, count: int, measures: tuple[str, ...]) -> dict[str, Any]:
+    """The values without numbers on the first seeds of an arm, and these seeds as those that diverged."""
+    for m in measures:
+        values["e"]["p0"][arm][m][:count] = [math.nan] * count
+    return {"e": {"p0": {arm: list(range(count))}}}
+
+
 def test_a_run_that_diverged_counts_as_the_worst_or_leaves_the_contrast_undecided() -> None:
     protocol = protocol_of(seeds=300, places=1)
     values = values_of(protocol, 0.3)
-    for m in ("mean", "entropy", "moved"):
-        values["e"]["p0"]["a"][m][:3] = [math.nan] * 3
-    found = {name: claim(judge(protocol, values), name).contrasts[0] for name in ("mean", "entropy", "moved")}
-    assert found["mean"].pairs == 300 and found["mean"].missing == (3, 0) and found["mean"].verdict == "better"
+    gone = first_seeds(values, "a", 3, ("mean", "entropy", "moved"))
+    assert diverged_in(protocol, values) == gone
+    judged = judge(protocol, values, gone)
+    found = {name: claim(judged, name).contrasts[0] for name in ("mean", "entropy", "moved")}
+    assert found["mean"].pairs == 300 and found["mean"].missing == found["mean"].diverged == (3, 0)
+    assert found["mean"].verdict == "better" and found["mean"].reason == ""
     assert found["mean"].value == pytest.approx(0.3 - 3 * 0.8 / 300, abs=0.01)
     assert found["entropy"].verdict == "undecided" and found["entropy"].needed is None
+    assert found["entropy"].reason == "3 seeds lack a number of one arm or of both"
     assert found["moved"].pairs == 297 and found["moved"].verdict == "better"
-    assert json.loads(json.dumps([x.as_json() for x in judge(protocol, values)], allow_nan=False))
+    assert json.loads(json.dumps([x.as_json() for x in judged], allow_nan=False))
+
+
+def test_what_was_not_computed_is_not_judged_as_the_worst() -> None:
+    """The mean alone has no number on these seeds, so that they did not diverge."""
+    protocol = protocol_of(seeds=300, places=1)
+    for count, reason in ((3, "3 seeds lack a number of one arm or of both"), (300, "no run of b gave a number")):
+        values = values_of(protocol, -0.3)
+        first_seeds(values, "b", count, ("mean",))
+        gone = diverged_in(protocol, values)
+        assert gone == {}
+        found = claim(judge(protocol, values, gone)).contrasts[0]
+        assert (found.verdict, found.reason, found.needed) == ("undecided", reason, None)
+        assert found.missing == (0, count) and found.diverged == (0, 0)
+
+
+def test_an_arm_that_diverged_on_every_seed_is_the_worst_and_two_such_arms_are_not_equal() -> None:
+    protocol = protocol_of(seeds=300, places=1)
+    values = values_of(protocol, 0.0)
+    gone = first_seeds(values, "b", 300, ("mean", "entropy", "moved"))
+    found = claim(judge(protocol, values, gone)).contrasts[0]
+    assert found.verdict == "better" and found.value == pytest.approx(0.5, abs=0.01) and found.diverged == (0, 300)
+    assert claim(judge(protocol, values, gone), "moved").contrasts[0].reason == "no run of b gave a number"
+    gone["e"]["p0"] |= first_seeds(values, "a", 300, ("mean", "entropy", "moved"))["e"]["p0"]
+    for name in ("mean", "entropy", "moved"):
+        judged = claim(judge(protocol, values, gone), name)
+        assert judged.verdict == "undecided" and judged.contrasts[0].reason == "no run of either arm gave a number"
+    with pytest.raises(ValueError, match="values of e, p0, a, mean: seed 0 diverged and has a number"):
+        judge(protocol, values_of(protocol, 0.0), gone)
+
+
+def test_seeds_with_a_number_of_one_arm_only_make_no_pair() -> None:
+    protocol = protocol_of(seeds=4, places=1)
+    values = values_of(protocol, 0.1)
+    values["e"]["p0"]["a"]["moved"][:2] = [math.nan] * 2
+    values["e"]["p0"]["b"]["moved"][2:] = [math.nan] * 2
+    found = claim(judge(protocol, values), "moved").contrasts[0]
+    assert (found.verdict, found.reason, found.pairs) == ("undecided", "no seed has a number of both arms", 0)
+
+
+def test_a_measure_without_a_range_is_never_equivalent() -> None:
+    """Student's interval of equal seeds has no width, and allows no failure that they have not shown."""
+    for interval in ("bounded", "t"):
+        protocol = protocol_of(seeds=300, interval=interval, places=1)
+        for shift, state in ((0.0, "undecided"), (0.06, "better"), (-0.06, "worse")):
+            found = claim(judge(protocol, values_of(protocol, shift)), "moved").contrasts[0]
+            assert found.verdict == state and found.needed is None and not found.hidden
+            assert ("no range" in found.reason) == (shift == 0.0)
+        assert claim(judge(protocol, values_of(protocol, 0.0)), "mean").verdict == "no difference that matters"
 
 
 def test_what_a_preset_leaves_out_is_not_measured_and_what_is_missing_is_refused() -> None:

@@ -81,7 +81,8 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The plain values of a YAML document: null, true, false, numbers, texts, lists and mappings of these.
 
-    Dates are read as text. Aliases and merge keys work; their values count each time they are used.
+    Dates are read as text. Aliases and merge keys work; their values count each time they are used. A key that a mapping has
+    twice is refused, because YAML's own reader keeps the last value and drops the others without a message.
 
     Args:
         text: The document.
@@ -92,11 +93,15 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
     Raises:
         ImportError: If PyYAML is not installed.
-        ValueError: If the text is not YAML, has a tag that creates an object, or exceeds the limits of number or depth.
+        ValueError: If the text is not YAML, has a tag that creates an object, has a key twice in one mapping, or exceeds the
+            limits of number or depth.
 
     Examples:
         >>> parse_yaml("a: [1, 2.5, x]", "example")
         {'a': [1, 2.5, 'x']}
+        >>> parse_yaml("{beta: 0.1, beta: 0.2}", "example")
+        Traceback (most recent call last):
+        ValueError: example, line 1: the key 'beta' is there twice (first in line 1); keep one of the two
         >>> parse_yaml("a: " + "[" * 60 + "]" * 60, "example")
         Traceback (most recent call last):
         ValueError: example has values nested deeper than 50
@@ -111,10 +116,12 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         _check_events(text, where)
         loader = _loader()(text)
         try:
-            found = loader.get_single_data()
+            node = loader.get_single_node()
+            _check_keys(node, loader, where)  # before it is built, because a merge key adds to the keys of a node
+            found = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
-    except _Excess as error:
+    except (_Excess, _Twice) as error:
         raise ValueError(str(error)) from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # PyYAML's constructors raise these for a tag that does not fit its text, for example "!!int ''"
@@ -123,27 +130,80 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     return found
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, *, unique: bool = False) -> Any:
     """The value of a JSON text; an integer of more than `MAX_DIGITS` digits becomes a float, which may be infinite.
 
     Args:
         text: The JSON.
         where: Name of the text in messages.
+        unique: Whether a key that an object has twice is refused, as configurations need it; otherwise the last value counts.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: If the text is not JSON, or is nested too deep.
+        ValueError: If the text is not JSON, is nested too deep, or has a key twice where that is refused.
+
+    Examples:
+        >>> parse_json('{"delta": 0.1, "delta": 0.2}', "example", unique=True)
+        Traceback (most recent call last):
+        ValueError: example: the key 'delta' is there twice; keep one of the two
     """
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text, parse_int=_whole, object_pairs_hook=_unique if unique else None)
+    except _Twice as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
 class _Excess(ValueError):
     """A limit was exceeded; the message is complete."""
+
+
+class _Twice(ValueError):
+    """A key is there twice; the message is complete but for the name of a JSON text."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys must differ."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(names) if key in names[:i])
+        raise _Twice(f"the key {twice!r} is there twice; keep one of the two")
+    return found
+
+
+def _check_keys(root: Any, loader: Any, where: str) -> None:
+    """Check that each mapping has a key once. A merge key `<<` may be there more than once, as its reader allows.
+
+    Keys are the same if their values are: `1` and `0x1`, which the mapping that is built cannot tell apart.
+    """
+    import yaml
+
+    pending, seen = [root] if root is not None else [], set[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        first: dict[object, int] = {}
+        for key, value in cast("list[tuple[Any, Any]]", node.value):
+            pending += [key, value]
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = loader.construct_object(key), key.start_mark.line + 1
+            if name in first:
+                raise _Twice(
+                    f"{where}, line {line}: the key {key.value[:100]!r} is there twice (first in line {first[name]}); keep one "
+                    "of the two"
+                )
+            first[name] = line
 
 
 def _check_events(text: str, where: str) -> None:

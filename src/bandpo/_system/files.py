@@ -72,14 +72,16 @@ def write_checked_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, f'{{"crc32": {zlib.crc32(text.encode())}, {text[1:]}\n')
 
 
-def read_checked_json(path: Path) -> dict[str, Any]:
-    """The object that `write_checked_json` wrote; files of older versions, which have no checksum, are accepted.
+def read_checked_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The object that `write_checked_json` wrote.
 
     Args:
         path: The file.
+        required: Whether a file without a checksum is refused; otherwise it is accepted, as older versions wrote them.
 
     Raises:
-        ValueError: If the file is not such an object, or has changed since it was written; the message says which.
+        ValueError: If the file is not such an object, has changed since it was written, or lacks the checksum that is
+            required; the message says which.
     """
     try:
         content: object = json.loads(path.read_bytes())
@@ -89,6 +91,8 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{path} must hold a JSON object with a result, got {type(cast('object', content)).__name__}")
     expected = found.pop("crc32", None)
+    if required and expected is None:
+        raise ValueError(f"{path} has no checksum")
     if expected is not None and expected != zlib.crc32(json.dumps(found).encode()):
         raise ValueError(f"{path} has changed since it was written: its checksum is another one")
     return found

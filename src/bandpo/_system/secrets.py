@@ -176,11 +176,19 @@ def hide_in(value: Any) -> Any:
     Args:
         value: Dictionaries, lists and plain values in any nesting.
     """
+    return _hidden_in(value, _pattern(frozenset(_values())))
+
+
+def _hidden_in(value: Any, pattern: re.Pattern[str] | None) -> Any:
+    """The copy of `hide_in`; the environment was read once for all texts, which may be thousands."""
     if isinstance(value, str):
-        return hide(value)
+        return value if pattern is None else pattern.sub(HIDDEN, value)
     if isinstance(value, dict):
-        return {hide_in(k): hide_in(v) for k, v in cast("dict[object, object]", value).items()}
-    return [hide_in(v) for v in cast("Iterable[object]", value)] if isinstance(value, list | tuple) else value
+        found = cast("dict[object, object]", value)
+        return {_hidden_in(k, pattern): _hidden_in(v, pattern) for k, v in found.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden_in(v, pattern) for v in cast("Iterable[object]", value)]
+    return value
 
 
 def remember(settings: Any) -> None:

@@ -495,7 +495,7 @@ def _plain(key: str, value: Any) -> Any:
     if key in FLAGS and isinstance(value, bool):
         return value
     if key == "pruning" and (isinstance(value, Mapping) or (isinstance(value, str) and len(value) < 1000)):
-        return parse_json(value, "pruning") if isinstance(value, str) else cast("Mapping[str, Any]", value)
+        return parse_json(value, "pruning", unique=True) if isinstance(value, str) else cast("Mapping[str, Any]", value)
     if key in _WHOLE | _NUMBERS and not isinstance(value, bool):
         try:
             number = float(value)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bandpo._inputs import as_mask, fill
+from bandpo._system.bounded import parse_json
 from bandpo.experimental import Balanced, sum_over_ranks
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.options import RegionOptions, parse_options
@@ -142,15 +142,13 @@ def options_of_environment(host: str) -> dict[str, Any]:
         host: Name of the host, for error messages.
 
     Raises:
-        ValueError: If the variable is not a JSON object.
+        ValueError: If the variable is not a JSON object, or has a key twice.
     """
     text = os.environ.get(ENVIRONMENT, "{}")
     try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{ENVIRONMENT}={text!r} is no JSON ({error}); {host} reads its objective from there"
-        ) from error
+        given = parse_json(text, f"{ENVIRONMENT}={text!r}", unique=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; {host} reads its objective from there") from None
     if not isinstance(given, dict):
         raise ValueError(f'{ENVIRONMENT}={text!r} must be a JSON object such as {{"objective": "bandpo-kl"}}')
     return cast("dict[str, Any]", given)

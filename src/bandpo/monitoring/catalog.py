@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Reads = Literal["configuration", "log", "batch"]
-CameOut = Literal["holds", "fails", "mixed"]
+CameOut = Literal["holds", "in part", "mixed", "opposite", "open"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Rule:
         healthy: The healthy range, with its units.
         source: Where that range comes from: a paper with its number, or "our judgement".
         knobs: What to set, for each host that has a knob for it.
-        rests_on: Claims of the evidence's protocol that the advice rests on, by id, and how they came out: `holds` (somewhere,
-            and nowhere the opposite), `mixed` (somewhere, and elsewhere the opposite) or `fails` (nowhere). A test compares
-            this with docs/evidence.json.
+        rests_on: Claims of the evidence's protocol that the advice rests on, by id, and how they came out, of the places where
+            they were measured: `holds` (in all), `in part` (in some, the opposite in none), `mixed` (in some, the opposite in
+            others), `opposite` (in none, the opposite in some) or `open` (neither is seen). A test compares this with
+            docs/evidence.json.
     """
 
     name: str
@@ -251,7 +252,12 @@ _LOG = (
         source="the range is our judgement; the advice: DAPO, arXiv:2503.14476, for Clip-Higher; arXiv:2509.26114, for the "
         "lower side; docs/evidence.md, where the upper half kept the entropy higher if several answers were right, and the "
         "whole band did not",
-        rests_on={"upper-entropy": "mixed", "band-entropy": "mixed", "lower-entropy": "holds", "upper-price": "holds"},
+        rests_on={
+            "upper-entropy": "mixed",
+            "band-entropy": "mixed",
+            "lower-entropy": "in part",
+            "upper-price": "holds",
+        },
         knobs={
             "TRL": "collapse: objective=bandpo-kl-upper, or epsilon_high=0.28, or a smaller epsilon (the lower side); "
             "explosion: a smaller epsilon_high or radius, a smaller learning_rate, top_p=1.0",
@@ -462,7 +468,7 @@ _MEASURES = (
         "band opens both for rare tokens. Which half acts decides where the entropy and pass@k go.",
         healthy="A region takes away at most half of the gradient of either half.",
         source="our judgement; what each half does is measured in docs/evidence.md",
-        rests_on={"upper-passed": "holds", "lower-entropy": "holds", "bottleneck": "holds"},
+        rests_on={"upper-passed": "in part", "lower-entropy": "in part", "bottleneck": "in part"},
         knobs={
             "TRL": "epsilon for A < 0, epsilon_high for A > 0; radius of the objective",
             "bandpo train": "radius, or an objective with one half of the band",

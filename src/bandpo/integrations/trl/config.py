@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ except ImportError as error:
     raise ImportError(f"bandpo.integrations.trl needs TRL: pip install 'bandpo[trl]' ({error})") from error
 
 from bandpo._inputs import check_int
+from bandpo._system.bounded import parse_json
 from bandpo._system.secrets import HidesSecrets
 from bandpo.bounds import Band
 from bandpo.integrations.options import RegionOptions
@@ -290,10 +290,7 @@ class BandGRPOConfig(_Follows, RegionOptions, GRPOConfig):  # pyright: ignore[re
         if options is None:
             return None
         if isinstance(options, str):
-            try:
-                options = json.loads(options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"pruning={self.pruning!r} is not JSON: {error}") from None
+            options = parse_json(options, f"pruning={self.pruning!r}", unique=True)
         if not isinstance(options, dict) or set(cast("dict[str, Any]", options)) - set(_PRUNING_OPTIONS):
             raise ValueError(f"pruning={self.pruning!r}: use a mapping with {', '.join(_PRUNING_OPTIONS)}")
         if self.dynamic_sampling:

@@ -20,7 +20,7 @@ from bandpo.lab.comparison.stack import Adam, Stack
 from bandpo.metrics import PROB_EDGES
 from bandpo.toy.models import build_llama
 
-_FORMAT = 1  # part of the cache's key: raise it when the same configuration gives other weights
+_FORMAT = 2  # part of the cache's key: raise it when the same configuration gives other weights
 _RISE = 50  # steps in which the learning rate rises to its peak
 
 _STARTS = 4  # from how many weights a checkpoint is tried

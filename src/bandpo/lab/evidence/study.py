@@ -13,7 +13,7 @@ import bandpo
 from bandpo._system.about import about
 from bandpo._system.options import not_one_of
 from bandpo._system.progress import clock_time
-from bandpo.lab.evidence.judge import Values, judge
+from bandpo.lab.evidence.judge import Diverged, Values, judge
 from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Place, Protocol, read
 from bandpo.lab.forks.plan import CONFIRMATION_SEED, PRESETS, REPORT_SEED, SLOW, TUNING_SEED, Preset
 from bandpo.lab.forks.store import Store
@@ -65,18 +65,16 @@ def study(protocol: Protocol, folder: Path, jobs: int, say: Say) -> dict[str, An
         outcomes[name] = EXPERIMENTS[name](protocol, folder / name, jobs, say)
         say(f"{name}: done after {clock_time(time.monotonic() - began)}")
     values = {name: outcome.values for name, outcome in outcomes.items()}
+    diverged = diverged_in(protocol, values)
     return {
         **about(),
         "bandpo": bandpo.__version__,
         "preset": protocol.preset,
-        "protocol": {
-            "sha256": protocol.sha256,
-            "registered": protocol.registered,
-            "amendments": list(protocol.amendments),
-        },
+        "protocol": registration(protocol),
         "smallest": {name: measure.smallest for name, measure in protocol.measures.items()},
         "core_seconds": {name: round(outcome.core_seconds, 1) for name, outcome in outcomes.items()},
-        **verdicts(protocol, values),
+        **verdicts(protocol, values, diverged),
+        "diverged": diverged,
         "same_rate": at_one_rate(protocol, {name: outcome.same_rate for name, outcome in outcomes.items()}),
         "values": values,
         **{name: outcome.summary for name, outcome in outcomes.items()},
@@ -94,20 +92,48 @@ def described(experiment: Experiment) -> str:
     return f"{places} places, {arms} arms, {seeds} seeds, and {experiment.tuning_seeds} others for tuning"
 
 
-def verdicts(protocol: Protocol, values: Values) -> dict[str, Any]:
+def diverged_in(protocol: Protocol, values: Values) -> dict[str, dict[str, dict[str, list[int]]]]:
+    """The seeds whose runs diverged, as `judge` takes them; places and arms without one are left out.
+
+    A run that diverged has no number in any measure. The runs were computed: both experiments refuse a result that has no
+    numbers at its start. A seed that lacks a number in some measures only is not among these. Measures that leave out what is
+    missing do not count, since a run without such a token has no number of them.
+
+    Args:
+        protocol: The protocol, reduced to the preset of the runs.
+        values: The value of each report seed.
+    """
+    found: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for name, places in values.items():
+        for place, arms in places.items():
+            measures = protocol.experiments[name].places[place].measures
+            count = [m for m, measure in measures.items() if measure.missing != "left out"]
+            for arm, row in arms.items():
+                seeds = zip(*(row[m] for m in count), strict=True)
+                if gone := [i for i, seed in enumerate(seeds) if not any(map(_is_number, seed))]:
+                    found.setdefault(name, {}).setdefault(place, {})[arm] = gone
+    return found
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def verdicts(protocol: Protocol, values: Values, diverged: Diverged) -> dict[str, Any]:
     """All that the values say, and that needs no run: claims, exploratory differences, and means.
 
     Args:
         protocol: The protocol, reduced to the preset of the runs.
         values: The value of each report seed.
+        diverged: The seeds whose runs diverged.
 
     Returns:
         `judged`: the claims. `explored`: `[experiment][place]["first - second"][measure]` with the value, an interval that
         holds alone, and the verdict. `means`: `[experiment][place][arm][measure]` with Student's interval.
     """
     return {
-        "judged": [claim.as_json() for claim in judge(protocol, values)],
-        "explored": explored(protocol, values),
+        "judged": [claim.as_json() for claim in judge(protocol, values, diverged)],
+        "explored": explored(protocol, values, diverged),
         "means": {
             experiment: {
                 place: {arm: {measure: _mean(found) for measure, found in row.items()} for arm, row in arms.items()}
@@ -118,17 +144,31 @@ def verdicts(protocol: Protocol, values: Values) -> dict[str, Any]:
     }
 
 
-def explored(protocol: Protocol, values: Values) -> dict[str, Any]:
+def registration(protocol: Protocol) -> dict[str, Any]:
+    """What evidence.json has of the protocol itself.
+
+    Args:
+        protocol: The protocol.
+    """
+    return {
+        "sha256": protocol.sha256,
+        "registered": protocol.registered,
+        "amendments": list(protocol.amendments),
+    }
+
+
+def explored(protocol: Protocol, values: Values, diverged: Diverged) -> dict[str, Any]:
     """Every arm against the baseline, and the halves, in every measure and place: differences that no claim rests on.
 
     Args:
         protocol: The protocol, reduced to the preset of the runs.
         values: The value of each report seed.
+        diverged: The seeds whose runs diverged.
     """
     contrasts = [x for name in values for x in _contrasts(protocol, name)]
     claims = tuple(Claim(str(i), "", "", "exploratory", (contrast,)) for i, contrast in enumerate(contrasts))
     found: dict[str, Any] = {}
-    for claim in judge(dataclasses.replace(protocol, claims=claims), values):
+    for claim in judge(dataclasses.replace(protocol, claims=claims), values, diverged):
         (x,) = claim.contrasts
         pairs = found.setdefault(x.experiment, {}).setdefault(x.place, {})
         row = [*(number if math.isfinite(number) else None for number in (x.value, x.low, x.high)), x.verdict]
@@ -149,7 +189,8 @@ def at_one_rate(protocol: Protocol, values: Values) -> dict[str, Any]:
         name: dataclasses.replace(has, places={p: x for p, x in has.places.items() if p in values.get(name, {})})
         for name, has in protocol.experiments.items()
     }
-    return explored(dataclasses.replace(protocol, experiments=experiments), values)
+    reduced = dataclasses.replace(protocol, experiments=experiments)
+    return explored(reduced, values, diverged_in(reduced, values))
 
 
 def _contrasts(protocol: Protocol, name: str) -> Iterator[Contrast]:

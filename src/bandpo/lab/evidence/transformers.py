@@ -248,20 +248,17 @@ def run_plan(plan: Plan, folder: Path, jobs: int = 2, say: Callable[[str], None]
         values.setdefault(place, {})[arm] = values_of(results, k)
         at_same = values_of([_result(study, job) for job in same[place, arm]], k)
         values.setdefault(f"{place}/same-rate", {})[arm] = at_same
-    return {
-        "values": values,
-        "summary": summary,
-        "core_seconds": round(_core_seconds(plan, study, speeds, own, same), 1),
-    }
+    summary["core_parts"] = _core_parts(plan, study, speeds, own, same)
+    return {"values": values, "summary": summary, "core_seconds": round(sum(summary["core_parts"].values()), 1)}
 
 
-def _core_seconds(plan: Plan, study: Study, speeds: "Speeds", *reports: Mapping[Any, list[Job]]) -> float:
-    """The core seconds of all runs of a plan: report, profile and tuning."""
+def _core_parts(plan: Plan, study: Study, speeds: "Speeds", *reports: Mapping[Any, list[Job]]) -> dict[str, float]:
+    """The core seconds of all runs of a plan (report, profile and tuning) by part, as `Study.core_parts` has them."""
     every = [job for report in reports for runs in report.values() for job in runs]
     every += [job for place in plan.places for job in plan.profile_jobs(place)]
     for place, rows in speeds.items():
         every += [job for arm, row in rows.items() for rate in row for job in plan.tuning_jobs(place, arm, rate)]
-    return study.core_seconds(every)
+    return {name: round(seconds, 1) for name, seconds in study.core_parts(every).items()}
 
 
 Speeds = dict[str, dict[str, dict[float, float]]]
@@ -352,9 +349,17 @@ def values_of(results: Results, k: int = 16) -> dict[str, list[float]]:
 
     Returns:
         `{measure: [value of each seed]}`, for each of `MEASURES`.
+
+    Raises:
+        ValueError: If a run has no numbers before its training: it did not diverge, and was never computed.
     """
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
-    for r in results:
+    for number, r in enumerate(results):
+        if not all(math.isfinite(x) for x in r["before"].values()):
+            raise ValueError(
+                f"run {number} has no numbers before its training: its warm-up is broken, so that it says nothing of its arm; "
+                "remove its file, and its warm-up from the cache"
+            )
         after = cast("Mapping[str, float]", r["after"])
         numbers = (
             after[f"mean@{k}"],

@@ -69,9 +69,10 @@ def _add_forks(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("smoke", "quick", "full"),
         default="quick",
-        help="smoke (seconds), quick (five minutes), full (three hours of a core: all arms, SGD, the map; default: quick)",
+        help="smoke (about a quarter of a minute of a core), quick (some minutes), full (hours of a core: all arms, SGD, the "
+        "map, the confirmation; default: quick)",
     )
-    add("--only", help="parts separated by commas: drift, regimes, widths, map (default: all)")
+    add("--only", help="parts separated by commas: drift, regimes, widths, map, confirmation (default: all)")
     add("--regimes", help="regimes of the parts regimes and widths, separated by commas (default: those of the preset)")
     add("--arms", help="arms of the part regimes, separated by commas, grpo among them (default: those of the preset)")
     add("--optimizers", help="optimisers of the part regimes, separated by commas (default: those of the preset)")
@@ -85,7 +86,8 @@ def _add_evidence(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("smoke", "quick", "full"),
         default="quick",
-        help="smoke (seconds), quick (five minutes on two cores), full (up to four hours: what is registered; default: quick)",
+        help="smoke (about half a minute of a core), quick (some minutes on two cores, and once some more for warm-ups), "
+        "full (hours: what is registered; default: quick)",
     )
     add(
         "--only",

@@ -57,8 +57,8 @@ class Preset:
         drift_seeds: Seeds of the study of drift.
         drift_rates: Optimisers and rates of the study of drift.
         confirmation_regimes: Names in `REGIMES`, of the confirmation by Adam at each arm's own rate.
-        confirmation_arms: Its arms; the baseline is among them.
-        confirmation_seeds: Its seeds, like `seeds`.
+        confirmation_arms: Arms of the confirmation; the baseline is among them.
+        confirmation_seeds: Seeds of the confirmation, like `seeds`.
 
     Raises:
         ValueError: If a number of seeds cannot be split into blocks, or the study of widths has too few cells.

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from bandpo._system.bounded import parse_json, read_regular
 from bandpo._system.errors import RunError
-from bandpo._system.files import write_json
+from bandpo._system.files import finite_or_null, read_checked_json, write_checked_json
 from bandpo._system.progress import clock_time
 from bandpo.lab.backends import processes
 from bandpo.lab.forks.policy import Fork
@@ -22,7 +21,7 @@ from bandpo.lab.forks.training import Schedule, train
 from bandpo.objective import Objective
 
 _FORMAT = 2
-"""Raised when the content of a result changes, so that older results are made anew."""
+"""Raised when the content of a result changes, so that older results are made anew. A file without a checksum is older too."""
 _WORTH = 20_000
 """Optimiser steps that take about as long as several processes take to start."""
 _SILENCE = 10.0
@@ -136,7 +135,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            found = parse_json(read_regular(path), str(path))
+            found = read_checked_json(path, required=True)
             if found["cell"] != cell.describe():
                 return None
             return _checked(_with_nan(found["result"]), cell.seeds)
@@ -153,7 +152,8 @@ class Store:
             if isinstance(result, Exception):
                 run = f"{cell.part}, {cell.arm}, rate {cell.rate:g}, seed {cell.seed}"
                 raise RunError(f"{run}: {result}") from result
-            write_json(self.folder / f"{names[cell]}.json", {"cell": cell.describe(), "result": result}, indent=None)
+            content = {"cell": cell.describe(), "result": finite_or_null(result)}
+            write_checked_json(self.folder / f"{names[cell]}.json", content)
             made[names[cell]] = _with_nan(result)
             self.made += 1
             now = time.monotonic()
@@ -170,13 +170,18 @@ class Store:
 
 
 def _checked(result: Result, seeds: int) -> Result:
-    """The result, where each measure has a number for each seed and the time is there.
+    """The result, where each measure has a value for each seed, the time is there, and the start has numbers.
+
+    The start of a run has exact measures, whatever happens later. With numbers there, a value at the end that is not a number
+    is that of a run that diverged, and not of one that was never computed.
 
     Raises:
         ValueError: If it has not.
     """
     if any(len(values) != seeds for values in result["final"].values()) or not result["cpu_seconds"] >= 0:
         raise ValueError("the result does not have a number for each seed")
+    if not all(math.isfinite(result[name][0]) for name in ("curve", "entropies")):
+        raise ValueError("the result has no numbers of the start")
     return result
 
 

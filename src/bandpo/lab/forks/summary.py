@@ -1,5 +1,6 @@
 """What the runs of a study say: paired differences with intervals that hold together, and verdicts by one rule."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from bandpo.lab.evidence.protocol import Protocol, read
 from bandpo.lab.forks.policy import Fork
 from bandpo.lab.forks.regimes import ARMS, BASELINE, DRIFT, NOISE, PEAK
 from bandpo.lab.forks.theory import along_own_gradient, entropy, free_drift, neutral_upper, one_token_drift, reach
@@ -14,21 +16,31 @@ from bandpo.lab.forks.training import MOVES, RARE, TRACKED
 from bandpo.lab.forks.widths import SHARE, TRIALS, width_values
 from bandpo.statistics import Interval, bounded_interval, t_interval, verdict
 
-SMALLEST: Mapping[str, float] = {"mean": 0.02, "passed": 0.03, "entropy": 0.1, "speed": 0.02, "right": 0.02}
-"""The smallest effect of interest of each measure, set by hand; entropy in nats, the others as shares."""
+MEASURED = ("mean", "passed", "entropy", "speed", "right")
+"""The measures of what a run reached that are compared here. Their smallest effects, and those of `MOVES` and
+`WIDTHS`, are those of the protocol of the evidence."""
 
-SMALLEST_MOVES: Mapping[str, float] = {"moved_up": 0.05, "moved_down": 0.05, "beyond_up": 0.05, "beyond_down": 0.05}
-"""The same for how far updates move rare tokens: nats of the log-ratio, and shares."""
-
-SMALLEST_WIDTHS: Mapping[str, float] = {"area": 0.05, "best": 0.02}
-"""The same for the study of widths, as shares."""
-
-_SMALLEST = {**SMALLEST, **SMALLEST_MOVES, **SMALLEST_WIDTHS}
+WIDTHS = ("area", "best")
+"""The measures of the study of widths."""
 
 HALVES = (("bandpo-kl-upper", "bandpo-kl"), ("bandpo-kl-upper", "bandpo-kl-lower"), ("bandpo-kl-lower", "bandpo-kl"))
 """Pairs of arms that are compared beside the differences from the baseline."""
 
 _DIGITS = 5
+
+
+def smallest_of(measure: str) -> float:
+    """The smallest effect of interest of a measure, as the protocol of the evidence registers it.
+
+    Args:
+        measure: A name in `MEASURED`, `MOVES` or `WIDTHS`.
+    """
+    return _protocol().measures[measure].smallest
+
+
+@functools.cache
+def _protocol() -> Protocol:
+    return read()
 
 
 def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
@@ -46,7 +58,7 @@ def range_of(regime: str | None, measure: str) -> tuple[float, float] | None:
 
     Args:
         regime: A name in `REGIMES`; None for a problem of the map.
-        measure: A name in `SMALLEST`, `SMALLEST_MOVES` or `SMALLEST_WIDTHS`.
+        measure: A name in `MEASURED`, `MOVES` or `WIDTHS`.
     """
     if measure.startswith("moved"):
         return None
@@ -62,18 +74,19 @@ def compared(
     """The paired difference of two arms in a measure, with its verdict.
 
     A measure with a range has an interval that allows for failures that no seed has shown (`bounded_interval`), the others
-    Student's. A seed on which one of the two has no such token is left out; a run that diverged makes all numbers NaN.
+    Student's, which is too narrow to say `equivalent`: their verdict is `undecided` then. A seed on which one of the two has no
+    such token is left out; a run that diverged makes all numbers NaN.
 
     Args:
         first: Values of the first arm by seed.
         second: Values of the second arm on the same seeds; of two lists the longer one is cut.
-        measure: A name in `SMALLEST`, `SMALLEST_MOVES` or `SMALLEST_WIDTHS`.
+        measure: A name in `MEASURED`, `MOVES` or `WIDTHS`.
         comparisons: Intervals that hold together with a chance of 95%.
         regime: A name in `REGIMES`; None for a problem of the map.
     """
     pairs = min(len(first), len(second))
     differences = np.subtract(first[:pairs], second[:pairs], dtype=float)
-    if measure in SMALLEST_MOVES:
+    if measure in MOVES:
         differences = differences[np.isfinite(differences)]
     ends = range_of(regime, measure)
     if ends is None or not np.isfinite(differences).all():
@@ -81,7 +94,8 @@ def compared(
     else:
         reach = ends[1] - ends[0]
         found = bounded_interval(differences.clip(-reach, reach).tolist(), -reach, reach, comparisons)
-    return {**_rounded(found), "verdict": verdict(found, _SMALLEST[measure])}
+    state = verdict(found, smallest_of(measure))
+    return {**_rounded(found), "verdict": "undecided" if state == "equivalent" and ends is None else state}
 
 
 def _rounded(found: Interval) -> dict[str, float]:
@@ -103,13 +117,13 @@ def summarise_regimes(found: Mapping[str, Any]) -> dict[str, Any]:
         pairs = pairs_of(list(arms))
         family = len(pairs) * optimizers.count(key.partition("/")[2])
         values = {
-            way: {arm: {m: _rounded(t_interval(row[way]["final"][m])) for m in SMALLEST} for arm, row in arms.items()}
+            way: {arm: {m: _rounded(t_interval(row[way]["final"][m])) for m in MEASURED} for arm, row in arms.items()}
             for way in ("own", "same")
         }
         differences = {
             way: {
                 f"{a} - {b}": {
-                    m: compared(arms[a][way]["final"][m], arms[b][way]["final"][m], m, family, regime) for m in SMALLEST
+                    m: compared(arms[a][way]["final"][m], arms[b][way]["final"][m], m, family, regime) for m in MEASURED
                 }
                 for a, b in pairs
             }
@@ -137,9 +151,9 @@ def summarise_confirmation(found: Mapping[str, Any]) -> dict[str, Any]:
             "seeds": len(final[BASELINE]["mean"]),
             "family": family,
             "rates": {arm: row["rate"] for arm, row in arms.items()},
-            "values": {arm: {m: _rounded(t_interval(row[m])) for m in SMALLEST} for arm, row in final.items()},
+            "values": {arm: {m: _rounded(t_interval(row[m])) for m in MEASURED} for arm, row in final.items()},
             "differences": {
-                f"{a} - {b}": {m: compared(final[a][m], final[b][m], m, family, regime) for m in SMALLEST}
+                f"{a} - {b}": {m: compared(final[a][m], final[b][m], m, family, regime) for m in MEASURED}
                 for a, b in pairs_of(list(arms))
             },
         }
@@ -164,15 +178,15 @@ def summarise_map(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         family = len(pairs)
         differences = {
             f"{a} - {b}": {
-                m: compared(arms[a]["own"]["final"][m], arms[b]["own"]["final"][m], m, family) for m in SMALLEST
+                m: compared(arms[a]["own"]["final"][m], arms[b]["own"]["final"][m], m, family) for m in MEASURED
             }
             for a, b in pairs
         }
         means = {
             m: {arm: float(np.mean(cast("list[float]", row["own"]["final"][m]))) for arm, row in arms.items()}
-            for m in SMALLEST
+            for m in MEASURED
         }
-        winners = {m: _winner(means[m], {n: d[m]["verdict"] for n, d in differences.items()}) for m in SMALLEST}
+        winners = {m: _winner(means[m], {n: d[m]["verdict"] for n, d in differences.items()}) for m in MEASURED}
         summary.append(
             {
                 **{name: cell[name] for name in ("share", "steps", "flip")},
