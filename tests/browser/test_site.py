@@ -321,6 +321,24 @@ def test_the_zoo_as_cards_and_as_a_table(at):
     assert page.locator(".zoo-controls output").inner_text() == f"{len(shown)} of {count} objectives"
 
 
+def test_what_scrolls_sideways_on_a_phone_shows_it_and_can_be_reached(at, page):
+    page.set_viewport_size({"width": 390, "height": 900})
+    at("zoo/").get_by_role("button", name="Table", exact=True).click()
+    table = page.locator(".zoo-table")
+    page.wait_for_function("document.querySelector('.zoo-table').hasAttribute('data-more')")
+    assert "linear-gradient" in table.evaluate("e => getComputedStyle(e).maskImage")
+    table.evaluate("e => e.scrollTo(e.scrollWidth, 0)")
+    page.wait_for_function("!document.querySelector('.zoo-table').hasAttribute('data-more')")
+    at("")
+    page.wait_for_function("document.querySelectorAll('.gallery .wide .picture-scroll[data-more]').length === 2")
+    box = page.locator(".picture-scroll").first
+    assert box.get_attribute("tabindex") == "0" and box.evaluate("e => e.scrollWidth / e.clientWidth") > 1.5
+    assert page.locator(".gallery img").count() == 6
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.wait_for_function("!document.querySelector('.picture-scroll[data-more]')")  # also after a phone was turned
+    assert page.evaluate("[...document.querySelectorAll('pre > code')].every(e => e.scrollWidth <= e.clientWidth)")
+
+
 # ---- edit links: `python tools/release.py --write` sets repo_url once the repository has an address ----
 
 
