@@ -4,6 +4,7 @@ import ast
 import json
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -270,6 +271,15 @@ def test_figures_that_formulas_and_committed_numbers_make():
     assert {path.stem for path in (made.ASSETS / "zoo").iterdir()} == set(bandpo.OBJECTIVES)
     for name in drawn:
         assert made.current(name), f"docs/assets/{name} is out of date"
+
+
+def test_the_page_of_tabular_ppo_has_the_numbers_of_its_figure():
+    example = runpy.run_path(str(ROOT / "examples/tabular_ppo_clip.py"))
+    table = example["table"](json.loads((ROOT / "docs/tabular.json").read_text()))
+    shown = (ROOT / "docs/tabular.md").read_text()
+    assert [line.split() for line in table.splitlines()] == [
+        line.split() for line in re.search(r"```\n(.*?)```", shown, re.DOTALL)[1].splitlines()
+    ]
 
 
 def test_a_figure_that_differs_is_noticed():

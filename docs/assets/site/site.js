@@ -48,6 +48,12 @@
     }
   }
 
+  // A long name in a cell may end its line behind a dot or a stroke, and nowhere else.
+  for (const code of document.querySelectorAll(".md-content td code")) {
+    if (code.children.length) continue;
+    code.replaceChildren(...code.textContent.split(/(?<=[._/=-])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
+  }
+
   // The frame of the explorer has the height of its page, the colours of the site, and the state of this page's address.
   function explorer() {
     const frame = document.querySelector("iframe[src$='explorer.html']");
