@@ -1,8 +1,11 @@
 """Runs each command of its standard input (`command_line.warm_bandpo`) in a fork of its own; prints the exit statuses.
 
-A fork is a process with fresh imports and nothing else: no tensor was made, no thread started. It leaves as any command does.
+A fork is a process with fresh imports and the problems of countdown, which take three seconds: no tensor was made, no thread
+started. It leaves as any command does.
 """
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -12,6 +15,7 @@ import reasoning_gym
 import bandpo.train.command
 import bandpo.train.evaluate_command
 from bandpo.cli import main
+from bandpo.toy.tasks import TASKS, make_splits
 
 
 def become(request):
@@ -28,6 +32,9 @@ def become(request):
 
 if __name__ == "__main__":
     assert bandpo.train.command.train and bandpo.train.evaluate_command and reasoning_gym
+    make_splits(TASKS["countdown"])
+    gc.freeze()  # no search for garbage visits the imports, and so copies their pages
+    atexit.register(gc.unfreeze)  # of a fork; libraries complain of what nobody frees at the end
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -38,7 +38,8 @@ DECIDED = ("better", "worse")
 def compact(evidence: Row) -> Row:
     """What the pages and their readers need of the result of `bandpo lab evidence`, with fewer digits.
 
-    The values of each seed stay, so that every verdict can be computed again. What docs/halves.json has is left out.
+    The values of each seed that a claim rests on stay, so that every verdict can be computed again; those of the exploratory
+    differences, and what docs/halves.json has, are left out.
 
     Raises:
         ValueError: If the result is too large to be committed.
@@ -48,13 +49,33 @@ def compact(evidence: Row) -> Row:
     kept["rates"] = {place: found["rates"] for place, found in forks.get("regimes", {}).items()}
     command = re.sub(r" --output[ =]\S+", "", evidence.get("command", ""))  # the folder is that of one machine
     found = finite_or_null(
-        {**evidence, "command": command, "forks": kept, "transformers": evidence.get("transformers", {})}, digits=DIGITS
+        {
+            **evidence,
+            "command": command,
+            "forks": kept,
+            "transformers": evidence.get("transformers", {}),
+            "values": claimed_values(evidence),
+        },
+        digits=DIGITS,
     )
     size = len(json.dumps(found))
     if size > LARGEST:
         raise ValueError(
             f"docs/evidence.json would have {size:,} bytes, more than {LARGEST:,}; keep fewer values in it"
         )
+    return found
+
+
+def claimed_values(evidence: Row) -> Row:
+    """The values that the measured contrasts of the claims are computed from, `[experiment][place][arm][measure]`."""
+    found: Row = {}
+    for claim in evidence["judged"]:
+        for x in claim["contrasts"]:
+            if x["verdict"] == NOT_MEASURED:
+                continue
+            for arm in (x["first"], x["second"]):
+                row = found.setdefault(x["experiment"], {}).setdefault(x["place"], {}).setdefault(arm, {})
+                row[x["measure"]] = evidence["values"][x["experiment"]][x["place"]][arm][x["measure"]]
     return found
 
 
@@ -127,10 +148,10 @@ def outcome_sentence(data: Row) -> str:
 
 
 def places(data: Row) -> dict[str, Row]:
-    """The differences at each place of the page: the exact regimes under Adam, and the transformers."""
+    """The differences at each place of the page: the confirmation of the exact regimes, and the transformers."""
     forks = data["explored"].get("forks", {})
     return {
-        **{place: rows for place, rows in forks.items() if place.endswith("/adam")},
+        **{place: rows for place, rows in forks.items() if place.endswith("/confirmation")},
         **data["explored"].get("transformers", {}),
     }
 
@@ -161,7 +182,7 @@ def halves_sentences(data: Row) -> str:
 
 def price_sentence(data: Row) -> str:
     """What noise does to the tokens that were nearly certain."""
-    found = data["means"].get("forks", {}).get("noise/adam", {})
+    found = data["means"].get("forks", {}).get("noise/confirmation", {})
     right = {arm: row["right"][0] for arm, row in found.items() if "right" in row and arm in (BASELINE, *HALVES)}
     if not right:
         return "The price of each half was not measured here."
@@ -197,9 +218,40 @@ def winners_table(data: Row) -> str:
     return table(["", "mean reward", "pass@16", "entropy"], rows)
 
 
+def first_place(place: str) -> str:
+    """The place that has the first seeds of a place of the confirmation; any other place is its own."""
+    return place.replace("/confirmation", "/adam")
+
+
+def first_seeds(data: Row, contrast: Row) -> list[Any] | None:
+    """The difference of a contrast of the confirmation on the seeds that had been seen before it; None if there are none."""
+    place = first_place(contrast["place"])
+    found = {} if place == contrast["place"] else data["explored"].get(contrast["experiment"], {}).get(place, {})
+    return found.get(f"{contrast['first']} - {contrast['second']}", {}).get(contrast["measure"])
+
+
+def first_seeds_sentence(data: Row) -> str:
+    """How many registered contrasts of the confirmation have the verdict that the first seeds gave."""
+    both = [
+        (x["verdict"], found[3])
+        for claim in primary(data)
+        for x in claim["contrasts"]
+        if (found := first_seeds(data, x)) is not None and x["verdict"] != NOT_MEASURED
+    ]
+    if not both:
+        return ""
+    decided = [(now, before) for now, before in both if before in DECIDED]
+    kept = sum(now == before for now, before in decided)
+    turned = sum({now, before} == set(DECIDED) for now, before in decided)
+    return (
+        f"The claims on forks are judged on fresh seeds. Of the {len(decided)} contrasts that were better or worse on the "
+        f"first 192 seeds, by an interval that holds alone, {kept} are so again, and {turned} turned into their opposite."
+    )
+
+
 def same_rate(data: Row, contrast: Row) -> list[Any] | None:
     """The difference of a contrast with every arm at the rate of the fixed clip, as `explored` has it; None if not run."""
-    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(contrast["place"], {})
+    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(first_place(contrast["place"]), {})
     return found.get(f"{contrast['first']} - {contrast['second']}", {}).get(contrast["measure"])
 
 
@@ -222,7 +274,17 @@ def same_rate_sentence(data: Row) -> str:
 
 def contrasts_table(data: Row, kind: str) -> str:
     """Every contrast of the claims of one kind."""
-    head = ["claim", "where", "difference", "measure", "claimed", "value, interval", "verdict", "at one rate"]
+    head = [
+        "claim",
+        "where",
+        "difference",
+        "measure",
+        "claimed",
+        "value, interval",
+        "verdict",
+        "first seeds",
+        "at one rate",
+    ]
     head += ["pairs", "would need"]
     rows = [
         [
@@ -233,6 +295,7 @@ def contrasts_table(data: Row, kind: str) -> str:
             x["claimed"],
             "–" if x["verdict"] == "not measured" else interval([x["value"], x["low"], x["high"]]),
             f"**{x['verdict']}**" if x["verdict"] in DECIDED else x["verdict"],
+            "–" if (found := first_seeds(data, x)) is None else f"{interval(found)} {found[3]}",
             "–" if (found := same_rate(data, x)) is None else f"{interval(found)} {found[3]}",
             str(x["pairs"]),
             "–" if x["needed"] is None else f"{x['needed']:,}",
@@ -304,7 +367,7 @@ def moved_sentence(data: Row) -> str:
 
 def missing(data: Row) -> tuple[list[str], list[str]]:
     """The places and the arms that the preset of the protocol has and these numbers have not."""
-    experiments, values = read(data["preset"]).experiments, data["values"]
+    experiments, values = read(data["preset"]).experiments, data["means"]
     places = [
         f"`{name}/{place}`"
         for name, x in experiments.items()
@@ -397,10 +460,11 @@ def _plateau(data: Row) -> str:
 
 def numbers(data: Row) -> Row:
     """The single numbers of the pages."""
-    values = data["values"]
     seeds = {
-        name: len(next(iter(next(iter(next(iter(found.values())).values())).values())))
-        for name, found in values.items()
+        name: sorted(
+            {place.seeds for key, place in read(data["preset"]).experiments[name].places.items() if key in found}
+        )
+        for name, found in data["means"].items()
     }
     seconds = data.get("core_seconds", {})
     return {
@@ -414,9 +478,10 @@ def numbers(data: Row) -> Row:
         "torch": data["versions"]["torch"],
         "platform": data["platform"],
         "same_rate": same_rate_sentence(data),
+        "first_seeds": first_seeds_sentence(data),
         "claims": len(primary(data)),
         "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
-        "seeds": listed([f"{count} paired seeds ({name})" for name, count in seeds.items()]),
+        "seeds": listed([f"{' to '.join(map(str, count))} paired seeds ({name})" for name, count in seeds.items()]),
         "core_hours": f"{sum(seconds.values()) / 3600:.1f}",
         "smallest": ", ".join(f"{MEASURES[m]} {x:g}" for m, x in data["smallest"].items() if m in MEASURES),
     }

@@ -1,4 +1,4 @@
-"""Two steps of the loss in a form that torch's eager kernels do fast: masking by bits, and gradients that are known.
+"""Steps of the loss in a form that torch's eager kernels do fast: masking by bits, a held difference, and known gradients.
 
 Without `torch.compile` each operation is a pass over the tokens, and the passes differ: on a CPU, `torch.where` takes ten times
 as long as an addition, and the backward pass of `torch.minimum` as long as thirty. Results are those of the plain forms, which
@@ -62,6 +62,33 @@ class Fill:
             return cast("Tensor", _Kept.apply(x, bits))  # type: ignore[no-untyped-call]
         return _and(x, bits)
 
+    def difference(self, x: Tensor, y: Tensor, limit: float) -> Tensor:
+        """`x - y` held within ±limit, where it has no gradient, and 0 where the mask is off; with the gradient of x.
+
+        Args:
+            x: Float32 or float64, of the mask's shape.
+            y: The same, without gradient.
+            limit: A positive number.
+        """
+        if x.device.type != "cpu" or not (is_plain(x) and is_plain(y) and is_plain(self.mask)):
+            return torch.nn.functional.hardtanh(torch.where(self.mask, x - y, 0.0), -limit, limit)
+        bits = self._of(_BITS[max(x.dtype.itemsize, y.dtype.itemsize)])
+        if x.requires_grad and torch.is_grad_enabled():
+            return cast("Tensor", _Difference.apply(x, y, bits, limit))  # type: ignore[no-untyped-call]
+        return _difference(x, y, bits, limit)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The same for a tensor that nothing else uses, which is overwritten; without gradient.
+
+        Args:
+            x: Float, of the mask's shape.
+        """
+        if x.device.type != "cpu" or not (is_plain(x) and is_plain(self.mask)):
+            return torch.where(self.mask, x, 0.0)
+        bits = self._of(_BITS[x.dtype.itemsize])
+        x.view(bits.dtype).bitwise_and_(bits)
+        return x
+
     def _of(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._bits:  # all ones are the number -1
             self._bits[dtype] = self.mask.view(torch.int8).neg().to(dtype)
@@ -90,6 +117,34 @@ class _Kept(torch.autograd.Function):
         return gradient.sum_to_size(ctx.shape), None
 
 
+def _difference(x: Tensor, y: Tensor, bits: Tensor, limit: float) -> Tensor:
+    found = x - y
+    found.view(bits.dtype).bitwise_and_(bits)
+    return found.clamp_(-limit, limit)
+
+
+class _Difference(torch.autograd.Function):
+    """One tensor for three steps: torch would keep the numbers from before the clamp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bits: Tensor, limit: float) -> Tensor:
+        found = _difference(x, y, bits, limit)
+        ctx.save_for_backward(found, bits)
+        ctx.limit, ctx.dtype = limit, x.dtype
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found, bits = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
+        gradient = cast("Tensor", grads[0])
+        if torch.is_grad_enabled() or not is_plain(gradient):
+            gradient = torch.where((bits != 0) & (found.detach().abs() < ctx.limit), gradient, 0.0)
+        else:
+            gradient = torch.ops.aten.hardtanh_backward(gradient.to(found.dtype), found, -ctx.limit, ctx.limit)
+            gradient.view(bits.dtype).bitwise_and_(bits)
+        return gradient.to(ctx.dtype), None, None, None
+
+
 class _Sloped(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -113,9 +168,10 @@ class _Sloped(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the slope is a function of x as well
             (gradient,) = torch.autograd.grad(ctx.plain(x, *of), x, gradient, create_graph=True)
         else:
-            for factor in factors:
-                gradient = gradient * factor
-            gradient = gradient.sum_to_size(slope.shape) * slope
+            for i, factor in enumerate(factors):  # the first product is ours, and takes the others
+                gradient = gradient.mul_(factor) if i else gradient * factor
+            gradient = gradient.sum_to_size(slope.shape)
+            gradient = gradient.mul_(slope) if factors else gradient * slope
         return gradient, *(None,) * (4 + len(factors))
 
 

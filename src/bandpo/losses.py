@@ -140,6 +140,7 @@ def policy_loss(
         mask=usable,
         rollout_logprobs=rollout_logprobs,
         extras=extras,
+        both_edges=metrics == "full",
     )
     value = terms.value
     if terms.counted is not None:
@@ -250,8 +251,9 @@ def _reduced(
     """`aggregate` of values that are 0 where the mask is off."""
     if aggregation == "token-sum":
         return values.sum()
-    lengths = None if aggregation == "token-mean" else valid.sum(-1)
-    count = valid.sum() if lengths is None else lengths.count_nonzero()
+    # Not as an int64 of eight bytes for each token, which torch makes to add up bools.
+    lengths = None if aggregation == "token-mean" else valid.sum(-1, dtype=torch.int32)
+    count = valid.count_nonzero() if lengths is None else lengths.count_nonzero()
     if lengths is not None and aggregation == "seq-mean-token-mean":
         values = values.sum(-1) / lengths.clamp_min(1)
     # A part without a token adds 0, also where the whole has none: there, and only there, the divisor may be 0.

@@ -18,7 +18,7 @@ from bandpo.objective import Objective
 from bandpo.reference import k3
 from bandpo.surrogates.stops import stops_outside
 from bandpo.surrogates.token import mask as clip_by_mask
-from bandpo.terms import TokenObjective, TokenSums, level_logprobs
+from bandpo.terms import TokenObjective, TokenSums, UsedTokens, level_logprobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,8 +165,9 @@ def policy_sums(
     if detail == "basic" and terms.sums is not None and _belong(terms.sums, terms):
         return _of_kernel(terms.sums, terms, entropy)
     valid = terms.mask
-    used = _used(terms)
-    fill, count, total = Fill(used), _number(used), _number(valid)
+    fill = _fill(terms)
+    used = fill.mask
+    count, total = _number(used), _number(valid)
 
     def mean(x: Tensor) -> PooledSum:
         return PooledSum(fill(x).sum(), count)
@@ -176,7 +177,7 @@ def policy_sums(
     sums = _clips(terms, used, count) if detail == "basic" else _by_probability(terms, used, r)
     sums |= {
         "ratio/mean": mean(r),
-        "kl/old_new": mean(r - log_ratio - 1),
+        "kl/old_new": PooledSum(fill.own((r - log_ratio).sub_(1)).sum(), count),
         "nonfinite_fraction": PooledSum(total - count, total),
     }
     if detail == "full":
@@ -190,18 +191,20 @@ def policy_sums(
     return sums | _of_weights(terms, fill, count)
 
 
-def _used(terms: TokenObjective) -> Tensor:
-    """The tokens that are in the statistics."""
-    used, bounds = terms.mask > terms.nonfinite, terms.bounds
+def _fill(terms: TokenObjective) -> Fill:
+    """Sets to 0 what is not in the statistics; its mask is True for the tokens that are."""
+    bounds = terms.bounds
     if not isinstance(bounds, RatioBounds) or type(terms.objective.bounds) is Clip:
-        return used
+        if terms.used is not None and _belong(terms.used, terms):
+            return terms.used.fill
+        return Fill(terms.mask > terms.nonfinite)
     # Not where an edge is NaN. Edges that are crossed are an empty interval, outside of which each token is.
-    return used & (bounds.lower + bounds.upper >= -torch.inf)
+    return Fill((terms.mask > terms.nonfinite) & (bounds.lower + bounds.upper >= -torch.inf))
 
 
-def _belong(sums: TokenSums, terms: TokenObjective) -> bool:
-    """Whether sums of the kernel are those of these terms: an adapter may have left out more tokens since."""
-    return sums.mask is terms.mask and sums.nonfinite is terms.nonfinite
+def _belong(found: TokenSums | UsedTokens, terms: TokenObjective) -> bool:
+    """Whether what was found belongs to these terms: an adapter may have left out more tokens since."""
+    return found.mask is terms.mask and found.nonfinite is terms.nonfinite
 
 
 def _of_kernel(sums: TokenSums, terms: TokenObjective, entropy: Tensor | None) -> dict[str, PooledSum]:
@@ -217,7 +220,7 @@ def _of_kernel(sums: TokenSums, terms: TokenObjective, entropy: Tensor | None) -
     }
     if entropy is None and terms.weights is None and terms.filter_weights is None:
         return found
-    fill = Fill(_used(terms))
+    fill = _fill(terms)
     if entropy is not None:
         found["entropy"] = PooledSum(fill(entropy.detach().to(sums.ratio.dtype)).sum(), count)
     return found | _of_weights(terms, fill, count)
@@ -397,7 +400,8 @@ def _clips(terms: TokenObjective, used: Tensor, count: Tensor) -> dict[str, Pool
     """Shares of tokens whose gradient is taken away."""
     if terms.stopped is None:
         return {}
-    stopped = terms.stopped & used
+    known = terms.used is not None and terms.used.fill.mask is used  # and what is not used is not stopped
+    stopped = terms.stopped if known else terms.stopped & used
     high, both = _number(stopped & _above(terms)), _number(stopped)
     return {
         "clip_fraction/low": PooledSum(both - high, count),

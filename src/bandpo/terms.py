@@ -11,8 +11,10 @@ from torch import Tensor
 from bandpo._eager import Fill, is_plain
 from bandpo._inputs import LOWEST_LOGPROB, as_columns, as_mask, check_shapes, check_tensor, traits_of, widened
 from bandpo.bounds import Clip, RatioBounds
+from bandpo.bounds.band import pushed_edge
 from bandpo.objective import Objective
-from bandpo.surrogates import clip, hold
+from bandpo.surrogates import MAX_LOG_RATIO, clip, hold
+from bandpo.surrogates.clipped import clipped_to_edge
 from bandpo.surrogates.stops import stop_rule_of, value_and_stopped
 
 
@@ -35,6 +37,17 @@ class TokenSums(NamedTuple):
     """The tokens that were left out, the same object as that of the terms."""
 
 
+class UsedTokens(NamedTuple):
+    """The fill of the tokens that are used, with the tensors that it belongs to, so that metrics need not make another one."""
+
+    fill: Fill
+    """Sets tensors to 0 where a token is not used."""
+    mask: Tensor
+    """The mask that it belongs to, the same object as that of the terms."""
+    nonfinite: Tensor
+    """The tokens that were left out, the same object as that of the terms."""
+
+
 class TokenObjective(NamedTuple):
     """What one evaluation of an objective produced for each token; the result of `token_objective`."""
 
@@ -43,9 +56,11 @@ class TokenObjective(NamedTuple):
     log_ratio: Tensor
     """`log r` at the objective's ratio level, held within ±40, with gradient; 0 where the mask is off or a token left out."""
     bounds: RatioBounds | Tensor
-    """What the surrogate was given: an interval, or whether the token is inside."""
+    """What the surrogate was given: an interval, or whether the token is inside. With `both_edges=False` it may be a float
+    tensor, the edge that each advantage pushes to, times the advantage's sign."""
     anchor_logprobs: Tensor
-    """Log-probs of the policy that the ratio is taken against; 0 where the mask is off or a token is left out."""
+    """Log-probs of the policy that the ratio is taken against; 0 where the mask is off or a token is left out. With
+    `both_edges=False` they may be as given: any number, or none, is then at those tokens."""
     advantages: Tensor
     """As a column or per token; 0 where they are not finite, and per token also where the mask is off or a token left out."""
     weights: Tensor | None
@@ -74,6 +89,8 @@ class TokenObjective(NamedTuple):
     sums: TokenSums | None = None
     """Sums of the fused kernel on CUDA, which metrics use while `mask` and `nonfinite` are the tensors that they belong to;
     None where the terms come from the plain path."""
+    used: UsedTokens | None = None
+    """The tokens that are used, for metrics while `mask` and `nonfinite` are the tensors that it belongs to."""
 
 
 def token_objective(
@@ -86,6 +103,7 @@ def token_objective(
     rollout_logprobs: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
     bounds: RatioBounds | Tensor | None = None,
+    both_edges: bool = True,
 ) -> TokenObjective:
     """Per-token objective before aggregation, `w_t s(log r_t, A_t, b_t)`, for adapters that aggregate as their host does.
 
@@ -104,6 +122,9 @@ def token_objective(
             correction, or a filter that measures the sampler.
         extras: What else the objective needs, named in `Objective.extras`, one for each sequence or token.
         bounds: The result of `objective.bounds` for these tokens, `(batch, time)`, where it is known already; None computes it.
+        both_edges: Whether the terms must have both edges, which the full set of metrics reads. False saves time and memory
+            where the surrogate is a clip, because the edge that the advantage pushes to decides alone. Values, gradients and
+            the basic metrics are the same to the last bit.
 
     Returns:
         The value of each token, and what it was made from.
@@ -137,12 +158,39 @@ def token_objective(
         usable = usable & ~(nan if nan.dim() == 2 else nan.flatten(2).any(-1))
     nonfinite = valid ^ usable
     fill = Fill(usable)
+    used = UsedTokens(fill, valid, nonfinite)
 
-    new, old = fill(widened(logprobs)), fill(widened(anchor))
     per_token = columns.shape[1] > 1
     # At token level a column stays one: a surrogate tells by it that a sequence has one advantage.
     as_column = not per_token and objective.ratio_level == "token"
     advantages = columns.nan_to_num(0.0, 0.0, 0.0) if as_column else fill(columns)
+    if (
+        not both_edges
+        and bounds is None
+        and _is_decided_by_one_edge(objective, logprobs)
+        and not _by_kernel(logprobs, anchor, objective)
+    ):
+        edge = pushed_edge(objective.bounds, widened(anchor), advantages)
+        if edge is not None:
+            log_ratio = fill.difference(widened(logprobs), widened(anchor), MAX_LOG_RATIO)
+            ratio = log_ratio.detach().exp()
+            value, stopped = clipped_to_edge(log_ratio, advantages, edge, fill, ratio)
+            return TokenObjective(
+                value,
+                log_ratio,
+                edge,
+                anchor,
+                advantages,
+                None,
+                nonfinite,
+                stopped,
+                valid,
+                objective,
+                ratio=ratio,
+                used=used,
+            )
+
+    new, old = fill(widened(logprobs)), fill(widened(anchor))
     # In place where nobody asks for the log-probs themselves.
     reads_new = _reads_logprobs(objective) or not is_plain(new)
     difference = new - old if reads_new else new.sub_(old)
@@ -190,6 +238,7 @@ def token_objective(
         objective,
         divergence=divergence,
         ratio=ratio,
+        used=used,
     )
     return _filtered(terms, new, rollout_logprobs, fill) if objective.filters else terms
 
@@ -435,13 +484,25 @@ def _fused(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, valid: Tensor, objective: Objective
 ) -> tuple[Tensor, RatioBounds, Tensor, Tensor | None] | None:
     """Objective, bounds, which tokens are outside, and sums, by one Triton kernel on CUDA; None where it cannot be used."""
-    fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
-    plain = is_plain(logprobs) and is_plain(old_logprobs)  # first: torch.compile does not look into a cached function
-    if not fits or not plain or not _runs_triton(logprobs.device.type):
+    if not _by_kernel(logprobs, old_logprobs, objective):
         return None
     from bandpo.surrogates.kernel import clipped_objective
 
     return clipped_objective(logprobs, old_logprobs.detach(), advantages, valid, objective.bounds)
+
+
+def _by_kernel(logprobs: Tensor, old_logprobs: Tensor, objective: Objective) -> bool:
+    fits = objective.surrogate is clip and objective.ratio_level == "token" and objective.correction is None
+    plain = is_plain(logprobs) and is_plain(old_logprobs)  # first: torch.compile does not look into a cached function
+    return fits and plain and _runs_triton(logprobs.device.type)
+
+
+def _is_decided_by_one_edge(objective: Objective, logprobs: Tensor) -> bool:
+    """Whether an objective is the clip of each token's ratio alone, and one edge is less work than both."""
+    alone = objective.correction is None and not objective.filters
+    if type(objective.bounds) is Clip and not is_plain(logprobs):
+        return False  # two numbers are no work at all, and the compiler makes faster code of both edges
+    return objective.surrogate is clip and objective.ratio_level == "token" and alone
 
 
 @functools.cache

@@ -20,8 +20,7 @@ from bandpo.train.folder import choose_folder, released_at_end
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def place(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
 

@@ -36,8 +36,7 @@ def the_line(error):
 
 
 @pytest.mark.slow
-def test_the_printed_line_resumes_the_run(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def test_the_printed_line_resumes_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "ends_early.py").write_text(REWARD)
     file = {

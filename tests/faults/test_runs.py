@@ -20,8 +20,7 @@ SAME = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "model/model.safete
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path_factory, tmp_path, monkeypatch):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def place(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
 

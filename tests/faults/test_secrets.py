@@ -23,8 +23,7 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path_factory, tmp_path, monkeypatch):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def place(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
 

@@ -79,7 +79,7 @@ def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch)
     """Real runs, of one rollout."""
     monkeypatch.setattr(command, "read", lambda preset: few_seeds(read(preset), 3))
     monkeypatch.setitem(study_module.PRESETS, "smoke", replace(study_module.PRESETS["smoke"], rollouts=1))
-    words = ("--preset", "smoke", "--only", "forks/diversity/adam", "--arms", "bandpo-kl", "--output", str(tmp_path))
+    words = ("--preset", "smoke", "--only", "forks/diversity/confirmation", "--arms", "bandpo-kl", "--output", str(tmp_path))
     found = []
     for _ in range(2):
         assert run(options(*words, "--jobs", "1")) == 0
@@ -87,7 +87,7 @@ def test_a_command_that_is_given_again_makes_no_run_again(tmp_path, monkeypatch)
         made = {path: path.stat().st_mtime_ns for path in (tmp_path / "forks" / "cells").iterdir()}
         found.append((made, {name: content[name] for name in ("judged", "explored", "means", "values")}))
     assert found[0] == found[1] and len(found[0][0]) >= 4
-    assert set(found[0][1]["values"]["forks"]["diversity/adam"]) == {"grpo", "bandpo-kl"}
+    assert set(found[0][1]["values"]["forks"]["diversity/confirmation"]) == {"grpo", "bandpo-kl"}
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_wrong_options_are_refused(words, message, tmp_path):
 
 def test_only_names_experiments_and_places():
     quick = read("quick")
-    some = restricted(quick, ["forks/n*/adam", "transformers"])
-    assert list(some.experiments["forks"].places) == ["needle/adam", "noisy/adam", "noise/adam"]
+    some = restricted(quick, ["forks/n*/confirmation", "transformers"])
+    assert list(some.experiments["forks"].places) == ["needle/confirmation", "noisy/confirmation", "noise/confirmation"]
     assert some.experiments["transformers"] == quick.experiments["transformers"] and some.claims == quick.claims
     assert not restricted(quick, ["forks"]).experiments["transformers"].places
     few = restricted(quick, None, ["bandpo-kl"]).experiments["forks"]
-    assert few.places["noisy/adam"].arms == ("grpo", "bandpo-kl")
+    assert few.places["noisy/confirmation"].arms == ("grpo", "bandpo-kl")
     assert few.places["width/noisy"] == quick.experiments["forks"].places["width/noisy"]
 
 
@@ -134,15 +134,17 @@ def test_the_study_of_forks_has_the_places_of_the_protocol():
 def test_values_that_the_protocol_asks_for_and_that_are_missing_are_named(protocol):
     experiment = protocol.experiments["forks"]
     values = made_up_values(protocol)["forks"]
-    extra = {**values, "other/adam": {"grpo": {"mean": [0.0]}}}
+    extra = {**values, "other/confirmation": {"grpo": {"mean": [0.0]}}}
     assert measured(experiment, extra) == values
-    del extra["noise/adam"]["grpo"]["right"]
-    with pytest.raises(ValueError, match="no right of grpo at noise/adam"):
+    del extra["noise/confirmation"]["grpo"]["right"]
+    with pytest.raises(ValueError, match="no right of grpo at noise/confirmation"):
         measured(experiment, extra)
 
 
 def test_seeds_of_the_runs_are_those_of_the_protocol(protocol, tmp_path):
-    forks = replace(protocol.experiments["forks"], report_seed=77_000)
+    forks = protocol.experiments["forks"]
+    places = {place: replace(has, report_seed=77_000) for place, has in forks.places.items()}
+    forks = replace(forks, places=places)
     other = replace(protocol, experiments={**protocol.experiments, "forks": forks})
     with pytest.raises(ValueError, match=r"registers the first seeds \(77000, .* must agree"):
         EXPERIMENTS["forks"](other, tmp_path, 1, lambda _: None)
@@ -188,12 +190,12 @@ def test_the_pages_of_one_experiment_alone(tool, protocol, part, monkeypatch):
 
 def test_what_was_not_run_is_named(tool):
     quick = read("quick")
-    data = {"preset": "quick", "values": made_up_values(quick)}
+    data = {"preset": "quick", "means": made_up_values(quick)}
     assert set(tool.missing_sentences(data).values()) == {"Everything that is registered was run."}
-    data["values"] = made_up_values(restricted(quick, ["forks"], ["bandpo-kl"]))
-    del data["values"]["transformers"], data["values"]["forks"]["noise/adam"]
+    data["means"] = made_up_values(restricted(quick, ["forks"], ["bandpo-kl"]))
+    del data["means"]["transformers"], data["means"]["forks"]["noise/confirmation"]
     places, arms = tool.missing(data)
-    assert places == ["`forks/noise/adam`", "`transformers/detours/lag0`"]
+    assert places == ["`forks/noise/confirmation`", "`transformers/detours/lag0`"]
     assert arms == ["`clip-higher`", "`bandpo-kl-upper`", "`bandpo-kl-lower`", "`no-clip`"]
     assert "are 2 places and 4 arms" in tool.missing_sentences(data)["missing"]
 
@@ -201,7 +203,7 @@ def test_what_was_not_run_is_named(tool):
 def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
     def said(verdict, value):
         changed = json.loads(json.dumps(evidence))
-        changed["explored"]["forks"]["diversity/adam"]["bandpo-kl-upper - grpo"]["passed"] = [
+        changed["explored"]["forks"]["diversity/confirmation"]["bandpo-kl-upper - grpo"]["passed"] = [
             value,
             value,
             value,
@@ -246,7 +248,8 @@ def test_a_diverged_arm_has_a_word_in_place_of_a_dot(evidence):
 
 def test_places_have_short_names():
     names = {
-        "noisy/adam": "noisy",
+        "noisy/confirmation": "noisy",
+        "noisy/adam": "noisy, first seeds",
         "noisy/sgd": "noisy, SGD",
         "moves/noisy": "noisy",
         "detours/lag16": "detours, lag 16",

@@ -25,11 +25,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
-
-
 def plan(**changes):
     base = Plan(("detours/lag0",), ("grpo", "bandpo-kl-upper"), (3000, 3001), (1000, 1001), (4e-4,), {}, TINY)
     return replace(base, **changes)

@@ -17,11 +17,6 @@ OPTIONS = 112
 A, B = FIRST + 29, FIRST + 29 + OPTIONS  # the first options of both forks
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
-
-
 def solved_by(name, kind):
     """The options of A that solve a type, from the description and not from the code."""
     common, good, each = {"detours": (3, 8, 4), "traps": (4, 2, 6)}[name]

@@ -18,6 +18,7 @@ from bandpo.lab.experiments.arguments import add_arguments, run
 from bandpo.lab.forks.figures import plot_map
 from bandpo.lab.forks.plan import (
     BLOCK,
+    CONFIRMATION_SEED,
     PRESETS,
     REPORT_SEED,
     SLOW,
@@ -289,7 +290,15 @@ def test_a_grid_grows_while_its_best_cell_is_at_an_end():
 
 def test_nothing_that_was_tuned_on_enters_the_report():
     store = Fake()
-    found = results(PRESETS["full"], store, ("regimes", "widths", "map", "drift"))
+    full = PRESETS["full"]
+    confirmed = results(full, store, ("confirmation",))
+    assert {x.seed for x in store.asked} == {TUNING_SEED, *range(CONFIRMATION_SEED, CONFIRMATION_SEED + 22)}
+    assert {x.seeds for x in store.asked if x.seed != TUNING_SEED} == {BLOCK} and full.confirmation_seeds == 22 * BLOCK
+    fresh = values_of(confirmed)
+    assert set(fresh) == {f"{regime}/confirmation" for regime in full.regimes}
+    assert {len(x) for arms in fresh.values() for row in arms.values() for x in row.values()} == {22 * BLOCK}
+    store = Fake()
+    found = results(full, store, ("regimes", "widths", "map", "drift"))
     assert {x.seeds for x in store.asked if x.seed == TUNING_SEED} == {PRESETS["full"].tuning_seeds}
     report = {x.seed for x in store.asked} - {TUNING_SEED}
     assert report == {REPORT_SEED, REPORT_SEED + 1, REPORT_SEED + 2} and PRESETS["full"].seeds == 3 * BLOCK
@@ -434,10 +443,13 @@ def test_the_protocol_and_the_study_agree():
     assert (experiment.tuning_seeds, experiment.tuning_seed) == (full.tuning_seeds, TUNING_SEED)
     places = {f"{regime}/{optimizer}" for regime in full.regimes for optimizer in full.optimizers}
     places |= {f"width/{regime}" for regime in full.width_regimes}
+    places |= {f"{regime}/confirmation" for regime in full.confirmation_regimes}
     assert places == {name for name in experiment.places if not name.startswith("moves/")}
     for name, place in experiment.places.items():
         if name.startswith("width/"):
             assert set(place.arms) == set(families())
+        elif name.endswith("/confirmation"):
+            assert place.arms == full.confirmation_arms
         else:
             assert set(place.arms) == set(ARMS) - set(SLOW)
         for measure, registered in place.measures.items():

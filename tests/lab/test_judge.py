@@ -20,7 +20,7 @@ ARMS = ("a", "b")
 def protocol_of(seeds: int = 300, interval: Any = "bounded", claimed: Any = "better", places: int = 2) -> Protocol:
     names = [f"p{i}" for i in range(places)]
     measures = {"mean": MEAN, "entropy": ENTROPY, "moved": MOVED}
-    experiment = Experiment(interval, seeds, 1000, 4, 0, {name: Place(ARMS, measures, seeds) for name in names})
+    experiment = Experiment(interval, seeds, 1000, 4, 0, {name: Place(ARMS, measures, seeds, 1000) for name in names})
     claims = tuple(
         Claim(
             m,

@@ -38,11 +38,10 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def problem(monkeypatch, tmp_path_factory):
+def problem(monkeypatch):
     made = tiny()
     monkeypatch.setattr("bandpo.lab.comparison.loop.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
     monkeypatch.setattr("bandpo.lab.comparison.warmup.PROBLEMS", {**PROBLEMS, "tiny": lambda: made})
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
 
 
 def setting(**changes):

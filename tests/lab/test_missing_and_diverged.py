@@ -162,8 +162,7 @@ def test_tuning_does_not_choose_what_diverged_or_what_is_missing(tmp_path):
     assert "paths: bandpo-kl tuned, 2 of 2 runs of its grid" in summarise(study, PLAN)["incomplete"]
 
 
-def test_a_run_whose_weights_are_no_numbers_is_told_and_its_neighbour_is_as_alone(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
+def test_a_run_whose_weights_are_no_numbers_is_told_and_its_neighbour_is_as_alone():
     setting = PLAN.setting_of("paths", warm_up_steps=1)
     runs = [Run(OBJECTIVES["grpo"], 1e-3, seed=seed) for seed in (0, 1)]
     stacked, alone = Loop(setting, runs), Loop(setting, runs[:1])

@@ -253,9 +253,8 @@ def test_what_mixes_the_seeds_is_not_on_the_bandit():
         assert [name for name in preset.objectives if why_not_on_bandits(name)] == []
 
 
-def test_the_runs_of_a_stack_are_computed_one_by_one(monkeypatch, tmp_path_factory):
+def test_the_runs_of_a_stack_are_computed_one_by_one():
     """So that an objective that looks at its whole batch sees the batch of its run alone, and code may branch on values."""
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "lab-cache"))
 
     def branching(log_ratio, advantages, bounds):
         r = log_ratio.exp()

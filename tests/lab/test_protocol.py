@@ -46,10 +46,21 @@ def test_the_arms_and_places_are_those_of_the_experiments(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_seed_of_tuning_is_one_of_the_report(preset: str) -> None:
     for experiment in read(preset).experiments.values():
-        report = range(experiment.report_seed, experiment.report_seed + experiment.seeds)
         tuning = range(experiment.tuning_seed, experiment.tuning_seed + experiment.tuning_seeds)
-        assert not set(report) & set(tuning)
-        assert all(place.seeds <= experiment.seeds for place in experiment.places.values())
+        for place in (experiment, *experiment.places.values()):
+            assert not set(range(place.report_seed, place.report_seed + place.seeds)) & set(tuning)
+
+
+def test_no_seed_of_the_confirmation_had_been_seen() -> None:
+    places = read().experiments["forks"].places
+    fresh = {place: has for place, has in places.items() if place.endswith("/confirmation")}
+    blocks = {
+        place: set(range(has.report_seed, has.report_seed + -(-has.seeds // 64))) for place, has in places.items()
+    }
+    seen = set().union(*(found for place, found in blocks.items() if place not in fresh))
+    assert fresh and not any(blocks[place] & seen for place in fresh)
+    judged = {x.place for claim in read().claims if claim.kind == "primary" for x in claim.contrasts}
+    assert not judged & {place for place in places if place.endswith("/adam")}, "these had been seen"
 
 
 def test_presets_only_leave_out() -> None:
@@ -68,7 +79,10 @@ def test_presets_only_leave_out() -> None:
 def test_the_power_calculations_are_those_of_the_numbers_beside_them() -> None:
     protocol = read()
     for row in protocol.calculations:
-        smallest, seeds = protocol.measures[row.measure].smallest, protocol.experiments[row.experiment].seeds
+        smallest = protocol.measures[row.measure].smallest
+        contrasts = [x for claim in protocol.claims if claim.kind == "primary" for x in claim.contrasts]
+        judged = {x.place for x in contrasts if (x.experiment, x.measure) == (row.experiment, row.measure)}
+        (seeds,) = {protocol.experiments[row.experiment].places[place].seeds for place in judged}
         assert row.needed == pairs_needed(row.deviation, smallest, row.comparisons, power=protocol.power)
         assert row.detectable == pytest.approx(
             smallest_detectable(seeds, row.deviation, row.comparisons, power=protocol.power), abs=6e-5
@@ -107,7 +121,8 @@ REFUSED = {
     "a claim twice": (lambda c: c["claims"].append(c["claims"][0]), "upper-passed is there twice"),
     "an experiment": (lambda c: c["claims"][0]["contrasts"][0].update(experiment="fork"), "did you mean 'forks'"),
     "seeds of tuning in the report": (lambda c: c["experiments"]["forks"].update(tuning_seed=30100), "overlap"),
-    "too many seeds in a place": (lambda c: c["experiments"]["forks"]["places"][-1].update(seeds=500), "has 192 seeds"),
+    "seeds of tuning in a place": (lambda c: c["experiments"]["forks"].update(tuning_seed=40100), "overlap"),
+    "too many seeds in a preset": (lambda c: c["presets"]["quick"]["forks"].update(seeds=500), "has 192 seeds"),
     "a place of a preset": (lambda c: c["presets"]["quick"]["forks"].update(places=["race/adm"]), "did you mean"),
     "an effect of 0": (lambda c: c["measures"]["mean"].update(smallest=0), "above 0"),
     "a range that is turned": (lambda c: c["measures"]["mean"].update(range=[1, 0]), "must be the smaller one"),
@@ -139,6 +154,10 @@ def test_the_presets_of_the_forks_are_those_of_the_protocol(preset: str) -> None
         first, _, second = name.partition("/")
         if first == "width":
             assert second in plan.width_regimes and place.seeds == plan.width_seeds
+            continue
+        if second == "confirmation":
+            assert first in plan.confirmation_regimes and set(place.arms) <= set(plan.confirmation_arms)
+            assert (place.seeds, place.report_seed) == (plan.confirmation_seeds, forks_plan.CONFIRMATION_SEED)
             continue
         regime, optimizer = (second, "adam") if first == "moves" else (first, second)
         assert regime in plan.regimes and optimizer in plan.optimizers and place.seeds == plan.seeds

@@ -17,12 +17,11 @@ SMALL = [
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -48,7 +47,7 @@ def test_any_region_trains_and_has_a_report(name, options, tmp_path):
         assert {"band/radius", "dynamic_sampling/rounds"} <= {key for row in rows for key in row}
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("task", ["countdown", "chain_sum", "letter_counting"])
 def test_train_leaves_everything_it_promises(task, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +102,7 @@ def test_train_leaves_everything_it_promises(task, tmp_path):
     assert warm_bandpo("train", "--task", task, "--output_dir", str(folder), *SMALL, cwd=tmp_path).returncode == 2
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
     first = bandpo("train", *SMALL, "--output_dir", "a", cwd=tmp_path)  # a new process; the others are forks
     assert first.returncode == 0, first.stderr
@@ -127,7 +126,7 @@ def test_same_seed_same_run_and_config_repeats_it_and_resume_joins_it(tmp_path):
     assert samples == (tmp_path / "a" / "samples.jsonl").read_text()
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 def test_any_model_and_dataset_with_a_reward_of_yours(tmp_path):
     from bandpo.toy.models import WarmUp, build_model, build_tokenizer
 
@@ -257,11 +256,16 @@ def test_report_escapes_what_models_write(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_main_job_learns(seed, tmp_path):
-    """`bandpo train` as `make train` runs it: held-out mean@8 rises by at least 0.10, for each of three seeds."""
-    result = warm_bandpo("train", "--seed", str(seed), "--output_dir", "run", cwd=tmp_path)
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("seed", [0, 1, 2] if os.environ.get("BANDPO_NIGHTLY") else [0])
+def test_main_job_learns(tmp_path, seed):
+    """`bandpo train` as `make train` runs it: held-out mean@8 rises by at least 0.10; each night for three seeds.
+
+    One seed tells. By the five seeds of docs/start.md the rise is 0.132, with a standard deviation of 0.0064 between seeds
+    (0.008 = 2.78 * 0.0064 / sqrt(5)), so that the bound is five of them below it. What has learned nothing differs from 0 by
+    the noise of 2 * 2048 samples, at most sqrt(2 * 0.277 * 0.723 / 2048) = 0.014: the bound is seven of these above it.
+    """
+    result = warm_bandpo("train", "--output_dir", "run", "--seed", str(seed), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert evaluation["after"]["mean@8"] >= evaluation["before"]["mean@8"] + 0.10
@@ -294,7 +298,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
     assert (tmp_path / "timings.jsonl").read_text() == '{"step": 4, "step_time": 1.5}\n'
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 def test_a_mistake_in_the_data_leaves_no_folder_behind(tmp_path):
     options = ["--task", "chain_sum", "--reward", "nowhere:f", "--use_cpu", "true", "--bf16", "false", *SMALL]
     result = warm_bandpo("train", *options, "--output_dir", "out", cwd=tmp_path)
@@ -303,7 +307,7 @@ def test_a_mistake_in_the_data_leaves_no_folder_behind(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 def test_kl_to_the_warmed_up_model(tmp_path):
     result = warm_bandpo("train", *SMALL, "--beta", "0.05", "--delta", "10", "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -15,12 +15,11 @@ SMALL = [
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("BANDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("method", ["chipo", "online-dpo", "rdrc", "rbrm"])
 def test_each_method_trains_and_leaves_the_same_things(method, tmp_path):
     extra = ["--probe_prompts", "20"] if method == "rbrm" else []
@@ -38,7 +37,7 @@ def test_each_method_trains_and_leaves_the_same_things(method, tmp_path):
     assert "<svg" in (folder / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 def test_config_repeats_a_run_and_an_interrupted_one_goes_on(tmp_path):
     whole = warm_bandpo("train", "--method", "pdfr", *SMALL, "--output_dir", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -55,7 +54,7 @@ def test_config_repeats_a_run_and_an_interrupted_one_goes_on(tmp_path):
     assert metrics[0] == metrics[1] == metrics[2]
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("extra", [[], ["--lora_rank", "4"]], ids=["full", "lora"])
 def test_pairs_of_your_own(extra, tmp_path):
     rows = [
@@ -74,7 +73,7 @@ def test_pairs_of_your_own(extra, tmp_path):
     assert (folder / "report.html").exists()
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 def test_a_run_on_pairs_goes_on_from_its_checkpoint(tmp_path):
     rows = [{"prompt": f"{a},1,1={a}:", "chosen": f"{a}+1-1", "rejected": f"{a}-1-1"} for a in range(2, 34)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -89,7 +88,7 @@ def test_a_run_on_pairs_goes_on_from_its_checkpoint(tmp_path):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from bandpo._inputs import check_tensor
 from bandpo._values import ByValue
 from bandpo.bounds.roots import log_bounds
-from bandpo.bounds.table import table_for
+from bandpo.bounds.table import Table, table_for
 from bandpo.divergences import DIVERGENCES, KL, FDivergence, binary_divergence
 
 Radius = float | Tensor
@@ -262,13 +262,55 @@ class DCPO:
 
 def _tabulated(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radius]) -> tuple[Tensor, Tensor] | None:
     """Float32 bounds from the table of the region; None for tensor radii, and for an f with kinks."""
+    table = _table(logp, divergence, radii)
+    return None if table is None else table.bounds(logp)
+
+
+def _table(logp: Tensor, divergence: FDivergence, radii: tuple[Radius, Radius]) -> Table | None:
     low, high = radii
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
     if isinstance(logp, FakeTensor) and not torch.compiler.is_compiling() and not logp.fake_mode.allow_non_fake_inputs:
         return None  # a table is a real tensor, which cannot be combined with a fake one
-    table = table_for(divergence, low, high, logp.device)
-    return None if table is None else table.bounds(logp)
+    return table_for(divergence, low, high, logp.device)
+
+
+def pushed_edge(bounds: object, old_logprobs: Tensor, advantages: Tensor) -> Tensor | None:
+    """`s·b`, with s the sign of A, and b the edge that A pushes to: upper for A > 0, lower for A < 0.
+
+    Times s, each token has an upper edge alone: it is `outside` exactly where `s·r > s·b`.
+
+    Args:
+        bounds: The bounds of an objective.
+        old_logprobs: `log p`, `(batch, time)`, float32 or float64, finite where it matters.
+        advantages: A, finite, `(batch, 1)` or `(batch, time)`.
+
+    Returns:
+        A tensor that broadcasts to the tokens, 0 where A = 0, without NaN where `log p` is finite; of the same edges as the
+        bounds, to the last bit. None where one edge alone saves nothing: bounds that are neither a `Clip` nor a `Band` that
+        reads its table, or are relaxed.
+
+    Examples:
+        >>> logp, a = torch.tensor([[0.5], [0.5]]).log(), torch.tensor([[3.0], [-3.0]])
+        >>> pushed_edge(Band("kl", 0.05), logp, a), pushed_edge(Clip(0.2), logp, a)
+        (tensor([[ 1.3085],
+                [-0.6915]]), tensor([[ 1.2000],
+                [-0.8000]]))
+    """
+    dtype = old_logprobs.dtype
+    if type(bounds) is Clip:
+        assert bounds.high is not None
+        signs = advantages.sign().to(dtype)
+        up = signs.clamp_min(0.0)
+        # No ratio comes near the largest number, and 0 times an infinite edge would be NaN.
+        return (signs - up) * (1 - bounds.low) + up * min(1 + bounds.high, torch.finfo(dtype).max)
+    if type(bounds) is not Band or bounds.relax is not None or dtype != torch.float32:
+        return None
+    table = _table(old_logprobs, as_divergence(bounds.divergence), radius_of_sides(bounds.radius))
+    if table is None:
+        return None
+    cap = torch.finfo(dtype).max if bounds.max_ratio is None else _rounded_down(bounds.max_ratio, dtype)
+    return table.pushed(old_logprobs.contiguous(), advantages.sign().to(dtype), cap)
 
 
 def _finish(lower: Tensor, upper: Tensor, dtype: torch.dtype, cap: float | None) -> RatioBounds:

@@ -48,6 +48,8 @@ class Table(NamedTuple):
 
     coefficients: Tensor
     """c0, c1, c2, c3 of the lower bound, then of the upper bound, `(8, rows)` float32."""
+    of_sides: Tensor
+    """The same as `(4, 2·rows)`: the rows of the lower bound, then those of the upper one, so that the row chooses the side."""
     centers: tuple[tuple[float, int, int], ...]
     """For each center: the float32 center in t, the first row on the left, and the first row on the right."""
     uniform: int
@@ -77,8 +79,45 @@ class Table(NamedTuple):
                 x[block] = found
         return bounds[0].view_as(logp), bounds[1].view_as(logp)
 
+    def pushed(self, logp: Tensor, signs: Tensor, cap: float) -> Tensor:
+        """`s·b`, with the bound b of one side for each token as `bounds` has it: half of the reads.
+
+        Args:
+            logp: `log p`, float32, `(batch, time)`, finite; NaN gives NaN.
+            signs: s, float32, `(batch, 1)` or `(batch, time)`: 1 for the upper bound, -1 for the lower one, 0 for neither.
+            cap: The largest upper bound, finite.
+
+        Returns:
+            A float32 tensor of the shape of `logp`; 0 where the sign is 0.
+        """
+        up = signs.clamp_min(0.0)
+        first, highest = (up * (self.last + 1)).to(torch.int32), up * cap  # s·b is between s and the cap, or -1 and 0
+        if not is_plain(logp) or logp.device.type != "cpu" or logp.numel() <= _BLOCK:
+            return self._pushed(logp, signs, first, highest)
+        found = torch.empty_like(logp)
+        rows = max(_BLOCK // logp.shape[1], 1)
+        for start in range(0, len(logp), rows):
+            block = slice(start, start + rows)
+            found[block] = self._pushed(logp[block], signs[block], first[block], highest[block])
+        return found
+
+    def _pushed(self, logp: Tensor, signs: Tensor, first: Tensor, highest: Tensor) -> Tensor:
+        row, u = self._places(logp.neg())
+        index = (row + first).flatten()
+        c0, c1, c2, c3 = (c.index_select(0, index).view_as(logp) for c in self.of_sides.unbind())
+        return c3.mul_(u).add_(c2).mul_(u).add_(c1).mul_(u).add_(c0).mul_(signs).clamp(signs, highest)
+
     def _bounds(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         negated = logp.neg()
+        row, u = self._places(negated)
+        a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
+        impossible = negated.sub_(_LARGEST_LOG).clamp_min_(0.0)  # infinite for p = 0, and 0 for any p that is a number
+        lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).sub_(impossible).clamp(0.0, 1.0)
+        upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).add_(impossible).clamp_min_(1.0)
+        return lower, upper
+
+    def _places(self, negated: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each `-log p`, int32, and the place in it, from 0 to 1."""
         t = negated.clamp(0.0, self.end)
         x, first = t, torch.zeros((), dtype=torch.int32, device=t.device)
         for center, left, right in self.centers:
@@ -96,12 +135,7 @@ class Table(NamedTuple):
         # The dtype is named: an integer times a Python float would take torch's default dtype.
         u_fine = (bits & FRACTION).to(torch.float32).mul_(2.0**-SHIFT)
         u = _choose(fine, u_fine.view(torch.int32), scaled.sub_(cell).view(torch.int32)).view(torch.float32)
-        row = _choose(fine, octave, cell.add_(self.uniform)).clamp(0, self.last)  # NaN has no row
-        a0, a1, a2, a3, b0, b1, b2, b3 = (c.index_select(0, row) for c in self.coefficients.unbind())
-        impossible = negated.sub_(_LARGEST_LOG).clamp_min_(0.0)  # infinite for p = 0, and 0 for any p that is a number
-        lower = a3.mul_(u).add_(a2).mul_(u).add_(a1).mul_(u).add_(a0).sub_(impossible).clamp(0.0, 1.0)
-        upper = b3.mul_(u).add_(b2).mul_(u).add_(b1).mul_(u).add_(b0).add_(impossible).clamp_min_(1.0)
-        return lower, upper
+        return _choose(fine, octave, cell.add_(self.uniform)).clamp(0, self.last), u  # NaN has no row
 
 
 # torch.where takes ten times as long as an operation on integers, on a CPU without torch.compile.
@@ -140,14 +174,15 @@ def _constant_table(divergence: FDivergence, radius_low: float, radius_high: flo
     return _cached_table(divergence, radius_low, radius_high, device)
 
 
-# A schedule of radii makes a table for each; 64 of them are 25 MB.
+# A schedule of radii makes a table for each; 64 of them are 50 MB.
 @functools.lru_cache(maxsize=64)
 def _cached_table(divergence: FDivergence, radius_low: float, radius_high: float, device: str) -> Table | None:
     # A new thread has none of the caller's modes: fake tensors, default device, inference, autocast.
     with ThreadPoolExecutor(max_workers=1) as pool:
         table = pool.submit(_build, divergence, radius_low, radius_high).result()
         if isinstance(table, Table):
-            return table._replace(coefficients=pool.submit(table.coefficients.to, device).result())
+            there = [pool.submit(x.to, device).result() for x in (table.coefficients, table.of_sides)]
+            return table._replace(coefficients=there[0], of_sides=there[1])
     warnings.warn(
         f"The bounds of {divergence.name} at radius {(radius_low, radius_high)} bend too sharply for a float32 table: "
         f"{table}. Each call solves for them in float64 instead, which is slower and just as exact.",
@@ -201,7 +236,8 @@ def _build(divergence: FDivergence, radius_low: float, radius_high: float) -> Ta
             return f"the {name} one near log p = {-t[row, 4]:.4g} would be {4 * worst:.3g} units off, with 4 allowed"
     coefficients = torch.cat([above_lower, -above_upper]).contiguous()
     rows = tuple((c, left, right) for c, (left, right) in zip(centers, firsts, strict=True))
-    return Table(coefficients, rows, uniform, end, last=coefficients.shape[1] - 1)
+    of_sides = torch.cat(coefficients.chunk(2), dim=1)
+    return Table(coefficients, of_sides, rows, uniform, end, last=coefficients.shape[1] - 1)
 
 
 def _cover(values: Tensor, u: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:

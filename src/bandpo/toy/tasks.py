@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -186,17 +186,25 @@ def _draw(
         raise ValueError(f"the {split} split needs at least 1 row, got {size}")
     rows: dict[str, Row] = {}
     for first in range(0, 10 * size + _CHUNK, _CHUNK):
-        for item in _generator(task.name, SPLIT_SEEDS[split] + seed * _SEED_STRIDE + first, _CHUNK):
-            metadata = item["metadata"]
+        for i in range(_CHUNK):
+            answer, text = _item(task.name, SPLIT_SEEDS[split] + seed * _SEED_STRIDE + first, i)
+            metadata = json.loads(text)
             if task.key(metadata) not in excluded and unique(metadata) not in rows:
                 rows[unique(metadata)] = {
                     "prompt": task.prompt(metadata),
-                    "answer": task.answer(item["answer"]),
-                    "metadata": json.dumps(metadata),
+                    "answer": task.answer(answer),
+                    "metadata": text,
                 }
             if len(rows) == size:
                 return list(rows.values())
     raise ValueError(f"task {task.name!r} has only {len(rows)} different {split} rows; {size} were asked for")
+
+
+@lru_cache(maxsize=16_384)
+def _item(task: str, seed: int, i: int) -> tuple[str, str]:
+    """Answer and metadata (JSON) of an item: drawn once in a process, because sympy needs half a millisecond for it."""
+    item = _generator(task, seed, _CHUNK)[i]
+    return item["answer"], json.dumps(item["metadata"])
 
 
 @lru_cache(maxsize=100_000)
@@ -258,19 +266,18 @@ class _Sums:
     out, and none would be left to train on.
     """
 
-    def __init__(self, seed: int, size: int, largest: tuple[int, int]) -> None:
-        self._seed, self._size, self._largest = seed, size, largest
+    def __init__(self, seed: int, largest: tuple[int, int]) -> None:
+        self._seed, self._largest = seed, largest
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for i in range(self._seed, self._seed + self._size):
-            draw = random.Random(i)
-            first, second = (draw.randint(1, n) for n in self._largest)
-            if draw.random() < 0.5:
-                expression, answer = f"{first} + {second}", first + second
-            else:
-                first, second = max(first, second), min(first, second)
-                expression, answer = f"{first} - {second}", first - second
-            yield {"answer": str(answer), "metadata": {"expression": expression}}
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        draw = random.Random(self._seed + i)
+        first, second = (draw.randint(1, n) for n in self._largest)
+        if draw.random() < 0.5:
+            expression, answer = f"{first} + {second}", first + second
+        else:
+            first, second = max(first, second), min(first, second)
+            expression, answer = f"{first} - {second}", first - second
+        return {"answer": str(answer), "metadata": {"expression": expression}}
 
     def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
         """1.0 for the right number, else 0.0."""
@@ -280,7 +287,7 @@ class _Sums:
 @lru_cache(maxsize=8)
 def _generator(task: str, seed: int, size: int) -> "ProceduralDataset | _Sums":
     if task == "sums":
-        return _Sums(seed, size, **TASKS[task].config)
+        return _Sums(seed, **TASKS[task].config)
     import reasoning_gym  # two seconds, because it imports matplotlib; the names of the tasks need no generator
 
     return reasoning_gym.create_dataset(task, seed=seed, size=size, **TASKS[task].config)

@@ -46,7 +46,7 @@ def draw(evidence: Mapping[str, Any]) -> dict[str, str]:
     explored: Mapping[str, Differences] = evidence["explored"]
     if primary := [claim for claim in evidence["judged"] if claim["kind"] == "primary"]:
         found["evidence-claims"] = plot_claims(primary)
-    forks = {key: rows for key, rows in explored.get("forks", {}).items() if key.endswith("/adam")}
+    forks = {key: rows for key, rows in explored.get("forks", {}).items() if key.endswith("/confirmation")}
     tasks = explored.get("transformers", {})
     fresh = {key: rows for key, rows in tasks.items() if key.endswith("/lag0")}
     if groups := {**forks, **fresh}:
@@ -61,7 +61,7 @@ def draw(evidence: Mapping[str, Any]) -> dict[str, str]:
 
 
 def place_title(place: str) -> str:
-    """A place as it is printed: `noisy/adam` and `moves/noisy` are `noisy`, `NAME/lag4` is `NAME, lag 4`.
+    """A place as it is printed: `noisy/confirmation` and `moves/noisy` are `noisy`, `NAME/lag4` is `NAME, lag 4`.
 
     Args:
         place: The name of the place.
@@ -71,7 +71,9 @@ def place_title(place: str) -> str:
         return rest
     if rest.startswith("lag"):
         return f"{name}, lag {rest.removeprefix('lag')}"
-    return name if rest in ("", "adam") else f"{name}, {rest.upper()}"
+    if rest == "adam":
+        return f"{name}, first seeds"
+    return name if rest in ("", "confirmation") else f"{name}, {rest.upper()}"
 
 
 def plot_differences(head: str, places: Differences, arms: Sequence[str], smallest: Mapping[str, float]) -> str:

@@ -51,12 +51,14 @@ class Place:
     Args:
         arms: The arms.
         measures: The measures of each of their runs by name, with the ranges that they have here.
-        seeds: Number of seeds of the report, at most that of the experiment.
+        seeds: Number of seeds of the report.
+        report_seed: The first of them.
     """
 
     arms: tuple[str, ...]
     measures: Mapping[str, Measure]
     seeds: int
+    report_seed: int
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Experiment:
 
     Args:
         interval: Interval of the mean of paired differences where the measure has a range; Student's where it has none.
-        seeds: Number of seeds of the report.
-        report_seed: The first of them.
+        seeds: Number of seeds of the report, where a place has no number of its own.
+        report_seed: The first of them, in the same way.
         tuning_seeds: Number of seeds on which learning rates are chosen.
         tuning_seed: The first of them.
         places: The places by name.
@@ -348,7 +350,7 @@ def _measure(node: _Node) -> Measure:
 
 def _experiment(node: _Node, measures: Mapping[str, Measure]) -> Experiment:
     places: dict[str, Place] = {}
-    seeds = node.count("seeds", 2)
+    seeds, report_seed = node.count("seeds", 2), node.count("report_seed", 0)
     for part in node.items("places"):
         names = part.texts("names")
         arms = part.texts("arms")
@@ -359,15 +361,16 @@ def _experiment(node: _Node, measures: Mapping[str, Measure]) -> Experiment:
                 if name not in here:
                     raise ValueError(not_one_of(ranges.where, name, here))
                 here[name] = replace(here[name], range=ranges.range(name))
-        count = _at_most(part, "seeds", seeds) if part.has("seeds") else seeds
+        count = part.count("seeds", 2) if part.has("seeds") else seeds
+        start = part.count("report_seed", 0) if part.has("report_seed") else report_seed
         part.done()
         if twice := [name for name in names if name in places]:
             raise ValueError(f"{part.where}: names: {', '.join(twice)} is there twice; name each place once")
-        places.update({name: Place(arms, here, count) for name in names})
+        places.update({name: Place(arms, here, count, start) for name in names})
     found = Experiment(
         interval=node.choice("interval", get_args(Method)),
         seeds=seeds,
-        report_seed=node.count("report_seed", 0),
+        report_seed=report_seed,
         tuning_seeds=node.count("tuning_seeds"),
         tuning_seed=node.count("tuning_seed", 0),
         places=places,
@@ -385,15 +388,14 @@ def _at_most(node: _Node, key: str, most: int) -> int:
 
 def _apart(experiment: Experiment, where: str) -> Experiment:
     """The experiment, whose seeds of the report and of tuning have none in common."""
-    first, second = (
-        (experiment.report_seed, experiment.report_seed + experiment.seeds),
-        (experiment.tuning_seed, experiment.tuning_seed + experiment.tuning_seeds),
-    )
-    if first[0] < second[1] and second[0] < first[1]:
-        raise ValueError(
-            f"{where}: seeds {first[0]} to {first[1] - 1} of the report and {second[0]} to {second[1] - 1} of tuning overlap; "
-            "what is tuned on must not enter the report, so move report_seed or tuning_seed"
-        )
+    second = experiment.tuning_seed, experiment.tuning_seed + experiment.tuning_seeds
+    reports = [(x.report_seed, x.report_seed + x.seeds) for x in (experiment, *experiment.places.values())]
+    for first in reports:
+        if first[0] < second[1] and second[0] < first[1]:
+            raise ValueError(
+                f"{where}: seeds {first[0]} to {first[1] - 1} of the report and {second[0]} to {second[1] - 1} of tuning "
+                "overlap; what is tuned on must not enter the report, so move report_seed or tuning_seed"
+            )
     return experiment
 
 

@@ -15,7 +15,7 @@ from bandpo._system.options import not_one_of
 from bandpo._system.progress import clock_time
 from bandpo.lab.evidence.judge import Values, judge
 from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Place, Protocol, read
-from bandpo.lab.forks.plan import PRESETS, REPORT_SEED, SLOW, TUNING_SEED, Preset
+from bandpo.lab.forks.plan import CONFIRMATION_SEED, PRESETS, REPORT_SEED, SLOW, TUNING_SEED, Preset
 from bandpo.lab.forks.store import Store
 from bandpo.lab.forks.study import PARTS, results, summarise, values_of
 from bandpo.statistics import t_interval
@@ -90,7 +90,8 @@ def described(experiment: Experiment) -> str:
         experiment: The experiment.
     """
     places, arms = len(experiment.places), len(experiment.arms)
-    return f"{places} places, {arms} arms, {experiment.seeds} seeds, and {experiment.tuning_seeds} others for tuning"
+    seeds = " to ".join(str(x) for x in sorted({place.seeds for place in experiment.places.values()}))
+    return f"{places} places, {arms} arms, {seeds} seeds, and {experiment.tuning_seeds} others for tuning"
 
 
 def verdicts(protocol: Protocol, values: Values) -> dict[str, Any]:
@@ -240,17 +241,23 @@ def restricted(protocol: Protocol, only: Sequence[str] | None, arms: Sequence[st
 def _forks(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:
     """The exact policies."""
     experiment = protocol.experiments["forks"]
-    registered, made = (experiment.report_seed, experiment.tuning_seed), (REPORT_SEED, TUNING_SEED)
-    if registered != made:
-        raise ValueError(
-            f"the protocol registers the first seeds {registered} of forks, and lab.forks has {made}; they must agree"
-        )
+    for place, has in experiment.places.items():
+        first = CONFIRMATION_SEED if place.endswith(_CONFIRMATION) else REPORT_SEED
+        registered, made = (has.report_seed, experiment.tuning_seed), (first, TUNING_SEED)
+        if registered != made:
+            raise ValueError(
+                f"the protocol registers the first seeds {registered} of forks, {place}, and lab.forks has {made}; they must "
+                "agree"
+            )
     preset, parts = forks_preset(protocol)
     store = Store(folder / "cells", say, jobs)
     found = results(preset, store, parts)
     summary = {"preset": protocol.preset, "runs": store.made + store.found, **summarise(found)}
     values = values_of(found)
     return Outcome(measured(experiment, values), summary, store.seconds, _same_rate(experiment, values))
+
+
+_CONFIRMATION = "/confirmation"
 
 
 def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
@@ -263,7 +270,9 @@ def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
     """
     experiment, full = protocol.experiments["forks"], PRESETS[protocol.preset]
     whole = set(experiment.places) == set(read(protocol.preset).experiments["forks"].places)
-    names = [place.partition("/") for place in experiment.places]
+    confirmed = {place: has for place, has in experiment.places.items() if place.endswith(_CONFIRMATION)}
+    regimes = {place.removesuffix(_CONFIRMATION) for place in confirmed}
+    names = [place.partition("/") for place in experiment.places if place not in confirmed]
     trained = {(x, "adam") if name == "moves" else (name, x) for name, _, x in names if name != "width"}
     widths = {x: experiment.places[f"width/{x}"].seeds for name, _, x in names if name == "width"}
     preset = dataclasses.replace(
@@ -276,8 +285,12 @@ def forks_preset(protocol: Protocol) -> tuple[Preset, tuple[str, ...]]:
         width_regimes=tuple(x for x in full.width_regimes if x in widths),
         width_seeds=max(widths.values(), default=1),
         slow_regimes=full.slow_regimes if whole else (),
+        confirmation_regimes=tuple(x for x in full.confirmation_regimes if x in regimes),
+        confirmation_arms=tuple(x for x in full.confirmation_arms if x in experiment.arms),
+        confirmation_seeds=max((has.seeds for has in confirmed.values()), default=1),
     )
-    return preset, PARTS if whole else tuple(part for part, has in (("regimes", trained), ("widths", widths)) if has)
+    chosen = {"regimes": trained, "widths": widths, "confirmation": confirmed}
+    return preset, PARTS if whole else tuple(part for part in PARTS if chosen.get(part))
 
 
 def _transformers(protocol: Protocol, folder: Path, jobs: int, say: Say) -> Outcome:

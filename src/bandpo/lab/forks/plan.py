@@ -17,9 +17,9 @@ from bandpo.lab.forks.store import Cell, Result, Store
 from bandpo.lab.forks.training import Optimizer, Schedule
 from bandpo.lab.forks.widths import TRIALS
 
-TUNING_SEED, REPORT_SEED = 1_000, 30_000
-"""Seeds of the generators: what is tuned on never enters the report. Block number i of the report has the seed
-`REPORT_SEED + i`."""
+TUNING_SEED, REPORT_SEED, CONFIRMATION_SEED = 1_000, 30_000, 40_000
+"""Seeds of the generators: what is tuned on never enters the report, and the confirmation has seeds that nobody had seen when
+it was planned. Block number i of the report has the seed `REPORT_SEED + i`."""
 BLOCK = 64
 """Seeds that one run of the report trains together: they share a generator."""
 _FACTOR: dict[Optimizer, float] = {"adam": 2.0, "sgd": 4.0}
@@ -56,6 +56,9 @@ class Preset:
         width_seeds: Seeds of one of its cells, like `seeds`.
         drift_seeds: Seeds of the study of drift.
         drift_rates: Optimisers and rates of the study of drift.
+        confirmation_regimes: Names in `REGIMES`, of the confirmation by Adam at each arm's own rate.
+        confirmation_arms: Its arms; the baseline is among them.
+        confirmation_seeds: Its seeds, like `seeds`.
 
     Raises:
         ValueError: If a number of seeds cannot be split into blocks, or the study of widths has too few cells.
@@ -85,9 +88,15 @@ class Preset:
     width_seeds: int = 64
     drift_seeds: int = 256
     drift_rates: tuple[tuple[Optimizer, float], ...] = (("sgd", 1.0), ("sgd", 4.0), ("adam", 0.02))
+    confirmation_regimes: tuple[str, ...] = tuple(REGIMES)
+    confirmation_arms: tuple[str, ...] = (
+        *("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper"),
+        *("bandpo-kl-lower", "no-clip"),
+    )
+    confirmation_seeds: int = 1408
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "map_seeds", "width_seeds"):
+        for name in ("seeds", "map_seeds", "width_seeds", "confirmation_seeds"):
             value = getattr(self, name)
             if value < 1 or (value > BLOCK and value % BLOCK):
                 raise ValueError(f"{name}: must be a multiple of {BLOCK}, or fewer than {BLOCK}; got {value}")
@@ -117,6 +126,9 @@ PRESETS = {
         width_seeds=8,
         drift_seeds=8,
         drift_rates=(("sgd", 1.0),),
+        confirmation_regimes=("diversity", "noise"),
+        confirmation_arms=("grpo", "bandpo-kl", "bandpo-kl-upper"),
+        confirmation_seeds=8,
     ),
     "quick": Preset(
         arms=_SHORT,
@@ -131,13 +143,16 @@ PRESETS = {
         width_seeds=16,
         drift_seeds=64,
         drift_rates=(("sgd", 1.0),),
+        confirmation_seeds=64,
     ),
     "full": Preset(slow_regimes=("noisy",)),
 }
 """The studies by name."""
 
 
-def report_cells(part: str, fork: Fork, arm: str, schedule: Schedule, rate: float, seeds: int) -> list[Cell]:
+def report_cells(
+    part: str, fork: Fork, arm: str, schedule: Schedule, rate: float, seeds: int, first: int = REPORT_SEED
+) -> list[Cell]:
     """The runs of one arm for the report: a block of seeds each, whose numbers are the same for every arm.
 
     Args:
@@ -147,9 +162,10 @@ def report_cells(part: str, fork: Fork, arm: str, schedule: Schedule, rate: floa
         schedule: How the policy is trained.
         rate: Learning rate.
         seeds: Number of seeds of all blocks.
+        first: Seed of the generator of the first block.
     """
     size = min(seeds, BLOCK)
-    return [Cell(part, fork, arm, schedule, rate, size, REPORT_SEED + i) for i in range(seeds // size)]
+    return [Cell(part, fork, arm, schedule, rate, size, first + i) for i in range(seeds // size)]
 
 
 def joined(results: Sequence[Result]) -> Result:
@@ -230,7 +246,7 @@ def _speed(result: Result) -> float:
 def run_regimes(preset: Preset, store: Store) -> dict[str, Any]:
     """Each regime and optimiser: for each arm its rate, and its values at that rate and at the baseline's."""
     places: list[tuple[str, Optimizer]] = [(r, optimizer) for optimizer in preset.optimizers for r in preset.regimes]
-    rates = _rates(preset, store, places)
+    rates = _rates(preset, store, places, preset.arms)
     wanted = {
         (regime, optimizer, arm, way): report_cells(
             f"{regime}, {optimizer}",
@@ -263,7 +279,7 @@ def _arms(preset: Preset, regime: str, optimizer: Optimizer) -> list[str]:
 
 
 def _rates(
-    preset: Preset, store: Store, places: Sequence[tuple[str, Optimizer]]
+    preset: Preset, store: Store, places: Sequence[tuple[str, Optimizer]], arms: Sequence[str]
 ) -> dict[tuple[str, Optimizer, str], float]:
     """The chosen rate of each arm in each place."""
     sources: list[tuple[str, Optimizer, bool]] = [
@@ -280,14 +296,38 @@ def _rates(
             TUNING_SEED,
         )
         for regime, optimizer, taken in sources
-        for arm in ((BASELINE,) if taken else preset.arms)
+        for arm in ((BASELINE,) if taken else arms)
         if arm not in SLOW
     }
     found = tuned_rates(store, "rates of the regimes", cells, preset.rates)
     return {
         (regime, optimizer, arm): found[like, optimizer, BASELINE if taken or arm in SLOW else arm]
         for (regime, optimizer), (like, _, taken) in zip(places, sources, strict=True)
-        for arm in preset.arms
+        for arm in arms
+    }
+
+
+def run_confirmation(preset: Preset, store: Store) -> dict[str, Any]:
+    """Each regime of the confirmation, by Adam: for each arm its rate, and its values at that rate on fresh seeds."""
+    arms, schedule = preset.confirmation_arms, Schedule(rollouts=preset.rollouts)
+    rates = _rates(preset, store, [(regime, "adam") for regime in preset.confirmation_regimes], arms)
+    wanted = {
+        (regime, arm): report_cells(
+            f"{regime}, confirmation",
+            REGIMES[regime],
+            arm,
+            schedule,
+            rates[regime, "adam", arm],
+            preset.confirmation_seeds,
+            CONFIRMATION_SEED,
+        )
+        for regime in preset.confirmation_regimes
+        for arm in arms
+    }
+    results = report(store, "confirmation", wanted)
+    return {
+        regime: {arm: {"rate": rates[regime, "adam", arm], "own": results[regime, arm]} for arm in arms}
+        for regime in preset.confirmation_regimes
     }
 
 

@@ -12,10 +12,11 @@ from bandpo._system.files import finite_or_null, write_json, write_text
 from bandpo._system.locks import claim_output, released
 from bandpo._system.progress import Progress
 from bandpo.lab.forks.figures import draw
-from bandpo.lab.forks.plan import PRESETS, Preset, run_drift, run_map, run_regimes, run_widths
+from bandpo.lab.forks.plan import PRESETS, Preset, run_confirmation, run_drift, run_map, run_regimes, run_widths
 from bandpo.lab.forks.regimes import BASELINE
 from bandpo.lab.forks.store import Store
 from bandpo.lab.forks.summary import (
+    summarise_confirmation,
     summarise_drift,
     summarise_map,
     summarise_moves,
@@ -31,12 +32,14 @@ _RUNS: Mapping[str, Callable[[Preset, Store], Any]] = {
     "regimes": run_regimes,
     "widths": run_widths,
     "map": run_map,
+    "confirmation": run_confirmation,
 }
 _SUMMARIES: Mapping[str, Callable[[Any], Any]] = {
     "drift": summarise_drift,
     "regimes": summarise_regimes,
     "widths": summarise_widths,
     "map": summarise_map,
+    "confirmation": summarise_confirmation,
 }
 PARTS = tuple(_RUNS)
 """The parts of a study, in the order in which they are run."""
@@ -93,6 +96,8 @@ def _restricted(preset: Preset, options: argparse.Namespace) -> Preset:
         preset,
         regimes=tuple(x for x in preset.regimes if x in regimes),
         width_regimes=tuple(x for x in preset.width_regimes if x in regimes),
+        confirmation_regimes=tuple(x for x in preset.confirmation_regimes if x in regimes),
+        confirmation_arms=tuple(x for x in preset.confirmation_arms if x in arms),
         arms=arms,
         optimizers=cast("tuple[Optimizer, ...]", _chosen("--optimizers", options.optimizers, preset.optimizers)),
     )
@@ -137,6 +142,7 @@ def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[fl
     * `R/O`: each arm at its own rate, but in `noise`, where no rate is better than another one, at the baseline's;
     * `R/O/same-rate`: every arm at the baseline's rate;
     * `moves/R`: the same runs by Adam, with how far updates move rare tokens (`MOVES`);
+    * `R/confirmation`: each arm at its own rate, by Adam, on fresh seeds;
     * `width/R`: the families `radius`, `upper`, `eps` and `two`, with `area` and `best`, the best of `TRIALS` cells, by Adam.
 
     A run that diverged has NaN. Arms of `bandpo.lab.forks.plan.SLOW` have fewer seeds, the first ones of the others.
@@ -152,6 +158,8 @@ def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[fl
         values[f"{place}/same-rate"] = _only(ways["same"], MEASURES)
         if optimizer == "adam":
             values[f"moves/{regime}"] = _only(ways["same"], MOVES)
+    for regime, arms in found.get("confirmation", {}).items():
+        values[f"{regime}/confirmation"] = _only({arm: row["own"]["final"] for arm, row in arms.items()}, MEASURES)
     widths = width_values(found.get("widths", {}))
     return {**values, **{f"width/{place.partition('/')[0]}": families for place, families in widths.items()}}
 

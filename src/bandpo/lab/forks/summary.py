@@ -121,6 +121,31 @@ def summarise_regimes(found: Mapping[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def summarise_confirmation(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Each regime of the confirmation: rates, values with 95% intervals, and the differences at each arm's own rate.
+
+    The intervals of the differences in one measure hold together over all regimes and pairs.
+
+    Args:
+        found: Result of `bandpo.lab.forks.plan.run_confirmation`.
+    """
+    family = sum(len(pairs_of(list(arms))) for arms in found.values())
+    summary: dict[str, Any] = {}
+    for regime, arms in found.items():
+        final = {arm: row["own"]["final"] for arm, row in arms.items()}
+        summary[regime] = {
+            "seeds": len(final[BASELINE]["mean"]),
+            "family": family,
+            "rates": {arm: row["rate"] for arm, row in arms.items()},
+            "values": {arm: {m: _rounded(t_interval(row[m])) for m in SMALLEST} for arm, row in final.items()},
+            "differences": {
+                f"{a} - {b}": {m: compared(final[a][m], final[b][m], m, family, regime) for m in SMALLEST}
+                for a, b in pairs_of(list(arms))
+            },
+        }
+    return summary
+
+
 def summarise_map(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each cell of the map: values, differences from the baseline, and the arm that wins in each measure.
 
