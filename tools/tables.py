@@ -62,24 +62,52 @@ def realised_table() -> str:
     return "\n".join(rows)
 
 
+RUNS = {"make test": "", "make test-lowest": "-lowest", "make test-verl": "-verl"}
+"""The commands that run tests with the versions of a constraints file, and the end of its name."""
+PYTHONS = {"make test": "3.11", "make test-lowest": "3.10", "make test-verl": "3.11"}
+"""The Python that each command ran on so far; the classifiers of pyproject.toml name these and no others."""
+
+
+def expected_pythons() -> list[str]:
+    """The versions of Python that the hosted workflow names, and that no test has run on yet."""
+    workflow = (DOCS.parent / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    named = {f"3.{minor}" for minor in re.findall(r'"3\.(\d+)"', workflow)}
+    return sorted(named - set(PYTHONS.values()), key=lambda version: int(version.partition(".")[2]))
+
+
 def versions_table() -> str:
-    """Packages and hosts with the accepted range of pyproject.toml and the tested versions, and Python."""
-    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    """Packages and hosts with the accepted range of pyproject.toml and the version that each command ran with, and Python."""
+    root = DOCS.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
     ranges: dict[str, str] = {}
     for line in lines:
         if match := re.match(r"([\w.-]+)([<>=!~][^;]*)", line):
             ranges.setdefault(supported.normal(match[1]), match[2].strip().replace(",", ", "))
-    rows = [f"| Python | {project['requires-python']} | {', '.join(PYTHONS)} |"]
+    ran = [_pinned(root / f"constraints{end}.txt") for end in RUNS.values()]
+    wheels: dict[str, list[str]] = {}
+    for wheel in tomllib.loads((root / "tests/hosts/wheels.toml").read_text(encoding="utf-8"))["wheel"]:
+        name, _, version = wheel["requirement"].partition("==")
+        wheels.setdefault(supported.normal(name), []).append(version)
+    heads = ["package", "accepted", *(f"`{command}`" for command in RUNS), "`make test-hosts`"]
+    python = f"{project['requires-python']}; {', '.join(expected_pythons())} expected, not run"
+    rows = [heads, ["---"] * len(heads), ["Python", python, *PYTHONS.values(), "3.11"]]
     for name, versions in (supported.PACKAGES | supported.HOSTS).items():
-        limits = ranges.get(supported.normal(name), "not limited")
-        rows.append(f"| `{name}` | {limits} | {', '.join(versions) or 'its source'} |")
-    return "\n".join(["| package | accepted | tests ran with |", "|---|---|---|", *rows])
+        key = supported.normal(name)
+        hosts = ", ".join(sorted(wheels.get(key, []))) if versions else "its source"
+        rows.append([f"`{name}`", ranges.get(key, "not limited"), *(file.get(key, "") for file in ran), hosts])
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
 
 
-PYTHONS = ("3.10 (`make test-lowest`)", "3.11 (all tests)")
-"""What tests ran on so far. The hosted workflow `tests.yml` names 3.10 to 3.14, and has not run yet."""
+def _pinned(path: Path) -> dict[str, str]:
+    """The versions of a constraints file, by the normalised name of the package."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {
+        supported.normal(name): version.strip() for name, _, version in (x.partition("==") for x in lines) if version
+    }
+
+
 TABLES = {
     ("objectives.md", "options"): options_table,
     ("stability.md", "moved"): moved_table,

@@ -76,15 +76,22 @@ def shown_as(browser, path, width, scheme):
     return found
 
 
-@pytest.mark.parametrize(("width", "scheme"), SIZES)
-def test_reports_of_runs_fit_and_follow_light_and_dark(browser, tmp_path, width, scheme):
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """The report of a run, and that of two runs side by side."""
     from bandpo.cli import main
     from run_folders import run_folder
 
-    a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", objective="grpo", system_prompt="x" * 300)
+    folder = tmp_path_factory.mktemp("reports")
+    a, b = run_folder(folder / "a"), run_folder(folder / "b", objective="grpo", system_prompt="x" * 300)
     assert main(["report", str(a)]) == 0
-    assert main(["compare", str(a), str(b), "--output", str(tmp_path / "c")]) == 0
-    for path in (a / "report.html", tmp_path / "c" / "report.html"):
+    assert main(["compare", str(a), str(b), "--output", str(folder / "c")]) == 0
+    return [a / "report.html", folder / "c" / "report.html"]
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_reports_of_runs_fit_and_follow_light_and_dark(browser, reports, width, scheme):
+    for path in reports:
         page = shown_as(browser, path, width, scheme)
         assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
         figures = page.locator(".panels figure svg")

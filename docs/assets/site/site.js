@@ -22,11 +22,36 @@
     }
   }
 
-  // What scrolls sideways, on a phone above all, can be reached and moved with the keyboard.
+  // What scrolls sideways, on a phone above all, can be reached and moved with the keyboard, and fades out where more follows.
   function reachable() {
-    for (const box of document.querySelectorAll(".md-typeset__scrollwrap, div.arithmatex, pre > code")) {
+    pictures();
+    for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .picture-scroll, div.arithmatex, pre > code")) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      box.addEventListener("scroll", fade); // the same function once only
+      fade({ target: box });
     }
+  }
+  const fade = ({ target: box }) => box.toggleAttribute("data-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+
+  // A picture with several panels would have letters of three pixels on a phone: there it scrolls, at three quarters of its size.
+  function pictures() {
+    if (!matchMedia("(max-width: 44.98em)").matches) return;
+    for (const picture of document.querySelectorAll(".md-content img")) {
+      if (picture.naturalWidth < 800 || picture.closest(".picture-scroll")) continue;
+      const box = document.createElement("div");
+      box.className = "picture-scroll";
+      box.setAttribute("role", "group");
+      box.setAttribute("aria-label", "a picture that scrolls sideways");
+      box.style.setProperty("--natural-width", `${picture.naturalWidth}px`);
+      picture.replaceWith(box);
+      box.append(picture);
+    }
+  }
+
+  // A long name in a cell may end its line behind a dot or a stroke, and nowhere else.
+  for (const code of document.querySelectorAll(".md-content td code")) {
+    if (code.children.length) continue;
+    code.replaceChildren(...code.textContent.split(/(?<=[._/=-])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
   }
 
   // The frame of the explorer has the height of its page, the colours of the site, and the state of this page's address.

@@ -19,19 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.description = (
         "Lists, shows and copies the configurations and scripts of whole runs that ship with bandpo: the paper's setting for "
-        "bandpo train and for verl, and accelerate's files for several processes. Without a word it lists them."
+        "bandpo train and for verl, and accelerate's files for several processes. Without an action it lists them."
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="the names of the recipes, with what each is (the default)")
     show = actions.add_parser("show", help="print a recipe")
     show.add_argument(
-        "recipe", metavar="NAME", choices=recipes.names(), help="name of a recipe, such as trl/paper.yaml"
+        "recipe", metavar="NAME", type=_file, choices=recipes.names(), help="name of a recipe, such as trl/paper.yaml"
     )
     copy = actions.add_parser("copy", help="copy recipes into a folder of yours; no file is overwritten")
     copy.add_argument(
         "recipe",
         metavar="NAME",
         nargs="?",
+        type=_file_or_folder,
         choices=[*recipes.folders(), *recipes.names()],
         help="name of a recipe or of a folder of them, such as verl (default: all of them)",
     )
@@ -43,6 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipes copy                       # all, into ./recipes",
         "recipes copy verl --to my-runs     # into my-runs/verl",
     )
+
+
+# The choices are what a shell completes; these refuse other names before argparse would print all of the choices.
+def _file(name: str) -> str:
+    try:
+        recipes.text(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def _file_or_folder(name: str) -> str:
+    try:
+        recipes.chosen(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name.rstrip("/")
 
 
 def run(options: argparse.Namespace) -> None:
