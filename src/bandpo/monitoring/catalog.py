@@ -20,10 +20,10 @@ class Rule:
         healthy: The healthy range, with its units.
         source: Where that range comes from: a paper with its number, or "our judgement".
         knobs: What to set, for each host that has a knob for it.
-        rests_on: Claims of the evidence's protocol that the advice rests on, by id, and how they came out, of the places where
-            they were measured: `holds` (in all), `in part` (in some, the opposite in none), `mixed` (in some, the opposite in
-            others), `opposite` (in none, the opposite in some) or `open` (neither is seen). A test compares this with
-            docs/evidence.json.
+        rests_on: Claims of the evidence's protocol that the advice rests on, by id, and how they came out where they were
+            measured, which is `holds` (in all places), `in part` (in some, the opposite in none), `mixed` (in some, the
+            opposite in others), `opposite` (in none, the opposite in some) or `open` (neither is seen). A test compares this
+            with docs/evidence.json.
     """
 
     name: str
