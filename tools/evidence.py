@@ -39,7 +39,7 @@ DECIDED = ("better", "worse")
 def compact(evidence: Row) -> Row:
     """What the pages and their readers need of the result of `bandpo lab evidence`, with fewer digits.
 
-    The values of each seed that a claim rests on stay, so that every verdict can be computed again; those of the exploratory
+    The values of each seed that a primary claim rests on stay, so that every verdict can be computed again; those of the exploratory
     differences, and what docs/halves.json has, are left out.
 
     Raises:
@@ -82,9 +82,9 @@ def check_protocol(evidence: Row, where: Path) -> None:
 
 
 def claimed_values(evidence: Row) -> Row:
-    """The values that the measured contrasts of the claims are computed from, `[experiment][place][arm][measure]`."""
+    """The values that the measured contrasts of the primary claims are computed from, `[experiment][place][arm][measure]`."""
     found: Row = {}
-    for claim in evidence["judged"]:
+    for claim in primary(evidence):
         for x in claim["contrasts"]:
             if x["verdict"] == NOT_MEASURED:
                 continue
@@ -203,7 +203,7 @@ def price_sentence(data: Row) -> str:
         return "The price of each half was not measured here."
     shares = [f"{number(x, sign=False)} under the {arm_name(arm)}" for arm, x in right.items()]
     return (
-        "The price shows where rewards are coin flips: the nearly certain tokens of a completion all stay right with chance "
+        "Where rewards are coin flips, the nearly certain tokens of a completion all stay right with chance "
         f"{listed(shares)}."
     )
 
@@ -259,14 +259,15 @@ def first_seeds_sentence(data: Row) -> str:
     kept = sum(now == before for now, before in decided)
     turned = sum({now, before} == set(DECIDED) for now, before in decided)
     return (
-        f"The claims on forks are judged on fresh seeds. Of the {len(decided)} contrasts that were better or worse on the "
-        f"first 192 seeds, by an interval that holds alone, {kept} are so again, and {turned} turned into their opposite."
+        "After a first run with 192 seeds, the claims on what forks reach are judged on fresh seeds (registered in commit "
+        f"9c056b15). Of the {len(decided)} contrasts that were better or worse on the first seeds, {kept} are so again, and "
+        f"{turned} turned into their opposite."
     )
 
 
 def same_rate(data: Row, contrast: Row) -> list[Any] | None:
     """The difference of a contrast with every arm at the rate of the fixed clip, as `explored` has it; None if not run."""
-    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(first_place(contrast["place"]), {})
+    found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(contrast["place"], {})
     return found.get(f"{contrast['first']} - {contrast['second']}", {}).get(contrast["measure"])
 
 
@@ -276,14 +277,36 @@ def same_rate_sentence(data: Row) -> str:
         (x, found)
         for claim in primary(data)
         for x in claim["contrasts"]
-        if x["verdict"] in DECIDED and (found := same_rate(data, x)) is not None
+        if x["verdict"] in DECIDED and (found := same_rate(data, x)) is not None and not x["place"].startswith("noise/")
     ]
     if not both:
         return ""
-    kept = sum(found[3] == x["verdict"] for x, found in both)
+    changed = [
+        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]}: "
+        f"{number(x['value'])}, at one rate {number(found[0])}, {found[3]}"
+        for x, found in both
+        if found[3] != x["verdict"]
+    ]
     return (
-        f"At one rate for all, {kept} of {len(both)} registered contrasts that are better or worse are so too "
-        "([which](evidence-data.md#the-registered-contrasts))."
+        f"At one rate for all, {len(both) - len(changed)} of {len(both)} registered contrasts that are better or worse are so "
+        "too" + (f"; the others: {'; '.join(changed)}." if changed else ".")
+    )
+
+
+def small_sentence(data: Row) -> str:
+    """Which registered contrasts are better or worse by less than the smallest effect of interest."""
+    decided = [x for claim in primary(data) for x in claim["contrasts"] if x["verdict"] in DECIDED]
+    small = [
+        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]} "
+        f"{number(x['value'])}"
+        for x in decided
+        if abs(x["value"]) < x["smallest"]
+    ]
+    if not small:
+        return ""
+    return (
+        f"Of the {len(decided)} contrasts that are better or worse, {len(small)} have a value below the smallest effect of "
+        f"interest: {'; '.join(small)}."
     )
 
 
@@ -313,7 +336,7 @@ def contrasts_table(data: Row, kind: str) -> str:
             "–" if (found := first_seeds(data, x)) is None else f"{interval(found)} {found[3]}",
             "–" if (found := same_rate(data, x)) is None else f"{interval(found)} {found[3]}",
             str(x["pairs"]),
-            "–" if x["needed"] is None else f"{x['needed']:,}",
+            (x.get("reason") or "–") if x["needed"] is None else f"{x['needed']:,}",
         ]
         for claim in data["judged"]
         if claim["kind"] == kind
@@ -437,7 +460,7 @@ def missing_sentences(data: Row) -> dict[str, str]:
     parts = [f"{len(names)} {word}" for names, word in ((places, "places"), (arms, "arms")) if names]
     named = [f"{word}: {listed(names)}" for names, word in ((places, "places"), (arms, "arms")) if names]
     return {
-        "missing": f"Not yet run of it are {' and '.join(parts)} ([list](evidence-data.md#not-yet-run)).",
+        "missing": f"{' and '.join(parts)} of it were not run yet ([list](evidence-data.md#not-yet-run)).",
         "missing_list": f"Registered, and not in these numbers. {'; '.join(named)}.",
     }
 
@@ -525,9 +548,10 @@ def numbers(data: Row) -> Row:
         "platform": data["platform"],
         "same_rate": same_rate_sentence(data),
         "first_seeds": first_seeds_sentence(data),
+        "small": small_sentence(data),
         "claims": len(primary(data)),
         "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
-        "seeds": listed([f"{' to '.join(map(str, count))} paired seeds ({name})" for name, count in seeds.items()]),
+        "seeds": listed([f"{listed(list(map(str, count)))} paired seeds ({name})" for name, count in seeds.items()]),
         "core_hours": f"{sum(seconds.values()) / 3600:.1f}",
         "smallest": ", ".join(f"{MEASURES[m]} {x:g}" for m, x in data["smallest"].items() if m in MEASURES),
     }

@@ -461,8 +461,9 @@ ADVICE = [
 LIMITS = {
     "in part": r"\b(one|two|three|four|five|\d) of (two|three|four|five|six|seven|\d)\b|[Ww]here|some|not shown",
     "mixed": r"\b(one|two|three|four|five|\d) of (two|three|four|five|six|seven|\d)\b|[Ww]here|some",
-    "opposite": r"lower|less|worse",
-    "open": r"not shown|not known|undecided|no difference",
+    "opposite": r"\b(lower|less|worse|higher)\b",
+    "no difference": r"no difference|as much as|equal",
+    "open": r"not shown|not known|undecided",
 }
 """Words of which a paragraph has one if it rests on a claim that came out so: it must not read as if the claim held."""
 

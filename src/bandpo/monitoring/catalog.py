@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Reads = Literal["configuration", "log", "batch"]
-CameOut = Literal["holds", "in part", "mixed", "opposite", "open"]
+CameOut = Literal["holds", "in part", "mixed", "opposite", "no difference", "open"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Rule:
         knobs: What to set, for each host that has a knob for it.
         rests_on: Claims of the evidence's protocol that the advice rests on, by id, and how they came out where they were
             measured, which is `holds` (in all places), `in part` (in some, the opposite in none), `mixed` (in some, the
-            opposite in others), `opposite` (in none, the opposite in some) or `open` (neither is seen). A test compares this
-            with docs/evidence.json.
+            opposite in others), `opposite` (in none, the opposite in some), `no difference` (shown in all to be too small to
+            matter) or `open` (neither is seen). A test compares this with docs/evidence.json.
     """
 
     name: str

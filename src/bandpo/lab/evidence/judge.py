@@ -259,7 +259,9 @@ def _no_number(arms: tuple[str, str], raw: Sequence[Floats], difference: Floats)
         return f"no run of {without[0]} gave a number" if without else "no seed has a number of both arms"
     if left := int((~np.isfinite(difference)).sum()):
         return (
-            f"no run of {without[0]} gave a number" if without else f"{left} seeds lack a number of one arm or of both"
+            f"no run of {without[0]} gave a number"
+            if without
+            else f"{left} {'seed lacks' if left == 1 else 'seeds lack'} a number of one arm or of both"
         )
     return ""
 
@@ -355,7 +357,8 @@ def came_out(counts: Mapping[str, int]) -> str:
     | some hold, in none the opposite is seen | in part |
     | some hold, in others the opposite is seen | mixed |
     | none holds, in some the opposite is seen | opposite |
-    | none holds, in none the opposite is seen, or none is measured | open |
+    | all show no difference that matters | no difference |
+    | none holds, in none the opposite is seen, and not all show no difference; or none is measured | open |
 
     Args:
         counts: Number of contrasts of each `Sense`; a sense that is left out has none.
@@ -370,7 +373,7 @@ def came_out(counts: Mapping[str, int]) -> str:
     if opposite:
         return "mixed" if holds else "opposite"
     if not holds:
-        return "open"
+        return "no difference" if equal and not open_ else "open"
     return "in part" if equal or open_ else "holds"
 
 

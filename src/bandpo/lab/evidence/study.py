@@ -88,7 +88,8 @@ def described(experiment: Experiment) -> str:
         experiment: The experiment.
     """
     places, arms = len(experiment.places), len(experiment.arms)
-    seeds = " to ".join(str(x) for x in sorted({place.seeds for place in experiment.places.values()}))
+    counts = sorted({place.seeds for place in experiment.places.values()})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     return f"{places} places, {arms} arms, {seeds} seeds, and {experiment.tuning_seeds} others for tuning"
 
 
@@ -186,7 +187,14 @@ def at_one_rate(protocol: Protocol, values: Values) -> dict[str, Any]:
         values: The value of each report seed at the baseline's rate.
     """
     experiments = {
-        name: dataclasses.replace(has, places={p: x for p, x in has.places.items() if p in values.get(name, {})})
+        name: dataclasses.replace(
+            has,
+            places={
+                place: dataclasses.replace(x, arms=tuple(arm for arm in x.arms if arm in values[name][place]))
+                for place, x in has.places.items()
+                if place in values.get(name, {})
+            },
+        )
         for name, has in protocol.experiments.items()
     }
     reduced = dataclasses.replace(protocol, experiments=experiments)
@@ -238,7 +246,11 @@ _SAME_RATE = "/same-rate"
 def _same_rate(experiment: Experiment, values: Found) -> Found:
     """The values at the baseline's rate, by the names of the places."""
     renamed = {place.removesuffix(_SAME_RATE): found for place, found in values.items() if place.endswith(_SAME_RATE)}
-    places = {place: has for place, has in experiment.places.items() if place in renamed}
+    places = {
+        place: dataclasses.replace(has, arms=tuple(arm for arm in has.arms if arm in renamed[place]))
+        for place, has in experiment.places.items()
+        if place in renamed
+    }
     return measured(dataclasses.replace(experiment, places=places), renamed)
 
 

@@ -18,8 +18,8 @@ from bandpo.lab.forks.training import Optimizer, Schedule
 from bandpo.lab.forks.widths import TRIALS
 
 TUNING_SEED, REPORT_SEED, CONFIRMATION_SEED = 1_000, 30_000, 40_000
-"""Seeds of the generators: what is tuned on never enters the report, and the confirmation has seeds that nobody had seen when
-it was planned. Block number i of the report has the seed `REPORT_SEED + i`."""
+"""Seeds of the generators: what is tuned on never enters the report, and the confirmation has seeds that no run of the regimes
+had when it was planned. Block number i of the report has the seed `REPORT_SEED + i`."""
 BLOCK = 64
 """Seeds that one run of the report trains together: they share a generator."""
 _FACTOR: dict[Optimizer, float] = {"adam": 2.0, "sgd": 4.0}
@@ -308,27 +308,41 @@ def _rates(
 
 
 def run_confirmation(preset: Preset, store: Store) -> dict[str, Any]:
-    """Each regime of the confirmation, by Adam: for each arm its rate, and its values at that rate on fresh seeds."""
+    """Each regime of the confirmation, by Adam: for each arm its rate, and its values at that rate on fresh seeds.
+
+    The band and its upper half have their values at the baseline's rate too.
+    """
     arms, schedule = preset.confirmation_arms, Schedule(rollouts=preset.rollouts)
     rates = _rates(preset, store, [(regime, "adam") for regime in preset.confirmation_regimes], arms)
     wanted = {
-        (regime, arm): report_cells(
+        (regime, arm, way): report_cells(
             f"{regime}, confirmation",
             REGIMES[regime],
             arm,
             schedule,
-            rates[regime, "adam", arm],
+            rates[regime, "adam", arm if way == "own" else BASELINE],
             preset.confirmation_seeds,
             CONFIRMATION_SEED,
         )
         for regime in preset.confirmation_regimes
-        for arm in arms
+        for arm, way in [*((arm, "own") for arm in arms), *((arm, "same") for arm in _at_one_rate(preset))]
     }
     results = report(store, "confirmation", wanted)
     return {
-        regime: {arm: {"rate": rates[regime, "adam", arm], "own": results[regime, arm]} for arm in arms}
+        regime: {
+            arm: {
+                "rate": rates[regime, "adam", arm],
+                **{way: results[regime, arm, way] for way in ("own", "same") if (regime, arm, way) in results},
+            }
+            for arm in arms
+        }
         for regime in preset.confirmation_regimes
     }
+
+
+def _at_one_rate(preset: Preset) -> list[str]:
+    """The arms of the confirmation that are also run at the rate of the baseline."""
+    return [arm for arm in (BASELINE, "bandpo-kl", "bandpo-kl-upper") if arm in preset.confirmation_arms]
 
 
 def run_map(preset: Preset, store: Store) -> list[dict[str, Any]]:

@@ -143,6 +143,7 @@ def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[fl
     * `R/O/same-rate`: every arm at the baseline's rate;
     * `moves/R`: the same runs by Adam, with how far updates move rare tokens (`MOVES`);
     * `R/confirmation`: each arm at its own rate, by Adam, on fresh seeds;
+    * `R/confirmation/same-rate`: the band and its upper half at the baseline's rate on these seeds;
     * `width/R`: the families `radius`, `upper`, `eps` and `two`, with `area` and `best`, the best of `TRIALS` cells, by Adam.
 
     A run that diverged has NaN. Arms of `bandpo.lab.forks.plan.SLOW` have fewer seeds, the first ones of the others.
@@ -159,7 +160,8 @@ def values_of(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[fl
         if optimizer == "adam":
             values[f"moves/{regime}"] = _only(ways["same"], MOVES)
     for regime, arms in found.get("confirmation", {}).items():
-        values[f"{regime}/confirmation"] = _only({arm: row["own"]["final"] for arm, row in arms.items()}, MEASURES)
+        for way, place in (("own", f"{regime}/confirmation"), ("same", f"{regime}/confirmation/same-rate")):
+            values[place] = _only({arm: row[way]["final"] for arm, row in arms.items() if way in row}, MEASURES)
     widths = width_values(found.get("widths", {}))
     return {**values, **{f"width/{place.partition('/')[0]}": families for place, families in widths.items()}}
 
