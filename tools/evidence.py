@@ -39,7 +39,7 @@ DECIDED = ("better", "worse")
 def compact(evidence: Row) -> Row:
     """What the pages and their readers need of the result of `bandpo lab evidence`, with fewer digits.
 
-    The values of each seed that a primary claim rests on stay, so that every verdict can be computed again; those of the exploratory
+    The values of each seed that a primary claim rests on stay, so that its verdict can be computed again; those of exploratory
     differences, and what docs/halves.json has, are left out.
 
     Raises:
