@@ -268,7 +268,7 @@ def test_what_was_not_run_is_named(tool):
     places, arms = tool.missing(data)
     assert places == ["`forks/noise/confirmation`", "`transformers/detours/lag0`"]
     assert arms == ["`clip-higher`", "`bandpo-kl-upper`", "`bandpo-kl-lower`", "`no-clip`"]
-    assert "are 2 places and 4 arms" in tool.missing_sentences(data)["missing"]
+    assert "2 places and 4 arms of it were not run yet" in tool.missing_sentences(data)["missing"]
 
 
 def test_a_decided_difference_moves_the_sentence_on_the_halves(tool, evidence):
@@ -483,6 +483,24 @@ def test_a_paragraph_that_rests_on_a_claim_is_as_strong_as_its_class():
                 claim, how = pair.split(maxsplit=1)
                 words = " ".join(MARK.sub("", paragraph).split())
                 assert re.search(LIMITS.get(how, ""), words), f"{page.name}, {claim} ({how}): {words}"
+
+
+NUMBERS = dict(zip(("one", "two", "three", "four", "five", "six"), range(1, 7), strict=True))
+OF = re.compile(rf"\b({'|'.join(NUMBERS)}) of ({'|'.join(NUMBERS)})\b")
+
+
+def test_numbers_of_problems_beside_a_mark_are_those_of_the_claims(committed):
+    claims = {found["id"]: found["counts"] for found in committed["judged"]}
+    compared = 0
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for paragraph in re.split(r"\n\s*\n|\n\* ", page.read_text()):
+            counts = [claims[pair.split()[0]] for mark in MARK.findall(paragraph) for pair in mark.split("; ")]
+            totals = [sum(x.values()) - x["not measured"] for x in counts]
+            known = {(x[how], n) for x, n in zip(counts, totals, strict=True) for how in ("holds", "opposite")}
+            for few, all_ in OF.findall(" ".join(paragraph.split())) if counts else ():
+                assert (NUMBERS[few], NUMBERS[all_]) in known, f"{page.name}: {few} of {all_}, {known}"
+                compared += 1
+    assert compared >= 5
 
 
 def test_the_classes_of_advice_are_those_of_the_judge():
