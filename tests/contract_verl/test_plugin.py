@@ -59,7 +59,7 @@ def test_a_ray_worker_finds_them_too():
 
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
     try:
-        assert ray.get(names.remote(), timeout=120) == sorted(n for n in POLICY_LOSS_REGISTRY if n.startswith("bandpo"))
+        assert ray.get(names.remote(), timeout=600) == sorted(n for n in POLICY_LOSS_REGISTRY if n.startswith("bandpo"))
     finally:
         ray.shutdown()
 
