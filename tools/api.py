@@ -78,7 +78,7 @@ AREAS = {
             *("policy_loss", "aggregate", "loss_normalizer", "token_objective", "TokenObjective", "token_logprobs"),
             *(
                 "losses: compiled",
-                "terms: TokenSums gradient_weight level_logprobs sequence_log_ratio",
+                "terms: TokenSums UsedTokens gradient_weight level_logprobs sequence_log_ratio",
                 "logprobs: TokenLogprobs",
                 "reference",
             ),

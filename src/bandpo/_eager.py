@@ -63,7 +63,7 @@ class Fill:
         return _and(x, bits)
 
     def difference(self, x: Tensor, y: Tensor, limit: float) -> Tensor:
-        """`x - y` held within ±limit, where it has no gradient, and 0 where the mask is off; with the gradient of x.
+        """`x - y` in the dtype of x, held within ±limit, where it has no gradient, and 0 where the mask is off.
 
         Args:
             x: Float32 or float64, of the mask's shape.
@@ -71,8 +71,8 @@ class Fill:
             limit: A positive number.
         """
         if x.device.type != "cpu" or not (is_plain(x) and is_plain(y) and is_plain(self.mask)):
-            return torch.nn.functional.hardtanh(torch.where(self.mask, x - y, 0.0), -limit, limit)
-        bits = self._of(_BITS[max(x.dtype.itemsize, y.dtype.itemsize)])
+            return torch.nn.functional.hardtanh(torch.where(self.mask, (x - y).to(x.dtype), 0.0), -limit, limit)
+        bits = self._of(_BITS[x.dtype.itemsize])
         if x.requires_grad and torch.is_grad_enabled():
             return cast("Tensor", _Difference.apply(x, y, bits, limit))  # type: ignore[no-untyped-call]
         return _difference(x, y, bits, limit)
@@ -118,7 +118,7 @@ class _Kept(torch.autograd.Function):
 
 
 def _difference(x: Tensor, y: Tensor, bits: Tensor, limit: float) -> Tensor:
-    found = x - y
+    found = (x - y).to(x.dtype)
     found.view(bits.dtype).bitwise_and_(bits)
     return found.clamp_(-limit, limit)
 

@@ -115,7 +115,7 @@ def policy_metrics(
         Metrics by name, float 0-d tensors.
 
     Raises:
-        ValueError: If `detail` is none of the three.
+        ValueError: If `detail` is none of the three, or "full" with terms of `token_objective(both_edges=False)`.
 
     Examples:
         >>> from bandpo import OBJECTIVES, token_objective
@@ -149,7 +149,7 @@ def policy_sums(
         Numerator and denominator of each statistic, detached, without a host sync.
 
     Raises:
-        ValueError: If `detail` is none of the three.
+        ValueError: If `detail` is none of the three, or "full" with terms of `token_objective(both_edges=False)`.
 
     Examples:
         >>> from bandpo import OBJECTIVES, token_objective
@@ -160,6 +160,11 @@ def policy_sums(
     """
     if detail not in get_args(Detail):
         raise ValueError(f"detail of the metrics: got {detail!r}; choose one of {', '.join(get_args(Detail))}")
+    if detail == "full" and isinstance(terms.bounds, Tensor) and terms.bounds.is_floating_point():
+        raise ValueError(
+            "the full metrics need both edges, and these terms have one for each token; use token_objective(both_edges=True) "
+            'or detail="basic"'
+        )
     if detail == "none":
         return {}
     if detail == "basic" and terms.sums is not None and _belong(terms.sums, terms):

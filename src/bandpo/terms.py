@@ -193,7 +193,7 @@ def token_objective(
     new, old = fill(widened(logprobs)), fill(widened(anchor))
     # In place where nobody asks for the log-probs themselves.
     reads_new = _reads_logprobs(objective) or not is_plain(new)
-    difference = new - old if reads_new else new.sub_(old)
+    difference = (new - old).to(new.dtype) if reads_new else new.sub_(old)
     log_ratio = hold(_at_level(difference, usable, objective, per_token=per_token))
     fused = _fused(logprobs, anchor, advantages, usable, objective) if bounds is None else None
     if fused is not None:
@@ -499,7 +499,7 @@ def _by_kernel(logprobs: Tensor, old_logprobs: Tensor, objective: Objective) -> 
 
 def _is_decided_by_one_edge(objective: Objective, logprobs: Tensor) -> bool:
     """Whether an objective is the clip of each token's ratio alone, and one edge is less work than both."""
-    alone = objective.correction is None and not objective.filters
+    alone = objective.correction is None and len(objective.filters) == 0
     if type(objective.bounds) is Clip and not is_plain(logprobs):
         return False  # two numbers are no work at all, and the compiler makes faster code of both edges
     return objective.surrogate is clip and objective.ratio_level == "token" and alone

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bandpo import OBJECTIVES, Band, Clip, Objective, RatioBounds, policy_loss, token_objective
 from bandpo._eager import Fill
@@ -12,6 +13,7 @@ from bandpo.bounds import table
 from bandpo.bounds.band import pushed_edge
 from bandpo.divergences import DIVERGENCES
 from bandpo.losses import compiled
+from bandpo.metrics import policy_metrics
 from bandpo.surrogates import clip, dual_clip
 from bandpo.surrogates.filters import SequenceFilter
 
@@ -56,6 +58,47 @@ def test_blocks_of_rows(rows, monkeypatch):
         for block in (1, 80, 1000):
             monkeypatch.setattr(table, "_BLOCK", block)
             assert torch.equal(pushed_edge(Band("kl", 0.05), logp, a), want)
+
+
+class Peak(TorchDispatchMode):
+    """How many results of operations, views left out, are much larger than a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.largest += found.numel() > 2 * table._BLOCK and not function.is_view
+        return found
+
+
+def test_a_long_row_is_worked_on_in_parts():
+    """Only the sign and the result have the size of the batch, however long a row is."""
+    logp = -torch.rand(1, 5 * table._BLOCK)
+    for a in (torch.ones(1, 1), torch.ones(logp.shape)):
+        with Peak() as peak:
+            found = pushed_edge(Band("kl", 0.05), logp, a)
+        assert peak.largest <= 1, "the result alone"
+        assert torch.equal(found[:, :50], pushed_edge(Band("kl", 0.05), logp[:, :50], a[:, :50]))
+
+
+def test_logprobs_and_old_logprobs_of_two_dtypes_give_what_both_edges_give():
+    old = torch.linspace(-3, -0.1, 8, dtype=torch.float64)[None]
+    new = (old + torch.linspace(-0.15, 0.15, 8)).float()
+    data = {"logprobs": new, "old_logprobs": old, "advantages": torch.ones(1), "mask": torch.ones(1, 8)}
+    for name in ("grpo", "bandpo-kl"):
+        losses = [policy_loss(**data, objective=name, metrics=m)[0] for m in ("basic", "full")]
+        assert torch.equal(*losses) and losses[0].dtype == losses[1].dtype
+
+
+def test_the_full_metrics_of_one_edge_are_refused():
+    data = {"logprobs": torch.zeros(1, 2), "old_logprobs": torch.zeros(1, 2), "advantages": torch.ones(1)}
+    terms = token_objective(OBJECTIVES["bandpo-kl"], **data, mask=torch.ones(1, 2), both_edges=False)
+    assert "ratio/mean" in policy_metrics(terms, detail="basic")
+    with pytest.raises(ValueError, match="use token_objective"):
+        policy_metrics(terms)
 
 
 def test_bounds_for_which_one_edge_saves_nothing():
@@ -203,7 +246,7 @@ def test_the_held_difference_of_a_fill(dtypes):
     found = []
     for form in (
         lambda v: Fill(mask).difference(v, y, 40.0),
-        lambda v: torch.nn.functional.hardtanh(torch.where(mask, v - y, 0.0), -40.0, 40.0),
+        lambda v: torch.nn.functional.hardtanh(torch.where(mask, (v - y).to(v.dtype), 0.0), -40.0, 40.0),
     ):
         leaf = x.clone().requires_grad_()
         value = form(leaf)

@@ -310,7 +310,7 @@ def pushed_edge(bounds: object, old_logprobs: Tensor, advantages: Tensor) -> Ten
     if table is None:
         return None
     cap = torch.finfo(dtype).max if bounds.max_ratio is None else _rounded_down(bounds.max_ratio, dtype)
-    return table.pushed(old_logprobs.contiguous(), advantages.sign().to(dtype), cap)
+    return table.pushed(old_logprobs.contiguous(), advantages, cap)
 
 
 def _finish(lower: Tensor, upper: Tensor, dtype: torch.dtype, cap: float | None) -> RatioBounds:

@@ -79,29 +79,33 @@ class Table(NamedTuple):
                 x[block] = found
         return bounds[0].view_as(logp), bounds[1].view_as(logp)
 
-    def pushed(self, logp: Tensor, signs: Tensor, cap: float) -> Tensor:
-        """`s·b`, with the bound b of one side for each token as `bounds` has it: half of the reads.
+    def pushed(self, logp: Tensor, advantages: Tensor, cap: float) -> Tensor:
+        """`s·b`, with s the sign of A and the bound b of one side for each token as `bounds` has it: half of the reads.
 
         Args:
             logp: `log p`, float32, `(batch, time)`, finite; NaN gives NaN.
-            signs: s, float32, `(batch, 1)` or `(batch, time)`: 1 for the upper bound, -1 for the lower one, 0 for neither.
+            advantages: A, float, `(batch, 1)` or `(batch, time)`: above 0 for the upper bound, below 0 for the lower one.
             cap: The largest upper bound, finite.
 
         Returns:
-            A float32 tensor of the shape of `logp`; 0 where the sign is 0.
+            A float32 tensor of the shape of `logp`; 0 where A = 0.
         """
-        up = signs.clamp_min(0.0)
-        first, highest = (up * (self.last + 1)).to(torch.int32), up * cap  # s·b is between s and the cap, or -1 and 0
         if not is_plain(logp) or logp.device.type != "cpu" or logp.numel() <= _BLOCK:
-            return self._pushed(logp, signs, first, highest)
+            return self._pushed(logp, advantages, cap)
         found = torch.empty_like(logp)
-        rows = max(_BLOCK // logp.shape[1], 1)
-        for start in range(0, len(logp), rows):
-            block = slice(start, start + rows)
-            found[block] = self._pushed(logp[block], signs[block], first[block], highest[block])
+        rows, width = max(_BLOCK // logp.shape[1], 1), min(_BLOCK, logp.shape[1])
+        for top in range(0, len(logp), rows):
+            for left in range(0, logp.shape[1], width):
+                block = slice(top, top + rows), slice(left, left + width)
+                found[block] = self._pushed(
+                    logp[block], advantages[block if advantages.shape[1] > 1 else block[:1]], cap
+                )
         return found
 
-    def _pushed(self, logp: Tensor, signs: Tensor, first: Tensor, highest: Tensor) -> Tensor:
+    def _pushed(self, logp: Tensor, advantages: Tensor, cap: float) -> Tensor:
+        signs = advantages.sign().to(logp.dtype)
+        up = signs.clamp_min(0.0)
+        first, highest = (up * (self.last + 1)).to(torch.int32), up * cap  # s·b is between s and the cap, or -1 and 0
         row, u = self._places(logp.neg())
         index = (row + first).flatten()
         c0, c1, c2, c3 = (c.index_select(0, index).view_as(logp) for c in self.of_sides.unbind())
