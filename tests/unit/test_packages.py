@@ -130,6 +130,7 @@ def test_wrong_metadata_are_refused(old, new, fault):
 
 def test_a_command_that_fails_is_told_with_what_it_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.delenv("BANDPO_CACHE", raising=False)
     code = "import os, sys; print(os.environ.get('PYTHONPATH'), os.environ.get('BANDPO_CACHE')); sys.exit(int(sys.argv[1]))"
     assert packages.run([sys.executable, "-c", code, "0"], cwd=tmp_path, cache=tmp_path) == f"None {tmp_path}\n"
     with pytest.raises(packages.Fault, match=r"(?s)ended with status 3, expected 0:\nNone None"):
