@@ -157,8 +157,8 @@ def outcome_sentence(data: Row) -> str:
         found = [f"{count[sense]} {word}" for sense, word in words.items() if count[sense]]
         parts.append(f"{whose} ({len(claims)}): {', '.join(found)}")
     return (
-        f"{len(primary(data))} claims were registered, with {sum(len(x['contrasts']) for x in primary(data))} contrasts. By "
-        f"whose claims they are, the contrasts came out as follows. {'; '.join(parts)}."
+        f"{len(primary(data))} claims were registered, with {sum(len(x['contrasts']) for x in primary(data))} contrasts, which "
+        f"came out as follows, by whose claims they are: {'; '.join(parts)}."
     )
 
 
@@ -473,20 +473,16 @@ def _of_widths(experiment: Experiment, arm: str) -> bool:
 def widths_sentence(data: Row) -> str:
     """In which share of a grid of learning rates and widths each way to set a region learns."""
     found = {key: rows for key, rows in data["means"].get("forks", {}).items() if key.startswith("width/")}
-    families = {
-        "radius": "one radius (the band)",
-        "upper": "one radius (its upper half)",
-        "eps": "one ε",
-        "two": "two ε",
-    }
-    parts = [
-        f"{place_title(key)} "
-        + ", ".join(f"{number(rows[name]['area'][0], sign=False)} with {words}" for name, words in families.items())
+    families = {"radius": "one radius, band", "upper": "one radius, upper half", "eps": "one ε", "two": "two ε"}
+    if not found:
+        return "How easy a width is to tune was not measured."
+    rows = [
+        [place_title(key), *(number(rows[name]["area"][0], sign=False) for name in families)]
         for key, rows in found.items()
     ]
-    if not parts:
-        return "How easy a width is to tune was not measured."
-    return f"The share of a grid of learning rate and width in which a policy learns: {'; '.join(parts)}."
+    return "The share of a grid of learning rate and width in which a policy learns:\n\n" + table(
+        ["", *families.values()], rows
+    )
 
 
 def transformers_sentences(data: Row) -> str:

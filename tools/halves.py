@@ -324,6 +324,7 @@ def tables(data: Row) -> dict[str, str]:
                 [r, f"`{arm}`", *(cell(regimes[r]["differences"]["own"][f"{arm} - {CLIP}"][m]) for m in measures)]
                 for r in learn
                 for arm in arms
+                if f"{arm} - {CLIP}" in regimes[r]["differences"]["own"]
             ],
         ),
         "halves_table": table(

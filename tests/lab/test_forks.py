@@ -288,7 +288,7 @@ def test_an_error_of_a_process_names_the_run(tmp_path, monkeypatch):
     broken = Fork(options=64)
     object.__setattr__(broken, "flip", "much")
     store = Store(tmp_path, lambda _: None, 2)
-    with pytest.raises(RunError, match=r"test, grpo, rate 0\.1, seed"):
+    with pytest.raises(RunError, match=r"test, grpo, rate 0\.[12], seed"):
         store.results("test", [cell(fork=broken), cell(fork=broken, rate=0.2)])
 
 
@@ -332,7 +332,8 @@ def test_nothing_that_was_tuned_on_enters_the_report():
     assert {x.seed for x in store.asked} == {TUNING_SEED, *range(CONFIRMATION_SEED, CONFIRMATION_SEED + 22)}
     assert {x.seeds for x in store.asked if x.seed != TUNING_SEED} == {BLOCK} and full.confirmation_seeds == 22 * BLOCK
     fresh = values_of(confirmed)
-    assert set(fresh) == {f"{regime}/confirmation" for regime in full.regimes}
+    assert set(fresh) == {f"{regime}/confirmation{rate}" for regime in full.regimes for rate in ("", "/same-rate")}
+    assert set(fresh["noisy/confirmation/same-rate"]) == {"grpo", "bandpo-kl", "bandpo-kl-upper"}
     assert {len(x) for arms in fresh.values() for row in arms.values() for x in row.values()} == {22 * BLOCK}
     store = Fake()
     found = results(full, store, ("regimes", "widths", "map", "drift"))

@@ -177,6 +177,7 @@ def test_wrong_extras_are_told_before_the_fused_kernel_could_run(objective, extr
         ran.append(objective)
         return logprobs * 0, RatioBounds(old, old), valid, None
 
+    monkeypatch.setattr(terms, "_by_kernel", lambda *given: True)
     monkeypatch.setattr(terms, "_fused", fused)
     x = torch.full((2, 3), -1.0)
     given = {"old_logprobs": x, "advantages": torch.ones(2), "mask": torch.ones(2, 3)}
