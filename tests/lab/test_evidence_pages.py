@@ -161,6 +161,19 @@ def test_runs_that_diverged_are_in_the_result(protocol, monkeypatch):
     assert row["bandpo-kl-upper - grpo"]["mean"][0] is None and row["bandpo-kl - grpo"]["mean"][0] is None
 
 
+@pytest.mark.slow
+def test_the_smoke_preset_from_the_runs_to_the_pages(tmp_path, tool):
+    """All parts of the protocol with few seeds, as the command makes them: half a minute of a core."""
+    assert run(options("--preset", "smoke", "--jobs", "1", "--output", str(tmp_path))) == 0
+    found = json.loads((tmp_path / "evidence.json").read_text())
+    places = {name: set(experiment.places) for name, experiment in read("smoke").experiments.items()}
+    assert {name: set(found["values"][name]) for name in places} == places
+    judged = {x["verdict"] for claim in found["judged"] if claim["kind"] == "primary" for x in claim["contrasts"]}
+    assert judged - {"not measured"}
+    page, data = tool.pages(tool.compact(found)).values()
+    assert "Preset `smoke`" in page and "### forks: diversity/confirmation" in data
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -32,7 +32,8 @@ def plan(**changes):
 
 def result(reward=(0.1, 0.2), mean=0.3, passed=0.5, entropy=1.0, **changes):
     after = {"mean@16": mean, "pass@16": passed, "entropy of fork 1": entropy, "entropy": 0.2}
-    return {"reward": list(reward), "entropy": [0.2] * len(reward), "after": after, **changes}
+    before = {"mean@16": 0.1, "pass@16": 0.4}
+    return {"reward": list(reward), "entropy": [0.2] * len(reward), "before": before, "after": after, **changes}
 
 
 def test_arms_differ_in_the_trust_region_alone():
@@ -126,6 +127,8 @@ def test_values_are_by_seed_and_a_run_that_diverged_is_nan_everywhere():
     assert found["mean"][0] == 0.25 and found["passed"][2] == 0.75 and found["entropy"][2] == 2.0
     assert found["speed"][0] == pytest.approx(0.15)
     assert all(math.isnan(column[1]) for column in found.values())
+    with pytest.raises(ValueError, match="run 1 has no numbers before its training: its warm-up is broken"):
+        values_of([result(), result(before={"mean@16": math.nan})])
 
 
 def test_the_change_at_the_end_is_that_of_a_line_over_the_last_third():
