@@ -92,7 +92,7 @@ def uneven(folder):
         trainer._compute_loss(trainer.model, inputs)
         terms = joined(kept)
         # Plain values, which can be loaded with weights_only.
-        mine = terms._asdict() | {"bounds": tuple(terms.bounds), "objective": objective}
+        mine = terms._asdict() | {"bounds": tuple(terms.bounds), "objective": objective, "used": None}
         log = {k: v[-1] for k, v in log_of(trainer).items()}
         found[objective] = {"log": log, "parts": gather_object([mine])}
     return found
