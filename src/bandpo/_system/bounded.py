@@ -192,18 +192,24 @@ def _check_keys(root: Any, loader: Any, where: str) -> None:
             pending += node.value
         if not isinstance(node, yaml.MappingNode):
             continue
-        first: dict[object, int] = {}
+        first: dict[str, int] = {}
         for key, value in cast("list[tuple[Any, Any]]", node.value):
             pending += [key, value]
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name, line = loader.construct_object(key), key.start_mark.line + 1
+            name, line = _as_text(loader.construct_object(key)), key.start_mark.line + 1
             if name in first:
                 raise _Twice(
                     f"{where}, line {line}: the key {key.value[:100]!r} is there twice (first in line {first[name]}); keep one "
                     "of the two"
                 )
             first[name] = line
+
+
+def _as_text(key: object) -> str:
+    """A key as text, the same for equal keys: numbers may be chosen so that all of their hashes collide, texts may not."""
+    whole = isinstance(key, int) or (isinstance(key, float) and key.is_integer())
+    return repr(int(cast("float", key))) if whole else repr(key)
 
 
 def _check_events(text: str, where: str) -> None:
