@@ -55,7 +55,7 @@ def test_a_call_of_the_loss_is_few_operations():
     basic = operations("grpo")
     assert len(basic) <= 80, basic
     assert not {"where", "masked_fill", "masked_fill_"} & set(basic), "the slow way to choose, on a CPU"
-    assert len(operations("bandpo-kl")) <= 130, "its two edges are looked up in a table"
+    assert len(operations("bandpo-kl")) <= 110, "its two edges are looked up in a table"
     assert len(operations("grpo", metrics="none")) <= 60
     assert len(operations("grpo", metrics="full")) > len(basic) + 50
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -169,8 +170,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, whose keys must differ."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(names) if key in names[:i])
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise _Twice(f"the key {twice!r} is there twice; keep one of the two")
     return found
 

@@ -30,6 +30,7 @@ SLOW = ("troll",)
 """Arms that take minutes for a run. They are not tuned and have the baseline's rate in both ways; they are run in
 `Preset.slow_regimes` only, on the first block of seeds, by Adam."""
 Key = TypeVar("Key")
+_MAIN = ("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower", "no-clip")
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,7 @@ class Preset:
     shares: tuple[float, ...] = (0.05, 0.2, 0.4, 0.7)
     reuse: tuple[tuple[int, int], ...] = ((1, 4), (2, 8), (4, 8))
     flips: tuple[float, ...] = (0.0, 0.25)
-    map_arms: tuple[str, ...] = (
-        *("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper"),
-        *("bandpo-kl-lower", "no-clip"),
-    )
+    map_arms: tuple[str, ...] = _MAIN
     width_regimes: tuple[str, ...] = ("needle", "diversity", "noisy", "race")
     width_factors: tuple[float, ...] = FACTORS
     width_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -89,10 +87,7 @@ class Preset:
     drift_seeds: int = 256
     drift_rates: tuple[tuple[Optimizer, float], ...] = (("sgd", 1.0), ("sgd", 4.0), ("adam", 0.02))
     confirmation_regimes: tuple[str, ...] = tuple(REGIMES)
-    confirmation_arms: tuple[str, ...] = (
-        *("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper"),
-        *("bandpo-kl-lower", "no-clip"),
-    )
+    confirmation_arms: tuple[str, ...] = _MAIN
     confirmation_seeds: int = 1408
 
     def __post_init__(self) -> None:
@@ -103,8 +98,6 @@ class Preset:
         if self.width_regimes and len(self.width_factors) * len(self.width_rates) < TRIALS:
             raise ValueError(f"width_factors x width_rates: at least {TRIALS} cells, got {self!r}")
 
-
-_SHORT = ("grpo", "clip-higher", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower", "no-clip")
 
 PRESETS = {
     "smoke": Preset(
@@ -131,7 +124,7 @@ PRESETS = {
         confirmation_seeds=8,
     ),
     "quick": Preset(
-        arms=_SHORT,
+        arms=_MAIN,
         optimizers=("adam",),
         seeds=64,
         shares=(0.05, 0.7),
