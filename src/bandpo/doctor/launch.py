@@ -331,7 +331,8 @@ def _read_overrides(words: Sequence[Word], dialect: Dialect, settings: Settings)
             known = word.literal
             settings.given[key] = Text(word.text.partition("=")[2]) if known else UNKNOWN
             if not known:
-                unresolved.append(_shown(words, i).lstrip("+~"))
+                # Only the first few are printed, and a search for secrets in each of thousands takes seconds.
+                unresolved.append(_shown(words, i).lstrip("+~") if len(unresolved) <= _MOST_LINES else key)
         elif word.text.startswith(_CONFIG):
             option, equals, value = word.text.partition("=")
             named[option] = value if equals else words[i + 1].text if i + 1 < len(words) else ""
@@ -389,7 +390,7 @@ def _read_options(words: Sequence[Word], dialect: Dialect, settings: Settings) -
         text = Text(value if equals else " ".join(value.text for value in values)) if known else UNKNOWN
         settings.given[key] = text if flag is None else flag[1]
         if not known and (key in dialect.defaults or (dialect.watched and key.startswith(dialect.watched))):
-            unresolved.append(_shown(words, i, end))
+            unresolved.append(_shown(words, i, end) if len(unresolved) <= _MOST_LINES else key)
     return unresolved
 
 
