@@ -10,7 +10,17 @@ import pytest
 from bandpo import OBJECTIVES
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.evidence import protocol, transformers
-from bandpo.lab.evidence.transformers import ARMS, Plan, change_at_the_end, plan_of, rates_of, run_plan, tune, values_of
+from bandpo.lab.evidence.transformers import (
+    ARMS,
+    CONFIRMED,
+    Plan,
+    change_at_the_end,
+    plan_of,
+    rates_of,
+    run_plan,
+    tune,
+    values_of,
+)
 
 TINY = {
     "updates": 3,
@@ -52,11 +62,12 @@ def test_a_protocol_is_a_plan_whose_tuning_shares_nothing_with_its_report(preset
     assert (set(found.places), set(found.arms)) == (set(experiment.places), set(experiment.arms))
     assert len(found.seeds) == experiment.seeds and len(found.tuning_seeds) == experiment.tuning_seeds
     for place in found.places:
-        report = [j for arm in found.arms for j in found.jobs(place, arm, 4e-4, found.seeds)]
+        seeds = found.seeds_of(place)
+        report = [j for arm in found.arms for j in found.jobs(place, arm, 4e-4, seeds)]
         tuning = [j for arm in found.arms for j in found.tuning_jobs(place, arm, 4e-4)]
         for name in ("seed", "warm_up"):
             used, tuned = ({getattr(j, name) for j in jobs} for jobs in (report, tuning))
-            assert not used & tuned and len(used) == experiment.seeds
+            assert not used & tuned and len(used) == experiment.places[place].seeds
         assert {j.setting.split for j in report} == {"report"} and {j.setting.split for j in tuning} == {"tuning"}
         problem = PROBLEMS[report[0].setting.problem]()
         other = problem.for_tuning()
@@ -64,8 +75,8 @@ def test_a_protocol_is_a_plan_whose_tuning_shares_nothing_with_its_report(preset
             {tuple(k) for k in x.tolist()} for x in (problem.prompts, problem.held_out, other.prompts, other.held_out)
         ]
         assert not (sets[0] | sets[1]) & (sets[2] | sets[3])
-        assert [j.seed for j in report[: experiment.seeds]] == list(found.seeds)  # the same order in every arm: paired
-        assert report[0].setting.lag == int(place.partition("/lag")[2])
+        assert [j.seed for j in report[: len(seeds)]] == list(seeds)  # the same order in every arm: paired
+        assert report[0].setting.lag == int(CONFIRMED.get(place, place).partition("/lag")[2])
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,7 @@ def test_a_protocol_is_a_plan_whose_tuning_shares_nothing_with_its_report(preset
         ({"places": ("nowhere/lag0",)}, "nowhere"),
         ({"arms": ("grpo", "ppo")}, "'ppo' is unknown; choose from grpo"),
         ({"seeds": (999, 1000)}, r"seeds \[1000\] are in the report and in tuning"),
+        ({"fresh": {"detours/lag0": (1001,)}}, r"seeds \[1001\] are in the report and in tuning"),
         ({"tuned_like": {"detours/lag0": "traps/lag0"}}, "takes the rates of traps/lag0, which is not tuned"),
     ],
 )

@@ -9,7 +9,7 @@ import yaml
 
 from bandpo.lab.comparison.problems import PROBLEMS
 from bandpo.lab.evidence.protocol import FILE, Protocol, read
-from bandpo.lab.evidence.transformers import plan_of
+from bandpo.lab.evidence.transformers import CONFIRMED, plan_of
 from bandpo.lab.forks import plan as forks_plan
 from bandpo.lab.forks.regimes import ARMS, REGIMES
 from bandpo.statistics import pairs_needed, smallest_detectable
@@ -52,7 +52,8 @@ def test_no_seed_of_tuning_is_one_of_the_report(preset: str) -> None:
 
 
 def test_no_seed_of_the_confirmation_had_been_seen() -> None:
-    places = read().experiments["forks"].places
+    experiments = read().experiments
+    places = experiments["forks"].places
     fresh = {place: has for place, has in places.items() if place.endswith("/confirmation")}
     blocks = {
         place: set(range(has.report_seed, has.report_seed + -(-has.seeds // 64))) for place, has in places.items()
@@ -61,6 +62,12 @@ def test_no_seed_of_the_confirmation_had_been_seen() -> None:
     assert fresh and not any(blocks[place] & seen for place in fresh)
     judged = {x.place for claim in read().claims if claim.kind == "primary" for x in claim.contrasts}
     assert not judged & {place for place in places if place.endswith("/adam")}, "these had been seen"
+    seeds = {
+        p: set(range(x.report_seed, x.report_seed + x.seeds)) for p, x in experiments["transformers"].places.items()
+    }
+    for place, first in CONFIRMED.items():
+        assert not seeds[place] & set().union(*(found for p, found in seeds.items() if p not in CONFIRMED))
+        assert place in judged and first not in judged, "its seeds had been seen"
 
 
 def test_presets_only_leave_out() -> None:
@@ -82,7 +89,9 @@ def test_the_power_calculations_are_those_of_the_numbers_beside_them() -> None:
         smallest = protocol.measures[row.measure].smallest
         contrasts = [x for claim in protocol.claims if claim.kind == "primary" for x in claim.contrasts]
         judged = {x.place for x in contrasts if (x.experiment, x.measure) == (row.experiment, row.measure)}
-        (seeds,) = {protocol.experiments[row.experiment].places[place].seeds for place in judged}
+        confirmed = [place for place in judged if place.endswith("/confirmation")]
+        assert judged - set(confirmed) <= {"detours/lag16"}  # one contrast of 24 seeds, as its amendment tells
+        (seeds,) = {protocol.experiments[row.experiment].places[place].seeds for place in confirmed}
         assert row.needed == pairs_needed(row.deviation, smallest, row.comparisons, power=protocol.power)
         assert row.detectable == pytest.approx(
             smallest_detectable(seeds, row.deviation, row.comparisons, power=protocol.power), abs=6e-5
@@ -170,10 +179,10 @@ def test_the_runs_of_the_transformers_are_those_of_the_protocol(preset: str) -> 
     found = protocol.experiments["transformers"]
     plan = plan_of(protocol)
     assert set(plan.places) == set(found.places) and set(plan.arms) == set(found.arms)
-    assert not set(plan.seeds) & set(plan.tuning_seeds)
     for place, arms in found.places.items():
         for arm in arms.arms:
-            report = plan.jobs(place, arm, 1e-3, plan.seeds)
+            report = plan.jobs(place, arm, 1e-3, plan.seeds_of(place))
+            assert [job.seed for job in report] == list(range(arms.report_seed, arms.report_seed + arms.seeds))
             tuning = plan.tuning_jobs(place, arm, 1e-3)
             # Neither a seed, nor a warm-up, nor a set of prompts is in both.
             assert not {job.seed for job in report} & {job.seed for job in tuning}

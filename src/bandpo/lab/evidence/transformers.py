@@ -62,13 +62,14 @@ class Plan:
     """The runs of small transformers.
 
     Args:
-        places: `TASK/lagN`: the name of a problem, and how many rollouts the sampler is behind.
+        places: `TASK/lagN`: the name of a problem, and how many rollouts the sampler is behind; or one of `CONFIRMED`.
         arms: Names in `ARMS`.
         seeds: Seeds of the report; each is also the number of its warm-up.
         tuning_seeds: Seeds and warm-ups on which rates are chosen.
         rates: First grid of learning rates.
         tuned_like: Places without a tuning of their own, and the place whose rates they take.
         setting: Fields of `Setting` of all runs.
+        fresh: Seeds of the places that have seeds of their own.
 
     Raises:
         ValueError: If a place or an arm is unknown, a place takes the rates of one that is not tuned, or seeds of the report
@@ -82,13 +83,15 @@ class Plan:
     rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     tuned_like: Mapping[str, str] = field(default_factory=dict[str, str])
     setting: Mapping[str, Any] = field(default_factory=lambda: SETTING)
+    fresh: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
     def __post_init__(self) -> None:
         for place in self.places:
             self.setting_of(place)
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise ValueError(f"arms: {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
-        if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
+        report = set(self.seeds).union(*self.fresh.values())
+        if both := sorted(report & set(self.tuning_seeds)):
             raise ValueError(
                 f"seeds {both} are in the report and in tuning; what is tuned on must not enter the report"
             )
@@ -100,17 +103,25 @@ class Plan:
         """The setting of a place's runs.
 
         Args:
-            place: `TASK/lagN`.
+            place: `TASK/lagN`, or one of `CONFIRMED`.
             **changes: Fields of `Setting` that differ from the plan's.
 
         Raises:
             ValueError: If the place has no lag, or its problem is unknown.
         """
-        task, _, lag = place.partition("/lag")
+        task, _, lag = CONFIRMED.get(place, place).partition("/lag")
         if not lag.isdecimal():
             raise ValueError(f"place {place!r}: write TASK/lagN, such as detours/lag0")
         fields: dict[str, Any] = {**self.setting, "lag": int(lag), **changes}
         return Setting(task, **fields)
+
+    def seeds_of(self, place: str) -> tuple[int, ...]:
+        """The seeds of the report at a place.
+
+        Args:
+            place: One of `places`.
+        """
+        return self.fresh.get(place, self.seeds)
 
     @property
     def baseline(self) -> str:
@@ -155,8 +166,11 @@ SETTING: Mapping[str, Any] = MappingProxyType(
 )
 """The setting of every run: 192 completions in a rollout, 16 optimiser steps on each."""
 
-TUNED_LIKE: Mapping[str, str] = MappingProxyType({"detours/lag4": "detours/lag0"})
-"""Places without a tuning of their own, to save an hour, and the place whose rates they take."""
+CONFIRMED: Mapping[str, str] = MappingProxyType({"detours/confirmation": "detours/lag0"})
+"""Places that repeat another place on fresh seeds, at the rates that were tuned before."""
+
+TUNED_LIKE: Mapping[str, str] = MappingProxyType({"detours/lag4": "detours/lag0", **CONFIRMED})
+"""Places without a tuning of their own, and the place whose rates they take: one to save an hour, one by its purpose."""
 
 _SMALL = MappingProxyType(
     {**SETTING, "updates": 4, "prompts": 8, "minibatches": 4, "eval_samples": 16, "warm_up_steps": 120}
@@ -179,13 +193,16 @@ def plan_of(protocol: Protocol) -> Plan:
         protocol: What `bandpo.lab.evidence.protocol.read` returned.
     """
     found = protocol.experiments["transformers"]
-    like = {place: other for place, other in TUNED_LIKE.items() if place in found.places}
+    # A preset without the place that another one takes its rates from has a grid of one rate, where nothing is tuned.
+    like = {place: other for place, other in TUNED_LIKE.items() if {place, other} <= set(found.places)}
+    seeds = {name: tuple(range(x.report_seed, x.report_seed + x.seeds)) for name, x in found.places.items()}
     changes: dict[str, Any] = {"tuned_like": like, **_PRESETS[protocol.preset]}
     return Plan(
         places=tuple(found.places),
         arms=found.arms,
         seeds=tuple(range(found.report_seed, found.report_seed + found.seeds)),
         tuning_seeds=tuple(range(found.tuning_seed, found.tuning_seed + found.tuning_seeds)),
+        fresh={name: seeds[name] for name in CONFIRMED if name in seeds},
         **changes,
     )
 
@@ -229,8 +246,8 @@ def run_plan(plan: Plan, folder: Path, jobs: int = 2, say: Callable[[str], None]
     study = Study(folder, jobs, say)
     speeds = tune(plan, study)
     rates = rates_of(plan, speeds)
-    own = {(p, arm): plan.jobs(p, arm, rates[p][arm], plan.seeds) for p in plan.places for arm in plan.arms}
-    same = {(p, arm): plan.jobs(p, arm, rates[p][plan.baseline], plan.seeds) for p, arm in own}
+    own = {(p, arm): plan.jobs(p, arm, rates[p][arm], plan.seeds_of(p)) for p in plan.places for arm in plan.arms}
+    same = {(p, arm): plan.jobs(p, arm, rates[p][plan.baseline], plan.seeds_of(p)) for p, arm in own}
     for place in plan.places:
         jobs_here = [job for way in (own, same) for arm in plan.arms for job in way[place, arm]]
         _make(study, [*dict.fromkeys(jobs_here), *plan.profile_jobs(place)], f"{place}, report")
@@ -427,7 +444,7 @@ def summarise(plan: Plan, found: Mapping[tuple[str, str], Results]) -> dict[str,
     """
     summary: dict[str, Any] = {
         "setting": dict(plan.setting),
-        "seeds": [plan.seeds[0], plan.seeds[-1]],
+        "seeds": {place: [plan.seeds_of(place)[0], plan.seeds_of(place)[-1]] for place in plan.places},
         "tuning_seeds": [plan.tuning_seeds[0], plan.tuning_seeds[-1]],
         "grid": list(plan.rates),
         "tuned_like": dict(plan.tuned_like),
