@@ -311,6 +311,23 @@ def small_sentence(data: Row) -> str:
     )
 
 
+def hidden_sentence(data: Row) -> str:
+    """Which registered contrasts are undecided only because so many seeds may not show a failure."""
+    hidden = [
+        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]} "
+        f"{number(x['value'])}"
+        for claim in primary(data)
+        for x in claim["contrasts"]
+        if x["hidden"]
+    ]
+    if not hidden:
+        return ""
+    return (
+        "Undecided, although Student's interval is closer to 0 than the smallest effect, because as many seeds may not show a "
+        f"rare failure: {'; '.join(hidden)}."
+    )
+
+
 def contrasts_table(data: Row, kind: str) -> str:
     """Every contrast of the claims of one kind."""
     head = [
@@ -547,6 +564,7 @@ def numbers(data: Row) -> Row:
         "same_rate": same_rate_sentence(data),
         "first_seeds": first_seeds_sentence(data),
         "small": small_sentence(data),
+        "hidden": hidden_sentence(data),
         "claims": len(primary(data)),
         "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
         "seeds": listed([f"{listed(list(map(str, count)))} paired seeds ({name})" for name, count in seeds.items()]),

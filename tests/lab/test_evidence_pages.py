@@ -236,11 +236,11 @@ def test_seeds_of_the_runs_are_those_of_the_protocol(protocol, tmp_path):
 
 def test_exploratory_differences_hold_alone_and_a_diverged_run_is_no_number(protocol):
     values = made_up_values(protocol)
-    row = values["transformers"]["detours/lag0"]["no-clip"]
+    row = values["transformers"]["detours/confirmation"]["no-clip"]
     row["entropy"][0] = math.nan
-    found = explored(protocol, values, {})["transformers"]["detours/lag0"]
-    upper = values["transformers"]["detours/lag0"]["bandpo-kl-upper"]["mean"]
-    base = values["transformers"]["detours/lag0"]["grpo"]["mean"]
+    found = explored(protocol, values, {})["transformers"]["detours/confirmation"]
+    upper = values["transformers"]["detours/confirmation"]["bandpo-kl-upper"]["mean"]
+    base = values["transformers"]["detours/confirmation"]["grpo"]["mean"]
     expected = t_interval(np.subtract(upper, base).tolist())  # Student's, of one comparison
     assert found["bandpo-kl-upper - grpo"]["mean"][:3] == pytest.approx(list(expected))
     assert found["no-clip - grpo"]["entropy"] == [None, None, None, "undecided"]
@@ -279,7 +279,7 @@ def test_what_was_not_run_is_named(tool):
     data["means"] = made_up_values(restricted(quick, ["forks"], ["bandpo-kl"]))
     del data["means"]["transformers"], data["means"]["forks"]["noise/confirmation"]
     places, arms = tool.missing(data)
-    assert places == ["`forks/noise/confirmation`", "`transformers/detours/lag0`"]
+    assert places == ["`forks/noise/confirmation`", "`transformers/detours/confirmation`"]
     assert arms == ["`clip-higher`", "`bandpo-kl-upper`", "`bandpo-kl-lower`", "`no-clip`"]
     assert "2 places and 4 arms of it were not run yet" in tool.missing_sentences(data)["missing"]
 
@@ -351,7 +351,7 @@ def test_the_figures_are_pictures_with_colours_for_light_and_dark(evidence):
 
 def test_a_diverged_arm_has_a_word_in_place_of_a_dot(evidence):
     changed = json.loads(json.dumps(evidence))
-    row = changed["explored"]["transformers"]["detours/lag0"]["no-clip - grpo"]
+    row = changed["explored"]["transformers"]["detours/confirmation"]["no-clip - grpo"]
     row["entropy"] = [None, None, None, "undecided"]
     assert draw(changed)["evidence-transformers"].count(">diverged<") == 1
 

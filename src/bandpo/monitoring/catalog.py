@@ -255,7 +255,7 @@ _LOG = (
         rests_on={
             "upper-entropy": "mixed",
             "band-entropy": "mixed",
-            "lower-entropy": "in part",
+            "lower-entropy": "mixed",
             "upper-price": "holds",
         },
         knobs={
@@ -468,7 +468,7 @@ _MEASURES = (
         "band opens both for rare tokens. Which half acts decides where the entropy and pass@k go.",
         healthy="A region takes away at most half of the gradient of either half.",
         source="our judgement; what each half does is measured in docs/evidence.md",
-        rests_on={"upper-passed": "in part", "lower-entropy": "in part", "bottleneck": "in part"},
+        rests_on={"upper-passed": "holds", "lower-entropy": "mixed", "bottleneck": "in part"},
         knobs={
             "TRL": "epsilon for A < 0, epsilon_high for A > 0; radius of the objective",
             "bandpo train": "radius, or an objective with one half of the band",
