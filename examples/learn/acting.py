@@ -87,7 +87,7 @@ for finding in examine(train(steps_per_rollout=8, rate=6.0)):
 
 # %% [markdown]
 # `bandpo doctor FILE` prints the same from the shell, for configurations and logs of many hosts
-# ([the doctor's page](../doctor.md)), and [the rules](../rules.md) has the healthy range of each.
+# ([the doctor's page](../doctor.md)). [The page of rules](../rules.md) has the healthy range of each metric.
 #
 # ## Exercise
 #
