@@ -218,7 +218,8 @@ _BOX, _TALL, _ROW = (150, 44), 44, 74
 _BESIDE = 5
 """The most rooms in a row: six would be wider than the picture."""
 _HEAD = """\
-<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="The rooms of bandpo">
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"
+  aria-label="The rooms of bandpo">
 <style>
   text {{ font: 13px system-ui, sans-serif; fill: #1f2430 }}
   .name {{ font-weight: 600; font-size: 15px; text-anchor: middle }}

@@ -230,7 +230,9 @@ def test_every_room_of_the_picture_is_inside_of_it():
     boxes = re.findall(r'class="box" x="(-?\d+)" y="(-?\d+)" width="(\d+)" height="(\d+)"', text)
     assert len(boxes) == len(tool("architecture").imports())
     spans = sorted((float(y), float(x), float(x) + float(w), float(y) + float(h)) for x, y, w, h in boxes)
-    assert all(100 < left and right < width and bottom < height for _, left, right, bottom in spans)  # right of the floor's name
+    assert all(
+        left > 100 and right < width and bottom < height for _, left, right, bottom in spans
+    )  # right of the floor's name
     assert all(b[1] > a[2] for a, b in pairwise(spans) if a[0] == b[0])  # no box covers the next one of its row
 
 

@@ -158,7 +158,11 @@ def plot_design(found: Result) -> Figure:
             )
         ):
             axes.bar(x + 0.2 * (i - 1.5), [r[key] for r in rows], 0.2, color=colour, label=label)
-        axes.set_xticks(x, [f"{r['prompts']} prompt{'s' * (r['prompts'] != 1)}\n{r['actions']} actions, d={r['d']}" for r in rows], fontsize=8)
+        axes.set_xticks(
+            x,
+            [f"{r['prompts']} prompt{'s' * (r['prompts'] != 1)}\n{r['actions']} actions, d={r['d']}" for r in rows],
+            fontsize=8,
+        )
         axes.set(ylabel="largest leverage", title="Preferential G-optimal design")
         axes.legend(fontsize=8)
     return figure
