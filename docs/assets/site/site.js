@@ -57,6 +57,7 @@
         widest[cell.cellIndex] = Math.max(widest[cell.cellIndex] ?? 0, cell.textContent.length);
       }
       table.toggleAttribute("data-roomy", widest.length > 2 && widest.reduce((a, b) => a + b, 0) > 200);
+      table.style.setProperty("--columns", widest.length);
     }
   }
 
