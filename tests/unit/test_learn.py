@@ -103,7 +103,7 @@ def test_the_lessons_are_in_order_and_lead_to_each_other():
     assert (
         listed
         == LESSONS
-        == [p.stem for p in sorted((ROOT / "examples" / "learn").iterdir(), key=lambda p: LESSONS.index(p.stem))]
+        == [p.stem for p in sorted((ROOT / "examples" / "learn").glob("*.py"), key=lambda p: LESSONS.index(p.stem))]
     )
 
 
