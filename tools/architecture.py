@@ -148,7 +148,7 @@ def picture(graph: Graph) -> str:
     use, are left out too.
     """
     rows = _rows(graph)
-    arrows = _shortest(graph, set(rows[-1][1]))
+    arrows = _shortest(graph, {room for title, rooms in rows if title == _LOWEST for room in rooms})
     lanes, tracks = _lanes(rows, arrows)
     x = _columns(lanes, tracks)
     tops = [top for _, top, _ in _row_tops(rows)]
@@ -213,10 +213,13 @@ def _below(graph: Graph, room: str) -> set[str]:
 
 # ---- the picture ----
 
-_WIDTH, _LEFT, _MIDDLE = 960, 108.0, 530.0
+_WIDTH, _LEFT, _MIDDLE = 960, 116.0, 530.0
 _BOX, _TALL, _ROW = (150, 44), 44, 74
+_BESIDE = 5
+"""The most rooms in a row: six would be wider than the picture."""
 _HEAD = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="The rooms of bandpo">
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"
+  aria-label="The rooms of bandpo">
 <style>
   text {{ font: 13px system-ui, sans-serif; fill: #1f2430 }}
   .name {{ font-weight: 600; font-size: 15px; text-anchor: middle }}
@@ -237,13 +240,18 @@ _HEAD = """\
 
 
 def _rows(graph: Graph) -> list[tuple[str, list[str]]]:
-    """Rows of rooms, floor by floor: a room stands above those of its floor that it imports. The lowest floor is one row."""
+    """Rows of rooms, floor by floor: a room stands above those of its floor that it imports, but for the lowest floor.
+
+    Rooms that find no place beside each other stand in several rows.
+    """
     rows: list[tuple[str, list[str]]] = []
     for title, rooms in floors(graph).items():
         inside = frozenset() if title == _LOWEST else frozenset(rooms)
         depth = {room: _depth(graph, room, inside, frozenset()) for room in rooms}
         for level in range(max(depth.values()), -1, -1):
-            rows.append((title, [room for room in rooms if depth[room] == level]))
+            beside = [room for room in rooms if depth[room] == level]
+            count = -(-len(beside) // _BESIDE)
+            rows += [(title, beside[i::count]) for i in range(count)]
     return rows
 
 

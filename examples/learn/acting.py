@@ -17,15 +17,19 @@ from bandpo import policy_loss
 from bandpo.doctor import examine
 
 
-def train(steps_per_rollout: int, lag: int = 0, rate: float = 1.0, rollouts: int = 30) -> list[dict[str, float]]:
-    """Rows of metrics, one for each rollout; `lag` is the age of the sampling policy, in rollouts."""
+def train(
+    steps_per_rollout: int, lag: int = 0, rate: float = 1.0, rollouts: int = 30
+) -> list[dict[str, float]]:
+    """Metrics of each rollout; `lag` is the age of the sampler, in rollouts."""
     random = torch.Generator().manual_seed(0)
     logits = torch.zeros(10, dtype=torch.float64, requires_grad=True)
     history, rows = [], []
     for _ in range(rollouts):
         history.append(logits.detach().clone())
         sampler = history[-1 - min(lag, len(history) - 1)].log_softmax(-1)
-        actions = torch.multinomial(sampler.exp(), 64, replacement=True, generator=random)
+        actions = torch.multinomial(
+            sampler.exp(), 64, replacement=True, generator=random
+        )
         rewards = (actions == 3).double()
         for _ in range(steps_per_rollout):
             logprobs = logits.log_softmax(-1)
@@ -39,8 +43,11 @@ def train(steps_per_rollout: int, lag: int = 0, rate: float = 1.0, rollouts: int
             (gradient,) = torch.autograd.grad(loss, logits)
             with torch.no_grad():
                 logits -= rate * gradient
-        row = {name: value.item() for name, value in metrics.items()}  # those of the last step on the rollout
-        rows.append({**row, "entropy": -(logprobs.exp() * logprobs).sum().item(), "reward": rewards.mean().item()})
+        # those of the last step on the rollout
+        row = {name: value.item() for name, value in metrics.items()}
+        row["entropy"] = -(logprobs.exp() * logprobs).sum().item()
+        row["reward"] = rewards.mean().item()
+        rows.append(row)
     return rows
 
 
@@ -55,7 +62,10 @@ for label, options in {
     "one step, 3 rollouts late": {"steps_per_rollout": 1, "lag": 3},
 }.items():
     rows = train(**options)
-    print(f"{label:<26} clipped {mean(rows, 'clip_fraction/any'):6.1%}   reward at the end {rows[-1]['reward']:.2f}")
+    print(
+        f"{label:<26} clipped {mean(rows, 'clip_fraction/any'):6.1%}"
+        f"   reward at the end {rows[-1]['reward']:.2f}"
+    )
 
 # %% [markdown]
 # With one step for each rollout the clip fraction is exactly 0: whichever region you choose, you get the same plain
@@ -72,8 +82,14 @@ settings = {
 }
 for finding in examine(settings):
     if finding.rule == "inert":
-        told = (f"{finding.level}: {finding.seen}", f"why: {finding.cause}", f"set: {finding.knob}")
-        print("\n".join(textwrap.fill(x, 100, subsequent_indent="     ") for x in told))
+        told = (
+            f"{finding.level}: {finding.seen}",
+            f"why: {finding.cause}",
+            f"set: {finding.knob}",
+        )
+        print(
+            "\n".join(textwrap.fill(x, 84, subsequent_indent="     ") for x in told)
+        )
 
 # %% [markdown]
 # ## Reading a log
@@ -87,7 +103,7 @@ for finding in examine(train(steps_per_rollout=8, rate=6.0)):
 
 # %% [markdown]
 # `bandpo doctor FILE` prints the same from the shell, for configurations and logs of many hosts
-# ([the doctor's page](../doctor.md)), and [the rules](../rules.md) has the healthy range of each.
+# ([the doctor's page](../doctor.md)). [The page of rules](../rules.md) has the healthy range of each metric.
 #
 # ## Exercise
 #
@@ -95,6 +111,12 @@ for finding in examine(train(steps_per_rollout=8, rate=6.0)):
 # does each rollout get then? There are two ways.
 
 # %% solution
-for change in ({"ppo_mini_batch_size": 256, "ppo_epochs": 1}, {"ppo_mini_batch_size": 1024, "ppo_epochs": 2}):
-    found = examine({"data": {"train_batch_size": 1024}, "actor_rollout_ref": {"actor": change}})
-    print(next(f"{f.level}: {f.seen}" for f in found if f.rule == "inert"))
+for change in (
+    {"ppo_mini_batch_size": 256, "ppo_epochs": 1},
+    {"ppo_mini_batch_size": 1024, "ppo_epochs": 2},
+):
+    found = examine(
+        {"data": {"train_batch_size": 1024}, "actor_rollout_ref": {"actor": change}}
+    )
+    seen = next(f"{f.level}: {f.seen}" for f in found if f.rule == "inert")
+    print(textwrap.fill(seen, 84, subsequent_indent="    "))

@@ -15,7 +15,8 @@ import torch
 from bandpo import OBJECTIVES, policy_loss
 from bandpo.statistics import t_interval, verdict
 
-START = torch.tensor([0.01, *[0.11] * 9], dtype=torch.float64)  # the first action is rewarded
+# the first action is rewarded
+START = torch.tensor([0.01, *[0.11] * 9], dtype=torch.float64)
 
 
 def train(objective: str, seed: int, rate: float = 1.0, rollouts: int = 15) -> float:
@@ -50,8 +51,13 @@ print(f"one seed: clip {train('grpo', 0):.2f}, band {train('bandpo-kl', 0):.2f}"
 
 # %%
 SEEDS = range(20)
-result = {name: [train(name, seed) for seed in SEEDS] for name in ("grpo", "bandpo-kl")}
-differences = [band - clip for band, clip in zip(result["bandpo-kl"], result["grpo"], strict=True)]
+result = {
+    name: [train(name, seed) for seed in SEEDS] for name in ("grpo", "bandpo-kl")
+}
+differences = [
+    band - clip
+    for band, clip in zip(result["bandpo-kl"], result["grpo"], strict=True)
+]
 for count in (3, 20):
     found = t_interval(differences[:count])
     print(f"{count:>2} seeds: band - clip {found}: {verdict(found, smallest=0.02)}")

@@ -12,18 +12,28 @@ from dataclasses import replace
 
 import torch
 
-from bandpo import OBJECTIVES, group_advantages, loss_normalizer, policy_loss, token_logprobs
+from bandpo import (
+    OBJECTIVES,
+    group_advantages,
+    loss_normalizer,
+    policy_loss,
+    token_logprobs,
+)
 
 random = torch.Generator().manual_seed(0)
-hidden = torch.randn(4, 6, 8, generator=random, dtype=torch.float64)  # (completions, tokens, features)
-head = torch.randn(20, 8, generator=random, dtype=torch.float64).mul(0.3).requires_grad_()  # 20 words
+# (completions, tokens, features) and (words, features)
+hidden = torch.randn(4, 6, 8, generator=random, dtype=torch.float64)
+head = 0.3 * torch.randn(20, 8, generator=random, dtype=torch.float64)
+head.requires_grad_()
 tokens = torch.randint(20, (4, 6), generator=random)
 lengths = torch.tensor([2, 6, 3, 4])
 rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
 
-mask = torch.arange(6) < lengths.unsqueeze(1)  # True where a token belongs to the completion
+# True where a token belongs to the completion
+mask = torch.arange(6) < lengths.unsqueeze(1)
 logprobs = token_logprobs(hidden, head, tokens).logprobs
-old_logprobs = logprobs.detach() - 0.1 * torch.rand(4, 6, generator=random)  # as if a step had raised the tokens
+# as if a step had raised the tokens
+old_logprobs = logprobs.detach() - 0.1 * torch.rand(4, 6, generator=random)
 advantages = group_advantages(rewards, group_size=2)
 print("advantages", [round(a, 3) for a in advantages.tolist()])
 print("tokens that count", mask.sum(1).tolist())
@@ -40,7 +50,7 @@ print("tokens that count", mask.sum(1).tolist())
 
 # %%
 def share_of_long(aggregation: str) -> float:
-    """The share of the gradient, by absolute value, that goes to the completion of 6 tokens."""
+    """The share of the gradient, in absolute values, of the longest completion."""
     new = logprobs.detach().requires_grad_()
     loss, _ = policy_loss(
         logprobs=new,
@@ -54,7 +64,10 @@ def share_of_long(aggregation: str) -> float:
 
 
 for aggregation in ("token-mean", "seq-mean-token-mean"):
-    print(f"{aggregation:<20} the longest completion has {share_of_long(aggregation):.1%} of the gradient")
+    print(
+        f"{aggregation:<20} the longest completion has"
+        f" {share_of_long(aggregation):.1%} of the gradient"
+    )
 
 # %% [markdown]
 # With `token-mean` (DAPO) each token counts the same, so that the completion with 6 of 15 tokens has about 6/15 of
@@ -64,7 +77,11 @@ for aggregation in ("token-mean", "seq-mean-token-mean"):
 
 # %%
 loss, metrics = policy_loss(
-    logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask, objective="bandpo-kl"
+    logprobs=logprobs,
+    old_logprobs=old_logprobs,
+    advantages=advantages,
+    mask=mask,
+    objective="bandpo-kl",
 )
 loss.backward()
 print(f"loss {loss.item():.4f}, gradient of the head {head.grad.norm().item():.4f}")
@@ -94,5 +111,8 @@ for part in (slice(0, 3), slice(3, 4)):
     }
     naive += policy_loss(**batch)[0].item()
     right += policy_loss(**batch, normalizer=whole)[0].item()
-print(f"whole batch {loss.item():.4f}, parts without a normalizer {naive:.4f}, with it {right:.4f}")
+print(
+    f"whole batch {loss.item():.4f}, parts without a normalizer {naive:.4f}, "
+    f"with it {right:.4f}"
+)
 assert abs(right - loss.item()) < 1e-9

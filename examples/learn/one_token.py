@@ -19,7 +19,7 @@ old = torch.tensor([[0.25]]).log()  # (batch, time): one completion of one token
 
 
 def weight(ratio: float, advantage: float, objective: str = "grpo") -> float:
-    """The factor in front of the gradient of log π; `policy_loss` is minimised, hence the minus sign."""
+    """The factor in front of ∇log π; `policy_loss` is minimised, hence the minus."""
     new = (old + torch.tensor(ratio).log()).requires_grad_()
     loss, _ = policy_loss(
         logprobs=new,
@@ -88,4 +88,7 @@ for rate in (0.1, 0.3, 1.0):
 grid = [i / 1000 + 0.0005 for i in range(500, 1500)]
 upper = max(r for r in grid if weight(r, 1.0, "dapo") != 0)
 lower = min(r for r in grid if weight(r, -1.0, "dapo") != 0)
-print(f"dapo: the weight is 0 below {lower:.2f} for A < 0, and above {upper:.2f} for A > 0")
+print(
+    f"dapo: the weight is 0 below {lower:.2f} for A < 0, "
+    f"and above {upper:.2f} for A > 0"
+)

@@ -18,13 +18,17 @@ from bandpo.testing import check_bounds, check_divergence, check_surrogate
 def shift(old_logprobs: Tensor, radius: float = 0.1) -> RatioBounds:
     """The probability may move by the radius, and not out of [0, 1]."""
     p = old_logprobs.detach().exp()
-    return RatioBounds((1 - radius / p).clamp(min=0), torch.minimum(1 + radius / p, 1 / p))
+    return RatioBounds(
+        (1 - radius / p).clamp(min=0), torch.minimum(1 + radius / p, 1 / p)
+    )
 
 
 check_bounds(shift)
 logp = torch.linspace(-6, -0.01, 50, dtype=torch.float64)
 known = Band("tv", radius=0.1, max_ratio=None)(logp)
-same = all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(shift(logp), known, strict=True))
+same = all(
+    torch.allclose(a, b, rtol=1e-10) for a, b in zip(shift(logp), known, strict=True)
+)
 print("the interval of the TV band:", same)
 
 # %% [markdown]
@@ -56,7 +60,12 @@ except AssertionError as error:
 power = FDivergence("power", lambda u: (u**1.5 - 1.5 * u + 0.5) / 0.75)
 check_divergence(power)
 lower, upper = Band(power, radius=0.05)(torch.tensor([0.01, 0.5]).log())
-print("p = 0.01 and 0.5: from", [round(x, 3) for x in lower.tolist()], "to", [round(x, 3) for x in upper.tolist()])
+print(
+    "p = 0.01 and 0.5: from",
+    [round(x, 3) for x in lower.tolist()],
+    "to",
+    [round(x, 3) for x in upper.tolist()],
+)
 
 # %% [markdown]
 # ## An objective
@@ -69,16 +78,24 @@ old = torch.full((1, 4), 0.2).log()
 
 
 def weights(objective: Objective | str) -> list[float]:
-    """The weights of four tokens of probability 0.2 and A = +1, which have moved by different steps."""
+    """The weights of four tokens of probability 0.2 and A = +1, at four ratios."""
     new = (old + torch.tensor([[0.8, 1.2, 1.4, 1.8]]).log()).requires_grad_()
     loss, _ = policy_loss(
-        logprobs=new, old_logprobs=old, advantages=torch.ones(1), mask=torch.ones(1, 4), objective=objective
+        logprobs=new,
+        old_logprobs=old,
+        advantages=torch.ones(1),
+        mask=torch.ones(1, 4),
+        objective=objective,
     )
     loss.backward()
     return [round(x, 2) + 0.0 for x in (-4 * new.grad[0]).tolist()]
 
 
-ours = {"grpo": "grpo", "shift": Objective(bounds=shift), "power": Objective(bounds=Band(power))}
+ours = {
+    "grpo": "grpo",
+    "shift": Objective(bounds=shift),
+    "power": Objective(bounds=Band(power)),
+}
 for name, objective in ours.items():
     print(f"{name:<6} weights at the ratios 0.8, 1.2, 1.4, 1.8: {weights(objective)}")
 
@@ -96,11 +113,15 @@ for name, objective in ours.items():
 
 # %% solution
 def fades(log_ratio: Tensor, advantages: Tensor, bounds: RatioBounds) -> Tensor:
-    """A·r inside of the interval, and a tenth of the slope where the clip would have stopped the token."""
+    """A·r inside, and a tenth of the slope where the clip would stop the token."""
     ratio = log_ratio.exp()
     inside = ratio.clamp(bounds.lower, bounds.upper)
-    return torch.minimum(advantages * ratio, advantages * (inside + 0.1 * (ratio - inside)))
+    return torch.minimum(
+        advantages * ratio, advantages * (inside + 0.1 * (ratio - inside))
+    )
 
 
 check_surrogate(fades)
-print("weights with a tenth outside:", weights(Objective(bounds=shift, surrogate=fades)))
+print(
+    "weights with a tenth outside:", weights(Objective(bounds=shift, surrogate=fades))
+)

@@ -18,7 +18,10 @@ p = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9], dtype=torch.float64)
 lower, upper = ratio_bounds(p.log(), "kl", radius=0.05)
 print("      p     clip: falls to, rises to     band: falls to, rises to")
 for x, a, b in zip(p, lower, upper, strict=True):
-    print(f"{x:7.3f}     {0.8 * x:14.4f}, {1.2 * x:8.4f}     {a * x:14.4f}, {b * x:8.4f}")
+    print(
+        f"{x:7.3f}     {0.8 * x:14.4f}, {1.2 * x:8.4f}"
+        f"     {a * x:14.4f}, {b * x:8.4f}"
+    )
 
 # %% [markdown]
 # The clip lets the rare token of 0.001 rise to 0.0012: after an update in which it led to the reward, it is still hardly
@@ -37,8 +40,10 @@ for x, a, b in zip(p, lower, upper, strict=True):
 
 
 # %%
-def reach(objective: str, advantage: float, p: float = 0.001, steps: int = 2000) -> float:
-    """The probability to which the token's own gradient moves it in one rollout; rate times steps is 1."""
+def reach(
+    objective: str, advantage: float, p: float = 0.001, steps: int = 2000
+) -> float:
+    """The probability to which a token's own gradient moves it; rate x steps is 1."""
     old = torch.tensor([p], dtype=torch.float64).log()
     lower, upper = OBJECTIVES[objective].bounds(old)
     logits = torch.tensor([p, 1 - p], dtype=torch.float64).log()
@@ -73,15 +78,21 @@ for name in ("grpo", "bandpo-kl", "bandpo-kl-upper", "bandpo-kl-lower"):
 
 # %% solution
 def cap_decides_below(radius: float, cap: float = 10.0) -> float:
-    """The p at which the ball's upper edge is the cap, by bisection: the edge falls as p grows."""
+    """The p at which the ball's upper edge is the cap: the edge falls as p grows."""
     low, high = 1e-6, 0.1
     while high / low > 1.0001:
         middle = (low * high) ** 0.5
-        edge = ratio_bounds(torch.tensor(middle, dtype=torch.float64).log(), "kl", radius).upper.item()
+        edge = ratio_bounds(
+            torch.tensor(middle, dtype=torch.float64).log(), "kl", radius
+        ).upper.item()
         low, high = (middle, high) if edge > cap else (low, middle)
     return low
 
 
 for radius in (0.05, 0.025):
-    print(f"radius {radius}: the cap decides for p below {cap_decides_below(radius):.5f}")
-# A smaller ball allows less, so that it takes a rarer token before the cap is what limits it: for fewer tokens.
+    print(
+        f"radius {radius}: the cap decides "
+        f"for p below {cap_decides_below(radius):.5f}"
+    )
+# A smaller ball allows less, so that it takes a rarer token before the cap is what
+# limits it: for fewer tokens.

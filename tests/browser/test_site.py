@@ -334,13 +334,36 @@ def test_what_scrolls_sideways_on_a_phone_shows_it_and_can_be_reached(at, page):
     table.evaluate("e => e.scrollTo(e.scrollWidth, 0)")
     page.wait_for_function("!document.querySelector('.zoo-table').hasAttribute('data-more')")
     at("")
-    page.wait_for_function("document.querySelectorAll('.gallery .wide .picture-scroll[data-more]').length === 2")
+    page.wait_for_function("document.querySelectorAll('.gallery .wide .picture-scroll[data-more]').length === 4")
     box = page.locator(".picture-scroll").first
     assert box.get_attribute("tabindex") == "0" and box.evaluate("e => e.scrollWidth / e.clientWidth") > 1.5
     assert page.locator(".gallery img").count() == 6
     page.set_viewport_size({"width": 1280, "height": 900})
     page.wait_for_function("!document.querySelector('.picture-scroll[data-more]')")  # also after a phone was turned
     assert page.evaluate("[...document.querySelectorAll('pre > code')].every(e => e.scrollWidth <= e.clientWidth)")
+
+
+def test_tables_of_much_text_have_room_on_a_phone(at, page):
+    """Columns of a few letters once made rows of a screen's height, with the last column out of sight."""
+    page.set_viewport_size({"width": 390, "height": 900})
+    at("choose/")
+    page.wait_for_function("document.querySelector('article table').hasAttribute('data-roomy')")
+    assert page.evaluate("Math.max(...[...document.querySelectorAll('article tr')].map(e => e.offsetHeight))") < 180
+    assert page.evaluate("[...document.querySelectorAll('article td')].every(e => e.offsetWidth >= 90)")
+    at("stability/")
+    page.wait_for_function("document.querySelector('article .md-typeset__scrollwrap')")
+    fits = "e => e.scrollWidth <= e.clientWidth"  # a table of little text is all to be seen
+    assert page.locator("article .md-typeset__scrollwrap").first.evaluate(fits)
+
+
+def test_names_in_code_are_broken_only_inside_of_them(at, page):
+    page.set_viewport_size({"width": 390, "height": 900})
+    parts = "[...document.querySelectorAll('td code')].flatMap(e => [...e.innerHTML.split('<wbr>')])"
+    pieces = at("architecture/").evaluate(parts)
+    assert "_inputs" in pieces and not {"_", "-", "/", "."} & set(pieces)
+    lines = "[...document.querySelectorAll('code .option')].map(e => [e.textContent, e.getClientRects().length])"
+    options = at("faq/").evaluate(lines)
+    assert ["--resume_from_checkpoint", 1] in options and ["--target", 1] in options and {n for _, n in options} == {1}
 
 
 # ---- edit links: `python tools/release.py --write` sets repo_url once the repository has an address ----

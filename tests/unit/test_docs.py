@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -220,6 +221,19 @@ def test_the_picture_of_the_architecture_is_that_of_the_imports():
     assert (
         len(graph) > 20 and "bounds" in graph["surrogates"] and "lab" not in graph["train"] | graph["integrations.trl"]
     )
+
+
+def test_every_room_of_the_picture_is_inside_of_it():
+    """A row of too many rooms once stood beyond the left edge."""
+    text = tool("architecture").PICTURE.read_text()
+    width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', text).groups())
+    boxes = re.findall(r'class="box" x="(-?\d+)" y="(-?\d+)" width="(\d+)" height="(\d+)"', text)
+    assert len(boxes) == len(tool("architecture").imports())
+    spans = sorted((float(y), float(x), float(x) + float(w), float(y) + float(h)) for x, y, w, h in boxes)
+    assert all(
+        left > 100 and right < width and bottom < height for _, left, right, bottom in spans
+    )  # right of the floor's name
+    assert all(b[1] > a[2] for a, b in pairwise(spans) if a[0] == b[0])  # no box covers the next one of its row
 
 
 def test_the_architecture_has_a_rule_that_can_break():

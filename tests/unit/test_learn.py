@@ -53,6 +53,13 @@ def test_a_lesson_prints_what_its_page_shows(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LESSONS)
+def test_the_code_of_a_page_is_all_to_be_seen(name):
+    """A window of 1280 pixels shows 86 columns of code; examples/learn/ruff.toml has the formatter keep to them."""
+    code = "\n".join(re.findall(r"```(?:python|text)\n(.*?)\n```", shown(name), re.DOTALL))
+    assert [line for line in code.splitlines() if len(line) > 86] == []
+
+
+@pytest.mark.parametrize("name", LESSONS)
 def test_the_page_is_the_script(name):
     """If it fails: `python tools/learn.py --only NAME`."""
     made, page = tool("learn"), shown(name)
@@ -96,7 +103,7 @@ def test_the_lessons_are_in_order_and_lead_to_each_other():
     assert (
         listed
         == LESSONS
-        == [p.stem for p in sorted((ROOT / "examples" / "learn").iterdir(), key=lambda p: LESSONS.index(p.stem))]
+        == [p.stem for p in sorted((ROOT / "examples" / "learn").glob("*.py"), key=lambda p: LESSONS.index(p.stem))]
     )
 
 

@@ -25,6 +25,7 @@
   // What scrolls sideways, on a phone above all, can be reached and moved with the keyboard, and fades out where more follows.
   function reachable() {
     pictures();
+    tables();
     for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .picture-scroll, div.arithmatex, pre > code")) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       box.addEventListener("scroll", fade); // the same function once only
@@ -33,11 +34,11 @@
   }
   const fade = ({ target: box }) => box.toggleAttribute("data-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
 
-  // A picture with several panels would have letters of three pixels on a phone: there it scrolls, at three quarters of its size.
+  // A wide picture would have letters of three to six pixels on a phone: there it scrolls, at three quarters of its size.
   function pictures() {
     if (!matchMedia("(max-width: 44.98em)").matches) return;
     for (const picture of document.querySelectorAll(".md-content img")) {
-      if (picture.naturalWidth < 800 || picture.closest(".picture-scroll")) continue;
+      if (picture.naturalWidth < 600 || picture.closest(".picture-scroll")) continue;
       const box = document.createElement("div");
       box.className = "picture-scroll";
       box.setAttribute("role", "group");
@@ -48,10 +49,35 @@
     }
   }
 
-  // A long name in a cell may end its line behind a dot or a stroke, and nowhere else.
+  // A table with much text in each row would have columns of a few letters on a phone: there it is wider than the screen.
+  function tables() {
+    for (const table of document.querySelectorAll(".md-typeset__table > table")) {
+      const widest = [];
+      for (const row of table.rows) for (const cell of row.cells) {
+        widest[cell.cellIndex] = Math.max(widest[cell.cellIndex] ?? 0, cell.textContent.length);
+      }
+      table.toggleAttribute("data-roomy", widest.length > 2 && widest.reduce((a, b) => a + b, 0) > 200);
+      table.style.setProperty("--columns", widest.length);
+    }
+  }
+
+  // A long name in a cell may end its line behind a dot or a stroke inside of it, and nowhere else.
   for (const code of document.querySelectorAll(".md-content td code")) {
     if (code.children.length) continue;
-    code.replaceChildren(...code.textContent.split(/(?<=[._/=-])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
+    const parts = code.textContent.split(/(?<=\w[./=-]|[a-zA-Z0-9]_)(?!_)/);
+    code.replaceChildren(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
+  }
+  // The two strokes of an option stay together with its name.
+  for (const code of document.querySelectorAll(".md-content :is(p, li, td) code")) {
+    for (const text of [...code.childNodes].filter(node => node.nodeType === Node.TEXT_NODE && node.data.includes("--"))) {
+      text.replaceWith(...text.data.split(/(?<![\w-])(--[\w-]+)/).map((part, i) => {
+        if (i % 2 === 0) return part;
+        const option = document.createElement("span");
+        option.className = "option";
+        option.textContent = part;
+        return option;
+      }));
+    }
   }
 
   // The frame of the explorer has the height of its page, the colours of the site, and the state of this page's address.

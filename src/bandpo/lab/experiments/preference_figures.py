@@ -47,7 +47,7 @@ def plot_links(found: Result) -> Figure:
 def plot_regret(found: Result) -> Figure:
     """Regret at the best β against n."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         n = np.array(found["n"])
         for name, label, colour in (("dpo", "DPO, φ = log z", ORANGE), ("chipo", "χPO, φ = z + log z", BLUE)):
             axes.loglog(n, found[name], "o-", color=colour, label=label)
@@ -109,7 +109,7 @@ def plot_coverage(found: Result) -> Figure:
 def plot_distillation(found: Result) -> Figure:
     """KL to the target against n."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         _band(axes, found["n"], found["labels"], ORANGE, "sampled labels (DPO)")
         axes.plot(
             found["n"],
@@ -128,7 +128,7 @@ def plot_distillation(found: Result) -> Figure:
 def plot_calibration(found: Result) -> Figure:
     """KL to the target over rounds."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         rounds = range(1, found["rounds"] + 1)
         for (name, curve), colour in zip(found["curves"].items(), (ORANGE, PINK, BLUE), strict=True):
             label = "REBEL, γ_c = 0" if name == "rebel" else name.replace("rdrc", "RDRC,")
@@ -146,7 +146,7 @@ def plot_calibration(found: Result) -> Figure:
 def plot_design(found: Result) -> Figure:
     """Leverage of designs against the bounds d and d²."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         rows = found["designs"]
         x = np.arange(len(rows))
         for i, (key, label, colour) in enumerate(
@@ -158,7 +158,11 @@ def plot_design(found: Result) -> Figure:
             )
         ):
             axes.bar(x + 0.2 * (i - 1.5), [r[key] for r in rows], 0.2, color=colour, label=label)
-        axes.set_xticks(x, [f"{r['prompts']} prompts\n{r['actions']} actions, d={r['d']}" for r in rows], fontsize=8)
+        axes.set_xticks(
+            x,
+            [f"{r['prompts']} prompt{'s' * (r['prompts'] != 1)}\n{r['actions']} actions, d={r['d']}" for r in rows],
+            fontsize=8,
+        )
         axes.set(ylabel="largest leverage", title="Preferential G-optimal design")
         axes.legend(fontsize=8)
     return figure
@@ -167,7 +171,7 @@ def plot_design(found: Result) -> Figure:
 def plot_reranking(found: Result) -> Figure:
     """Safety against generated tokens."""
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
         colours = {"stale": ORANGE, "re-ranked": PINK, "re-ranked, confidence": GREEN, "online": BLUE}
         for i, (name, rows) in enumerate(found["arms"].items()):
             centre = interval(rows["after"], np.mean)
