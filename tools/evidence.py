@@ -567,7 +567,7 @@ def numbers(data: Row) -> Row:
         "hidden": hidden_sentence(data),
         "claims": len(primary(data)),
         "contrasts": sum(len(claim["contrasts"]) for claim in primary(data)),
-        "seeds": listed([f"{listed(list(map(str, count)))} paired seeds ({name})" for name, count in seeds.items()]),
+        "seeds": "paired seeds: " + ", ".join(f"{listed(list(map(str, x)))} ({name})" for name, x in seeds.items()),
         "core_hours": f"{sum(seconds.values()) / 3600:.1f}",
         "smallest": ", ".join(f"{MEASURES[m]} {x:g}" for m, x in data["smallest"].items() if m in MEASURES),
     }

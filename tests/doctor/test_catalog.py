@@ -97,7 +97,7 @@ def test_the_advice_against_collapse_is_what_the_evidence_shows():
     assert RULES["entropy"].rests_on == {
         "upper-entropy": "mixed",
         "band-entropy": "mixed",
-        "lower-entropy": "in part",
+        "lower-entropy": "mixed",
         "upper-price": "holds",
     }
 
