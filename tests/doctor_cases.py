@@ -190,6 +190,8 @@ BATCHES = [
     ("gradient", False, "log-ratios of 0.05 nats", lambda: batch(scale=0.05)),
     ("duplicates", True, "equal completions", lambda: _groups(same=True)),
     ("duplicates", False, "completions that differ", lambda: _groups(same=False)),
+    ("groups", True, "groups with advantages of 0", lambda: {**_groups(same=False), "advantages": batch()["advantages"] * 0}),
+    ("groups", False, "groups with signal", lambda: _groups(same=False)),
     ("length bias", True, "sequences of several lengths", batch),
     ("kl estimate", True, "a reference that likes one token far more", lambda: _reference(12.0 * _one_token())),
     ("kl estimate", False, "a reference near by", lambda: _reference(0.1)),

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -58,7 +59,7 @@ def _section(rule: Rule) -> str:
         _wrapped(f"Of {' and '.join(_OF[x] for x in rule.reads)}. {rule.sees} {rule.why}"),
         "",
     ]
-    lines += [_wrapped(f"**Healthy:** {rule.healthy} **From:** {_sentence(rule.source)}"), ""]
+    lines += [_wrapped(f"**Healthy:** {rule.healthy} **From:** {_linked(_sentence(rule.source))}"), ""]
     lines += [_wrapped(f"**Tested** {_tests(fires, quiet)}"), ""]
     if rule.rests_on:
         claims = ", ".join(f"`{claim}` ({came_out})" for claim, came_out in rule.rests_on.items())
@@ -67,7 +68,7 @@ def _section(rule: Rule) -> str:
         lines += [
             "| host | set |",
             "|---|---|",
-            *(f"| {host} | {_cell(knob)} |" for host, knob in rule.knobs.items()),
+            *(f"| {host} | {_linked(_setting(_cell(knob)))} |" for host, knob in rule.knobs.items()),
             "",
         ]
     return "\n".join(lines)
@@ -79,11 +80,30 @@ def _tests(fires: list[Case], quiet: list[Case]) -> str:
         more = f"; and {len(cases) - _SHOWN} more" if len(cases) > _SHOWN else ""
         return f"{named}{more}"
 
-    return f"to fire on {some(fires)}. To be quiet on {some(quiet)}."
+    if not quiet:
+        return f"to fire on {some(fires)}. The rule only informs, so it is never quiet."
+    return f"to fire on {some(fires)}, and to be quiet on {some(quiet)}."
 
 
 def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "." * (not text.endswith("."))
+    start = text if text.startswith("arXiv") else text[0].upper() + text[1:]
+    return start + "." * (not text.endswith("."))
+
+
+def _linked(text: str) -> str:
+    """The text with links in place of the names of pages, which a terminal shows as they are."""
+    return re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
+
+
+def _setting(text: str) -> str:
+    """The text with names and values of settings as code, which a narrow table may break."""
+
+    def marked(found: re.Match[str]) -> str:
+        word = found[0].rstrip(",:")
+        setting = re.search(r"[_=]|[a-z]\.[a-z]", word) and not word.startswith("docs/")
+        return f"`{word}`{found[0][len(word) :]}" if setting else found[0]
+
+    return re.sub(r"[^\s;()]+", marked, text)
 
 
 def _cell(text: str) -> str:

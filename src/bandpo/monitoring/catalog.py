@@ -170,8 +170,9 @@ _CONFIGURATION = (
     ),
     Rule(
         name="memory",
-        reads=("configuration",),
-        sees="The logits of a micro-batch, and what a fused head or token_logprobs saves.",
+        reads=("configuration", "batch"),
+        sees="The logits of a micro-batch (configuration) or of all saved sequences at once (batch), and what a fused head or "
+        "token_logprobs saves.",
         why="The logits of long completions and large vocabularies need more memory than the model.",
         healthy="Below 1 GiB, or a fused head.",
         source="our judgement; the multiples are measured (docs/performance.md)",
@@ -298,10 +299,11 @@ _LOG = (
     ),
     Rule(
         name="groups",
-        reads=("log",),
-        sees="The share of the groups in which all completions have the same reward, at the end.",
+        reads=("log", "batch"),
+        sees="The share of the groups in which all completions have the same reward: at the end of a log, or in a batch.",
         why="Their advantages are 0, so nothing is learned from them, and the batch is smaller than it seems.",
-        healthy="At most 0.8. Runs that learn come to 0.6, because many of their prompts are solved.",
+        healthy="At most 0.8 in a log, where runs that learn come to 0.6, because many of their prompts are solved; at most "
+        "half in a batch.",
         source="our judgement: the main job of bandpo train, at the learning rate 4e-4 and after 250 steps of warm-up, ends at "
         "0.49 to 0.59 (three seeds), a run that never learnt at 0.94; DAPO, arXiv:2503.14476, samples such groups again",
         knobs={
