@@ -169,7 +169,7 @@ def test_what_an_objective_needs_is_in_the_table_of_the_zoo():
             "group_inputs": objective.group_stats is not None,
             "`ref_logprobs`": bool(objective.kl_coef),
         }
-        assert {word for word in needs if word in told.get(name, "")} == {w for w, needed in needs.items() if needed}, name
+        assert {word: word in told.get(name, "") for word in needs} == needs, name
 
 
 def test_every_paper_and_every_objective_is_in_the_paper_index():
