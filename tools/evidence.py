@@ -17,9 +17,10 @@ from typing import Any
 from bandpo._system.files import finite_or_null
 from bandpo.lab.comparison.problems import DESCRIPTIONS
 from bandpo.lab.drawing import NAMES
-from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, place_title, shown
+from bandpo.lab.evidence.figures import HALVES, MEASURES, OTHERS, SENSES, draw, latest, place_title, shown
 from bandpo.lab.evidence.judge import NOT_MEASURED
 from bandpo.lab.evidence.protocol import Experiment, read
+from bandpo.lab.evidence.transformers import CONFIRMED
 from bandpo.lab.forks.regimes import BASELINE, WHAT
 from bandpo.lab.pages import render, table
 
@@ -167,7 +168,7 @@ def places(data: Row) -> dict[str, Row]:
     forks = data["explored"].get("forks", {})
     return {
         **{place: rows for place, rows in forks.items() if place.endswith("/confirmation")},
-        **data["explored"].get("transformers", {}),
+        **latest(data["explored"].get("transformers", {})),
     }
 
 
@@ -235,7 +236,7 @@ def winners_table(data: Row) -> str:
 
 def first_place(place: str) -> str:
     """The place that has the first seeds of a place of the confirmation; any other place is its own."""
-    return place.replace("/confirmation", "/adam")
+    return CONFIRMED.get(place, place.replace("/confirmation", "/adam"))
 
 
 def first_seeds(data: Row, contrast: Row) -> list[Any] | None:
@@ -259,9 +260,9 @@ def first_seeds_sentence(data: Row) -> str:
     kept = sum(now == before for now, before in decided)
     turned = sum({now, before} == set(DECIDED) for now, before in decided)
     return (
-        "After a first run with 192 seeds, the claims on what forks reach are judged on fresh seeds (registered in commit "
-        f"9c056b15). Of the {len(decided)} contrasts that were better or worse on the first seeds, {kept} are so again, and "
-        f"{turned} turned into their opposite."
+        "After a first run with fewer seeds, the claims on forks and on transformers without lag are judged on fresh seeds "
+        f"(registered in commits 9c056b15 and e54e1c57). Of the {len(decided)} contrasts that were better or worse on the "
+        f"first seeds, {kept} are so again, and {turned} turned into their opposite."
     )
 
 
@@ -513,7 +514,8 @@ def _tokens(data: Row) -> str:
 
 def _plateau(data: Row) -> str:
     """In how many cells the reward has stopped to change."""
-    cells = [x["reached"] for arms in data["transformers"].get("plateau", {}).values() for x in arms.values()]
+    found = latest(data["transformers"].get("plateau", {}))
+    cells = [x["reached"] for arms in found.values() for x in arms.values()]
     allowed = data["transformers"].get("allowed_change")
     if not cells:
         return ""

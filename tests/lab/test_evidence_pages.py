@@ -17,7 +17,7 @@ import pytest
 
 from bandpo.lab.evidence import command
 from bandpo.lab.evidence import study as study_module
-from bandpo.lab.evidence.figures import SENSES, draw, place_title
+from bandpo.lab.evidence.figures import SENSES, draw, latest, place_title
 from bandpo.lab.evidence.judge import came_out, judge, verdict_of
 from bandpo.lab.evidence.protocol import read
 from bandpo.lab.evidence.study import (
@@ -363,8 +363,19 @@ def test_places_have_short_names():
         "noisy/sgd": "noisy, SGD",
         "moves/noisy": "noisy",
         "detours/lag16": "detours, lag 16",
+        "detours/confirmation": "detours, lag 0",
+        "detours/lag0": "detours, lag 0, first seeds",
+        "traps/lag0": "traps, lag 0",
     }
     assert {place: place_title(place) for place in names} == names
+
+
+def test_fresh_seeds_take_the_position_of_the_first_ones():
+    first = {"detours/lag0": 1, "detours/lag4": 2, "traps/lag0": 3}
+    assert list(latest(first)) == list(first)
+    both = latest({**first, "detours/confirmation": 4})
+    assert list(both.items()) == [("detours/confirmation", 4), ("detours/lag4", 2), ("traps/lag0", 3)]
+    assert latest({"detours/confirmation": 4}) == {"detours/confirmation": 4}
 
 
 # ---- the committed pages ----

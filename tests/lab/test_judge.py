@@ -147,6 +147,18 @@ def test_the_verdict_of_every_combination_is_symmetric() -> None:
     }
 
 
+def test_a_place_with_several_contrasts_is_counted_by_contrasts() -> None:
+    protocol = only_mean(protocol_of())
+    (one,) = protocol.claims
+    values = values_of(protocol, 0.1)
+    values["e"]["p1"] = {**values["e"]["p1"], "a": values["e"]["p1"]["b"]}  # no difference there
+    assert claim(judge(protocol, values)).verdict == "holds in 1 of 2 places"
+    several = replace(
+        one, contrasts=(*one.contrasts, replace(one.contrasts[0], first="b", second="a", claimed="worse"))
+    )
+    assert claim(judge(replace(protocol, claims=(several,)), values)).verdict == "holds in 2 of 3 contrasts"
+
+
 def test_intervals_of_a_claim_hold_together() -> None:
     """Wrong verdicts on a claim with 5 contrasts and no difference come in at most 5% of studies."""
     protocol = only_mean(protocol_of(seeds=20, interval="t", places=5))

@@ -248,6 +248,7 @@ def evaluate(
         rollout_logprobs=rollout_logprobs,
         advantages=advantages,
         mask=valid,
+        both_edges=chosen == "full",
     )
     stopped = terms.stopped
     if stopped is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bandpo.lab.drawing import COLOURS, NAMES, box, dot, line, picture, scale, text
+from bandpo.lab.evidence.transformers import CONFIRMED
 from bandpo.lab.forks.regimes import BASELINE, WHAT
 
 HALVES = ("bandpo-kl-lower", "bandpo-kl", "bandpo-kl-upper")
@@ -47,17 +48,30 @@ def draw(evidence: Mapping[str, Any]) -> dict[str, str]:
     if primary := [claim for claim in evidence["judged"] if claim["kind"] == "primary"]:
         found["evidence-claims"] = plot_claims(primary)
     forks = {key: rows for key, rows in explored.get("forks", {}).items() if key.endswith("/confirmation")}
-    tasks = explored.get("transformers", {})
-    fresh = {key: rows for key, rows in tasks.items() if key.endswith("/lag0")}
-    if groups := {**forks, **fresh}:
+    tasks = latest(explored.get("transformers", {}))
+    if groups := {**forks, **{key: rows for key, rows in tasks.items() if key.endswith(("/lag0", "/confirmation"))}}:
         head = "The two halves against PPO's fixed clip"
         found["evidence-halves"] = plot_differences(head, groups, HALVES, evidence["smallest"])
     if tasks:
         head = "Small transformers against PPO's fixed clip"
         found["evidence-transformers"] = plot_differences(head, tasks, OTHERS, evidence["smallest"])
     if curves := evidence.get("transformers", {}).get("curves"):
-        found["evidence-curves"] = plot_curves(curves)
+        found["evidence-curves"] = plot_curves(latest(curves))
     return found
+
+
+def latest(places: Mapping[str, Any]) -> dict[str, Any]:
+    """The places of transformers; one that was confirmed on fresh seeds has these, at the position of its first seeds.
+
+    Args:
+        places: What each place has.
+    """
+    confirmed = {first: place for place, first in CONFIRMED.items() if place in places}
+    names = dict.fromkeys(confirmed.get(place, place) for place in places)
+    return {place: places[place] for place in names}
+
+
+_FIRST = ", first seeds"
 
 
 def place_title(place: str) -> str:
@@ -66,13 +80,15 @@ def place_title(place: str) -> str:
     Args:
         place: The name of the place.
     """
+    if place in CONFIRMED:
+        return place_title(CONFIRMED[place]).removesuffix(_FIRST)
     name, _, rest = place.partition("/")
     if name in ("moves", "width"):
         return rest
     if rest.startswith("lag"):
-        return f"{name}, lag {rest.removeprefix('lag')}"
+        return f"{name}, lag {rest.removeprefix('lag')}{_FIRST if place in CONFIRMED.values() else ''}"
     if rest == "adam":
-        return f"{name}, first seeds"
+        return f"{name}{_FIRST}"
     return name if rest in ("", "confirmation") else f"{name}, {rest.upper()}"
 
 

@@ -140,7 +140,7 @@ def judge(protocol: Protocol, values: Values, diverged: Diverged = MappingProxyT
     """The verdict on each claim of a protocol.
 
     An experiment or a place that `values` has not, and a place or an arm that the preset leaves out, is not measured. The
-    verdict of the claim names how many of its places these are.
+    verdict of the claim names how many of its places these are, or of its contrasts if a place has several.
 
     Args:
         protocol: The protocol, reduced to the preset of the runs.
@@ -169,7 +169,8 @@ def _judge(protocol: Protocol, claim: Claim, values: Values, diverged: Diverged)
     senses: list[Sense] = [c.sense for c in found]
     counts = {sense: senses.count(sense) for sense in ("holds", "opposite", "equivalent", "undecided", NOT_MEASURED)}
     needed = max(((c.needed, c.smallest) for c in found if c.needed is not None), default=None)
-    text = verdict_of(counts, needed)
+    each_once = len({(c.experiment, c.place) for c in found}) == len(found)
+    text = verdict_of(counts, needed, "place" if each_once else "contrast")
     return Judged(claim.id, claim.text, claim.source, claim.kind, text, counts, found)
 
 
@@ -377,7 +378,7 @@ def came_out(counts: Mapping[str, int]) -> str:
     return "in part" if equal or open_ else "holds"
 
 
-def verdict_of(counts: Mapping[str, int], needed: tuple[int, float] | None = None) -> str:
+def verdict_of(counts: Mapping[str, int], needed: tuple[int, float] | None = None, unit: str = "place") -> str:
     """The verdict on a claim from the number of its contrasts of each sense.
 
     | of the measured contrasts | verdict |
@@ -394,6 +395,7 @@ def verdict_of(counts: Mapping[str, int], needed: tuple[int, float] | None = Non
     Args:
         counts: Number of contrasts of each `Sense`; a sense that is left out has none.
         needed: Seeds that an undecided contrast would need, and the smallest effect of interest that they would find.
+        unit: What is counted: a place, or a contrast where a place has several.
 
     Examples:
         >>> verdict_of({"holds": 3}), verdict_of({"holds": 1, "opposite": 1, "undecided": 1})
@@ -414,9 +416,9 @@ def verdict_of(counts: Mapping[str, int], needed: tuple[int, float] | None = Non
     elif total in (holds, opposite, equal):
         text = "holds" if holds else "the opposite holds" if opposite else "no difference that matters"
     elif holds:
-        text = f"holds in {holds} of {total} places" + (f", the opposite in {opposite}" if opposite else "")
+        text = f"holds in {holds} of {total} {unit}s" + (f", the opposite in {opposite}" if opposite else "")
     elif opposite:
-        text = f"the opposite in {opposite} of {total} places"
+        text = f"the opposite in {opposite} of {total} {unit}s"
     else:
-        text = f"no difference that matters in {equal} of {total} places"
-    return f"{text} ({left} place{'s' if left > 1 else ''} not measured)" if left else text
+        text = f"no difference that matters in {equal} of {total} {unit}s"
+    return f"{text} ({left} {unit}{'s' if left > 1 else ''} not measured)" if left else text

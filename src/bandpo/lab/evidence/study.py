@@ -18,13 +18,11 @@ from bandpo.lab.evidence.protocol import Claim, Contrast, Experiment, Place, Pro
 from bandpo.lab.forks.plan import CONFIRMATION_SEED, PRESETS, REPORT_SEED, SLOW, TUNING_SEED, Preset
 from bandpo.lab.forks.store import Store
 from bandpo.lab.forks.study import PARTS, results, summarise, values_of
+from bandpo.lab.forks.summary import HALVES
 from bandpo.statistics import t_interval
 
 Say = Callable[[str], None]
 Found = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
-
-HALVES = (("bandpo-kl-upper", "bandpo-kl"), ("bandpo-kl-upper", "bandpo-kl-lower"), ("bandpo-kl-lower", "bandpo-kl"))
-"""Pairs of arms that are explored beside the differences from the baseline."""
 
 _OF_WIDTHS = "eps"  # what the other families of widths are compared with: one epsilon, as in the baseline
 
