@@ -43,10 +43,10 @@ def gaps() -> dict[str, dict[str, list[float]]]:
 def table(groups: dict[str, dict[str, list[float]]]) -> str:
     """The gaps at some of the steps."""
     lines = ["gap to the optimal value after n outer steps of 8 inner ones, λ = 0.2"]
-    lines.append(" " * 50 + "".join(f"{n:>10}" for n in AT))
+    lines.append(" " * 34 + "".join(f"{n:>8}" for n in AT))
     for group, arms in groups.items():
-        for label, values in arms.items():
-            lines.append(f"{f'{group}, {label}':<50}" + "".join(f"{values[n]:>10.1e}" for n in AT))
+        lines.append(group)
+        lines += [f"  {label:<32}" + "".join(f"{values[n]:>8.1e}" for n in AT) for label, values in arms.items()]
     return "\n".join(lines)
 
 

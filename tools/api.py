@@ -9,6 +9,7 @@ themselves are made by mkdocstrings when the site is built.
 
 import argparse
 import ast
+import functools
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ AREAS = {
     ),
     "groups": Area(
         "Advantages and metrics",
-        "Advantages of groups of completions, and what a log should have. [Metrics](../objectives.md) explains each.",
+        "Advantages of groups of completions, and what a log should have. [Metrics](../objectives.md#metrics) explains each.",
         (
             *("group_advantages", "policy_metrics", "approx_kl", "pass_at_k", "groups"),
             "metrics: Detail EFFECTIVE_SAMPLE_SIZE PROB_BINS PROB_EDGES PooledSum policy_sums",
@@ -160,7 +161,15 @@ def listed(entry: str) -> tuple[str, tuple[str, ...]]:
         return TOP, (path,)
     if names:
         return f"bandpo.{path}", tuple(names.split())
-    return f"bandpo.{path}", tuple(n for n in public_names(f"bandpo.{path}") if summary(f"bandpo.{path}", n))
+    module = f"bandpo.{path}"
+    return module, tuple(n for n in public_names(module) if summary(module, n) and made(module, n) not in _of_top())
+
+
+@functools.cache
+def _of_top() -> frozenset[tuple[str, str]]:
+    """What the pages have under `bandpo` itself, and need not have again under the module that makes it."""
+    entries = (e for area in AREAS.values() for e in area.entries if ":" not in e and f"bandpo.{e}" not in modules())
+    return frozenset(made(TOP, name) for name in entries)
 
 
 def summary(module: str, name: str) -> str:
@@ -255,7 +264,8 @@ def _path(module: str, name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text for a cell: a stroke would end it, and the site shows the backslash of an escaped one within code."""
+    return text.replace("|", "∣")
 
 
 def main() -> int:

@@ -85,6 +85,7 @@ def page(text: str, found: dict[str, Any]) -> str:
         "machine": _machine(found),
         "missed": _missed(lines),
         "faster": _faster(lines),
+        "noise": f"{FASTER:g}",
         "unmeasured": _unmeasured(files),
         "cuda": cuda(),
     }
@@ -132,10 +133,10 @@ def _cuda_aim(row: Row) -> str:
 
 
 def _unmeasured(files: dict[str, list[Row]]) -> str:
-    """The benchmarks that the record has nothing of, as a sentence; "" where it has all."""
+    """The benchmarks that the record has nothing of, as a paragraph; "" where it has all."""
     here = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
     names = ", ".join(f"`{name}.py`" for name in here if name not in files)
-    return f"This record has no rows yet of {names}." if names else ""
+    return f"This record has no rows yet of {names}.\n\n" if names else ""
 
 
 def typed(text: str) -> list[str]:
@@ -212,7 +213,7 @@ def _missed(lines: list[Line]) -> str:
     head = (
         f"{missed} of the {with_aim} rows with an aim miss it"
         if missed
-        else f"None of the {with_aim} rows with an aim."
+        else f"None of the {with_aim} rows with an aim misses it."
     )
     return head + (":\n\n" + "\n".join(found) if found else "")
 
@@ -224,7 +225,7 @@ def _faster(lines: list[Line]) -> str:
         if slope is not None and slope > 1 + FASTER and (theirs is None or slope > theirs + FASTER):
             beside = "" if theirs is None else f", beside {_number(theirs)} of its equivalent"
             found.append(f"* {row['what']}: growth {_number(slope)}{beside}.")
-    return "\n".join(found) or "Nothing that was measured at several sizes."
+    return "\n".join(found) or "None."
 
 
 def _machine(found: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ PROB_EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5, 0.9, 0.99)
 """Edges of the bins of p; log-spaced where BandPO and a fixed clip differ most."""
 
 PROB_BINS = ("<1e-4", "1e-4:1e-3", "1e-3:0.01", "0.01:0.1", "0.1:0.5", "0.5:0.9", "0.9:0.99", ">=0.99")
-"""Their names, as they appear in metric keys."""
+"""Names of the bins of p, as they appear in metric keys."""
 
 
 class PooledSum(NamedTuple):

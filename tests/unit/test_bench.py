@@ -217,6 +217,8 @@ def test_the_page_is_made_from_the_record(monkeypatch, capsys, tmp_path):
 
 def test_no_number_of_the_page_is_typed_by_hand():
     assert performance.typed(performance.TEXT.read_text()) == []
+    prose = performance._TABLE.sub("", performance.TEXT.read_text()).splitlines()
+    assert max(map(len, prose)) <= performance.WIDTH  # a longer one is broken alone, with a word or two left over
     assert performance.typed("It takes 3.5 ns, 12%, 7 times\n<!-- table x\nto 16 s\n-->") == [
         "3.5 ns",
         "12%",

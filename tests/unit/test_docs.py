@@ -1,6 +1,7 @@
 """What the README and the docs show runs, every public name has an entry, and each page is written as CONTRIBUTING asks."""
 
 import ast
+import fnmatch
 import json
 import pkgutil
 import re
@@ -153,6 +154,25 @@ def test_every_objective_and_divergence_has_a_row():
             assert text in rows[name], (name, text)
 
 
+def test_what_an_objective_needs_is_in_the_table_of_the_zoo():
+    zoo = (ROOT / "docs" / "zoo.md").read_text()
+    table = zoo.partition("| objective | also needs |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    told = {}
+    for row in table:
+        names, needs = row.strip("| ").split(" | ")
+        for pattern in re.findall(r"`([^`]+)`", names):
+            for name in fnmatch.filter(bandpo.OBJECTIVES, pattern):
+                told[name] = told.get(name, "") + needs
+    for name, objective in bandpo.OBJECTIVES.items():
+        needs = {
+            "`rollout_logprobs`": objective.anchor == "rollout" or objective.correction is not None,
+            "`topk_logprobs`": "topk_logprobs" in objective.extras,
+            "group_inputs": objective.group_stats is not None,
+            "`ref_logprobs`": bool(objective.kl_coef),
+        }
+        assert {word: word in told.get(name, "") for word in needs} == needs, name
+
+
 def test_every_paper_and_every_objective_is_in_the_paper_index():
     page = (ROOT / "docs" / "papers.md").read_text()
     for name, objective in bandpo.OBJECTIVES.items():
@@ -195,6 +215,13 @@ def test_tests_that_the_docs_name_exist():
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[-:] ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+def test_no_cell_has_an_escaped_stroke_within_code():
+    """The site shows its backslash."""
+    for page in PAGES:
+        for row in re.findall(r"^\|.*\|$", page.read_text(), re.MULTILINE):
+            assert not any("\\|" in code for code in re.findall(r"`[^`]*`", row)), f"{page.name}: {row}"
 
 
 def test_links_inside_the_docs_lead_somewhere():

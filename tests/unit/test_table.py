@@ -1,6 +1,7 @@
 """The float32 table against the float64 bounds over the whole domain, and its life: built once, refused when it cannot hold."""
 
 import math
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from bandpo import CHI2, KL, REVERSE_KL, TV, Band, FDivergence, alpha, ratio_bou
 from bandpo.bounds import table as module
 from bandpo.bounds.roots import log_bounds
 from bandpo.divergences import DIVERGENCES
+from sources import ROOT
 
 ALPHAS = [alpha(a) for a in (3.0, 1.5, 1.001, 0.999, 0.5, 0.3, 0.001, -1.0, -1.5)]
 USER = [FDivergence("user", lambda u: (u - 1).abs() ** 1.5)]
@@ -78,6 +80,17 @@ def test_kinks_are_refused_with_a_message_and_solved():
     for first, second, wide in zip(bounds, again, exact, strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(first.double(), wide, rtol=2**-23, atol=2**-24)
+
+
+def test_a_table_is_as_large_as_the_docs_tell():
+    least, most = map(
+        int, re.search(r"A table takes (\d+) to (\d+) KB", (ROOT / "docs/theory.md").read_text()).groups()
+    )
+    found = [
+        module.table_for(d, radius, radius, torch.device("cpu")) for d, radius in ((KL, 1.0), (TV, 0.05), (CHI2, 1e-3))
+    ]
+    sizes = [(table.coefficients.nbytes + table.of_sides.nbytes) / 1000 for table in found]
+    assert least <= min(sizes) < 1.1 * least and most / 1.1 < max(sizes) <= most
 
 
 def test_built_once_by_threads_and_free_of_the_callers_modes():
