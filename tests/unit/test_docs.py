@@ -367,8 +367,9 @@ def test_lines_are_wrapped():
 def test_the_readme_is_short_and_its_first_screen_has_everything():
     text = (ROOT / "README.md").read_text()
     screen, *sections = text.split("\n## ")
-    assert len(text.splitlines()) <= 84 and len(screen.splitlines()) <= 30
+    assert len(text.splitlines()) <= 80 and len(screen.splitlines()) <= 30
     assert screen.count("![") == text.count("![") == 1
+    assert len(re.findall(r"[.?!](?=\s|$)", screen.split("\n\n")[1])) == 1  # what it is, in one sentence
     assert all(command in screen for command in ("pip install bandpo", "make train", "make test"))
     assert [section.splitlines()[0] for section in sections] == [
         "In your own loop",
