@@ -207,7 +207,23 @@ def test_links_inside_the_docs_lead_somewhere():
             )
 
 
+OF_HOSTS = {"examples/run_grpo.py"}  # a file of NeMo-RL
+
+
+def test_files_of_the_repository_that_pages_name_exist():
+    for page in [*PAGES, *PAPERS]:
+        for name in re.findall(r"`((?:src|tools|tests|examples|docs|benchmarks|docker)/[\w./-]*)`", page.read_text()):
+            assert (ROOT / name).exists() or name in OF_HOSTS, f"{page.name}: {name}"
+
+
 # ---- pages that programs write ----
+
+
+def test_contributing_names_every_program_that_writes_files():
+    rows = re.findall(r"^\|.*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    for path in (ROOT / "tools").glob("*.py"):
+        if '"--check"' in path.read_text() and path.name != "release.py":
+            assert any(f"tools/{path.name}" in row for row in rows), path.name
 
 
 def test_the_picture_of_the_architecture_is_that_of_the_imports():
