@@ -479,6 +479,7 @@ def check_run(given: dict[str, Any]) -> dict[str, Any]:
         All settings, with numbers that YAML reads as text converted.
 
     Raises:
+        MistakesError: If values are text where a number is needed; a ValueError that names all of them.
         ValueError: If a value is refused, or the method learns preferences.
     """
     given = dict(given)
