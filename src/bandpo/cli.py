@@ -6,6 +6,7 @@ The modules of a command are imported when it is chosen, those with torch when i
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -151,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     remember(argv)
+    # torch warns so where numpy is not installed, which no command of the core needs.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     command = next((c for c in COMMANDS if argv[:1] == [c.name]), None)
     if command is not None and command.arguments is None:
         return _guarded(command.run, argv[1:], command)

@@ -72,6 +72,14 @@ def test_tables_need_no_matplotlib():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "bandpo.plots needs matplotlib: pip install 'bandpo[plot]'" in done.stderr
+    assert "bandpo: --no-figure prints the table only" in done.stderr
+
+
+def test_the_command_line_leaves_out_torchs_warning_about_numpy():
+    code = "import warnings; from bandpo.cli import main; main(['env', '--json'])"
+    code += "\nwarnings.warn('Failed to initialize NumPy: No module'); warnings.warn('another one')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "another one" in done.stderr and "NumPy" not in done.stderr.replace(code, "")
 
 
 def test_training_depends_on_nothing_of_the_lab():
@@ -210,6 +218,8 @@ def test_no_command_prints_the_help_and_version_the_version(capsys):
         (["bounds", "--output", "band.doc"], "must end in .png"),
         (["bounds", "--match", "max_shift"], "--match max_shift needs several divergences"),
         (["bounds", "--divergence", "kl,tv", "--match", "upper", "--no-figure"], "choose 'upper@P'"),
+        (["bounds", "--divergence", "kl,tv", "--match", "upper@2", "--no-figure"], "--match upper@2: .*probability"),
+        (["bounds", "--divergence", "kl,tv", "--match", "outside_fraction"], "needs the tokens of a batch.*batch="),
         (["bounds", "--divergence", "kl,tvv"], "'tvv'"),
         (["objectives", "--plot", "zoo.doc"], "must end in .png"),
         (["evaluate", "/no/such/model"], "model /no/such/model: there is no such folder"),
@@ -292,6 +302,7 @@ def test_command_line_wins_over_yaml_and_the_main_job_is_a_yaml(tmp_path):
     [
         ("task: countdown\nradiuss: 0.1\n", "unknown key 'radiuss'; did you mean 'radius'"),
         ("task: countdown\nlearning_rate: fast\n", "learning_rate: 'fast' is not a number"),
+        ("radiuss: 0.1\nlearning_rate: fast\n", "(?s)2 mistakes.*unknown key 'radiuss'.*'fast' is not a number"),
         ("- a\n- b\n", "must hold keys and values"),
         ("a: [1\n", "is not YAML"),
         ("task: countdown\ndataset: x.jsonl\n", "both set"),

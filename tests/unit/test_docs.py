@@ -235,7 +235,23 @@ def test_links_inside_the_docs_lead_somewhere():
             )
 
 
+OF_HOSTS = {"examples/run_grpo.py"}  # a file of NeMo-RL
+
+
+def test_files_of_the_repository_that_pages_name_exist():
+    for page in [*PAGES, *PAPERS]:
+        for name in re.findall(r"`((?:src|tools|tests|examples|docs|benchmarks|docker)/[\w./-]*)`", page.read_text()):
+            assert (ROOT / name).exists() or name in OF_HOSTS, f"{page.name}: {name}"
+
+
 # ---- pages that programs write ----
+
+
+def test_contributing_names_every_program_that_writes_files():
+    rows = re.findall(r"^\|.*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    for path in (ROOT / "tools").glob("*.py"):
+        if '"--check"' in path.read_text() and path.name != "release.py":
+            assert any(f"tools/{path.name}" in row for row in rows), path.name
 
 
 def test_the_picture_of_the_architecture_is_that_of_the_imports():
@@ -421,8 +437,9 @@ def test_code_on_the_pages_for_users_is_not_cut():
 def test_the_readme_is_short_and_its_first_screen_has_everything():
     text = (ROOT / "README.md").read_text()
     screen, *sections = text.split("\n## ")
-    assert len(text.splitlines()) <= 84 and len(screen.splitlines()) <= 30
+    assert len(text.splitlines()) <= 80 and len(screen.splitlines()) <= 30
     assert screen.count("![") == text.count("![") == 1
+    assert len(re.findall(r"[.?!](?=\s|$)", screen.split("\n\n")[1])) == 1  # what it is, in one sentence
     assert all(command in screen for command in ("pip install bandpo", "make train", "make test"))
     assert [section.splitlines()[0] for section in sections] == [
         "In your own loop",

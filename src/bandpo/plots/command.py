@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bandpo._system.errors import advise
 from bandpo._system.imports import imported
 from bandpo.bounds import Band, Clip, RatioBounds
 from bandpo.bounds.band import as_divergence
@@ -33,6 +34,8 @@ def show_bounds(options: argparse.Namespace) -> None:
     divergences = [_divergence(name.strip()) for name in options.divergence.split(",")]
     if options.match is not None and len(divergences) == 1:
         raise ValueError(f"--match {options.match} needs several divergences, for example --divergence kl,tv,chi2")
+    if options.match == "outside_fraction":  # a function's argument, which this command has no batch for
+        raise ValueError("--match outside_fraction needs the tokens of a batch: call bandpo.match_radius with batch=")
     if not options.no_figure:
         _check_figure("--output", options.output)
     bands = _bands(divergences, options.radius, options.match, options.max_ratio)
@@ -41,7 +44,11 @@ def show_bounds(options: argparse.Namespace) -> None:
     else:
         _print_families(bands)
     if not options.no_figure:
-        _draw_bands(bands, options.match, options.output)
+        try:
+            _draw_bands(bands, options.match, options.output)
+        except ImportError as error:
+            advise(error, "--no-figure prints the table only")
+            raise
 
 
 def show_objectives(options: argparse.Namespace) -> None:
@@ -142,7 +149,10 @@ def _bands(
     for divergence in divergences:
         own = radius
         if match is not None and divergence is not divergences[0]:
-            own = match_radius(divergence, like=first, by=match)
+            try:
+                own = match_radius(divergence, like=first, by=match)
+            except ValueError as error:
+                raise ValueError(f"--match {match}: {error}") from None
         bands[f"{divergence.name}, radius {own:.4g}"] = Band(divergence, own, max_ratio=max_ratio)
     return bands
 

@@ -123,7 +123,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "evaluate RUN                              # as the run evaluated itself",
         "evaluate RUN --temperature 0 --samples 1  # greedy",
-        "evaluate RUN RUN --plot pass.svg           # side by side, on the same prompts",
+        "evaluate RUN RUN --plot pass.svg          # side by side, on the same prompts",
         "evaluate MODEL --dataset data.jsonl --reward math",
         "evaluate FILE.gguf --task sums --shots 1",
     )

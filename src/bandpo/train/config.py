@@ -301,8 +301,8 @@ def read(arguments: Iterable[str], declare: Callable[[str], Declared]) -> Reques
     if method not in METHODS:
         raise ValueError(not_one_of("method", method, METHODS))
     declared = declare(method)
-    _as_floats(given, declared.floats)
-    chosen = _checked_names(declared.parser, given, arguments)
+    mistakes = _as_floats(given, declared.floats)
+    chosen = _checked_names(declared.parser, given, arguments, mistakes)
     _refuse_implied(method, {*chosen, *given})
     remember(given)
     _refuse_hidden({key: value for key, value in given.items() if key not in chosen})
@@ -409,12 +409,14 @@ def _floats(cls: type[TrainerConfig]) -> frozenset[str]:
     return frozenset(f.name for c in (RunConfig, cls) for f in fields(c) if "float" in str(f.type))
 
 
-def _checked_names(parser: argparse.ArgumentParser, given: dict[str, Any], arguments: list[str]) -> set[str]:
-    """The names of the options on the command line; an unknown option or key of the file is an error."""
+def _checked_names(
+    parser: argparse.ArgumentParser, given: dict[str, Any], arguments: list[str], mistakes: Sequence[str]
+) -> set[str]:
+    """The names of the options on the command line; an unknown option or key of the file is one more mistake."""
     known = {action.dest for action in parser._actions} - {"help"}
     options = [a.split("=")[0] for a in arguments if a.startswith("--")]
     named = [option for option in options if option not in parser._option_string_actions]
-    mistakes = [*_unknown(given, known, "key")]
+    mistakes = [*_unknown(given, known, "key"), *mistakes]
     mistakes += _unknown((option.lstrip("-").replace("-", "_") for option in named), known, "option")
     if mistakes:
         raise MistakesError(mistakes)
@@ -477,10 +479,12 @@ def check_run(given: dict[str, Any]) -> dict[str, Any]:
         All settings, with numbers that YAML reads as text converted.
 
     Raises:
+        MistakesError: If values are text where a number is needed; a ValueError that names all of them.
         ValueError: If a value is refused, or the method learns preferences.
     """
     given = dict(given)
-    _as_floats(given, _floats(_class_of("grpo")))
+    if mistakes := _as_floats(given, _floats(_class_of("grpo"))):
+        raise MistakesError(mistakes)
     run = RunConfig(**{k: v for k, v in given.items() if k in run_keys()})
     if run.method != "grpo":
         raise ValueError(f"method={run.method!r} has no trust region on ratios; the doctor examines method=grpo")
@@ -552,14 +556,16 @@ def _packaged(name: str) -> Path:
     return Path(str(importlib.resources.files("bandpo.configs") / name))
 
 
-def _as_floats(given: dict[str, Any], floats: frozenset[str]) -> None:
-    """Convert numbers such as 1e-6, which YAML reads as text because they have no dot."""
+def _as_floats(given: dict[str, Any], floats: frozenset[str]) -> list[str]:
+    """Convert numbers such as 1e-6, which YAML reads as text because they have no dot; a message for each other text."""
+    mistakes: list[str] = []
     for key, value in given.items():
         if key in floats and isinstance(value, str):
             try:
                 given[key] = float(value)
             except ValueError:
-                raise ValueError(f"{key}: {value!r} is not a number") from None
+                mistakes.append(f"{key}: {value!r} is not a number")
+    return mistakes
 
 
 def _unknown(names: Iterable[str], known: set[str], what: str) -> Generator[str]:
