@@ -24,7 +24,7 @@ class ExampleFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser that takes `--a-b` and `--a_b`, and whose errors name the nearest option or command and show no secrets.
 
-    The parsers of the commands below it are of the same class.
+    The beginning of an option is not taken for it: it could be that of another option in a later version. The parsers of the commands below it are of the same class.
 
     Examples:
         >>> parser = Parser("x")
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": ExampleFormatter, **kwargs})
+        super().__init__(*args, **{"formatter_class": ExampleFormatter, "allow_abbrev": False, **kwargs})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

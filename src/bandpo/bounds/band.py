@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bandpo._inputs import check_tensor
+from bandpo._system.options import not_one_of
 from bandpo._values import ByValue
 from bandpo.bounds.roots import log_bounds
 from bandpo.bounds.table import Table, table_for
@@ -375,7 +376,7 @@ def as_divergence(divergence: FDivergence | str) -> FDivergence:
     if isinstance(divergence, str) and divergence.lower() in DIVERGENCES:
         return DIVERGENCES[divergence.lower()]
     raise (ValueError if isinstance(divergence, str) else TypeError)(
-        f"divergence: got {divergence!r}; pass an FDivergence or one of {', '.join(DIVERGENCES)}"
+        f"{not_one_of('divergence', divergence, DIVERGENCES)}, or pass an FDivergence"
     )
 
 
