@@ -10,6 +10,8 @@ themselves are made by mkdocstrings when the site is built.
 import argparse
 import ast
 import functools
+import html
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -265,7 +267,8 @@ def _path(module: str, name: str) -> str:
 
 def _cell(text: str) -> str:
     """Text for a cell: a stroke would end it, and the site shows the backslash of an escaped one within code."""
-    return text.replace("|", "∣")
+    code = re.sub(r"`([^`]*\|[^`]*)`", lambda found: f"<code>{html.escape(found[1], quote=False)}</code>", text)
+    return code.replace("|", "&#124;")
 
 
 def main() -> int:

@@ -260,8 +260,8 @@ def first_seeds_sentence(data: Row) -> str:
     kept = sum(now == before for now, before in decided)
     turned = sum({now, before} == set(DECIDED) for now, before in decided)
     return (
-        "After a first run with fewer seeds, the claims on forks and on transformers without lag are judged on fresh seeds "
-        f"(registered in commits 9c056b15 and e54e1c57). Of the {len(decided)} contrasts that were better or worse on the "
+        "After a first run with fewer seeds, the claims on what forks and transformers without lag reach are judged on fresh "
+        f"seeds (registered in commits 9c056b15 and e54e1c57). Of the {len(decided)} contrasts that were better or worse on the "
         f"first seeds, {kept} are so again, and {turned} turned into their opposite."
     )
 
@@ -294,6 +294,19 @@ def same_rate_sentence(data: Row) -> str:
     )
 
 
+def opposite_rate_sentence(data: Row) -> str:
+    """Which registered contrasts are better at the arms' own rates and worse at one rate, or the other way round."""
+    turned = [
+        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]} "
+        f"({number(x['value'])}, at one rate {number(found[0])})"
+        for claim in primary(data)
+        for x in claim["contrasts"]
+        if x["verdict"] in DECIDED and (found := same_rate(data, x)) is not None
+        if {x["verdict"], found[3]} == set(DECIDED)
+    ]
+    return f"The learning rate, and not the edge alone, decides the sign of {listed(turned)}." if turned else ""
+
+
 def small_sentence(data: Row) -> str:
     """Which registered contrasts are better or worse by less than the smallest effect of interest."""
     decided = [x for claim in primary(data) for x in claim["contrasts"] if x["verdict"] in DECIDED]
@@ -323,7 +336,7 @@ def hidden_sentence(data: Row) -> str:
     if not hidden:
         return ""
     return (
-        "Undecided, although Student's interval is closer to 0 than the smallest effect, because as many seeds may not show a "
+        "Undecided, although Student's interval is closer to 0 than the smallest effect, because so many seeds can miss a "
         f"rare failure: {'; '.join(hidden)}."
     )
 
@@ -563,6 +576,7 @@ def numbers(data: Row) -> Row:
         "platform": data["platform"],
         "same_rate": same_rate_sentence(data),
         "first_seeds": first_seeds_sentence(data),
+        "opposite_rate": opposite_rate_sentence(data),
         "small": small_sentence(data),
         "hidden": hidden_sentence(data),
         "claims": len(primary(data)),

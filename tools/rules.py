@@ -56,7 +56,7 @@ def _section(rule: Rule) -> str:
     lines = [
         f"## {rule.name}",
         "",
-        _wrapped(f"Of {' and '.join(_OF[x] for x in rule.reads)}. {rule.sees} {rule.why}"),
+        _wrapped(f"Reads {' and '.join(_OF[x] for x in rule.reads)}. {rule.sees} {rule.why}"),
         "",
     ]
     lines += [_wrapped(f"**Healthy:** {rule.healthy} **From:** {_linked(_sentence(rule.source))}"), ""]

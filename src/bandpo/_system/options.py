@@ -24,7 +24,8 @@ class ExampleFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser that takes `--a-b` and `--a_b`, and whose errors name the nearest option or command and show no secrets.
 
-    The beginning of an option is not taken for it: it could be that of another option in a later version. The parsers of the commands below it are of the same class.
+    The beginning of an option is not taken for it: it could be that of another option in a later version. The parsers of the
+    commands below it are of the same class.
 
     Examples:
         >>> parser = Parser("x")

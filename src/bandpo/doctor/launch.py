@@ -374,7 +374,7 @@ def _read_options(words: Sequence[Word], dialect: Dialect, settings: Settings) -
             if len(settings.unread) <= _MOST_LINES:
                 settings.unread.append(f"{_shown(words, i)} is not resolved and may set anything")
             settings.defaults = False
-        elif role == "shape":
+        elif role == "shape" and len(settings.unread) <= _MOST_LINES:
             settings.unread.append(
                 f"{_shown(words, i)} is not resolved; it is taken as the shape of a model, "
                 f"as {dialect.host}'s own files set it"

@@ -251,8 +251,8 @@ _LOG = (
         "explosion is a policy that forgets how to write. An upper edge holds rare tokens down; a lower edge holds them up.",
         healthy="Between a fifth and twice its start, or above 0.05 nats.",
         source="the range is our judgement; the advice: DAPO, arXiv:2503.14476, for Clip-Higher; arXiv:2509.26114, for the "
-        "lower side; docs/evidence.md, where the upper half kept the entropy higher if several answers were right, and the "
-        "whole band did not",
+        "lower side; docs/evidence.md, where the upper half kept the entropy higher if several rare answers were right in "
+        "part, and the whole band did not",
         rests_on={
             "upper-entropy": "mixed",
             "band-entropy": "mixed",

@@ -36,6 +36,8 @@ def show_bounds(options: argparse.Namespace) -> None:
         raise ValueError(f"--match {options.match} needs several divergences, for example --divergence kl,tv,chi2")
     if options.match == "outside_fraction":  # a function's argument, which this command has no batch for
         raise ValueError("--match outside_fraction needs the tokens of a batch: call bandpo.match_radius with batch=")
+    if options.match not in (None, "max_shift") and not options.match.startswith(("upper@", "lower@")):
+        raise ValueError(f"--match {options.match}: choose upper@P or lower@P (P a probability), or max_shift")
     if not options.no_figure:
         _check_figure("--output", options.output)
     bands = _bands(divergences, options.radius, options.match, options.max_ratio)
