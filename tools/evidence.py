@@ -261,8 +261,8 @@ def first_seeds_sentence(data: Row) -> str:
     turned = sum({now, before} == set(DECIDED) for now, before in decided)
     return (
         "After a first run with fewer seeds, the claims on what forks and transformers without lag reach are judged on fresh "
-        f"seeds (registered in commits 9c056b15 and e54e1c57). Of the {len(decided)} contrasts that were better or worse on the "
-        f"first seeds, {kept} are so again, and {turned} turned into their opposite."
+        f"seeds (registered in commits 9c056b15 and e54e1c57). Of the {len(decided)} contrasts that were better or worse on "
+        f"the first seeds, {kept} are so again, and {turned} turned into their opposite."
     )
 
 
