@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandpo import OBJECTIVES, RatioBounds, TokenObjective, policy_metrics, token_objective
+from bandpo.integrations._host import evaluate
 from bandpo.integrations._host_metrics import mean_proof
 from bandpo.integrations.trl.pooled import MOST_WAITING, Measured, PooledLog, Total, over_processes, without_empty
 from bandpo.integrations.trl.radius import MovingRadius
@@ -255,6 +256,29 @@ def test_what_a_host_averages_itself_is_the_whole_where_its_parts_have_one_size(
             torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-6, msg=name)
     shares = [v for k, v in whole.items() if k.startswith("clip_fraction_by_prob_of_all/any/")]
     torch.testing.assert_close(sum(shares), whole["clip_fraction/any"])
+
+
+@pytest.mark.parametrize("objective", ["grpo", "bandpo-kl", "bandpo-tv-upper", "gspo", "tis"])
+def test_a_host_gets_the_same_objective_with_either_level_of_metrics(objective):
+    """The basic metrics need one edge for each token, the full ones both."""
+    found = {}
+    for detail in ("basic", "full"):
+        data = batch(7, rows=40)
+        data["logprobs"].requires_grad_()
+        data["advantages"][3] = 0.0
+        weights = torch.linspace(0.5, 1.5, 200).view(40, 5).index_fill(0, torch.tensor([5]), torch.nan)
+        one = evaluate(
+            OBJECTIVES[objective], **data, rollout_logprobs=data["old_logprobs"] - 0.1, weights=weights, detail=detail
+        )
+        (slope,) = torch.autograd.grad(one.value.sum(), data["logprobs"])
+        found[detail] = one, slope
+    (basic, slope), (full, other) = found.values()
+    assert basic.clipped.any() and torch.equal(basic.clipped, full.clipped) and torch.equal(basic.used, full.used)
+    assert torch.equal(basic.value, full.value) and torch.equal(slope, other)
+    assert torch.equal(basic.log_ratio, full.log_ratio)
+    for name, value in basic.metrics.items():
+        if name in full.metrics:
+            torch.testing.assert_close(value, full.metrics[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_a_run_whose_radius_did_not_move_goes_on_with_a_schedule():

@@ -37,7 +37,7 @@ def show_bounds(options: argparse.Namespace) -> None:
     if options.match == "outside_fraction":  # a function's argument, which this command has no batch for
         raise ValueError("--match outside_fraction needs the tokens of a batch: call bandpo.match_radius with batch=")
     if options.match not in (None, "max_shift") and not options.match.startswith(("upper@", "lower@")):
-        raise ValueError(f"--match {options.match}: choose upper@P or lower@P (P a probability), or max_shift")
+        raise ValueError(f"--match {options.match}: choose 'upper@P', 'lower@P' (P a probability) or 'max_shift'")
     if not options.no_figure:
         _check_figure("--output", options.output)
     bands = _bands(divergences, options.radius, options.match, options.max_ratio)
