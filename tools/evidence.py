@@ -451,7 +451,7 @@ def moved(data: Row) -> str:
     ]
     against = f" The two say the opposite of each other in {listed(apart)}." if apart else ""
     return (
-        "The paper's bottleneck, for rare rewarded tokens of one rollout: their mean log-ratio, which the claim is about, and "
+        "The paper's bottleneck, for rare rewarded tokens of one rollout: their mean log-ratio (the claim) and "
         "the share that ends beyond ratio 1.2 (log 0.182), the edge of the fixed clip. Each interval holds alone."
         f"\n\n{table(head, rows)}\n\n"
         f"The edge stops a token's own gradient only.{against}"
@@ -461,8 +461,8 @@ def moved(data: Row) -> str:
 def hours_sentence(data: Row) -> str:
     """Whose time the core hours are."""
     warm_up = data["transformers"].get("core_parts", {}).get("warm-up")
-    counted = "" if warm_up is None else f" (here {warm_up / 60:.1f} minutes)"
-    return f"All runs count, tuning among them, and a warm-up where it was not in the cache already{counted}."
+    counted = "" if warm_up is None else f" ({warm_up / 60:.1f} minutes)"
+    return f"Tuning counts, and warm-ups that were not in the cache{counted}."
 
 
 def missing(data: Row) -> tuple[list[str], list[str]]:

@@ -323,9 +323,9 @@ def test_both_measures_of_the_bottleneck_are_side_by_side(tool, evidence):
 
 
 def test_the_page_says_whose_time_the_core_hours_are(tool, evidence):
-    assert "tuning among them, and a warm-up where it was not in the cache already." in tool.hours_sentence(evidence)
+    assert "Tuning counts, and warm-ups that were not in the cache." in tool.hours_sentence(evidence)
     with_parts = {**evidence, "transformers": {"core_parts": {"warm-up": 90.0, "updates": 1000.0}}}
-    assert "already (here 1.5 minutes)." in tool.hours_sentence(with_parts)
+    assert "in the cache (1.5 minutes)." in tool.hours_sentence(with_parts)
 
 
 def test_what_a_claim_did_not_measure_is_not_counted(tool, evidence):
