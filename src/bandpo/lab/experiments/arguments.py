@@ -86,7 +86,7 @@ def _add_evidence(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("smoke", "quick", "full"),
         default="quick",
-        help="smoke (about half a minute of a core), quick (some minutes on two cores, and once some more for warm-ups), "
+        help="smoke (about half a minute of a core), quick (about eight minutes on two cores, warm-ups among them), "
         "full (hours: what is registered; default: quick)",
     )
     add(
