@@ -266,6 +266,12 @@ def first_seeds_sentence(data: Row) -> str:
     )
 
 
+def named(contrast: Row) -> str:
+    """A contrast as sentences name it: where, between which arms, in which measure."""
+    arms = f"{arm_name(contrast['first'])} - {arm_name(contrast['second'])}"
+    return f"{place_title(contrast['place'])}, {arms}, {MEASURES[contrast['measure']]}"
+
+
 def same_rate(data: Row, contrast: Row) -> list[Any] | None:
     """The difference of a contrast with every arm at the rate of the fixed clip, as `explored` has it; None if not run."""
     found = data.get("same_rate", {}).get(contrast["experiment"], {}).get(contrast["place"], {})
@@ -283,8 +289,7 @@ def same_rate_sentence(data: Row) -> str:
     if not both:
         return ""
     changed = [
-        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]}: "
-        f"{number(x['value'])}, at one rate {number(found[0])}, {found[3]}"
+        f"{named(x)}: {number(x['value'])}, at one rate {number(found[0])}, {found[3]}"
         for x, found in both
         if found[3] != x["verdict"]
     ]
@@ -297,8 +302,7 @@ def same_rate_sentence(data: Row) -> str:
 def opposite_rate_sentence(data: Row) -> str:
     """Which registered contrasts are better at the arms' own rates and worse at one rate, or the other way round."""
     turned = [
-        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]} "
-        f"({number(x['value'])}, at one rate {number(found[0])})"
+        f"{named(x)} ({number(x['value'])}, at one rate {number(found[0])})"
         for claim in primary(data)
         for x in claim["contrasts"]
         if x["verdict"] in DECIDED and (found := same_rate(data, x)) is not None
@@ -310,12 +314,7 @@ def opposite_rate_sentence(data: Row) -> str:
 def small_sentence(data: Row) -> str:
     """Which registered contrasts are better or worse by less than the smallest effect of interest."""
     decided = [x for claim in primary(data) for x in claim["contrasts"] if x["verdict"] in DECIDED]
-    small = [
-        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]} "
-        f"{number(x['value'])}"
-        for x in decided
-        if abs(x["value"]) < x["smallest"]
-    ]
+    small = [f"{named(x)} {number(x['value'])}" for x in decided if abs(x["value"]) < x["smallest"]]
     if not small:
         return ""
     return (
@@ -326,13 +325,7 @@ def small_sentence(data: Row) -> str:
 
 def hidden_sentence(data: Row) -> str:
     """Which registered contrasts are undecided only because so many seeds may not show a failure."""
-    hidden = [
-        f"{place_title(x['place'])}, {arm_name(x['first'])} - {arm_name(x['second'])}, {MEASURES[x['measure']]} "
-        f"{number(x['value'])}"
-        for claim in primary(data)
-        for x in claim["contrasts"]
-        if x["hidden"]
-    ]
+    hidden = [f"{named(x)} {number(x['value'])}" for claim in primary(data) for x in claim["contrasts"] if x["hidden"]]
     if not hidden:
         return ""
     return (
