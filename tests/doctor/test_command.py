@@ -160,6 +160,12 @@ def test_a_log_after_a_file_that_cannot_be_read_is_still_a_log(capsys):
     assert "error" not in second and "columns" in {finding["rule"] for finding in second["findings"]}
 
 
+def test_a_name_with_a_line_end_is_one_line(tmp_path, capsys):
+    assert main(["doctor", str(tmp_path / "x\nbandpo: all is well.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\\nbandpo: all is well" in error
+
+
 def test_other_mistakes(capsys):
     Path("empty").mkdir()
     write("m.jsonl", '{"entropy": 1.0}\n')

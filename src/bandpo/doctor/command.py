@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bandpo._system.errors import LINES, printable
+from bandpo._system.errors import printable
 from bandpo._system.files import read_yaml, write_text
 from bandpo.doctor.hosts import not_readable
 from bandpo.doctor.logs import KINDS, is_log, log_files, read_log, read_logs
@@ -47,7 +47,11 @@ def doctor(options: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of the output is gone, which is no mistake in a file
         raise
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(printable(str(error), keep=LINES)) from None
+        # A name with a line end must not look like a message of ours; the mistakes of a configuration have lines of their own.
+        mistakes: list[str] = [printable(one) for one in getattr(error, "mistakes", (str(error),))]
+        raise (type(error) if len(mistakes) > 1 else ValueError)(
+            mistakes if len(mistakes) > 1 else mistakes[0]
+        ) from None
 
 
 def _doctor(options: argparse.Namespace) -> int:
